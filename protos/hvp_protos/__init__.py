@@ -1,0 +1,1 @@
+"""Wire format of the service; generated from the .proto files beside this one."""

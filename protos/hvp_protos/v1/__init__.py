@@ -1,0 +1,1 @@
+"""Package `hvp.v1` of the wire format."""

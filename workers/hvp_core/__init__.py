@@ -1,0 +1,1 @@
+"""The mathematics of curvature products: blocks, duals, walks, Lanczos, sharded vectors."""

@@ -1,0 +1,1 @@
+"""Worker groups: processes that hold a model in shards and compute in step."""

@@ -1,0 +1,294 @@
+"""What the service may ask of its workers: one interface, no torch and no Ray at import.
+
+The vectors named here live on the ranks, cut as the parameters are. Bulk data travels by path on a
+file system that service and ranks share; only names, scalars and small records cross this interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["float32", "float64"]
+Kind = Literal["hessian"]
+Distribution = Literal["rademacher", "gaussian", "sphere"]
+Which = Literal["LA", "SA", "LM", "BE"]
+Stage = Literal["loading", "iterating", "verifying", "saving"]
+
+
+class BackendError(Exception):
+    """A refusal or failure with a reason code; survives pickling.
+
+    Attributes:
+        reason: UPPER_SNAKE code, as in the protos' comments.
+        message: What happened and what to do, one sentence each.
+        metadata: Figures and names that a program may want.
+    """
+
+    def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None):
+        super().__init__(reason, message, dict(metadata or {}))
+        self.reason = reason
+        self.message = message
+        self.metadata = dict(metadata or {})
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+class GroupLostError(BackendError):
+    """A rank died or hung; every vector on the ranks is gone and the group starts anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterTensor:
+    """One parameter in the canonical order."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int  # first flat index
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDescription:
+    """What a folder of config.json and safetensors holds, found without loading weights."""
+
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    max_positions: int | None  # longest sequence; None when the model sets no limit
+    stored_dtype: str  # safetensors' name, the first tensor's
+    parameters: tuple[ParameterTensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """A parameter space: vectors of one space can be added."""
+
+    checkpoint_dir: Path  # config.json + *.safetensors
+    dtype: Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """The curvature of the mean loss of a checkpoint on a batch."""
+
+    space: Space
+    batch_path: Path  # safetensors: input_ids, labels?, attention_mask?
+    kind: Kind = "hessian"
+    micro_batch_size: int = 0  # 0: by memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorInfo:
+    """An operator with its defaults filled in."""
+
+    num_parameters: int
+    micro_batch_size: int
+    num_targets: int
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Philox4x32-10 by flat index."""
+
+    seed: int
+    distribution: Distribution
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """Little-endian elements of the space's dtype in canonical order; refused if not finite."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Sum of coefficient times vector."""
+
+    terms: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """The zero vector."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """θ itself."""
+
+
+Source = Seeded | RawFile | Combination | Zeros | Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshSpec:
+    """k extremal eigenpairs; field names are SciPy's where it has them."""
+
+    k: int
+    which: Which = "LM"
+    tol: float = 0.0
+    max_products: int = 0
+    seed: int = 0
+    num_lanczos_vectors: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshProgress:
+    """Where a run stands, after each product."""
+
+    stage: Stage
+    num_products: int
+    max_products: int
+    num_restarts: int = 0
+    ritz_values: tuple[float, ...] = ()  # at the wanted ends, ascending
+    residual_estimates: tuple[float, ...] = ()
+    seconds_per_product: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshResult:
+    """k eigenpairs, ascending; the eigenvectors are on the ranks under the names asked for."""
+
+    eigenvalues: tuple[float, ...]
+    residuals: tuple[float, ...]  # true norms from fresh products
+    num_products: int
+    outcome: Literal["CONVERGED", "MAX_PRODUCTS"]
+    symmetry_defect: float
+    ritz_values: tuple[float, ...]
+    ritz_weights: tuple[float, ...]
+    loss: float
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInfo:
+    """One process of a group."""
+
+    rank: int
+    hostname: str
+    pid: int
+    resident_bytes: int
+    num_threads: int
+
+
+class Backend(ABC):
+    """One worker group. Calls are run one after another, in the order they were made.
+
+    Every method may raise BackendError, and GroupLostError after which `start` must be awaited
+    again before anything else. Methods are called from one event loop only.
+    """
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start the ranks, or start them anew after a loss; idempotent while they live."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the ranks; idempotent."""
+
+    @property
+    @abstractmethod
+    def generation(self) -> str:
+        """Changes with every start of the ranks; "" before the first. Vectors end with it."""
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+
+    @property
+    @abstractmethod
+    def num_ranks(self) -> int:
+        """Processes in the group."""
+
+    @abstractmethod
+    async def ranks(self) -> list[RankInfo]:
+        """Processes and their memory now."""
+
+    @abstractmethod
+    async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
+        """Check a checkpoint without loading its weights.
+
+        Raises:
+            BackendError: CONFIG_INVALID, ARCHITECTURE_UNKNOWN, REMOTE_CODE_REFUSED,
+                TENSOR_MISSING, TENSOR_SHAPE_MISMATCH, DTYPE_UNSUPPORTED, SAFETENSORS_INVALID.
+        """
+
+    @abstractmethod
+    async def describe_operator(self, operator: Operator) -> OperatorInfo:
+        """Check an operator and fill in its defaults, computing nothing."""
+
+    @abstractmethod
+    async def loss(self, operator: Operator) -> float:
+        """L(θ), the token-exact mean over the batch."""
+
+    @abstractmethod
+    async def gradient(self, operator: Operator, output: str) -> None:
+        """Store ∇L(θ) under the name `output`."""
+
+    @abstractmethod
+    async def apply(self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Store the product with each input under the output name at the same place."""
+
+    @abstractmethod
+    async def create_vector(self, name: str, space: Space, source: Source) -> None:
+        """Make a vector on the ranks; replaces one of that name.
+
+        Raises:
+            BackendError: SHAPE_MISMATCH, NON_FINITE (metadata `index`), VECTOR_MEMORY,
+                INPUT_MISSING.
+        """
+
+    @abstractmethod
+    async def delete_vectors(self, names: Sequence[str]) -> None:
+        """Free vectors; unknown names are ignored."""
+
+    @abstractmethod
+    async def inner_products(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """u·v for each pair, accumulated in float64."""
+
+    @abstractmethod
+    async def save_vector(self, name: str, path: Path) -> None:
+        """Write the elements to `path` (as RawFile reads them), made durable before return."""
+
+    @abstractmethod
+    def eigsh(
+        self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]
+    ) -> AsyncIterator[EigshProgress | EigshResult]:
+        """Run Lanczos, giving progress after each product and the result last.
+
+        Other calls may run between two products. Closing the iterator (`aclose`) ends the run
+        and frees its basis. `outputs` names the k eigenvectors.
+
+        Raises:
+            BackendError: INSUFFICIENT_CLUSTER_MEMORY, NON_FINITE, DOUBLE_BACKWARD_UNSUPPORTED.
+        """
+
+
+def open_backend(
+    *, kind: Literal["ray", "inprocess"], num_workers: int, device: Literal["cpu", "cuda"]
+) -> Backend:
+    """Make a backend, not yet started.
+
+    Args:
+        kind: `ray` for one Ray actor per rank, `inprocess` for one rank in a thread of this process.
+        num_workers: Number of ranks; must be 1 in process.
+        device: Where tensors live.
+
+    Raises:
+        ValueError: More than one rank in process.
+    """
+    if kind == "inprocess":
+        if num_workers != 1:
+            raise ValueError("the in-process backend has one rank; use the Ray backend for more")
+        from hvp_workers.inprocess import InProcessBackend
+
+        return InProcessBackend(device=device)
+    from hvp_workers.ray_backend import RayBackend
+
+    return RayBackend(num_workers=num_workers, device=device)
