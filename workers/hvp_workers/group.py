@@ -1,0 +1,40 @@
+"""A gang of ranks that run the same method of their engines in step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class Group(ABC):
+    """One engine per rank; a method runs on all of them or the group is lost.
+
+    Law: calls start on every rank in the order in which `run` was called, so collectives inside
+    the engines pair up.
+    """
+
+    generation: str = ""  # changes with every start
+    device: str
+    num_ranks: int
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start the ranks, each with an engine; on failure nothing is left behind.
+
+        Raises:
+            GroupLostError: WORKER_GROUP_START_FAILED, with what to change.
+        """
+
+    @abstractmethod
+    async def run(self, method: str, *arguments: Any) -> list[Any]:
+        """Call `engine.method(*arguments)` on every rank; results in order of rank.
+
+        Raises:
+            BackendError: What the ranks raised, when every rank raised it (the group lives on).
+            GroupLostError: WORKER_GROUP_LOST when a rank died, hung, or failed alone; the whole
+                group has been ended.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the ranks; idempotent."""
