@@ -271,7 +271,11 @@ class Backend(ABC):
 
 
 def open_backend(
-    *, kind: Literal["ray", "inprocess"], num_workers: int, device: Literal["cpu", "cuda"]
+    *,
+    kind: Literal["ray", "inprocess"],
+    num_workers: int,
+    device: Literal["cpu", "cuda"],
+    run_dir: Path | None = None,
 ) -> Backend:
     """Make a backend, not yet started.
 
@@ -279,6 +283,8 @@ def open_backend(
         kind: `ray` for one Ray actor per rank, `inprocess` for one rank in a thread of this process.
         num_workers: Number of ranks; must be 1 in process.
         device: Where tensors live.
+        run_dir: Folder in which the Ray backend notes the processes it starts, so that the next
+            server on the same folder ends those that a killed one left; None notes nothing.
 
     Raises:
         ValueError: More than one rank in process.
@@ -291,4 +297,4 @@ def open_backend(
         return InProcessBackend(device=device)
     from hvp_workers.ray_backend import RayBackend
 
-    return RayBackend(num_workers=num_workers, device=device)
+    return RayBackend(num_workers=num_workers, device=device, run_dir=run_dir)
