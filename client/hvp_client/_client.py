@@ -1,0 +1,193 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, final
+
+from hvp_client._async_client import DEFAULT_ADDRESS, AsyncClient
+from hvp_client._batches import Batch
+from hvp_client._blobs import ProgressCallback
+from hvp_client._checkpoints import Checkpoint
+from hvp_client._handles import Job, Operator, Vector
+from hvp_client._portal import Portal
+from hvp_client._settings import Retry, Timeout
+from hvp_client._system import ServerInfo, WorkerGroup
+
+
+@final
+class Client:
+    """A connection to a server; close it, or use it in a `with` block.
+
+    Every call blocks until it is done. A client may be used from several threads at once, and in a
+    notebook. Nothing is connected before the first call.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        project: str = "default",
+        timeout: Timeout | None = None,
+        retry: Retry | None = None,
+    ):
+        self._twin = AsyncClient(address, project=project, timeout=timeout, retry=retry)
+        self._portal = Portal(self._twin.close)
+
+    @property
+    def address(self) -> str:
+        """Of the server."""
+        return self._twin.address
+
+    def close(self) -> None:
+        """Free this client's vectors whose handles are gone and close its connections.
+
+        Closing twice is no error; calls on the client and its handles fail from then on.
+        """
+        self._portal.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def upload_checkpoint(
+        self, directory: str | os.PathLike[str], progress: ProgressCallback | None = None
+    ) -> Checkpoint:
+        """Bring a model to the server: config.json and *.safetensors, one or sharded with an index.
+
+        What the server has already is not sent again, and a broken connection is resumed.
+
+        Args:
+            directory: The folder, as written by `save_pretrained`.
+            progress: Called on another thread with (bytes done, bytes in all).
+
+        Returns:
+            The checkpoint, checked by the server.
+
+        Raises:
+            InvalidArgumentError: `CHECKPOINT_FILES_INVALID`, `PICKLE_REFUSED`,
+                `SAFETENSORS_INVALID`, `CONFIG_INVALID`, `ARCHITECTURE_UNKNOWN`,
+                `REMOTE_CODE_REFUSED`, `TENSOR_MISSING`, `TENSOR_SHAPE_MISMATCH` or
+                `DTYPE_UNSUPPORTED`; metadata names file or tensor.
+            ResourceExhaustedError: `DISK_FULL`.
+        """
+        return self._portal.run(self._twin.upload_checkpoint(directory, progress))
+
+    def upload_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """Bring data to the server.
+
+        Args:
+            batch: `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
+                `input_ids`) and `attention_mask`; each integers (n, s), in numpy or anything
+                `np.asarray` takes.
+
+        Returns:
+            The batch, checked by the server.
+
+        Raises:
+            InvalidArgumentError: `BATCH_FIELD_INVALID`, `BATCH_EMPTY`, `SHAPE_MISMATCH`,
+                `TOKEN_ID_OUT_OF_RANGE` or `NO_TARGETS`; `field` is the entry at fault.
+        """
+        return self._portal.run(self._twin.upload_batch(batch))
+
+    def operator(
+        self,
+        checkpoint: Checkpoint | str,
+        batch: Batch | str,
+        kind: str = "hessian",
+        dtype: Any = "float32",
+        micro_batch_size: int | None = None,
+    ) -> Operator:
+        """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
+
+        Args:
+            checkpoint: A checkpoint or its name.
+            batch: A batch or its name.
+            kind: `hessian`; `ggn` and `empirical_fisher` where the server has them.
+            dtype: `float32` or `float64`.
+            micro_batch_size: Sequences a rank takes at once; None lets the server choose by
+                memory. Results do not depend on it.
+
+        Returns:
+            The operator.
+
+        Raises:
+            NotFoundError: No such checkpoint or batch.
+            InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
+                `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED` or `MICRO_BATCH_INVALID`.
+            UnimplementedError: `KIND_UNSUPPORTED`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
+                `DOUBLE_BACKWARD_UNSUPPORTED`.
+        """
+        coroutine = self._twin.operator(checkpoint, batch, kind, dtype, micro_batch_size)
+        return Operator(self._portal, self._portal.run(coroutine))
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Look up a checkpoint; NotFoundError if there is none of that name."""
+        return self._portal.run(self._twin.checkpoint(name))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All checkpoints of the project, without their parameters."""
+        return self._portal.run(self._twin.checkpoints())
+
+    def delete_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint; FailedPreconditionError while a job uses it."""
+        self._portal.run(self._twin.delete_checkpoint(name))
+
+    def batch(self, name: str) -> Batch:
+        """Look up a batch; NotFoundError if there is none of that name."""
+        return self._portal.run(self._twin.batch(name))
+
+    def batches(self) -> list[Batch]:
+        """All batches of the project."""
+        return self._portal.run(self._twin.batches())
+
+    def delete_batch(self, name: str) -> None:
+        """Delete a batch; FailedPreconditionError while a job uses it."""
+        self._portal.run(self._twin.delete_batch(name))
+
+    def vector(self, name: str) -> Vector:
+        """Look up a vector; NotFoundError if there is none of that name."""
+        return Vector(self._portal, self._portal.run(self._twin.vector(name)))
+
+    def vectors(self) -> list[Vector]:
+        """All vectors of the project."""
+        return [Vector(self._portal, twin) for twin in self._portal.run(self._twin.vectors())]
+
+    def job(self, name: str) -> Job:
+        """Look up a job; NotFoundError if there is none of that name."""
+        return Job(self._portal, self._portal.run(self._twin.job(name)))
+
+    def jobs(self, states: Iterable[str] | None = None) -> list[Job]:
+        """All jobs of the project, newest first.
+
+        Args:
+            states: Only these, for example `["QUEUED", "RUNNING"]`; None means all.
+
+        Returns:
+            The jobs.
+
+        Raises:
+            InvalidArgumentError: `STATE_UNKNOWN`.
+        """
+        return [Job(self._portal, twin) for twin in self._portal.run(self._twin.jobs(states))]
+
+    def server_info(self) -> ServerInfo:
+        """What the server is and serves."""
+        return self._portal.run(self._twin.server_info())
+
+    def worker_groups(self) -> list[WorkerGroup]:
+        """The ranks, their processes and memory."""
+        return self._portal.run(self._twin.worker_groups())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}>"

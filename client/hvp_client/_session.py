@@ -1,0 +1,92 @@
+"""What every handle of a client shares: the connection, the project, and vectors to be freed."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, TypeVar, final
+
+from hvp_protos.v1 import vector_pb2
+
+from hvp_client._exceptions import HvpError, NotFoundError
+from hvp_client._wire import Wire
+
+Result = TypeVar("Result")
+
+
+def new_request_id() -> str:
+    """A UUID under which the server does a thing once, however often it is asked."""
+    return str(uuid.uuid4())
+
+
+@final
+class Session:
+    """One client's connection and bookkeeping."""
+
+    def __init__(self, wire: Wire, project: str):
+        self.wire = wire
+        self.parent = f"projects/{project}"
+        # Names of vectors whose handles are gone. Garbage collection may run in any thread and in
+        # the middle of anything, so all it does is append here.
+        self.released: deque[str] = deque()
+
+    async def free_released(self) -> None:
+        """Delete the vectors whose handles are gone; what fails is kept for the next time."""
+        names = [self.released.popleft() for _ in range(len(self.released))]
+        await gather_bounded(8, [partial(self._free, name) for name in names])
+
+    async def _free(self, name: str) -> None:
+        try:
+            await self.delete_vector(name, patience_s=0.0)
+        except NotFoundError:
+            pass
+        except HvpError:
+            # The caller asked for something else, which this must not fail.
+            self.released.append(name)
+
+    async def delete_vector(self, name: str, *, patience_s: float | None = None) -> None:
+        """Free one vector on the server.
+
+        Args:
+            name: The vector's.
+            patience_s: How long to try; default `Retry.patience_s`.
+
+        Raises:
+            NotFoundError: It is not there.
+        """
+        await self.wire.unary(
+            "VectorService/DeleteVector",
+            vector_pb2.DeleteVectorRequest(name=name),
+            vector_pb2.DeleteVectorResponse,
+            patience_s=patience_s,
+        )
+
+
+async def gather_bounded(
+    limit: int, work: Iterable[Callable[[], Coroutine[Any, Any, Result]]]
+) -> list[Result]:
+    """Do all, at most `limit` at once; the first failure cancels the rest.
+
+    Args:
+        limit: How many at once.
+        work: What to call and await.
+
+    Returns:
+        Results in order.
+    """
+    gate = asyncio.Semaphore(limit)
+
+    async def one(start: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        async with gate:
+            return await start()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(start)) for start in work]
+    except BaseExceptionGroup as failures:
+        # Callers know single errors; the others were cancelled because of the first.
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]

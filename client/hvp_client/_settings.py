@@ -1,0 +1,60 @@
+"""Knobs of a client: how long to wait and how often to try again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeout:
+    """How long a call may take, in seconds.
+
+    Attributes:
+        call_s: A call that computes nothing: looking up, listing, deleting.
+        compute_s: A call that loads or evaluates the model: loss, gradient, product, and the
+            check of a checkpoint.
+        silence_s: A stream on which nothing arrives for so long counts as broken. A watched job
+            sends a heartbeat every 15 s.
+    """
+
+    call_s: float = 60.0
+    compute_s: float = 3600.0
+    silence_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("call_s", "compute_s", "silence_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Timeout.{name} must be positive and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """What to do when the server cannot answer now.
+
+    Only answers that promise that a later try may succeed are tried again; every call that
+    changes something carries a request id, so a second try cannot do it twice.
+
+    Attributes:
+        patience_s: A call is tried again until this long after its first failure; 0 never.
+        job_patience_s: The same while a job is waited for or watched: long enough for a server
+            to be started anew and load its model.
+        initial_backoff_s: Pause before the second try.
+        max_backoff_s: Longest pause; pauses double until then.
+    """
+
+    patience_s: float = 10.0
+    job_patience_s: float = 180.0
+    initial_backoff_s: float = 0.1
+    max_backoff_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.patience_s < math.inf and 0 <= self.job_patience_s < math.inf):
+            raise ValueError("Retry patience must be finite and not negative")
+        if not 0 < self.initial_backoff_s <= self.max_backoff_s < math.inf:
+            raise ValueError("Retry needs 0 < initial_backoff_s <= max_backoff_s")
+
+    def backoff_s(self, failures: int) -> float:
+        """Pause after the `failures`-th failure in a row (from 1), before jitter, seconds."""
+        # The exponent is capped so that a long outage cannot overflow a float.
+        return min(self.max_backoff_s, self.initial_backoff_s * 2.0 ** min(failures - 1, 30))

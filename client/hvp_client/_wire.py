@@ -1,0 +1,238 @@
+"""Connections to one server, and calls on them with deadlines and second tries."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar, final
+
+import grpc
+from google.protobuf.message import Message
+
+from hvp_client._exceptions import (
+    AbortedError,
+    FailedPreconditionError,
+    HvpError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from hvp_client._settings import Retry, Timeout
+from hvp_client._status import error_from_rpc
+
+Response = TypeVar("Response", bound=Message)
+Result = TypeVar("Result")
+
+CHUNK_BYTES = 1 << 20  # payload of one streamed message
+_MESSAGE_BYTES = 4 << 20
+_BULK_CONNECTIONS = 4  # one connection's flow control and one core's framing bound one stream
+
+_OPTIONS = (
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Channels of equal arguments would otherwise share one socket.
+    ("grpc.use_local_subchannel_pool", 1),
+    # After a refused connection gRPC fails every call without trying until its own pause is over.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Traffic is plain text and servers are on this host: never through a proxy of the environment.
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+def is_transient(error: HvpError) -> bool:
+    """Tell whether the same call may succeed later."""
+    if isinstance(error, UnavailableError):
+        return True
+    return isinstance(error, (ResourceExhaustedError, AbortedError)) and (
+        error.retry_after_s is not None
+    )
+
+
+@final
+class Wire:
+    """Calls to one server. Belongs to the event loop in which it is used first."""
+
+    def __init__(self, address: str, timeout: Timeout, retry: Retry):
+        self.address = address
+        self.timeout = timeout
+        self.retry = retry
+        # The first channel is for small calls, so that bulk data cannot delay them.
+        self._channels: list[grpc.aio.Channel] = []
+        self._methods: dict[tuple[int, str], Callable[..., Any]] = {}
+        self._next_bulk = 0
+        self._closed = False
+
+    async def unary(
+        self,
+        method: str,
+        request: Message,
+        response: type[Response],
+        *,
+        timeout_s: float | None = None,
+        patience_s: float | None = None,
+    ) -> Response:
+        """Call `Service/Method`, trying again while that can help.
+
+        Args:
+            method: Service and method, as in `JobService/GetJob`.
+            request: What to send; the same bytes on every try.
+            response: Class of the answer.
+            timeout_s: Deadline of each try; default `Timeout.call_s`.
+            patience_s: How long to try; default `Retry.patience_s`.
+
+        Returns:
+            The answer.
+
+        Raises:
+            HvpError: The last try's failure.
+        """
+        call = self._method(0, method, "unary_unary", type(request), response)
+        deadline_s = self.timeout.call_s if timeout_s is None else timeout_s
+
+        async def once() -> Response:
+            try:
+                answer: Response = await call(request, timeout=deadline_s)
+            except grpc.aio.AioRpcError as error:
+                raise self.translate(error, request) from error
+            return answer
+
+        return await self.try_again(once, patience_s=patience_s)
+
+    def client_stream(
+        self, method: str, requests: AsyncIterator[Message], request: type[Message], response: Any
+    ) -> Awaitable[Any]:
+        """Start a call that sends a stream; awaiting it gives the answer or an AioRpcError."""
+        call: Awaitable[Any] = self._method(
+            self._bulk(), method, "stream_unary", request, response
+        )(requests)
+        return call
+
+    async def server_stream(
+        self,
+        method: str,
+        request: Message,
+        response: type[Response],
+        *,
+        bulk: bool,
+        silence_s: float,
+    ) -> AsyncGenerator[Response, None]:
+        """Give the messages of a stream; a stream that falls silent counts as broken.
+
+        Args:
+            method: Service and method.
+            request: What to ask.
+            response: Class of the messages.
+            bulk: Whether to take a connection for bulk data.
+            silence_s: Longest wait for the next message.
+
+        Yields:
+            Messages in order.
+
+        Raises:
+            HvpError: The stream broke; UnavailableError `STREAM_SILENT` when it fell silent.
+        """
+        channel = self._bulk() if bulk else 0
+        call = self._method(channel, method, "unary_stream", type(request), response)(request)
+        messages = aiter(call)
+        try:
+            while True:
+                async with asyncio.timeout(silence_s):
+                    message = await anext(messages, None)
+                if message is None:
+                    return
+                yield message
+        except TimeoutError:
+            raise UnavailableError(
+                f"nothing came from {self.address} for {silence_s:g} s",
+                reason="STREAM_SILENT",
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            raise self.translate(error, request) from error
+        finally:
+            call.cancel()
+
+    async def try_again(
+        self, once: Callable[[], Awaitable[Result]], *, patience_s: float | None = None
+    ) -> Result:
+        """Await `once()` until it succeeds, its failure is final, or patience is over."""
+        pauses = Pauses(self.retry, self.retry.patience_s if patience_s is None else patience_s)
+        while True:
+            try:
+                return await once()
+            except HvpError as error:
+                if not is_transient(error):
+                    raise
+                await pauses.after(error)
+
+    def translate(self, error: grpc.aio.AioRpcError, request: Message | None = None) -> HvpError:
+        """Make this package's exception of a call's failure."""
+        request_id = getattr(request, "request_id", "")
+        return error_from_rpc(error, address=self.address, request_id=request_id)
+
+    async def close(self) -> None:
+        """Close every connection; calls under way end with an error."""
+        self._closed = True
+        for channel in self._channels:
+            await channel.close(None)
+        self._channels.clear()
+
+    def _bulk(self) -> int:
+        self._next_bulk = self._next_bulk % _BULK_CONNECTIONS + 1
+        return self._next_bulk
+
+    def _method(
+        self, channel: int, method: str, shape: str, request: type[Message], response: type[Message]
+    ) -> Callable[..., Any]:
+        if self._closed:
+            raise FailedPreconditionError(
+                "this client is closed; open another", reason="CLIENT_CLOSED"
+            )
+        # Channels belong to the running loop, so they cannot be opened in __init__.
+        if not self._channels:
+            self._channels = [
+                grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+                for _ in range(1 + _BULK_CONNECTIONS)
+            ]
+        if (channel, method) not in self._methods:
+            self._methods[channel, method] = getattr(self._channels[channel], shape)(
+                f"/hvp.v1.{method}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+        return self._methods[channel, method]
+
+
+@final
+class Pauses:
+    """Pauses between tries of one thing, until patience is over."""
+
+    def __init__(self, retry: Retry, patience_s: float):
+        self._retry = retry
+        self._patience_s = patience_s
+        self._failures = 0
+        self._end_s = 0.0
+
+    def reset(self) -> None:
+        """Note that something went forward: patience starts anew."""
+        self._failures = 0
+
+    async def after(self, error: HvpError) -> None:
+        """Pause after a failure, as long as the server asks for or longer each time.
+
+        Raises:
+            HvpError: `error`, when the pause would outlast patience.
+        """
+        now_s = asyncio.get_running_loop().time()
+        if self._failures == 0:
+            self._end_s = now_s + self._patience_s
+        self._failures += 1
+        # Jitter keeps many clients of one restarted server from coming back in step.
+        pause_s = self._retry.backoff_s(self._failures) * random.uniform(0.5, 1.0)
+        pause_s = max(pause_s, error.retry_after_s or 0.0)
+        if now_s + pause_s > self._end_s:
+            raise error
+        await asyncio.sleep(pause_s)
