@@ -11,39 +11,12 @@
 `Client` blocks; `AsyncClient` offers the same names to be awaited.
 """
 
-from hvp_client._async_client import AsyncClient
-from hvp_client._batches import Batch
-from hvp_client._checkpoints import Checkpoint, ParameterTensor
-from hvp_client._client import Client
-from hvp_client._exceptions import (
-    AbortedError,
-    AlreadyExistsError,
-    CallCancelledError,
-    DataLossError,
-    DeadlineExceededError,
-    FailedPreconditionError,
-    HvpError,
-    InternalError,
-    InvalidArgumentError,
-    JobCancelledError,
-    JobFailedError,
-    NotFoundError,
-    OutOfRangeError,
-    PermissionDeniedError,
-    ResourceExhaustedError,
-    ServerUnreachableError,
-    UnauthenticatedError,
-    UnavailableError,
-    UnimplementedError,
-    UnknownError,
-)
-from hvp_client._handles import Job, Operator, Vector
-from hvp_client._jobs import AsyncJob
-from hvp_client._operators import AsyncOperator
-from hvp_client._results import EigshResult, Event, Progress
-from hvp_client._settings import Retry, Timeout
-from hvp_client._system import Rank, ServerInfo, WorkerGroup
-from hvp_client._vectors import AsyncVector
+# ruff: noqa: F403, F405  the names are those of _surface, and a test compares the two lists
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hvp_client._surface import *
 
 __all__ = [
     "AbortedError",
@@ -86,3 +59,16 @@ __all__ = [
     "Vector",
     "WorkerGroup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # numpy and gRPC take half a second to import, which `hvp --help` need not spend.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hvp_client import _surface
+
+    return getattr(_surface, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

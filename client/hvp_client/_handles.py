@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, final, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -546,5 +546,5 @@ class Job:
         return f"<{type(self).__name__} {self.name} {self._twin.state}>"
 
 
-def _is_vectors(value: Any) -> bool:
+def _is_vectors(value: Any) -> TypeGuard[Sequence[Vector]]:
     return isinstance(value, (list, tuple)) and any(isinstance(v, Vector) for v in value)

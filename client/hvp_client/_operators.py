@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, final, overload
+from typing import Any, TypeGuard, final, overload
 
 import numpy as np
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
@@ -283,7 +283,7 @@ async def _discard(vector: AsyncVector) -> None:
         return
 
 
-def _is_vectors(value: Any) -> bool:
+def _is_vectors(value: Any) -> TypeGuard[Sequence[AsyncVector]]:
     return isinstance(value, (list, tuple)) and any(isinstance(v, AsyncVector) for v in value)
 
 

@@ -1,0 +1,127 @@
+"""A job as it runs: a live table in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hvp_client import EigshResult, Event, Progress, Vector
+
+_COLOURS = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "CANCELLING": "yellow"}
+
+
+def show_events(events: Iterable[Event], job: str, console: Console) -> None:
+    """Show a job's events until they end.
+
+    Args:
+        events: As from `Job.watch`.
+        job: Its name, for the heading.
+        console: Where to.
+    """
+    if not console.is_terminal:
+        for event in events:
+            console.print(plain_line(event), highlight=False, soft_wrap=True)
+        return
+    screen = _Screen(job)
+    with Live(screen.render(), console=console, refresh_per_second=8) as live:
+        for event in events:
+            screen.take(event)
+            live.update(screen.render())
+
+
+def plain_line(event: Event) -> str:
+    """Say an event in one line.
+
+    Args:
+        event: A job's.
+
+    Returns:
+        The line, without its end.
+    """
+    if event.progress is None:
+        line = f"{event.state} attempt {event.attempt}"
+        return f"{line} {event.error}" if event.error else line
+    pairs = zip(event.ritz_values, event.residual_estimates, strict=True)
+    values = "  ".join(f"{value:.6g} ± {residual:.1e}" for value, residual in pairs)
+    return f"{event.progress.stage} {pace(event.progress)}  {values}".rstrip()
+
+
+def pace(progress: Progress) -> str:
+    """Say how far a run is, how fast, and how long it will take at most.
+
+    Args:
+        progress: A run's.
+
+    Returns:
+        A phrase.
+    """
+    done = f"{progress.num_products}/{progress.max_products} products"
+    if progress.seconds_per_product <= 0:
+        return done
+    left = progress.max_products - progress.num_products
+    at_most = timedelta(seconds=round(left * progress.seconds_per_product))
+    return f"{done}, {progress.seconds_per_product:.3g} s each, at most {at_most} left"
+
+
+def result_table(result: EigshResult[Vector]) -> Table:
+    """Lay out eigenvalues with their true residuals.
+
+    Args:
+        result: A job's.
+
+    Returns:
+        The table.
+    """
+    table = Table(
+        title=f"{result.outcome} after {result.num_products} products, loss {result.loss:.6g} nats",
+        caption=f"symmetry defect {result.symmetry_defect:.1e}",
+    )
+    for heading in ("#", "eigenvalue", "residual ‖Hy − λy‖"):
+        table.add_column(heading, justify="right")
+    table.add_column("eigenvector")
+    rows = zip(result.eigenvalues, result.residuals, result.eigenvectors, strict=True)
+    for index, (value, residual, vector) in enumerate(rows):
+        table.add_row(str(index), f"{value:.8g}", f"{residual:.2e}", vector.name)
+    return table
+
+
+@final
+class _Screen:
+    """What is known of the job, drawn."""
+
+    def __init__(self, job: str):
+        self._job = job
+        self._state = "QUEUED"
+        self._attempt = 0
+        self._progress: Progress | None = None
+
+    def take(self, event: Event) -> None:
+        if event.progress is not None:
+            self._progress = event.progress
+        else:
+            self._state, self._attempt = event.state, event.attempt
+
+    def render(self) -> RenderableType:
+        heading = Text(f"{self._job}  ")
+        heading.append(self._state, _COLOURS.get(self._state, "cyan"))
+        if self._attempt > 1:
+            heading.append(f"  attempt {self._attempt}")
+        if self._progress is None:
+            return heading
+        table = Table("Ritz value", "residual estimate", box=None, padding=(0, 2))
+        pairs = zip(self._progress.ritz_values, self._progress.residual_estimates, strict=True)
+        for value, residual in pairs:
+            table.add_row(f"{value:.8g}", f"{residual:.1e}")
+        bar = ProgressBar(
+            total=max(1, self._progress.max_products),
+            completed=self._progress.num_products,
+            width=40,
+        )
+        return Group(heading, bar, f"{self._progress.stage}: {pace(self._progress)}", table)

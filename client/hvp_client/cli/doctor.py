@@ -1,0 +1,181 @@
+"""`hvp doctor`: what of this machine and of a server may be in the way, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from hvp_client import Client, HvpError, Retry, Timeout
+
+_GIB = 1 << 30
+_SIGNS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+_SDK_PACKAGES = ("hvp", "grpcio", "protobuf", "numpy", "safetensors", "google-crc32c")
+_SERVER_PACKAGES = ("torch", "ray", "transformers", "sqlalchemy", "pydantic-settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    verdict: Literal["ok", "note", "problem"]
+    found: str
+    fix: str = ""
+
+
+def examine(address: str | None, default_address: str, *, state_dir: Path, as_json: bool) -> int:
+    """Look at everything and print what was found.
+
+    Args:
+        address: The server that ought to answer; None: look at the default one, which may be absent.
+        default_address: Where a server is by default.
+        state_dir: Where a server would keep its state.
+        as_json: Print a JSON array.
+
+    Returns:
+        1 if there is a problem, else 0.
+    """
+    findings = [
+        *_python(),
+        *_packages(),
+        *_torch(),
+        *_memory(),
+        *_disk(state_dir),
+        _server(address or default_address, expected=address is not None),
+    ]
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        table = Table("", "what", "found", "what to do")
+        for finding in findings:
+            table.add_row(_SIGNS[finding.verdict], finding.what, finding.found, finding.fix)
+        Console().print(table)
+    return int(any(finding.verdict == "problem" for finding in findings))
+
+
+def _python() -> Iterator[Finding]:
+    old = sys.version_info < (3, 11)
+    yield Finding(
+        what="Python",
+        verdict="problem" if old else "ok",
+        found=f"{platform.python_version()} on {platform.platform(terse=True)}",
+        fix="use Python 3.11 or newer" if old else "",
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    for packages, extra in ((_SDK_PACKAGES, ""), (_SERVER_PACKAGES, "service")):
+        missing, found = [], []
+        for package in packages:
+            try:
+                found.append(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                missing.append(package)
+        # A machine that only calls a server needs none of the server's packages.
+        verdict: Literal["ok", "note", "problem"] = "ok"
+        if missing:
+            verdict = "note" if extra else "problem"
+        install = f"pip install 'hvp[{extra}]' to run a server here" if extra else "pip install hvp"
+        yield Finding(
+            what="server packages" if extra else "packages",
+            verdict=verdict,
+            found=", ".join(found + [f"no {package}" for package in missing]),
+            fix=install if missing else "",
+        )
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding(what="devices", verdict="ok", found=", ".join(names))
+    elif torch.version.cuda:
+        yield Finding(
+            what="devices",
+            verdict="note",
+            found=f"torch for CUDA {torch.version.cuda} sees no GPU",
+            fix="check `nvidia-smi`, or use --device cpu",
+        )
+    else:
+        yield Finding(what="devices", verdict="ok", found="CPU only (torch without CUDA)")
+
+
+def _memory() -> Iterator[Finding]:
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    total_bytes = page_bytes * os.sysconf("SC_PHYS_PAGES")
+    free_bytes = page_bytes * os.sysconf("SC_AVPHYS_PAGES")
+    yield Finding(
+        what="memory",
+        verdict="ok",
+        found=f"{free_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB free, "
+        f"{os.cpu_count()} cores",
+    )
+    shared = Path("/dev/shm")  # noqa: S108  looked at, not written to
+    if shared.is_dir():
+        size_bytes = shutil.disk_usage(shared).total
+        # Ray keeps weights there, one copy for all ranks of a machine; containers give 64 MiB.
+        small = size_bytes < _GIB
+        yield Finding(
+            what="shared memory",
+            verdict="note" if small else "ok",
+            found=f"/dev/shm holds {size_bytes / _GIB:.2f} GiB",
+            fix="start the container with --shm-size of at least the model's size" if small else "",
+        )
+
+
+def _disk(state_dir: Path) -> Iterator[Finding]:
+    existing = next(p for p in (state_dir.absolute(), *state_dir.absolute().parents) if p.exists())
+    usage = shutil.disk_usage(existing)
+    tight = usage.free < 2 * _GIB
+    # Ray schedules nothing on a machine whose disk is fuller than this.
+    full = usage.used > 0.95 * usage.total
+    yield Finding(
+        what="disk",
+        verdict="problem" if full else "note" if tight else "ok",
+        found=f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free at {existing}",
+        fix="free some, or put --state-dir on another disk" if tight or full else "",
+    )
+    if not os.access(existing, os.W_OK):
+        yield Finding(
+            what="state directory",
+            verdict="problem",
+            found=f"{existing} cannot be written to",
+            fix="give another --state-dir",
+        )
+
+
+def _server(address: str, *, expected: bool) -> Finding:
+    quick = Timeout(call_s=5.0)
+    try:
+        with Client(address, timeout=quick, retry=Retry(patience_s=0.0)) as client:
+            info = client.server_info()
+            groups = client.worker_groups()
+    except HvpError as error:
+        return Finding(
+            what="server",
+            verdict="problem" if expected else "note",
+            found=f"{error.reason} at {address}",
+            fix="start one with `hvp serve`, or give its --address",
+        )
+    states = ", ".join(f"{len(group.ranks)} ranks {group.state}" for group in groups)
+    lost = any(group.state == "LOST" for group in groups)
+    return Finding(
+        what="server",
+        verdict="problem" if lost else "ok",
+        found=f"hvp {info.version} at {address}: {states or 'no worker group'}",
+        fix="look into the server's log; it starts the ranks anew by itself" if lost else "",
+    )

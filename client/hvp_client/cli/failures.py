@@ -1,0 +1,58 @@
+"""How commands say what went wrong: one red line on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hvp_client import HvpError, InternalError, JobCancelledError, JobFailedError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+@contextmanager
+def failures_reported() -> Iterator[None]:
+    """Turn errors of the SDK into a message and an exit code.
+
+    Raises:
+        typer.Exit: 1 for a refusal or failure, 130 when interrupted.
+    """
+    try:
+        yield
+    except HvpError as error:
+        _print(f"[red]{escape(error.reason)}:[/] {escape(error.message)}")
+        job = error.metadata.get("job", "")
+        if isinstance(error, (JobFailedError, JobCancelledError)) and job:
+            _print(f"  job: {escape(job)}")
+        for name, value in error.metadata.items():
+            if name != "job":
+                _print(f"  {escape(name)}: {escape(value)}")
+        if isinstance(error, InternalError) and error.request_id:
+            _print(f"  a bug of the server: report request {escape(error.request_id)}")
+        raise typer.Exit(EXIT_FAILURE) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def usage_error(message: str) -> NoReturn:
+    """Refuse what was typed.
+
+    Args:
+        message: What is wrong and what to type instead.
+
+    Raises:
+        typer.Exit: 2.
+    """
+    _print(f"[red]usage:[/] {escape(message)}")
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _print(line: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)

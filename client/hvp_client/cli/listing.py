@@ -1,0 +1,87 @@
+"""`hvp jobs` and `hvp cancel`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hvp_client import AsyncClient, AsyncJob, Client
+from hvp_client.cli.failures import failures_reported
+
+
+def job_name(text: str) -> str:
+    """Complete an id to the name of a job.
+
+    Args:
+        text: A name or an id.
+
+    Returns:
+        The name.
+    """
+    return text if "/" in text else f"projects/default/jobs/{text}"
+
+
+def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> None:
+    """Print jobs, the newest first.
+
+    Args:
+        address: Of the server.
+        states: Only these.
+        as_json: Print a JSON array.
+    """
+    with failures_reported():
+        jobs = asyncio.run(_jobs(address, states))
+    if as_json:
+        print(json.dumps([_record(job) for job in jobs], indent=2))
+        return
+    table = Table("job", "state", "attempt", "work", "dtype", "products", "created (UTC)")
+    for job in jobs:
+        record = _record(job)
+        table.add_row(
+            job.name.rpartition("/")[2],
+            job.state,
+            str(job.attempt),
+            f"{record['kind']} {record['which']} k={record['k']}",
+            record["dtype"],
+            f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
+            f"{job.create_time:%Y-%m-%d %H:%M:%S}",
+        )
+    Console().print(table)
+
+
+async def _jobs(address: str, states: Sequence[str] | None) -> list[AsyncJob]:
+    async with AsyncClient(address) as client:
+        return await client.jobs(states)
+
+
+def _record(job: AsyncJob) -> dict[str, Any]:
+    progress = job.progress
+    return {
+        "name": job.name,
+        "state": job.state,
+        "attempt": job.attempt,
+        **job.spec,
+        "num_products": progress.num_products if progress else 0,
+        "max_products": progress.max_products if progress else 0,
+        "create_time": job.create_time.isoformat(),
+        "end_time": job.end_time.isoformat() if job.end_time else None,
+        "error": str(job.error) if job.error else None,
+    }
+
+
+def cancel_job(address: str, job: str) -> None:
+    """Ask a job to stop and print the state it is in.
+
+    Args:
+        address: Of the server.
+        job: Its name or id.
+    """
+    with failures_reported(), Client(address) as client:
+        handle = client.job(job_name(job))
+        handle.cancel()
+        print(handle.state)

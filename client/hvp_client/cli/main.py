@@ -1,0 +1,202 @@
+"""Commands and their options; what they do is imported when they are run, so that help is quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_ADDRESS = "127.0.0.1:8471"
+
+app = typer.Typer(
+    name="hvp",
+    help="Curvature of large models as a service: Hessian-vector products and spectra.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    table = "table"
+    json = "json"
+
+
+class Which(StrEnum):
+    """Ends of the spectrum, by SciPy's names."""
+
+    LA = "LA"
+    SA = "SA"
+    LM = "LM"
+    BE = "BE"
+
+
+class Dtype(StrEnum):
+    """What products are computed in."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Device(StrEnum):
+    """Where ranks compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class BackendKind(StrEnum):
+    """How ranks run."""
+
+    ray = "ray"
+    inprocess = "inprocess"
+
+
+Address = Annotated[
+    str, typer.Option(envvar="HVP_ADDRESS", help="The server, HOST:PORT.", show_envvar=True)
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
+JobArgument = Annotated[str, typer.Argument(help="The job's name, or its id alone.")]
+
+
+@app.command()
+def serve(
+    state_dir: Annotated[Path, typer.Option(help="Uploads, jobs and vectors are kept here.")],
+    address: Annotated[
+        str, typer.Option(envvar="HVP_ADDRESS", help="HOST:PORT to listen on; port 0: a free one.")
+    ] = DEFAULT_ADDRESS,
+    workers: Annotated[int, typer.Option(min=1, help="Ranks that share each model.")] = 2,
+    device: Annotated[Device, typer.Option(help="Where the ranks compute.")] = Device.cpu,
+    backend: Annotated[
+        BackendKind,
+        typer.Option(help="ray: one process per rank. inprocess: one rank inside of the server."),
+    ] = BackendKind.ray,
+) -> None:
+    """Start a server; SIGTERM or Ctrl-C lets it finish its calls and ends it."""
+    from hvp_client.cli.serving import run_server
+
+    run_server(
+        [
+            f"--address={address}",
+            f"--state-dir={state_dir}",
+            f"--workers={workers}",
+            f"--device={device}",
+            f"--backend={backend}",
+        ]
+    )
+
+
+@app.command()
+def upload(
+    directory: Annotated[Path, typer.Argument(help="Folder of config.json and *.safetensors.")],
+    address: Address = DEFAULT_ADDRESS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Bring a checkpoint to the server; what it has already is not sent again."""
+    from hvp_client.cli.uploading import upload_checkpoint
+
+    upload_checkpoint(address, directory, as_json=format_ is Format.json)
+
+
+@app.command()
+def eigsh(
+    checkpoint: Annotated[
+        str, typer.Option(help="Name of an uploaded checkpoint, or a folder to upload.")
+    ],
+    ids: Annotated[
+        str,
+        typer.Option(
+            help="Name of an uploaded batch, or a .safetensors or .npz file of input_ids (n, s), "
+            "and optionally labels and attention_mask."
+        ),
+    ],
+    k: Annotated[int, typer.Option("--k", "-k", help="How many eigenpairs.")] = 6,
+    which: Annotated[Which, typer.Option(help="Which end of the spectrum.")] = Which.LM,
+    tol: Annotated[float, typer.Option(help="Relative residual; 0: the dtype's rounding.")] = 0.0,
+    max_products: Annotated[
+        int | None, typer.Option(help="Bound on products.", show_default="the server's choice")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the starting vector.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = Dtype.float32,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences a rank takes at once.", show_default="by memory"),
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="Stay and show progress and the result.")] = True,
+    output: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Compute k extremal eigenpairs of the Hessian of a checkpoint's loss."""
+    from hvp_client.cli.spectra import EigshOrder, run_eigsh
+
+    order = EigshOrder(
+        checkpoint=checkpoint,
+        ids=ids,
+        k=k,
+        which=which.value,
+        tol=tol,
+        max_products=max_products,
+        seed=seed,
+        dtype=dtype.value,
+        micro_batch_size=micro_batch_size,
+    )
+    run_eigsh(address, order, watch=watch, output=output, as_json=format_ is Format.json)
+
+
+@app.command()
+def jobs(
+    state: Annotated[
+        list[str] | None, typer.Option(help="Only jobs in this state; may be repeated.")
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """List jobs, the newest first."""
+    from hvp_client.cli.listing import list_jobs
+
+    list_jobs(address, states=state, as_json=format_ is Format.json)
+
+
+@app.command()
+def watch(
+    job: JobArgument, address: Address = DEFAULT_ADDRESS, format_: FormatOption = Format.table
+) -> None:
+    """Follow a job to its end and print its result."""
+    from hvp_client.cli.spectra import follow_job
+
+    follow_job(address, job, as_json=format_ is Format.json)
+
+
+@app.command()
+def cancel(job: JobArgument, address: Address = DEFAULT_ADDRESS) -> None:
+    """Ask a job to stop between two products."""
+    from hvp_client.cli.listing import cancel_job
+
+    cancel_job(address, job)
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="HVP_ADDRESS",
+            help="The server that ought to answer.",
+            show_default=f"{DEFAULT_ADDRESS}, if one is there",
+        ),
+    ] = None,
+    state_dir: Annotated[Path, typer.Option(help="Where a server would keep its state.")] = Path(),
+    format_: FormatOption = Format.table,
+) -> None:
+    """Check this machine and a server; exit code 1 tells of a problem."""
+    from hvp_client.cli.doctor import examine
+
+    raise typer.Exit(
+        examine(address, DEFAULT_ADDRESS, state_dir=state_dir, as_json=format_ is Format.json)
+    )

@@ -1,0 +1,133 @@
+"""`hvp eigsh` and `hvp watch`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from hvp_client import Client, EigshResult, Job, Vector
+from hvp_client.cli.display import result_table, show_events
+from hvp_client.cli.failures import EXIT_INTERRUPTED, failures_reported, usage_error
+from hvp_client.cli.listing import job_name
+from hvp_client.cli.uploading import upload_with_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshOrder:
+    """What `hvp eigsh` was asked for, as typed."""
+
+    checkpoint: str
+    ids: str
+    k: int
+    which: str
+    tol: float
+    max_products: int | None
+    seed: int
+    dtype: str
+    micro_batch_size: int | None
+
+
+def run_eigsh(
+    address: str, order: EigshOrder, *, watch: bool, output: Path | None, as_json: bool
+) -> None:
+    """Upload what is not there yet, queue the job, and stay until it ends or go at once.
+
+    Args:
+        address: Of the server.
+        order: What to compute.
+        watch: Whether to stay.
+        output: File for the result.
+        as_json: Print JSON.
+    """
+    if output is not None and not watch:
+        usage_error("--output needs the result; leave out --no-watch")
+    tensors = None if order.ids.startswith("projects/") else read_batch(Path(order.ids))
+    with failures_reported(), Client(address) as client:
+        if order.checkpoint.startswith("projects/"):
+            checkpoint = client.checkpoint(order.checkpoint)
+        else:
+            checkpoint = upload_with_bar(client, Path(order.checkpoint))
+        batch = client.batch(order.ids) if tensors is None else client.upload_batch(tensors)
+        H = client.operator(
+            checkpoint, batch, dtype=order.dtype, micro_batch_size=order.micro_batch_size
+        )
+        job = H.eigsh(
+            order.k, order.which, tol=order.tol, max_products=order.max_products, seed=order.seed
+        )
+        if watch:
+            _stay(job, output=output, as_json=as_json)
+        else:
+            print(json.dumps({"job": job.name}) if as_json else job.name)
+
+
+def follow_job(address: str, job: str, *, as_json: bool) -> None:
+    """Show a job until it ends, then its result.
+
+    Args:
+        address: Of the server.
+        job: Its name or id.
+        as_json: Print JSON.
+    """
+    with failures_reported(), Client(address) as client:
+        _stay(client.job(job_name(job)), output=None, as_json=as_json)
+
+
+def read_batch(path: Path) -> Mapping[str, Any]:
+    """Read token ids, labels and masks of a file.
+
+    Args:
+        path: `.safetensors` or `.npz`.
+
+    Returns:
+        Arrays by name.
+
+    Raises:
+        typer.Exit: 2: there is no such file, or it is of no such format.
+    """
+    if not path.is_file():
+        usage_error(f"{path} is neither a file nor the name of a batch (projects/...)")
+    try:
+        if path.suffix == ".safetensors":
+            tensors: Mapping[str, Any] = load_file(path)
+            return tensors
+        if path.suffix == ".npz":
+            with np.load(path) as archive:  # refuses pickled objects by default
+                return dict(archive)
+    except (SafetensorError, ValueError, OSError) as error:
+        usage_error(f"{path} cannot be read: {error}")
+    usage_error(f"{path} must be a .safetensors or .npz file")
+
+
+def _stay(job: Job, *, output: Path | None, as_json: bool) -> None:
+    console = Console(stderr=True)
+    try:
+        show_events(job.watch(), job.name, console)
+        result = job.result()
+    except KeyboardInterrupt:
+        console.print(
+            f"{job.name} goes on: `hvp watch {job.name}` to come back, `hvp cancel {job.name}` to "
+            "stop it",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    document = json.dumps({"job": job.name, **result.to_json()}, indent=2)
+    if output is not None:
+        output.write_text(document + "\n")
+    _print_result(result, document if as_json else None)
+
+
+def _print_result(result: EigshResult[Vector], document: str | None) -> None:
+    if document is not None:
+        print(document)
+    else:
+        Console().print(result_table(result))
