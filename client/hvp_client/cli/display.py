@@ -83,7 +83,7 @@ def result_table(result: EigshResult[Vector]) -> Table:
         title=f"{result.outcome} after {result.num_products} products, loss {result.loss:.6g} nats",
         caption=f"symmetry defect {result.symmetry_defect:.1e}",
     )
-    for heading in ("#", "eigenvalue", "residual ‖Hy − λy‖"):
+    for heading in ("#", "eigenvalue", "residual ‖Hy - λy‖"):
         table.add_column(heading, justify="right")
     table.add_column("eigenvector")
     rows = zip(result.eigenvalues, result.residuals, result.eigenvectors, strict=True)

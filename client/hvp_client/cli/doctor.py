@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from hvp_client import Client, HvpError, Retry, Timeout
 
 _GIB = 1 << 30
-_SIGNS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+_SIGNS = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
 _SDK_PACKAGES = ("hvp", "grpcio", "protobuf", "numpy", "safetensors", "google-crc32c")
 _SERVER_PACKAGES = ("torch", "ray", "transformers", "sqlalchemy", "pydantic-settings")
 
@@ -38,7 +38,7 @@ def examine(address: str | None, default_address: str, *, state_dir: Path, as_js
     """Look at everything and print what was found.
 
     Args:
-        address: The server that ought to answer; None: look at the default one, which may be absent.
+        address: The server that ought to answer; None: the default one may, but need not.
         default_address: Where a server is by default.
         state_dir: Where a server would keep its state.
         as_json: Print a JSON array.
@@ -57,10 +57,11 @@ def examine(address: str | None, default_address: str, *, state_dir: Path, as_js
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        table = Table("", "what", "found", "what to do")
+        console = Console(soft_wrap=True, highlight=False)
         for finding in findings:
-            table.add_row(_SIGNS[finding.verdict], finding.what, finding.found, finding.fix)
-        Console().print(table)
+            console.print(f"{_SIGNS[finding.verdict]} {finding.what}: {escape(finding.found)}")
+            if finding.fix:
+                console.print(f"        {escape(finding.fix)}")
     return int(any(finding.verdict == "problem" for finding in findings))
 
 
@@ -124,7 +125,7 @@ def _memory() -> Iterator[Finding]:
         found=f"{free_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB free, "
         f"{os.cpu_count()} cores",
     )
-    shared = Path("/dev/shm")  # noqa: S108  looked at, not written to
+    shared = Path("/dev/shm")  # noqa: S108 (looked at, not written to)
     if shared.is_dir():
         size_bytes = shutil.disk_usage(shared).total
         # Ray keeps weights there, one copy for all ranks of a machine; containers give 64 MiB.
@@ -132,7 +133,7 @@ def _memory() -> Iterator[Finding]:
         yield Finding(
             what="shared memory",
             verdict="note" if small else "ok",
-            found=f"/dev/shm holds {size_bytes / _GIB:.2f} GiB",
+            found=f"{shared} holds {size_bytes / _GIB:.2f} GiB",
             fix="start the container with --shm-size of at least the model's size" if small else "",
         )
 

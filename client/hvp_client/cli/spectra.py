@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import typer
@@ -95,16 +96,16 @@ def read_batch(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         usage_error(f"{path} is neither a file nor the name of a batch (projects/...)")
+    if path.suffix not in (".safetensors", ".npz"):
+        usage_error(f"{path} must be a .safetensors or .npz file")
     try:
         if path.suffix == ".safetensors":
             tensors: Mapping[str, Any] = load_file(path)
             return tensors
-        if path.suffix == ".npz":
-            with np.load(path) as archive:  # refuses pickled objects by default
-                return dict(archive)
-    except (SafetensorError, ValueError, OSError) as error:
+        with np.load(path) as archive:  # refuses pickled objects by default
+            return dict(archive)
+    except (SafetensorError, BadZipFile, ValueError, OSError) as error:
         usage_error(f"{path} cannot be read: {error}")
-    usage_error(f"{path} must be a .safetensors or .npz file")
 
 
 def _stay(job: Job, *, output: Path | None, as_json: bool) -> None:
