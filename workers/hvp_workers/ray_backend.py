@@ -1,0 +1,22 @@
+"""The backend whose ranks are Ray actors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from hvp_workers.group_backend import GroupBackend
+from hvp_workers.ray_group import RayGroup
+
+
+def RayBackend(  # noqa: N802 - stands where a class would: it only says which group
+    *, num_workers: int, device: Literal["cpu", "cuda"], run_dir: Path | None = None
+) -> GroupBackend:
+    """A backend of `num_workers` Ray actors, not yet started.
+
+    Args:
+        num_workers: Number of ranks, one process each.
+        device: Where tensors live; with `cuda` each rank takes one GPU.
+        run_dir: Folder for the note of processes (see `orphans`); None writes none.
+    """
+    return GroupBackend(RayGroup(num_workers=num_workers, device=device, run_dir=run_dir))

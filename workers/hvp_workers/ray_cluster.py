@@ -1,0 +1,179 @@
+"""Where the ranks find their machines: an embedded Ray cluster, or one that runs already."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import final
+
+import psutil
+
+from hvp_workers import orphans
+from hvp_workers.backend import GroupLostError
+from hvp_workers.orphans import Note, ProcessMark
+
+# A little over Ray's own minimum of 75 MiB: nothing but calls and scalars passes through the store.
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+# Ray's processes end by themselves when asked, in about a second.
+_SHUTDOWN_GRACE_S = 10.0
+
+# The path of a Unix socket holds 107 characters, and Ray puts 62 to 65 after its folder's.
+_LONGEST_TEMP_ROOT = 107 - 65 - len("/" + orphans.TEMP_PREFIX) - 8
+
+
+@final
+class RayCluster:
+    """This process as a Ray driver.
+
+    With `RAY_ADDRESS` set it joins that cluster and starts nothing. When the process is a driver
+    already, that connection is used and left open. Otherwise it starts a cluster of this machine
+    alone, which listens on the loopback interface, asks for a token that only this process and its
+    children know, and ends with this process, however that ends.
+
+    `open` must be called in a thread that lives as long as the process, which means the main
+    thread: the kernel's parent-death signal, by which Ray's processes end, follows the thread that
+    forked them.
+    """
+
+    def __init__(self, *, num_ranks: int, device: str, run_dir: Path | None):
+        self._num_ranks = num_ranks
+        self._device = device
+        self._run_dir = run_dir
+        self._connected = False  # by us
+        self._temp_dir: str | None = None  # set while we run a cluster of our own
+        self._roots: list[ProcessMark] = []  # what ray.init has forked
+        self._sessions: list[str] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process is a driver of a cluster whose processes live."""
+        ray = sys.modules.get("ray")
+        if ray is None:  # importing it here would be too early, see _prepare_environment
+            return False
+        return bool(ray.is_initialized()) and all(mark.find() for mark in self._roots)
+
+    def open(self) -> None:
+        """Become a driver; does nothing when this process is one.
+
+        Raises:
+            GroupLostError: WORKER_GROUP_START_FAILED.
+        """
+        if self._run_dir is not None:
+            orphans.end_orphans(self._run_dir)
+        address = os.environ.get("RAY_ADDRESS", "")
+        if address.startswith("ray://"):
+            raise GroupLostError(
+                "WORKER_GROUP_START_FAILED",
+                f"RAY_ADDRESS={address} names a Ray Client proxy, through which ranks cannot be "
+                "watched. Run the server on a node of the cluster, with RAY_ADDRESS=HOST:PORT.",
+            )
+        if not address:
+            _prepare_environment()
+        import ray
+
+        if ray.is_initialized():
+            return
+        started = time.monotonic()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+            else:
+                self._start_local()
+        except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+            self.close()
+            raise GroupLostError(
+                "WORKER_GROUP_START_FAILED",
+                f"Ray did not start within {time.monotonic() - started:.0f} s: "
+                f"{str(error).partition(chr(10))[0]} Check RAY_ADDRESS, and the free space of the "
+                "temporary folder and of /dev/shm.",
+            ) from error
+        finally:
+            # Ray installs a handler that raises SystemExit out of whatever runs at the time; the
+            # server's own handler drains.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+        self._connected = True
+        # Ray prints what the cluster reports, such as the death of a worker, to standard output,
+        # which belongs to the program; there is no public switch for it, and no other use of this
+        # one here, where workers' logs are not forwarded.
+        ray._private.worker._worker_logs_enabled = False
+
+    def _start_local(self) -> None:
+        import ray
+
+        root = tempfile.gettempdir()
+        if len(root) > _LONGEST_TEMP_ROOT:
+            root = "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
+        self._temp_dir = tempfile.mkdtemp(prefix=orphans.TEMP_PREFIX, dir=root)
+        before = orphans.children()
+        try:
+            ray.init(
+                address="local",
+                # Only bookkeeping; with more, Ray starts that many idle workers.
+                num_cpus=self._num_ranks,
+                num_gpus=None if self._device == "cuda" else 0,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="WARNING",
+                _temp_dir=self._temp_dir,
+            )
+        finally:
+            # A start that fails half-way leaves processes that Ray itself has lost sight of.
+            self._roots = [mark for mark in orphans.children() if mark not in before]
+        self.note()
+
+    def note(self, session: str | None = None) -> None:
+        """Put what runs now on record, and the name of a group's shared memory."""
+        if session is not None:
+            self._sessions = [*self._sessions[-7:], session]
+        if self._run_dir is None or self._temp_dir is None:
+            return
+        Note(
+            owner=ProcessMark.of(psutil.Process()),
+            temp_dir=self._temp_dir,
+            sessions=tuple(self._sessions),
+            processes=tuple(orphans.family(self._roots)),
+        ).write(self._run_dir)
+
+    def close(self) -> None:
+        """Stop what `open` started; idempotent."""
+        if not self._connected and self._temp_dir is None:
+            return
+        import ray
+
+        members = orphans.family(self._roots)
+        ray.shutdown()
+        self._connected = False
+        if self._temp_dir is None:
+            return
+        orphans.end_processes(members, grace_s=_SHUTDOWN_GRACE_S)
+        orphans.remove_temp_dir(self._temp_dir)
+        self._temp_dir, self._roots, self._sessions = None, [], []
+        if self._run_dir is not None:
+            orphans.note_path(self._run_dir).unlink(missing_ok=True)
+
+
+def _prepare_environment() -> None:
+    """Settings that Ray reads from the environment, here and in every process it starts."""
+    # Ray reads it when it is imported: 0 makes the node's address 127.0.0.1 and every port listen
+    # there alone. Nothing outside this machine has business with an embedded cluster.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Who may call Ray may run code. Without a token of ours Ray writes one to the home folder.
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" not in sys.modules:  # it has read the mode by then, and newer ones default to it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray forks while grpc's threads run.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Ranks without a GPU see what the machine has; without this Ray warns that it will be so.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
