@@ -232,7 +232,9 @@ class Backend(ABC):
         """Store ∇L(θ) under the name `output`."""
 
     @abstractmethod
-    async def apply(self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    async def apply(
+        self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]
+    ) -> None:
         """Store the product with each input under the output name at the same place."""
 
     @abstractmethod
@@ -292,9 +294,9 @@ def open_backend(
     if kind == "inprocess":
         if num_workers != 1:
             raise ValueError("the in-process backend has one rank; use the Ray backend for more")
-        from hvp_workers.inprocess import InProcessBackend
+        from hvp_workers.inprocess import inprocess_backend
 
-        return InProcessBackend(device=device)
+        return inprocess_backend(device)
     from hvp_workers.ray_backend import RayBackend
 
     return RayBackend(num_workers=num_workers, device=device, run_dir=run_dir)

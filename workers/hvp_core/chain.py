@@ -1,0 +1,173 @@
+"""A model as a chain of blocks y = f(p, x), each with a name and a few parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hvp_core.errors import CurvatureError
+from hvp_core.loss import Loss
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows of a batch that go through the blocks together."""
+
+    inputs: Mapping[str, Tensor]  # what the model takes, by name; "x" is the chain's first input
+    targets: Tensor
+
+
+class Block(ABC):
+    """One link of the chain.
+
+    Law: it depends on `params` and `x` alone, given the constants in `context`, and rows (the first
+    dimension) do not depend on one another.
+    """
+
+    def __init__(self, name: str, parameters: Sequence[str]):
+        self.name = name
+        self.parameters = tuple(parameters)  # canonical names
+        #: Blocks of one kind run the same code, so one rule serves them all.
+        self.kind: Hashable = name
+
+    @abstractmethod
+    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
+        """Y = f(params, x); params by canonical name."""
+
+
+class Chain(ABC):
+    """The blocks of a model and the loss at their end.
+
+    Attributes:
+        blocks: In the order of evaluation.
+        shapes: Shape of every parameter of the model by canonical name, in canonical order.
+        loss: Applied to the last block's output.
+    """
+
+    blocks: Sequence[Block]
+    shapes: Mapping[str, tuple[int, ...]]
+    loss: Loss
+
+    @abstractmethod
+    def context(self, batch: MicroBatch) -> Any:
+        """Constants that the blocks need for this micro-batch (masks, positions)."""
+
+    def first_input(self, batch: MicroBatch) -> Tensor:
+        """X of the first block."""
+        return batch.inputs["x"]
+
+    def pieces(self, x: Tensor) -> list[slice]:
+        """Slices of dimension 1 that may go through the last block one by one; [] for none."""
+        return []
+
+
+def refuse_train_mode_batch_norm(module: nn.Module) -> None:
+    """Refuse a model whose loss is not a sum over rows.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (
+            child.training or not child.track_running_stats
+        ):
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{name} normalises over the batch, so the loss is no sum over rows; "
+                "call model.eval() with running statistics",
+                {"block": name},
+            )
+
+
+@final
+class ModuleBlock(Block):
+    """A module of one tensor argument."""
+
+    def __init__(self, name: str, module: nn.Module, names: Mapping[str, str]):
+        """Args: name; module; names: the module's own parameter names to canonical ones."""
+        super().__init__(name, list(dict.fromkeys(names.values())))
+        self._module = module
+        self._names = dict(names)
+
+    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
+        """The module with these parameters in place of its own."""
+        own = {local: params[canonical] for local, canonical in self._names.items()}
+        result: Tensor = functional_call(self._module, own, (x,))
+        return result
+
+
+def canonical_names(module: nn.Module) -> dict[str, str]:
+    """Every name a parameter is reachable by, mapped to the one in `named_parameters()`."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+@final
+class ModuleChain(Chain):
+    """Any `nn.Module` of one tensor; `nn.Sequential` gives one block per child.
+
+    The module must be in eval mode where that matters (dropout, batch norm).
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss):
+        refuse_train_mode_batch_norm(module)
+        self.loss = loss
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        names = canonical_names(module)
+        children = (
+            list(module.named_children()) if isinstance(module, nn.Sequential) else [("", module)]
+        )
+        self.blocks = [
+            ModuleBlock(
+                prefix or type(child).__name__,
+                child,
+                {
+                    local: names[f"{prefix}.{local}" if prefix else local]
+                    for local, _ in child.named_parameters(remove_duplicate=False)
+                },
+            )
+            for prefix, child in children
+        ]
+
+    def context(self, batch: MicroBatch) -> None:
+        """Nothing."""
+
+
+def parameter_values(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters by canonical name, detached."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def as_batch(x: Tensor, targets: Tensor) -> MicroBatch:
+    """A batch for a ModuleChain."""
+    if len(x) != len(targets) or len(x) == 0:
+        raise CurvatureError(
+            "SHAPE_MISMATCH", f"{len(x)} inputs and {len(targets)} targets; give as many, above 0"
+        )
+    return MicroBatch(inputs={"x": x}, targets=targets)
+
+
+def rows(batch: MicroBatch, start: int, stop: int) -> MicroBatch:
+    """Rows [start, stop) of a batch."""
+    return MicroBatch(
+        inputs={name: tensor[start:stop] for name, tensor in batch.inputs.items()},
+        targets=batch.targets[start:stop],
+    )
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The batch on a device."""
+    return MicroBatch(
+        inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()},
+        targets=batch.targets.to(device),
+    )

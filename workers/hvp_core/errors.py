@@ -1,0 +1,26 @@
+"""The one exception of the mathematics: a reason code, what happened, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+
+@final
+class CurvatureError(Exception):
+    """A model, batch or vector that cannot give a correct number.
+
+    Attributes:
+        reason: UPPER_SNAKE code, as in the protos' comments.
+        message: What happened and what to do.
+        metadata: Names and figures for programs.
+    """
+
+    def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None):
+        super().__init__(reason, message, dict(metadata or {}))
+        self.reason = reason
+        self.message = message
+        self.metadata = dict(metadata or {})
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"

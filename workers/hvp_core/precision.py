@@ -1,0 +1,65 @@
+"""Arithmetic in which a second derivative is what it claims to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def layer_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`torch.nn.functional.layer_norm` from differentiable parts.
+
+    torch's forward rule of the fused norm takes its mean and deviation for constants, so that a
+    gradient through it is silently wrong (torch 2.11 to 2.13).
+    """
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
+
+
+@final
+class _Differentiable(TorchFunctionMode):
+    """Replaces what cannot be differentiated twice, and leaves float64 tensors in float64.
+
+    Norms, softmaxes and losses of many models cast to float32 "for precision"; in a float64 run
+    that cast would cost nine digits.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.layer_norm:
+            return layer_norm(*args, **kwargs)
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Run a model so that its duals exist and keep their precision.
+
+    Fused attention has neither a forward derivative nor a second one, so modules that call it get
+    the plain formula; float64 stays float64.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Differentiable():
+        yield

@@ -1,0 +1,80 @@
+"""Random vectors by seed: the same vector for any number of ranks.
+
+Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+with the seed as key and the canonical flat index, four to a counter, as counter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+Distribution = Literal["rademacher", "gaussian", "sphere"]
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_PIECE = 1 << 20  # counters at once: a few tens of MB of working memory
+
+
+def philox4x32(counter: torch.Tensor, key: int) -> torch.Tensor:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: int64 (4, m), each entry a word in [0, 2**32).
+        key: 64-bit key.
+
+    Returns:
+        int64 (4, m), words in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        # The 64-bit product wraps into int64's sign; shift and mask recover the unsigned halves.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _MASK) ^ c1 ^ k0,
+            second & _MASK,
+            ((first >> 32) & _MASK) ^ c3 ^ k1,
+            first & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return torch.stack((c0, c1, c2, c3))
+
+
+def _words(start: int, stop: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Philox words of counters [start, stop): int64 (4 * (stop - start),) in flat order."""
+    index = torch.arange(start, stop, device=device)
+    counter = torch.stack((index & _MASK, index >> 32, index * 0, index * 0))
+    return philox4x32(counter, seed).T.reshape(-1)
+
+
+def fill(
+    out: torch.Tensor, flat_start: int, seed: int, distribution: Literal["rademacher", "gaussian"]
+) -> None:
+    """Write elements flat_start, flat_start + 1, ... of the seeded vector into `out` (m,).
+
+    Gaussians come from pairs of words by Box and Muller, so they end at 6.7 standard deviations.
+
+    Args:
+        out: Float tensor (m,), written in place.
+        flat_start: Canonical flat index of its first element.
+        seed: 64-bit key.
+        distribution: Law of the independent elements.
+    """
+    flat_stop = flat_start + out.numel()
+    first, last = flat_start // 4, -(-flat_stop // 4)
+    for start in range(first, last, _PIECE):
+        stop = min(start + _PIECE, last)
+        words = _words(start, stop, seed, out.device)
+        if distribution == "rademacher":
+            values = (1 - 2 * (words >> 31)).to(out.dtype)
+        else:
+            uniform = (words.double() + 0.5) / 2**32
+            radius = torch.sqrt(-2 * torch.log(uniform[0::2]))
+            angle = 2 * math.pi * uniform[1::2]
+            values = torch.stack((radius * angle.cos(), radius * angle.sin()), 1).view(-1)
+        low, high = max(4 * start, flat_start), min(4 * stop, flat_stop)
+        out[low - flat_start : high - flat_start] = values[low - 4 * start : high - 4 * start]

@@ -1,0 +1,159 @@
+"""Vectors of a parameter space, each held as one shard per rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+
+from hvp_core.collective import Collective
+from hvp_core.errors import CurvatureError
+from hvp_core.layout import Layout
+from hvp_core.probes import Distribution, fill
+
+_PIECE = 1 << 18  # elements whose products are added in their own dtype before float64 takes over
+_FILE_PIECE = 1 << 22
+
+
+def partial_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """This rank's part of rows @ vector, float64.
+
+    Args:
+        rows: (m, shard_numel).
+        vector: (shard_numel,).
+
+    Returns:
+        (m,) float64 on the CPU: each piece is summed in the vectors' dtype, the pieces in float64.
+    """
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=vector.device)
+    for start in range(0, vector.numel(), _PIECE):
+        total += rows[:, start : start + _PIECE] @ vector[start : start + _PIECE]
+    return total.cpu()
+
+
+@final
+class Space:
+    """The parameter space of one model in one dtype, cut over the ranks.
+
+    A vector is a tensor (shard_numel,) on each rank, zero in the padding. Sums of vectors are local;
+    inner products are a local sum and one exchange of scalars.
+    """
+
+    def __init__(
+        self, layout: Layout, collective: Collective, dtype: torch.dtype, device: torch.device
+    ):
+        self.layout = layout
+        self.collective = collective
+        self.dtype = dtype
+        self.device = device
+        self._runs = layout.runs(collective.rank)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Memory of one vector on this rank."""
+        return self.layout.shard_numel * self.dtype.itemsize
+
+    def zeros(self) -> torch.Tensor:
+        """The zero vector."""
+        return torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=self.device)
+
+    def dots(self, rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """Inner products (m,) float64 of the vectors in `rows` (m, shard_numel) with `vector`."""
+        return self.collective.sum(partial_products(rows, vector))
+
+    def dot(self, left: torch.Tensor, right: torch.Tensor) -> float:
+        """Inner product, accumulated in float64."""
+        return float(self.dots(left.unsqueeze(0), right)[0])
+
+    def norm(self, vector: torch.Tensor) -> float:
+        """Euclidean norm."""
+        return self.dot(vector, vector) ** 0.5
+
+    def random(self, seed: int, distribution: Distribution) -> torch.Tensor:
+        """The seeded vector: the same for any number of ranks."""
+        vector = self.zeros()
+        law = "rademacher" if distribution == "rademacher" else "gaussian"
+        for run in self._runs:
+            stop = run.shard_offset + run.flat_stop - run.flat_start
+            fill(vector[run.shard_offset : stop], run.flat_start, seed, law)
+        if distribution == "sphere":
+            vector /= self.norm(vector)
+        return vector
+
+    def read(self, path: Path) -> torch.Tensor:
+        """A vector from a file of raw little-endian elements in canonical order.
+
+        Raises:
+            CurvatureError: SHAPE_MISMATCH for a file of another length; NON_FINITE, with the first
+                index, for NaN or infinity. On all ranks alike.
+        """
+        expected = self.layout.numel * self.dtype.itemsize
+        size = path.stat().st_size
+        if size != expected:
+            raise CurvatureError(
+                "SHAPE_MISMATCH",
+                f"{size // self.dtype.itemsize} elements where the model has "
+                f"{self.layout.numel} parameters; give one for each",
+            )
+        vector = self.zeros()
+        first_bad = self.layout.numel
+        with path.open("rb") as file:
+            for flat, part in self._pieces(vector):
+                data = bytearray(
+                    os.pread(file.fileno(), part.numel() * part.itemsize, flat * part.itemsize)
+                )
+                part.copy_(torch.frombuffer(data, dtype=self.dtype))
+                bad = (~part.isfinite()).nonzero()
+                if len(bad):
+                    first_bad = min(first_bad, flat + int(bad[0]))
+        first_bad = min(self.collective.gather_objects(first_bad))
+        if first_bad < self.layout.numel:
+            raise CurvatureError(
+                "NON_FINITE",
+                f"element {first_bad} of the vector is not finite; products with it mean nothing",
+                {"index": str(first_bad)},
+            )
+        return vector
+
+    def write(self, vector: torch.Tensor, path: Path) -> None:
+        """Write a vector as `read` reads it; every rank writes its part of the one file."""
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:  # noqa: PTH123
+            for flat, part in self._pieces(vector):
+                data = memoryview(part.cpu().contiguous().view(torch.uint8).numpy())
+                os.pwrite(file.fileno(), data, flat * part.itemsize)
+            os.fsync(file.fileno())
+        self.collective.gather_objects(None)  # nobody returns before the file is whole
+
+    def _pieces(self, vector: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(flat index, view) of stretches that are contiguous in shard and file."""
+        for run in self._runs:
+            for flat in range(run.flat_start, run.flat_stop, _FILE_PIECE):
+                stop = min(flat + _FILE_PIECE, run.flat_stop)
+                offset = run.shard_offset - run.flat_start
+                yield flat, vector[offset + flat : offset + stop]
+
+    def to_flat(self, vector: torch.Tensor) -> torch.Tensor:
+        """The whole vector (n,) on every rank: for small models and tests."""
+        flat = torch.zeros(self.layout.numel, dtype=self.dtype)
+        for flat_start, part in self._pieces(vector):
+            flat[flat_start : flat_start + part.numel()] = part.cpu()
+        parts = self.collective.gather_objects(flat)
+        total: torch.Tensor = sum(parts[1:], start=parts[0])
+        return total
+
+    def from_flat(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a whole vector (n,)."""
+        vector = self.zeros()
+        for flat_start, part in self._pieces(vector):
+            part.copy_(flat[flat_start : flat_start + part.numel()])
+        return vector
+
+    def combine(self, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+        """Σ coefficient · vector."""
+        total = self.zeros()
+        for coefficient, vector in terms:
+            total.add_(vector, alpha=coefficient)
+        return total

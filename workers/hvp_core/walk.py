@@ -1,0 +1,423 @@
+"""The walk over the blocks: loss, gradient and Hessian-vector products of a sharded model.
+
+Layer-major: the weights of a block are gathered once per pass, every micro-batch of this rank is pushed
+through, and the weights are dropped again. A rank keeps its shards, the inputs of the blocks, and one
+block. Backwards, each block's part of the product is summed over the ranks and cut into shards as soon
+as it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.chain import Block, Chain, MicroBatch, rows, to_device
+from hvp_core.dual import (
+    Backward,
+    Function,
+    Params,
+    Rule,
+    backward_dual,
+    choose_rule,
+    forward_dual,
+    pull_back,
+)
+from hvp_core.errors import CurvatureError
+from hvp_core.precision import exact
+from hvp_core.space import Space
+
+
+@final
+class Curvature:
+    """The mean loss of a chain on a batch, as a function of θ, and its derivatives at θ.
+
+    Args:
+        chain: The model.
+        space: Of its parameters.
+        parameters: θ, this rank's shard.
+        batch: The whole batch, on every rank.
+        micro_batch_size: Rows that go through a block at once. Rank r of N takes every N-th
+            micro-batch. Results do not depend on it.
+
+    Raises:
+        CurvatureError: NO_TARGETS, MICRO_BATCH_INVALID.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        space: Space,
+        parameters: Tensor,
+        batch: MicroBatch,
+        micro_batch_size: int,
+    ):
+        if micro_batch_size < 1:
+            raise CurvatureError(
+                "MICRO_BATCH_INVALID", f"micro_batch_size is {micro_batch_size}; give 1 or more"
+            )
+        self.chain = chain
+        self._rules: dict[Hashable, Rule] = {}
+        self.space = space
+        self.parameters = parameters
+        self.num_targets = chain.loss.weight(batch.targets)
+        if self.num_targets == 0:
+            raise CurvatureError("NO_TARGETS", "no target of the batch counts")
+        count = len(batch.targets)
+        starts = range(0, count, micro_batch_size)
+        rank, world_size = space.collective.rank, space.collective.world_size
+        self._batches = [
+            to_device(rows(batch, start, min(start + micro_batch_size, count)), space.device)
+            for start in list(starts)[rank::world_size]
+        ]
+        with exact():
+            self._contexts = [chain.context(each) for each in self._batches]
+
+    # The three questions ------------------------------------------------------------------------
+
+    def loss(self) -> float:
+        """L(θ). Cost: 1 GEMM pass over the data.
+
+        Raises:
+            CurvatureError: NON_FINITE, naming the first block with an infinite or undefined value.
+        """
+        total = torch.zeros(1, dtype=torch.float64)
+        last = len(self.chain.blocks) - 1
+        with exact(), torch.no_grad():
+            xs = self._inputs()[last]
+            with self._gathered(last, self.parameters) as (p,):
+                for batch, x in enumerate(xs):
+                    for piece, target in self._pieces(x, self._batches[batch].targets):
+                        y = self._call(last, batch)(p, piece)
+                        total += self.chain.loss.value(y, target).cpu()
+        value = float(self.space.collective.sum(total)) / self.num_targets
+        if value - value != 0:  # NaN or infinite, on every rank alike
+            raise self._first_non_finite_block()
+        return value
+
+    def gradient(self) -> Tensor:
+        """∇L(θ), this rank's shard. Cost: 4 GEMM passes.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        result = self.space.zeros()
+        blocks = self.chain.blocks
+        with exact():
+            inputs = self._inputs()
+            x_bars: list[Tensor | None] = [None for _ in self._batches]
+            for index in reversed(range(len(blocks))):
+                last = index == len(blocks) - 1
+                xs = inputs.pop()
+                with (
+                    self._gathered(index, self.parameters) as (p,),
+                    self._scattered(index, [result]) as (collect,),
+                ):
+                    for batch, x in enumerate(xs):
+                        f = self._call(index, batch)
+                        if last:
+                            x_bars[batch] = self._pull_back_loss(f, p, x, batch, collect)
+                        else:
+                            found = pull_back(f, p, x, _constant(x_bars[batch]))
+                            collect(found.hvp)
+                            x_bars[batch] = found.x_bar
+        self._check_finite([result], "the gradient")
+        return result
+
+    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for each v, this rank's shards. Cost: 11 GEMM passes each; weights travel once.
+
+        Args:
+            vectors: Shards (shard_numel,).
+
+        Raises:
+            CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
+        """
+        results = [self.space.zeros() for _ in vectors]
+        blocks = self.chain.blocks
+        probes = range(len(vectors))
+        xs = [self.chain.first_input(batch) for batch in self._batches]
+        # (x, [ẋ of each probe]) of each micro-batch, for each block
+        inputs: list[list[tuple[Tensor, list[Tensor | None]]]] = [
+            [(x, [None for _ in probes]) for x in xs]
+        ]
+        with exact():
+            for index in range(len(blocks) - 1):
+                with self._gathered(index, self.parameters, *vectors) as (p, *vs):
+                    outputs = []
+                    for batch, (x, x_dots) in enumerate(inputs[-1]):
+                        f = self._call(index, batch)
+                        y = x
+                        y_dots: list[Tensor | None] = []
+                        for v, x_dot in zip(vs, x_dots, strict=True):
+                            y, y_dot = self._guard(index, forward_dual, f, p, v, x, x_dot)
+                            y_dots.append(y_dot)
+                        outputs.append((y, y_dots))
+                    inputs.append(outputs)
+            # (x̄, x̄̇) of each probe, for each micro-batch
+            bars: list[list[tuple[Tensor | None, Tensor | None]]] = [[] for _ in xs]
+            for index in reversed(range(len(blocks))):
+                last = index == len(blocks) - 1
+                current = inputs.pop()
+                with (
+                    self._gathered(index, self.parameters, *vectors) as (p, *vs),
+                    self._scattered(index, results) as collectors,
+                ):
+                    for batch, (x, x_dots) in enumerate(current):
+                        f = self._call(index, batch)
+                        after = bars[batch]
+                        bars[batch] = []
+                        for probe in probes:
+                            if last:
+                                pair = self._backward_loss(
+                                    f, p, vs[probe], x, x_dots[probe], batch, collectors[probe]
+                                )
+                            else:
+                                found = self._backward(
+                                    index,
+                                    f,
+                                    p,
+                                    vs[probe],
+                                    x,
+                                    x_dots[probe],
+                                    _constant_pair(*after[probe]),
+                                )
+                                collectors[probe](found.hvp)
+                                pair = (found.x_bar, found.x_bar_dot)
+                            bars[batch].append(pair)
+        self._check_finite(results, "the product")
+        return results
+
+    @torch.no_grad()
+    def _inputs(self) -> list[list[Tensor]]:
+        """The input of every block for every micro-batch of this rank."""
+        inputs = [[self.chain.first_input(batch) for batch in self._batches]]
+        for index in range(len(self.chain.blocks) - 1):
+            with self._gathered(index, self.parameters) as (p,):
+                inputs.append(
+                    [self._call(index, batch)(p, x) for batch, x in enumerate(inputs[-1])]
+                )
+        return inputs
+
+    # One block ----------------------------------------------------------------------------------
+
+    def _call(self, index: int, batch: int) -> Function:
+        block: Block = self.chain.blocks[index]
+        return partial(_call_block, block, self._contexts[batch])
+
+    def _pieces(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What of the last block's input goes through it at once, with its targets."""
+        pieces = self.chain.pieces(x)
+        if not pieces:
+            yield x, targets
+        for piece in pieces:
+            yield x[:, piece], targets[:, piece]
+
+    def _pull_back_loss(
+        self, f: Function, p: Params, x: Tensor, batch: int, collect: Collector
+    ) -> Tensor | None:
+        x_bars = []
+        for piece, target in self._pieces(x, self._batches[batch].targets):
+
+            def y_bar(y: Tensor, target: Tensor = target) -> Tensor:
+                return self.chain.loss.gradient(y, target) / self.num_targets
+
+            found = pull_back(f, p, piece, y_bar)
+            collect(found.hvp)
+            x_bars.append(found.x_bar)
+        return _joined(x_bars)
+
+    def _backward_loss(
+        self,
+        f: Function,
+        p: Params,
+        v: Params,
+        x: Tensor,
+        x_dot: Tensor | None,
+        batch: int,
+        collect: Collector,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The last block and the loss behind it, piece by piece."""
+        targets = self._batches[batch].targets
+        dots = (
+            [None] * max(1, len(self.chain.pieces(x)))
+            if x_dot is None
+            else [dot for dot, _ in self._pieces(x_dot, targets)]
+        )
+        x_bars, x_bar_dots = [], []
+        for (piece, target), dot in zip(self._pieces(x, targets), dots, strict=True):
+
+            def cotangents(
+                y: Tensor, y_dot: Tensor, target: Tensor = target
+            ) -> tuple[Tensor, Tensor]:
+                loss = self.chain.loss
+                return (
+                    loss.gradient(y, target) / self.num_targets,
+                    loss.curve(y, y_dot, target) / self.num_targets,
+                )
+
+            found = self._backward(-1, f, p, v, piece, dot, cotangents)
+            collect(found.hvp)
+            x_bars.append(found.x_bar)
+            x_bar_dots.append(found.x_bar_dot)
+        return _joined(x_bars), _joined(x_bar_dots)
+
+    def _backward(
+        self,
+        index: int,
+        f: Function,
+        p: Params,
+        v: Params,
+        x: Tensor,
+        x_dot: Tensor | None,
+        cotangents: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Backward:
+        """The block's backward dual, by the rule that was found right for its kind."""
+        block = self.chain.blocks[index]
+        rule = self._rules.get(block.kind)
+        if rule is None:
+            self._rules[block.kind], found = self._guard(
+                index, choose_rule, f, p, v, x, x_dot, cotangents
+            )
+            return cast(Backward, found)
+        return backward_dual(rule, f, p, v, x, x_dot, cotangents)
+
+    def _guard(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a rule; name the block whose derivative torch does not have."""
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            words = str(error)
+            if not isinstance(error, NotImplementedError) and "derivative" not in words:
+                raise
+            name = self.chain.blocks[index].name
+            raise CurvatureError(
+                "DOUBLE_BACKWARD_UNSUPPORTED",
+                f"block {name} has an operation without a second derivative "
+                f"({words.splitlines()[0]}); replace it by a composition of differentiable ones",
+                {"block": name},
+            ) from error
+
+    # Shards -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _gathered(self, index: int, *shards: Tensor) -> Iterator[list[dict[str, Tensor]]]:
+        """The block's parameters in each of these vectors, by name, for as long as needed."""
+        layout = self.space.layout
+        wanted = set(self.chain.blocks[index].parameters)
+        found: list[dict[str, Tensor]] = [{} for _ in shards]
+        for segment in (layout.segments[i] for i in layout.block_segments[index]):
+            place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+            for shard, views in zip(shards, found, strict=True):
+                flat = self.space.collective.gather(shard[place])
+                views.update(
+                    (name, view) for name, view in segment.views(flat).items() if name in wanted
+                )
+        yield found
+        for views in found:
+            views.clear()
+
+    @contextmanager
+    def _scattered(self, index: int, results: Sequence[Tensor]) -> Iterator[list[Collector]]:
+        """Collect the block's part of each result; at the end add it up over the ranks."""
+        layout = self.space.layout
+        world_size = layout.world_size
+        segments = [layout.segments[i] for i in layout.block_segments[index]]
+        sums = [
+            [result.new_zeros(world_size * segment.chunk) for segment in segments]
+            for result in results
+        ]
+        yield [
+            Collector(
+                {
+                    name: view
+                    for segment, flat in zip(segments, flats, strict=True)
+                    for name, view in segment.views(flat).items()
+                }
+            )
+            for flats in sums
+        ]
+        for result, flats in zip(results, sums, strict=True):
+            for segment, flat in zip(segments, flats, strict=True):
+                place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+                self.space.collective.scatter_sum(flat, result[place])
+
+    # Failure ------------------------------------------------------------------------------------
+
+    def _first_non_finite_block(self) -> CurvatureError:
+        """Walk again, looking at every block; all ranks come to the same answer."""
+        names = [block.name for block in self.chain.blocks]
+        first = len(names)
+        xs = [self.chain.first_input(batch) for batch in self._batches]
+        with exact(), torch.no_grad():
+            for index in range(len(names)):
+                with self._gathered(index, self.parameters) as (p,):
+                    xs = [self._call(index, batch)(p, x) for batch, x in enumerate(xs)]
+                if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
+                    first = index
+        first = min(self.space.collective.gather_objects(first))
+        name = names[first] if first < len(names) else "loss"
+        return CurvatureError(
+            "NON_FINITE",
+            f"the loss is not finite; the first block with such a value is {name}. Check its "
+            "parameters, or use float64",
+            {"block": name},
+        )
+
+    def _check_finite(self, shards: Sequence[Tensor], what: str) -> None:
+        norms = torch.stack(
+            [
+                torch.linalg.vector_norm(shard, dtype=torch.float64).square().cpu()
+                for shard in shards
+            ]
+        )
+        if bool(self.space.collective.sum(norms).isfinite().all()):
+            return
+        self.loss()  # says which block, if the loss itself is at fault
+        raise CurvatureError(
+            "NON_FINITE", f"{what} is not finite although the loss is; use float64"
+        )
+
+
+@final
+class Collector:
+    """Adds the parts of micro-batches to a block's segments."""
+
+    def __init__(self, views: Mapping[str, Tensor]):
+        self._views = views
+
+    def __call__(self, parts: Mapping[str, Tensor]) -> None:
+        """Add tensors by parameter name."""
+        for name, part in parts.items():
+            self._views[name] += part
+
+
+def _call_block(block: Block, context: Any, p: Params, x: Tensor) -> Tensor:
+    return block.forward(p, x, context)
+
+
+def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda y: torch.zeros_like(y) if y_bar is None else y_bar
+
+
+def _constant_pair(
+    y_bar: Tensor | None, y_bar_dot: Tensor | None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def pair(y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            torch.zeros_like(y) if y_bar is None else y_bar,
+            torch.zeros_like(y) if y_bar_dot is None else y_bar_dot,
+        )
+
+    return pair
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    if any(part is None for part in parts):
+        return None
+    found = [part for part in parts if part is not None]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)

@@ -1,0 +1,481 @@
+"""One rank's engine: models in shards, vectors by name, products and runs. It knows nothing of Ray.
+
+Every method is called on all ranks with the same arguments, in the same order; what depends on one
+rank's data alone (a NaN in its stretch of a file) is agreed on before anybody raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar, final
+
+import psutil
+import torch
+from hvp_core.chain import MicroBatch
+from hvp_core.check import chain_agrees
+from hvp_core.checkpoint import StoredTensor, build_empty, load_shard, locate
+from hvp_core.collective import Collective
+from hvp_core.data import read_token_batch
+from hvp_core.decoder import DecoderChain
+from hvp_core.errors import CurvatureError
+from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
+from hvp_core.layout import Layout
+from hvp_core.space import Space
+from hvp_core.walk import Curvature
+
+from hvp_workers import backend as api
+from hvp_workers.plan import default_micro_batch, plan_eigsh
+
+logger = logging.getLogger(__name__)
+
+_MODELS_KEPT = 2  # loaded at once; an older one is read again when it is needed
+_OPERATORS_KEPT = 4
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def command(
+    method: Callable[Concatenate[RankEngine, P], R],
+) -> Callable[Concatenate[RankEngine, P], R]:
+    """Give every failure of the mathematics the form that crosses processes."""
+
+    @functools.wraps(method)
+    def wrapper(self: RankEngine, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except CurvatureError as error:
+            raise api.BackendError(error.reason, error.message, error.metadata) from None
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise
+            raise api.BackendError(
+                "OUT_OF_MEMORY",
+                f"rank {self.collective.rank} has no memory left; use a smaller micro-batch, "
+                "float32, fewer Lanczos vectors or more workers",
+            ) from None
+
+    return wrapper
+
+
+@final
+@dataclass(frozen=True)
+class _Description:
+    """A checkpoint that has been looked at."""
+
+    public: api.CheckpointDescription
+    sources: dict[str, StoredTensor]
+
+
+@final
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint in memory, in shards."""
+
+    chain: DecoderChain
+    space: Space
+    parameters: torch.Tensor
+
+
+@final
+@dataclass(frozen=True)
+class _Vector:
+    """A shard under a name."""
+
+    space: api.Space
+    shard: torch.Tensor
+
+
+@final
+@dataclass
+class _Run:
+    """A Lanczos run between two products."""
+
+    steps: Generator[Progress, None, Eigenpairs]
+    space: api.Space
+    loss: float
+    max_products: int
+    provenance: dict[str, str]
+    seconds: list[float] = field(default_factory=list)
+
+
+@final
+class RankEngine:
+    """What one rank holds and can be told to do.
+
+    Args:
+        collective: How it talks to the other ranks.
+        device: `cpu` or a CUDA device.
+    """
+
+    def __init__(self, collective: Collective, device: str):
+        self.collective = collective
+        self.device = torch.device(device)
+        self._host = socket.gethostname()
+        self._descriptions: dict[Path, _Description] = {}
+        self._models: OrderedDict[api.Space, _Model] = OrderedDict()
+        self._operators: OrderedDict[api.Operator, Curvature] = OrderedDict()
+        self._vectors: dict[str, _Vector] = {}
+        self._runs: dict[str, _Run] = {}
+        hosts = collective.gather_objects(self._host)
+        self._ranks_here = hosts.count(self._host)
+        self._vector_budget = min(collective.gather_objects(self._total_memory() // 2))
+
+    # Memory and processes -----------------------------------------------------------------------
+
+    def _total_memory(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[1])
+        return psutil.virtual_memory().total // self._ranks_here
+
+    def _available_memory(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        return psutil.virtual_memory().available // self._ranks_here
+
+    @command
+    def info(self) -> api.RankInfo:
+        """This process."""
+        return api.RankInfo(
+            rank=self.collective.rank,
+            hostname=self._host,
+            pid=os.getpid(),
+            resident_bytes=psutil.Process().memory_info().rss,
+            num_threads=torch.get_num_threads(),
+        )
+
+    # Checkpoints and operators ------------------------------------------------------------------
+
+    @command
+    def describe_checkpoint(self, directory: Path) -> api.CheckpointDescription:
+        """Check a checkpoint without loading its weights."""
+        return self._describe(directory).public
+
+    def _describe(self, directory: Path) -> _Description:
+        if directory not in self._descriptions:
+            model = build_empty(directory, torch.float32)
+            sources = locate(model, directory)
+            text = model.config.get_text_config()
+            parameters = []
+            offset = 0
+            for name, tensor in model.named_parameters():
+                parameters.append(
+                    api.ParameterTensor(name=name, shape=tuple(tensor.shape), offset=offset)
+                )
+                offset += tensor.numel()
+            self._descriptions[directory] = _Description(
+                api.CheckpointDescription(
+                    architecture=type(model).__name__,
+                    num_parameters=offset,
+                    vocab_size=text.vocab_size,
+                    max_positions=getattr(text, "max_position_embeddings", None),
+                    stored_dtype=next(iter(sources.values())).dtype,
+                    parameters=tuple(parameters),
+                ),
+                sources,
+            )
+        return self._descriptions[directory]
+
+    def _model(self, space: api.Space) -> _Model:
+        if space in self._models:
+            self._models.move_to_end(space)
+            return self._models[space]
+        while len(self._models) >= _MODELS_KEPT:
+            dropped, _ = self._models.popitem(last=False)
+            for operator in [o for o in self._operators if o.space == dropped]:
+                del self._operators[operator]
+        loaded = self._load(space, one_block=False) or self._load(space, one_block=True)
+        if loaded is None:
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                "this model's own loss is not the mean cross-entropy of its logits, so its "
+                "curvature is not defined here",
+            )
+        self._models[space] = loaded
+        return loaded
+
+    def _load(self, space: api.Space, one_block: bool) -> _Model | None:
+        """Build and read a model; None when its loss is not what the chain computes."""
+        dtype = _DTYPES[space.dtype]
+        description = self._describe(space.checkpoint_dir)
+        needed = description.public.num_parameters * dtype.itemsize // self.collective.world_size
+        available = min(self.collective.gather_objects(self._available_memory()))
+        if needed > available:
+            raise CurvatureError(
+                "INSUFFICIENT_CLUSTER_MEMORY",
+                f"a rank needs {needed} bytes for its share of the parameters and has {available}; "
+                "use more workers or float32",
+                {"needed_bytes": str(needed), "available_bytes": str(available)},
+            )
+        model = build_empty(space.checkpoint_dir, dtype)
+        for module in model.modules():  # model.to() would choke on the empty parameters
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+        chain = DecoderChain(model, dtype, self.device, one_block=one_block)
+        layout = Layout(
+            chain.shapes, [block.parameters for block in chain.blocks], self.collective.world_size
+        )
+        numbers = Space(layout, self.collective, dtype, self.device)
+        parameters = load_shard(numbers, description.sources)
+        if not chain_agrees(model, chain, numbers, parameters):
+            logger.warning(
+                "%s as a chain of %d blocks does not give the model's own loss%s",
+                description.public.architecture,
+                len(chain.blocks),
+                "" if one_block else "; it is taken as one block, which needs more memory",
+            )
+            return None
+        return _Model(chain, numbers, parameters)
+
+    @command
+    def describe_operator(self, operator: api.Operator) -> api.OperatorInfo:
+        """Check an operator and fill in its defaults, computing nothing."""
+        description = self._describe(operator.space.checkpoint_dir).public
+        batch = read_token_batch(operator.batch_path)
+        ids = batch.inputs["input_ids"]
+        if int(ids.max()) >= description.vocab_size or int(ids.min()) < 0:
+            raise CurvatureError(
+                "TOKEN_ID_OUT_OF_RANGE",
+                f"the batch has ids from {int(ids.min())} to {int(ids.max())} and the vocabulary "
+                f"ends before {description.vocab_size}",
+            )
+        return api.OperatorInfo(
+            num_parameters=description.num_parameters,
+            micro_batch_size=self._micro_batch(operator, batch),
+            num_targets=int((batch.targets != -100).sum()),
+        )
+
+    def _micro_batch(self, operator: api.Operator, batch: MicroBatch) -> int:
+        return operator.micro_batch_size or default_micro_batch(
+            *batch.inputs["input_ids"].shape, self.collective.world_size
+        )
+
+    def _operator(self, operator: api.Operator) -> Curvature:
+        if operator not in self._operators:
+            model = self._model(operator.space)
+            batch = read_token_batch(operator.batch_path)
+            self._operators[operator] = Curvature(
+                model.chain,
+                model.space,
+                model.parameters,
+                batch,
+                self._micro_batch(operator, batch),
+            )
+            while len(self._operators) > _OPERATORS_KEPT:
+                self._operators.popitem(last=False)
+        self._operators.move_to_end(operator)
+        return self._operators[operator]
+
+    # Products -----------------------------------------------------------------------------------
+
+    @command
+    def loss(self, operator: api.Operator) -> float:
+        """L(θ)."""
+        return self._operator(operator).loss()
+
+    @command
+    def gradient(self, operator: api.Operator, output: str) -> None:
+        """Store ∇L(θ)."""
+        self._reserve(operator.space, [output])
+        self._vectors[output] = _Vector(operator.space, self._operator(operator).gradient())
+
+    @command
+    def apply(self, operator: api.Operator, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Store the product with each input."""
+        vectors = [self._vector(name) for name in inputs]
+        for name, vector in zip(inputs, vectors, strict=True):
+            if vector.space != operator.space:
+                raise CurvatureError(
+                    "VECTOR_SPACE_MISMATCH", f"{name} belongs to another checkpoint or dtype"
+                )
+        self._reserve(operator.space, outputs)
+        products = self._operator(operator).hvp([vector.shard for vector in vectors])
+        for name, product in zip(outputs, products, strict=True):
+            self._vectors[name] = _Vector(operator.space, product)
+
+    # Vectors ------------------------------------------------------------------------------------
+
+    def _vector(self, name: str) -> _Vector:
+        if name not in self._vectors:
+            raise CurvatureError(
+                "INPUT_MISSING", f"{name} is not on the ranks; make it again", {"vector": name}
+            )
+        return self._vectors[name]
+
+    def _reserve(self, space: api.Space, names: Sequence[str]) -> None:
+        """Refuse vectors that would leave no room for the work itself."""
+        numbers = self._model(space).space
+        held = sum(v.shard.nbytes for n, v in self._vectors.items() if n not in names)
+        needed = held + len(names) * numbers.vector_bytes
+        if needed > self._vector_budget:
+            raise CurvatureError(
+                "VECTOR_MEMORY",
+                f"vectors would take {needed} bytes on a rank and {self._vector_budget} are set "
+                "aside for them; delete some, or use more workers",
+                {"needed_bytes": str(needed), "available_bytes": str(self._vector_budget)},
+            )
+
+    @command
+    def create_vector(self, name: str, space: api.Space, source: api.Source) -> None:
+        """Make a vector; replaces one of that name."""
+        self._reserve(space, [name])
+        model = self._model(space)
+        numbers = model.space
+        match source:
+            case api.Seeded(seed, distribution):
+                shard = numbers.random(seed, distribution)
+            case api.RawFile(path):
+                shard = numbers.read(path)
+            case api.Combination(terms):
+                vectors = [(coefficient, self._vector(term)) for coefficient, term in terms]
+                if any(vector.space != space for _, vector in vectors):
+                    raise CurvatureError(
+                        "VECTOR_SPACE_MISMATCH", "a term belongs to another checkpoint or dtype"
+                    )
+                shard = numbers.combine([(c, vector.shard) for c, vector in vectors])
+            case api.Zeros():
+                shard = numbers.zeros()
+            case api.Parameters():
+                shard = model.parameters.clone()
+        self._vectors[name] = _Vector(space, shard)
+
+    @command
+    def delete_vectors(self, names: Sequence[str]) -> None:
+        """Free vectors; unknown names are ignored."""
+        for name in names:
+            self._vectors.pop(name, None)
+
+    @command
+    def inner_products(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """u·v for each pair."""
+        values = []
+        for left, right in pairs:
+            u, v = self._vector(left), self._vector(right)
+            if u.space != v.space:
+                raise CurvatureError(
+                    "VECTOR_SPACE_MISMATCH", f"{left} and {right} are of different spaces"
+                )
+            values.append(self._model(u.space).space.dot(u.shard, v.shard))
+        return values
+
+    @command
+    def save_vector(self, name: str, path: Path) -> None:
+        """Write a vector as one file of raw elements."""
+        vector = self._vector(name)
+        self._model(vector.space).space.write(vector.shard, path)
+
+    # Runs ---------------------------------------------------------------------------------------
+
+    @command
+    def eigsh_start(self, run: str, operator: api.Operator, spec: api.EigshSpec) -> None:
+        """Plan a run and evaluate the loss; no product yet."""
+        curvature = self._operator(operator)
+        space = curvature.space
+        plan = plan_eigsh(
+            spec,
+            dimension=space.layout.numel,
+            vector_bytes=space.vector_bytes,
+            available_bytes=min(self.collective.gather_objects(self._available_memory())),
+        )
+        self._runs[run] = _Run(
+            steps=self._steps(curvature, plan, spec.seed),
+            space=operator.space,
+            loss=curvature.loss(),
+            max_products=plan.max_products,
+            provenance=self._provenance(operator, curvature, plan, spec.seed),
+        )
+
+    def _steps(
+        self, curvature: Curvature, plan: Plan, seed: int
+    ) -> Generator[Progress, None, Eigenpairs]:
+        """The run, not begun: the basis is allocated with the first product."""
+        space = curvature.space
+
+        def random(index: int) -> torch.Tensor:
+            # Far from the seeds that people choose, and different for each index.
+            return space.random((seed + index * 0x9E3779B97F4A7C15) % 2**64, "gaussian")
+
+        return (
+            yield from eigsh(
+                lambda v: curvature.hvp([v])[0],
+                random(0),
+                space.layout.numel,
+                plan,
+                dots=space.dots,
+                random=random,
+            )
+        )
+
+    @command
+    def eigsh_step(self, run: str, outputs: Sequence[str]) -> api.EigshProgress | api.EigshResult:
+        """One more product; the result, its vectors stored under `outputs`, after the last."""
+        state = self._runs[run]
+        began = time.perf_counter()
+        try:
+            progress = next(state.steps)
+        except StopIteration as stop:
+            return self._finish(run, stop.value, outputs)
+        state.seconds.append(time.perf_counter() - began)
+        return api.EigshProgress(
+            stage=progress.stage,
+            num_products=progress.num_products,
+            max_products=state.max_products,
+            num_restarts=progress.num_restarts,
+            ritz_values=progress.ritz_values,
+            residual_estimates=progress.residual_estimates,
+            seconds_per_product=statistics.median(state.seconds),
+        )
+
+    def _finish(self, run: str, pairs: Eigenpairs, outputs: Sequence[str]) -> api.EigshResult:
+        state = self._runs.pop(run)
+        for name, row in zip(outputs, pairs.eigenvectors, strict=True):
+            self._vectors[name] = _Vector(state.space, row.clone())
+        return api.EigshResult(
+            eigenvalues=tuple(pairs.eigenvalues.tolist()),
+            residuals=tuple(pairs.residuals.tolist()),
+            num_products=pairs.num_products,
+            outcome="CONVERGED" if pairs.converged else "MAX_PRODUCTS",
+            symmetry_defect=pairs.symmetry_defect,
+            ritz_values=tuple(pairs.ritz_values.tolist()),
+            ritz_weights=tuple(pairs.ritz_weights.tolist()),
+            loss=state.loss,
+            provenance=state.provenance,
+        )
+
+    @command
+    def eigsh_end(self, run: str) -> None:
+        """Drop a run and its basis; unknown runs are ignored."""
+        state = self._runs.pop(run, None)
+        if state is not None:
+            state.steps.close()
+
+    def _provenance(
+        self, operator: api.Operator, curvature: Curvature, plan: Plan, seed: int
+    ) -> dict[str, str]:
+        return {
+            "hvp": version("hvp"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "operator": operator.kind,
+            "dtype": operator.space.dtype,
+            "device": self.device.type,
+            "num_ranks": str(self.collective.world_size),
+            "num_targets": str(curvature.num_targets),
+            "num_parameters": str(curvature.space.layout.numel),
+            "num_lanczos_vectors": str(plan.num_vectors),
+            "seed": str(seed),
+            "probe": "Philox4x32-10 by flat index, Box-Muller",
+            "blocks": str(len(curvature.chain.blocks)),
+        }

@@ -1,0 +1,64 @@
+"""One rank in a thread of this process: a laptop's whole service, and the tests'."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, final
+
+from hvp_workers.backend import BackendError
+from hvp_workers.group import Group
+from hvp_workers.group_backend import GroupBackend
+
+if TYPE_CHECKING:
+    from hvp_workers.engine import RankEngine
+
+
+@final
+class InProcessGroup(Group):
+    """A group of one; its engine runs in a thread of its own, one call at a time."""
+
+    num_ranks = 1
+
+    def __init__(self, device: str):
+        self.device = device
+        self._engine: RankEngine | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    async def start(self) -> None:
+        """Make the engine; idempotent."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="hvp-rank")
+            self._engine = await self._in_thread(self._make_engine)
+            self.generation = uuid.uuid4().hex
+
+    def _make_engine(self) -> RankEngine:
+        from hvp_core.collective import Alone
+
+        from hvp_workers.engine import RankEngine
+
+        return RankEngine(Alone(), self.device)
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        if self._thread is None:
+            raise BackendError("WORKER_GROUP_LOST", "the backend has not been started")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def run(self, method: str, *arguments: Any) -> list[Any]:
+        """Call the engine in its thread."""
+        return [await self._in_thread(self._call, method, arguments)]
+
+    def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._engine, method)(*arguments)
+
+    async def close(self) -> None:
+        """Wait for the call that is running, then let the engine go."""
+        thread, self._thread, self._engine = self._thread, None, None
+        if thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
+
+
+def inprocess_backend(device: str) -> GroupBackend:
+    """A backend of one rank in this process, not yet started."""
+    return GroupBackend(InProcessGroup(device))

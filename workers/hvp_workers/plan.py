@@ -1,0 +1,67 @@
+"""What a request will take, decided before it runs."""
+
+from __future__ import annotations
+
+from hvp_core.errors import CurvatureError
+from hvp_core.lanczos import Plan
+
+from hvp_workers.backend import EigshSpec
+
+_TOKENS = 512  # through a block at once: enough for full-speed GEMMs, little beside the weights
+_USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
+_WORKING_VECTORS = 3  # the product, its vector, a random restart
+
+
+def default_micro_batch(num_sequences: int, length: int, world_size: int) -> int:
+    """Sequences per micro-batch: about 512 tokens, and work for every rank."""
+    share = -(-num_sequences // world_size)
+    return max(1, min(share, _TOKENS // length))
+
+
+def plan_eigsh(spec: EigshSpec, *, dimension: int, vector_bytes: int, available_bytes: int) -> Plan:
+    """Fill in the size of the basis and the budget of products.
+
+    Args:
+        spec: What was asked for; 0 means by default.
+        dimension: n.
+        vector_bytes: Of one vector on one rank.
+        available_bytes: Free on the rank that has least.
+
+    Raises:
+        CurvatureError: K_INVALID, MAX_PRODUCTS_INVALID, NUM_LANCZOS_VECTORS_INVALID,
+            INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes).
+    """
+    k = spec.k
+    if not 1 <= k < dimension:
+        raise CurvatureError("K_INVALID", f"k is {k}; give 1 <= k < n = {dimension}")
+    max_products = spec.max_products or min(10 * dimension, 300 + k)
+    if max_products < 2 * k:
+        raise CurvatureError(
+            "MAX_PRODUCTS_INVALID",
+            f"max_products is {max_products}; {k} pairs take at least {2 * k}: as many to find "
+            "them and one each to certify them",
+        )
+    asked = spec.num_lanczos_vectors
+    if asked and not k < asked <= dimension:
+        raise CurvatureError(
+            "NUM_LANCZOS_VECTORS_INVALID",
+            f"num_lanczos_vectors is {asked}; give more than k = {k} and at most n = {dimension}",
+        )
+    wish = asked or min(max(2 * k + 16, 40), dimension, max(max_products - k, k + 1))
+    least = asked or min(k + 8, wish)
+    room = int(available_bytes * _USABLE) // vector_bytes - _WORKING_VECTORS - k - 1
+    if room < least:
+        needed = int((least + _WORKING_VECTORS + k + 1) * vector_bytes / _USABLE)
+        raise CurvatureError(
+            "INSUFFICIENT_CLUSTER_MEMORY",
+            f"a basis of {least} vectors needs {needed} bytes on a rank that has {available_bytes} "
+            "free; use more workers, float32, or fewer Lanczos vectors",
+            {"needed_bytes": str(needed), "available_bytes": str(available_bytes)},
+        )
+    return Plan(
+        k=k,
+        which=spec.which,
+        tol=spec.tol,
+        max_products=max_products,
+        num_vectors=min(wish, room),
+    )
