@@ -1,0 +1,232 @@
+"""Immutable files named by their SHA-256."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hvp_service.clock import now_us
+from hvp_service.database import Database, blobs, checkpoint_files, data_batches
+from hvp_service.errors import ServiceError, not_found
+from hvp_service.names import Name
+from hvp_service.paging import Pager, PageRequest
+from hvp_service.state_dir import StateDir, sync_folder
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digest:
+    """Identity of a byte string: lower-case hexadecimal SHA-256 and length in bytes."""
+
+    sha256: str
+    size_bytes: int
+
+    def check(self, field: str) -> None:
+        """Refuse what cannot be a digest.
+
+        Raises:
+            ServiceError: DIGEST_MALFORMED, SIZE_INVALID.
+        """
+        if not SHA256.fullmatch(self.sha256):
+            raise ServiceError(
+                "DIGEST_MALFORMED",
+                "A SHA-256 is 64 lower-case hexadecimal digits.",
+                field=f"{field}.sha256",
+            )
+        if self.size_bytes < 0:
+            raise ServiceError(
+                "SIZE_INVALID", "A size is 0 bytes or more.", field=f"{field}.size_bytes"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """A finished upload."""
+
+    project: str
+    digest: Digest
+    create_time: int  # microseconds
+
+    @property
+    def name(self) -> str:
+        """Resource name."""
+        return str(Name(self.project, "blobs", self.digest.sha256))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive bytes of a file."""
+
+    offset: int
+    data: bytes
+    crc32c: int  # of `data`
+
+
+async def read_range(path: Path, start: int, stop: int, piece_bytes: int) -> AsyncIterator[Piece]:
+    """Bytes `start` to `stop` of a file, read off the event loop."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(offset: int) -> Piece:
+        data = os.pread(descriptor, min(piece_bytes, stop - offset), offset)
+        if not data:
+            raise OSError(f"{path} ends at byte {offset}, before {stop}")
+        return Piece(offset, data, google_crc32c.value(data))
+
+    try:
+        while start < stop:
+            piece = await asyncio.to_thread(read, start)
+            yield piece
+            start += len(piece.data)
+    finally:
+        os.close(descriptor)
+
+
+class BlobStore:
+    """Rows and files of blobs. The file of a row is always complete."""
+
+    def __init__(self, database: Database, state_dir: StateDir, pager: Pager):
+        self._database = database
+        self._state_dir = state_dir
+        self._pager = pager
+
+    def path(self, digest: Digest) -> Path:
+        """Where a blob's bytes are."""
+        return self._state_dir.blob(digest.sha256)
+
+    async def find(self, project: str, sha256: str) -> Blob | None:
+        """The blob, or None."""
+        async with self._database.reading() as connection:
+            row = (
+                await connection.execute(
+                    sa.select(blobs).where(blobs.c.project == project, blobs.c.sha256 == sha256)
+                )
+            ).one_or_none()
+        if row is None:
+            return None
+        return Blob(
+            project=project,
+            digest=Digest(sha256=row.sha256, size_bytes=row.size_bytes),
+            create_time=row.create_time,
+        )
+
+    async def get(self, name: Name) -> Blob:
+        """The blob of a name.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+        blob = await self.find(name.project, name.id)
+        if blob is None:
+            raise not_found(str(name), "blob")
+        return blob
+
+    async def require(self, project: str, digest: Digest, field: str) -> Path:
+        """The file of an input.
+
+        Raises:
+            ServiceError: DIGEST_MALFORMED, SIZE_INVALID, INPUT_MISSING.
+        """
+        digest.check(field)
+        blob = await self.find(project, digest.sha256)
+        if blob is None or blob.digest != digest:
+            raise ServiceError(
+                "INPUT_MISSING",
+                f"The blob {digest.sha256} of {digest.size_bytes} bytes is not on the server; "
+                "upload it and call again.",
+                resource=str(Name(project, "blobs", digest.sha256)),
+                metadata={"sha256": digest.sha256},
+            )
+        return self.path(digest)
+
+    async def missing(self, project: str, digests: Sequence[Digest]) -> list[Digest]:
+        """Those that are not here, in the order given."""
+        for index, digest in enumerate(digests):
+            digest.check(f"digests[{index}]")
+        return [
+            digest
+            for digest in digests
+            if (blob := await self.find(project, digest.sha256)) is None or blob.digest != digest
+        ]
+
+    async def adopt(
+        self, connection: AsyncConnection, project: str, digest: Digest, file: Path
+    ) -> Blob:
+        """Make a verified, synced file a blob inside an open transaction; the file moves."""
+        target = self.path(digest)
+
+        def move() -> None:
+            if not target.parent.is_dir():
+                target.parent.mkdir(exist_ok=True)
+                sync_folder(target.parent.parent)
+            file.rename(target)  # the same bytes, should they be there already
+            sync_folder(target.parent)
+
+        await asyncio.to_thread(move)
+        create_time = now_us()
+        await connection.execute(
+            sa.insert(blobs)
+            .prefix_with("OR IGNORE")
+            .values(
+                project=project,
+                sha256=digest.sha256,
+                size_bytes=digest.size_bytes,
+                create_time=create_time,
+            )
+        )
+        return Blob(project=project, digest=digest, create_time=create_time)
+
+    async def list_page(self, project: str, page: PageRequest) -> tuple[list[Blob], str]:
+        """One page, oldest first, and the next page's token."""
+        async with self._database.reading() as connection:
+            rows, token = await self._pager.fetch(
+                connection,
+                blobs,
+                page,
+                scope=f"{project}/blobs",
+                where=[blobs.c.project == project],
+                id_column="sha256",
+            )
+        return [
+            Blob(
+                project=project,
+                digest=Digest(sha256=row.sha256, size_bytes=row.size_bytes),
+                create_time=row.create_time,
+            )
+            for row in rows
+        ], token
+
+    async def delete(self, name: Name) -> None:
+        """Delete a blob that nothing is made of.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
+        """
+        async with self._database.writing() as connection:
+            for table, column in (
+                (checkpoint_files, checkpoint_files.c.sha256),
+                (data_batches, data_batches.c.id),
+            ):
+                user = sa.select(table).where(table.c.project == name.project, column == name.id)
+                if (await connection.execute(user.limit(1))).first() is not None:
+                    raise ServiceError(
+                        "RESOURCE_IN_USE",
+                        "A checkpoint or a data batch is made of this blob; delete that first.",
+                        resource=str(name),
+                    )
+            deleted = await connection.execute(
+                sa.delete(blobs).where(blobs.c.project == name.project, blobs.c.sha256 == name.id)
+            )
+            if not deleted.rowcount:
+                raise not_found(str(name), "blob")
+            others = sa.select(blobs).where(blobs.c.sha256 == name.id)
+            if (await connection.execute(others.limit(1))).first() is None:
+                self._state_dir.blob(name.id).unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Settings of a server: arguments first, then HVP_* variables of the environment."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1 << 20
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[HOST]:PORT`.
+
+    Raises:
+        ValueError: Not of that form.
+    """
+    host, separator, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"write an IPv6 host in brackets: got {address!r}")
+    if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"an address is HOST:PORT with a port of 0 to 65535: got {address!r}")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class ServerConfig(BaseSettings):
+    """Everything that a server can be told.
+
+    Attributes:
+        address: HOST:PORT to listen on; port 0 takes a free one.
+        state_dir: Where uploads, rows and vectors are kept; one server at a time.
+        workers: Ranks of the worker group.
+        device: Where the ranks compute.
+        backend: `ray` for one process per rank, `inprocess` for one rank in this process.
+        grace_s: Time that running calls have to end after SIGTERM.
+        max_chunk_bytes: Largest chunk in an upload; near 1 MiB Python's gRPC is fastest.
+        max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
+        commit_interval_bytes: An upload loses at most this much to a crash.
+        upload_ttl_s: An upload that has not ended after this time is dropped at the next start.
+        request_id_ttl_s: How long a request id is remembered.
+        max_queued_jobs: CreateJob is refused beyond this.
+        max_attempts: Runs of a job that loses its server or ranks.
+        lease_s: A running job whose lease is older may be claimed again.
+        heartbeat_s: Interval between heartbeats of a watch stream.
+        progress_interval_s: Progress is stored at most this often within a stage.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="HVP_", extra="forbid", frozen=True)
+
+    address: str = "127.0.0.1:50051"
+    state_dir: Path = Path("hvp-state")
+    workers: int = Field(default=2, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    backend: Literal["ray", "inprocess"] = "ray"
+    grace_s: float = Field(default=10.0, ge=0)
+    max_chunk_bytes: int = Field(default=MEBIBYTE, ge=1, le=3 * MEBIBYTE)
+    max_message_bytes: int = Field(default=4 * MEBIBYTE, ge=MEBIBYTE)
+    commit_interval_bytes: int = Field(default=16 * MEBIBYTE, ge=1)
+    upload_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
+    request_id_ttl_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
+    max_queued_jobs: int = Field(default=1000, ge=1)
+    max_attempts: int = Field(default=3, ge=1)
+    lease_s: float = Field(default=60.0, gt=0)
+    heartbeat_s: float = Field(default=15.0, gt=0)
+    progress_interval_s: float = Field(default=0.2, ge=0)
+
+    @field_validator("address")
+    @classmethod
+    def _loopback_only(cls, address: str) -> str:
+        host, _ = split_address(address)
+        if not is_loopback(host):
+            raise ValueError(
+                f"refusing to listen on {host!r}: there is no TLS and there are no keys yet, so "
+                "anyone who reaches the port could read models and run jobs. Listen on 127.0.0.1 "
+                "and reach it through an SSH tunnel"
+            )
+        return address

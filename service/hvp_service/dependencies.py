@@ -1,0 +1,110 @@
+"""What handlers work with, made once when the server starts."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from hvp_workers.backend import Backend
+
+from hvp_service.batch_store import BatchStore
+from hvp_service.blob_store import BlobStore
+from hvp_service.checkpoint_store import CheckpointStore
+from hvp_service.clock import SECOND, now_us
+from hvp_service.config import ServerConfig
+from hvp_service.database import Database, open_database
+from hvp_service.dispatcher import Dispatcher
+from hvp_service.drain import Drain
+from hvp_service.group_supervisor import GroupSupervisor
+from hvp_service.job_store import JobStore
+from hvp_service.operator_resolver import OperatorResolver
+from hvp_service.paging import Pager
+from hvp_service.request_log import RequestLog
+from hvp_service.sqlite_job_store import SqliteJobStore
+from hvp_service.state_dir import StateDir
+from hvp_service.upload_store import UploadStore
+from hvp_service.vector_store import VectorStore
+
+# Rows of lost products are kept this long, so that their callers learn what became of them.
+LOST_PRODUCT_S = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dependencies:
+    """Everything a handler may use."""
+
+    config: ServerConfig
+    state_dir: StateDir
+    database: Database
+    request_log: RequestLog
+    blobs: BlobStore
+    uploads: UploadStore
+    checkpoints: CheckpointStore
+    batches: BatchStore
+    vectors: VectorStore
+    operators: OperatorResolver
+    jobs: JobStore
+    dispatcher: Dispatcher
+    group: GroupSupervisor
+    drain: Drain
+    version: str
+    start_time: int  # microseconds
+
+    async def close(self) -> None:
+        """End the dispatcher, the ranks and the database, in this order."""
+        self.drain.begin()
+        await self.dispatcher.stop(self.config.grace_s)
+        await self.group.close()
+        await self.database.close()
+
+
+async def open_dependencies(
+    config: ServerConfig, state_dir: StateDir, backend: Backend
+) -> Dependencies:
+    """Open the state, settle what an earlier server left, and start the ranks.
+
+    Raises:
+        SchemaVersionError: The state directory is another version's.
+        BackendError: The ranks do not start.
+    """
+    database = await open_database(state_dir.database)
+    try:
+        pager = Pager(database.page_token_key)
+        group = GroupSupervisor(backend)
+        blobs = BlobStore(database, state_dir, pager)
+        uploads = UploadStore(database, state_dir, blobs, config)
+        checkpoints = CheckpointStore(database, state_dir, blobs, pager, group)
+        batches = BatchStore(database, blobs, pager)
+        vectors = VectorStore(database, state_dir, pager, group)
+        operators = OperatorResolver(checkpoints, batches, state_dir)
+        jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
+        request_log = RequestLog(database)
+        await uploads.expire()
+        await vectors.forget_products(now_us() - LOST_PRODUCT_S * SECOND)
+        await request_log.forget(now_us() - int(config.request_id_ttl_s * SECOND))
+        await group.start()
+        await jobs.recover()
+        dispatcher = Dispatcher(config, jobs, group, operators, vectors)
+        dispatcher.start()
+    except BaseException:
+        await database.close()
+        raise
+    return Dependencies(
+        config=config,
+        state_dir=state_dir,
+        database=database,
+        request_log=request_log,
+        blobs=blobs,
+        uploads=uploads,
+        checkpoints=checkpoints,
+        batches=batches,
+        vectors=vectors,
+        operators=operators,
+        jobs=jobs,
+        dispatcher=dispatcher,
+        group=group,
+        drain=Drain(),
+        version=version("hvp"),
+        start_time=now_us(),
+    )

@@ -1,0 +1,1 @@
+"""What each method does: plain async functions that know nothing of gRPC."""

@@ -1,0 +1,38 @@
+"""Checkpoints and data batches: what depends on more than their own rows."""
+
+from __future__ import annotations
+
+from hvp_service.checkpoint_store import require_unused
+from hvp_service.dependencies import Dependencies
+from hvp_service.errors import ServiceError
+from hvp_service.names import Name
+
+
+async def delete_checkpoint(deps: Dependencies, name: Name) -> None:
+    """Delete a checkpoint and the vectors of its space.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
+    """
+    await deps.checkpoints.get(name)
+    unfinished = await deps.jobs.unfinished(name.project)
+    require_unused(name, any(job.spec.operator.checkpoint == str(name) for job in unfinished))
+    await deps.checkpoints.delete(name)
+    await deps.vectors.delete_of_checkpoint(name)
+
+
+async def delete_batch(deps: Dependencies, name: Name) -> None:
+    """Delete a data batch.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
+    """
+    await deps.batches.get(name)
+    for job in await deps.jobs.unfinished(name.project):
+        if job.spec.operator.data_batch == str(name):
+            raise ServiceError(
+                "RESOURCE_IN_USE",
+                f"{job.name}, which has not ended, uses {name}; cancel it first.",
+                resource=str(name),
+            )
+    await deps.batches.delete(name)

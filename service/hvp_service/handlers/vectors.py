@@ -1,0 +1,336 @@
+"""Making, reducing and reading vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvp_workers.backend import Backend, BackendError, Combination, Distribution
+
+from hvp_service.blob_store import Digest, Piece, read_range
+from hvp_service.dependencies import Dependencies
+from hvp_service.errors import ServiceError, not_found
+from hvp_service.handlers.blobs import resolve_range
+from hvp_service.names import Name, parse
+from hvp_service.operator_resolver import check_dtype
+from hvp_service.upload_file import UploadFile, disk_full
+from hvp_service.vector_store import ITEM_BYTES, Recipe, Vector
+
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "DISTRIBUTION_RADEMACHER": "rademacher",
+    "DISTRIBUTION_GAUSSIAN": "gaussian",
+    "DISTRIBUTION_SPHERE": "sphere",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededSource:
+    """Expanded on the ranks."""
+
+    seed: int
+    distribution: str  # the enum value's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinationSource:
+    """Sum of coefficient times vector name."""
+
+    terms: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class ZerosSource:
+    """The zero vector."""
+
+
+@dataclass(frozen=True)
+class ParametersSource:
+    """θ."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Elements that have come with the call; the file is linked, not moved."""
+
+    path: Path
+    sha256: str
+
+
+VectorSource = (
+    SeededSource | Digest | CombinationSource | ZerosSource | ParametersSource | FileSource | None
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorPiece:
+    """One message of a vector that is written."""
+
+    element_offset: int
+    data: bytes
+    crc32c: int
+
+
+async def create(
+    deps: Dependencies, project: str, checkpoint: str, dtype: str, source: VectorSource
+) -> Vector:
+    """Make a vector on the ranks.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
+            DISTRIBUTION_UNSPECIFIED, SHAPE_MISMATCH, NON_FINITE, VECTOR_SPACE_MISMATCH,
+            INPUT_MISSING.
+        BackendError: VECTOR_MEMORY.
+    """
+    name = _checkpoint_name(project, checkpoint)
+    found = await deps.checkpoints.get(name)
+    space_dtype = check_dtype(dtype)
+    num_elements = found.description.num_parameters
+
+    def new(recipe: Recipe | None) -> Vector:
+        return deps.vectors.new(name, space_dtype, num_elements, recipe)
+
+    match source:
+        case None:
+            raise ServiceError("SOURCE_MISSING", "Say what the vector is made of.", field="source")
+        case SeededSource(seed=seed, distribution=distribution):
+            if distribution not in DISTRIBUTIONS:
+                raise ServiceError(
+                    "DISTRIBUTION_UNSPECIFIED",
+                    f"Say which distribution: {', '.join(DISTRIBUTIONS)}.",
+                    field="source.seeded.distribution",
+                )
+            recipe = {"kind": "seeded", "seed": seed, "distribution": DISTRIBUTIONS[distribution]}
+            return await _make_durable(deps, new(recipe))
+        case ZerosSource():
+            return await _make_durable(deps, new({"kind": "zeros"}))
+        case ParametersSource():
+            return await _make_durable(deps, new({"kind": "parameters"}))
+        case Digest():
+            path = await deps.blobs.require(project, source, "source.blob")
+            return await _from_file(deps, new({"kind": "file"}), path, "source.blob")
+        case FileSource(path=path):
+            return await _from_file(deps, new({"kind": "file"}), path, "data")
+        case CombinationSource(terms=terms):
+            return await _combine(deps, new(None), terms)
+
+
+async def write(
+    deps: Dependencies,
+    project: str,
+    checkpoint: str,
+    dtype: str,
+    request_id: str,
+    pieces: AsyncIterator[VectorPiece],
+) -> Vector:
+    """Make a vector from elements that come in one stream.
+
+    Raises:
+        ServiceError: As `create` and `receive`, REQUEST_ID_REUSED.
+    """
+    source = await receive(deps, project, checkpoint, dtype, pieces)
+
+    async def respond() -> bytes:
+        return str((await create(deps, project, checkpoint, dtype, source)).name).encode()
+
+    try:
+        # The elements' digest stands for them: a stream cannot be kept to be compared.
+        name = await deps.request_log.once(
+            (project, "WriteVector", request_id),
+            f"{checkpoint}\0{dtype}\0{source.sha256}".encode(),
+            respond,
+        )
+    finally:
+        source.path.unlink(missing_ok=True)
+    return await deps.vectors.get(parse(name.decode(), "vectors"))
+
+
+async def receive(
+    deps: Dependencies,
+    project: str,
+    checkpoint: str,
+    dtype: str,
+    pieces: AsyncIterator[VectorPiece],
+) -> FileSource:
+    """Take the elements of a vector that come in one stream into a temporary file.
+
+    The caller unlinks the file.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SHAPE_MISMATCH,
+            CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL.
+    """
+    found = await deps.checkpoints.get(_checkpoint_name(project, checkpoint))
+    item = ITEM_BYTES[check_dtype(dtype)]
+    expected = found.description.num_parameters * item
+    free = shutil.disk_usage(deps.state_dir.root).free
+    if expected > free:
+        raise disk_full(expected - free)
+    path = deps.state_dir.temporary(f"{uuid.uuid4().hex}.write")
+    file = await asyncio.to_thread(UploadFile, path, 0, None)
+    try:
+        async for piece in pieces:
+            if len(piece.data) > deps.config.max_chunk_bytes:
+                raise ServiceError(
+                    "CHUNK_TOO_LARGE",
+                    f"A chunk holds at most {deps.config.max_chunk_bytes} bytes.",
+                    field="data",
+                )
+            if piece.element_offset * item != file.position:
+                raise ServiceError(
+                    "WRITE_OFFSET_GAP",
+                    f"A chunk for element {piece.element_offset} came where "
+                    f"{file.position // item} was due; send the vector again.",
+                )
+            if file.position + len(piece.data) > expected:
+                raise _wrong_size(expected, file.position + len(piece.data), "data")
+            await asyncio.to_thread(file.append, piece.data, piece.crc32c, 0)
+        await asyncio.to_thread(file.sync)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        file.close()
+    return FileSource(path, file.sha256())
+
+
+async def _make_durable(deps: Dependencies, vector: Vector) -> Vector:
+    async def work(backend: Backend) -> None:
+        assert vector.recipe is not None
+        await backend.create_vector(
+            vector.name.id, deps.vectors.space(vector), deps.vectors.source(vector, vector.recipe)
+        )
+
+    return (await deps.vectors.make([vector], work))[0]
+
+
+async def _from_file(deps: Dependencies, vector: Vector, path: Path, field: str) -> Vector:
+    expected = vector.num_elements * ITEM_BYTES[vector.dtype]
+    size = (await asyncio.to_thread(path.stat)).st_size
+    if size != expected:
+        raise _wrong_size(expected, size, field)
+    await asyncio.to_thread(deps.vectors.adopt_file, vector, path)
+    try:
+        return await _make_durable(deps, vector)
+    except BackendError as error:
+        if error.reason == "NON_FINITE":  # here the field of a request, elsewhere the model
+            raise ServiceError(
+                "NON_FINITE", error.message, field=field, metadata=error.metadata
+            ) from error
+        raise
+
+
+async def _combine(
+    deps: Dependencies, vector: Vector, terms: Sequence[tuple[float, str]]
+) -> Vector:
+    if not terms:
+        raise ServiceError(
+            "SOURCE_MISSING", "A combination has one or more terms.", field="source.combination"
+        )
+    inputs = [await deps.vectors.get(parse(name, "vectors")) for _, name in terms]
+    for index, ((coefficient, _), term) in enumerate(zip(terms, inputs, strict=True)):
+        if not math.isfinite(coefficient):
+            raise ServiceError(
+                "NON_FINITE",
+                "A coefficient is not finite.",
+                field=f"source.combination.terms[{index}].coefficient",
+                metadata={"index": str(index)},
+            )
+        _check_same_space(vector, term, f"source.combination.terms[{index}].vector")
+
+    async def work(backend: Backend) -> None:
+        await deps.vectors.ensure_resident(backend, inputs)
+        await backend.create_vector(
+            vector.name.id,
+            deps.vectors.space(vector),
+            Combination(
+                tuple(
+                    (coefficient, term.name.id)
+                    for (coefficient, _), term in zip(terms, inputs, strict=True)
+                )
+            ),
+        )
+
+    return (await deps.vectors.make([vector], work))[0]
+
+
+async def inner_products(deps: Dependencies, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """u·v for each pair of names, taken on the ranks.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, VECTOR_SPACE_MISMATCH, INPUT_MISSING.
+    """
+    found = {
+        name: await deps.vectors.get(parse(name, "vectors"))
+        for name in dict.fromkeys(name for pair in pairs for name in pair)
+    }
+    for index, (left, right) in enumerate(pairs):
+        _check_same_space(found[left], found[right], f"inner_products[{index}]")
+
+    async def work(backend: Backend) -> list[float]:
+        await deps.vectors.ensure_resident(backend, list(found.values()))
+        return await backend.inner_products(
+            [(found[left].name.id, found[right].name.id) for left, right in pairs]
+        )
+
+    return await deps.group.call(work) if pairs else []
+
+
+async def read(deps: Dependencies, name: Name, offset: int, limit: int) -> AsyncIterator[Piece]:
+    """Stream a range of elements; the pieces' offsets are in elements.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, READ_RANGE_INVALID, INPUT_MISSING.
+    """
+    vector = await deps.vectors.get(name)
+    start, stop = resolve_range(offset, limit, vector.num_elements)
+    item = ITEM_BYTES[vector.dtype]
+    piece_bytes = deps.config.max_chunk_bytes // item * item
+    kept = deps.vectors.file(vector)
+    path = kept if kept.exists() else deps.state_dir.temporary(f"{uuid.uuid4().hex}.read")
+
+    async def save(backend: Backend) -> None:
+        await deps.vectors.ensure_resident(backend, [vector])
+        await backend.save_vector(vector.name.id, path)
+
+    async def unlink() -> None:
+        path.unlink(missing_ok=True)
+
+    try:
+        if path != kept:
+            await deps.group.call(save, undo=unlink)
+        async for piece in read_range(path, start * item, stop * item, piece_bytes):
+            yield Piece(piece.offset // item, piece.data, piece.crc32c)
+    finally:
+        if path != kept:
+            await unlink()
+
+
+def _checkpoint_name(project: str, checkpoint: str) -> Name:
+    name = parse(checkpoint, "checkpoints")
+    if name.project != project:
+        raise not_found(checkpoint, "checkpoint")
+    return name
+
+
+def _wrong_size(expected: int, size: int, field: str) -> ServiceError:
+    return ServiceError(
+        "SHAPE_MISMATCH",
+        f"A vector of this checkpoint and dtype has {expected} bytes; {size} came.",
+        field=field,
+        metadata={"expected_bytes": str(expected), "bytes": str(size)},
+    )
+
+
+def _check_same_space(one: Vector, other: Vector, field: str) -> None:
+    if (one.checkpoint, one.dtype) != (other.checkpoint, other.dtype):
+        raise ServiceError(
+            "VECTOR_SPACE_MISMATCH",
+            f"{other.name} is a {other.dtype} vector of {other.checkpoint}; expected was "
+            f"{one.dtype} of {one.checkpoint}.",
+            field=field,
+        )

@@ -1,0 +1,77 @@
+"""An interceptor as a context manager around each call, whatever its shape."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+Handler = grpc.RpcMethodHandler[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
+
+SERVED_PREFIX = "/hvp.v1."  # health and reflection answer as their libraries wrote them
+
+
+class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-arg]
+    """Enters `around` before a method's first step and leaves it after its last."""
+
+    @abstractmethod
+    def around(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AbstractAsyncContextManager[None]:
+        """What to do before and after one call.
+
+        Args:
+            method: `/package.Service/Method`.
+            context: Of the call.
+        """
+
+    async def intercept_service(
+        self,
+        continuation: Continuation,
+        details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wrap the method's handler; called by gRPC."""
+        handler = await continuation(details)
+        method = details.method
+        if handler is None or not method.startswith(SERVED_PREFIX):
+            return handler
+        make, behaviour = shape_of(handler)
+        wrapped: Any
+        if handler.response_streaming:
+
+            async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+                async with self.around(method, context):
+                    async for response in behaviour(request, context):
+                        yield response
+
+            wrapped = streaming
+        else:
+
+            async def single(request: Any, context: Any) -> Any:
+                async with self.around(method, context):
+                    return await behaviour(request, context)
+
+            wrapped = single
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def shape_of(handler: Any) -> tuple[Callable[..., Handler], Callable[..., Any]]:
+    """The constructor and the function of a handler."""
+    match bool(handler.request_streaming), bool(handler.response_streaming):
+        case False, False:
+            return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+        case False, True:
+            return grpc.unary_stream_rpc_method_handler, handler.unary_stream
+        case True, False:
+            return grpc.stream_unary_rpc_method_handler, handler.stream_unary
+        case _:
+            return grpc.stream_stream_rpc_method_handler, handler.stream_stream

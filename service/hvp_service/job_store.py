@@ -1,0 +1,224 @@
+"""Jobs as rows: the states they pass through, and the contract of whatever stores them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hvp_workers.backend import EigshProgress, EigshResult, Which
+
+from hvp_service.names import Name
+from hvp_service.operator_resolver import OperatorRef
+from hvp_service.paging import PageRequest
+
+JobState = Literal["QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
+FINAL_STATES: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+HELD_STATES: frozenset[JobState] = frozenset({"RUNNING", "CANCELLING"})
+
+
+class StaleLeaseError(Exception):
+    """The job is no longer this attempt's: it was claimed again, or has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshJob:
+    """k extremal eigenpairs; the proto's EigshSpec."""
+
+    operator: OperatorRef
+    k: int
+    which: Which
+    tol: float
+    max_products: int
+    seed: int
+    num_lanczos_vectors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobError:
+    """Why a job failed, as a call would have said it."""
+
+    code: int  # google.rpc.Code
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What a job found."""
+
+    eigsh: EigshResult
+    eigenvectors: tuple[str, ...]  # names
+    num_elements: int
+    eigenvector_time: int  # microseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job as its row has it."""
+
+    name: Name
+    spec: EigshJob
+    labels: Mapping[str, str]
+    state: JobState = "QUEUED"
+    attempt: int = 0
+    max_attempts: int
+    progress: EigshProgress | None = None
+    result: JobResult | None = None
+    error: JobError | None = None
+    last_sequence: int = 0
+    create_time: int  # microseconds, as the others
+    start_time: int | None = None
+    end_time: int | None = None
+
+    @property
+    def lease(self) -> Lease:
+        """The right to write to this attempt."""
+        return Lease(self.name, self.attempt)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One attempt of one job: every write of a runner carries it."""
+
+    name: Name
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """A job has come to a state."""
+
+    state: JobState
+    attempt: int
+    error: JobError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent:
+    """Something that happened to a job."""
+
+    sequence: int  # dense from 1
+    time: int  # microseconds
+    body: StateChange | EigshProgress
+
+
+class JobStore(ABC):
+    """Rows of jobs and of their events.
+
+    Laws:
+        Every change of state is an event, and events are numbered densely from 1.
+        A final state never changes.
+        Of the attempts of a job only the newest can write; others raise StaleLeaseError.
+        What a method has returned survives a crash.
+    """
+
+    @abstractmethod
+    async def create(self, job: Job, max_queued: int) -> Job:
+        """Queue a job; when one of that name is there, answer it as it is.
+
+        Raises:
+            ServiceError: QUEUE_FULL.
+        """
+
+    @abstractmethod
+    async def get(self, name: Name) -> Job:
+        """The job.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+    @abstractmethod
+    async def list_page(
+        self, project: str, states: Sequence[JobState], page: PageRequest
+    ) -> tuple[list[Job], str]:
+        """One page, newest first, and the next page's token; no states means all."""
+
+    @abstractmethod
+    async def delete(self, name: Name) -> None:
+        """Forget an ended job and its events.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, JOB_NOT_ENDED.
+        """
+
+    @abstractmethod
+    async def unfinished(self, project: str) -> list[Job]:
+        """Jobs of a project that have not ended."""
+
+    @abstractmethod
+    async def claim(self) -> Job | None:
+        """Begin the next attempt of the oldest queued job, or None.
+
+        A running job whose lease has run out counts as queued.
+        """
+
+    @abstractmethod
+    async def renew(self, lease: Lease) -> None:
+        """Hold an attempt for another lease's time.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def report(self, lease: Lease, progress: EigshProgress) -> None:
+        """Store where an attempt stands, as an event and as the job's progress.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def finish(self, lease: Lease, end: JobResult | JobError | None) -> Job:
+        """End a job: a result SUCCEEDED, an error FAILED, None CANCELLED.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def give_back(self, lease: Lease) -> Job:
+        """Queue an attempt's job again at its old place; one being cancelled is CANCELLED.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def cancel(self, name: Name) -> Job:
+        """Ask a job to stop: QUEUED is CANCELLED, RUNNING is CANCELLING, others stay.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+    @abstractmethod
+    async def recover(self) -> list[Job]:
+        """Settle what servers that are gone were running; called once, at start.
+
+        RUNNING becomes QUEUED, or FAILED with ATTEMPTS_EXHAUSTED; CANCELLING becomes CANCELLED.
+        """
+
+    @abstractmethod
+    async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
+        """Events behind a sequence number, waiting for the first; [] when the time is up.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+
+def attempts_exhausted(job: Job, cause: str) -> JobError:
+    """The end of a job that has lost its server or ranks too often."""
+    from hvp_service.errors import code_of
+
+    return JobError(
+        code=code_of("ATTEMPTS_EXHAUSTED"),
+        reason="ATTEMPTS_EXHAUSTED",
+        message=f"All {job.max_attempts} attempts were lost; the last one: {cause}",
+        metadata={"attempts": str(job.attempt)},
+    )

@@ -1,0 +1,142 @@
+"""From the names in an operator to the paths that the workers read, with every check between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvp_workers.backend import Dtype, Operator, Space
+
+from hvp_service.batch_store import BatchStore, DataBatch
+from hvp_service.checkpoint_store import Checkpoint, CheckpointStore
+from hvp_service.errors import ServiceError, not_found
+from hvp_service.names import parse
+from hvp_service.state_dir import StateDir
+
+DTYPES: tuple[Dtype, ...] = ("float32", "float64")
+SERVED_KINDS = ("KIND_HESSIAN",)
+DEFAULT_DTYPE: Dtype = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorRef:
+    """An operator as a caller names it; the proto's OperatorSpec."""
+
+    checkpoint: str
+    data_batch: str
+    kind: str  # the enum value's name
+    dtype: str = ""
+    micro_batch_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOperator:
+    """An operator whose names exist and whose data fit the model."""
+
+    checkpoint: Checkpoint
+    batch: DataBatch
+    operator: Operator
+
+    @property
+    def num_parameters(self) -> int:
+        """The operator is n by n."""
+        return self.checkpoint.description.num_parameters
+
+
+def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
+    """A served dtype; "" is the default.
+
+    Raises:
+        ServiceError: DTYPE_UNSUPPORTED.
+    """
+    if not dtype:
+        return DEFAULT_DTYPE
+    if dtype not in DTYPES:
+        raise ServiceError(
+            "DTYPE_UNSUPPORTED",
+            f"The dtype {dtype[:40]!r} is not served; {' and '.join(DTYPES)} are.",
+            field=field,
+        )
+    return dtype
+
+
+class OperatorResolver:
+    """Looks operators up."""
+
+    def __init__(self, checkpoints: CheckpointStore, batches: BatchStore, state_dir: StateDir):
+        self._checkpoints = checkpoints
+        self._batches = batches
+        self._state_dir = state_dir
+
+    async def resolve(self, ref: OperatorRef, field: str = "operator") -> ResolvedOperator:
+        """Check an operator; nothing is computed.
+
+        Args:
+            ref: What the caller asks.
+            field: Path of the operator in the request, for errors.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
+                DTYPE_UNSUPPORTED, MICRO_BATCH_INVALID, TOKEN_ID_OUT_OF_RANGE, SEQUENCE_TOO_LONG.
+        """
+        if ref.kind == "KIND_UNSPECIFIED":
+            raise ServiceError(
+                "KIND_UNSPECIFIED", "Say which operator: KIND_HESSIAN.", field=f"{field}.kind"
+            )
+        if ref.kind not in SERVED_KINDS:
+            raise ServiceError(
+                "KIND_UNSUPPORTED",
+                f"{ref.kind} is not served yet; {', '.join(SERVED_KINDS)} is.",
+                field=f"{field}.kind",
+            )
+        dtype = check_dtype(ref.dtype, f"{field}.dtype")
+        if ref.micro_batch_size < 0:
+            raise ServiceError(
+                "MICRO_BATCH_INVALID",
+                "A micro-batch has at least one sequence; 0 lets the server choose.",
+                field=f"{field}.micro_batch_size",
+            )
+        checkpoint_name = parse(ref.checkpoint, "checkpoints")
+        batch_name = parse(ref.data_batch, "dataBatches")
+        if batch_name.project != checkpoint_name.project:
+            raise not_found(ref.data_batch, "data batch")
+        checkpoint = await self._checkpoints.get(checkpoint_name)
+        batch = await self._batches.get(batch_name)
+        self._check_fit(checkpoint, batch, field)
+        return ResolvedOperator(
+            checkpoint=checkpoint,
+            batch=batch,
+            operator=Operator(
+                space=Space(
+                    checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id), dtype=dtype
+                ),
+                batch_path=self._batches.path(batch),
+                micro_batch_size=ref.micro_batch_size,
+            ),
+        )
+
+    @staticmethod
+    def _check_fit(checkpoint: Checkpoint, batch: DataBatch, field: str) -> None:
+        description, statistics = checkpoint.description, batch.statistics
+        if statistics.max_token_id >= description.vocab_size:
+            raise ServiceError(
+                "TOKEN_ID_OUT_OF_RANGE",
+                f"The batch holds the id {statistics.max_token_id}; the model's ids are below "
+                f"{description.vocab_size}.",
+                field=f"{field}.data_batch",
+                metadata={
+                    "max_token_id": str(statistics.max_token_id),
+                    "vocab_size": str(description.vocab_size),
+                },
+            )
+        longest = description.max_positions
+        if longest is not None and statistics.sequence_length > longest:
+            raise ServiceError(
+                "SEQUENCE_TOO_LONG",
+                f"The batch's sequences have {statistics.sequence_length} tokens; the model has "
+                f"{longest} positions.",
+                field=f"{field}.data_batch",
+                metadata={
+                    "sequence_length": str(statistics.sequence_length),
+                    "max_positions": str(longest),
+                },
+            )

@@ -1,0 +1,125 @@
+"""The server process: what starts in which order, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import structlog
+from hvp_workers.backend import BackendError, open_backend
+from pydantic import ValidationError
+
+from hvp_service.config import ServerConfig
+from hvp_service.database import SchemaVersionError
+from hvp_service.dependencies import open_dependencies
+from hvp_service.state_dir import StateDirectoryBusyError, sole_use
+
+log = structlog.get_logger()
+
+
+async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> None:
+    """Serve until SIGTERM, SIGINT or `stop`; then drain.
+
+    The ranks start before the first gRPC object exists: starting them forks, and a fork with
+    gRPC's threads alive can hang.
+
+    Raises:
+        StateDirectoryBusyError: Another server uses the state directory.
+        SchemaVersionError: The state directory is another version's.
+        BackendError: The ranks do not start.
+        OSError: The address cannot be had.
+    """
+    stop = stop or asyncio.Event()
+    with sole_use(config.state_dir) as state_dir:
+        backend = open_backend(
+            kind=config.backend,
+            num_workers=config.workers,
+            device=config.device,
+            run_dir=state_dir.run,
+        )
+        deps = await open_dependencies(config, state_dir, backend)
+        try:
+            from hvp_service.transport import start_transport
+
+            _stop_on_signals(stop)
+            transport = await start_transport(deps)
+            print(f"serving on {transport.address}", flush=True)
+            log.info("serving", address=transport.address, state_dir=str(state_dir.root))
+            await stop.wait()
+            log.info("draining", grace_s=config.grace_s)
+            deps.drain.begin()
+            # The running job needs its product's end, calls need theirs: both within one grace.
+            await asyncio.gather(
+                transport.stop(config.grace_s), deps.dispatcher.stop(config.grace_s)
+            )
+        finally:
+            await deps.close()
+    log.info("stopped")
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+
+
+def configure_logs() -> None:
+    """Structured lines on stderr: for people on a terminal, JSON elsewhere."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer()
+            if sys.stderr.isatty()
+            else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _parse(argv: Sequence[str]) -> ServerConfig:
+    parser = argparse.ArgumentParser(
+        prog="hvp serve",
+        description="Serve curvature products over gRPC.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--address", help="HOST:PORT on the loopback; port 0 takes a free one")
+    parser.add_argument("--state-dir", help="where uploads, jobs and vectors are kept")
+    parser.add_argument("--workers", type=int, help="ranks of the worker group")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--backend", choices=["ray", "inprocess"])
+    parser.add_argument("--grace-s", type=float, help="time for running calls after SIGTERM")
+    return ServerConfig(**vars(parser.parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a server in the main thread; returns the exit status."""
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before the first import of grpc
+    configure_logs()
+    try:
+        config = _parse(sys.argv[1:] if argv is None else argv)
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            print(f"error: {where}: {problem['msg']}", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(serve(config))
+    except (StateDirectoryBusyError, SchemaVersionError, BackendError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

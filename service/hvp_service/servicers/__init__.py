@@ -1,0 +1,1 @@
+"""gRPC services: messages to values, a handler, and back; nothing is decided here."""

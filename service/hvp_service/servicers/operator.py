@@ -1,0 +1,66 @@
+"""hvp.v1.OperatorService."""
+
+# ruff: noqa: N802, D102  (gRPC gives the methods their names, the protos their description)
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from hvp_protos.v1 import operator_pb2 as pb
+from hvp_protos.v1 import operator_pb2_grpc
+
+from hvp_service.dependencies import Dependencies
+from hvp_service.errors import not_served
+from hvp_service.handlers import operators
+from hvp_service.servicers import messages
+
+
+class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
+    """Losses, gradients and products."""
+
+    def __init__(self, deps: Dependencies):
+        self._deps = deps
+
+    async def DescribeOperator(
+        self, request: pb.DescribeOperatorRequest, context: Any
+    ) -> pb.DescribeOperatorResponse:
+        ref = messages.operator_value(request.operator)
+        resolved, info = await operators.describe(self._deps, ref)
+        filled = replace(
+            ref, dtype=resolved.operator.space.dtype, micro_batch_size=info.micro_batch_size
+        )
+        return pb.DescribeOperatorResponse(
+            operator=messages.operator_message(filled), num_parameters=info.num_parameters
+        )
+
+    async def EvaluateLoss(
+        self, request: pb.EvaluateLossRequest, context: Any
+    ) -> pb.EvaluateLossResponse:
+        loss = await operators.evaluate_loss(self._deps, messages.operator_value(request.operator))
+        return pb.EvaluateLossResponse(loss=loss.value, num_targets=loss.num_targets)
+
+    async def ComputeGradient(
+        self, request: pb.ComputeGradientRequest, context: Any
+    ) -> pb.ComputeGradientResponse:
+        gradient = await operators.compute_gradient(
+            self._deps, messages.operator_value(request.operator)
+        )
+        return pb.ComputeGradientResponse(gradient=messages.vector_message(gradient))
+
+    async def ApplyOperator(
+        self, request: pb.ApplyOperatorRequest, context: Any
+    ) -> pb.ApplyOperatorResponse:
+        products = await operators.apply(
+            self._deps, messages.operator_value(request.operator), request.vectors
+        )
+        return pb.ApplyOperatorResponse(
+            products=[messages.vector_message(product) for product in products]
+        )
+
+    async def ApplyOperatorStream(
+        self, request_iterator: AsyncIterator[pb.ApplyOperatorStreamRequest], context: Any
+    ) -> AsyncIterator[pb.ApplyOperatorStreamResponse]:
+        raise not_served("ApplyOperatorStream", "call ApplyOperator for each vector")
+        yield  # gRPC wants an async generator

@@ -1,0 +1,372 @@
+"""The job store on SQLite."""
+
+# ruff: noqa: D102  (JobStore describes the methods)
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from hvp_workers.backend import EigshProgress
+from pydantic import TypeAdapter
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hvp_service.clock import SECOND, now_us
+from hvp_service.database import Database, job_events, jobs
+from hvp_service.errors import ServiceError, not_found
+from hvp_service.job_store import (
+    FINAL_STATES,
+    HELD_STATES,
+    EigshJob,
+    Job,
+    JobError,
+    JobEvent,
+    JobResult,
+    JobState,
+    JobStore,
+    Lease,
+    StaleLeaseError,
+    StateChange,
+    attempts_exhausted,
+)
+from hvp_service.names import Name
+from hvp_service.paging import Pager, PageRequest
+
+_SPEC = TypeAdapter(EigshJob)
+_PROGRESS = TypeAdapter(EigshProgress)
+_RESULT = TypeAdapter(JobResult)
+_ERROR = TypeAdapter(JobError)
+_STATE_CHANGE = TypeAdapter(StateChange)
+
+
+class SqliteJobStore(JobStore):
+    """Jobs in the tables `jobs` and `job_events`; the last of two claims finds the row taken.
+
+    Args:
+        database: Where the rows are.
+        pager: Makes page tokens.
+        owner: Unlike any other server's, now or before.
+        lease_s: How long a claim holds without renewal.
+    """
+
+    def __init__(self, database: Database, pager: Pager, *, owner: str, lease_s: float):
+        self._database = database
+        self._pager = pager
+        self._owner = owner
+        self._lease_us = int(lease_s * SECOND)
+        self._changes: dict[Name, asyncio.Event] = {}
+
+    async def create(self, job: Job, max_queued: int) -> Job:
+        async with self._database.writing() as connection:
+            row = await self._row(connection, job.name)
+            if row is not None:
+                return _from_row(row)
+            queued = await connection.scalar(
+                sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == "QUEUED")
+            )
+            if (queued or 0) >= max_queued:
+                raise ServiceError(
+                    "QUEUE_FULL", f"{queued} jobs wait already; try later.", retry_after_s=30.0
+                )
+            await connection.execute(
+                jobs.insert().values(
+                    project=job.name.project,
+                    id=job.name.id,
+                    spec=_SPEC.dump_python(job.spec, mode="json"),
+                    labels=dict(job.labels),
+                    state="QUEUED",
+                    attempt=0,
+                    max_attempts=job.max_attempts,
+                    lease_owner="",
+                    lease_expire=0,
+                    last_sequence=0,
+                    create_time=job.create_time,
+                )
+            )
+            made = await self._change(connection, replace(job, last_sequence=0), state="QUEUED")
+        self._notify(job.name)
+        return made
+
+    async def get(self, name: Name) -> Job:
+        async with self._database.reading() as connection:
+            return await self._get(connection, name)
+
+    async def list_page(
+        self, project: str, states: Sequence[JobState], page: PageRequest
+    ) -> tuple[list[Job], str]:
+        where: list[sa.ColumnElement[bool]] = [jobs.c.project == project]
+        if states:
+            where.append(jobs.c.state.in_(states))
+        async with self._database.reading() as connection:
+            rows, token = await self._pager.fetch(
+                connection,
+                jobs,
+                page,
+                scope=f"{project}/jobs/{','.join(sorted(set(states)))}",
+                where=where,
+                newest_first=True,
+            )
+        return [_from_row(row) for row in rows], token
+
+    async def delete(self, name: Name) -> None:
+        async with self._database.writing() as connection:
+            job = await self._get(connection, name)
+            if job.state not in FINAL_STATES:
+                raise ServiceError(
+                    "JOB_NOT_ENDED", f"{name} is {job.state}; cancel it first.", resource=str(name)
+                )
+            await connection.execute(
+                sa.delete(job_events).where(
+                    job_events.c.project == name.project, job_events.c.job_id == name.id
+                )
+            )
+            await connection.execute(sa.delete(jobs).where(*_is(name)))
+
+    async def unfinished(self, project: str) -> list[Job]:
+        async with self._database.reading() as connection:
+            rows = await connection.execute(
+                sa.select(jobs).where(
+                    jobs.c.project == project, jobs.c.state.not_in(sorted(FINAL_STATES))
+                )
+            )
+            return [_from_row(row) for row in rows]
+
+    async def claim(self) -> Job | None:
+        now = now_us()
+        async with self._database.writing() as connection:
+            row = (
+                await connection.execute(
+                    sa.select(jobs)
+                    .where(
+                        sa.or_(
+                            jobs.c.state == "QUEUED",
+                            sa.and_(jobs.c.state == "RUNNING", jobs.c.lease_expire < now),
+                        )
+                    )
+                    .order_by(jobs.c.create_time, jobs.c.id)
+                    .limit(1)
+                )
+            ).one_or_none()
+            if row is None:
+                return None
+            job = _from_row(row)
+            claimed = await self._change(
+                connection,
+                job,
+                state="RUNNING",
+                attempt=job.attempt + 1,
+                start_time=now,
+                progress=None,
+                lease_owner=self._owner,
+                lease_expire=now + self._lease_us,
+            )
+        self._notify(job.name)
+        return claimed
+
+    async def renew(self, lease: Lease) -> None:
+        async with self._database.writing() as connection:
+            await self._held(connection, lease)
+            await connection.execute(
+                sa.update(jobs)
+                .where(*_is(lease.name))
+                .values(lease_expire=now_us() + self._lease_us)
+            )
+
+    async def report(self, lease: Lease, progress: EigshProgress) -> None:
+        async with self._database.writing() as connection:
+            job = await self._held(connection, lease)
+            body = _PROGRESS.dump_python(progress, mode="json")
+            await self._append(
+                connection,
+                job,
+                {"kind": "progress", "value": body},
+                progress=body,
+                lease_expire=now_us() + self._lease_us,
+            )
+        self._notify(lease.name)
+
+    async def finish(self, lease: Lease, end: JobResult | JobError | None) -> Job:
+        async with self._database.writing() as connection:
+            job = await self._held(connection, lease)
+            ended = await self._end(connection, job, end)
+        self._notify(lease.name)
+        return ended
+
+    async def give_back(self, lease: Lease) -> Job:
+        async with self._database.writing() as connection:
+            job = await self._held(connection, lease)
+            if job.state == "CANCELLING":
+                changed = await self._end(connection, job, None)
+            else:
+                changed = await self._change(
+                    connection, job, state="QUEUED", lease_owner="", lease_expire=0
+                )
+        self._notify(lease.name)
+        return changed
+
+    async def cancel(self, name: Name) -> Job:
+        async with self._database.writing() as connection:
+            job = await self._get(connection, name)
+            if job.state == "QUEUED":
+                job = await self._end(connection, job, None)
+            elif job.state == "RUNNING":
+                job = await self._change(connection, job, state="CANCELLING")
+        self._notify(name)
+        return job
+
+    async def recover(self) -> list[Job]:
+        settled = []
+        async with self._database.writing() as connection:
+            rows = await connection.execute(
+                sa.select(jobs).where(
+                    jobs.c.state.in_(sorted(HELD_STATES)), jobs.c.lease_owner != self._owner
+                )
+            )
+            for job in [_from_row(row) for row in rows]:
+                if job.state == "CANCELLING":
+                    settled.append(await self._end(connection, job, None))
+                elif job.attempt >= job.max_attempts:
+                    error = attempts_exhausted(job, "the server ended while the job ran.")
+                    settled.append(await self._end(connection, job, error))
+                else:
+                    settled.append(
+                        await self._change(
+                            connection, job, state="QUEUED", lease_owner="", lease_expire=0
+                        )
+                    )
+        for job in settled:
+            self._notify(job.name)
+        return settled
+
+    async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
+        changed = self._changes.setdefault(name, asyncio.Event())
+        events = await self._read_events(name, sequence)
+        if events or timeout_s <= 0:
+            return events
+        try:
+            await asyncio.wait_for(changed.wait(), timeout_s)
+        except TimeoutError:
+            return []
+        return await self._read_events(name, sequence)
+
+    async def _read_events(self, name: Name, sequence: int) -> list[JobEvent]:
+        async with self._database.reading() as connection:
+            await self._get(connection, name)
+            rows = await connection.execute(
+                sa.select(job_events)
+                .where(
+                    job_events.c.project == name.project,
+                    job_events.c.job_id == name.id,
+                    job_events.c.sequence > sequence,
+                )
+                .order_by(job_events.c.sequence)
+            )
+            return [
+                JobEvent(sequence=row.sequence, time=row.time, body=_body(row.body)) for row in rows
+            ]
+
+    async def _row(self, connection: AsyncConnection, name: Name) -> sa.Row[Any] | None:
+        return (await connection.execute(sa.select(jobs).where(*_is(name)))).one_or_none()
+
+    async def _get(self, connection: AsyncConnection, name: Name) -> Job:
+        row = await self._row(connection, name)
+        if row is None:
+            raise not_found(str(name), "job")
+        return _from_row(row)
+
+    async def _held(self, connection: AsyncConnection, lease: Lease) -> Job:
+        row = await self._row(connection, lease.name)
+        if (
+            row is None
+            or row.state not in HELD_STATES
+            or row.attempt != lease.attempt
+            or row.lease_owner != self._owner
+        ):
+            raise StaleLeaseError(f"attempt {lease.attempt} of {lease.name} is not ours any more")
+        return _from_row(row)
+
+    async def _end(
+        self, connection: AsyncConnection, job: Job, end: JobResult | JobError | None
+    ) -> Job:
+        columns: dict[str, Any] = {"end_time": now_us(), "lease_owner": "", "lease_expire": 0}
+        if isinstance(end, JobResult):
+            columns["result"] = _RESULT.dump_python(end, mode="json")
+            return await self._change(connection, job, state="SUCCEEDED", **columns)
+        if isinstance(end, JobError):
+            columns["error"] = _ERROR.dump_python(end, mode="json")
+            return await self._change(connection, job, state="FAILED", error_of=end, **columns)
+        return await self._change(connection, job, state="CANCELLED", **columns)
+
+    async def _change(
+        self,
+        connection: AsyncConnection,
+        job: Job,
+        *,
+        state: JobState,
+        error_of: JobError | None = None,
+        **columns: Any,
+    ) -> Job:
+        change = StateChange(
+            state=state, attempt=columns.get("attempt", job.attempt), error=error_of
+        )
+        body = {"kind": "state_change", "value": _STATE_CHANGE.dump_python(change, mode="json")}
+        return await self._append(connection, job, body, state=state, **columns)
+
+    async def _append(
+        self, connection: AsyncConnection, job: Job, body: dict[str, Any], **columns: Any
+    ) -> Job:
+        sequence = job.last_sequence + 1
+        await connection.execute(
+            job_events.insert().values(
+                project=job.name.project,
+                job_id=job.name.id,
+                sequence=sequence,
+                time=now_us(),
+                body=body,
+            )
+        )
+        row = (
+            await connection.execute(
+                sa.update(jobs)
+                .where(*_is(job.name))
+                .values(last_sequence=sequence, **columns)
+                .returning(jobs)
+            )
+        ).one()
+        return _from_row(row)
+
+    def _notify(self, name: Name) -> None:
+        changed = self._changes.pop(name, None)
+        if changed is not None:
+            changed.set()
+
+
+def _is(name: Name) -> tuple[sa.ColumnElement[bool], ...]:
+    return jobs.c.project == name.project, jobs.c.id == name.id
+
+
+def _body(stored: dict[str, Any]) -> StateChange | EigshProgress:
+    if stored["kind"] == "progress":
+        return _PROGRESS.validate_python(stored["value"])
+    return _STATE_CHANGE.validate_python(stored["value"])
+
+
+def _from_row(row: sa.Row[Any]) -> Job:
+    return Job(
+        name=Name(row.project, "jobs", row.id),
+        spec=_SPEC.validate_python(row.spec),
+        labels=row.labels,
+        state=row.state,
+        attempt=row.attempt,
+        max_attempts=row.max_attempts,
+        progress=None if row.progress is None else _PROGRESS.validate_python(row.progress),
+        result=None if row.result is None else _RESULT.validate_python(row.result),
+        error=None if row.error is None else _ERROR.validate_python(row.error),
+        last_sequence=row.last_sequence,
+        create_time=row.create_time,
+        start_time=row.start_time,
+        end_time=row.end_time,
+    )

@@ -1,0 +1,95 @@
+"""The folder that outlives the server: who may use it, and what lies where."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StateDirectoryBusyError(Exception):
+    """Another server uses the state directory."""
+
+
+@dataclass(frozen=True)
+class StateDir:
+    """Paths below the state directory; all on one file system, so that links and renames work."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        """Rows."""
+        return self.root / "hvp.sqlite3"
+
+    @property
+    def run(self) -> Path:
+        """Where the workers note their processes."""
+        return self.root / "run"
+
+    def upload(self, upload_id: str) -> Path:
+        """Bytes of an upload that has not ended."""
+        return self.root / "uploads" / f"{upload_id}.part"
+
+    def blob(self, sha256: str) -> Path:
+        """A finished upload."""
+        return self.root / "blobs" / sha256[:2] / sha256
+
+    def checkpoint(self, checkpoint_id: str) -> Path:
+        """Folder of a checkpoint's files, hard links to blobs."""
+        return self.root / "checkpoints" / checkpoint_id
+
+    def vector(self, vector_id: str) -> Path:
+        """Elements of a vector that came as bytes or was kept from a job."""
+        return self.root / "vectors" / f"{vector_id}.bin"
+
+    def temporary(self, name: str) -> Path:
+        """A file that no restart needs."""
+        return self.root / "tmp" / name
+
+    def create(self) -> None:
+        """Make the folders and clear what no restart needs."""
+        for folder in ("uploads", "blobs", "checkpoints", "vectors", "run", "tmp"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        for leftover in (self.root / "tmp").iterdir():
+            leftover.unlink()
+
+
+@contextlib.contextmanager
+def sole_use(root: Path) -> Iterator[StateDir]:
+    """Hold the state directory for this process; the kernel frees it however the process ends.
+
+    Raises:
+        StateDirectoryBusyError: Another process holds it; the message names its pid.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    root = root.resolve()
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise StateDirectoryBusyError(
+                f"the state directory {root} is in use by the server with pid {holder}; "
+                "stop that one or choose another --state-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        state = StateDir(root)
+        state.create()
+        yield state
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder (created, renamed or linked files) durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

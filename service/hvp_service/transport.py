@@ -1,0 +1,136 @@
+"""The gRPC server. Imports grpc: import this only when the ranks are up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha._async import ReflectionServicer
+from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
+from hvp_protos.v1 import (
+    blob_pb2,
+    blob_pb2_grpc,
+    checkpoint_pb2,
+    checkpoint_pb2_grpc,
+    data_batch_pb2,
+    data_batch_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    operator_pb2,
+    operator_pb2_grpc,
+    system_pb2,
+    system_pb2_grpc,
+    vector_pb2,
+    vector_pb2_grpc,
+)
+
+from hvp_service.config import split_address
+from hvp_service.dependencies import Dependencies
+from hvp_service.interceptors.draining import DrainingInterceptor
+from hvp_service.interceptors.errors import ErrorInterceptor
+from hvp_service.interceptors.request_ids import RequestIdInterceptor
+from hvp_service.servicers.blob import BlobServicer
+from hvp_service.servicers.checkpoint import CheckpointServicer
+from hvp_service.servicers.data_batch import DataBatchServicer
+from hvp_service.servicers.job import JobServicer
+from hvp_service.servicers.operator import OperatorServicer
+from hvp_service.servicers.system import SystemServicer
+from hvp_service.servicers.vector import VectorServicer
+
+# A guard against floods; calls beyond it are RESOURCE_EXHAUSTED.
+MAX_CONCURRENT_CALLS = 1000
+
+_SERVICES = (
+    (blob_pb2, "BlobService", blob_pb2_grpc.add_BlobServiceServicer_to_server, BlobServicer),
+    (
+        checkpoint_pb2,
+        "CheckpointService",
+        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
+        CheckpointServicer,
+    ),
+    (
+        data_batch_pb2,
+        "DataBatchService",
+        data_batch_pb2_grpc.add_DataBatchServiceServicer_to_server,
+        DataBatchServicer,
+    ),
+    (
+        vector_pb2,
+        "VectorService",
+        vector_pb2_grpc.add_VectorServiceServicer_to_server,
+        VectorServicer,
+    ),
+    (
+        operator_pb2,
+        "OperatorService",
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server,
+        OperatorServicer,
+    ),
+    (job_pb2, "JobService", job_pb2_grpc.add_JobServiceServicer_to_server, JobServicer),
+    (
+        system_pb2,
+        "SystemService",
+        system_pb2_grpc.add_SystemServiceServicer_to_server,
+        SystemServicer,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Transport:
+    """A gRPC server that listens."""
+
+    server: grpc.aio.Server
+    health: HealthServicer
+    address: str  # HOST:PORT with the port that was taken
+
+    async def stop(self, grace_s: float) -> None:
+        """End it: NOT_SERVING at once, then running calls within the grace."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+async def start_transport(deps: Dependencies) -> Transport:
+    """Listen at the configured address.
+
+    Raises:
+        OSError: The address cannot be had.
+    """
+    limit = deps.config.max_message_bytes
+    server = grpc.aio.server(
+        interceptors=[
+            ErrorInterceptor(),
+            DrainingInterceptor(deps.drain),
+            RequestIdInterceptor(deps.request_log),
+        ],
+        options=[
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a rival
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            # Clients ping every 30 s; the default would answer with GOAWAY.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    )
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+    for module, service, add, servicer in _SERVICES:
+        add(servicer(deps), server)  # type: ignore[no-untyped-call]
+        names.append(module.DESCRIPTOR.services_by_name[service].full_name)
+    add_ServerReflectionServicer_to_server(ReflectionServicer(names), server)
+    host, _ = split_address(deps.config.address)
+    try:
+        port = server.add_insecure_port(deps.config.address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {deps.config.address}: {error}") from None
+    await server.start()
+    for name in names:
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    shown = f"[{host}]" if ":" in host else host
+    return Transport(server=server, health=health, address=f"{shown}:{port}")
