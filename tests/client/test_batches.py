@@ -1,0 +1,68 @@
+"""What a batch may be made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hvp_client import InvalidArgumentError
+from hvp_client._batches import encode_batch
+from safetensors.numpy import load
+
+IDS = np.arange(6).reshape(2, 3)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        IDS.tolist(),
+        IDS.astype(np.int32),
+        IDS.astype(np.uint8),
+        np.asfortranarray(IDS),
+        IDS[:, ::-1],
+    ],
+    ids=["list", "int32", "uint8", "column-major", "reversed"],
+)
+def test_anything_that_holds_integers_is_sent_as_int64(ids: Any) -> None:
+    tensors = load(encode_batch({"input_ids": ids}))
+    assert tensors["input_ids"].dtype == np.int64
+    np.testing.assert_array_equal(tensors["input_ids"], np.asarray(ids))
+
+
+def test_torch_tensors_are_taken_as_they_are() -> None:
+    import torch
+
+    batch = {"input_ids": torch.tensor(IDS), "attention_mask": torch.ones(2, 3, dtype=torch.bool)}
+    tensors = load(encode_batch(batch))
+    np.testing.assert_array_equal(tensors["input_ids"], IDS)
+    np.testing.assert_array_equal(tensors["attention_mask"], np.ones((2, 3), np.int64))
+
+
+def test_equal_batches_are_equal_bytes_whatever_the_order_of_their_fields() -> None:
+    one = encode_batch({"input_ids": IDS, "labels": IDS})
+    assert one == encode_batch({"labels": IDS.astype(np.int16), "input_ids": IDS})
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason", "field"),
+    [
+        ({"input_ids": IDS * 1.0}, "BATCH_FIELD_INVALID", "input_ids"),
+        ({"input_ids": [[1, 2], [3]]}, "BATCH_FIELD_INVALID", "input_ids"),
+        ({"input_ids": [["a", "b"]]}, "BATCH_FIELD_INVALID", "input_ids"),
+        ({"input_ids": np.full((1, 2), 2**63, np.uint64)}, "BATCH_FIELD_INVALID", "input_ids"),
+        ({"labels": IDS}, "BATCH_FIELD_INVALID", "input_ids"),
+        ({"input_ids": IDS, "token_type_ids": IDS}, "BATCH_FIELD_INVALID", "token_type_ids"),
+        ({"input_ids": IDS[0]}, "SHAPE_MISMATCH", "input_ids"),
+        ({"input_ids": IDS, "labels": IDS[:, :2]}, "SHAPE_MISMATCH", "labels"),
+        ({"input_ids": IDS, "attention_mask": IDS[:1]}, "SHAPE_MISMATCH", "attention_mask"),
+        ({"input_ids": IDS[:0]}, "BATCH_EMPTY", "input_ids"),
+        ({"input_ids": IDS[:, :1]}, "BATCH_EMPTY", "input_ids"),
+    ],
+)
+def test_what_cannot_be_a_batch_is_refused_before_it_is_sent(
+    batch: dict[str, Any], reason: str, field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        encode_batch(batch)
+    assert (caught.value.reason, caught.value.field) == (reason, field)

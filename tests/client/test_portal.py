@@ -1,0 +1,96 @@
+"""The thread behind blocking clients."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hvp_client._portal import Portal
+
+
+async def nothing() -> None:
+    return None
+
+
+def thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "hvp-client"]
+
+
+async def double(x: int) -> int:
+    await asyncio.sleep(0.001)
+    return 2 * x
+
+
+def test_portals_share_one_thread_which_ends_with_the_last_of_them() -> None:
+    one, two = Portal(nothing), Portal(nothing)
+    assert len(thread_names()) == 1
+    one.close()
+    assert two.run(double(2)) == 4
+    two.close()
+    assert thread_names() == []
+
+
+def test_many_threads_may_use_one_portal_at_once() -> None:
+    portal = Portal(nothing)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda x: portal.run(double(x)), range(40))) == list(range(0, 80, 2))
+    portal.close()
+
+
+def test_a_forgotten_portal_is_closed() -> None:
+    closed = threading.Event()
+
+    async def close() -> None:
+        closed.set()
+
+    portal = Portal(close)
+    assert portal.run(double(1)) == 2
+    del portal
+    gc.collect()
+    assert closed.is_set()
+    assert thread_names() == []
+
+
+def test_a_blocking_call_on_the_loops_own_thread_is_an_error_and_not_a_deadlock() -> None:
+    portal = Portal(nothing)
+
+    async def from_a_callback() -> int:
+        return portal.run(double(1))
+
+    with pytest.raises(RuntimeError, match="callback"):
+        portal.run(from_a_callback())
+    portal.close()
+
+
+def test_an_iteration_that_is_given_up_closes_its_stream() -> None:
+    portal = Portal(nothing)
+    closed = threading.Event()
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            for number in range(100):
+                yield number
+        finally:
+            closed.set()
+
+    for number in portal.iterate(numbers()):  # type: ignore[arg-type]
+        if number == 3:
+            break
+    gc.collect()
+    assert closed.is_set()
+    portal.close()
+
+
+def test_a_program_that_forgets_to_close_still_ends_in_silence() -> None:
+    code = "from hvp_client import Client; client = Client('127.0.0.1:1'); print(client)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "<Client 127.0.0.1:1>\n"
+    assert done.stderr == ""
