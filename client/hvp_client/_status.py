@@ -6,7 +6,7 @@ from typing import cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hvp_client._exceptions import BY_STATUS, HvpError, ServerUnreachableError

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from typing import cast
 
 import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as PackedAny
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 from hvp_client import (
     DeadlineExceededError,
     HvpError,
@@ -34,7 +35,14 @@ def failure(status: grpc.StatusCode, message: str, *details: Message) -> grpc.ai
         packed[-1].Pack(detail)
     rich = status_pb2.Status(code=status.value[0], message=message, details=packed)
     metadata = grpc.aio.Metadata(("grpc-status-details-bin", rich.SerializeToString()))
-    return grpc.aio.AioRpcError(status, grpc.aio.Metadata(), metadata, message)
+    return bare_failure(status, message, metadata)
+
+
+def bare_failure(
+    status: grpc.StatusCode, message: str, trailing: grpc.aio.Metadata | None = None
+) -> grpc.aio.AioRpcError:
+    empty = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(status, empty, trailing or empty, message, "")
 
 
 @pytest.mark.parametrize("status", ERRORS, ids=lambda status: status.name)
@@ -68,29 +76,25 @@ def test_reason_field_metadata_delay_and_request_id_come_from_the_details() -> N
 
 
 def test_a_status_without_details_is_still_its_class() -> None:
-    plain = grpc.aio.AioRpcError(
-        grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), grpc.aio.Metadata(), "gone"
+    error = error_from_rpc(
+        bare_failure(grpc.StatusCode.NOT_FOUND, "gone"), address="a:1", request_id="mine"
     )
-    error = error_from_rpc(plain, address="a:1", request_id="mine")
     assert isinstance(error, NotFoundError)
     assert (error.reason, error.message, error.request_id) == ("NOT_FOUND", "gone", "mine")
 
 
 def test_details_that_contradict_the_status_are_left_out() -> None:
     lying = failure(grpc.StatusCode.NOT_FOUND, "gone", error_details_pb2.ErrorInfo(reason="X"))
+    metadata = cast("grpc.aio.Metadata", lying.trailing_metadata())
     error = error_from_rpc(
-        grpc.aio.AioRpcError(
-            grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), lying.trailing_metadata(), "broken"
-        ),
+        bare_failure(grpc.StatusCode.INTERNAL, "broken", metadata),
         address="a:1",
     )
     assert (error.code, error.reason) == ("INTERNAL", "INTERNAL")
 
 
 def test_unavailable_without_a_reason_means_that_no_server_answered() -> None:
-    refused = grpc.aio.AioRpcError(
-        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "refused"
-    )
+    refused = bare_failure(grpc.StatusCode.UNAVAILABLE, "refused")
     error = error_from_rpc(refused, address="127.0.0.1:9")
     assert isinstance(error, ServerUnreachableError)
     assert isinstance(error, UnavailableError)

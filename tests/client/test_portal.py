@@ -7,7 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -72,14 +72,14 @@ def test_an_iteration_that_is_given_up_closes_its_stream() -> None:
     portal = Portal(nothing)
     closed = threading.Event()
 
-    async def numbers() -> AsyncIterator[int]:
+    async def numbers() -> AsyncGenerator[int, None]:
         try:
             for number in range(100):
                 yield number
         finally:
             closed.set()
 
-    for number in portal.iterate(numbers()):  # type: ignore[arg-type]
+    for number in portal.iterate(numbers()):
         if number == 3:
             break
     gc.collect()

@@ -53,3 +53,13 @@ print([name for name in ("numpy", "grpc", "rich.live") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_hvp_serve_loads_no_grpc_of_its_own_since_ranks_are_forked_first() -> None:
+    code = """
+import sys
+import hvp_client.cli.main, hvp_client.cli.serving
+print("grpc" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

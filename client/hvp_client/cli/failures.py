@@ -10,8 +10,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hvp_client import HvpError, InternalError, JobCancelledError, JobFailedError
-
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -24,6 +22,10 @@ def failures_reported() -> Iterator[None]:
     Raises:
         typer.Exit: 1 for a refusal or failure, 130 when interrupted.
     """
+    # Here and not above: `hvp serve` reports failures too, and must not load gRPC before its ranks
+    # have been started.
+    from hvp_client import HvpError, InternalError, JobCancelledError, JobFailedError
+
     try:
         yield
     except HvpError as error:
