@@ -111,7 +111,7 @@ async def start_transport(deps: Dependencies) -> Transport:
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
             # Clients ping every 30 s; the default would answer with GOAWAY.
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.keepalive_permit_without_calls", 1),
         ],

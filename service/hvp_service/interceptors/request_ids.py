@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from hvp_service.interceptors.around import SERVED_PREFIX, Continuation, Handler
+from hvp_service.interceptors.around import SERVED_PREFIX
 from hvp_service.request_log import RequestLog
+
+if TYPE_CHECKING:
+    from hvp_service.interceptors.around import Continuation, Handler
 
 
 class RequestIdInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
