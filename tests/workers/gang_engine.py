@@ -16,7 +16,7 @@ from hvp_workers.backend import BackendError
 class GangEngine:
     """What tests ask of a rank; every method but `fail_on` is entered by all ranks alike."""
 
-    def __init__(self, collective: Collective, device: torch.device):
+    def __init__(self, collective: Collective, device: str):
         self._collective = collective
         self._device = device
         self._history: list[int] = []

@@ -297,6 +297,6 @@ def open_backend(
         from hvp_workers.inprocess import inprocess_backend
 
         return inprocess_backend(device)
-    from hvp_workers.ray_backend import RayBackend
+    from hvp_workers.ray_backend import ray_backend
 
-    return RayBackend(num_workers=num_workers, device=device, run_dir=run_dir)
+    return ray_backend(num_workers=num_workers, device=device, run_dir=run_dir)

@@ -1,8 +1,7 @@
-"""A note of the processes a server starts, so that the next server can end those it left.
+"""A note of the processes a server starts, so that others can end those it left.
 
-Ray's processes die with the server that started them, by the kernel's parent-death signal. The
-note covers what that cannot: a rank that the signal misses, the folder of sockets and logs, and
-shared memory, which no signal frees.
+The reader is the server's guardian (see `guardian`), or, where that was killed as well, the next
+server on the same folder.
 """
 
 from __future__ import annotations
@@ -171,6 +170,8 @@ def end_orphans(run_dir: Path) -> int:
     for path in sorted(run_dir.glob("ray-*.json")):
         try:
             note = Note.read(path)
+        except FileNotFoundError:  # somebody else was faster
+            continue
         except ValueError:
             path.unlink(missing_ok=True)
             continue

@@ -9,7 +9,7 @@ from hvp_workers.group_backend import GroupBackend
 from hvp_workers.ray_group import RayGroup
 
 
-def RayBackend(  # noqa: N802 - stands where a class would: it only says which group
+def ray_backend(
     *, num_workers: int, device: Literal["cpu", "cuda"], run_dir: Path | None = None
 ) -> GroupBackend:
     """A backend of `num_workers` Ray actors, not yet started.

@@ -16,6 +16,7 @@ import psutil
 
 from hvp_workers import orphans
 from hvp_workers.backend import GroupLostError
+from hvp_workers.guardian import Guardian
 from hvp_workers.orphans import Note, ProcessMark
 
 # A little over Ray's own minimum of 75 MiB: nothing but calls and scalars passes through the store.
@@ -50,6 +51,7 @@ class RayCluster:
         self._temp_dir: str | None = None  # set while we run a cluster of our own
         self._roots: list[ProcessMark] = []  # what ray.init has forked
         self._sessions: list[str] = []
+        self._guardian: Guardian | None = None
 
     @property
     def is_open(self) -> bool:
@@ -113,6 +115,8 @@ class RayCluster:
         if len(root) > _LONGEST_TEMP_ROOT:
             root = "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
         self._temp_dir = tempfile.mkdtemp(prefix=orphans.TEMP_PREFIX, dir=root)
+        if self._run_dir is not None:
+            self._guardian = Guardian(self._run_dir)
         before = orphans.children()
         try:
             ray.init(
@@ -160,6 +164,9 @@ class RayCluster:
         self._temp_dir, self._roots, self._sessions = None, [], []
         if self._run_dir is not None:
             orphans.note_path(self._run_dir).unlink(missing_ok=True)
+        if self._guardian is not None:
+            self._guardian.dismiss()
+            self._guardian = None
 
 
 def _prepare_environment() -> None:

@@ -134,7 +134,7 @@ class Rank:
             session=seat.session,
         )
         module, _, name = seat.engine.partition(":")
-        return getattr(importlib.import_module(module), name)(collective, device)
+        return getattr(importlib.import_module(module), name)(collective, str(device))
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Outcome:
         """Run one method of the engine."""
