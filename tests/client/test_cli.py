@@ -1,0 +1,148 @@
+"""The `hvp` command, as people type it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hvp_client import Client
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from tests.client.conftest import HVP, Server
+
+
+def hvp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(HVP), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture(scope="module")
+def batch_file(tmp_path_factory: pytest.TempPathFactory, input_ids: NDArray[np.int64]) -> Path:
+    path = tmp_path_factory.mktemp("batch") / "ids.safetensors"
+    save_file({"input_ids": input_ids}, path)
+    return path
+
+
+def test_help_lists_every_command() -> None:
+    done = hvp("--help")
+    assert done.returncode == 0
+    for command in ("serve", "upload", "eigsh", "jobs", "watch", "cancel", "doctor", "demo"):
+        assert f" {command} " in done.stdout
+
+
+def test_no_server_is_one_line_on_stderr_and_exit_code_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    done = hvp("jobs", "--address", address)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("SERVER_UNREACHABLE: no server answers at")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["absent.npz", "ids.txt", "broken.npz", "broken.safetensors"])
+def test_a_file_that_is_no_batch_is_a_usage_error(tmp_path: Path, name: str) -> None:
+    if not name.startswith("absent"):
+        (tmp_path / name).write_text("1 2 3")
+    done = hvp("eigsh", "--checkpoint", "projects/default/checkpoints/x", "--ids", tmp_path / name)
+    assert done.returncode == 2
+    assert name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_refuses_anything_but_the_loopback_and_says_why(tmp_path: Path) -> None:
+    done = hvp(
+        "serve", "--address", "0.0.0.0:0", "--state-dir", tmp_path / "s", "--backend", "inprocess"
+    )
+    assert done.returncode == 2
+    assert "TLS" in done.stderr
+
+
+def test_a_spectrum_from_the_command_line(
+    server: Server, llama_dir: Path, batch_file: Path, tmp_path: Path
+) -> None:
+    address = ("--address", server.address)
+    uploaded = hvp("upload", llama_dir, *address)
+    assert uploaded.returncode == 0, uploaded.stderr
+    checkpoint = uploaded.stdout.strip()
+    assert checkpoint.startswith("projects/default/checkpoints/")
+    output = tmp_path / "result.json"
+    what = ("--checkpoint", checkpoint, "--ids", batch_file, "-k", "2", "--which", "LA")
+    done = hvp("eigsh", *what, "--dtype", "float64", "--output", output, *address)
+    assert done.returncode == 0, done.stderr
+    assert "RUNNING attempt 1" in done.stderr
+    assert "products" in done.stderr
+    result = json.loads(output.read_text())
+    assert f"{result['eigenvalues'][1]:.8g}" in done.stdout
+    assert result["outcome"] == "CONVERGED"
+
+    again = hvp("watch", result["job"].rpartition("/")[2], "--format", "json", *address)
+    assert json.loads(again.stdout) == result
+    listed = json.loads(hvp("jobs", "--state", "SUCCEEDED", "--format", "json", *address).stdout)
+    assert result["job"] in [job["name"] for job in listed]
+    table = hvp("jobs", *address).stdout
+    assert result["job"].rpartition("/")[2] in table
+    assert "eigsh LA k=2" in table
+
+
+def test_a_job_may_be_left_alone_and_cancelled(
+    server: Server, llama_dir: Path, input_ids: NDArray[np.int64], tmp_path: Path
+) -> None:
+    path = tmp_path / "ids.npz"
+    np.savez(path, input_ids=input_ids)
+    what = ("--checkpoint", llama_dir, "--ids", path, "-k", "40", "--which", "BE")
+    address = ("--address", server.address)
+    queued = hvp("eigsh", *what, "--no-watch", *address)
+    assert queued.returncode == 0, queued.stderr
+    job = queued.stdout.strip()
+    assert hvp("cancel", job, *address).stdout.strip() in ("CANCELLING", "CANCELLED")
+    watched = hvp("watch", job, *address)
+    assert watched.returncode == 1
+    assert "JOB_CANCELLED" in watched.stderr
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(
+    server: Server, llama_dir: Path, batch_file: Path
+) -> None:
+    what = ("--checkpoint", llama_dir, "--ids", batch_file, "-k", "40", "--which", "BE")
+    with subprocess.Popen(
+        [str(HVP), "eigsh", *map(str, what), "--address", server.address],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        while "RUNNING" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "hvp watch projects/default/jobs/" in said
+    assert "Traceback" not in said
+    with Client(server.address) as client:
+        for job in client.jobs(states=["QUEUED", "RUNNING"]):
+            assert job.name in said
+            job.cancel()
+
+
+def test_the_doctor_finds_the_server_or_the_lack_of_it(server: Server, tmp_path: Path) -> None:
+    well = hvp("doctor", "--address", server.address, "--state-dir", tmp_path)
+    assert f"at {server.address}: 1 ranks READY" in well.stdout
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nobody = f"127.0.0.1:{listener.getsockname()[1]}"
+    ill = hvp("doctor", "--address", nobody, "--state-dir", tmp_path, "--format", "json")
+    assert ill.returncode == 1
+    findings = {finding["what"]: finding for finding in json.loads(ill.stdout)}
+    assert findings["server"]["verdict"] == "problem"
+    assert "hvp serve" in findings["server"]["fix"]
