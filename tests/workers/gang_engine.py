@@ -52,6 +52,13 @@ class GangEngine:
             raise BackendError(reason, "The test asked for it.", {"layer": "block 3"})
         return self.total([1.0])
 
+    def fail_apart(self) -> None:
+        """Refuse on every rank, for different reasons."""
+        raise BackendError(["SHAPE_MISMATCH", "NON_FINITE"][self._collective.rank], "As asked.")
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def crash(self) -> None:
         """An error nobody thought of."""
         raise ZeroDivisionError("float division by zero")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,11 +20,7 @@ from hvp_workers.ray_cluster import RayCluster
 from hvp_workers.ray_gang import Patience
 from hvp_workers.ray_group import RayGroup
 
-pytestmark = [
-    pytest.mark.ray,
-    # Ray closes its own files and sockets when it is collected, not when it is shut down.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = Patience(start_s=60, command_s=60, straggler_s=2, leave_s=5)
@@ -187,15 +186,51 @@ class TestPair:
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [GroupLostError] * 3
 
-    async def test_a_rank_that_fails_alone_ends_the_group_though_the_others_wait_for_it(
-        self, pair: RayGroup
+    @pytest.mark.parametrize(
+        ("method", "arguments", "blamed"),
+        [("fail_on", ([1], "NON_FINITE"), "1"), ("fail_apart", (), "0")],
+        ids=["one rank while the other waits", "each rank for its own reason"],
+    )
+    async def test_ranks_that_do_not_fail_alike_are_ended(
+        self, pair: RayGroup, method: str, arguments: tuple[object, ...], blamed: str
     ) -> None:
         await pair.start()
         pids = await pair.run("pid")
         with pytest.raises(GroupLostError, match=r"rank 1 raised NON_FINITE") as loss:
-            await pair.run("fail_on", [1], "NON_FINITE")
-        assert loss.value.metadata["rank"] == "1"
+            await pair.run(method, *arguments)
+        assert loss.value.metadata["rank"] == blamed
         assert all(has_ended(pid) for pid in pids)
+
+
+async def test_closing_ends_a_call_that_runs_and_its_caller_hears_of_it() -> None:
+    group = group_of(1, Patience(leave_s=0.5))
+    await group.start()
+    (pid,) = await group.run("pid")
+    call = asyncio.ensure_future(group.run("sleep", 600.0))
+    await asyncio.sleep(0.2)
+    await group.close()
+    with pytest.raises(GroupLostError):
+        await call
+    assert has_ended(pid)
+    await group.close()
+
+
+def test_a_program_can_join_a_running_cluster_and_leaves_it_running(tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    nodes = ray.nodes()
+    joined = subprocess.run(
+        [sys.executable, "-m", "tests.workers.gang_driver", str(tmp_path), "lose"],
+        cwd=tmp_path,
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=120,
+    )
+    assert json.loads(joined.stdout) == {"kept": True, "left": []}
+    assert [node["NodeID"] for node in ray.nodes()] == [node["NodeID"] for node in nodes]
+    assert list(tmp_path.iterdir()) == []  # no note: the cluster is not this program's
 
 
 async def test_a_stopped_rank_is_given_up_after_the_command_s_time_and_killed() -> None:
@@ -233,7 +268,7 @@ async def test_an_engine_that_cannot_be_built_is_reported_by_name_and_its_ranks_
     ranks = [
         child
         for child in psutil.Process().children(recursive=True)
-        if child.pid not in before and "Rank" in child.name()
+        if child.pid not in before and not has_ended(child.pid) and "Rank" in child.name()
     ]
     assert ranks == []
     await group.close()

@@ -123,7 +123,12 @@ async def _place(spec: GangSpec, processes: list[ProcessMark], undo: AsyncExitSt
     undo.push_async_callback(_see_off, processes)
     placement = placement_group([bundle] * spec.num_ranks, strategy="PACK")
     undo.callback(_quietly, remove_placement_group, placement)
-    if not await asyncio.to_thread(placement.wait, spec.patience.start_s):
+    deadline = time.monotonic() + spec.patience.start_s
+    placed = False
+    while not placed and time.monotonic() < deadline:
+        # In short pieces: a thread cannot be cancelled, and the program's end waits for it.
+        placed = await asyncio.to_thread(placement.wait, 0.5)
+    if not placed:
         resources = ray.cluster_resources()
         offered = {name: resources.get(name, 0.0) for name in bundle}
         raise BackendError(
@@ -200,7 +205,8 @@ async def _join(spec: GangSpec, members: list[Member]) -> None:
                 session=spec.session,
                 engine=spec.engine,
                 start_timeout_s=patience.start_s,
-                collective_timeout_s=patience.command_s,
+                # The driver keeps the time; this one only has to be longer.
+                collective_timeout_s=patience.start_s + patience.command_s,
             )
         )
         for rank, member in enumerate(members)
