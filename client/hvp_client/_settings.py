@@ -39,18 +39,21 @@ class Retry:
         patience_s: A call is tried again until this long after its first failure; 0 never.
         job_patience_s: The same while a job is waited for or watched: long enough for a server
             to be started anew and load its model.
+        contact_s: The same for an address that has never answered this client.
         initial_backoff_s: Pause before the second try.
         max_backoff_s: Longest pause; pauses double until then.
     """
 
     patience_s: float = 10.0
     job_patience_s: float = 180.0
+    contact_s: float = 2.0
     initial_backoff_s: float = 0.1
     max_backoff_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.patience_s < math.inf and 0 <= self.job_patience_s < math.inf):
-            raise ValueError("Retry patience must be finite and not negative")
+        for name in ("patience_s", "job_patience_s", "contact_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Retry.{name} must be finite and not negative")
         if not 0 < self.initial_backoff_s <= self.max_backoff_s < math.inf:
             raise ValueError("Retry needs 0 < initial_backoff_s <= max_backoff_s")
 

@@ -15,6 +15,7 @@ from hvp_client._exceptions import (
     FailedPreconditionError,
     HvpError,
     ResourceExhaustedError,
+    ServerUnreachableError,
     UnavailableError,
 )
 from hvp_client._settings import Retry, Timeout
@@ -65,6 +66,7 @@ class Wire:
         self._methods: dict[tuple[int, str], Callable[..., Any]] = {}
         self._next_bulk = 0
         self._closed = False
+        self._reached = False  # whether the server has ever answered
 
     async def unary(
         self,
@@ -159,19 +161,31 @@ class Wire:
         self, once: Callable[[], Awaitable[Result]], *, patience_s: float | None = None
     ) -> Result:
         """Await `once()` until it succeeds, its failure is final, or patience is over."""
-        pauses = Pauses(self.retry, self.retry.patience_s if patience_s is None else patience_s)
+        pauses: Pauses | None = None
         while True:
             try:
-                return await once()
+                result = await once()
             except HvpError as error:
                 if not is_transient(error):
                     raise
+                if pauses is None:
+                    pauses = Pauses(self.retry, self._patience_s(patience_s))
                 await pauses.after(error)
+            else:
+                self._reached = True
+                return result
+
+    def _patience_s(self, asked_s: float | None) -> float:
+        patience_s = self.retry.patience_s if asked_s is None else asked_s
+        # An address that has never answered is more likely wrong than between two servers.
+        return patience_s if self._reached else min(patience_s, self.retry.contact_s)
 
     def translate(self, error: grpc.aio.AioRpcError, request: Message | None = None) -> HvpError:
         """Make this package's exception of a call's failure."""
         request_id = getattr(request, "request_id", "")
-        return error_from_rpc(error, address=self.address, request_id=request_id)
+        translated = error_from_rpc(error, address=self.address, request_id=request_id)
+        self._reached |= not isinstance(translated, ServerUnreachableError)
+        return translated
 
     async def close(self) -> None:
         """Close every connection; calls under way end with an error."""

@@ -181,6 +181,20 @@ def cancel(job: JobArgument, address: Address = DEFAULT_ADDRESS) -> None:
     cancel_job(address, job)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def demo(context: typer.Context) -> None:
+    """Run the whole service on a real language model and draw what it finds."""
+    # The demo declares its own options, which only its own help needs.
+    from hvp_client.cli.demo import demo as run
+
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(run)
+    command(args=context.args, prog_name="hvp demo")
+
+
 @app.command()
 def doctor(
     address: Annotated[
