@@ -21,7 +21,9 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
 }  # fmt: skip
 
-_PICKLE_STARTS = (b"\x80", b"PK\x03\x04")
+_PICKLE = b"\x80"  # the opcode that begins every pickle since protocol 2
+_PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+_ZIP = b"PK\x03\x04"
 _MAX_INTEGER = (1 << 63) - 1
 
 
@@ -75,9 +77,8 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(_PICKLE_STARTS[1]) or (
-            start[:1] == _PICKLE_STARTS[0] and start[1:2] in b"\x02\x03\x04\x05"
-        ):
+        # A header of 640 bytes begins as a pickle does; only the brace behind tells them apart.
+        if _looks_pickled(start) and file.peek(1)[:1] != b"{":
             raise PickleError
         if len(start) < 8:
             raise SafetensorsError(
@@ -97,6 +98,10 @@ def read_header(path: Path) -> Header:
             )
         raw = file.read(length)
     return parse_header(raw, size - 8 - length)
+
+
+def _looks_pickled(start: bytes) -> bool:
+    return start.startswith(_ZIP) or (start[:1] == _PICKLE and start[1:2] in _PICKLE_PROTOCOLS)
 
 
 def parse_header(raw: bytes, data_bytes: int) -> Header:

@@ -105,7 +105,6 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server in the main thread; returns the exit status."""
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before the first import of grpc
-    configure_logs()
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
     except ValidationError as error:
@@ -113,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = ".".join(str(part) for part in problem["loc"])
             print(f"error: {where}: {problem['msg']}", file=sys.stderr)
         return 2
+    configure_logs()
     try:
         asyncio.run(serve(config))
     except (StateDirectoryBusyError, SchemaVersionError, BackendError, OSError) as error:

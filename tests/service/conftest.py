@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from hvp_service.config import ServerConfig
+from hvp_service.dependencies import Dependencies, open_dependencies
+from hvp_service.state_dir import StateDir, sole_use
+
+from tests.service.quadratic_backend import QuadraticBackend
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ServerConfig:
+    return ServerConfig(
+        address="127.0.0.1:0",
+        state_dir=tmp_path / "state",
+        workers=1,
+        backend="inprocess",
+        grace_s=2.0,
+        commit_interval_bytes=4000,
+        heartbeat_s=0.2,
+        progress_interval_s=0.0,
+    )
+
+
+@pytest.fixture
+def state_dir(config: ServerConfig) -> Iterator[StateDir]:
+    with sole_use(config.state_dir) as state:
+        yield state
+
+
+@pytest.fixture
+async def backend() -> QuadraticBackend:
+    return QuadraticBackend()
+
+
+@pytest.fixture
+async def deps(
+    config: ServerConfig, state_dir: StateDir, backend: QuadraticBackend
+) -> AsyncIterator[Dependencies]:
+    opened = await open_dependencies(config, state_dir, backend)
+    yield opened
+    await opened.close()

@@ -1,0 +1,264 @@
+"""A second backend: the loss ½ θᵀAθ, whose Hessian A lies in the checkpoint, in numpy.
+
+A checkpoint is a safetensors file of `A` (n, n) and `theta` (n,), both F64, and a config of
+model_type `quadratic`. Ranks are pretended to be lost, or products to take long, on demand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from hvp_workers.backend import (
+    Backend,
+    BackendError,
+    CheckpointDescription,
+    Combination,
+    EigshProgress,
+    EigshResult,
+    EigshSpec,
+    GroupLostError,
+    Operator,
+    OperatorInfo,
+    Parameters,
+    ParameterTensor,
+    RankInfo,
+    RawFile,
+    Seeded,
+    Source,
+    Space,
+    Zeros,
+)
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+Array = NDArray[Any]
+
+VOCAB_SIZE = 64
+MAX_POSITIONS = 16
+
+
+@final
+class QuadraticBackend(Backend):
+    """One rank in this process.
+
+    Attributes:
+        lose_after: Number of calls on the ranks until they are lost, or None.
+        gate: A product of `eigsh` waits for it.
+        num_products: Products of `eigsh` since the beginning.
+        num_starts: Times the ranks were started.
+        resident: Vectors that the ranks hold.
+    """
+
+    def __init__(self) -> None:
+        self.lose_after: int | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.num_products = 0
+        self.num_starts = 0
+        self.resident: dict[str, Array] = {}
+        self._generation = ""
+
+    async def start(self) -> None:
+        if not self._generation:
+            self.num_starts += 1
+            self._generation = uuid.uuid4().hex
+
+    async def close(self) -> None:
+        self.resident.clear()
+        self._generation = ""
+
+    @property
+    def generation(self) -> str:
+        return self._generation
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def num_ranks(self) -> int:
+        return 1
+
+    def _reach_ranks(self) -> None:
+        if not self._generation:
+            raise GroupLostError("WORKER_GROUP_LOST", "the ranks are not there")
+        if self.lose_after is not None:
+            self.lose_after -= 1
+            if self.lose_after < 0:
+                self.lose_after = None
+                self.resident.clear()
+                self._generation = ""
+                raise GroupLostError("WORKER_GROUP_LOST", "rank 0 died")
+
+    async def ranks(self) -> list[RankInfo]:
+        self._reach_ranks()
+        return [RankInfo(rank=0, hostname="here", pid=os.getpid(), resident_bytes=1, num_threads=1)]
+
+    async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
+        self._reach_ranks()
+        config = json.loads((checkpoint_dir / "config.json").read_text())
+        if config["model_type"] != "quadratic":
+            raise BackendError("ARCHITECTURE_UNKNOWN", f"no model of type {config['model_type']}")
+        if "theta" not in _tensors(checkpoint_dir):
+            raise BackendError("TENSOR_MISSING", "there is no theta", {"tensor": "theta"})
+        theta = _tensors(checkpoint_dir)["theta"]
+        return CheckpointDescription(
+            architecture="Quadratic",
+            num_parameters=theta.size,
+            vocab_size=VOCAB_SIZE,
+            max_positions=MAX_POSITIONS,
+            stored_dtype="F64",
+            parameters=(ParameterTensor(name="theta", shape=theta.shape, offset=0),),
+        )
+
+    async def describe_operator(self, operator: Operator) -> OperatorInfo:
+        self._reach_ranks()
+        return OperatorInfo(
+            num_parameters=_theta(operator.space).size,
+            micro_batch_size=operator.micro_batch_size or 1,
+            num_targets=1,
+        )
+
+    async def loss(self, operator: Operator) -> float:
+        self._reach_ranks()
+        theta = _theta(operator.space)
+        loss = float(0.5 * theta @ _matrix(operator.space) @ theta)
+        if not np.isfinite(loss):
+            raise BackendError("NON_FINITE", "the loss is not finite", {"block": "theta"})
+        return loss
+
+    async def gradient(self, operator: Operator, output: str) -> None:
+        self._reach_ranks()
+        self.resident[output] = _matrix(operator.space) @ _theta(operator.space)
+
+    async def apply(
+        self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]
+    ) -> None:
+        self._reach_ranks()
+        await self.gate.wait()
+        for name, output in zip(inputs, outputs, strict=True):
+            self.resident[output] = _matrix(operator.space) @ self._held(name)
+
+    async def create_vector(self, name: str, space: Space, source: Source) -> None:
+        self._reach_ranks()
+        n = _theta(space).size
+        match source:
+            case Seeded(seed=seed, distribution=distribution):
+                made = _probe(seed, distribution, n)
+            case RawFile(path=path):
+                made = np.fromfile(path, space.dtype)
+                bad = np.flatnonzero(~np.isfinite(made))
+                if bad.size:
+                    raise BackendError(
+                        "NON_FINITE", "an element is not finite", {"index": str(bad[0])}
+                    )
+            case Combination(terms=terms):
+                made = sum((c * self._held(term) for c, term in terms), np.zeros(n))
+            case Zeros():
+                made = np.zeros(n)
+            case Parameters():
+                made = _theta(space)
+        self.resident[name] = made.astype(space.dtype)
+
+    async def delete_vectors(self, names: Sequence[str]) -> None:
+        self._reach_ranks()
+        for name in names:
+            self.resident.pop(name, None)
+
+    async def inner_products(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        self._reach_ranks()
+        return [
+            float(self._held(left).astype(np.float64) @ self._held(right)) for left, right in pairs
+        ]
+
+    async def save_vector(self, name: str, path: Path) -> None:
+        self._reach_ranks()
+        self._held(name).tofile(path)
+
+    async def eigsh(
+        self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]
+    ) -> AsyncIterator[EigshProgress | EigshResult]:
+        matrix = _matrix(operator.space)
+        n = matrix.shape[0]
+        yield EigshProgress(stage="loading", num_products=0, max_products=n)
+        basis = [_probe(spec.seed, "sphere", n)]
+        for step in range(n):
+            self._reach_ranks()
+            await self.gate.wait()
+            self.num_products += 1
+            product = matrix @ basis[-1]
+            rows = np.array(basis)
+            ritz = np.linalg.eigvalsh(rows @ matrix @ rows.T)
+            yield EigshProgress(
+                stage="iterating",
+                num_products=step + 1,
+                max_products=n,
+                ritz_values=tuple(ritz[-spec.k :]),
+            )
+            for _ in range(2):
+                product -= rows.T @ (rows @ product)
+            if np.linalg.norm(product) < 1e-12:
+                break
+            basis.append(product / np.linalg.norm(product))
+        rows = np.array(basis)
+        values, coordinates = np.linalg.eigh(rows @ matrix @ rows.T)
+        vectors = rows.T @ coordinates
+        chosen = _wanted(values, spec.k, spec.which)
+        for index, output in zip(chosen, outputs, strict=True):
+            self.resident[output] = vectors[:, index].astype(operator.space.dtype)
+        yield EigshResult(
+            eigenvalues=tuple(float(values[i]) for i in chosen),
+            residuals=tuple(
+                float(np.linalg.norm(matrix @ vectors[:, i] - values[i] * vectors[:, i]))
+                for i in chosen
+            ),
+            num_products=len(basis),
+            outcome="CONVERGED",
+            symmetry_defect=0.0,
+            ritz_values=tuple(values),
+            ritz_weights=tuple(coordinates[0] ** 2),
+            loss=0.0,
+            provenance={"seed": str(spec.seed)},
+        )
+
+    def _held(self, name: str) -> Array:
+        if name not in self.resident:
+            raise BackendError("INPUT_MISSING", f"the ranks do not hold {name}")
+        return self.resident[name]
+
+
+def _tensors(checkpoint_dir: Path) -> dict[str, Array]:
+    found: dict[str, Array] = load_file(checkpoint_dir / "model.safetensors")
+    return found
+
+
+def _theta(space: Space) -> Array:
+    return _tensors(space.checkpoint_dir)["theta"]
+
+
+def _matrix(space: Space) -> Array:
+    return _tensors(space.checkpoint_dir)["A"]
+
+
+def _probe(seed: int, distribution: str, n: int) -> Array:
+    generator = np.random.default_rng(seed)
+    if distribution == "rademacher":
+        return generator.choice([-1.0, 1.0], n)
+    sample = generator.standard_normal(n)
+    return sample / np.linalg.norm(sample) if distribution == "sphere" else sample
+
+
+def _wanted(values: Array, k: int, which: str) -> list[int]:
+    order = list(range(len(values)))
+    if which == "LM":
+        order.sort(key=lambda i: -abs(values[i]))
+        return sorted(order[:k])
+    low = {"LA": 0, "SA": k, "BE": k // 2}[which]
+    return order[:low] + order[len(order) - (k - low) :]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hvp_service.config import ServerConfig
+from hvp_service.server import main
+from hvp_service.state_dir import StateDirectoryBusyError, sole_use
+from pydantic import ValidationError
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:0", "localhost:50051", "[::1]:1", "127.9.9.9:65535"]
+)
+def test_loopback_addresses_are_taken(address: str) -> None:
+    assert ServerConfig(address=address).address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "192.168.1.2:1", "[::]:1", "example.org:1", "10.0.0.1:0"]
+)
+def test_other_hosts_are_refused_with_the_reason(address: str) -> None:
+    with pytest.raises(ValidationError, match="no TLS"):
+        ServerConfig(address=address)
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "::1:5", ":5"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValidationError):
+        ServerConfig(address=address)
+
+
+def test_the_command_refuses_other_hosts_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--address", "0.0.0.0:0"]) == 2
+    assert "no TLS" in capsys.readouterr().err
+
+
+def test_the_environment_sets_what_arguments_leave_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVP_WORKERS", "5")
+    assert ServerConfig().workers == 5
+    assert ServerConfig(workers=3).workers == 3
+
+
+def test_a_second_user_of_the_state_directory_is_told_the_first_ones_pid(tmp_path: Path) -> None:
+    busy = pytest.raises(StateDirectoryBusyError, match=str(os.getpid()))
+    with sole_use(tmp_path), busy, sole_use(tmp_path):
+        pass
+    with sole_use(tmp_path):
+        pass
+
+
+def imported(module: str, suspects: tuple[str, ...]) -> str:
+    """Which of the suspects a fresh interpreter imports with a module."""
+    script = f"import sys, {module}; print([m for m in {suspects} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_neither_torch_nor_ray_nor_grpc_is_imported_before_the_ranks_are_up() -> None:
+    assert imported("hvp_service.server", ("torch", "ray", "grpc", "transformers")) == "[]"
+
+
+def test_the_transport_needs_neither_torch_nor_ray() -> None:
+    assert imported("hvp_service.transport", ("torch", "ray", "transformers")) == "[]"

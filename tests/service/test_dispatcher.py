@@ -1,0 +1,365 @@
+"""Jobs from the queue to their end: runs, cancellations, losses, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hvp_service.config import ServerConfig
+from hvp_service.dependencies import Dependencies, open_dependencies
+from hvp_service.errors import ServiceError
+from hvp_service.handlers import checkpoints, jobs, operators, vectors
+from hvp_service.job_store import Job, JobEvent, StateChange
+from hvp_service.names import Name, parse
+from hvp_service.operator_resolver import OperatorRef
+from hvp_service.state_dir import StateDir
+from hvp_workers.backend import EigshProgress
+from safetensors.numpy import save
+
+from tests.service.quadratic_backend import QuadraticBackend
+from tests.service.world import CONFIG, PROJECT, checkpoint_files, make_operator
+
+Arguments = dict[str, Any]
+
+
+async def create(deps: Dependencies, ref: OperatorRef, **change: Any) -> Job:
+    request_id = change.pop("request_id", "")
+    arguments: Arguments = {
+        "operator": ref,
+        "k": 2,
+        "which": "WHICH_BE",
+        "tol": 0.0,
+        "max_products": 0,
+        "seed": 1,
+        "num_lanczos_vectors": 0,
+        "labels": {},
+        "validate_only": False,
+    }
+    name = Name(PROJECT, "jobs", jobs.job_id(PROJECT, request_id))
+    return await jobs.create(deps, name, **(arguments | change))
+
+
+async def follow(deps: Dependencies, name: Name, after: int = 0) -> list[JobEvent]:
+    return [event async for event in jobs.watch(deps, name, after) if event is not None]
+
+
+async def until(deps: Dependencies, name: Name, state: str) -> Job:
+    for _ in range(500):
+        job = await deps.jobs.get(name)
+        if job.state == state:
+            return job
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{job.state}, not {state}: {job.error}")
+
+
+def states(events: list[JobEvent]) -> list[str]:
+    return [event.body.state for event in events if isinstance(event.body, StateChange)]
+
+
+async def test_a_job_finds_the_eigenvalues_and_keeps_the_eigenvectors(deps: Dependencies) -> None:
+    ref = await make_operator(deps)
+    job = await create(deps, ref, k=3)
+    events = await follow(deps, job.name)
+    assert states(events) == ["QUEUED", "RUNNING", "SUCCEEDED"]
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    products = [e.body.num_products for e in events if isinstance(e.body, EigshProgress)]
+    assert products == sorted(products)
+    done = await jobs.wait(deps, job.name, 1.0)
+    assert done.result is not None
+    np.testing.assert_allclose(done.result.eigsh.eigenvalues, [1, 5, 6], rtol=1e-10)
+    for value, name in zip(done.result.eigsh.eigenvalues, done.result.eigenvectors, strict=True):
+        (product,) = await operators.apply(deps, ref, [name])
+        pairs = [(name, name), (name, str(product.name))]
+        assert await vectors.inner_products(deps, pairs) == [
+            pytest.approx(1.0),
+            pytest.approx(value),
+        ]
+
+
+async def test_eigenvectors_survive_the_ranks_and_a_restart(
+    deps: Dependencies,
+    config: ServerConfig,
+    state_dir: StateDir,
+    backend: QuadraticBackend,
+) -> None:
+    ref = await make_operator(deps)
+    job = await create(deps, ref)
+    await follow(deps, job.name)
+    await deps.close()
+    again = await open_dependencies(config, state_dir, QuadraticBackend())
+    try:
+        done = await again.jobs.get(job.name)
+        assert done.state == "SUCCEEDED"
+        assert done.result is not None
+        (name, _) = done.result.eigenvectors
+        assert await vectors.inner_products(again, [(name, name)]) == [pytest.approx(1.0)]
+        found = await again.vectors.get(parse(name, "vectors"))
+        pieces = [p async for p in vectors.read(again, found.name, 0, 0)]
+        assert sum(len(piece.data) for piece in pieces) == 48
+    finally:
+        await again.close()
+
+
+async def test_jobs_run_one_after_another_in_the_order_queued(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    first, second, third = [await create(deps, ref, seed=seed) for seed in range(3)]
+    await until(deps, first.name, "RUNNING")
+    assert (await deps.jobs.get(second.name)).state == "QUEUED"
+    backend.gate.set()
+    done = [await until(deps, job.name, "SUCCEEDED") for job in (first, second, third)]
+    starts = [job.start_time for job in done if job.start_time]
+    assert starts == sorted(starts)
+
+
+async def test_a_running_job_is_cancelled_between_products_and_twice_is_once(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    assert (await jobs.cancel(deps, job.name)).state == "CANCELLING"
+    assert (await jobs.cancel(deps, job.name)).state == "CANCELLING"
+    backend.gate.set()
+    await until(deps, job.name, "CANCELLED")
+    assert (await jobs.cancel(deps, job.name)).state == "CANCELLED"
+    events = await follow(deps, job.name)
+    assert states(events) == ["QUEUED", "RUNNING", "CANCELLING", "CANCELLED"]
+    assert backend.num_products <= 1
+    after = await create(deps, ref, seed=2)
+    await until(deps, after.name, "SUCCEEDED")
+
+
+async def test_a_lost_group_costs_an_attempt_and_not_the_job(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    backend.lose_after = 2
+    backend.gate.set()
+    done = await until(deps, job.name, "SUCCEEDED")
+    assert done.attempt == 2
+    assert states(await follow(deps, job.name)) == [
+        "QUEUED",
+        "RUNNING",
+        "QUEUED",
+        "RUNNING",
+        "SUCCEEDED",
+    ]
+    assert backend.num_starts == 2
+
+
+async def test_a_job_that_loses_every_attempt_fails(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    for attempt in (1, 2, 3):
+        while (running := await until(deps, job.name, "RUNNING")).attempt != attempt:
+            await asyncio.sleep(0.01)
+        assert running.attempt == attempt
+        backend.gate.clear()
+        backend.lose_after = 1
+        backend.gate.set()
+        while (await deps.jobs.get(job.name)).last_sequence == running.last_sequence:
+            await asyncio.sleep(0.005)
+        backend.gate.clear()
+        if attempt < 3:
+            backend.lose_after = None
+    failed = await until(deps, job.name, "FAILED")
+    assert failed.error is not None
+    assert failed.error.reason == "ATTEMPTS_EXHAUSTED"
+    assert "rank 0 died" in failed.error.message
+
+
+async def test_a_job_whose_inputs_are_bad_fails_with_their_reason(deps: Dependencies) -> None:
+    from dataclasses import asdict
+
+    ref = await make_operator(deps)
+    files = await checkpoint_files(
+        deps,
+        {"config.json": CONFIG, "model.safetensors": save({"theta": np.ones(6)})},
+    )
+    broken = await deps.checkpoints.create(PROJECT, files)
+    job = await create(deps, replace(ref, checkpoint=str(broken.name)))
+    failed = await until(deps, job.name, "FAILED")  # there is no A
+    assert failed.error is not None
+    assert failed.error.reason == "INTERNAL"
+    assert asdict(failed.error)["metadata"] == {}
+    after = await create(deps, ref)
+    await until(deps, after.name, "SUCCEEDED")
+
+
+async def test_draining_queues_the_running_job_again_and_the_next_server_runs_it(
+    deps: Dependencies, config: ServerConfig, state_dir: StateDir, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    closing = asyncio.create_task(deps.close())
+    await asyncio.sleep(0.05)
+    backend.gate.set()
+    await closing
+    again = await open_dependencies(config, state_dir, QuadraticBackend())
+    try:
+        done = await until(again, job.name, "SUCCEEDED")
+        assert done.attempt == 2
+        assert states(await follow(again, job.name)) == [
+            "QUEUED",
+            "RUNNING",
+            "QUEUED",
+            "RUNNING",
+            "SUCCEEDED",
+        ]
+    finally:
+        await again.close()
+
+
+async def test_draining_does_not_wait_for_ever_for_a_product(
+    deps: Dependencies, config: ServerConfig, state_dir: StateDir, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    await asyncio.wait_for(deps.dispatcher.stop(0.05), 5.0)
+    assert (await deps.jobs.get(job.name)).state == "QUEUED"
+
+
+async def test_watchers_and_waiters_are_sent_away_when_the_server_drains(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    watcher = asyncio.create_task(follow(deps, job.name))
+    waiter = asyncio.create_task(jobs.wait(deps, job.name, 60.0))
+    await until(deps, job.name, "RUNNING")
+    deps.drain.begin()
+    for task in (watcher, waiter):
+        with pytest.raises(ServiceError, match="SERVER_DRAINING"):
+            await task
+    backend.gate.set()
+
+
+async def test_a_quiet_watch_has_heartbeats(deps: Dependencies, backend: QuadraticBackend) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    stream = jobs.watch(deps, job.name, 3)
+    assert await asyncio.wait_for(anext(stream), 5.0) is None
+    backend.gate.set()
+    rest = [event async for event in stream if event is not None]
+    assert states(rest)[-1] == "SUCCEEDED"
+    assert rest[0].sequence == 4
+    final = rest[-1].sequence
+    assert await follow(deps, job.name, final) == []
+    assert await follow(deps, job.name, final + 10) == []
+
+
+async def test_waiting_ends_with_the_job_or_the_time(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    assert (await jobs.wait(deps, job.name, 0.05)).state in ("QUEUED", "RUNNING")
+    waiter = asyncio.create_task(jobs.wait(deps, job.name, 30.0))
+    backend.gate.set()
+    assert (await waiter).state == "SUCCEEDED"
+    with pytest.raises(ServiceError, match="TIMEOUT_INVALID"):
+        await jobs.wait(deps, job.name, -1.0)
+
+
+async def test_what_a_job_needs_cannot_be_deleted_before_it_ends(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    checkpoint, batch = parse(ref.checkpoint, "checkpoints"), parse(ref.data_batch, "dataBatches")
+    for work in (
+        checkpoints.delete_checkpoint(deps, checkpoint),
+        checkpoints.delete_batch(deps, batch),
+    ):
+        with pytest.raises(ServiceError, match="RESOURCE_IN_USE"):
+            await work
+    backend.gate.set()
+    await until(deps, job.name, "SUCCEEDED")
+    await checkpoints.delete_batch(deps, batch)
+    await checkpoints.delete_checkpoint(deps, checkpoint)
+
+
+async def test_the_same_request_id_is_the_same_job_even_without_the_log_of_requests(
+    deps: Dependencies,
+) -> None:
+    ref = await make_operator(deps)
+    first = await create(deps, ref, request_id="r1")
+    assert (await create(deps, ref, request_id="r1")).name == first.name
+    with pytest.raises(ServiceError, match="REQUEST_ID_REUSED"):
+        await create(deps, ref, request_id="r1", k=1)
+    await until(deps, first.name, "SUCCEEDED")
+
+
+async def test_only_checking_a_job_queues_nothing(deps: Dependencies) -> None:
+    ref = await make_operator(deps)
+    job = await create(deps, ref, validate_only=True)
+    assert job.state == "QUEUED"
+    assert await deps.jobs.unfinished(PROJECT) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"k": 0}, "K_INVALID"),
+        ({"k": -1}, "K_INVALID"),
+        ({"k": 6}, "K_INVALID"),
+        ({"k": 7}, "K_INVALID"),
+        ({"which": "WHICH_UNSPECIFIED"}, "WHICH_UNSUPPORTED"),
+        ({"tol": -1.0}, "TOL_INVALID"),
+        ({"tol": float("nan")}, "TOL_INVALID"),
+        ({"tol": float("inf")}, "TOL_INVALID"),
+        ({"max_products": -1}, "MAX_PRODUCTS_INVALID"),
+        ({"max_products": 3}, "MAX_PRODUCTS_INVALID"),
+        ({"num_lanczos_vectors": -1}, "NUM_LANCZOS_VECTORS_INVALID"),
+        ({"num_lanczos_vectors": 2}, "NUM_LANCZOS_VECTORS_INVALID"),
+        ({"num_lanczos_vectors": 7}, "NUM_LANCZOS_VECTORS_INVALID"),
+        ({"labels": {str(n): "" for n in range(65)}}, "LABELS_INVALID"),
+        ({"labels": {"a": "x" * 257}}, "LABELS_INVALID"),
+    ],
+)
+async def test_a_job_that_cannot_run_is_refused_with_the_field(
+    deps: Dependencies, change: Arguments, reason: str
+) -> None:
+    ref = await make_operator(deps)
+    with pytest.raises(ServiceError) as caught:
+        await create(deps, ref, **change)
+    assert caught.value.reason == reason
+    assert caught.value.field.endswith(next(iter(change)))
+
+
+async def test_a_full_queue_refuses_with_a_delay(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    crowded = replace(deps, config=deps.config.model_copy(update={"max_queued_jobs": 1}))
+    running = await create(crowded, ref)
+    await until(deps, running.name, "RUNNING")
+    await create(crowded, ref)
+    with pytest.raises(ServiceError) as caught:
+        await create(crowded, ref)
+    assert caught.value.reason == "QUEUE_FULL"
+    assert caught.value.retry_after_s is not None
+    backend.gate.set()

@@ -1,0 +1,332 @@
+"""The contract of job stores, kept by every implementation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hvp_service.clock import now_us
+from hvp_service.database import open_database
+from hvp_service.errors import ServiceError
+from hvp_service.job_store import (
+    EigshJob,
+    Job,
+    JobError,
+    JobEvent,
+    JobResult,
+    JobState,
+    JobStore,
+    StaleLeaseError,
+    StateChange,
+)
+from hvp_service.names import Name
+from hvp_service.operator_resolver import OperatorRef
+from hvp_service.paging import Pager, PageRequest
+from hvp_service.sqlite_job_store import SqliteJobStore
+from hvp_workers.backend import EigshProgress, EigshResult
+
+SPEC = EigshJob(
+    operator=OperatorRef(checkpoint="c", data_batch="b", kind="KIND_HESSIAN", dtype="float32"),
+    k=2,
+    which="BE",
+    tol=1e-3,
+    max_products=0,
+    seed=2**64 - 1,
+    num_lanczos_vectors=0,
+)
+PROGRESS = EigshProgress(stage="iterating", num_products=3, max_products=9, ritz_values=(1.0, 2.5))
+ERROR = JobError(code=13, reason="INTERNAL", message="no", metadata={"a": "b"})
+RESULT = JobResult(
+    eigsh=EigshResult(
+        eigenvalues=(1.0, 2.0),
+        residuals=(0.0, 1e-9),
+        num_products=9,
+        outcome="CONVERGED",
+        symmetry_defect=0.0,
+        ritz_values=(1.0,),
+        ritz_weights=(1.0,),
+        loss=3.0,
+        provenance={"seed": "1"},
+    ),
+    eigenvectors=("v1", "v2"),
+    num_elements=5,
+    eigenvector_time=7,
+)
+
+Open = Callable[[str, float], JobStore]
+
+
+@pytest.fixture(params=["sqlite"])
+async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
+    """Opens the same store as another server, with its name and lease."""
+    assert request.param == "sqlite"
+    database = await open_database(tmp_path / "jobs.sqlite3")
+    pager = Pager(database.page_token_key)
+    yield lambda owner, lease_s: SqliteJobStore(database, pager, owner=owner, lease_s=lease_s)
+    await database.close()
+
+
+@pytest.fixture
+def store(open_store: Open) -> JobStore:
+    return open_store("first", 60.0)
+
+
+def job(identifier: str = "j1", project: str = "p", time: int | None = None) -> Job:
+    return Job(
+        name=Name(project, "jobs", identifier),
+        spec=SPEC,
+        labels={"who": "me"},
+        max_attempts=2,
+        create_time=now_us() if time is None else time,
+    )
+
+
+async def queue(store: JobStore, *identifiers: str) -> list[Job]:
+    return [
+        await store.create(job(identifier, time=index), 100)
+        for index, identifier in enumerate(identifiers)
+    ]
+
+
+async def claim(store: JobStore) -> Job:
+    claimed = await store.claim()
+    assert claimed is not None
+    return claimed
+
+
+async def states(store: JobStore, name: Name) -> list[str]:
+    events = await store.events_after(name, 0, 0)
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    return [event.body.state for event in events if isinstance(event.body, StateChange)]
+
+
+async def test_a_job_comes_back_as_it_was_put_in(store: JobStore) -> None:
+    (made,) = await queue(store, "j1")
+    assert made.state == "QUEUED"
+    assert made == await store.get(made.name)
+    assert made.spec == SPEC
+    assert made.labels == {"who": "me"}
+
+
+async def test_creating_a_job_twice_makes_one(store: JobStore) -> None:
+    (made,) = await queue(store, "j1")
+    assert await store.create(replace(job("j1"), spec=replace(SPEC, k=1)), 100) == made
+    assert await states(store, made.name) == ["QUEUED"]
+
+
+async def test_a_full_queue_refuses(store: JobStore) -> None:
+    await store.create(job("j1"), 1)
+    with pytest.raises(ServiceError, match="QUEUE_FULL"):
+        await store.create(job("j2"), 1)
+
+
+async def test_jobs_are_claimed_oldest_first_and_once(store: JobStore) -> None:
+    await queue(store, "b", "a")
+    claims = await asyncio.gather(*(store.claim() for _ in range(4)))
+    assert sorted(c.name.id for c in claims if c) == ["a", "b"]
+    assert [c.attempt for c in claims if c] == [1, 1]
+    assert next(c.name.id for c in claims if c) == "b"
+
+
+async def test_a_finished_job_holds_its_result(store: JobStore) -> None:
+    await queue(store, "j1")
+    claimed = await claim(store)
+    await store.report(claimed.lease, PROGRESS)
+    done = await store.finish(claimed.lease, RESULT)
+    assert (done.state, done.result, done.progress) == ("SUCCEEDED", RESULT, PROGRESS)
+    assert done.end_time is not None
+    assert await states(store, done.name) == ["QUEUED", "RUNNING", "SUCCEEDED"]
+    events = await store.events_after(done.name, 0, 0)
+    assert [event.body for event in events if isinstance(event.body, EigshProgress)] == [PROGRESS]
+    assert await store.events_after(done.name, 3, 0) == events[3:]
+
+
+async def test_a_failed_job_holds_its_error_and_so_does_the_event(store: JobStore) -> None:
+    await queue(store, "j1")
+    done = await store.finish((await claim(store)).lease, ERROR)
+    assert (done.state, done.error) == ("FAILED", ERROR)
+    last = (await store.events_after(done.name, 0, 0))[-1].body
+    assert last == StateChange(state="FAILED", attempt=1, error=ERROR)
+
+
+async def test_a_final_state_never_changes(store: JobStore) -> None:
+    await queue(store, "j1")
+    claimed = await claim(store)
+    done = await store.finish(claimed.lease, RESULT)
+    for write in (
+        store.report(claimed.lease, PROGRESS),
+        store.renew(claimed.lease),
+        store.finish(claimed.lease, None),
+        store.give_back(claimed.lease),
+    ):
+        with pytest.raises(StaleLeaseError):
+            await write
+    assert await store.cancel(done.name) == done
+    assert await store.recover() == []
+    assert await store.claim() is None
+    assert await store.get(done.name) == done
+
+
+async def test_an_older_attempt_cannot_write(store: JobStore) -> None:
+    await queue(store, "j1")
+    first = await claim(store)
+    await store.give_back(first.lease)
+    second = await claim(store)
+    assert (first.attempt, second.attempt) == (1, 2)
+    with pytest.raises(StaleLeaseError):
+        await store.report(first.lease, PROGRESS)
+    await store.report(second.lease, PROGRESS)
+
+
+async def test_another_servers_attempt_cannot_be_written(open_store: Open) -> None:
+    first, second = open_store("first", 60.0), open_store("second", 60.0)
+    await queue(first, "j1")
+    claimed = await claim(first)
+    with pytest.raises(StaleLeaseError):
+        await second.report(claimed.lease, PROGRESS)
+
+
+async def test_a_lease_that_ran_out_may_be_claimed_and_a_renewed_one_not(open_store: Open) -> None:
+    hasty = open_store("first", 0.05)
+    await queue(hasty, "j1")
+    first = await claim(hasty)
+    await asyncio.sleep(0.06)
+    second = await claim(hasty)
+    assert second.attempt == 2
+    with pytest.raises(StaleLeaseError):
+        await hasty.renew(first.lease)
+    patient = open_store("first", 60.0)
+    await patient.renew(second.lease)
+    await asyncio.sleep(0.06)
+    assert await patient.claim() is None
+
+
+async def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
+    (made,) = await queue(store, "j1")
+    assert (await store.cancel(made.name)).state == "CANCELLED"
+    assert (await store.cancel(made.name)).state == "CANCELLED"
+    assert await states(store, made.name) == ["QUEUED", "CANCELLED"]
+    assert await store.claim() is None
+
+
+async def test_a_running_job_is_cancelled_by_its_runner(store: JobStore) -> None:
+    await queue(store, "j1")
+    claimed = await claim(store)
+    assert (await store.cancel(claimed.name)).state == "CANCELLING"
+    assert (await store.cancel(claimed.name)).state == "CANCELLING"
+    await store.report(claimed.lease, PROGRESS)
+    assert (await store.finish(claimed.lease, None)).state == "CANCELLED"
+    assert await states(store, claimed.name) == ["QUEUED", "RUNNING", "CANCELLING", "CANCELLED"]
+
+
+async def test_a_job_given_back_while_it_is_cancelled_is_cancelled(store: JobStore) -> None:
+    await queue(store, "j1")
+    claimed = await claim(store)
+    await store.cancel(claimed.name)
+    assert (await store.give_back(claimed.lease)).state == "CANCELLED"
+
+
+async def test_a_job_given_back_keeps_its_place(store: JobStore) -> None:
+    await queue(store, "j1", "j2")
+    await store.give_back((await claim(store)).lease)
+    assert (await claim(store)).name.id == "j1"
+
+
+async def test_a_new_server_settles_what_a_dead_one_ran(open_store: Open) -> None:
+    dead = open_store("dead", 60.0)
+    await queue(dead, "again", "spent", "stopping", "waiting", "done")
+    again = await claim(dead)
+    spent = await claim(dead)
+    await dead.give_back(spent.lease)
+    await claim(dead)
+    stopping = await claim(dead)
+    await dead.cancel(stopping.name)
+    await dead.cancel(Name("p", "jobs", "done"))
+    living = open_store("living", 60.0)
+    await living.recover()
+    found = {j.name.id: j for j in (await living.list_page("p", [], PageRequest()))[0]}
+    assert {name: j.state for name, j in found.items()} == {
+        "again": "QUEUED",
+        "spent": "FAILED",
+        "stopping": "CANCELLED",
+        "waiting": "QUEUED",
+        "done": "CANCELLED",
+    }
+    error = found["spent"].error
+    assert error is not None
+    assert error.reason == "ATTEMPTS_EXHAUSTED"
+    assert (await claim(living)).attempt == again.attempt + 1
+    with pytest.raises(StaleLeaseError):
+        await dead.report(again.lease, PROGRESS)
+
+
+async def test_a_watcher_wakes_at_the_next_event_and_misses_none(store: JobStore) -> None:
+    (made,) = await queue(store, "j1")
+    seen: list[JobEvent] = []
+
+    async def watch() -> None:
+        while not seen or getattr(seen[-1].body, "state", "") != "CANCELLED":
+            seen.extend(await store.events_after(made.name, seen[-1].sequence if seen else 0, 5.0))
+
+    watchers = asyncio.gather(watch())
+    await asyncio.sleep(0.02)
+    claimed = await claim(store)
+    for number in range(5):
+        await store.report(claimed.lease, replace(PROGRESS, num_products=number))
+        await asyncio.sleep(0.001 * number)
+    await store.finish(claimed.lease, None)
+    await asyncio.wait_for(watchers, 5.0)
+    assert [event.sequence for event in seen] == list(range(1, len(seen) + 1))
+    assert len(seen) == 8
+
+
+async def test_waiting_for_events_ends_with_the_time(store: JobStore) -> None:
+    (made,) = await queue(store, "j1")
+    assert await store.events_after(made.name, 1, 0.01) == []
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        await store.events_after(Name("p", "jobs", "none"), 0, 0.01)
+
+
+async def test_lists_are_newest_first_and_keep_to_the_filter(store: JobStore) -> None:
+    await queue(store, "a", "b", "c", "d")
+    await store.cancel(Name("p", "jobs", "b"))
+    await store.create(job("elsewhere", project="q"), 100)
+
+    async def listed(wanted: list[JobState], size: int) -> list[str]:
+        found, token = await store.list_page("p", wanted, PageRequest(size=size))
+        names = [j.name.id for j in found]
+        while token:
+            found, token = await store.list_page("p", wanted, PageRequest(size=size, token=token))
+            names += [j.name.id for j in found]
+        return names
+
+    assert await listed([], 3) == ["d", "c", "b", "a"]
+    assert await listed(["QUEUED"], 2) == ["d", "c", "a"]
+    assert await listed(["CANCELLED", "FAILED"], 0) == ["b"]
+    _, token = await store.list_page("p", ["QUEUED"], PageRequest(size=1))
+    with pytest.raises(ServiceError, match="PAGE_TOKEN_INVALID"):
+        await store.list_page("p", [], PageRequest(token=token))
+    assert len(await store.unfinished("p")) == 3
+
+
+async def test_only_ended_jobs_are_deleted(store: JobStore) -> None:
+    (made,) = await queue(store, "j1")
+    with pytest.raises(ServiceError, match="JOB_NOT_ENDED"):
+        await store.delete(made.name)
+    await store.cancel(made.name)
+    await store.delete(made.name)
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        await store.get(made.name)
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        await store.delete(made.name)
+
+
+def test_the_states_are_those_of_the_protos() -> None:
+    from hvp_protos.v1 import job_pb2
+
+    names = {name.removeprefix("STATE_") for name in job_pb2.Job.State.keys()}  # noqa: SIM118
+    assert names - {"UNSPECIFIED"} == set(get_args(JobState))

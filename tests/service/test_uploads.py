@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from hvp_service.config import ServerConfig
+from hvp_service.dependencies import Dependencies, open_dependencies
+from hvp_service.errors import ServiceError
+from hvp_service.handlers import blobs
+from hvp_service.names import Name, parse
+from hvp_service.paging import PageRequest
+from hvp_service.state_dir import StateDir
+from hvp_service.upload_store import Chunk, Upload, UploadStore
+
+from tests.service.quadratic_backend import QuadraticBackend
+from tests.service.world import PROJECT, chunks, digest, make_batch, upload
+
+DATA = bytes(range(256)) * 100  # 25 600 bytes, of which 4000 are committed at a time
+
+
+async def start(deps: Dependencies, data: bytes = DATA) -> Upload:
+    return await deps.uploads.start(PROJECT, digest(data))
+
+
+async def read(deps: Dependencies, sha256: str) -> bytes:
+    pieces = [p async for p in blobs.download(deps, Name(PROJECT, "blobs", sha256), 0, 0)]
+    return b"".join(piece.data for piece in pieces)
+
+
+async def reason(work: object) -> str:
+    with pytest.raises(ServiceError) as caught:
+        await work  # type: ignore[misc]
+    return caught.value.reason
+
+
+async def test_an_upload_becomes_a_blob_with_the_same_bytes(deps: Dependencies) -> None:
+    session = await start(deps)
+    done = await deps.uploads.write(chunks(session, DATA))
+    assert done.state == "FINISHED"
+    assert done.blob is not None
+    assert done.committed_size == len(DATA)
+    assert await read(deps, done.blob.digest.sha256) == DATA
+
+
+async def test_an_empty_blob_can_be_uploaded(deps: Dependencies) -> None:
+    session = await start(deps, b"")
+    done = await deps.uploads.write(chunks(session, b""))
+    assert done.blob is not None
+    assert await read(deps, done.blob.digest.sha256) == b""
+
+
+async def test_a_blob_that_is_there_needs_no_bytes(deps: Dependencies) -> None:
+    await upload(deps, DATA)
+    session = await start(deps)
+    assert session.blob is not None
+    assert session.committed_size == len(DATA)
+
+
+async def test_a_stream_that_ends_early_leaves_a_session_that_resumes(deps: Dependencies) -> None:
+    session = await start(deps)
+    paused = await deps.uploads.write(chunks(session, DATA[:9000], finish=False))
+    assert paused.committed_size == 9000
+    done = await deps.uploads.write(chunks(session, DATA, start=9000))
+    assert done.blob is not None
+    assert await read(deps, done.blob.digest.sha256) == DATA
+
+
+async def test_a_stream_that_breaks_keeps_every_byte_that_came(deps: Dependencies) -> None:
+    session = await start(deps)
+    arrived = asyncio.Event()
+
+    async def broken() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(session, DATA[:7000], finish=False):
+            yield chunk
+        arrived.set()
+        await asyncio.sleep(60)
+
+    writing = asyncio.create_task(deps.uploads.write(broken()))
+    await arrived.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert (await deps.uploads.get(session.name)).committed_size == 7000
+    done = await deps.uploads.write(chunks(session, DATA, start=5000))  # an overlap is skipped
+    assert done.blob is not None
+    assert await read(deps, done.blob.digest.sha256) == DATA
+
+
+async def test_an_upload_resumes_after_a_restart_of_the_server(
+    deps: Dependencies, config: ServerConfig, state_dir: StateDir
+) -> None:
+    session = await start(deps)
+    await deps.uploads.write(chunks(session, DATA[:9000], finish=False))
+    await deps.close()
+    again = await open_dependencies(config, state_dir, QuadraticBackend())
+    try:
+        resumed = await again.uploads.get(session.name)
+        assert resumed.committed_size == 9000
+        done = await again.uploads.write(chunks(session, DATA, start=9000))
+        assert done.state == "FINISHED"
+    finally:
+        await again.close()
+
+
+async def test_an_expired_upload_is_dropped_at_the_next_start(
+    deps: Dependencies, config: ServerConfig, state_dir: StateDir
+) -> None:
+    hasty = config.model_copy(update={"upload_ttl_s": 0.01})
+    uploads = UploadStore(deps.database, state_dir, deps.blobs, hasty)
+    session = await uploads.start(PROJECT, digest(DATA))
+    state_dir.upload(session.name.id).write_bytes(DATA[:5000])
+    await asyncio.sleep(0.02)
+    assert await reason(uploads.get(session.name)) == "RESOURCE_NOT_FOUND"
+    assert state_dir.upload(session.name.id).exists()
+    await uploads.expire()
+    assert not state_dir.upload(session.name.id).exists()
+
+
+async def test_a_damaged_chunk_is_refused_and_what_came_before_is_kept(deps: Dependencies) -> None:
+    session = await start(deps)
+
+    async def damaged() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(session, DATA):
+            yield replace(chunk, crc32c=1) if chunk.write_offset == 5000 else chunk
+
+    assert await reason(deps.uploads.write(damaged())) == "CHUNK_CHECKSUM_MISMATCH"
+    assert (await deps.uploads.get(session.name)).committed_size == 5000
+    done = await deps.uploads.write(chunks(session, DATA, start=5000))
+    assert done.state == "FINISHED"
+
+
+@pytest.mark.parametrize("offset", [1, 4000, -1])
+async def test_a_gap_at_the_start_of_a_stream_is_refused(deps: Dependencies, offset: int) -> None:
+    session = await start(deps)
+    stream = chunks(session, DATA, start=offset)
+    assert await reason(deps.uploads.write(stream)) == "WRITE_OFFSET_GAP"
+
+
+async def test_a_gap_in_the_middle_is_refused(deps: Dependencies) -> None:
+    session = await start(deps)
+
+    async def leaky() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(session, DATA):
+            if chunk.write_offset != 3000:
+                yield chunk
+
+    assert await reason(deps.uploads.write(leaky())) == "WRITE_OFFSET_GAP"
+    assert (await deps.uploads.get(session.name)).committed_size == 3000
+
+
+async def test_bytes_with_another_digest_end_the_session(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    session = await start(deps)
+    stream = chunks(session, DATA[:-1] + b"!")
+    assert await reason(deps.uploads.write(stream)) == "BLOB_DIGEST_MISMATCH"
+    assert await reason(deps.uploads.get(session.name)) == "RESOURCE_NOT_FOUND"
+    assert not list(state_dir.upload("x").parent.iterdir())
+
+
+async def test_too_few_bytes_end_the_session(deps: Dependencies) -> None:
+    session = await start(deps)
+    stream = chunks(session, DATA[:-1])
+    assert await reason(deps.uploads.write(stream)) == "BLOB_DIGEST_MISMATCH"
+
+
+async def test_more_bytes_than_announced_are_refused(deps: Dependencies) -> None:
+    session = await start(deps)
+    stream = chunks(session, DATA + b"more")
+    assert await reason(deps.uploads.write(stream)) == "SIZE_EXCEEDED"
+
+
+async def test_a_chunk_beyond_the_limit_is_refused(deps: Dependencies) -> None:
+    data = bytes(deps.config.max_chunk_bytes + 1)
+    session = await start(deps, data)
+    stream = chunks(session, data, size=len(data))
+    assert await reason(deps.uploads.write(stream)) == "CHUNK_TOO_LARGE"
+
+
+async def test_the_newer_of_two_streams_wins(deps: Dependencies) -> None:
+    session = await start(deps)
+    go_on = asyncio.Event()
+
+    async def slow() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(session, DATA):
+            if chunk.write_offset == 6000:
+                go_on.set()
+                await asyncio.sleep(0.2)
+            yield chunk
+
+    older = asyncio.create_task(deps.uploads.write(slow()))
+    await go_on.wait()
+    committed = (await deps.uploads.get(session.name)).committed_size
+    newer = await deps.uploads.write(chunks(session, DATA, start=committed))
+    assert newer.writer_epoch == 2
+    assert newer.blob is not None
+    assert await reason(older) == "UPLOAD_SUPERSEDED"
+    assert await read(deps, newer.blob.digest.sha256) == DATA
+
+
+async def test_finishing_twice_answers_the_same_blob(deps: Dependencies) -> None:
+    session = await start(deps)
+    first = await deps.uploads.write(chunks(session, DATA))
+    second = await deps.uploads.write(chunks(session, DATA))
+    assert first.blob == second.blob
+
+
+async def test_cancelling_an_upload_twice_is_no_error(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    session = await start(deps)
+    await deps.uploads.write(chunks(session, DATA[:5000], finish=False))
+    await deps.uploads.cancel(session.name)
+    await deps.uploads.cancel(session.name)
+    assert await reason(deps.uploads.get(session.name)) == "RESOURCE_NOT_FOUND"
+    assert not state_dir.upload(session.name.id).exists()
+    unknown = Name(PROJECT, "uploads", "nothing")
+    assert await reason(deps.uploads.cancel(unknown)) == "RESOURCE_NOT_FOUND"
+
+
+async def test_an_upload_without_room_is_refused(deps: Dependencies) -> None:
+    huge = replace(digest(DATA), size_bytes=1 << 60)
+    assert await reason(deps.uploads.start(PROJECT, huge)) == "DISK_FULL"
+
+
+async def test_announcements_that_cannot_be_are_refused(deps: Dependencies) -> None:
+    upper = replace(digest(DATA), sha256=digest(DATA).sha256.upper())
+    assert await reason(deps.uploads.start(PROJECT, upper)) == "DIGEST_MALFORMED"
+    negative = replace(digest(DATA), size_bytes=-1)
+    assert await reason(deps.uploads.start(PROJECT, negative)) == "SIZE_INVALID"
+
+
+async def test_missing_blobs_are_named_in_the_order_asked(deps: Dependencies) -> None:
+    here, away = digest(DATA), digest(b"away")
+    await upload(deps, DATA)
+    assert await deps.blobs.missing(PROJECT, [away, here, away]) == [away, away]
+    assert await deps.blobs.missing("other", [here]) == [here]
+
+
+async def test_ranges_of_a_blob_are_streamed_and_others_refused(deps: Dependencies) -> None:
+    sha256 = (await upload(deps, DATA)).sha256
+    name = Name(PROJECT, "blobs", sha256)
+    pieces = [piece async for piece in blobs.download(deps, name, 100, 50)]
+    assert b"".join(piece.data for piece in pieces) == DATA[100:150]
+    for offset, limit in [(0, len(DATA) + 1), (len(DATA) + 1, 0), (-1, 0), (0, -1)]:
+        stream = blobs.download(deps, name, offset, limit)
+        assert await reason(anext(stream)) == "READ_RANGE_INVALID"
+
+
+async def test_a_blob_in_use_stays(deps: Dependencies) -> None:
+    batch = await make_batch(deps)
+    name = Name(PROJECT, "blobs", batch.digest.sha256)
+    assert await reason(deps.blobs.delete(name)) == "RESOURCE_IN_USE"
+    await deps.batches.delete(batch.name)
+    await deps.blobs.delete(name)
+    assert await reason(deps.blobs.get(name)) == "RESOURCE_NOT_FOUND"
+    assert not deps.blobs.path(batch.digest).exists()
+
+
+async def test_lists_go_through_every_blob_once(deps: Dependencies) -> None:
+    for number in range(5):
+        await upload(deps, bytes([number]))
+    seen, token = [], ""
+    while True:
+        found, token = await deps.blobs.list_page(PROJECT, PageRequest(size=2, token=token))
+        seen += [blob.digest for blob in found]
+        if not token:
+            break
+    assert seen == [digest(bytes([number])) for number in range(5)]
+
+
+async def test_page_tokens_of_others_are_refused(deps: Dependencies) -> None:
+    for number in range(3):
+        await upload(deps, bytes([number]))
+    _, token = await deps.blobs.list_page(PROJECT, PageRequest(size=1))
+    for forged in ("x", token[:-8] + "AAAAAAA="):
+        page = PageRequest(token=forged)
+        assert await reason(deps.blobs.list_page(PROJECT, page)) == "PAGE_TOKEN_INVALID"
+    elsewhere = deps.blobs.list_page("other", PageRequest(token=token))
+    assert await reason(elsewhere) == "PAGE_TOKEN_INVALID"
+    negative = deps.blobs.list_page(PROJECT, PageRequest(size=-1))
+    assert await reason(negative) == "PAGE_SIZE_INVALID"
+
+
+@pytest.mark.parametrize("name", ["", "x", "projects/default/jobs/1", "projects/A/uploads/1"])
+async def test_names_that_cannot_be_are_not_found(name: str) -> None:
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        parse(name, "uploads")
