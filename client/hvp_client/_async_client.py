@@ -10,12 +10,13 @@ from typing import Any, TypeVar, final
 
 from hvp_protos.v1 import checkpoint_pb2, data_batch_pb2, job_pb2, system_pb2, vector_pb2
 
+from hvp_client._async_job import AsyncJob
+from hvp_client._async_operator import AsyncOperator, open_operator
+from hvp_client._async_vector import AsyncVector
 from hvp_client._batches import Batch, batch_from_proto, upload_batch
 from hvp_client._blobs import ProgressCallback
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, upload_checkpoint
 from hvp_client._exceptions import HvpError, InvalidArgumentError
-from hvp_client._jobs import AsyncJob
-from hvp_client._operators import AsyncOperator, open_operator
 from hvp_client._session import Session
 from hvp_client._settings import Retry, Timeout
 from hvp_client._system import (
@@ -24,7 +25,6 @@ from hvp_client._system import (
     server_info_from_proto,
     worker_group_from_proto,
 )
-from hvp_client._vectors import AsyncVector
 from hvp_client._wire import Wire
 
 DEFAULT_ADDRESS = "127.0.0.1:8471"

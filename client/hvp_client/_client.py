@@ -11,10 +11,12 @@ from hvp_client._async_client import DEFAULT_ADDRESS, AsyncClient
 from hvp_client._batches import Batch
 from hvp_client._blobs import ProgressCallback
 from hvp_client._checkpoints import Checkpoint
-from hvp_client._handles import Job, Operator, Vector
+from hvp_client._job import Job
+from hvp_client._operator import Operator
 from hvp_client._portal import Portal
 from hvp_client._settings import Retry, Timeout
 from hvp_client._system import ServerInfo, WorkerGroup
+from hvp_client._vector import Vector
 
 
 @final

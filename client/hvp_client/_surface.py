@@ -1,6 +1,9 @@
 """Every public name in one place, brought in when the first of them is used."""
 
 from hvp_client._async_client import AsyncClient as AsyncClient
+from hvp_client._async_job import AsyncJob as AsyncJob
+from hvp_client._async_operator import AsyncOperator as AsyncOperator
+from hvp_client._async_vector import AsyncVector as AsyncVector
 from hvp_client._batches import Batch as Batch
 from hvp_client._checkpoints import Checkpoint as Checkpoint
 from hvp_client._checkpoints import ParameterTensor as ParameterTensor
@@ -25,11 +28,8 @@ from hvp_client._exceptions import UnauthenticatedError as UnauthenticatedError
 from hvp_client._exceptions import UnavailableError as UnavailableError
 from hvp_client._exceptions import UnimplementedError as UnimplementedError
 from hvp_client._exceptions import UnknownError as UnknownError
-from hvp_client._handles import Job as Job
-from hvp_client._handles import Operator as Operator
-from hvp_client._handles import Vector as Vector
-from hvp_client._jobs import AsyncJob as AsyncJob
-from hvp_client._operators import AsyncOperator as AsyncOperator
+from hvp_client._job import Job as Job
+from hvp_client._operator import Operator as Operator
 from hvp_client._results import EigshResult as EigshResult
 from hvp_client._results import Event as Event
 from hvp_client._results import Progress as Progress
@@ -38,4 +38,4 @@ from hvp_client._settings import Timeout as Timeout
 from hvp_client._system import Rank as Rank
 from hvp_client._system import ServerInfo as ServerInfo
 from hvp_client._system import WorkerGroup as WorkerGroup
-from hvp_client._vectors import AsyncVector as AsyncVector
+from hvp_client._vector import Vector as Vector

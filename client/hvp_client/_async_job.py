@@ -1,0 +1,236 @@
+"""Jobs: long work that goes on whether or not its client is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any, final
+
+import numpy as np
+from google.protobuf.duration_pb2 import Duration
+from hvp_protos.v1 import job_pb2
+
+from hvp_client._async_vector import AsyncVector
+from hvp_client._exceptions import (
+    DeadlineExceededError,
+    HvpError,
+    JobCancelledError,
+    JobFailedError,
+    UnavailableError,
+)
+from hvp_client._results import (
+    ENDED_STATES,
+    EigshResult,
+    Event,
+    Progress,
+    error_from_proto,
+    event_from_proto,
+    progress_from_proto,
+    state_name,
+)
+from hvp_client._session import Session
+from hvp_client._times import from_timestamp
+from hvp_client._wire import Pauses, is_transient
+
+_WAIT_S = 30.0  # one long poll; the server allows 60
+
+
+@final
+class AsyncJob:
+    """A job as it was when last heard of; the awaitable twin of Job.
+
+    The properties tell what this object knows: `await refresh()` brings it up to date, and so does
+    every other method.
+    """
+
+    def __init__(self, session: Session, message: job_pb2.Job):
+        self._session = session
+        self._message = message
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/jobs/{id}`."""
+        return self._message.name
+
+    @property
+    def state(self) -> str:
+        """`QUEUED`, `RUNNING`, `CANCELLING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
+        return state_name(self._message.state)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self.state in ENDED_STATES
+
+    @property
+    def attempt(self) -> int:
+        """Which run this is, from 1; one more after each loss of the server or a rank."""
+        return self._message.attempt
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where the run stands; None before the first product."""
+        if not self._message.HasField("progress"):
+            return None
+        return progress_from_proto(self._message.progress)
+
+    @property
+    def error(self) -> HvpError | None:
+        """Why it failed; None unless it did."""
+        if not self._message.HasField("error"):
+            return None
+        return error_from_proto(self._message.error, JobFailedError, self.name)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """As given when the job was made."""
+        return dict(self._message.labels)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What was asked for: kind, checkpoint, batch, dtype, k, which."""
+        spec = self._message.spec.eigsh
+        return {
+            "kind": self._message.spec.WhichOneof("spec") or "",
+            "checkpoint": spec.operator.checkpoint,
+            "batch": spec.operator.data_batch,
+            "dtype": spec.operator.dtype,
+            "k": spec.k,
+            "which": job_pb2.EigshSpec.Which.Name(spec.which).removeprefix("WHICH_"),
+        }
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was queued, UTC."""
+        return from_timestamp(self._message.create_time)
+
+    @property
+    def start_time(self) -> datetime | None:
+        """When this attempt began, UTC."""
+        known = self._message.HasField("start_time")
+        return from_timestamp(self._message.start_time) if known else None
+
+    @property
+    def end_time(self) -> datetime | None:
+        """When it ended, UTC."""
+        known = self._message.HasField("end_time")
+        return from_timestamp(self._message.end_time) if known else None
+
+    async def refresh(self) -> AsyncJob:
+        """As Job.refresh."""
+        answer = await self._session.wire.unary(
+            "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
+        )
+        self._message = answer.job
+        return self
+
+    async def cancel(self) -> None:
+        """As Job.cancel."""
+        answer = await self._session.wire.unary(
+            "JobService/CancelJob",
+            job_pb2.CancelJobRequest(name=self.name),
+            job_pb2.CancelJobResponse,
+        )
+        self._message = answer.job
+
+    async def delete(self) -> None:
+        """As Job.delete."""
+        await self._session.wire.unary(
+            "JobService/DeleteJob",
+            job_pb2.DeleteJobRequest(name=self.name),
+            job_pb2.DeleteJobResponse,
+        )
+
+    async def result(self, timeout_s: float | None = None) -> EigshResult[AsyncVector]:
+        """As Job.result."""
+        loop = asyncio.get_running_loop()
+        end_s = None if timeout_s is None else loop.time() + timeout_s
+        while not self.ended:
+            left_s = _WAIT_S if end_s is None else max(0.0, end_s - loop.time())
+            await self._wait(min(_WAIT_S, left_s))
+            if not self.ended and end_s is not None and loop.time() >= end_s:
+                raise DeadlineExceededError(
+                    f"{self.name} is {self.state} after {timeout_s:g} s and goes on; "
+                    "call result() again to wait longer, or cancel() it",
+                    reason="JOB_NOT_ENDED",
+                    metadata={"job": self.name, "state": self.state},
+                )
+        if self.state == "FAILED":
+            raise error_from_proto(self._message.error, JobFailedError, self.name)
+        if self.state == "CANCELLED":
+            raise JobCancelledError(
+                f"{self.name} was cancelled and has no result",
+                reason="JOB_CANCELLED",
+                metadata={"job": self.name},
+            )
+        return self._eigsh_result()
+
+    async def _wait(self, wait_s: float) -> None:
+        """Ask once for the job's end."""
+        timeout = Duration()
+        timeout.FromNanoseconds(int(wait_s * 1e9))
+        answer = await self._session.wire.unary(
+            "JobService/WaitJob",
+            job_pb2.WaitJobRequest(name=self.name, timeout=timeout),
+            job_pb2.WaitJobResponse,
+            timeout_s=wait_s + self._session.wire.timeout.call_s,
+            patience_s=self._session.wire.retry.job_patience_s,
+        )
+        self._message = answer.job
+
+    def _eigsh_result(self) -> EigshResult[AsyncVector]:
+        message = self._message.result.eigsh
+        outcome = job_pb2.EigshResult.Outcome.Name(message.outcome)
+        return EigshResult(
+            eigenvalues=np.array(message.eigenvalues, np.float64),
+            residuals=np.array(message.residuals, np.float64),
+            eigenvectors=[
+                AsyncVector(self._session, vector, temporary=False)
+                for vector in message.eigenvectors
+            ],
+            num_products=message.num_products,
+            outcome=outcome.removeprefix("OUTCOME_"),
+            symmetry_defect=message.symmetry_defect,
+            ritz_values=np.array(message.ritz_values, np.float64),
+            ritz_weights=np.array(message.ritz_weights, np.float64),
+            loss=message.loss,
+            provenance=dict(message.provenance),
+        )
+
+    async def watch(self, after_sequence: int = 0) -> AsyncGenerator[Event, None]:
+        """As Job.watch."""
+        wire = self._session.wire
+        pauses = Pauses(wire.retry, wire.retry.job_patience_s)
+        while True:
+            stream = wire.server_stream(
+                "JobService/WatchJob",
+                job_pb2.WatchJobRequest(name=self.name, after_sequence=after_sequence),
+                job_pb2.WatchJobResponse,
+                bulk=False,
+                silence_s=wire.timeout.silence_s,
+            )
+            try:
+                async with aclosing(stream):
+                    async for message in stream:
+                        pauses.reset()
+                        if message.event.HasField("heartbeat"):
+                            continue
+                        event = event_from_proto(message.event)
+                        after_sequence = event.sequence
+                        yield event
+                if (await self.refresh()).ended:
+                    return
+                # A stream ends after the event of a final state only.
+                raise UnavailableError(
+                    f"the server at {wire.address} stopped telling about {self.name}",
+                    reason="STREAM_ENDED",
+                )
+            except HvpError as error:
+                if not is_transient(error):
+                    raise
+                await pauses.after(error)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.state}>"

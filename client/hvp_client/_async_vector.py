@@ -1,0 +1,221 @@
+"""Vectors of parameter space, by name: they live on the server's ranks."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, final
+
+import numpy as np
+from hvp_protos.v1 import vector_pb2
+from numpy.typing import NDArray
+
+from hvp_client._bulk import read_elements
+from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._session import Session, new_request_id
+from hvp_client._times import from_timestamp
+
+Distribution = Literal["rademacher", "gaussian", "sphere"]
+
+
+@final
+class AsyncVector:
+    """A vector on the server; the awaitable twin of Vector, which describes the methods.
+
+    Arithmetic gives coroutines: `w = await (u + v)`.
+    """
+
+    # Makes numpy scalars on the left, as in np.float64(2) * v, leave the product to this class.
+    __array_ufunc__ = None
+
+    def __init__(self, session: Session, message: vector_pb2.Vector, *, temporary: bool):
+        self._session = session
+        self._message = message
+        self._finalizer = weakref.finalize(self, session.released.append, message.name)
+        # The server outlives this process, and close() sends what was released until then.
+        self._finalizer.atexit = False
+        if not temporary:
+            self._finalizer.detach()
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/vectors/{id}`."""
+        return self._message.name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint whose parameter space it is in."""
+        return self._message.checkpoint
+
+    @property
+    def shape(self) -> tuple[int]:
+        """`(n,)`."""
+        return (self._message.num_elements,)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Float32 or float64."""
+        return np.dtype(self._message.dtype)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server can make it again when its ranks are started anew."""
+        return self._message.durable
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was made, UTC."""
+        return from_timestamp(self._message.create_time)
+
+    async def dot(self, other: AsyncVector) -> float:
+        """As Vector.dot."""
+        answer = await self._session.wire.unary(
+            "VectorService/ReduceVectors",
+            vector_pb2.ReduceVectorsRequest(
+                inner_products=[
+                    vector_pb2.ReduceVectorsRequest.Pair(left=self.name, right=other.name)
+                ]
+            ),
+            vector_pb2.ReduceVectorsResponse,
+            timeout_s=self._session.wire.timeout.compute_s,
+        )
+        return answer.inner_products[0]
+
+    async def norm(self) -> float:
+        """As Vector.norm."""
+        return math.sqrt(await self.dot(self))
+
+    async def numpy(self) -> NDArray[Any]:
+        """As Vector.numpy."""
+        return await read_elements(self._session, self.name, self._message.num_elements, self.dtype)
+
+    async def axpy(self, scale: float, other: AsyncVector) -> AsyncVector:
+        """As Vector.axpy."""
+        return await combine(self._session, [(1.0, self), (scale, other)])
+
+    async def delete(self) -> None:
+        """As Vector.delete."""
+        self._finalizer.detach()
+        await self._session.delete_vector(self.name)
+
+    async def __add__(self, other: AsyncVector) -> AsyncVector:
+        return await combine(self._session, [(1.0, self), (1.0, other)])
+
+    async def __sub__(self, other: AsyncVector) -> AsyncVector:
+        return await combine(self._session, [(1.0, self), (-1.0, other)])
+
+    async def __mul__(self, scale: float) -> AsyncVector:
+        return await combine(self._session, [(scale, self)])
+
+    __rmul__ = __mul__
+
+    async def __truediv__(self, divisor: float) -> AsyncVector:
+        return await combine(self._session, [(1.0 / divisor, self)])
+
+    async def __neg__(self) -> AsyncVector:
+        return await combine(self._session, [(-1.0, self)])
+
+    async def __aenter__(self) -> AsyncVector:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.delete()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.shape} {self.dtype}>"
+
+
+def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:
+    """Check seed and distribution and make the source of them."""
+    try:
+        value = vector_pb2.SeededSource.Distribution.Value(
+            f"DISTRIBUTION_{str(distribution).upper()}"
+        )
+    except ValueError:
+        value = vector_pb2.SeededSource.DISTRIBUTION_UNSPECIFIED
+    if value == vector_pb2.SeededSource.DISTRIBUTION_UNSPECIFIED:
+        raise InvalidArgumentError(
+            f"no distribution {distribution!r}; there are rademacher, gaussian and sphere",
+            reason="DISTRIBUTION_UNSPECIFIED",
+            field="distribution",
+        )
+    return vector_pb2.VectorSource(
+        seeded=vector_pb2.SeededSource(seed=check_seed(seed), distribution=value)
+    )
+
+
+def check_seed(seed: int) -> int:
+    """Refuse what is no unsigned 64-bit number."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        raise InvalidArgumentError(
+            f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}",
+            reason="SEED_INVALID",
+            field="seed",
+        )
+    return int(seed)
+
+
+async def create_vector(
+    session: Session, checkpoint: str, dtype: str, source: vector_pb2.VectorSource
+) -> AsyncVector:
+    """Make a vector on the server from something other than bytes.
+
+    Args:
+        session: Whose server.
+        checkpoint: Name of the checkpoint whose space it is in.
+        dtype: `float32` or `float64`.
+        source: What it is made of.
+
+    Returns:
+        Its handle, which frees it when it is no longer referred to.
+
+    Raises:
+        HvpError: As CreateVector says.
+    """
+    await session.free_released()
+    answer = await session.wire.unary(
+        "VectorService/CreateVector",
+        vector_pb2.CreateVectorRequest(
+            parent=session.parent,
+            request_id=new_request_id(),
+            checkpoint=checkpoint,
+            dtype=dtype,
+            source=source,
+        ),
+        vector_pb2.CreateVectorResponse,
+        timeout_s=session.wire.timeout.compute_s,
+    )
+    return AsyncVector(session, answer.vector, temporary=True)
+
+
+async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) -> AsyncVector:
+    """Sum of coefficient times vector, made on the ranks.
+
+    Args:
+        session: Whose server.
+        terms: One or more.
+
+    Returns:
+        A new vector.
+
+    Raises:
+        InvalidArgumentError: `NON_FINITE`: a coefficient; `VECTOR_SPACE_MISMATCH`.
+    """
+    combination = vector_pb2.LinearCombinationSource()
+    for coefficient, vector in terms:
+        if not math.isfinite(coefficient):
+            raise InvalidArgumentError(
+                f"a coefficient is {coefficient}", reason="NON_FINITE", field="coefficient"
+            )
+        combination.terms.add(coefficient=coefficient, vector=vector.name)
+    first = terms[0][1]
+    source = vector_pb2.VectorSource(combination=combination)
+    return await create_vector(session, first.checkpoint, first.dtype.name, source)

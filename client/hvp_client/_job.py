@@ -1,0 +1,147 @@
+"""The blocking handle of a job: its awaitable twin and the wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, final
+
+from hvp_client._async_job import AsyncJob
+from hvp_client._exceptions import HvpError
+from hvp_client._portal import Portal
+from hvp_client._results import EigshResult, Event, Progress
+from hvp_client._vector import Vector
+
+
+@final
+class Job:
+    """Long work on the server: a row that outlives this client and the server's own restarts.
+
+    `state`, `attempt`, `progress` and `error` are asked for when they are read, until the job is
+    known to have ended.
+    """
+
+    def __init__(self, portal: Portal, twin: AsyncJob):
+        self._portal = portal
+        self._twin = twin
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/jobs/{id}`."""
+        return self._twin.name
+
+    @property
+    def state(self) -> str:
+        """`QUEUED`, `RUNNING`, `CANCELLING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
+        return self._current().state
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self._current().ended
+
+    @property
+    def attempt(self) -> int:
+        """Which run this is, from 1; one more after each loss of the server or a rank."""
+        return self._current().attempt
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where the run stands; None before the first product."""
+        return self._current().progress
+
+    @property
+    def error(self) -> HvpError | None:
+        """Why it failed, as an exception that is not raised; None unless it did."""
+        return self._current().error
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """As given when the job was made."""
+        return self._twin.labels
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What was asked for: kind, checkpoint, batch, dtype, k, which."""
+        return self._twin.spec
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was queued, UTC."""
+        return self._twin.create_time
+
+    @property
+    def start_time(self) -> datetime | None:
+        """When its latest attempt began, UTC."""
+        return self._current().start_time
+
+    @property
+    def end_time(self) -> datetime | None:
+        """When it ended, UTC."""
+        return self._current().end_time
+
+    def refresh(self) -> Job:
+        """Ask the server for everything anew.
+
+        Returns:
+            This job.
+
+        Raises:
+            NotFoundError: It was deleted.
+        """
+        self._portal.run(self._twin.refresh())
+        return self
+
+    def result(self, timeout_s: float | None = None) -> EigshResult[Vector]:
+        """Wait for the end and give the result; a restart of the server is waited out.
+
+        Args:
+            timeout_s: Longest wait, seconds; None waits for as long as it takes.
+
+        Returns:
+            The result.
+
+        Raises:
+            DeadlineExceededError: `JOB_NOT_ENDED`: the time is over and the job goes on.
+            JobFailedError: The job failed; code, reason and metadata are its run's.
+            JobCancelledError: The job was cancelled.
+        """
+        result = self._portal.run(self._twin.result(timeout_s))
+        vectors = [Vector(self._portal, twin) for twin in result.eigenvectors]
+        return replace(result, eigenvectors=vectors)  # type: ignore[arg-type, return-value]
+
+    def watch(self, after_sequence: int = 0) -> Iterator[Event]:
+        """Give what has happened to the job, then what happens, until it ends.
+
+        Args:
+            after_sequence: Begin after the event of this number; 0 means with the first.
+
+        Returns:
+            An iterator of events in order, each once. It connects again by itself when the
+            connection breaks or the server is started anew.
+
+        Raises:
+            NotFoundError: No such job.
+            UnavailableError: The server stayed away for longer than `Retry.job_patience_s`.
+        """
+        return self._portal.iterate(self._twin.watch(after_sequence))
+
+    def cancel(self) -> None:
+        """Ask the job to stop between two products; of no effect once it has ended."""
+        self._portal.run(self._twin.cancel())
+
+    def delete(self) -> None:
+        """Forget the job.
+
+        Raises:
+            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
+        """
+        self._portal.run(self._twin.delete())
+
+    def _current(self) -> AsyncJob:
+        return self._twin if self._twin.ended else self._portal.run(self._twin.refresh())
+
+    def __repr__(self) -> str:
+        # Without a call: debuggers and notebooks show objects unasked.
+        return f"<{type(self).__name__} {self.name} {self._twin.state}>"

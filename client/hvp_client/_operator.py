@@ -1,0 +1,267 @@
+"""The blocking handle of an operator: its awaitable twin and the wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, final, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_client._async_operator import AsyncOperator
+from hvp_client._async_vector import AsyncVector
+from hvp_client._job import Job
+from hvp_client._portal import Portal
+from hvp_client._vector import Vector
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+@final
+class Operator:
+    """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
+
+    Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`.
+
+    It has what SciPy asks of an operator, so `scipy.sparse.linalg.eigsh(H)` runs on this side with
+    every product travelling; `eigsh` below runs where the vectors are.
+    """
+
+    __array_ufunc__ = None  # `array @ H` is not a numpy product
+
+    def __init__(self, portal: Portal, twin: AsyncOperator):
+        self._portal = portal
+        self._twin = twin
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n, n)`, n the number of parameters."""
+        return self._twin.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of products and vectors: float32 or float64."""
+        return self._twin.dtype
+
+    @property
+    def kind(self) -> str:
+        """`hessian`, `ggn` or `empirical_fisher`."""
+        return self._twin.kind
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint."""
+        return self._twin.checkpoint
+
+    @property
+    def batch(self) -> str:
+        """Name of the data batch."""
+        return self._twin.batch
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that a rank takes at once; results do not depend on it."""
+        return self._twin.micro_batch_size
+
+    def loss(self) -> float:
+        """L(θ): mean over every supervised target of the batch, nats.
+
+        Returns:
+            The loss. Cost: one forward pass.
+
+        Raises:
+            OutOfRangeError: `NON_FINITE`; metadata names the first block.
+        """
+        return self._portal.run(self._twin.loss())
+
+    def gradient(self) -> Vector:
+        """∇L(θ), left on the ranks.
+
+        Returns:
+            A new vector. Cost: 4 GEMM passes.
+
+        Raises:
+            OutOfRangeError: `NON_FINITE`; metadata names the first block.
+        """
+        return self._wrap(self._portal.run(self._twin.gradient()))
+
+    @overload
+    def matvec(self, v: Vector) -> Vector: ...
+    @overload
+    def matvec(self, v: Any) -> NDArray[Any]: ...
+    def matvec(self, v: Any) -> Vector | NDArray[Any]:
+        """Hv.
+
+        Args:
+            v: A vector, or real numbers (n,) or (n, 1).
+
+        Returns:
+            A new vector for a vector; for numbers an array of their shape in `dtype`, for which v
+            and Hv travel. Cost: one product.
+
+        Raises:
+            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE`, `DTYPE_UNSUPPORTED` or
+                `VECTOR_SPACE_MISMATCH`; `field` is `v`.
+            OutOfRangeError: `NON_FINITE`: the product is not finite.
+        """
+        if isinstance(v, Vector):
+            return self._wrap(self._portal.run(self._twin.matvec(v._twin)))
+        numbers: NDArray[Any] = self._portal.run(self._twin.matvec(v))
+        return numbers
+
+    @overload
+    def matmat(self, V: Sequence[Vector]) -> list[Vector]: ...
+    @overload
+    def matmat(self, V: Any) -> NDArray[Any]: ...
+    def matmat(self, V: Any) -> list[Vector] | NDArray[Any]:
+        """HV for k vectors at once, which share the gathering of the weights.
+
+        Args:
+            V: A sequence of vectors, or real numbers (n, k).
+
+        Returns:
+            As many new vectors, or an array (n, k). Cost: k products; on the ranks 2k vectors.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            ResourceExhaustedError: `VECTOR_MEMORY`: give fewer at once.
+        """
+        if _is_vectors(V):
+            twins = self._portal.run(self._twin.matmat([v._twin for v in V]))
+            return [self._wrap(twin) for twin in twins]
+        numbers: NDArray[Any] = self._portal.run(self._twin.matmat(V))
+        return numbers
+
+    # H is symmetric, so its adjoint is itself.
+    rmatvec = matvec
+    rmatmat = matmat
+
+    @overload
+    def __matmul__(self, other: Vector) -> Vector: ...
+    @overload
+    def __matmul__(self, other: list[Vector] | tuple[Vector, ...]) -> list[Vector]: ...
+    @overload
+    def __matmul__(self, other: Any) -> NDArray[Any]: ...
+    def __matmul__(self, other: Any) -> Vector | list[Vector] | NDArray[Any]:
+        if isinstance(other, Vector):
+            return self.matvec(other)
+        if _is_vectors(other):
+            return self.matmat(other)
+        product: NDArray[Any] = self._portal.run(self._twin @ other)
+        return product
+
+    def random_vector(self, *, seed: int, distribution: str = "rademacher") -> Vector:
+        """A random probe, expanded on the ranks from its seed.
+
+        Args:
+            seed: From 0 to 2**64 − 1; the same vector on any number of ranks.
+            distribution: `rademacher` (±1), `gaussian` or `sphere` (uniform, of norm 1).
+
+        Returns:
+            A new vector; nothing but the seed travels.
+
+        Raises:
+            InvalidArgumentError: `SEED_INVALID` or `DISTRIBUTION_UNSPECIFIED`.
+            ResourceExhaustedError: `VECTOR_MEMORY`.
+        """
+        twin = self._twin.random_vector(seed=seed, distribution=distribution)
+        return self._wrap(self._portal.run(twin))
+
+    def vector(self, array: Any) -> Vector:
+        """Bring an array to the ranks.
+
+        Args:
+            array: Real finite numbers (n,): numpy, or anything `np.asarray` takes.
+
+        Returns:
+            A new vector of the operator's dtype.
+
+        Raises:
+            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE` or `DTYPE_UNSUPPORTED`.
+            ResourceExhaustedError: `VECTOR_MEMORY`.
+        """
+        return self._wrap(self._portal.run(self._twin.vector(array)))
+
+    def zeros(self) -> Vector:
+        """The zero vector."""
+        return self._wrap(self._portal.run(self._twin.zeros()))
+
+    def parameters(self) -> Vector:
+        """θ, the model's own parameters."""
+        return self._wrap(self._portal.run(self._twin.parameters()))
+
+    def eigsh(
+        self,
+        k: int,
+        which: str = "LM",
+        *,
+        tol: float = 0.0,
+        max_products: int | None = None,
+        seed: int = 0,
+        num_lanczos_vectors: int | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Queue a search for k extremal eigenpairs by thick-restart Lanczos.
+
+        Args:
+            k: How many, 1 ≤ k < n.
+            which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end
+                and the odd one from the high end.
+            tol: Stop when every wanted pair's estimated residual is at most tol times the largest
+                Ritz value's magnitude; 0 means the dtype's rounding.
+            max_products: Upper bound on products, those of the final residuals included; None
+                lets the server choose.
+            seed: Of the starting vector.
+            num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
+            labels: Kept with the job.
+
+        Returns:
+            The job; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `K_INVALID`, `WHICH_UNSUPPORTED`, `TOL_INVALID`,
+                `MAX_PRODUCTS_INVALID`, `NUM_LANCZOS_VECTORS_INVALID` or `SEED_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        coroutine = self._twin.eigsh(
+            k,
+            which,
+            tol=tol,
+            max_products=max_products,
+            seed=seed,
+            num_lanczos_vectors=num_lanczos_vectors,
+            labels=labels,
+        )
+        return Job(self._portal, self._portal.run(coroutine))
+
+    def as_linear_operator(self) -> LinearOperator:
+        """Make a `scipy.sparse.linalg.LinearOperator` of it.
+
+        Returns:
+            An operator on arrays; each product travels both ways.
+
+        Raises:
+            ImportError: SciPy is not installed.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        return LinearOperator(
+            self.shape,
+            matvec=self.matvec,
+            rmatvec=self.rmatvec,
+            matmat=self.matmat,
+            rmatmat=self.rmatmat,
+            dtype=self.dtype,
+        )
+
+    def _wrap(self, twin: AsyncVector) -> Vector:
+        return Vector(self._portal, twin)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.kind} of {self.checkpoint} {self.shape} {self.dtype}>"
+
+
+def _is_vectors(value: Any) -> TypeGuard[Sequence[Vector]]:
+    return isinstance(value, (list, tuple)) and any(isinstance(v, Vector) for v in value)

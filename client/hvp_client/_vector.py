@@ -1,0 +1,156 @@
+"""The blocking handle of a vector: its awaitable twin and the wait."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from types import TracebackType
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_client._async_vector import AsyncVector
+from hvp_client._portal import Portal
+
+
+@final
+class Vector:
+    """A vector of parameter space that lives on the server's ranks, n elements under a name.
+
+    Element order is the canonical flat index: parameters as in the model's `named_parameters()`, a
+    tied tensor once, row-major. Arithmetic happens on the ranks and gives new vectors. A vector
+    that this client made is freed on the server some time after its last reference is gone, or at
+    once by `delete()` or at the end of a `with` block; one that was looked up by name, and an
+    eigenvector, stays until it is deleted.
+    """
+
+    __array_ufunc__ = None  # leaves np.float64(2) * v to this class
+
+    def __init__(self, portal: Portal, twin: AsyncVector):
+        self._portal = portal
+        self._twin = twin
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/vectors/{id}`."""
+        return self._twin.name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint whose parameter space it is in."""
+        return self._twin.checkpoint
+
+    @property
+    def shape(self) -> tuple[int]:
+        """`(n,)`."""
+        return self._twin.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Float32 or float64."""
+        return self._twin.dtype
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server can make it again when its ranks are started anew."""
+        return self._twin.durable
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was made, UTC."""
+        return self._twin.create_time
+
+    def dot(self, other: Vector) -> float:
+        """u·v, accumulated in float64 on the ranks.
+
+        Args:
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            The inner product; only this number travels.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.dot(other._twin))
+
+    def norm(self) -> float:
+        """‖v‖₂, accumulated in float64 on the ranks."""
+        return self._portal.run(self._twin.norm())
+
+    def numpy(self) -> NDArray[Any]:
+        """Fetch the elements.
+
+        Returns:
+            A fresh array (n,) of the vector's dtype. Every chunk's checksum has been verified.
+
+        Raises:
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.numpy())
+
+    def axpy(self, scale: float, other: Vector) -> Vector:
+        """Add a multiple of another: v + scale·other in one step.
+
+        Args:
+            scale: A finite number.
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            A new vector.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH` or `NON_FINITE`.
+        """
+        return self._wrap(self._portal.run(self._twin.axpy(scale, other._twin)))
+
+    def delete(self) -> None:
+        """Free it on the server now.
+
+        Raises:
+            NotFoundError: It is gone already.
+        """
+        self._portal.run(self._twin.delete())
+
+    def __add__(self, other: Vector) -> Vector:
+        if not isinstance(other, Vector):
+            return NotImplemented
+        return self._wrap(self._portal.run(self._twin + other._twin))
+
+    def __sub__(self, other: Vector) -> Vector:
+        if not isinstance(other, Vector):
+            return NotImplemented
+        return self._wrap(self._portal.run(self._twin - other._twin))
+
+    def __mul__(self, scale: float) -> Vector:
+        if not isinstance(scale, (int, float, np.number)):
+            return NotImplemented
+        return self._wrap(self._portal.run(self._twin * float(scale)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Vector:
+        if not isinstance(divisor, (int, float, np.number)):
+            return NotImplemented
+        return self._wrap(self._portal.run(self._twin / float(divisor)))
+
+    def __neg__(self) -> Vector:
+        return self._wrap(self._portal.run(-self._twin))
+
+    def __enter__(self) -> Vector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.delete()
+
+    def _wrap(self, twin: AsyncVector) -> Vector:
+        return Vector(self._portal, twin)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.shape} {self.dtype}>"
