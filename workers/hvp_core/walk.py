@@ -61,7 +61,8 @@ class Curvature:
                 "MICRO_BATCH_INVALID", f"micro_batch_size is {micro_batch_size}; give 1 or more"
             )
         self.chain = chain
-        self._rules: dict[Hashable, Rule] = {}
+        #: How each kind of block is differentiated, as found at its first product.
+        self.rules: dict[Hashable, Rule] = {}
         self.space = space
         self.parameters = parameters
         self.num_targets = chain.loss.weight(batch.targets)
@@ -74,8 +75,8 @@ class Curvature:
             to_device(rows(batch, start, min(start + micro_batch_size, count)), space.device)
             for start in list(starts)[rank::world_size]
         ]
-        with exact():
-            self._contexts = [chain.context(each) for each in self._batches]
+        # Constants are the model's own, in the model's own arithmetic.
+        self._contexts = [chain.context(each) for each in self._batches]
 
     # The three questions ------------------------------------------------------------------------
 
@@ -278,9 +279,9 @@ class Curvature:
     ) -> Backward:
         """The block's backward dual, by the rule that was found right for its kind."""
         block = self.chain.blocks[index]
-        rule = self._rules.get(block.kind)
+        rule = self.rules.get(block.kind)
         if rule is None:
-            self._rules[block.kind], found = self._guard(
+            self.rules[block.kind], found = self._guard(
                 index, choose_rule, f, p, v, x, x_dot, cotangents
             )
             return cast(Backward, found)

@@ -1,0 +1,123 @@
+"""Small problems with everything a test wants to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hvp_core import attention
+from hvp_core.chain import Chain, MicroBatch, ModuleChain, parameter_values
+from hvp_core.collective import Alone, Collective
+from hvp_core.data import token_batch
+from hvp_core.decoder import DecoderChain
+from hvp_core.layout import Layout
+from hvp_core.loss import Loss
+from hvp_core.space import Space
+from hvp_core.walk import Curvature
+from tests.core import references
+
+CPU = torch.device("cpu")
+VOCABULARY = 24
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A chain at a point, a batch, and the same loss written by hand."""
+
+    chain: Chain
+    parameters: dict[str, Tensor]
+    batch: MicroBatch
+    loss: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        return references.flatten(self.parameters)
+
+    def curvature(self, micro_batch_size: int, collective: Collective | None = None) -> Curvature:
+        collective = collective or Alone()
+        layout = Layout(
+            self.chain.shapes,
+            [block.parameters for block in self.chain.blocks],
+            collective.world_size,
+        )
+        space = Space(layout, collective, self.flat.dtype, CPU)
+        return Curvature(self.chain, space, space.from_flat(self.flat), self.batch, micro_batch_size)
+
+
+def module_problem(
+    module: nn.Module, loss: Loss, x: Tensor, targets: Tensor
+) -> Problem:
+    module = module.eval()
+    return Problem(
+        ModuleChain(module, loss),
+        parameter_values(module),
+        MicroBatch(inputs={"x": x}, targets=targets),
+    )
+
+
+def ragged_tokens(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Five sequences of six: padding left and right, ignored labels, unequal numbers of targets."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (5, 6), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    mask[1, 4:] = 0
+    labels = ids.clone()
+    labels[mask == 0] = -100
+    labels[2, :5] = -100
+    labels[4, 1:3] = -100
+    return ids, labels, mask
+
+
+def scatter(model: nn.Module, seed: int = 1) -> None:
+    """Parameters of size one: norms away from one, biases away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else
+                            1 + 0.3 * noise)
+
+
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=8, intermediate_size=10, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, attn_implementation=attention.NAME,
+    )
+
+
+def gpt2_config() -> GPT2Config:
+    return GPT2Config(
+        n_embd=8, n_layer=2, n_head=2, n_positions=8, vocab_size=VOCABULARY,
+        bos_token_id=1, eos_token_id=2, attn_implementation=attention.NAME,
+    )
+
+
+def llama_problem(dtype: torch.dtype = torch.float64) -> Problem:
+    attention.register()
+    return _decoder(LlamaForCausalLM(llama_config()), references.llama, dtype)
+
+
+def gpt2_problem(dtype: torch.dtype = torch.float64) -> Problem:
+    attention.register()
+    return _decoder(GPT2LMHeadModel(gpt2_config()), references.gpt2, dtype)
+
+
+def _decoder(model: nn.Module, reference: Callable[..., Tensor], dtype: torch.dtype) -> Problem:
+    model = model.to(dtype).eval()
+    scatter(model)
+    ids, labels, mask = ragged_tokens()
+    parameters = parameter_values(model)
+    return Problem(
+        DecoderChain(model, dtype, CPU),
+        parameters,
+        token_batch(ids, labels, mask),
+        references.token_loss(
+            lambda p: reference(p, ids, mask, model.config), labels, parameters
+        ),
+    )

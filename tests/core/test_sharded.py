@@ -1,0 +1,108 @@
+"""Two and three real processes over gloo give what one gives."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hvp_core.collective import Alone, Collective, Distributed, open_collective
+from hvp_core.lanczos import Plan, eigsh
+from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem
+from tests.core.references import relative_error
+
+PROBLEMS = {"llama": llama_problem, "gpt2": gpt2_problem}
+
+
+def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]:
+    """Everything that must not depend on the number of ranks."""
+    curvature = problem.curvature(2, collective)
+    space = curvature.space
+    u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
+    hu, hv = curvature.hvp([u, v])
+    plan = Plan(k=4, which="BE", tol=0, max_products=80, num_vectors=20)
+    steps = eigsh(
+        lambda x: curvature.hvp([x])[0],
+        space.random(3, "sphere"),
+        space.layout.numel,
+        plan,
+        dots=space.dots,
+        random=lambda i: space.random(i, "gaussian"),
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            pairs = stop.value
+            break
+    return {
+        "loss": torch.tensor(curvature.loss(), dtype=torch.float64),
+        "gradient": space.to_flat(curvature.gradient()),
+        "u": space.to_flat(u),
+        "hu": space.to_flat(hu),
+        "hv": space.to_flat(hv),
+        "uhv": torch.tensor([space.dot(u, hv), space.dot(v, hu)], dtype=torch.float64),
+        "eigenvalues": pairs.eigenvalues,
+        "shard": torch.tensor(space.layout.shard_numel),
+    }
+
+
+def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    collectives = {
+        "memory": open_collective(
+            rank=rank, world_size=world_size, device=CPU, same_host=True, session=session
+        ),
+        "sockets": Distributed(CPU),
+    }
+    for way, collective in collectives.items():
+        # Longer than a window, and not a multiple of anything.
+        chunk = torch.arange(2_100_003, dtype=torch.float64) + rank
+        gathered = collective.gather(chunk).view(world_size, -1)
+        assert all(torch.equal(gathered[r], chunk - rank + r) for r in range(world_size))
+        out = torch.ones(1_000_001, dtype=torch.float64)
+        collective.scatter_sum(torch.arange(world_size * 1_000_001).double() * (rank + 1), out)
+        expected = 1 + (torch.arange(1_000_001).double() + rank * 1_000_001) * (
+            world_size * (world_size + 1) / 2
+        )
+        assert torch.equal(out, expected), way
+        for name, make in PROBLEMS.items():
+            found = numbers(make(), collective)
+            if rank == 0:
+                torch.save(found, folder / f"{way}-{name}.pt")
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: Path) -> None:
+    session = uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        mp.spawn(
+            rank_main, (world_size, free_port(), session, tmp_path), nprocs=world_size, join=True
+        )
+    assert not Path(f"/dev/shm/hvp-{session}").exists()
+    for name, make in PROBLEMS.items():
+        alone = numbers(make(), Alone())
+        for way in ("memory", "sockets"):
+            found = torch.load(tmp_path / f"{way}-{name}.pt")
+            assert torch.equal(found["u"], alone["u"])
+            for what in ("loss", "gradient", "hu", "hv", "uhv", "eigenvalues"):
+                assert relative_error(found[what], alone[what]) < 1e-11, (way, name, what)
+            segments = 4
+            n = alone["u"].numel()
+            assert int(found["shard"]) <= n // world_size + segments
