@@ -50,6 +50,7 @@ class QuadraticBackend(Backend):
 
     Attributes:
         lose_after: Number of calls on the ranks until they are lost, or None.
+        lose_each_time: What `lose_after` is after each start anew.
         gate: A product of `eigsh` waits for it.
         num_products: Products of `eigsh` since the beginning.
         num_starts: Times the ranks were started.
@@ -58,6 +59,7 @@ class QuadraticBackend(Backend):
 
     def __init__(self) -> None:
         self.lose_after: int | None = None
+        self.lose_each_time: int | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_products = 0
@@ -68,6 +70,7 @@ class QuadraticBackend(Backend):
     async def start(self) -> None:
         if not self._generation:
             self.num_starts += 1
+            self.lose_after = self.lose_each_time
             self._generation = uuid.uuid4().hex
 
     async def close(self) -> None:
@@ -129,7 +132,8 @@ class QuadraticBackend(Backend):
     async def loss(self, operator: Operator) -> float:
         self._reach_ranks()
         theta = _theta(operator.space)
-        loss = float(0.5 * theta @ _matrix(operator.space) @ theta)
+        with np.errstate(invalid="ignore"):
+            loss = float(0.5 * theta @ _matrix(operator.space) @ theta)
         if not np.isfinite(loss):
             raise BackendError("NON_FINITE", "the loss is not finite", {"block": "theta"})
         return loss

@@ -411,7 +411,7 @@ async def test_a_client_that_vanishes_in_mid_upload_resumes_where_it_was(
     session = await start_upload(wire, data)
     requests = messages(session.name, data)
     async with grpc.aio.insecure_channel(wire.transport.address) as channel:
-        call = blob_pb2_grpc.BlobServiceStub(channel).UploadBlob()
+        call = blob_pb2_grpc.BlobServiceStub(channel).UploadBlob()  # type: ignore[no-untyped-call]
         await call.write(requests[0])
         await call.write(requests[1])
         for _ in range(200):
@@ -572,7 +572,7 @@ async def test_messages_that_are_no_protobuf_leave_the_server_serving(wire: Wire
     generator = np.random.default_rng(1)
     async with grpc.aio.insecure_channel(wire.transport.address) as channel:
         for path in ("/hvp.v1.JobService/CreateJob", "/hvp.v1.VectorService/CreateVector"):
-            call = channel.unary_unary(path)
+            call: Any = channel.unary_unary(path)  # type: ignore[call-arg]
             for size in (1, 10, 100):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await call(b"\xff" + generator.bytes(size))

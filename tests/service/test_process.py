@@ -1,0 +1,163 @@
+"""A server process with a real model, and what is left when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hvp_client import Client
+from safetensors.numpy import save_file
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+}
+
+
+class Server:
+    """A server process of this test."""
+
+    def __init__(self, state_dir: Path):
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "hvp_service.server"),
+                *("--address", "127.0.0.1:0", "--state-dir", str(state_dir)),
+                *("--workers", "1", "--device", "cpu", "--backend", "inprocess"),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("serving on 127.0.0.1:"), line
+        self.address = line.removeprefix("serving on ").strip()
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal and wait for the end."""
+        self.process.send_signal(number)
+        status = self.process.wait(60)
+        assert self.process.stdout is not None
+        assert self.process.stdout.read() == ""  # one line was all
+        self.process.stdout.close()
+        return status
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Any]:
+    started: list[Server] = []
+
+    def start() -> Server:
+        started.append(Server(tmp_path / "state"))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny Llama with random weights and tied embeddings."""
+    generator = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (64, 32),
+        "model.norm.weight": (32,),
+    }
+    for layer in range(2):
+        for name, shape in {
+            "input_layernorm": (32,),
+            "post_attention_layernorm": (32,),
+            "self_attn.q_proj": (32, 32),
+            "self_attn.k_proj": (16, 32),
+            "self_attn.v_proj": (16, 32),
+            "self_attn.o_proj": (32, 32),
+            "mlp.gate_proj": (48, 32),
+            "mlp.up_proj": (48, 32),
+            "mlp.down_proj": (32, 48),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    tensors = {
+        name: (0.2 * generator.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def test_a_killed_server_loses_no_job_and_no_upload(servers: Any, checkpoint: Path) -> None:
+    ids = np.random.default_rng(1).integers(0, 64, (2, 6))
+    first = servers()
+    with Client(first.address) as client:
+        model, batch = client.upload_checkpoint(checkpoint), client.upload_batch({"input_ids": ids})
+        hessian = client.operator(model, batch, kind="hessian", dtype="float64")
+        job = hessian.eigsh(k=3, which="LA")
+        name = job.name
+        for event in job.watch():
+            if event.progress is not None and event.progress.num_products >= 2:
+                break
+        first.end(signal.SIGKILL)
+    second = servers()
+    with Client(second.address) as client:
+        job = client.job(name)
+        result = job.result(timeout_s=240)
+        job.refresh()
+        assert job.state == "SUCCEEDED"
+        assert job.attempt == 2
+        assert np.all(result.residuals < 1e-9)
+        assert client.upload_checkpoint(checkpoint).name == model.name
+        hessian = client.operator(
+            client.upload_checkpoint(checkpoint),
+            client.upload_batch({"input_ids": ids}),
+            kind="hessian",
+            dtype="float64",
+        )
+        vector = result.eigenvectors[-1].numpy()
+        np.testing.assert_allclose(
+            hessian @ vector, result.eigenvalues[-1] * vector, rtol=0, atol=1e-9
+        )
+    assert second.end(signal.SIGTERM) == 0
+
+
+def test_a_server_that_is_asked_to_stop_exits_with_zero(servers: Any) -> None:
+    server = servers()
+    assert server.end(signal.SIGINT) == 0
+
+
+def test_a_second_server_on_the_state_directory_is_refused(
+    servers: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = servers()
+    other = subprocess.run(
+        [
+            *(sys.executable, "-m", "hvp_service.server", "--state-dir", str(tmp_path / "state")),
+            *("--workers", "1", "--backend", "inprocess", "--address", "127.0.0.1:0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert other.returncode == 1
+    assert f"pid {server.process.pid}" in other.stderr
+    assert other.stdout == ""
