@@ -20,6 +20,8 @@ from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
 
+_DIGESTS_PER_QUERY = 1000  # SQLite takes 32 766 variables in a statement
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -151,11 +153,17 @@ class BlobStore:
         """Those that are not here, in the order given."""
         for index, digest in enumerate(digests):
             digest.check(f"digests[{index}]")
-        return [
-            digest
-            for digest in digests
-            if (blob := await self.find(project, digest.sha256)) is None or blob.digest != digest
-        ]
+        here: set[Digest] = set()
+        async with self._database.reading() as connection:
+            for start in range(0, len(digests), _DIGESTS_PER_QUERY):
+                asked = [d.sha256 for d in digests[start : start + _DIGESTS_PER_QUERY]]
+                rows = await connection.execute(
+                    sa.select(blobs.c.sha256, blobs.c.size_bytes).where(
+                        blobs.c.project == project, blobs.c.sha256.in_(asked)
+                    )
+                )
+                here.update(Digest(sha256=row.sha256, size_bytes=row.size_bytes) for row in rows)
+        return [digest for digest in digests if digest not in here]
 
     async def adopt(
         self, connection: AsyncConnection, project: str, digest: Digest, file: Path

@@ -9,6 +9,7 @@ from typing import Literal
 
 from hvp_workers.backend import EigshProgress, EigshResult, Which
 
+from hvp_service.errors import code_of
 from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
@@ -214,8 +215,6 @@ class JobStore(ABC):
 
 def attempts_exhausted(job: Job, cause: str) -> JobError:
     """The end of a job that has lost its server or ranks too often."""
-    from hvp_service.errors import code_of
-
     return JobError(
         code=code_of("ATTEMPTS_EXHAUSTED"),
         reason="ATTEMPTS_EXHAUSTED",

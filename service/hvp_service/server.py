@@ -43,11 +43,12 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
             device=config.device,
             run_dir=state_dir.run,
         )
+        _stop_on_signals(stop)
         deps = await open_dependencies(config, state_dir, backend)
         try:
             from hvp_service.transport import start_transport
 
-            _stop_on_signals(stop)
+            _stop_on_signals(stop)  # again: Ray puts its own handler in the place of ours
             transport = await start_transport(deps)
             print(f"serving on {transport.address}", flush=True)
             log.info("serving", address=transport.address, state_dir=str(state_dir.root))
