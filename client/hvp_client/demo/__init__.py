@@ -1,0 +1,1 @@
+"""The demo: a real model, real text, its spectrum, a report."""

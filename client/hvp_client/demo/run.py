@@ -1,0 +1,231 @@
+"""The demo from end to end: checkpoint, server, uploads, products, spectrum, report."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from rich.console import Console
+
+from hvp_client import Client, Event, Operator
+from hvp_client.cli.display import show_events
+from hvp_client.cli.uploading import upload_with_bar
+from hvp_client.demo.checkpoint import MODEL_NAME, cache_dir, ensure_checkpoint, find_gguf
+from hvp_client.demo.findings import Findings, Snapshot, to_table
+from hvp_client.demo.report import duration, write_report
+from hvp_client.demo.server import running_server
+from hvp_client.demo.text import python_reference, token_batch
+
+_SEED_V = 1
+_SEED_U = 2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to compute and where to put it.
+
+    Attributes:
+        output: Folder of the results.
+        num_sequences: Rows of the batch.
+        sequence_length: Tokens in a row.
+        k: Eigenpairs, half from each end.
+        max_products: Bound on products, those of the true residuals included.
+        num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
+        num_workers: Ranks.
+        device: `cpu` or `cuda`.
+    """
+
+    output: Path
+    num_sequences: int
+    sequence_length: int
+    k: int
+    max_products: int
+    num_lanczos_vectors: int | None
+    num_workers: int
+    device: str
+
+
+def run_demo(settings: Settings, console: Console) -> list[Path]:
+    """Run everything and write the report.
+
+    Args:
+        settings: What to compute.
+        console: Where progress is shown.
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointUnavailableError: The package with the weights is missing.
+        ServerFailedError: The server did not start.
+        HvpError: The server refused or failed.
+    """
+    settings.output.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(console)
+    with stages.timed("checkpoint") as say:
+        directory = ensure_checkpoint(find_gguf(), cache_dir())
+        say(f"{MODEL_NAME}, expanded from 4-bit GGUF to {directory}")
+    with stages.timed("text") as say:
+        tokens = token_batch(
+            directory,
+            python_reference(),
+            num_sequences=settings.num_sequences,
+            sequence_length=settings.sequence_length,
+        )
+        say(f"{tokens['input_ids'].size} tokens of the Python language reference")
+    with ExitStack() as stack:
+        with stages.timed("server start") as say:
+            server = running_server(
+                settings.output, num_workers=settings.num_workers, device=settings.device
+            )
+            address = stack.enter_context(server)
+            say(f"{settings.num_workers} Ray workers behind {address}")
+        client = stack.enter_context(Client(address))
+        findings = _explore(client, directory, tokens, settings, stages)
+    files = write_report(findings, settings.output)
+    console.print()
+    console.print(to_table(findings), highlight=False, soft_wrap=True)
+    return files
+
+
+def _explore(
+    client: Client, directory: Path, tokens: dict[str, Any], settings: Settings, stages: _Stages
+) -> Findings:
+    with stages.timed("upload") as say:
+        checkpoint = upload_with_bar(client, directory)
+        batch = client.upload_batch(tokens)
+        say(f"{checkpoint.size_bytes / 1e6:.0f} MB over gRPC, {checkpoint.num_parameters:,} params")
+    H = client.operator(checkpoint, batch)
+    with stages.timed("loss") as say:  # the first use of the model: the ranks load their shards
+        loss = H.loss()
+        say(f"{loss:.4f} nats per token")
+    with stages.timed("gradient") as say:
+        gradient = H.gradient()
+        gradient_norm = gradient.norm()
+        gradient.delete()
+        say(f"norm {gradient_norm:.4f}")
+    with stages.timed("H @ v") as say:
+        probes = _probe(H)
+        say(f"v·Hu = {probes.v_dot_hu:.6f}, u·Hv = {probes.u_dot_hv:.6f}: symmetric")
+    history: list[Snapshot] = []
+    with stages.timed("eigsh") as say:
+        job = H.eigsh(
+            settings.k,
+            "BE",
+            max_products=settings.max_products,
+            num_lanczos_vectors=settings.num_lanczos_vectors,
+        )
+        try:
+            show_events(_recorded(job.watch(), history), job.name, stages.console)
+            result = job.result()
+        except BaseException:
+            job.cancel()  # or the server would finish the product and start another one
+            raise
+        say(f"{result.num_products} products, {result.outcome}")
+    return Findings(
+        model=MODEL_NAME,
+        num_parameters=H.shape[0],
+        num_sequences=settings.num_sequences,
+        sequence_length=settings.sequence_length,
+        num_ranks=settings.num_workers,
+        dtype=str(H.dtype),
+        loss=loss,
+        gradient_norm=gradient_norm,
+        probe_seed=_SEED_V,
+        probe_norm=probes.probe_norm,
+        product_norm=probes.product_norm,
+        product_s=probes.product_s,
+        u_dot_hv=probes.u_dot_hv,
+        v_dot_hu=probes.v_dot_hu,
+        eigenvalues=tuple(result.eigenvalues.tolist()),
+        residuals=tuple(result.residuals.tolist()),
+        num_products=result.num_products,
+        outcome=result.outcome,
+        symmetry_defect=result.symmetry_defect,
+        ritz_values=tuple(result.ritz_values.tolist()),
+        ritz_weights=tuple(result.ritz_weights.tolist()),
+        history=tuple(history),
+        stage_s=dict(stages.seconds),
+        provenance={
+            **result.provenance,
+            "checkpoint": checkpoint.name,
+            "data batch": batch.name,
+            "input_ids sha256": hashlib.sha256(tokens["input_ids"].tobytes()).hexdigest(),
+            "text": f"pydoc_data.topics of Python {platform.python_version()}",
+            "micro_batch_size": str(H.micro_batch_size),
+        },
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Probes:
+    """What products with two independent Rademacher probes u and v tell."""
+
+    probe_norm: float
+    product_norm: float
+    product_s: float
+    u_dot_hv: float
+    v_dot_hu: float
+
+
+def _probe(H: Operator) -> _Probes:
+    v, u = (H.random_vector(seed=seed) for seed in (_SEED_V, _SEED_U))
+    began = time.perf_counter()
+    hv = H @ v
+    product_s = time.perf_counter() - began
+    hu = H @ u
+    probes = _Probes(
+        probe_norm=v.norm(),
+        product_norm=hv.norm(),
+        product_s=product_s,
+        u_dot_hv=u.dot(hv),
+        v_dot_hu=v.dot(hu),
+    )
+    for vector in (v, u, hv, hu):
+        vector.delete()  # room for the Krylov basis
+    return probes
+
+
+def _recorded(events: Iterable[Event], history: list[Snapshot]) -> Iterator[Event]:
+    for event in events:
+        if event.type == "state" and event.state == "RUNNING":
+            history.clear()  # a new attempt begins with its first product
+        if event.progress is not None and event.progress.stage == "iterating":
+            history.append(
+                Snapshot(
+                    num_products=event.num_products,
+                    ritz_values=event.ritz_values,
+                    residual_estimates=event.residual_estimates,
+                )
+            )
+        yield event
+
+
+@final
+class _Stages:
+    """Times the parts of the demo and says a line when each has ended."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[Any]:
+        lines: list[str] = []
+        began = time.perf_counter()
+        yield lines.append
+        self.seconds[name] = time.perf_counter() - began
+        self.console.print(
+            f"[bold green]✓[/] [bold]{name:<13}[/]"
+            f"{duration(self.seconds[name]):>12}   {'; '.join(lines)}",
+            highlight=False,
+            soft_wrap=True,
+        )
