@@ -200,6 +200,8 @@ def round_ticks(low: float, high: float, unit: float) -> list[float]:
 
 
 def _values(axes: Axes, findings: Findings, theme: Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     history = [snapshot for snapshot in findings.history if snapshot.ritz_values]
     for index in range(len(findings.eigenvalues)):
         points = [
@@ -213,12 +215,15 @@ def _values(axes: Axes, findings: Findings, theme: Theme) -> None:
         axes.axhline(findings.eigenvalues[index], color=colour, lw=0.7, ls=(0, (1, 3)), alpha=0.8)
     axes.axhline(0, color=theme.quiet, lw=0.8, ls=(0, (2, 3)))
     axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Ritz values settle")
     axes.set_xlabel(_PRODUCTS)
     axes.set_ylabel("Ritz value")
 
 
 def _residuals(axes: Axes, findings: Findings, theme: Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     tiny = np.finfo(np.float64).tiny
     for index, value in enumerate(findings.eigenvalues):
         points = [
@@ -240,6 +245,7 @@ def _residuals(axes: Axes, findings: Findings, theme: Theme) -> None:
         )
     axes.set_yscale("log")
     axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Residuals fall  (line: estimate, diamond: true)")
     axes.set_xlabel(_PRODUCTS)
     axes.set_ylabel("‖Hy \N{MINUS SIGN} λy‖")

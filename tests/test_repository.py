@@ -1,0 +1,146 @@
+"""The repository keeps its own promises: imports, generated code, documents, versions."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# package -> what importing all of it must not bring in
+FORBIDDEN = {
+    "hvp_protos": {"torch", "ray", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"},
+    "hvp_client": {"torch", "ray", "transformers", "hvp_service", "hvp_workers", "hvp_core"},
+    "hvp_service": {"torch", "ray", "transformers", "hvp_client", "hvp_core"},
+    "hvp_core": {"ray", "grpc", "hvp_protos", "hvp_client", "hvp_service", "hvp_workers"},
+    "hvp_workers": {"hvp_protos", "hvp_client", "hvp_service"},
+}
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_imports_only_what_the_architecture_allows(package: str) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, package],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = set(json.loads(answer.stdout.splitlines()[-1]))
+    assert package in loaded
+    assert not loaded & FORBIDDEN[package]
+
+
+def test_generated_code_is_what_the_protos_generate(tmp_path: Path) -> None:
+    generator = ROOT / "protos" / "generate.py"
+    subprocess.run(
+        [sys.executable, str(generator), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        # protoc finds its mypy plugin beside the interpreter
+        env={"PATH": str(Path(sys.executable).parent)},
+    )
+    committed = {path.name: path for path in ROOT.glob("protos/hvp_protos/v1/*_pb2*.py*")}
+    generated = {path.name: path for path in tmp_path.glob("hvp_protos/v1/*")}
+    assert generated.keys() == committed.keys()
+    for name, path in generated.items():
+        assert path.read_text() == committed[name].read_text(), f"run `make proto`: {name} is old"
+
+
+def snippets(language: str) -> list[str]:
+    """Code blocks of a language in the documents."""
+    documents = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [block for document in documents for block in pattern.findall(document.read_text())]
+
+
+@pytest.mark.parametrize("snippet", snippets("python"))
+def test_snippets_compile_and_import_what_exists(snippet: str) -> None:
+    tree = ast.parse(snippet)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports, "a snippet shows where its names come from"
+    lines = "\n".join(ast.unparse(node) for node in imports)
+    exec(lines, {})  # noqa: S102  the project's own documents
+
+
+def test_snippets_call_methods_that_the_sdk_has() -> None:
+    import hvp_client
+
+    owners = {"client": hvp_client.Client, "H": hvp_client.Operator, "job": hvp_client.Job}
+    calls = [
+        (node.value.id, node.attr)
+        for snippet in snippets("python")
+        for node in ast.walk(ast.parse(snippet))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in owners
+    ]
+    assert len(calls) > 5
+    for owner, attribute in calls:
+        assert hasattr(owners[owner], attribute), f"{owner}.{attribute}"
+
+
+def test_commands_in_the_readme_exist() -> None:
+    from hvp_client.cli.main import app
+
+    known = {
+        str(command.name or getattr(command.callback, "__name__", "")).replace("_", "-")
+        for command in app.registered_commands
+    }
+    shown = set(re.findall(r"^hvp ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert shown
+    assert shown <= known
+
+
+def test_the_version_is_said_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert version("hvp") == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_dependency_has_a_pinned_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = {
+        name(requirement)
+        for requirement in [*project["dependencies"], *(r for extra in extras for r in extra)]
+    }
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name(line) for line in lines if re.fullmatch(r"[\w.-]+==[\w.]+", line)}
+    assert wanted - {"hvp"} <= pinned
+
+
+def name(requirement: str) -> str:
+    """Normalised name of a requirement."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found
+    return re.sub(r"[-_.]+", "-", found.group()).lower()
+
+
+def test_tracked_files_name_no_folder_of_one_machine() -> None:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    home = re.compile(rb"(?<![\w.])/(work|home|root|Users|opt)/[\w.-]+")
+    found = {
+        path: match.group().decode()
+        for path in listing.stdout.split("\0")
+        if path and (ROOT / path).is_file() and (match := home.search((ROOT / path).read_bytes()))
+    }
+    assert not found
