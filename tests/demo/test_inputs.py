@@ -23,7 +23,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder whose tokenizer knows the words w0 to w9."""
     vocabulary = {f"w{i}": i for i in range(10)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("words")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder

@@ -18,6 +18,7 @@ from hvp_client.demo.picture import (
     HEIGHT_INCHES,
     LIGHT,
     WIDTH_INCHES,
+    Theme,
     draw,
     round_ticks,
     smoothed_counts,
@@ -89,9 +90,8 @@ def test_the_page_shows_every_eigenvalue_and_escapes_names(
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_the_picture_is_a_png_of_the_size_it_says(found: Findings, theme: object) -> None:
-    assert theme in (LIGHT, DARK)
-    png = draw(found, LIGHT if theme is LIGHT else DARK)
+def test_the_picture_is_a_png_of_the_size_it_says(found: Findings, theme: Theme) -> None:
+    png = draw(found, theme)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", png[16:24])
     assert (width, height) == (
@@ -133,7 +133,6 @@ def test_the_table_lists_the_largest_first_in_aligned_columns(found: Findings) -
     lines = to_table(found).splitlines()[-6:]
     values = [float(line.split()[1]) for line in lines]
     assert values == sorted(values, reverse=True)
-    assert len({line.index("[") for line in lines} | {len(line) for line in lines}) >= 1
     assert len({len(line) for line in lines}) == 1
 
 

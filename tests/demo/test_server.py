@@ -12,10 +12,12 @@ from hvp_client.demo.server import ServerFailedError, running_server
 
 @pytest.mark.ray
 def test_a_server_serves_inside_the_block_and_is_gone_after_it(tmp_path: Path) -> None:
-    with running_server(tmp_path, num_workers=2, device="cpu") as address:
-        with Client(address) as client:
-            (group,) = client.worker_groups()
-            assert len(group.ranks) == 2
+    with (
+        running_server(tmp_path, num_workers=2, device="cpu") as address,
+        Client(address) as client,
+    ):
+        (group,) = client.worker_groups()
+        assert len(group.ranks) == 2
     host, port = address.rsplit(":", 1)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)))

@@ -66,6 +66,7 @@ def draw(findings: Findings, theme: Theme = LIGHT) -> bytes:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style = {
         "font.family": ["DejaVu Sans"],
@@ -86,10 +87,11 @@ def draw(findings: Findings, theme: Theme = LIGHT) -> bytes:
         "figure.facecolor": theme.background,
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
+        spacing = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.05, hspace=0.06)
+        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout=spacing)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12, wspace=0.05, hspace=0.06)
-        panels = figure.subplot_mosaic([["density", "density"], ["values", "residuals"]])
+        rows = [["density", "density"], ["values", "residuals"]]
+        panels: dict[str, Axes] = figure.subplot_mosaic(rows)
         _density(panels["density"], findings, theme)
         _values(panels["values"], findings, theme)
         _residuals(panels["residuals"], findings, theme)
