@@ -64,8 +64,11 @@ SPECTRUM = torch.cat((
 )).double()
 
 
-@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
-@pytest.mark.parametrize("k", [1, 2, 5, 6])
+@pytest.mark.parametrize(
+    ("which", "k"),
+    # SciPy's BE starts at two.
+    [(w, k) for w in ("LA", "SA", "LM", "BE") for k in (1, 2, 5, 6) if (w, k) != ("BE", 1)],
+)
 def test_it_finds_what_scipy_finds(which: Which, k: int) -> None:
     a = matrix(SPECTRUM)
     pairs, _, _ = run(a, k, which)
@@ -86,14 +89,13 @@ def test_the_pairs_are_orthonormal_and_their_residuals_are_the_true_ones() -> No
 
 def test_without_a_restart_basis_and_coefficients_are_those_of_dense_lanczos() -> None:
     a = matrix(SPECTRUM)
-    steps = 25
+    steps = 12
     start = random(len(a))
-    hessenberg, q = scipy.linalg.hessenberg(_start_first(a, start).numpy(), calc_q=True)
+    hessenberg = scipy.linalg.hessenberg(_start_first(a, start).numpy())
     diagonal = torch.from_numpy(np.diag(hessenberg)[:steps].copy())
     off = torch.from_numpy(np.abs(np.diag(hessenberg, -1)[: steps - 1]))
     t = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
     expected, vectors = torch.linalg.eigh(t)
-    del q
     pairs, _, _ = run(a, 1, "LA", tol=1e-300, num_vectors=steps, max_products=steps + 1)
     torch.testing.assert_close(pairs.ritz_values, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(pairs.ritz_weights, vectors[0].square(), rtol=0, atol=1e-12)

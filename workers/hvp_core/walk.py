@@ -29,7 +29,7 @@ from hvp_core.dual import (
 )
 from hvp_core.errors import CurvatureError
 from hvp_core.precision import exact
-from hvp_core.space import Space
+from hvp_core.space import Space, partial_products
 
 
 @final
@@ -370,13 +370,8 @@ class Curvature:
         )
 
     def _check_finite(self, shards: Sequence[Tensor], what: str) -> None:
-        norms = torch.stack(
-            [
-                torch.linalg.vector_norm(shard, dtype=torch.float64).square().cpu()
-                for shard in shards
-            ]
-        )
-        if bool(self.space.collective.sum(norms).isfinite().all()):
+        squares = torch.cat([partial_products(shard.unsqueeze(0), shard) for shard in shards])
+        if bool(self.space.collective.sum(squares).isfinite().all()):
             return
         self.loss()  # says which block, if the loss itself is at fault
         raise CurvatureError(
