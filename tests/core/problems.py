@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
 from hvp_core import attention
 from hvp_core.chain import Chain, MicroBatch, ModuleChain, parameter_values
 from hvp_core.collective import Alone, Collective
@@ -18,6 +15,9 @@ from hvp_core.layout import Layout
 from hvp_core.loss import Loss
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from tests.core import references
 
 CPU = torch.device("cpu")
@@ -45,12 +45,12 @@ class Problem:
             collective.world_size,
         )
         space = Space(layout, collective, self.flat.dtype, CPU)
-        return Curvature(self.chain, space, space.from_flat(self.flat), self.batch, micro_batch_size)
+        return Curvature(
+            self.chain, space, space.from_flat(self.flat), self.batch, micro_batch_size
+        )
 
 
-def module_problem(
-    module: nn.Module, loss: Loss, x: Tensor, targets: Tensor
-) -> Problem:
+def module_problem(module: nn.Module, loss: Loss, x: Tensor, targets: Tensor) -> Problem:
     module = module.eval()
     return Problem(
         ModuleChain(module, loss),
@@ -79,22 +79,36 @@ def scatter(model: nn.Module, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else
-                            1 + 0.3 * noise)
+            parameter.copy_(
+                noise * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1 + 0.3 * noise
+            )
 
 
 def llama_config() -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=8, intermediate_size=10, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, attn_implementation=attention.NAME,
+        hidden_size=8,
+        intermediate_size=10,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation=attention.NAME,
     )
 
 
 def gpt2_config() -> GPT2Config:
     return GPT2Config(
-        n_embd=8, n_layer=2, n_head=2, n_positions=8, vocab_size=VOCABULARY,
-        bos_token_id=1, eos_token_id=2, attn_implementation=attention.NAME,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        n_positions=8,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation=attention.NAME,
     )
 
 
@@ -117,7 +131,5 @@ def _decoder(model: nn.Module, reference: Callable[..., Tensor], dtype: torch.dt
         DecoderChain(model, dtype, CPU),
         parameters,
         token_batch(ids, labels, mask),
-        references.token_loss(
-            lambda p: reference(p, ids, mask, model.config), labels, parameters
-        ),
+        references.token_loss(lambda p: reference(p, ids, mask, model.config), labels, parameters),
     )

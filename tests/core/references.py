@@ -110,7 +110,7 @@ def unflatten(flat: Tensor, like: Params) -> dict[str, Tensor]:
 def token_loss(
     logits: Callable[[Params], Tensor], labels: Tensor, like: Params
 ) -> Callable[[Tensor], Tensor]:
-    """Mean cross-entropy over the labels that are not -100, as a function of the flat parameters."""
+    """Mean cross-entropy over the labels that are not -100, of the flat parameters."""
     counted = labels[:, 1:] != -100
 
     def loss(flat: Tensor) -> Tensor:

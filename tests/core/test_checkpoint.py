@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
 from hvp_core import attention
 from hvp_core.check import chain_agrees
 from hvp_core.checkpoint import build_empty, load_shard, locate
@@ -21,10 +18,19 @@ from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
 from tests.core.problems import CPU, gpt2_config, llama_config, ragged_tokens, scatter
 
 
-def save(model: torch.nn.Module, folder: Path, **changes: Any) -> Path:
+def save(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
     """Write a model as config.json and model.safetensors."""
     folder.mkdir(exist_ok=True)
     save_file(
@@ -37,14 +43,16 @@ def save(model: torch.nn.Module, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def tiny_llama() -> torch.nn.Module:
+def tiny_llama() -> PreTrainedModel:
     attention.register()
     model = LlamaForCausalLM(llama_config())
     scatter(model)
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64) -> tuple[DecoderChain, Space, torch.Tensor]:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float64
+) -> tuple[DecoderChain, Space, torch.Tensor]:
     model = build_empty(folder, dtype)
     chain = DecoderChain(model, dtype, CPU)
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
@@ -54,11 +62,17 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> tuple[DecoderChain
     return chain, space, parameters
 
 
-@pytest.mark.parametrize("make", [
-    lambda: LlamaForCausalLM(llama_config()),
-    lambda: LlamaForCausalLM(LlamaConfig(**{**llama_config().to_dict(), "tie_word_embeddings": False})),
-    lambda: GPT2LMHeadModel(gpt2_config()),
-], ids=["llama", "untied llama", "gpt2"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LlamaForCausalLM(llama_config()),
+        lambda: LlamaForCausalLM(
+            LlamaConfig(**{**llama_config().to_dict(), "tie_word_embeddings": False})
+        ),
+        lambda: GPT2LMHeadModel(gpt2_config()),
+    ],
+    ids=["llama", "untied llama", "gpt2"],
+)
 def test_the_loss_of_the_files_is_the_models_own(make: Any, tmp_path: Path) -> None:
     attention.register()
     model = make()

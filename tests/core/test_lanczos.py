@@ -7,11 +7,10 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
+from hvp_core.lanczos import Eigenpairs, Plan, Progress, Which, eigsh, wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from hvp_core.lanczos import Eigenpairs, Plan, Progress, Which, eigsh, wanted
 
 
 def matrix(spectrum: Tensor, seed: int = 0) -> Tensor:
@@ -59,9 +58,9 @@ def run(
             return stop.value, reported, count
 
 
-SPECTRUM = torch.cat((
-    torch.tensor([-9.0, -4.0, -2.5]), torch.linspace(-1, 1, 100), torch.tensor([3.0, 5.0, 11.0])
-)).double()
+SPECTRUM = torch.cat(
+    (torch.tensor([-9.0, -4.0, -2.5]), torch.linspace(-1, 1, 100), torch.tensor([3.0, 5.0, 11.0]))
+).double()
 
 
 @pytest.mark.parametrize(
@@ -153,9 +152,7 @@ def test_the_zero_matrix_has_zero_eigenvalues() -> None:
 def test_tiny_matrices_are_solved_exactly(n: int) -> None:
     a = matrix(torch.arange(n).double())
     pairs, _, count = run(a, n - 1, "SA")
-    torch.testing.assert_close(
-        pairs.eigenvalues, torch.arange(n - 1).double(), rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(pairs.eigenvalues, torch.arange(n - 1).double(), rtol=0, atol=1e-13)
     assert count == n + (n - 1)
 
 
@@ -222,8 +219,10 @@ def test_any_spectrum_gives_pairs_of_that_spectrum(
     scale = max(1e-300, float(spectrum.abs().max()))
     if which == "LM":  # a tie in magnitude may go either way
         assert torch.allclose(
-            pairs.eigenvalues.abs().sort().values, expected.abs().sort().values,
-            rtol=0, atol=1e-10 * scale,
+            pairs.eigenvalues.abs().sort().values,
+            expected.abs().sort().values,
+            rtol=0,
+            atol=1e-10 * scale,
         )
     else:
         torch.testing.assert_close(pairs.eigenvalues, expected, rtol=0, atol=1e-10 * scale)

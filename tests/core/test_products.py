@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from hvp_core.dual import Rule
+from hvp_core.errors import CurvatureError
+from hvp_core.loss import CrossEntropy, Logistic, SquaredError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hvp_core.dual import Rule
-from hvp_core.errors import CurvatureError
-from hvp_core.loss import CrossEntropy, Logistic, SquaredError
 from tests.core.problems import Problem, gpt2_problem, llama_problem, module_problem
 from tests.core.references import relative_error
 
@@ -33,7 +33,9 @@ def test_linear_regression_has_the_covariance_as_its_hessian() -> None:
     w = problem.flat
     curvature = problem.curvature(3)
     assert relative_error(curvature.gradient(), x.T @ (x @ w - t[:, 0]) / 7) < EXACT
-    assert curvature.loss() == pytest.approx(float((x @ w - t[:, 0]).square().sum() / 14), rel=EXACT)
+    assert curvature.loss() == pytest.approx(
+        float((x @ w - t[:, 0]).square().sum() / 14), rel=EXACT
+    )
 
 
 def test_logistic_regression_weights_the_covariance_by_the_variance_of_the_label() -> None:
@@ -129,7 +131,9 @@ class FusedNorm(nn.Module):
         self.scale = nn.Parameter(torch.linspace(0.5, 2, width, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.aten.native_layer_norm(x, [x.shape[-1]], self.scale, None, 1e-5)[0]
+        result: Tensor = torch.ops.aten.native_layer_norm(x, [x.shape[-1]], self.scale, None, 1e-5)[
+            0
+        ]
         return result
 
 
@@ -147,7 +151,7 @@ def test_a_block_for_which_the_fast_rule_is_wrong_gets_the_trusted_one(
     layer: type[nn.Module],
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 4), layer(4), nn.Linear(4, 3)).double()  # type: ignore[call-arg]
+    module = nn.Sequential(nn.Linear(3, 4), layer(4), nn.Linear(4, 3)).double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -173,7 +177,7 @@ def test_a_block_for_which_the_fast_rule_is_wrong_gets_the_trusted_one(
 
 def test_a_shared_tensor_counts_once_and_collects_from_both_uses() -> None:
     module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
-    module[2].weight = module[0].weight  # type: ignore[union-attr, assignment]
+    module[2].weight = module[0].weight
     module = module.double()
     x, t = data(4, 3), torch.tensor([0, 2, 1, 1])
     problem = module_problem(module, CrossEntropy(), x, t)
@@ -199,7 +203,9 @@ def test_any_module_of_one_tensor_is_one_block() -> None:
     x, t = data(5, 1), data(5, 1)
     problem = module_problem(Odd(), SquaredError(), x, t)
     a = problem.flat[0]
-    expected = ((x * torch.cos(a * x)) ** 2 - x**2 * torch.sin(a * x) * (torch.sin(a * x) - t)).sum() / 5
+    expected = (
+        (x * torch.cos(a * x)) ** 2 - x**2 * torch.sin(a * x) * (torch.sin(a * x) - t)
+    ).sum() / 5
     assert float(dense(problem)[0, 0]) == pytest.approx(float(expected), rel=EXACT)
 
 
@@ -223,12 +229,12 @@ def test_a_loss_that_is_not_finite_names_the_first_block_at_fault() -> None:
 def test_an_operation_without_second_derivative_names_its_block() -> None:
     class OneWay(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: object, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: object, g: Tensor) -> Tensor:
             return g
 
     class Wall(nn.Module):

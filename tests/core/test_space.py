@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from hvp_core.collective import Alone
 from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
 from hvp_core.probes import fill, philox4x32
 from hvp_core.space import Space
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=6)
 
@@ -45,7 +44,9 @@ def test_a_gathered_segment_holds_its_parameters(shapes: list[list[int]], world_
         shard = torch.zeros(layout.shard_numel)
         for run in layout.runs(rank):
             length = run.flat_stop - run.flat_start
-            shard[run.shard_offset : run.shard_offset + length] = flat[run.flat_start : run.flat_stop]
+            shard[run.shard_offset : run.shard_offset + length] = flat[
+                run.flat_start : run.flat_stop
+            ]
         shards.append(shard)
     for segment in layout.segments:
         place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
@@ -56,10 +57,15 @@ def test_a_gathered_segment_holds_its_parameters(shapes: list[list[int]], world_
 
 
 def test_a_tensor_that_two_blocks_use_is_a_segment_of_its_own() -> None:
-    layout = Layout({"embed": [4], "a": [2], "b": [3], "norm": [2]},
-                    [["embed"], ["a", "b"], ["norm", "embed"]], 2)
+    layout = Layout(
+        {"embed": [4], "a": [2], "b": [3], "norm": [2]},
+        [["embed"], ["a", "b"], ["norm", "embed"]],
+        2,
+    )
     assert [[p.name for p in s.parameters] for s in layout.segments] == [
-        ["embed"], ["a", "b"], ["norm"]
+        ["embed"],
+        ["a", "b"],
+        ["norm"],
     ]
     assert layout.block_segments == ((0,), (1,), (0, 2))
 
@@ -84,7 +90,9 @@ def test_philox_gives_the_published_words(
 
 @given(start=st.integers(0, 40), length=st.integers(1, 30), seed=st.integers(0, 2**64 - 1))
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])
-def test_any_stretch_of_a_seeded_vector_is_the_same(law: str, start: int, length: int, seed: int) -> None:
+def test_any_stretch_of_a_seeded_vector_is_the_same(
+    law: str, start: int, length: int, seed: int
+) -> None:
     whole = torch.empty(80, dtype=torch.float64)
     fill(whole, 0, seed, law)  # type: ignore[arg-type]
     part = torch.empty(length, dtype=torch.float64)
@@ -106,8 +114,12 @@ def test_seeded_vectors_have_the_moments_of_their_law() -> None:
 
 
 def small_space() -> Space:
-    return Space(Layout({"a": [3, 2], "b": [5]}, [["a"], ["b"]], 1), Alone(), torch.float64,
-                 torch.device("cpu"))
+    return Space(
+        Layout({"a": [3, 2], "b": [5]}, [["a"], ["b"]], 1),
+        Alone(),
+        torch.float64,
+        torch.device("cpu"),
+    )
 
 
 def test_a_vector_survives_its_file(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def attention(
         scaling: τ; d**-0.5 by default.
         softcap: c of c·tanh(S/c), or None.
         is_causal: Overrides the layer's.
-        others: Of Hugging Face's attention functions; those that would change the result are refused.
+        others: Of Hugging Face's attention functions; those that would change the result are
+        refused.
 
     Returns:
         (b, s, h, e) and None. A query that may look nowhere gets zeros, as in fused attention.

@@ -1,4 +1,4 @@
-"""Is the chain the model? Compare its loss with the model's own, computed by the model's own code."""
+"""Is the chain the model? Compare its loss with the one that the model's own code computes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hvp_core import attention
 from hvp_core.chain import canonical_names
@@ -22,7 +23,7 @@ _POSITIONS_AT_ONCE = 5  # so that the head is seen to work position by position
 
 
 def chain_agrees(
-    model: nn.Module, chain: DecoderChain, space: Space, parameters: torch.Tensor
+    model: PreTrainedModel, chain: DecoderChain, space: Space, parameters: torch.Tensor
 ) -> bool:
     """Whether chain and model give one loss on a few tokens, to rounding.
 
@@ -35,7 +36,7 @@ def chain_agrees(
         space: Of its parameters.
         parameters: θ, this rank's shard.
     """
-    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or _TOKENS
     length = max(2, min(_TOKENS, longest))
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +54,9 @@ def chain_agrees(
 
 
 @torch.no_grad()
-def _own_loss(model: nn.Module, space: Space, parameters: torch.Tensor, ids: torch.Tensor) -> float:
+def _own_loss(
+    model: PreTrainedModel, space: Space, parameters: torch.Tensor, ids: torch.Tensor
+) -> float:
     ids = ids.to(space.device)
     with _gathered_on_call(model, space, parameters), exact():
         model.set_attn_implementation("sdpa")
@@ -65,7 +68,9 @@ def _own_loss(model: nn.Module, space: Space, parameters: torch.Tensor, ids: tor
 
 
 @contextmanager
-def _gathered_on_call(model: nn.Module, space: Space, parameters: torch.Tensor) -> Iterator[None]:
+def _gathered_on_call(
+    model: PreTrainedModel, space: Space, parameters: torch.Tensor
+) -> Iterator[None]:
     """Give every module its weights when it is called and take them away afterwards."""
     names = canonical_names(model)
     segment_of = {

@@ -18,7 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hvp_core import attention
@@ -69,7 +69,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def build_empty(directory: Path, dtype: torch.dtype) -> nn.Module:
+def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on the meta device, its buffers real, in eval mode.
 
     Raises:

@@ -1,8 +1,8 @@
 """What ranks exchange: scalars in a fixed order, gathered segments, scattered sums.
 
 Three ways behind one interface: one rank alone; any `torch.distributed` group; and CPU ranks on one
-host, which pass segments through a small shared-memory window instead of sockets (gloo over loopback
-moves 0.2 to 0.5 GB/s, a copy through memory 7 to 11).
+host, which pass segments through a small shared-memory window instead of sockets (gloo over
+loopback moves 0.2 to 0.5 GB/s, a copy through memory 7 to 11).
 """
 
 from __future__ import annotations

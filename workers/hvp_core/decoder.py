@@ -2,8 +2,8 @@
 
 No architecture is named here. The model's own forward is run with its layers replaced: to find out
 in which order they are called and with which constants, to stop before the first (the embedding
-block), and to hand a tensor to whatever follows the last (the head block). Parameters that a run does
-not need are zeros of no memory, so the whole model need never exist.
+block), and to hand a tensor to whatever follows the last (the head block). Parameters that a run
+does not need are zeros of no memory, so the whole model need never exist.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from hvp_core.chain import Block, Chain, MicroBatch, canonical_names, refuse_train_mode_batch_norm
 from hvp_core.errors import CurvatureError
@@ -67,7 +68,7 @@ def _candidate_layers(model: nn.Module) -> list[nn.ModuleList]:
 class _Parts:
     """What the blocks of one decoder share."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device):
         self.model = model
         self.names = canonical_names(model)
         self.zeros = _free_zeros(model, dtype, device)
@@ -186,7 +187,11 @@ class DecoderChain(Chain):
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, device: torch.device, one_block: bool = False
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        one_block: bool = False,
     ):
         refuse_train_mode_batch_norm(model)
         self.loss = CrossEntropy()

@@ -6,10 +6,10 @@ For a block y = f(p, x), with v the tangent of p, one Hessian-vector product nee
     backward   (x̄, x̄̇, Hv) from the cotangent pair (ȳ, ȳ̇)
 
 The backward dual is the derivative of ȳ ↦ (∂f)ᵀȳ along (v, ẋ, ȳ̇). There are two ways to it.
-*Reverse over forward* is the gradient of ȳ̇·y + ȳ·ẏ, taken through the recorded forward dual: its part
-in x is x̄̇, in ẋ is x̄, in p is Hv. It costs 8 GEMM passes and forms no gradient of p on the way.
-*Forward over reverse* is the jvp of the vjp, 9 passes; it also serves operations whose forward rules
-torch cannot differentiate again (softmax and its kin).
+*Reverse over forward* is the gradient of ȳ̇·y + ȳ·ẏ, taken through the recorded forward dual: its
+part in x is x̄̇, in ẋ is x̄, in p is Hv. It costs 8 GEMM passes and forms no gradient of p on the
+way. *Forward over reverse* is the jvp of the vjp, 9 passes; it also serves operations whose forward
+rules torch cannot differentiate again (softmax and its kin).
 """
 
 from __future__ import annotations
@@ -200,12 +200,12 @@ def _forward_over_reverse(
             gradient: dict[str, Tensor] = vjp(lambda q: f(q, x), p)[1](y_bar)[0]
             return gradient
 
-        _, hvp = jvp(pull_parameters, (p, y_bar), (v, y_bar_dot))
+        hvp: dict[str, Tensor] = jvp(pull_parameters, (p, y_bar), (v, y_bar_dot))[1]
         return Backward(None, None, hvp)
 
     def pull(p: dict[str, Tensor], x: Tensor, y_bar: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         p_bar, x_bar = vjp(f, p, x)[1](y_bar)
         return x_bar, p_bar
 
-    (x_bar, _), (x_bar_dot, hvp) = jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))
-    return Backward(x_bar, x_bar_dot, hvp)
+    primal, tangent = jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))[:2]
+    return Backward(primal[0], tangent[0], tangent[1])

@@ -3,8 +3,8 @@
 Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
 Anal. Appl. 22 (2000), with full reorthogonalisation, twice ("twice is enough": Parlett, "The
 Symmetric Eigenvalue Problem", section 6.9). The projected matrix T, its coefficients and all inner
-products are float64; only the basis is in the operator's dtype. Nothing here knows of models or ranks:
-the operator is a function, and a vector is whatever part of it this process holds.
+products are float64; only the basis is in the operator's dtype. Nothing here knows of models or
+ranks: the operator is a function, and a vector is whatever part of it this process holds.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class _Krylov:
     @property
     def estimates(self) -> Tensor:
         """Residual norms of all Ritz pairs, in exact arithmetic."""
-        return self.beta * self.vectors[self.size - 1].abs()
+        last: Tensor = self.vectors[self.size - 1]
+        return last.abs().mul_(self.beta)
 
     @property
     def scale(self) -> float:

@@ -3,8 +3,8 @@
 The canonical flat index runs over the parameters in the order of `named_parameters()`, a tied
 tensor once, each row-major. The index range is divided into *segments*, runs of parameters that the
 same blocks use, and each segment is cut into one equal chunk per rank. A rank's shard is its chunks
-laid end to end; the padding that rounds a segment up to whole chunks is zero in every vector, so that
-inner products need not know of it.
+laid end to end; the padding that rounds a segment up to whole chunks is zero in every vector, so
+that inner products need not know of it.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Loss(ABC):
 
 @final
 class CrossEntropy(Loss):
-    """ℓ = log Σ e^z − z_y for integer targets (...,) and logits (..., C); label −100 counts nothing.
+    """ℓ = log Σ e^z − z_y for integer targets (...,) and logits (..., C); −100 counts nothing.
 
     G = w(p − e_y) and Ġ = w p∘(ż − p·ż).
     """

@@ -1,7 +1,7 @@
 """Random vectors by seed: the same vector for any number of ranks.
 
-Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-with the seed as key and the canonical flat index, four to a counter, as counter.
+Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+2011) with the seed as key and the canonical flat index, four to a counter, as counter.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 
@@ -38,8 +39,8 @@ def partial_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 class Space:
     """The parameter space of one model in one dtype, cut over the ranks.
 
-    A vector is a tensor (shard_numel,) on each rank, zero in the padding. Sums of vectors are local;
-    inner products are a local sum and one exchange of scalars.
+    A vector is a tensor (shard_numel,) on each rank, zero in the padding. Sums of vectors are
+    local; inner products are a local sum and one exchange of scalars.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Space:
 
     def norm(self, vector: torch.Tensor) -> float:
         """Euclidean norm."""
-        return self.dot(vector, vector) ** 0.5
+        return math.sqrt(self.dot(vector, vector))
 
     def random(self, seed: int, distribution: Distribution) -> torch.Tensor:
         """The seeded vector: the same for any number of ranks."""
         vector = self.zeros()
+        law: Literal["rademacher", "gaussian"]
         law = "rademacher" if distribution == "rademacher" else "gaussian"
         for run in self._runs:
             stop = run.shard_offset + run.flat_stop - run.flat_start
@@ -122,8 +124,8 @@ class Space:
         """Write a vector as `read` reads it; every rank writes its part of the one file."""
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:  # noqa: PTH123
             for flat, part in self._pieces(vector):
-                data = memoryview(part.cpu().contiguous().view(torch.uint8).numpy())
-                os.pwrite(file.fileno(), data, flat * part.itemsize)
+                data = part.cpu().contiguous().view(torch.uint8).numpy()
+                os.pwrite(file.fileno(), data.data, flat * part.itemsize)
             os.fsync(file.fileno())
         self.collective.gather_objects(None)  # nobody returns before the file is whole
 

@@ -1,9 +1,9 @@
 """The walk over the blocks: loss, gradient and Hessian-vector products of a sharded model.
 
-Layer-major: the weights of a block are gathered once per pass, every micro-batch of this rank is pushed
-through, and the weights are dropped again. A rank keeps its shards, the inputs of the blocks, and one
-block. Backwards, each block's part of the product is summed over the ranks and cut into shards as soon
-as it is known.
+Layer-major: the weights of a block are gathered once per pass, every micro-batch of this rank is
+pushed through, and the weights are dropped again. A rank keeps its shards, the inputs of the
+blocks, and one block. Backwards, each block's part of the product is summed over the ranks and cut
+into shards as soon as it is known.
 """
 
 from __future__ import annotations

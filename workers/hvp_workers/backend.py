@@ -1,7 +1,8 @@
 """What the service may ask of its workers: one interface, no torch and no Ray at import.
 
 The vectors named here live on the ranks, cut as the parameters are. Bulk data travels by path on a
-file system that service and ranks share; only names, scalars and small records cross this interface.
+file system that service and ranks share; only names, scalars and small records cross this
+interface.
 """
 
 from __future__ import annotations
@@ -282,7 +283,7 @@ def open_backend(
     """Make a backend, not yet started.
 
     Args:
-        kind: `ray` for one Ray actor per rank, `inprocess` for one rank in a thread of this process.
+        kind: `ray`: one Ray actor per rank; `inprocess`: one rank in a thread of this process.
         num_workers: Number of ranks; must be 1 in process.
         device: Where tensors live.
         run_dir: Folder in which the Ray backend notes the processes it starts, so that the next

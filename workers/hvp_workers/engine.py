@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar, final
+from typing import Concatenate, ParamSpec, TypeVar, cast, final
 
 import psutil
 import torch
@@ -66,7 +66,7 @@ def command(
                 "float32, fewer Lanczos vectors or more workers",
             ) from None
 
-    return wrapper
+    return cast("Callable[Concatenate[RankEngine, P], R]", wrapper)
 
 
 @final
@@ -259,7 +259,7 @@ class RankEngine:
 
     def _micro_batch(self, operator: api.Operator, batch: MicroBatch) -> int:
         return operator.micro_batch_size or default_micro_batch(
-            *batch.inputs["input_ids"].shape, self.collective.world_size
+            len(batch.targets), batch.targets.shape[1], self.collective.world_size
         )
 
     def _operator(self, operator: api.Operator) -> Curvature:

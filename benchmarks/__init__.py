@@ -1,0 +1,1 @@
+"""Speed and memory of the products, measured against the alternatives."""

@@ -1,0 +1,227 @@
+"""One rank's engine behind the backend interface, in process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hvp_core import attention
+from hvp_workers.backend import (
+    Backend,
+    BackendError,
+    Combination,
+    EigshProgress,
+    EigshResult,
+    EigshSpec,
+    Operator,
+    Parameters,
+    RawFile,
+    Seeded,
+    Space,
+    Zeros,
+    open_backend,
+)
+from hvp_workers.plan import default_micro_batch, plan_eigsh
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from tests.core.problems import llama_config, ragged_tokens, scatter
+from tests.core.test_checkpoint import save
+
+
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    folder = tmp_path_factory.mktemp("engine")
+    attention.register()
+    model = LlamaForCausalLM(llama_config())
+    scatter(model)
+    ids, labels, mask = ragged_tokens()
+    save_file({"input_ids": ids, "labels": labels, "attention_mask": mask}, folder / "batch")
+    return Operator(
+        space=Space(checkpoint_dir=save(model, folder / "model"), dtype="float64"),
+        batch_path=folder / "batch",
+    )
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[Backend]:
+    opened = open_backend(kind="inprocess", num_workers=1, device="cpu")
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+async def finish(run: AsyncIterator[EigshProgress | EigshResult]) -> EigshResult:
+    async for step in run:
+        if isinstance(step, EigshResult):
+            return step
+    raise AssertionError("the run gave no result")
+
+
+async def test_a_gradient_is_the_derivative_of_the_loss(
+    backend: Backend, operator: Operator, tmp_path: Path
+) -> None:
+    space = operator.space
+    await backend.gradient(operator, "g")
+    await backend.create_vector("v", space, Seeded(1, "sphere"))
+    await backend.create_vector("theta", space, Parameters())
+    slope = (await backend.inner_products([("g", "v")]))[0]
+    losses = []
+    for step in (1e-5, -1e-5):
+        await backend.create_vector("moved", space, Combination(((1.0, "theta"), (step, "v"))))
+        await backend.save_vector("moved", tmp_path / "moved")
+        losses.append(await moved_loss(backend, operator, tmp_path))
+    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+async def moved_loss(backend: Backend, operator: Operator, folder: Path) -> float:
+    """The loss of a checkpoint whose parameters are the vector in folder/moved."""
+    described = await backend.describe_checkpoint(operator.space.checkpoint_dir)
+    flat = torch.frombuffer(bytearray((folder / "moved").read_bytes()), dtype=torch.float64)
+    tensors = {
+        p.name: flat[p.offset : p.offset + torch.Size(p.shape).numel()].view(p.shape).clone()
+        for p in described.parameters
+    }
+    target = folder / f"moved-{hash(float(flat[0]))}"
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors")
+    config = (operator.space.checkpoint_dir / "config.json").read_text()
+    (target / "config.json").write_text(config)
+    there = Operator(
+        space=Space(checkpoint_dir=target, dtype="float64"), batch_path=operator.batch_path
+    )
+    return await backend.loss(there)
+
+
+async def test_vectors_have_the_algebra_of_vectors(backend: Backend, operator: Operator) -> None:
+    space = operator.space
+    await backend.create_vector("u", space, Seeded(1, "gaussian"))
+    await backend.create_vector("v", space, Seeded(2, "rademacher"))
+    await backend.create_vector("zero", space, Zeros())
+    await backend.create_vector("w", space, Combination(((2.0, "u"), (-3.0, "v"), (1.0, "zero"))))
+    uu, uv, vv, ww, zz = await backend.inner_products(
+        [("u", "u"), ("u", "v"), ("v", "v"), ("w", "w"), ("zero", "zero")]
+    )
+    assert ww == pytest.approx(4 * uu - 12 * uv + 9 * vv, rel=1e-12)
+    n = (await backend.describe_checkpoint(space.checkpoint_dir)).num_parameters
+    assert (vv, zz) == (n, 0)
+
+
+async def test_products_and_other_calls_fit_between_the_products_of_a_run(
+    backend: Backend, operator: Operator
+) -> None:
+    await backend.create_vector("v", operator.space, Seeded(4, "gaussian"))
+    run = backend.eigsh(operator, EigshSpec(k=2, which="BE"), ["e0", "e1"])
+    seen = 0
+    async for step in run:
+        if isinstance(step, EigshResult):
+            break
+        seen += 1
+        if seen % 10 == 0:
+            await backend.apply(operator, ["v"], ["hv"])
+    assert isinstance(step, EigshResult)
+    assert step.outcome == "CONVERGED"
+    assert seen == step.num_products + 1  # and the one that says it is loading
+    await backend.apply(operator, ["e0"], ["he"])
+    (rayleigh, square) = await backend.inner_products([("e0", "he"), ("he", "he")])
+    assert rayleigh == pytest.approx(step.eigenvalues[0], rel=1e-10)
+    assert square == pytest.approx(step.eigenvalues[0] ** 2, rel=1e-10)
+
+
+async def test_a_run_that_is_closed_frees_its_basis(backend: Backend, operator: Operator) -> None:
+    run = backend.eigsh(operator, EigshSpec(k=2), ["e0", "e1"])
+    for _ in range(4):
+        await anext(run)
+    await run.aclose()  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="e0 is not on the ranks"):
+        await backend.inner_products([("e0", "e0")])
+
+
+async def test_the_same_seed_gives_the_same_run(backend: Backend, operator: Operator) -> None:
+    spec = EigshSpec(k=3, which="LA", seed=9, max_products=20)
+    first = await finish(backend.eigsh(operator, spec, ["a0", "a1", "a2"]))
+    second = await finish(backend.eigsh(operator, spec, ["b0", "b1", "b2"]))
+    assert first.eigenvalues == pytest.approx(second.eigenvalues, rel=1e-9)
+    assert first.outcome == "MAX_PRODUCTS"
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda b, o: b.apply(o, ["nothing"], ["x"]), "INPUT_MISSING"),
+        (lambda b, o: b.inner_products([("nothing", "nothing")]), "INPUT_MISSING"),
+        (lambda b, o: b.save_vector("nothing", Path("x")), "INPUT_MISSING"),
+        (lambda b, o: finish(b.eigsh(o, EigshSpec(k=0), [])), "K_INVALID"),
+        (lambda b, o: finish(b.eigsh(o, EigshSpec(k=10**9), [])), "K_INVALID"),
+        (
+            lambda b, o: finish(b.eigsh(o, EigshSpec(k=3, max_products=5), [])),
+            "MAX_PRODUCTS_INVALID",
+        ),
+        (
+            lambda b, o: finish(b.eigsh(o, EigshSpec(k=3, num_lanczos_vectors=3), [])),
+            "NUM_LANCZOS_VECTORS_INVALID",
+        ),
+    ],
+)
+async def test_a_call_that_cannot_be_says_why_and_the_next_one_works(
+    call: Callable[[Backend, Operator], object],
+    reason: str,
+    backend: Backend,
+    operator: Operator,
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        await call(backend, operator)  # type: ignore[misc]
+    assert caught.value.reason == reason
+    assert await backend.loss(operator) > 0
+
+
+async def test_vectors_of_two_spaces_do_not_mix(backend: Backend, operator: Operator) -> None:
+    single = Space(checkpoint_dir=operator.space.checkpoint_dir, dtype="float32")
+    await backend.create_vector("double", operator.space, Zeros())
+    await backend.create_vector("single", single, Zeros())
+    for call in (
+        backend.inner_products([("single", "double")]),
+        backend.apply(operator, ["single"], ["x"]),
+        backend.create_vector("x", single, Combination(((1.0, "double"),))),
+    ):
+        with pytest.raises(BackendError, match="VECTOR_SPACE_MISMATCH"):
+            await call
+
+
+async def test_a_vector_file_with_nan_is_refused(
+    backend: Backend, operator: Operator, tmp_path: Path
+) -> None:
+    n = (await backend.describe_checkpoint(operator.space.checkpoint_dir)).num_parameters
+    data = torch.zeros(n, dtype=torch.float64)
+    data[5] = torch.inf
+    (tmp_path / "raw").write_bytes(data.numpy().tobytes())
+    with pytest.raises(BackendError) as caught:
+        await backend.create_vector("x", operator.space, RawFile(tmp_path / "raw"))
+    assert (caught.value.reason, caught.value.metadata["index"]) == ("NON_FINITE", "5")
+
+
+async def test_ids_outside_the_vocabulary_are_refused(
+    backend: Backend, operator: Operator, tmp_path: Path
+) -> None:
+    save_file({"input_ids": torch.tensor([[1, 24, 3]])}, tmp_path / "batch")
+    wrong = Operator(space=operator.space, batch_path=tmp_path / "batch")
+    with pytest.raises(BackendError, match="TOKEN_ID_OUT_OF_RANGE"):
+        await backend.describe_operator(wrong)
+
+
+def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
+    spec = EigshSpec(k=6, which="BE")
+    assert plan_eigsh(spec, dimension=1000, vector_bytes=1, available_bytes=10**6).num_vectors == 40
+    less = plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=4000)
+    assert less.num_vectors == 32 - 10
+    with pytest.raises(Exception, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=2900)
+
+
+def test_the_default_micro_batch_gives_every_rank_work() -> None:
+    assert default_micro_batch(8, 64, 2) == 4
+    assert default_micro_batch(8, 256, 2) == 2
+    assert default_micro_batch(1, 4096, 3) == 1
+    assert default_micro_batch(100, 16, 3) == 32
