@@ -7,12 +7,10 @@ rank's data alone (a NaN in its stretch of a file) is agreed on before anybody r
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import socket
 import statistics
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,25 +20,17 @@ from typing import Concatenate, ParamSpec, TypeVar, cast, final
 import psutil
 import torch
 from hvp_core.chain import MicroBatch
-from hvp_core.check import chain_agrees
-from hvp_core.checkpoint import StoredTensor, build_empty, load_shard, locate
 from hvp_core.collective import Collective
 from hvp_core.data import read_token_batch
-from hvp_core.decoder import DecoderChain
 from hvp_core.errors import CurvatureError
 from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
-from hvp_core.layout import Layout
-from hvp_core.space import Space
 from hvp_core.walk import Curvature
 
 from hvp_workers import backend as api
+from hvp_workers.models import Memory, ModelStore
 from hvp_workers.plan import default_micro_batch, plan_eigsh
 
-logger = logging.getLogger(__name__)
-
-_MODELS_KEPT = 2  # loaded at once; an older one is read again when it is needed
 _OPERATORS_KEPT = 4
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,25 +57,6 @@ def command(
             ) from None
 
     return cast("Callable[Concatenate[RankEngine, P], R]", wrapper)
-
-
-@final
-@dataclass(frozen=True)
-class _Description:
-    """A checkpoint that has been looked at."""
-
-    public: api.CheckpointDescription
-    sources: dict[str, StoredTensor]
-
-
-@final
-@dataclass(frozen=True)
-class _Model:
-    """A checkpoint in memory, in shards."""
-
-    chain: DecoderChain
-    space: Space
-    parameters: torch.Tensor
 
 
 @final
@@ -122,34 +93,18 @@ class RankEngine:
     def __init__(self, collective: Collective, device: str):
         self.collective = collective
         self.device = torch.device(device)
-        self._host = socket.gethostname()
-        self._descriptions: dict[Path, _Description] = {}
-        self._models: OrderedDict[api.Space, _Model] = OrderedDict()
-        self._operators: OrderedDict[api.Operator, Curvature] = OrderedDict()
+        self._memory = Memory(collective, self.device)
+        self._models = ModelStore(collective, self.device, self._memory)
         self._vectors: dict[str, _Vector] = {}
         self._runs: dict[str, _Run] = {}
-        hosts = collective.gather_objects(self._host)
-        self._ranks_here = hosts.count(self._host)
-        self._vector_budget = min(collective.gather_objects(self._total_memory() // 2))
-
-    # Memory and processes -----------------------------------------------------------------------
-
-    def _total_memory(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[1])
-        return psutil.virtual_memory().total // self._ranks_here
-
-    def _available_memory(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        return psutil.virtual_memory().available // self._ranks_here
+        self._vector_budget = min(collective.gather_objects(self._memory.total() // 2))
 
     @command
     def info(self) -> api.RankInfo:
         """This process."""
         return api.RankInfo(
             rank=self.collective.rank,
-            hostname=self._host,
+            hostname=socket.gethostname(),
             pid=os.getpid(),
             resident_bytes=psutil.Process().memory_info().rss,
             num_threads=torch.get_num_threads(),
@@ -160,89 +115,12 @@ class RankEngine:
     @command
     def describe_checkpoint(self, directory: Path) -> api.CheckpointDescription:
         """Check a checkpoint without loading its weights."""
-        return self._describe(directory).public
-
-    def _describe(self, directory: Path) -> _Description:
-        if directory not in self._descriptions:
-            model = build_empty(directory, torch.float32)
-            sources = locate(model, directory)
-            text = model.config.get_text_config()
-            parameters = []
-            offset = 0
-            for name, tensor in model.named_parameters():
-                parameters.append(
-                    api.ParameterTensor(name=name, shape=tuple(tensor.shape), offset=offset)
-                )
-                offset += tensor.numel()
-            self._descriptions[directory] = _Description(
-                api.CheckpointDescription(
-                    architecture=type(model).__name__,
-                    num_parameters=offset,
-                    vocab_size=text.vocab_size,
-                    max_positions=getattr(text, "max_position_embeddings", None),
-                    stored_dtype=next(iter(sources.values())).dtype,
-                    parameters=tuple(parameters),
-                ),
-                sources,
-            )
-        return self._descriptions[directory]
-
-    def _model(self, space: api.Space) -> _Model:
-        if space in self._models:
-            self._models.move_to_end(space)
-            return self._models[space]
-        while len(self._models) >= _MODELS_KEPT:
-            dropped, _ = self._models.popitem(last=False)
-            for operator in [o for o in self._operators if o.space == dropped]:
-                del self._operators[operator]
-        loaded = self._load(space, one_block=False) or self._load(space, one_block=True)
-        if loaded is None:
-            raise CurvatureError(
-                "MODEL_UNSUPPORTED",
-                "this model's own loss is not the mean cross-entropy of its logits, so its "
-                "curvature is not defined here",
-            )
-        self._models[space] = loaded
-        return loaded
-
-    def _load(self, space: api.Space, one_block: bool) -> _Model | None:
-        """Build and read a model; None when its loss is not what the chain computes."""
-        dtype = _DTYPES[space.dtype]
-        description = self._describe(space.checkpoint_dir)
-        needed = description.public.num_parameters * dtype.itemsize // self.collective.world_size
-        available = min(self.collective.gather_objects(self._available_memory()))
-        if needed > available:
-            raise CurvatureError(
-                "INSUFFICIENT_CLUSTER_MEMORY",
-                f"a rank needs {needed} bytes for its share of the parameters and has {available}; "
-                "use more workers or float32",
-                {"needed_bytes": str(needed), "available_bytes": str(available)},
-            )
-        model = build_empty(space.checkpoint_dir, dtype)
-        for module in model.modules():  # model.to() would choke on the empty parameters
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.device)
-        chain = DecoderChain(model, dtype, self.device, one_block=one_block)
-        layout = Layout(
-            chain.shapes, [block.parameters for block in chain.blocks], self.collective.world_size
-        )
-        numbers = Space(layout, self.collective, dtype, self.device)
-        parameters = load_shard(numbers, description.sources)
-        if not chain_agrees(model, chain, numbers, parameters):
-            logger.warning(
-                "%s as a chain of %d blocks does not give the model's own loss%s",
-                description.public.architecture,
-                len(chain.blocks),
-                "" if one_block else "; it is taken as one block, which needs more memory",
-            )
-            return None
-        return _Model(chain, numbers, parameters)
+        return self._models.describe(directory).public
 
     @command
     def describe_operator(self, operator: api.Operator) -> api.OperatorInfo:
         """Check an operator and fill in its defaults, computing nothing."""
-        description = self._describe(operator.space.checkpoint_dir).public
+        description = self._models.describe(operator.space.checkpoint_dir).public
         batch = read_token_batch(operator.batch_path)
         ids = batch.inputs["input_ids"]
         if int(ids.max()) >= description.vocab_size or int(ids.min()) < 0:
@@ -263,20 +141,20 @@ class RankEngine:
         )
 
     def _operator(self, operator: api.Operator) -> Curvature:
-        if operator not in self._operators:
-            model = self._model(operator.space)
+        model = self._models.get(operator.space)
+        if operator not in model.operators:
             batch = read_token_batch(operator.batch_path)
-            self._operators[operator] = Curvature(
+            model.operators[operator] = Curvature(
                 model.chain,
                 model.space,
                 model.parameters,
                 batch,
                 self._micro_batch(operator, batch),
             )
-            while len(self._operators) > _OPERATORS_KEPT:
-                self._operators.popitem(last=False)
-        self._operators.move_to_end(operator)
-        return self._operators[operator]
+            while len(model.operators) > _OPERATORS_KEPT:
+                model.operators.popitem(last=False)
+        model.operators.move_to_end(operator)
+        return model.operators[operator]
 
     # Products -----------------------------------------------------------------------------------
 
@@ -316,7 +194,7 @@ class RankEngine:
 
     def _reserve(self, space: api.Space, names: Sequence[str]) -> None:
         """Refuse vectors that would leave no room for the work itself."""
-        numbers = self._model(space).space
+        numbers = self._models.get(space).space
         held = sum(v.shard.nbytes for n, v in self._vectors.items() if n not in names)
         needed = held + len(names) * numbers.vector_bytes
         if needed > self._vector_budget:
@@ -331,7 +209,7 @@ class RankEngine:
     def create_vector(self, name: str, space: api.Space, source: api.Source) -> None:
         """Make a vector; replaces one of that name."""
         self._reserve(space, [name])
-        model = self._model(space)
+        model = self._models.get(space)
         numbers = model.space
         match source:
             case api.Seeded(seed, distribution):
@@ -367,14 +245,14 @@ class RankEngine:
                 raise CurvatureError(
                     "VECTOR_SPACE_MISMATCH", f"{left} and {right} are of different spaces"
                 )
-            values.append(self._model(u.space).space.dot(u.shard, v.shard))
+            values.append(self._models.get(u.space).space.dot(u.shard, v.shard))
         return values
 
     @command
     def save_vector(self, name: str, path: Path) -> None:
         """Write a vector as one file of raw elements."""
         vector = self._vector(name)
-        self._model(vector.space).space.write(vector.shard, path)
+        self._models.get(vector.space).space.write(vector.shard, path)
 
     # Runs ---------------------------------------------------------------------------------------
 
@@ -387,7 +265,7 @@ class RankEngine:
             spec,
             dimension=space.layout.numel,
             vector_bytes=space.vector_bytes,
-            available_bytes=min(self.collective.gather_objects(self._available_memory())),
+            available_bytes=min(self.collective.gather_objects(self._memory.available())),
         )
         self._runs[run] = _Run(
             steps=self._steps(curvature, plan, spec.seed),

@@ -1,0 +1,160 @@
+"""Checkpoints on one rank: looked at, then loaded as chains in shards."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+import psutil
+import torch
+from hvp_core.check import chain_agrees
+from hvp_core.checkpoint import StoredTensor, build_empty, load_shard, locate
+from hvp_core.collective import Collective
+from hvp_core.decoder import DecoderChain
+from hvp_core.errors import CurvatureError
+from hvp_core.layout import Layout
+from hvp_core.space import Space
+from hvp_core.walk import Curvature
+
+from hvp_workers import backend as api
+
+logger = logging.getLogger(__name__)
+
+_MODELS_KEPT = 2  # loaded at once; an older one is read again when it is needed
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@final
+class Memory:
+    """What this rank may use of its host's or its device's memory, bytes."""
+
+    def __init__(self, collective: Collective, device: torch.device):
+        self._device = device
+        host = socket.gethostname()
+        self._ranks_here = collective.gather_objects(host).count(host)
+
+    def total(self) -> int:
+        """Its share of all there is."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._device)[1])
+        return psutil.virtual_memory().total // self._ranks_here
+
+    def available(self) -> int:
+        """Its share of what is free now."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        return psutil.virtual_memory().available // self._ranks_here
+
+
+@final
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint that has been looked at."""
+
+    public: api.CheckpointDescription
+    sources: dict[str, StoredTensor]
+
+
+@final
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory, in shards."""
+
+    chain: DecoderChain
+    space: Space
+    parameters: torch.Tensor
+    #: Recently used, oldest first; they go when the model goes.
+    operators: OrderedDict[api.Operator, Curvature] = field(default_factory=OrderedDict)
+
+
+@final
+class ModelStore:
+    """Loads models when they are asked for and keeps the latest."""
+
+    def __init__(self, collective: Collective, device: torch.device, memory: Memory):
+        self._collective = collective
+        self._device = device
+        self._memory = memory
+        self._descriptions: dict[Path, Description] = {}
+        self._models: OrderedDict[api.Space, Model] = OrderedDict()
+
+    def describe(self, directory: Path) -> Description:
+        """Check a checkpoint without loading its weights."""
+        if directory not in self._descriptions:
+            model = build_empty(directory, torch.float32)
+            sources = locate(model, directory)
+            text = model.config.get_text_config()
+            parameters = []
+            offset = 0
+            for name, tensor in model.named_parameters():
+                parameters.append(
+                    api.ParameterTensor(name=name, shape=tuple(tensor.shape), offset=offset)
+                )
+                offset += tensor.numel()
+            self._descriptions[directory] = Description(
+                api.CheckpointDescription(
+                    architecture=type(model).__name__,
+                    num_parameters=offset,
+                    vocab_size=text.vocab_size,
+                    max_positions=getattr(text, "max_position_embeddings", None),
+                    stored_dtype=next(iter(sources.values())).dtype,
+                    parameters=tuple(parameters),
+                ),
+                sources,
+            )
+        return self._descriptions[directory]
+
+    def get(self, space: api.Space) -> Model:
+        """The model, loaded if it is not."""
+        if space in self._models:
+            self._models.move_to_end(space)
+            return self._models[space]
+        while len(self._models) >= _MODELS_KEPT:
+            self._models.popitem(last=False)
+        loaded = self._load(space, one_block=False) or self._load(space, one_block=True)
+        if loaded is None:
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                "this model's own loss is not the mean cross-entropy of its logits, so its "
+                "curvature is not defined here",
+            )
+        self._models[space] = loaded
+        return loaded
+
+    def _load(self, space: api.Space, one_block: bool) -> Model | None:
+        """Build and read a model; None when its loss is not what the chain computes."""
+        dtype = DTYPES[space.dtype]
+        description = self.describe(space.checkpoint_dir)
+        needed = description.public.num_parameters * dtype.itemsize // self._collective.world_size
+        available = min(self._collective.gather_objects(self._memory.available()))
+        if needed > available:
+            raise CurvatureError(
+                "INSUFFICIENT_CLUSTER_MEMORY",
+                f"a rank needs {needed} bytes for its share of the parameters and has {available}; "
+                "use more workers or float32",
+                {"needed_bytes": str(needed), "available_bytes": str(available)},
+            )
+        model = build_empty(space.checkpoint_dir, dtype)
+        for module in model.modules():  # model.to() would choke on the empty parameters
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self._device)
+        chain = DecoderChain(model, dtype, self._device, one_block=one_block)
+        layout = Layout(
+            chain.shapes, [block.parameters for block in chain.blocks], self._collective.world_size
+        )
+        numbers = Space(layout, self._collective, dtype, self._device)
+        parameters = load_shard(numbers, description.sources)
+        if not chain_agrees(model, chain, numbers, parameters):
+            logger.warning(
+                "%s as a chain of %d blocks does not give the model's own loss%s",
+                description.public.architecture,
+                len(chain.blocks),
+                "" if one_block else "; it is taken as one block, which needs more memory",
+            )
+            return None
+        return Model(chain, numbers, parameters)
