@@ -22,8 +22,13 @@ def demo(
     length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 128,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Eigenpairs to find.")] = 6,
     max_products: Annotated[
-        int, typer.Option(min=2, help="Bound on Hessian-vector products, k certificates included.")
-    ] = 36,
+        int | None,
+        typer.Option(
+            min=2,
+            help="Bound on Hessian-vector products, k for certificates included.",
+            show_default="what five minutes allow",
+        ),
+    ] = None,
     num_lanczos_vectors: Annotated[
         int | None, typer.Option(help="Rows of the Krylov basis.", show_default="by memory")
     ] = None,
@@ -32,8 +37,7 @@ def demo(
 ) -> None:
     """Find both ends of the spectrum of SmolLM2-135M's Hessian on real text, and draw it.
 
-    Starts a server of its own, uploads the model over gRPC, shows progress, and leaves tables, a
-    picture and a page in the output folder.
+    Starts a server of its own, uploads the model over gRPC, and leaves a report in a folder.
     """
     import importlib.util
     import signal

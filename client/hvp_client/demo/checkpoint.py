@@ -82,6 +82,8 @@ def ensure_checkpoint(gguf: Path, cache: Path) -> Path:
 
 
 def _convert(gguf: Path, output: Path) -> None:
+    # Read when tqdm is first imported: the expansion's own progress bar has no other switch.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -24,6 +24,9 @@ from hvp_client.demo.text import python_reference, token_batch
 
 _SEED_V = 1
 _SEED_U = 2
+# The demo is to end within ten minutes on two cores; everything but the spectrum takes up to three.
+_SPECTRUM_S = 330.0
+_ENOUGH_PRODUCTS = 36
 
 
 @final
@@ -36,7 +39,8 @@ class Settings:
         num_sequences: Rows of the batch.
         sequence_length: Tokens in a row.
         k: Eigenpairs, half from each end.
-        max_products: Bound on products, those of the true residuals included.
+        max_products: Bound on products, those of the true residuals included; None takes what a
+            few minutes allow.
         num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
         num_workers: Ranks.
         device: `cpu` or `cuda`.
@@ -46,7 +50,7 @@ class Settings:
     num_sequences: int
     sequence_length: int
     k: int
-    max_products: int
+    max_products: int | None
     num_lanczos_vectors: int | None
     num_workers: int
     device: str
@@ -95,10 +99,20 @@ def run_demo(settings: Settings, console: Console) -> list[Path]:
     return files
 
 
+def affordable(product_s: float, k: int) -> int:
+    """Products to spend on k eigenpairs where one takes `product_s` seconds.
+
+    Few enough for the demo to end in time, and never fewer than the ends of a spectrum need to
+    begin to settle.
+    """
+    least = 2 * k + 8  # k of them are for the true residuals
+    return max(least, min(_ENOUGH_PRODUCTS, int(_SPECTRUM_S / product_s)))
+
+
 def _explore(
     client: Client, directory: Path, tokens: dict[str, Any], settings: Settings, stages: _Stages
 ) -> Findings:
-    with stages.timed("upload") as say:
+    with stages.timed("upload", spinner=False) as say:
         checkpoint = upload_with_bar(client, directory)
         batch = client.upload_batch(tokens)
         say(f"{checkpoint.size_bytes / 1e6:.0f} MB over gRPC, {checkpoint.num_parameters:,} params")
@@ -115,11 +129,11 @@ def _explore(
         probes = _probe(H)
         say(f"v·Hu = {probes.v_dot_hu:.6f}, u·Hv = {probes.u_dot_hv:.6f}: symmetric")
     history: list[Snapshot] = []
-    with stages.timed("eigsh") as say:
+    with stages.timed("eigsh", spinner=False) as say:
         job = H.eigsh(
             settings.k,
             "BE",
-            max_products=settings.max_products,
+            max_products=settings.max_products or affordable(probes.product_s, settings.k),
             num_lanczos_vectors=settings.num_lanczos_vectors,
         )
         try:
@@ -178,10 +192,10 @@ class _Probes:
 
 def _probe(H: Operator) -> _Probes:
     v, u = (H.random_vector(seed=seed) for seed in (_SEED_V, _SEED_U))
+    hu = H @ u  # the first product finds out how to differentiate each kind of block
     began = time.perf_counter()
     hv = H @ v
     product_s = time.perf_counter() - began
-    hu = H @ u
     probes = _Probes(
         probe_norm=v.norm(),
         product_norm=hv.norm(),
@@ -218,10 +232,12 @@ class _Stages:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[Any]:
+    def timed(self, name: str, *, spinner: bool = True) -> Iterator[Callable[[str], None]]:
+        """Time the block; it may say a phrase. A block that draws itself wants no spinner."""
         lines: list[str] = []
         began = time.perf_counter()
-        yield lines.append
+        with self.console.status(name) if spinner else nullcontext():
+            yield lines.append
         self.seconds[name] = time.perf_counter() - began
         self.console.print(
             f"[bold green]✓[/] [bold]{name:<13}[/]"
