@@ -21,6 +21,9 @@ def demo(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 128,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Eigenpairs to find.")] = 6,
+    tol: Annotated[
+        float, typer.Option(min=0.0, help="Residuals to reach, relative to the largest.")
+    ] = 1e-4,
     max_products: Annotated[
         int | None,
         typer.Option(
@@ -66,6 +69,7 @@ def demo(
         num_sequences=sequences,
         sequence_length=length,
         k=k,
+        tol=tol,
         max_products=max_products,
         num_lanczos_vectors=num_lanczos_vectors,
         num_workers=workers,

@@ -39,6 +39,7 @@ class Settings:
         num_sequences: Rows of the batch.
         sequence_length: Tokens in a row.
         k: Eigenpairs, half from each end.
+        tol: Stop when each residual is at most this fraction of the largest eigenvalue's size.
         max_products: Bound on products, those of the true residuals included; None takes what a
             few minutes allow.
         num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
@@ -50,6 +51,7 @@ class Settings:
     num_sequences: int
     sequence_length: int
     k: int
+    tol: float
     max_products: int | None
     num_lanczos_vectors: int | None
     num_workers: int
@@ -133,6 +135,7 @@ def _explore(
         job = H.eigsh(
             settings.k,
             "BE",
+            tol=settings.tol,
             max_products=settings.max_products or affordable(probes.product_s, settings.k),
             num_lanczos_vectors=settings.num_lanczos_vectors,
         )
