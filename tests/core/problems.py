@@ -101,7 +101,7 @@ def llama_config() -> LlamaConfig:
 
 def gpt2_config() -> GPT2Config:
     return GPT2Config(
-        n_embd=8,
+        n_embd=4,
         n_layer=2,
         n_head=2,
         n_positions=8,

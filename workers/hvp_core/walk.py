@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from hvp_core.chain import Block, Chain, MicroBatch, rows, to_device
 from hvp_core.dual import (
-    Backward,
+    Cotangents,
     Function,
     Params,
     Rule,
@@ -30,6 +30,8 @@ from hvp_core.dual import (
 from hvp_core.errors import CurvatureError
 from hvp_core.precision import exact
 from hvp_core.space import Space, partial_products
+
+Pair = tuple[Tensor | None, Tensor | None]  # (x̄, x̄̇)
 
 
 @final
@@ -139,59 +141,48 @@ class Curvature:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
         """
         results = [self.space.zeros() for _ in vectors]
-        blocks = self.chain.blocks
         probes = range(len(vectors))
-        xs = [self.chain.first_input(batch) for batch in self._batches]
-        # (x, [ẋ of each probe]) of each micro-batch, for each block
-        inputs: list[list[tuple[Tensor, list[Tensor | None]]]] = [
-            [(x, [None for _ in probes]) for x in xs]
-        ]
+        last = len(self.chain.blocks) - 1
         with exact():
-            for index in range(len(blocks) - 1):
-                with self._gathered(index, self.parameters, *vectors) as (p, *vs):
-                    outputs = []
-                    for batch, (x, x_dots) in enumerate(inputs[-1]):
-                        f = self._call(index, batch)
-                        y = x
-                        y_dots: list[Tensor | None] = []
-                        for v, x_dot in zip(vs, x_dots, strict=True):
-                            y, y_dot = self._guard(index, forward_dual, f, p, v, x, x_dot)
-                            y_dots.append(y_dot)
-                        outputs.append((y, y_dots))
-                    inputs.append(outputs)
+            inputs = self._dual_inputs(vectors)
             # (x̄, x̄̇) of each probe, for each micro-batch
-            bars: list[list[tuple[Tensor | None, Tensor | None]]] = [[] for _ in xs]
-            for index in reversed(range(len(blocks))):
-                last = index == len(blocks) - 1
+            bars: list[list[Pair]] = [[(None, None) for _ in probes] for _ in self._batches]
+            for index in reversed(range(last + 1)):
                 current = inputs.pop()
                 with (
                     self._gathered(index, self.parameters, *vectors) as (p, *vs),
                     self._scattered(index, results) as collectors,
                 ):
                     for batch, (x, x_dots) in enumerate(current):
-                        f = self._call(index, batch)
-                        after = bars[batch]
-                        bars[batch] = []
-                        for probe in probes:
-                            if last:
-                                pair = self._backward_loss(
-                                    f, p, vs[probe], x, x_dots[probe], batch, collectors[probe]
-                                )
-                            else:
-                                found = self._backward(
-                                    index,
-                                    f,
-                                    p,
-                                    vs[probe],
-                                    x,
-                                    x_dots[probe],
-                                    _constant_pair(*after[probe]),
-                                )
-                                collectors[probe](found.hvp)
-                                pair = (found.x_bar, found.x_bar_dot)
-                            bars[batch].append(pair)
+                        for probe, (v, x_dot) in enumerate(zip(vs, x_dots, strict=True)):
+                            step = partial(self._pull, index, batch, p, v, collectors[probe])
+                            bars[batch][probe] = (
+                                self._pull_pieces(step, batch, x, x_dot)
+                                if index == last
+                                else step(x, x_dot, _constant_pair(*bars[batch][probe]))
+                            )
         self._check_finite(results, "the product")
         return results
+
+    def _dual_inputs(
+        self, vectors: Sequence[Tensor]
+    ) -> list[list[tuple[Tensor, list[Tensor | None]]]]:
+        """(x, [ẋ of each probe]) of every block for every micro-batch of this rank."""
+        inputs: list[list[tuple[Tensor, list[Tensor | None]]]] = [
+            [(self.chain.first_input(batch), [None for _ in vectors]) for batch in self._batches]
+        ]
+        for index in range(len(self.chain.blocks) - 1):
+            with self._gathered(index, self.parameters, *vectors) as (p, *vs):
+                outputs = []
+                for batch, (x, x_dots) in enumerate(inputs[-1]):
+                    f = self._call(index, batch)
+                    pairs = [
+                        self._guard(index, forward_dual, f, p, v, x, x_dot)
+                        for v, x_dot in zip(vs, x_dots, strict=True)
+                    ]
+                    outputs.append((pairs[0][0], [y_dot for _, y_dot in pairs]))
+                inputs.append(outputs)
+        return inputs
 
     @torch.no_grad()
     def _inputs(self) -> list[list[Tensor]]:
@@ -232,60 +223,49 @@ class Curvature:
             x_bars.append(found.x_bar)
         return _joined(x_bars)
 
-    def _backward_loss(
-        self,
-        f: Function,
-        p: Params,
-        v: Params,
-        x: Tensor,
-        x_dot: Tensor | None,
-        batch: int,
-        collect: Collector,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _pull_pieces(
+        self, step: Callable[..., Pair], batch: int, x: Tensor, x_dot: Tensor | None
+    ) -> Pair:
         """The last block and the loss behind it, piece by piece."""
-        targets = self._batches[batch].targets
+        loss, targets = self.chain.loss, self._batches[batch].targets
+        pieces = list(self._pieces(x, targets))
         dots = (
-            [None] * max(1, len(self.chain.pieces(x)))
+            [None for _ in pieces]
             if x_dot is None
             else [dot for dot, _ in self._pieces(x_dot, targets)]
         )
-        x_bars, x_bar_dots = [], []
-        for (piece, target), dot in zip(self._pieces(x, targets), dots, strict=True):
+        bars = []
+        for (piece, target), dot in zip(pieces, dots, strict=True):
 
             def cotangents(
                 y: Tensor, y_dot: Tensor, target: Tensor = target
             ) -> tuple[Tensor, Tensor]:
-                loss = self.chain.loss
                 return (
                     loss.gradient(y, target) / self.num_targets,
                     loss.curve(y, y_dot, target) / self.num_targets,
                 )
 
-            found = self._backward(-1, f, p, v, piece, dot, cotangents)
-            collect(found.hvp)
-            x_bars.append(found.x_bar)
-            x_bar_dots.append(found.x_bar_dot)
-        return _joined(x_bars), _joined(x_bar_dots)
+            bars.append(step(piece, dot, cotangents))
+        return _joined([x_bar for x_bar, _ in bars]), _joined([x_bar_dot for _, x_bar_dot in bars])
 
-    def _backward(
+    def _pull(
         self,
         index: int,
-        f: Function,
+        batch: int,
         p: Params,
         v: Params,
+        collect: Collector,
         x: Tensor,
         x_dot: Tensor | None,
-        cotangents: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> Backward:
+        cotangents: Cotangents,
+    ) -> Pair:
         """The block's backward dual, by the rule that was found right for its kind."""
-        block = self.chain.blocks[index]
-        rule = self.rules.get(block.kind)
-        if rule is None:
-            self.rules[block.kind], found = self._guard(
-                index, choose_rule, f, p, v, x, x_dot, cotangents
-            )
-            return cast(Backward, found)
-        return backward_dual(rule, f, p, v, x, x_dot, cotangents)
+        block, f = self.chain.blocks[index], self._call(index, batch)
+        if block.kind not in self.rules:
+            self.rules[block.kind] = self._guard(index, choose_rule, f, p, x)
+        found = backward_dual(self.rules[block.kind], f, p, v, x, x_dot, cotangents)
+        collect(found.hvp)
+        return found.x_bar, found.x_bar_dot
 
     def _guard(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
         """Call a rule; name the block whose derivative torch does not have."""
