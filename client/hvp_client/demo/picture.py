@@ -179,7 +179,7 @@ def _density(axes: Axes, findings: Findings, theme: Theme) -> None:
     axes.set_axisbelow(True)
     axes.set_title("Where the eigenvalues are  (heap: all of them, diamonds: the certified ends)")
     axes.set_xlabel("eigenvalue of the Hessian: curvature of the loss  (asinh scale)")
-    axes.set_ylabel("number of eigenvalues")
+    axes.set_ylabel("eigenvalues per Ritz value")
 
 
 def _number(value: float, form: str) -> str:
