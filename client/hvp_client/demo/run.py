@@ -129,7 +129,9 @@ def _explore(
         say(f"norm {gradient_norm:.4f}")
     with stages.timed("H @ v") as say:
         probes = _probe(H)
-        say(f"v·Hu = {probes.v_dot_hu:.6f}, u·Hv = {probes.u_dot_hv:.6f}: symmetric")
+        say(
+            f"{probes.product_s:.1f} s each; u·Hv = {probes.u_dot_hv:.4f} = v·Hu to {probes.gap:.0e}"
+        )
     history: list[Snapshot] = []
     with stages.timed("eigsh", spinner=False) as say:
         job = H.eigsh(
@@ -191,6 +193,11 @@ class _Probes:
     product_s: float
     u_dot_hv: float
     v_dot_hu: float
+
+    @property
+    def gap(self) -> float:
+        """|u·Hv − v·Hu| over ‖Hv‖‖u‖; the probes have equal norms."""
+        return abs(self.u_dot_hv - self.v_dot_hu) / (self.product_norm * self.probe_norm)
 
 
 def _probe(H: Operator) -> _Probes:
