@@ -129,9 +129,8 @@ def _explore(
         say(f"norm {gradient_norm:.4f}")
     with stages.timed("H @ v") as say:
         probes = _probe(H)
-        say(
-            f"{probes.product_s:.1f} s each; u·Hv = {probes.u_dot_hv:.4f} = v·Hu to {probes.gap:.0e}"
-        )
+        pair = f"u·Hv = {probes.u_dot_hv:.4f}, v·Hu = {probes.v_dot_hu:.4f}"
+        say(f"{probes.product_s:.1f} s each; {pair}, apart by {probes.gap:.0e} of ‖Hv‖‖u‖")
     history: list[Snapshot] = []
     with stages.timed("eigsh", spinner=False) as say:
         job = H.eigsh(
