@@ -49,8 +49,16 @@ class Portal:
         Raises:
             RuntimeError: Called on the loop's own thread, where it would wait for itself: from a
                 progress callback, for example.
-            FailedPreconditionError: `CLIENT_CLOSED`.
+            FailedPreconditionError: `CLIENT_CLOSED`, or `CLIENT_FORKED` in a child of the process
+                that made the client: the loop's thread is not there.
         """
+        if not self._thread.alive() and self._closer.alive:
+            coroutine.close()
+            raise FailedPreconditionError(
+                "this client was made before a fork and its thread stayed with the parent; open a "
+                "Client in this process, which should be started with multiprocessing's 'spawn'",
+                reason="CLIENT_FORKED",
+            )
         if self._thread.is_current() or not self._closer.alive:
             coroutine.close()
             if self._closer.alive:
@@ -81,7 +89,7 @@ class Portal:
             while (item := self.run(_next(stream, end))) is not end:
                 yield item
         finally:
-            if self._closer.alive:
+            if self._closer.alive and self._thread.alive():
                 closing = self._thread.submit(_close(stream))
                 # An iterator given up may be collected on any thread, the loop's own included.
                 if not self._thread.is_current():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import grpc
 from google.protobuf.message import Message
@@ -56,6 +58,11 @@ def is_transient(error: HvpError) -> bool:
 @final
 class Wire:
     """Calls to one server. Belongs to the event loop in which it is used first."""
+
+    # gRPC's own threads do not live on in a forked child; calls there hang or abort the process,
+    # on new channels too, unless the parent's were all gone.
+    _live: ClassVar[weakref.WeakSet[grpc.aio.Channel]] = weakref.WeakSet()
+    _inherited: ClassVar[bool] = False
 
     def __init__(self, address: str, timeout: Timeout, retry: Retry):
         self.address = address
@@ -193,6 +200,12 @@ class Wire:
         for channel in self._channels:
             await channel.close(None)
         self._channels.clear()
+        self._methods.clear()  # they hold the channels
+
+    @classmethod
+    def note_fork(cls) -> None:
+        """Remember, in a forked child, whether the parent had open channels."""
+        cls._inherited = len(cls._live) > 0
 
     def _bulk(self) -> int:
         self._next_bulk = self._next_bulk % _BULK_CONNECTIONS + 1
@@ -205,12 +218,19 @@ class Wire:
             raise FailedPreconditionError(
                 "this client is closed; open another", reason="CLIENT_CLOSED"
             )
+        if self._inherited:
+            raise FailedPreconditionError(
+                "this process was forked while its parent had a client open, which gRPC cannot "
+                "stand; start it with multiprocessing's 'spawn', or close the client first",
+                reason="CLIENT_FORKED",
+            )
         # Channels belong to the running loop, so they cannot be opened in __init__.
         if not self._channels:
             self._channels = [
                 grpc.aio.insecure_channel(self.address, options=_OPTIONS)
                 for _ in range(1 + _BULK_CONNECTIONS)
             ]
+            self._live.update(self._channels)
         if (channel, method) not in self._methods:
             self._methods[channel, method] = getattr(self._channels[channel], shape)(
                 f"/hvp.v1.{method}",
@@ -218,6 +238,9 @@ class Wire:
                 response_deserializer=response.FromString,
             )
         return self._methods[channel, method]
+
+
+os.register_at_fork(after_in_child=Wire.note_fork)
 
 
 @final

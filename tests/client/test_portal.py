@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hvp_client._portal import Portal
 
+from tests.client.conftest import Server
+
 
 async def nothing() -> None:
     return None
@@ -94,3 +96,73 @@ def test_a_program_that_forgets_to_close_still_ends_in_silence() -> None:
     )
     assert done.stdout == "<Client 127.0.0.1:1>\n"
     assert done.stderr == ""
+
+
+def test_an_iteration_taken_through_a_fork_ends_instead_of_hanging() -> None:
+    code = """
+import os
+from hvp_client import FailedPreconditionError
+from hvp_client._portal import Portal
+
+async def close():
+    pass
+
+async def numbers():
+    yield 1
+    yield 2
+
+portal = Portal(close)
+iteration = portal.iterate(numbers())
+next(iteration)
+child = os.fork()
+if child == 0:
+    try:
+        next(iteration)
+    except FailedPreconditionError as error:
+        print(error.reason, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "CLIENT_FORKED\n"
+
+
+@pytest.mark.parametrize("call", ["client.jobs()", "Client(address).jobs()"])
+def test_a_client_in_a_forked_child_says_so_instead_of_hanging(server: Server, call: str) -> None:
+    assert forked(server, call, before="") == "CLIENT_FORKED"
+
+
+def test_a_process_forked_after_its_client_was_closed_may_open_another(server: Server) -> None:
+    call = "print('version', Client(address).server_info().version)"
+    assert forked(server, call, before="client.close()").startswith("version ")
+
+
+def forked(server: Server, call: str, *, before: str) -> str:
+    """What a call prints in the forked child of a process that has used a client."""
+    code = f"""
+import os, sys
+from hvp_client import Client, FailedPreconditionError
+address = sys.argv[1]
+client = Client(address)
+client.server_info()
+{before}
+child = os.fork()
+if child == 0:
+    try:
+        {call}
+    except FailedPreconditionError as error:
+        print(error.reason)
+    sys.stdout.flush()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, server.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.strip()
