@@ -64,6 +64,8 @@ async def open_operator(
 
 def _dtype_name(dtype: Any) -> str:
     """Name a dtype given as a string, a numpy dtype or a torch dtype; the server judges it."""
+    if dtype is None:  # numpy would take it for float64
+        return "float32"
     try:
         name: str = np.dtype(dtype).name
     except TypeError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from hvp_client._blobs import Source, upload_blobs
-from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._session import Session, new_request_id
 
 _FIELDS = ("input_ids", "labels", "attention_mask")
@@ -114,11 +114,16 @@ async def upload_batch(session: Session, batch: Mapping[str, Any]) -> Batch:
     """Upload a batch and register it; see Client.upload_batch."""
     encoded = encode_batch(batch)
     (digest,) = await upload_blobs(session, [Source(content=encoded)])
-    answer = await session.wire.unary(
-        "DataBatchService/CreateDataBatch",
-        data_batch_pb2.CreateDataBatchRequest(
-            parent=session.parent, request_id=new_request_id(), digest=digest
-        ),
-        data_batch_pb2.CreateDataBatchResponse,
-    )
+    try:
+        answer = await session.wire.unary(
+            "DataBatchService/CreateDataBatch",
+            data_batch_pb2.CreateDataBatchRequest(
+                parent=session.parent, request_id=new_request_id(), digest=digest
+            ),
+            data_batch_pb2.CreateDataBatchResponse,
+        )
+    except HvpError as error:
+        # The request holds a digest only; the caller gave entries.
+        error.field = error.metadata.get("tensor", error.field)
+        raise
     return batch_from_proto(answer.data_batch)

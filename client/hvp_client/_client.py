@@ -115,7 +115,7 @@ class Client:
             checkpoint: A checkpoint or its name.
             batch: A batch or its name.
             kind: `hessian`; `ggn` and `empirical_fisher` where the server has them.
-            dtype: `float32` or `float64`.
+            dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.
 

@@ -135,6 +135,13 @@ def test_float32_products_are_float32_and_near_the_float64_ones(
     assert np.linalg.norm(H32 @ v - exact) < 1e-4 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("dtype", [None, np.float32, "float32"])
+def test_an_operator_is_float32_unless_told_otherwise(
+    client: Client, checkpoint: Checkpoint, batch: Batch, dtype: object
+) -> None:
+    assert client.operator(checkpoint, batch, dtype=dtype).dtype == np.float32
+
+
 def test_vectors_nobody_refers_to_any_more_are_freed(H: Operator, client: Client) -> None:
     def held() -> set[str]:
         return {vector.name for vector in client.vectors()}
@@ -231,6 +238,26 @@ def test_operators_are_checked_when_they_are_made(
     with pytest.raises(InvalidArgumentError) as caught:
         client.operator(checkpoint, too_large)
     assert caught.value.reason == "TOKEN_ID_OUT_OF_RANGE"
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason", "field"),
+    [
+        ({"input_ids": [[1, -2]]}, "TOKEN_ID_OUT_OF_RANGE", "input_ids"),
+        ({"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "NO_TARGETS", "labels"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1, 2]]},
+            "BATCH_FIELD_INVALID",
+            "attention_mask",
+        ),
+    ],
+)
+def test_a_batch_that_the_server_refuses_names_the_entry_at_fault(
+    client: Client, batch: dict[str, object], reason: str, field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        client.upload_batch(batch)
+    assert (caught.value.reason, caught.value.field) == (reason, field)
 
 
 def test_unknown_names_are_not_found(client: Client, checkpoint: Checkpoint) -> None:
