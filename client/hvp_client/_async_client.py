@@ -16,7 +16,8 @@ from hvp_client._async_vector import AsyncVector
 from hvp_client._batches import Batch, batch_from_proto, upload_batch
 from hvp_client._blobs import ProgressCallback
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, upload_checkpoint
-from hvp_client._exceptions import HvpError, InvalidArgumentError
+from hvp_client._exceptions import HvpError
+from hvp_client._results import state_values
 from hvp_client._session import Session
 from hvp_client._settings import Retry, Timeout
 from hvp_client._system import (
@@ -185,7 +186,7 @@ class AsyncClient:
 
     async def jobs(self, states: Iterable[str] | None = None) -> list[AsyncJob]:
         """As Client.jobs."""
-        wanted = [_state_value(state) for state in states or ()]
+        wanted = [value for state in states or () for value in state_values(state)]
         pages = await self._pages(
             "JobService/ListJobs",
             lambda token: job_pb2.ListJobsRequest(
@@ -229,15 +230,3 @@ class AsyncClient:
 
 
 PageT = TypeVar("PageT", bound=Any)
-
-
-def _state_value(state: str) -> job_pb2.Job.State.ValueType:
-    try:
-        return job_pb2.Job.State.Value(f"STATE_{state.upper()}")
-    except ValueError:
-        raise InvalidArgumentError(
-            f"no job state {state!r}; there are QUEUED, RUNNING, CANCELLING, SUCCEEDED, FAILED and "
-            "CANCELLED",
-            reason="STATE_UNKNOWN",
-            field="states",
-        ) from None

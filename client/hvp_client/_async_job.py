@@ -56,8 +56,13 @@ class AsyncJob:
 
     @property
     def state(self) -> str:
-        """`QUEUED`, `RUNNING`, `CANCELLING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
+        """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
         return state_name(self._message.state)
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether it was asked to stop and still runs, until the product at hand is done."""
+        return self._message.state == job_pb2.Job.STATE_CANCELLING
 
     @property
     def ended(self) -> bool:
@@ -165,6 +170,8 @@ class AsyncJob:
                 reason="JOB_CANCELLED",
                 metadata={"job": self.name},
             )
+        if not self._message.HasField("result"):
+            await self.refresh()  # lists leave results out
         return self._eigsh_result()
 
     async def _wait(self, wait_s: float) -> None:

@@ -173,7 +173,8 @@ class Client:
         """All jobs of the project, newest first.
 
         Args:
-            states: Only these, for example `["QUEUED", "RUNNING"]`; None means all.
+            states: Only these, of `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` and `CANCELLED`;
+                None means all. A job that is being cancelled is RUNNING.
 
         Returns:
             The jobs.

@@ -18,8 +18,8 @@ from hvp_client._vector import Vector
 class Job:
     """Long work on the server: a row that outlives this client and the server's own restarts.
 
-    `state`, `attempt`, `progress` and `error` are asked for when they are read, until the job is
-    known to have ended.
+    `state`, `cancelling`, `attempt`, `progress` and `error` are asked for when they are read, until
+    the job is known to have ended.
     """
 
     def __init__(self, portal: Portal, twin: AsyncJob):
@@ -33,8 +33,13 @@ class Job:
 
     @property
     def state(self) -> str:
-        """`QUEUED`, `RUNNING`, `CANCELLING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
+        """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
         return self._current().state
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether it was asked to stop and still runs, until the product at hand is done."""
+        return self._current().cancelling
 
     @property
     def ended(self) -> bool:

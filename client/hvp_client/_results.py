@@ -11,7 +11,12 @@ import numpy as np
 from hvp_protos.v1 import job_pb2
 from numpy.typing import NDArray
 
-from hvp_client._exceptions import BY_STATUS, HvpError, UnknownError
+from hvp_client._exceptions import (
+    BY_STATUS,
+    HvpError,
+    InvalidArgumentError,
+    UnknownError,
+)
 from hvp_client._times import from_timestamp
 
 VectorT = TypeVar("VectorT")
@@ -52,6 +57,7 @@ class Event:
             from here.
         time: When, UTC.
         state: What the job went into, on a `state` event.
+        cancelling: On a `state` event RUNNING: whether this is a running job's being asked to stop.
         attempt: Which run, on a `state` event; 0 otherwise.
         error: Why it failed, on the `state` event FAILED.
         progress: On a `progress` event.
@@ -61,6 +67,7 @@ class Event:
     sequence: int
     time: datetime
     state: str = ""
+    cancelling: bool = False
     attempt: int = 0
     error: HvpError | None = None
     progress: Progress | None = None
@@ -130,8 +137,36 @@ class EigshResult(Generic[VectorT]):
 
 
 def state_name(state: job_pb2.Job.State.ValueType) -> str:
-    """Plain name of a state, as in `RUNNING`."""
+    """Plain name of a state, as in `RUNNING`, which a job asked to stop still is."""
+    if state == job_pb2.Job.STATE_CANCELLING:
+        return "RUNNING"
     return job_pb2.Job.State.Name(state).removeprefix("STATE_")
+
+
+def state_values(name: str) -> list[job_pb2.Job.State.ValueType]:
+    """What a state of this name is on the wire, the inverse of `state_name`.
+
+    Args:
+        name: In upper or lower case.
+
+    Returns:
+        One value, or for RUNNING two.
+
+    Raises:
+        InvalidArgumentError: `STATE_UNKNOWN`.
+    """
+    values = [
+        value
+        for value in job_pb2.Job.State.values()
+        if value != job_pb2.Job.STATE_UNSPECIFIED and state_name(value) == name.upper()
+    ]
+    if not values:
+        raise InvalidArgumentError(
+            f"no job state {name!r}; there are QUEUED, RUNNING, SUCCEEDED, FAILED and CANCELLED",
+            reason="STATE_UNKNOWN",
+            field="states",
+        )
+    return values
 
 
 def progress_from_proto(message: job_pb2.JobProgress) -> Progress:
@@ -205,6 +240,7 @@ def event_from_proto(message: job_pb2.JobEvent) -> Event:
         sequence=message.sequence,
         time=from_timestamp(message.time),
         state=state_name(change.state),
+        cancelling=change.state == job_pb2.Job.STATE_CANCELLING,
         attempt=change.attempt,
         error=error_from_proto(change.error) if change.HasField("error") else None,
     )

@@ -46,11 +46,15 @@ def plain_line(event: Event) -> str:
         The line, without its end.
     """
     if event.progress is None:
-        line = f"{event.state} attempt {event.attempt}"
+        line = f"{_state(event)} attempt {event.attempt}"
         return f"{line} {event.error}" if event.error else line
     pairs = zip(event.ritz_values, event.residual_estimates, strict=True)
     values = "  ".join(f"{value:.6g} ± {residual:.1e}" for value, residual in pairs)
     return f"{event.progress.stage} {pace(event.progress)}  {values}".rstrip()
+
+
+def _state(event: Event) -> str:
+    return "CANCELLING" if event.cancelling else event.state
 
 
 def pace(progress: Progress) -> str:
@@ -106,7 +110,7 @@ class _Screen:
         if event.progress is not None:
             self._progress = event.progress
         else:
-            self._state, self._attempt = event.state, event.attempt
+            self._state, self._attempt = _state(event), event.attempt
 
     def render(self) -> RenderableType:
         heading = Text(f"{self._job}  ")

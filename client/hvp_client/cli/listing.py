@@ -44,7 +44,7 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
         record = _record(job)
         table.add_row(
             job.name.rpartition("/")[2],
-            job.state,
+            "CANCELLING" if job.cancelling else job.state,
             str(job.attempt),
             f"{record['kind']} {record['which']} k={record['k']}",
             record["dtype"],
@@ -64,6 +64,7 @@ def _record(job: AsyncJob) -> dict[str, Any]:
     return {
         "name": job.name,
         "state": job.state,
+        "cancelling": job.cancelling,
         "attempt": job.attempt,
         **job.spec,
         "num_products": progress.num_products if progress else 0,
@@ -84,4 +85,4 @@ def cancel_job(address: str, job: str) -> None:
     with failures_reported(), Client(address) as client:
         handle = client.job(job_name(job))
         handle.cancel()
-        print(handle.state)
+        print("CANCELLING" if handle.cancelling else handle.state)
