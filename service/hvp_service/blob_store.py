@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -179,6 +180,27 @@ class BlobStore:
             sync_folder(target.parent)
 
         await asyncio.to_thread(move)
+        return await self._insert(connection, project, digest)
+
+    def is_whole(self, digest: Digest) -> bool:
+        """Whether a blob's file is there with the bytes that its name says. Blocks."""
+        try:
+            with self.path(digest).open("rb") as file:
+                if os.fstat(file.fileno()).st_size != digest.size_bytes:
+                    return False
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest.sha256
+        except FileNotFoundError:
+            return False
+
+    async def register(
+        self, connection: AsyncConnection, project: str, digest: Digest
+    ) -> Blob | None:
+        """Make a file that `is_whole` a blob inside an open transaction; None if it has gone."""
+        if not self.path(digest).exists():
+            return None
+        return await self._insert(connection, project, digest)
+
+    async def _insert(self, connection: AsyncConnection, project: str, digest: Digest) -> Blob:
         create_time = now_us()
         await connection.execute(
             sa.insert(blobs)

@@ -52,10 +52,11 @@ class Dependencies:
     start_time: int  # microseconds
 
     async def close(self) -> None:
-        """End the dispatcher, the ranks and the database, in this order."""
+        """End the dispatcher, the ranks, uploads' steps and the database, in this order."""
         self.drain.begin()
         await self.dispatcher.stop(self.config.grace_s)
         await self.group.close()
+        await self.uploads.close()
         await self.database.close()
 
 

@@ -48,18 +48,28 @@ class UploadFile:
         """Open at the durable position.
 
         Args:
-            path: The partial file; made when absent.
+            path: The partial file; made when absent and nothing is durable yet.
             position: Bytes that earlier streams made durable; what lies behind is dropped.
             hash_so_far: SHA-256 of those bytes if it is known, else they are read again.
+
+        Raises:
+            OSError: The file holds fewer bytes than that; it is never filled up.
         """
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        create = 0 if position else os.O_CREAT
+        self._descriptor = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o600)
         try:
+            self._check_length(position)
             os.ftruncate(self._descriptor, position)
             self._hash: Hash = hash_so_far or self._hash_of_prefix(position)
         except BaseException:
             os.close(self._descriptor)
             raise
         self.position = position
+
+    def _check_length(self, size: int) -> None:
+        length = os.fstat(self._descriptor).st_size
+        if length < size:
+            raise OSError(f"the upload's file ends at byte {length}, before {size}")
 
     def _hash_of_prefix(self, size: int) -> Hash:
         digest = hashlib.sha256()
@@ -82,6 +92,7 @@ class UploadFile:
 
         Raises:
             ServiceError: CHUNK_CHECKSUM_MISMATCH, DISK_FULL.
+            OSError: The file lost bytes.
         """
         if google_crc32c.value(data) != crc32c:
             raise ServiceError(
@@ -89,6 +100,7 @@ class UploadFile:
                 "A chunk was damaged on its way; ask for the upload's state and resume there.",
                 metadata={"offset": str(self.position - skip)},
             )
+        self._check_length(self.position)
         new = memoryview(data)[skip:]
         written = 0
         try:
@@ -102,7 +114,12 @@ class UploadFile:
         self.position += len(new)
 
     def sync(self) -> Hash:
-        """Make everything written durable; the hash of it, for a stream that resumes here."""
+        """Make everything written durable; the hash of it, for a stream that resumes here.
+
+        Raises:
+            OSError: The file lost bytes.
+        """
+        self._check_length(self.position)
         os.fsync(self._descriptor)
         return self._hash.copy()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.blob_store import Blob, BlobStore, Digest
 from hvp_service.clock import SECOND, now_us
@@ -20,6 +22,11 @@ from hvp_service.errors import ServiceError, not_found
 from hvp_service.names import Name, parse
 from hvp_service.state_dir import StateDir
 from hvp_service.upload_file import Hash, UploadFile, disk_full
+
+Result = TypeVar("Result")
+
+# A session that was just handed out is its caller's for this long, until the first stream comes.
+_FIRST_STREAM_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class UploadStore:
     """Upload sessions: rows, partial files, and the streams that write to them.
 
     Durability order: bytes written, synced, row updated, and only then reported as committed.
+    Every step on a file runs to its end under the upload's lock, whoever still waits for it.
     """
 
     def __init__(
@@ -74,9 +82,18 @@ class UploadStore:
         self._epochs: dict[str, int] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._hashes: dict[str, tuple[int, Hash]] = {}  # at the committed size
+        self._handed_out: dict[str, float] = {}  # monotonic time; until the first stream
+        self._steps: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        """Wait for the steps that run, so that the database may be closed."""
+        while self._steps:
+            await asyncio.wait(self._steps)
 
     async def start(self, project: str, expected: Digest) -> Upload:
         """Open a session, finished at once when the blob is here.
+
+        An open session for the same bytes that nobody writes to goes on instead.
 
         Raises:
             ServiceError: DIGEST_MALFORMED, SIZE_INVALID, DISK_FULL.
@@ -89,27 +106,33 @@ class UploadStore:
                 f"The blob of this SHA-256 has {blob.digest.size_bytes} bytes.",
                 field="expected.size_bytes",
             )
-        upload = Upload(
-            name=Name(project, "uploads", uuid.uuid4().hex),
-            expected=expected,
-            committed_size=0 if blob is None else expected.size_bytes,
-            writer_epoch=0,
-            state="OPEN" if blob is None else "FINISHED",
-            expire_time=now_us() + int(self._config.upload_ttl_s * SECOND),
-            blob=blob,
-        )
+        await self._drop_expired()
+        expire_time = now_us() + int(self._config.upload_ttl_s * SECOND)
         async with self._database.writing() as connection:
             if blob is None:
-                promised = await connection.scalar(
-                    sa.select(
-                        sa.func.coalesce(
-                            sa.func.sum(uploads.c.size_bytes - uploads.c.committed_size), 0
-                        )
-                    ).where(uploads.c.state == "OPEN")
+                free = await self._free_bytes(connection)
+                left = await self._left_behind(
+                    connection, project, expected, any_age=expected.size_bytes > free
                 )
-                free = shutil.disk_usage(self._state_dir.root).free - int(promised or 0)
+                if left is not None:
+                    await connection.execute(
+                        sa.update(uploads)
+                        .where(uploads.c.id == left.name.id)
+                        .values(expire_time=expire_time)
+                    )
+                    self._handed_out[left.name.id] = time.monotonic()
+                    return replace(left, expire_time=expire_time)
                 if expected.size_bytes > free:
                     raise disk_full(expected.size_bytes - free)
+            upload = Upload(
+                name=Name(project, "uploads", uuid.uuid4().hex),
+                expected=expected,
+                committed_size=0 if blob is None else expected.size_bytes,
+                writer_epoch=0,
+                state="OPEN" if blob is None else "FINISHED",
+                expire_time=expire_time,
+                blob=blob,
+            )
             await connection.execute(
                 uploads.insert().values(
                     id=upload.name.id,
@@ -122,7 +145,44 @@ class UploadStore:
                     expire_time=upload.expire_time,
                 )
             )
+        if blob is None:
+            self._handed_out[upload.name.id] = time.monotonic()
         return upload
+
+    async def _free_bytes(self, connection: AsyncConnection) -> int:
+        """Room that no open session has been promised."""
+        promised = await connection.scalar(
+            sa.select(
+                sa.func.coalesce(sa.func.sum(uploads.c.size_bytes - uploads.c.committed_size), 0)
+            ).where(uploads.c.state == "OPEN", uploads.c.expire_time >= now_us())
+        )
+        return shutil.disk_usage(self._state_dir.root).free - int(promised or 0)
+
+    async def _left_behind(
+        self, connection: AsyncConnection, project: str, expected: Digest, *, any_age: bool
+    ) -> Upload | None:
+        """The open session for these bytes with the most of them and no stream.
+
+        One that was handed out a moment ago is about to have its first stream: two callers with
+        the same bytes are not to send each other away, unless there is no room for both
+        (`any_age`).
+        """
+        rows = await connection.execute(
+            sa.select(uploads)
+            .where(
+                uploads.c.project == project,
+                uploads.c.sha256 == expected.sha256,
+                uploads.c.size_bytes == expected.size_bytes,
+                uploads.c.state == "OPEN",
+                uploads.c.expire_time >= now_us(),
+            )
+            .order_by(uploads.c.committed_size.desc())
+        )
+        before = time.monotonic() - (0.0 if any_age else _FIRST_STREAM_S)
+        for row in rows:
+            if row.id not in self._epochs and self._handed_out.get(row.id, before) <= before:
+                return _from_row(row)
+        return None
 
     async def get(self, name: Name) -> Upload:
         """State of a session.
@@ -172,11 +232,40 @@ class UploadStore:
             return upload
         upload = await self._new_epoch(upload)
         epoch = upload.writer_epoch
+        self._handed_out.pop(name.id, None)
+        opening = self._step(self._open(name, epoch))
+        try:
+            upload, file = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._step(self._abandon(opening, name.id, epoch))
+            raise
+        except Exception:
+            self._end_epoch(name.id, epoch)
+            raise
+        if file is None:
+            self._end_epoch(name.id, epoch)
+            return upload
+        try:
+            return await self._take(upload, epoch, file, first, chunks)
+        finally:
+            # The client may be gone and this task cancelled: what has come is still kept.
+            await asyncio.shield(self._step(self._leave(upload, epoch, file)))
+
+    def _step(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        task = asyncio.ensure_future(work)
+        self._steps.add(task)
+        task.add_done_callback(self._steps.discard)
+        return task
+
+    async def _open(self, name: Name, epoch: int) -> tuple[Upload, UploadFile | None]:
+        """The session and its file at the durable position; no file when it has ended."""
         async with self._lock(name.id):
             self._stop_if_superseded(name, epoch)
             upload = await self.get(name)  # an older stream may have committed more meanwhile
+            if upload.state == "OPEN":
+                upload = await self._settle(upload)
             if upload.state == "FINISHED":
-                return upload
+                return upload, None
             position, known = self._hashes.get(name.id, (-1, None))
             file = await asyncio.to_thread(
                 UploadFile,
@@ -184,11 +273,46 @@ class UploadStore:
                 upload.committed_size,
                 known.copy() if known and position == upload.committed_size else None,
             )
-        try:
-            return await self._take(upload, epoch, file, first, chunks)
-        finally:
-            # The client may be gone and this task cancelled: what has come is still kept.
-            await asyncio.shield(asyncio.ensure_future(self._leave(upload, epoch, file)))
+            return upload, file
+
+    async def _abandon(
+        self, opening: asyncio.Task[tuple[Upload, UploadFile | None]], identifier: str, epoch: int
+    ) -> None:
+        await asyncio.wait([opening])
+        if opening.exception() is None and (file := opening.result()[1]) is not None:
+            await asyncio.to_thread(file.close)
+        self._end_epoch(identifier, epoch)
+
+    async def _settle(self, upload: Upload) -> Upload:
+        """An open session that agrees with its file, under its lock.
+
+        Where the file has gone, a finish came as far as moving it, or it was damaged.
+        """
+        if not upload.committed_size:
+            return upload
+        path = self._state_dir.upload(upload.name.id)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size >= upload.committed_size:
+                return upload
+        self._hashes.pop(upload.name.id, None)
+        whole = await asyncio.to_thread(self._blobs.is_whole, upload.expected)
+        async with self._database.writing() as connection:
+            blob = None
+            if whole:
+                blob = await self._blobs.register(connection, upload.name.project, upload.expected)
+            settled = replace(
+                upload,
+                state="OPEN" if blob is None else "FINISHED",
+                committed_size=0 if blob is None else upload.expected.size_bytes,
+                blob=blob,
+            )
+            await connection.execute(
+                sa.update(uploads)
+                .where(uploads.c.id == upload.name.id)
+                .values(state=settled.state, committed_size=settled.committed_size)
+            )
+        path.unlink(missing_ok=True)
+        return settled
 
     async def _take(
         self,
@@ -203,21 +327,44 @@ class UploadStore:
         committed = upload.committed_size
         while chunk is not None:
             skip = self._admit(upload, chunk, file.position, expected_offset)
-            async with self._lock(upload.name.id):
-                self._stop_if_superseded(upload.name, epoch)
-                if chunk.data:
-                    await asyncio.to_thread(file.append, chunk.data, chunk.crc32c, skip)
-                if chunk.finish:
-                    return await self._finish(upload, file)
-                if file.position - committed >= self._config.commit_interval_bytes:
-                    await self._commit(upload, file)
-                    committed = file.position
+            new_bytes = file.position - committed + len(chunk.data) - skip
+            commit = new_bytes >= self._config.commit_interval_bytes
+            step = self._append(upload, epoch, file, chunk, skip, commit=commit)
+            ended = await asyncio.shield(self._step(step))
+            if ended is not None:
+                return ended
+            if commit:
+                committed = file.position
             expected_offset = chunk.write_offset + len(chunk.data)
             chunk = await anext(chunks, None)
+        await asyncio.shield(self._step(self._pause(upload, epoch, file)))
+        return await self.get(upload.name)
+
+    async def _pause(self, upload: Upload, epoch: int, file: UploadFile) -> None:
         async with self._lock(upload.name.id):
             self._stop_if_superseded(upload.name, epoch)
             await self._commit(upload, file)
-        return await self.get(upload.name)
+
+    async def _append(
+        self,
+        upload: Upload,
+        epoch: int,
+        file: UploadFile,
+        chunk: Chunk,
+        skip: int,
+        *,
+        commit: bool,
+    ) -> Upload | None:
+        """Take one chunk in; the ended session when it was the last."""
+        async with self._lock(upload.name.id):
+            self._stop_if_superseded(upload.name, epoch)
+            if chunk.data:
+                await asyncio.to_thread(file.append, chunk.data, chunk.crc32c, skip)
+            if chunk.finish:
+                return await self._finish(upload, file)
+            if commit:
+                await self._commit(upload, file)
+        return None
 
     def _admit(self, upload: Upload, chunk: Chunk, position: int, contiguous: int | None) -> int:
         """How many leading bytes of a chunk are here already."""
@@ -292,6 +439,9 @@ class UploadStore:
                     await self._commit(upload, file)
             finally:
                 await asyncio.to_thread(file.close)
+        self._end_epoch(identifier, epoch)
+
+    def _end_epoch(self, identifier: str, epoch: int) -> None:
         if self._epochs.get(identifier) == epoch:
             del self._epochs[identifier]
             self._locks.pop(identifier, None)
@@ -324,23 +474,45 @@ class UploadStore:
                 .values(state=state)
             )
         self._hashes.pop(name.id, None)
+        self._handed_out.pop(name.id, None)
         with contextlib.suppress(FileNotFoundError):
             self._state_dir.upload(name.id).unlink()
 
     async def expire(self) -> None:
-        """Drop sessions whose time is up and files without a session; called at start."""
-        async with self._database.writing() as connection:
-            await connection.execute(sa.delete(uploads).where(uploads.c.expire_time < now_us()))
-            open_ids = set(
-                (
-                    await connection.scalars(
-                        sa.select(uploads.c.id).where(uploads.c.state == "OPEN")
-                    )
-                ).all()
-            )
-        for path in self._state_dir.upload("x").parent.iterdir():
+        """Drop sessions whose time is up and files without a session, settle what a crash left."""
+        await self._drop_expired()
+        files = list(self._state_dir.upload("x").parent.iterdir())  # a file comes after its row
+        async with self._database.reading() as connection:
+            rows = await connection.execute(sa.select(uploads).where(uploads.c.state == "OPEN"))
+            sessions = [_from_row(row) for row in rows]
+        open_ids = {upload.name.id for upload in sessions}
+        for path in files:
             if path.name.removesuffix(".part") not in open_ids:
-                path.unlink()
+                path.unlink(missing_ok=True)
+        for upload in sessions:
+            if upload.name.id not in self._epochs:
+                await self._step(self._settle_alone(upload.name))
+
+    async def _settle_alone(self, name: Name) -> None:
+        async with self._lock(name.id):
+            upload = await self._find(name)
+            if upload is not None and upload.state == "OPEN":
+                await self._settle(upload)
+        if name.id not in self._epochs:
+            self._locks.pop(name.id, None)
+
+    async def _drop_expired(self) -> None:
+        async with self._database.writing() as connection:
+            dropped = await connection.scalars(
+                sa.delete(uploads)
+                .where(uploads.c.expire_time < now_us(), uploads.c.id.not_in(list(self._epochs)))
+                .returning(uploads.c.id)
+            )
+            ids = list(dropped)
+        for identifier in ids:
+            self._hashes.pop(identifier, None)
+            self._handed_out.pop(identifier, None)
+            self._state_dir.upload(identifier).unlink(missing_ok=True)
 
     def _lock(self, identifier: str) -> asyncio.Lock:
         return self._locks.setdefault(identifier, asyncio.Lock())

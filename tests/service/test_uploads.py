@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from hvp_service import database
 from hvp_service.config import ServerConfig
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
 from hvp_service.handlers import blobs
 from hvp_service.names import Name, parse
 from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir
+from hvp_service.state_dir import StateDir, sync_folder
+from hvp_service.upload_file import UploadFile
 from hvp_service.upload_store import Chunk, Upload, UploadStore
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -102,6 +109,178 @@ async def test_an_upload_resumes_after_a_restart_of_the_server(
         assert done.state == "FINISHED"
     finally:
         await again.close()
+
+
+def fresh(deps: Dependencies, state_dir: StateDir) -> UploadStore:
+    """The uploads as a server sees them that starts on the same folder."""
+    return UploadStore(deps.database, state_dir, deps.blobs, deps.config)
+
+
+async def test_a_client_that_leaves_while_its_upload_ends_still_gets_the_blob(
+    deps: Dependencies, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await start(deps)
+    moved = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow_sync(folder: Path) -> None:
+        if state_dir.blob(session.expected.sha256).exists():
+            loop.call_soon_threadsafe(moved.set)
+        time.sleep(0.1)
+        sync_folder(folder)
+
+    monkeypatch.setattr("hvp_service.blob_store.sync_folder", slow_sync)
+    writing = asyncio.create_task(deps.uploads.write(chunks(session, DATA)))
+    await moved.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    done = await deps.uploads.write(chunks(session, DATA))
+    assert done.blob is not None
+    assert await read(deps, done.blob.digest.sha256) == DATA
+
+
+async def leave_moved_and_open(deps: Dependencies, session: Upload) -> None:
+    """End an upload up to the move of its file: the row that says so fails."""
+    await deps.uploads.write(chunks(session, DATA[:9000], finish=False))
+    with pytest.MonkeyPatch.context() as patch:
+
+        async def fail(*_: object) -> None:
+            raise OSError("no COMMIT")
+
+        patch.setattr(deps.blobs, "_insert", fail)
+        with pytest.raises(OSError, match="no COMMIT"):
+            await deps.uploads.write(chunks(session, DATA, start=9000))
+    found = await deps.uploads.get(session.name)
+    assert found.state == "OPEN"
+    assert found.committed_size >= 9000
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_an_upload_whose_file_was_moved_and_whose_row_was_not_written_ends_as_the_blob(
+    deps: Dependencies, state_dir: StateDir, crash: bool
+) -> None:
+    session = await start(deps)
+    await leave_moved_and_open(deps, session)
+    uploads = fresh(deps, state_dir) if crash else deps.uploads
+    done = await uploads.write(chunks(session, DATA, start=9000))
+    assert done.state == "FINISHED"
+    assert await read(deps, digest(DATA).sha256) == DATA
+
+
+async def test_a_start_settles_an_upload_whose_file_was_moved(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    session = await start(deps)
+    await leave_moved_and_open(deps, session)
+    await fresh(deps, state_dir).expire()
+    assert (await deps.uploads.get(session.name)).state == "FINISHED"
+    assert await read(deps, digest(DATA).sha256) == DATA
+
+
+@pytest.mark.parametrize("crash", [False, True])
+@pytest.mark.parametrize("damage", ["gone", "short"])
+async def test_an_upload_that_has_lost_bytes_begins_again_and_is_never_filled_with_zeros(
+    deps: Dependencies, state_dir: StateDir, crash: bool, damage: str
+) -> None:
+    session = await start(deps)
+    await deps.uploads.write(chunks(session, DATA[:9000], finish=False))
+    file = state_dir.upload(session.name.id)
+    if damage == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, 8999)
+    uploads = fresh(deps, state_dir) if crash else deps.uploads
+    assert await reason(uploads.write(chunks(session, DATA, start=9000))) == "WRITE_OFFSET_GAP"
+    assert (await uploads.get(session.name)).committed_size == 0
+    done = await uploads.write(chunks(session, DATA))
+    assert done.state == "FINISHED"
+    assert await read(deps, digest(DATA).sha256) == DATA
+
+
+async def test_bytes_that_vanish_under_a_stream_are_an_error(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    session = await start(deps)
+
+    async def robbed() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(session, DATA):
+            if chunk.finish:
+                os.truncate(state_dir.upload(session.name.id), 10)
+            yield chunk
+
+    with pytest.raises(OSError, match="ends at byte"):
+        await deps.uploads.write(robbed())
+    assert not state_dir.blob(digest(DATA).sha256).exists()
+
+
+async def test_a_client_that_leaves_while_a_chunk_is_written_keeps_the_hash_right(
+    deps: Dependencies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await start(deps)
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    append = UploadFile.append
+
+    def slow(self: UploadFile, data: bytes, crc32c: int, skip: int) -> None:
+        loop.call_soon_threadsafe(began.set)
+        time.sleep(0.1)
+        append(self, data, crc32c, skip)
+
+    monkeypatch.setattr(UploadFile, "append", slow)
+    writing = asyncio.create_task(deps.uploads.write(chunks(session, DATA)))
+    await began.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    monkeypatch.undo()
+    committed = (await deps.uploads.get(session.name)).committed_size
+    assert committed == 1000
+    done = await deps.uploads.write(chunks(session, DATA, start=committed))
+    assert done.blob is not None
+
+
+async def test_starting_again_goes_on_with_the_session_that_nobody_writes_to(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    session = await start(deps)
+    await deps.uploads.write(chunks(session, DATA[:9000], finish=False))
+    again = await start(deps)
+    assert again.name == session.name
+    assert again.committed_size == 9000
+    assert (await fresh(deps, state_dir).start(PROJECT, digest(DATA))).name == session.name
+    assert (await deps.uploads.start("other", digest(DATA))).name != session.name
+
+
+async def test_two_callers_with_the_same_bytes_get_a_session_each(deps: Dependencies) -> None:
+    first, second = await start(deps), await start(deps)
+    assert first.name != second.name
+    hold = asyncio.Event()
+
+    async def held() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(first, DATA):
+            yield chunk
+            await hold.wait()
+
+    writing = asyncio.create_task(deps.uploads.write(held()))
+    await asyncio.sleep(0.05)
+    assert (await start(deps)).name not in (first.name, second.name)
+    hold.set()
+    assert (await writing).state == "FINISHED"
+
+
+async def test_a_session_that_was_given_up_leaves_its_room_to_the_next_try(
+    deps: Dependencies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(deps.state_dir.root)._replace(free=len(DATA) + 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    session = await start(deps)
+    assert (await start(deps)).name == session.name
+    other = bytes(len(DATA))
+    assert await reason(start(deps, other)) == "DISK_FULL"
+    async with deps.database.writing() as connection:
+        await connection.execute(sa.update(database.uploads).values(expire_time=0))
+    assert (await start(deps, other)).state == "OPEN"
 
 
 async def test_an_expired_upload_is_dropped_at_the_next_start(
