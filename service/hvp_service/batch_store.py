@@ -50,9 +50,14 @@ class BatchStore:
         name = Name(project, "dataBatches", digest.sha256)
         if (known := await self._find(name)) is not None:
             return known
-        statistics = await asyncio.to_thread(read_batch, path)
+        try:
+            statistics = await asyncio.to_thread(read_batch, path)
+        except FileNotFoundError:  # deleted between the look-up and here
+            await self._blobs.require(project, digest, "digest")
+            raise
         batch = DataBatch(name=name, digest=digest, statistics=statistics, create_time=now_us())
         async with self._database.writing() as connection:
+            await self._blobs.recheck(connection, project, digest)
             await connection.execute(
                 sa.insert(data_batches)
                 .prefix_with("OR IGNORE")

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.clock import now_us
-from hvp_service.database import Database, blobs, checkpoint_files, data_batches
+from hvp_service.database import Database, blobs, checkpoint_files, data_batches, uploads
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
@@ -141,14 +141,20 @@ class BlobStore:
         digest.check(field)
         blob = await self.find(project, digest.sha256)
         if blob is None or blob.digest != digest:
-            raise ServiceError(
-                "INPUT_MISSING",
-                f"The blob {digest.sha256} of {digest.size_bytes} bytes is not on the server; "
-                "upload it and call again.",
-                resource=str(Name(project, "blobs", digest.sha256)),
-                metadata={"sha256": digest.sha256},
-            )
+            raise _input_missing(project, digest)
         return self.path(digest)
+
+    async def recheck(self, connection: AsyncConnection, project: str, digest: Digest) -> None:
+        """Find an input still there, in the transaction that inserts what is made of it.
+
+        Raises:
+            ServiceError: INPUT_MISSING.
+        """
+        row = sa.select(blobs.c.sha256).where(
+            blobs.c.project == project, blobs.c.sha256 == digest.sha256
+        )
+        if (await connection.execute(row)).first() is None:
+            raise _input_missing(project, digest)
 
     async def missing(self, project: str, digests: Sequence[Digest]) -> list[Digest]:
         """Those that are not here, in the order given."""
@@ -257,6 +263,37 @@ class BlobStore:
             )
             if not deleted.rowcount:
                 raise not_found(str(name), "blob")
+        # Only now is the row gone for good. Nobody makes the blob anew beside this transaction.
+        async with self._database.writing() as connection:
             others = sa.select(blobs).where(blobs.c.sha256 == name.id)
             if (await connection.execute(others.limit(1))).first() is None:
                 self._state_dir.blob(name.id).unlink(missing_ok=True)
+
+    async def sweep(self) -> None:
+        """Remove files that neither a row nor an open upload names."""
+        files = await asyncio.to_thread(
+            lambda: list(self._state_dir.blob("xx").parent.parent.glob("*/*"))
+        )
+        async with self._database.writing() as connection:
+            known = set((await connection.scalars(sa.select(blobs.c.sha256))).all())
+            # Of an upload whose last step was interrupted the file may have been moved already.
+            known.update(
+                (
+                    await connection.scalars(
+                        sa.select(uploads.c.sha256).where(uploads.c.state == "OPEN")
+                    )
+                ).all()
+            )
+            for path in files:
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
+
+
+def _input_missing(project: str, digest: Digest) -> ServiceError:
+    return ServiceError(
+        "INPUT_MISSING",
+        f"The blob {digest.sha256} of {digest.size_bytes} bytes is not on the server; "
+        "upload it and call again.",
+        resource=str(Name(project, "blobs", digest.sha256)),
+        metadata={"sha256": digest.sha256},
+    )

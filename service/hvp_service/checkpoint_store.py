@@ -155,6 +155,15 @@ class CheckpointStore:
                 raise not_found(str(name), "checkpoint")
             await self._remove_unused(name)
 
+    async def sweep(self) -> None:
+        """Remove folders without a row and those that were never completed."""
+        async with self._folders:
+            async with self._database.reading() as connection:
+                known = set((await connection.scalars(sa.select(checkpoints.c.id))).all())
+            for folder in self._state_dir.checkpoint("x").parent.iterdir():
+                if folder.name not in known:
+                    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
     async def _remove_unused(self, name: Name) -> None:
         async with self._database.reading() as connection:
             user = sa.select(checkpoints.c.id).where(checkpoints.c.id == name.id).limit(1)
@@ -166,6 +175,8 @@ class CheckpointStore:
     async def _insert(self, checkpoint: Checkpoint) -> None:
         name, description = checkpoint.name, checkpoint.description
         async with self._database.writing() as connection:
+            for file in checkpoint.files:
+                await self._blobs.recheck(connection, name.project, file.digest)
             await connection.execute(
                 checkpoints.insert().values(
                     project=name.project,

@@ -51,7 +51,7 @@ class ServerConfig(BaseSettings):
         max_chunk_bytes: Largest chunk in an upload; near 1 MiB Python's gRPC is fastest.
         max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
         commit_interval_bytes: An upload loses at most this much to a crash.
-        upload_ttl_s: An upload that has not ended after this time is dropped at the next start.
+        upload_ttl_s: An upload that has not ended after this time is dropped.
         request_id_ttl_s: How long a request id is remembered.
         max_queued_jobs: CreateJob is refused beyond this.
         max_attempts: Runs of a job that loses its server or ranks.
@@ -62,7 +62,7 @@ class ServerConfig(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HVP_", extra="forbid", frozen=True)
 
-    address: str = "127.0.0.1:50051"
+    address: str = "127.0.0.1:8471"
     state_dir: Path = Path("hvp-state")
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"

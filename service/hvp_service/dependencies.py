@@ -23,6 +23,7 @@ from hvp_service.paging import Pager
 from hvp_service.request_log import RequestLog
 from hvp_service.sqlite_job_store import SqliteJobStore
 from hvp_service.state_dir import StateDir
+from hvp_service.sweeper import Sweeper
 from hvp_service.upload_store import UploadStore
 from hvp_service.vector_store import VectorStore
 
@@ -47,6 +48,7 @@ class Dependencies:
     jobs: JobStore
     dispatcher: Dispatcher
     group: GroupSupervisor
+    sweeper: Sweeper
     drain: Drain
     version: str
     start_time: int  # microseconds
@@ -54,6 +56,7 @@ class Dependencies:
     async def close(self) -> None:
         """End the dispatcher, the ranks, uploads' steps and the database, in this order."""
         self.drain.begin()
+        await self.sweeper.stop()
         await self.dispatcher.stop(self.config.grace_s)
         await self.group.close()
         await self.uploads.close()
@@ -81,13 +84,14 @@ async def open_dependencies(
         operators = OperatorResolver(checkpoints, batches, state_dir)
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)
-        await uploads.expire()
+        sweeper = Sweeper(config, uploads, blobs, checkpoints, request_log)
+        await sweeper.sweep()
         await vectors.forget_products(now_us() - LOST_PRODUCT_S * SECOND)
-        await request_log.forget(now_us() - int(config.request_id_ttl_s * SECOND))
         await group.start()
         await jobs.recover()
         dispatcher = Dispatcher(config, jobs, group, operators, vectors)
         dispatcher.start()
+        sweeper.start()
     except BaseException:
         await database.close()
         raise
@@ -105,6 +109,7 @@ async def open_dependencies(
         jobs=jobs,
         dispatcher=dispatcher,
         group=group,
+        sweeper=sweeper,
         drain=Drain(),
         version=version("hvp"),
         start_time=now_us(),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hvp_client.cli.main import DEFAULT_ADDRESS
 from hvp_service.config import ServerConfig
 from hvp_service.server import main
 from hvp_service.state_dir import StateDirectoryBusyError, sole_use
@@ -17,6 +18,10 @@ from pydantic import ValidationError
 )
 def test_loopback_addresses_are_taken(address: str) -> None:
     assert ServerConfig(address=address).address == address
+
+
+def test_a_server_listens_where_clients_look_for_it() -> None:
+    assert ServerConfig().address == DEFAULT_ADDRESS
 
 
 @pytest.mark.parametrize(

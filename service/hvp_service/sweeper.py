@@ -1,0 +1,64 @@
+"""What time has made useless, removed at start and every hour."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import structlog
+
+from hvp_service.blob_store import BlobStore
+from hvp_service.checkpoint_store import CheckpointStore
+from hvp_service.clock import SECOND, now_us
+from hvp_service.config import ServerConfig
+from hvp_service.request_log import RequestLog
+from hvp_service.upload_store import UploadStore
+
+INTERVAL_S = 3600.0
+
+log = structlog.get_logger()
+
+
+class Sweeper:
+    """Drops expired uploads, old answers, and files and folders that no row names."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        uploads: UploadStore,
+        blobs: BlobStore,
+        checkpoints: CheckpointStore,
+        request_log: RequestLog,
+    ):
+        self._config = config
+        self._uploads = uploads
+        self._blobs = blobs
+        self._checkpoints = checkpoints
+        self._request_log = request_log
+        self._task: asyncio.Task[None] | None = None
+
+    async def sweep(self) -> None:
+        """Sweep once."""
+        await self._uploads.expire()
+        await self._blobs.sweep()
+        await self._checkpoints.sweep()
+        await self._request_log.forget(now_us() - int(self._config.request_id_ttl_s * SECOND))
+
+    def start(self, interval_s: float = INTERVAL_S) -> None:
+        """Sweep again and again."""
+        self._task = asyncio.create_task(self._loop(interval_s))
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _loop(self, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self.sweep()
+            except Exception:
+                log.exception("a sweep failed; the next one tries again")
