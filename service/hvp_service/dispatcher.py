@@ -184,12 +184,20 @@ class Dispatcher:
             ),
             outputs,
         )
-        # Every implementation is an async generator; the interface promises `aclose`.
-        async with contextlib.aclosing(
-            cast("AsyncGenerator[EigshProgress | EigshResult, None]", run)
-        ) as items:
-            result = await self._follow(job.lease, items)
-        made = await self._keep(job, resolved, outputs)
+        try:
+            # Every implementation is an async generator; the interface promises `aclose`.
+            async with contextlib.aclosing(
+                cast("AsyncGenerator[EigshProgress | EigshResult, None]", run)
+            ) as items:
+                result = await self._follow(job.lease, items)
+            made = await self._keep(job, resolved, outputs)
+            if self._cancelled:
+                raise _InterruptedError
+        except GroupLostError:
+            raise  # they hold nothing any more
+        except Exception:
+            await self._withdraw(outputs)
+            raise
         return JobResult(
             eigsh=result,
             eigenvectors=tuple(str(vector.name) for vector in made),
@@ -235,9 +243,18 @@ class Dispatcher:
         created = now_us()
         for vector in made:
             await self._vectors.keep(vector)
-        await self._vectors.add(made)
+        # In files they are at hand; k vectors of every job would fill the ranks' memory.
+        with contextlib.suppress(ServiceError):  # ranks that are lost just now are as good
+            await self._vectors.free(outputs)
+        await self._vectors.add(made, resident=False)
         log.debug("eigenvectors kept", job=str(job.name), microseconds=now_us() - created)
         return made
+
+    async def _withdraw(self, outputs: list[str]) -> None:
+        try:
+            await self._vectors.withdraw(outputs)
+        except Exception:
+            log.exception("a job's eigenvectors were not cleared away")
 
     async def _lost(self, job: Job, cause: str) -> Job:
         if job.attempt >= job.max_attempts:
@@ -249,7 +266,11 @@ class Dispatcher:
             await self._jobs.give_back(lease)
 
     async def _renew(self, lease: Lease) -> None:
-        with contextlib.suppress(StaleLeaseError):
-            while True:
-                await asyncio.sleep(self._config.lease_s / 3)
+        while True:
+            await asyncio.sleep(self._config.lease_s / 3)
+            try:
                 await self._jobs.renew(lease)
+            except StaleLeaseError:
+                return
+            except Exception:
+                log.exception("a lease was not renewed; trying again", job=str(lease.name))

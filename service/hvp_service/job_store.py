@@ -154,7 +154,7 @@ class JobStore(ABC):
     async def claim(self) -> Job | None:
         """Begin the next attempt of the oldest queued job, or None.
 
-        A running job whose lease has run out counts as queued.
+        What has a lease that ran out is settled first, as `recover` does.
         """
 
     @abstractmethod

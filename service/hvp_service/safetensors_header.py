@@ -8,6 +8,7 @@ first byte of the data to the last byte of the file, without a hole and without 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ def _load_json(raw: bytes) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
             raise SafetensorsError(
                 f"the key {twice!r} stands twice", byte_offset=_offset_of(raw, twice), field=twice
             )

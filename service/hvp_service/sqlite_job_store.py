@@ -137,33 +137,32 @@ class SqliteJobStore(JobStore):
     async def claim(self) -> Job | None:
         now = now_us()
         async with self._database.writing() as connection:
+            settled = await self._settle(
+                connection, jobs.c.lease_expire < now, "its lease ran out while the job ran."
+            )
             row = (
                 await connection.execute(
                     sa.select(jobs)
-                    .where(
-                        sa.or_(
-                            jobs.c.state == "QUEUED",
-                            sa.and_(jobs.c.state == "RUNNING", jobs.c.lease_expire < now),
-                        )
-                    )
+                    .where(jobs.c.state == "QUEUED")
                     .order_by(jobs.c.create_time, jobs.c.id)
                     .limit(1)
                 )
             ).one_or_none()
-            if row is None:
-                return None
-            job = _from_row(row)
-            claimed = await self._change(
-                connection,
-                job,
-                state="RUNNING",
-                attempt=job.attempt + 1,
-                start_time=now,
-                progress=None,
-                lease_owner=self._owner,
-                lease_expire=now + self._lease_us,
-            )
-        self._notify(job.name)
+            claimed = None
+            if row is not None:
+                job = _from_row(row)
+                claimed = await self._change(
+                    connection,
+                    job,
+                    state="RUNNING",
+                    attempt=job.attempt + 1,
+                    start_time=now,
+                    progress=None,
+                    lease_owner=self._owner,
+                    lease_expire=now + self._lease_us,
+                )
+        for job in settled if claimed is None else [*settled, claimed]:
+            self._notify(job.name)
         return claimed
 
     async def renew(self, lease: Lease) -> None:
@@ -218,27 +217,35 @@ class SqliteJobStore(JobStore):
         return job
 
     async def recover(self) -> list[Job]:
-        settled = []
         async with self._database.writing() as connection:
-            rows = await connection.execute(
-                sa.select(jobs).where(
-                    jobs.c.state.in_(sorted(HELD_STATES)), jobs.c.lease_owner != self._owner
-                )
+            settled = await self._settle(
+                connection,
+                jobs.c.lease_owner != self._owner,
+                "the server ended while the job ran.",
             )
-            for job in [_from_row(row) for row in rows]:
-                if job.state == "CANCELLING":
-                    settled.append(await self._end(connection, job, None))
-                elif job.attempt >= job.max_attempts:
-                    error = attempts_exhausted(job, "the server ended while the job ran.")
-                    settled.append(await self._end(connection, job, error))
-                else:
-                    settled.append(
-                        await self._change(
-                            connection, job, state="QUEUED", lease_owner="", lease_expire=0
-                        )
-                    )
         for job in settled:
             self._notify(job.name)
+        return settled
+
+    async def _settle(
+        self, connection: AsyncConnection, lost: sa.ColumnElement[bool], cause: str
+    ) -> list[Job]:
+        """End or queue again what is held by a runner that is lost."""
+        settled = []
+        rows = await connection.execute(
+            sa.select(jobs).where(jobs.c.state.in_(sorted(HELD_STATES)), lost)
+        )
+        for job in [_from_row(row) for row in rows]:
+            if job.state == "CANCELLING":
+                settled.append(await self._end(connection, job, None))
+            elif job.attempt >= job.max_attempts:
+                settled.append(await self._end(connection, job, attempts_exhausted(job, cause)))
+            else:
+                settled.append(
+                    await self._change(
+                        connection, job, state="QUEUED", lease_owner="", lease_expire=0
+                    )
+                )
         return settled
 
     async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:

@@ -132,8 +132,8 @@ class VectorStore:
                 self._state_dir.vector(identifier).unlink(missing_ok=True)
             raise
 
-    async def add(self, made: Sequence[Vector]) -> None:
-        """Insert the rows of vectors that the ranks hold now."""
+    async def add(self, made: Sequence[Vector], *, resident: bool = True) -> None:
+        """Insert the rows of vectors, which the ranks hold now or have in files."""
         async with self._database.writing() as connection:
             await connection.execute(
                 # An eigenvector's name follows from its job: a second attempt replaces the first's.
@@ -152,7 +152,8 @@ class VectorStore:
                     for vector in made
                 ],
             )
-        self._resident.update((vector.generation, vector.name.id) for vector in made)
+        if resident:
+            self._resident.update((vector.generation, vector.name.id) for vector in made)
 
     async def get(self, name: Name) -> Vector:
         """The vector of a name.
@@ -273,6 +274,16 @@ class VectorStore:
         """Free vectors on the ranks and on disk that have no row, by id."""
         for identifier in names:
             self._state_dir.vector(identifier).unlink(missing_ok=True)
+        await self.free(names)
+
+    async def withdraw(self, names: Sequence[str]) -> None:
+        """Leave nothing of vectors, by id, wherever their making has ended."""
+        await self._delete_ids(names)
+        with contextlib.suppress(BackendError, ServiceError):
+            await self.discard(names)
+
+    async def free(self, names: Sequence[str]) -> None:
+        """Free vectors on the ranks, by id; `ensure_resident` brings durable ones back."""
         self._resident.difference_update(
             [entry for entry in self._resident if entry[1] in set(names)]
         )

@@ -12,10 +12,12 @@ from hvp_service.config import ServerConfig
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
 from hvp_service.handlers import checkpoints, jobs, operators, vectors
-from hvp_service.job_store import Job, JobEvent, StateChange
+from hvp_service.job_store import Job, JobError, JobEvent, JobResult, Lease, StateChange
 from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import OperatorRef
+from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
+from hvp_service.vector_store import Vector
 from hvp_workers.backend import EigshProgress
 from safetensors.numpy import save
 
@@ -77,6 +79,113 @@ async def test_a_job_finds_the_eigenvalues_and_keeps_the_eigenvectors(deps: Depe
             pytest.approx(1.0),
             pytest.approx(value),
         ]
+
+
+async def test_eigenvectors_in_files_leave_the_ranks_until_they_are_used(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    done = await until(deps, (await create(deps, ref)).name, "SUCCEEDED")
+    assert not backend.resident
+    assert done.result is not None
+    (first, _) = done.result.eigenvectors
+    assert await vectors.inner_products(deps, [(first, first)]) == [pytest.approx(1.0)]
+    assert set(backend.resident) == {parse(first, "vectors").id}
+
+
+async def nothing_is_left(deps: Dependencies, backend: QuadraticBackend, state: StateDir) -> bool:
+    rows, _ = await deps.vectors.list_page(PROJECT, PageRequest())
+    files = list(state.vector("x").parent.iterdir())
+    return not (rows or files or backend.resident)
+
+
+async def test_a_job_cancelled_while_its_eigenvectors_are_kept_leaves_none(
+    deps: Dependencies,
+    backend: QuadraticBackend,
+    state_dir: StateDir,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ref = await make_operator(deps)
+    keep = deps.vectors.keep
+
+    async def keep_and_cancel(vector: Vector) -> None:
+        await keep(vector)
+        await jobs.cancel(deps, job.name)
+
+    monkeypatch.setattr(deps.vectors, "keep", keep_and_cancel)
+    job = await create(deps, ref)
+    await until(deps, job.name, "CANCELLED")
+    assert await nothing_is_left(deps, backend, state_dir)
+
+
+async def test_a_job_whose_eigenvectors_cannot_be_kept_fails_and_leaves_none(
+    deps: Dependencies,
+    backend: QuadraticBackend,
+    state_dir: StateDir,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ref = await make_operator(deps)
+
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(deps.vectors, "add", fail)
+    await until(deps, (await create(deps, ref)).name, "FAILED")
+    assert await nothing_is_left(deps, backend, state_dir)
+
+
+async def test_a_job_whose_end_cannot_be_written_ends_when_its_lease_runs_out(
+    config: ServerConfig, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = QuadraticBackend()
+    hasty = config.model_copy(update={"lease_s": 0.3})
+    deps = await open_dependencies(hasty, state_dir, backend)
+    try:
+        ref = await make_operator(deps)
+        backend.gate.clear()
+        job = await create(deps, ref)
+        await until(deps, job.name, "RUNNING")
+        await jobs.cancel(deps, job.name)
+        finish, failures = deps.jobs.finish, ["database is locked"]
+
+        async def fail_once(lease: Lease, end: JobResult | JobError | None) -> Job:
+            if failures:
+                raise OSError(failures.pop())
+            return await finish(lease, end)
+
+        monkeypatch.setattr(deps.jobs, "finish", fail_once)
+        backend.gate.set()
+        await until(deps, job.name, "CANCELLED")
+        assert not failures
+    finally:
+        await deps.close()
+
+
+async def test_a_renewal_that_fails_is_tried_again(
+    config: ServerConfig, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = QuadraticBackend()
+    deps = await open_dependencies(config.model_copy(update={"lease_s": 0.3}), state_dir, backend)
+    try:
+        ref = await make_operator(deps)
+        backend.gate.clear()
+        renew, calls, renewed = deps.jobs.renew, 0, asyncio.Event()
+
+        async def fail_first(lease: Lease) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise OSError("database is locked")
+            await renew(lease)
+            renewed.set()
+
+        monkeypatch.setattr(deps.jobs, "renew", fail_first)
+        job = await create(deps, ref)
+        await asyncio.wait_for(renewed.wait(), 10.0)
+        backend.gate.set()
+        assert (await until(deps, job.name, "SUCCEEDED")).attempt == 1
+    finally:
+        await deps.close()
 
 
 async def test_eigenvectors_survive_the_ranks_and_a_restart(

@@ -205,6 +205,28 @@ async def test_a_lease_that_ran_out_may_be_claimed_and_a_renewed_one_not(open_st
     assert await patient.claim() is None
 
 
+async def test_a_lease_that_ran_out_is_settled_like_the_job_of_a_dead_server(
+    open_store: Open,
+) -> None:
+    hasty = open_store("first", 0.05)
+    await queue(hasty, "spent", "stopping")
+    for _ in range(2):
+        spent = await claim(hasty)
+        stopping = await claim(hasty)
+        assert (spent.name.id, stopping.name.id) == ("spent", "stopping")
+        if spent.attempt < spent.max_attempts:
+            await hasty.give_back(spent.lease)
+            await hasty.give_back(stopping.lease)
+    await hasty.cancel(stopping.name)
+    await asyncio.sleep(0.06)
+    assert await hasty.claim() is None
+    failed = await hasty.get(spent.name)
+    assert failed.state == "FAILED"
+    assert failed.error is not None
+    assert failed.error.reason == "ATTEMPTS_EXHAUSTED"
+    assert (await hasty.get(stopping.name)).state == "CANCELLED"
+
+
 async def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
     (made,) = await queue(store, "j1")
     assert (await store.cancel(made.name)).state == "CANCELLED"

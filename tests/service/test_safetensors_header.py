@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hvp_service.safetensors_header import (
     MAX_HEADER_BYTES,
     PickleError,
     SafetensorsError,
+    parse_header,
     read_header,
 )
 from hypothesis import HealthCheck, given, settings
@@ -169,3 +171,11 @@ def test_pickles_and_zip_archives_are_told_apart(tmp_path: Path, start: bytes) -
 def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
     raw = json.dumps({"a": entry()}).encode().ljust(length)
     assert read(tmp_path / "f", file_of(raw, bytes(8)))
+
+
+def test_a_long_header_with_a_key_twice_is_refused_in_a_moment() -> None:
+    names = "".join(f'"k{index}":0,' for index in range(50_000))
+    began = time.monotonic()
+    with pytest.raises(SafetensorsError, match="'z' stands twice"):
+        parse_header(f'{{{names}"z":0,"z":0}}'.encode(), 0)
+    assert time.monotonic() - began < 5.0  # comparing every pair takes a minute
