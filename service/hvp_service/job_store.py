@@ -136,7 +136,10 @@ class JobStore(ABC):
     async def list_page(
         self, project: str, states: Sequence[JobState], page: PageRequest
     ) -> tuple[list[Job], str]:
-        """One page, newest first, and the next page's token; no states means all."""
+        """One page, newest first and without results, and the next page's token.
+
+        No states means all.
+        """
 
     @abstractmethod
     async def delete(self, name: Name) -> None:

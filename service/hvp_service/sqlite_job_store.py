@@ -109,7 +109,7 @@ class SqliteJobStore(JobStore):
                 where=where,
                 newest_first=True,
             )
-        return [_from_row(row) for row in rows], token
+        return [_from_row(row, with_result=False) for row in rows], token
 
     async def delete(self, name: Name) -> None:
         async with self._database.writing() as connection:
@@ -361,7 +361,8 @@ def _body(stored: dict[str, Any]) -> StateChange | EigshProgress:
     return _STATE_CHANGE.validate_python(stored["value"])
 
 
-def _from_row(row: sa.Row[Any]) -> Job:
+def _from_row(row: sa.Row[Any], *, with_result: bool = True) -> Job:
+    result = row.result if with_result else None
     return Job(
         name=Name(row.project, "jobs", row.id),
         spec=_SPEC.validate_python(row.spec),
@@ -370,7 +371,7 @@ def _from_row(row: sa.Row[Any]) -> Job:
         attempt=row.attempt,
         max_attempts=row.max_attempts,
         progress=None if row.progress is None else _PROGRESS.validate_python(row.progress),
-        result=None if row.result is None else _RESULT.validate_python(row.result),
+        result=None if result is None else _RESULT.validate_python(result),
         error=None if row.error is None else _ERROR.validate_python(row.error),
         last_sequence=row.last_sequence,
         create_time=row.create_time,

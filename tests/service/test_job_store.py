@@ -205,6 +205,14 @@ async def test_a_lease_that_ran_out_may_be_claimed_and_a_renewed_one_not(open_st
     assert await patient.claim() is None
 
 
+async def test_a_list_leaves_results_out(store: JobStore) -> None:
+    await queue(store, "j1")
+    done = await store.finish((await claim(store)).lease, RESULT)
+    (listed,), _ = await store.list_page("p", [], PageRequest())
+    assert done.result == RESULT
+    assert listed == replace(done, result=None)
+
+
 async def test_a_lease_that_ran_out_is_settled_like_the_job_of_a_dead_server(
     open_store: Open,
 ) -> None:

@@ -98,7 +98,8 @@ class BlobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartUpload(self, request, context):
-        """Opens a resumable upload. A blob that exists already comes back at once in `upload.blob`.
+        """Opens a resumable upload. A blob that exists already comes back at once in `upload.blob`; an
+        open upload of the same bytes that nobody sends to comes back as it stands, to be resumed.
 
         INVALID_ARGUMENT `DIGEST_MALFORMED`, `SIZE_INVALID`: digest or size cannot be.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload; use a new id.

@@ -836,7 +836,7 @@ class ListJobsResponse(_message.Message):
     next_page_token: _builtins.str
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
-        """Newest first."""
+        """Newest first. Without `result`, which can be long: GetJob has it."""
 
     def __init__(
         self,
