@@ -84,7 +84,7 @@ def scatter(model: nn.Module, seed: int = 1) -> None:
             )
 
 
-def llama_config() -> LlamaConfig:
+def llama_config(pad_token_id: int | None = None) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=8,
         intermediate_size=10,
@@ -95,6 +95,7 @@ def llama_config() -> LlamaConfig:
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
+        pad_token_id=pad_token_id,
         attn_implementation=attention.NAME,
     )
 
@@ -112,9 +113,9 @@ def gpt2_config() -> GPT2Config:
     )
 
 
-def llama_problem(dtype: torch.dtype = torch.float64) -> Problem:
+def llama_problem(dtype: torch.dtype = torch.float64, pad_token_id: int | None = None) -> Problem:
     attention.register()
-    return _decoder(LlamaForCausalLM(llama_config()), references.llama, dtype)
+    return _decoder(LlamaForCausalLM(llama_config(pad_token_id)), references.llama, dtype)
 
 
 def gpt2_problem(dtype: torch.dtype = torch.float64) -> Problem:

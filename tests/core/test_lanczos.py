@@ -205,7 +205,8 @@ def test_an_operator_that_is_not_symmetric_shows_in_the_defect() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    values=st.lists(st.floats(-100, 100), min_size=3, max_size=30),
+    # Hundredths: squares of numbers below 1e-154 are zero, and so would be every norm.
+    values=st.lists(st.integers(-10000, 10000).map(lambda i: i / 100), min_size=3, max_size=30),
     k=st.integers(1, 8),
     which=st.sampled_from(["LA", "SA", "LM", "BE"]),
 )

@@ -254,3 +254,22 @@ def test_an_operation_without_second_derivative_names_its_block() -> None:
         problem.curvature(2).hvp([problem.flat])
     assert caught.value.reason == "DOUBLE_BACKWARD_UNSUPPORTED"
     assert caught.value.metadata["block"] == "1"
+
+
+def test_the_pad_tokens_row_counts_like_any_other() -> None:
+    problem = llama_problem(pad_token_id=2)
+    problem.batch.inputs["input_ids"][:, ::2] = 2
+    curvature = problem.curvature(2)
+    n = problem.flat.numel()
+    u, v = data(n, 2).T.contiguous()
+    hu, hv = curvature.hvp([u, v])
+    assert float(u @ hv) == pytest.approx(float(v @ hu), rel=1e-10)
+    # The loss itself, moved: automatic differentiation has the fault that is looked for.
+    v, step = v / v.norm(), 1e-4
+    losses = []
+    for sign in (1, -1):
+        moved = problem.curvature(2)
+        moved.parameters = problem.flat + sign * step * v
+        losses.append(moved.loss())
+    slope = (losses[0] - losses[1]) / (2 * step)
+    assert float(curvature.gradient() @ v) == pytest.approx(slope, rel=1e-7)  # step² times a third derivative

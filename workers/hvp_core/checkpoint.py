@@ -17,8 +17,13 @@ from typing import Any, final
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from hvp_core import attention
@@ -26,7 +31,7 @@ from hvp_core.chain import canonical_names
 from hvp_core.errors import CurvatureError
 from hvp_core.space import Space
 
-#: Stored dtypes that convert to float32 without loss or guess.
+#: Stored dtypes that hold plain numbers.
 READABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -80,10 +85,10 @@ def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     read_config(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, dtype=dtype, attn_implementation=attention.NAME
-            )
+        try:
+            model = _from_config(config, dtype, attention.NAME)
+        except KeyError:  # classes that look their attention up in a table of their own
+            model = _from_config(config, dtype, "eager")
     except ValueError as error:
         reason = (
             "ARCHITECTURE_UNKNOWN"
@@ -101,6 +106,13 @@ def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     model.tie_weights()  # replacing the parameters one by one has undone it
     return model.eval().requires_grad_(False)
+
+
+def _from_config(config: PreTrainedConfig, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, dtype=dtype, attn_implementation=attn
+        )
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -125,8 +137,8 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def locate(model: nn.Module, directory: Path) -> dict[str, StoredTensor]:
-    """The stored tensor of each parameter, by canonical name.
+def locate(model: PreTrainedModel, directory: Path) -> dict[str, StoredTensor]:
+    """The stored tensor of each parameter and each persistent buffer, by canonical name.
 
     A tied parameter may be stored under any of its names, and a base model's names may lack the
     prefix of the whole.
@@ -140,14 +152,16 @@ def locate(model: nn.Module, directory: Path) -> dict[str, StoredTensor]:
     for name, canonical in canonical_names(model).items():
         aliases.setdefault(canonical, []).append(name)
     found = {}
-    for canonical, parameter in model.named_parameters():
-        names = aliases[canonical]
+    wanted = {**dict(model.named_parameters()), **_persistent_buffers(model)}
+    for canonical, parameter in wanted.items():
+        names = aliases.get(canonical, [canonical])
         names = names + [name.removeprefix(prefix) for name in names]
         tensor = next((stored[name] for name in names if name in stored), None)
         if tensor is None:
             raise CurvatureError(
                 "TENSOR_MISSING",
-                f"{canonical} is in no safetensors file; upload every shard of the checkpoint",
+                f"{canonical} is in no safetensors file; upload every shard of the checkpoint "
+                "(tensors that transformers renames or fuses as it loads are not found yet)",
                 {"tensor": canonical},
             )
         if tensor.shape != tuple(parameter.shape):
@@ -157,7 +171,7 @@ def locate(model: nn.Module, directory: Path) -> dict[str, StoredTensor]:
                 f"{tuple(parameter.shape)}",
                 {"tensor": canonical},
             )
-        if tensor.dtype not in READABLE:
+        if parameter.is_floating_point() and tensor.dtype not in READABLE:
             raise CurvatureError(
                 "DTYPE_UNSUPPORTED",
                 f"{canonical} is stored as {tensor.dtype}; convert it to one of "
@@ -166,6 +180,20 @@ def locate(model: nn.Module, directory: Path) -> dict[str, StoredTensor]:
             )
         found[canonical] = tensor
     return found
+
+
+def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors that are part of a checkpoint and not parameters."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def fill_buffers(model: PreTrainedModel, sources: Mapping[str, StoredTensor]) -> None:
+    """Read the model's persistent buffers from the checkpoint, in place."""
+    for name, buffer in _persistent_buffers(model).items():
+        source = sources[name]
+        with safe_open(source.file, framework="pt") as tensors:
+            buffer.copy_(tensors.get_tensor(source.key))
 
 
 def load_shard(space: Space, sources: Mapping[str, StoredTensor]) -> torch.Tensor:

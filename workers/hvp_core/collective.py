@@ -10,11 +10,15 @@ from __future__ import annotations
 import mmap
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
+
+from hvp_core.errors import CurvatureError
 
 WINDOW_BYTES = (
     8 << 20
@@ -46,6 +50,26 @@ class Collective(ABC):
     @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks, in order of rank."""
+
+    @contextmanager
+    def same_fate(self, explain: Callable[[Exception], CurvatureError]) -> Iterator[None]:
+        """If the body fails on one rank, fail on all, so that nobody waits for ever.
+
+        The body must not communicate. Nobody leaves before everybody has finished it.
+
+        Args:
+            explain: Makes a reason of what is not a CurvatureError.
+        """
+        failure: CurvatureError | None = None
+        try:
+            yield
+        except CurvatureError as error:
+            failure = error
+        except Exception as error:
+            failure = explain(error)
+        for each in self.gather_objects(failure):
+            if each is not None:
+                raise each
 
 
 @final

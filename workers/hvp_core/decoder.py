@@ -8,6 +8,7 @@ does not need are zeros of no memory, so the whole model need never exist.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -21,9 +22,12 @@ from hvp_core.chain import Block, Chain, MicroBatch, canonical_names, refuse_tra
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy
 
-LOGIT_ELEMENTS = (
-    8 << 20
-)  # tokens × vocabulary at once in the head: 32 MiB in float32, times about 8
+logger = logging.getLogger(__name__)
+
+logger = logging.getLogger(__name__)
+
+#: Tokens × vocabulary at once in the head: 16 MiB in float32, and ten such tensors.
+LOGIT_ELEMENTS = 4 << 20
 
 
 class _StopForward(Exception):  # noqa: N818 (a signal, not an error)
@@ -271,19 +275,22 @@ class DecoderChain(Chain):
         device = next(iter(parts.zeros.values())).device
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         parts.layers = list(layers)
-        parts.tuples = False
-        try:
-            arguments, x = self._record({"input_ids": ids})
-            args, kwargs = arguments[0]
-            zeros = {
-                local: parts.zeros[parts.names[self._name_of(layers[0], local)]]
-                for local, _ in layers[0].named_parameters()
-            }
-            with torch.no_grad():
-                y = functional_call(layers[0], zeros, (x, *args), kwargs)
-            parts.tuples = isinstance(y, tuple)
-            before, after = self._outer_parameters(ids)
-        except (CurvatureError, TypeError, AttributeError, RuntimeError, ValueError):
+        for parts.tuples in (False, True):
+            try:
+                arguments, x = self._record({"input_ids": ids})
+                args, kwargs = arguments[0]
+                zeros = {
+                    local: parts.zeros[parts.names[self._name_of(layers[0], local)]]
+                    for local, _ in layers[0].named_parameters()
+                }
+                with torch.no_grad():
+                    y = functional_call(layers[0], zeros, (x, *args), kwargs)
+                if isinstance(y, tuple) == parts.tuples:
+                    before, after = self._outer_parameters(ids)
+                    break
+            except Exception as error:  # whatever a model does with a skipped layer
+                logger.debug("not a chain of %s: %r", type(layers[0]).__name__, error)
+        else:
             parts.layers = []
             return False
         blocks: list[Block] = [_Embedding(parts, before)]

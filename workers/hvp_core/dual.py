@@ -140,6 +140,9 @@ def choose_rule(f: Function, p: Params, x: Tensor) -> Rule:
         size = torch.linalg.vector_norm(tensor) / max(1, tensor.numel()) ** 0.5
         return noise.mul_(torch.where(size > 0, size, 1))
 
+    # Copies: a tangent that is not laid out like the storage its parameter is a view of makes torch
+    # allocate zeros for all of that storage.
+    p = {name: tensor.clone() for name, tensor in p.items()}
     v = {name: random_like(tensor) for name, tensor in p.items()}
     x_dot = random_like(x) if x.is_floating_point() else None
     drawn: list[tuple[Tensor, Tensor]] = []

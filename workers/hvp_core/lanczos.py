@@ -18,6 +18,7 @@ from torch import Tensor
 
 Which = Literal["LA", "SA", "LM", "BE"]
 Stage = Literal["iterating", "verifying"]
+Spectrum = tuple[Tensor, Tensor]  # eigenvalues (m,), eigenvectors (m, m) of T, float64
 
 _ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
 #: Norms below this many roundings of ‖T‖ are rounding: the Krylov space is exhausted.
@@ -95,12 +96,14 @@ def eigsh(
     *,
     dots: Callable[[Tensor, Tensor], Tensor],
     random: Callable[[int], Tensor],
+    agree: Callable[[Spectrum], Spectrum] = lambda spectrum: spectrum,
 ) -> Generator[Progress, None, Eigenpairs]:
     """Run Lanczos as a generator: it yields after every product and returns the eigenpairs.
 
     One starting vector sees one copy of a repeated eigenvalue. When the Krylov space is exhausted
     (β = 0), the run goes on from a random vector orthogonal to it and fills its basis before it may
-    stop, so that copies are found with their true multiplicity and never as ghosts.
+    stop, so that copies are found with their true multiplicity and never as ghosts; a loose
+    tolerance may end the run before the space is exhausted, with one copy of each.
 
     Args:
         matvec: v -> Av, on what this process holds of a vector, (local,).
@@ -109,6 +112,8 @@ def eigsh(
         plan: What to find.
         dots: (rows (m, local), vector (local,)) -> inner products (m,) float64 of whole vectors.
         random: seed -> a random vector (local,).
+        agree: One answer from those of all processes: two machines may solve the same small
+            eigenproblem with other signs, and each would rotate its part of the basis its own way.
 
     Yields:
         Progress after every product.
@@ -119,7 +124,7 @@ def eigsh(
     Cost: at most plan.max_products products, and 4 m n multiplications for orthogonality in each;
     (num_vectors + 1) vectors of memory.
     """
-    krylov = _Krylov(matvec, start, dimension, plan, dots, random)
+    krylov = _Krylov(matvec, start, dimension, plan, dots, random, agree)
     yield from krylov.iterate()
     return (yield from krylov.verify())
 
@@ -136,8 +141,9 @@ class _Krylov:
         plan: Plan,
         dots: Callable[[Tensor, Tensor], Tensor],
         random: Callable[[int], Tensor],
+        agree: Callable[[Spectrum], Spectrum],
     ):
-        self.matvec, self.dots, self.random = matvec, dots, random
+        self.matvec, self.dots, self.random, self.agree = matvec, dots, random, agree
         self.dimension, self.plan = dimension, plan
         m = plan.num_vectors
         self.basis = start.new_empty(m + 1, start.numel())  # (m + 1, local) orthonormal rows
@@ -155,7 +161,8 @@ class _Krylov:
 
     def _solve(self) -> None:
         """Ritz values and T's eigenvectors for the current size."""
-        self.values, self.vectors = torch.linalg.eigh(self.T[: self.size, : self.size])
+        values, vectors = torch.linalg.eigh(self.T[: self.size, : self.size])
+        self.values, self.vectors = self.agree((values, vectors))
 
     @property
     def beta(self) -> float:
@@ -225,7 +232,7 @@ class _Krylov:
             self.symmetry_defect = max(self.symmetry_defect, defect)
         self.size = j + 1
         beta = float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
-        size = max(float(torch.linalg.matrix_norm(self.T[: j + 1, : j + 1], 2)), beta)
+        size = max(float(self.T[: j + 1, : j + 1].abs().sum(0).max()), beta)  # at least ‖T‖
         exhausted = beta <= _BREAKDOWN * self.eps * size or self.size == self.dimension
         if exhausted:
             beta = 0.0

@@ -10,6 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hvp_core.errors import CurvatureError
+
 
 def layer_norm(
     x: torch.Tensor,
@@ -31,9 +33,30 @@ def layer_norm(
     return y if bias is None else y + bias
 
 
+def embedding(
+    ids: torch.Tensor,
+    table: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *others: Any,
+    **more: Any,
+) -> torch.Tensor:
+    """`torch.nn.functional.embedding` whose derivative counts every row.
+
+    torch gives the row of `padding_idx` no gradient although its forward rule has a tangent for it:
+    a habit of training, and neither the gradient nor a symmetric Hessian of the loss.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED where max_norm makes the forward change its parameters.
+    """
+    if max_norm is not None:
+        raise CurvatureError("MODEL_UNSUPPORTED", "an embedding with max_norm changes its weights")
+    return torch.nn.functional.embedding(ids, table)
+
+
 @final
 class _Differentiable(TorchFunctionMode):
-    """Replaces what cannot be differentiated twice, and leaves float64 tensors in float64.
+    """Replaces what has a wrong derivative, and leaves float64 tensors in float64.
 
     Norms, softmaxes and losses of many models cast to float32 "for precision"; in a float64 run
     that cast would cost nine digits.
@@ -45,6 +68,8 @@ class _Differentiable(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.layer_norm:
             return layer_norm(*args, **kwargs)
+        if func is torch.nn.functional.embedding:
+            return embedding(*args, **kwargs)
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, final
 
@@ -33,6 +33,10 @@ def partial_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     for start in range(0, vector.numel(), _PIECE):
         total += rows[:, start : start + _PIECE] @ vector[start : start + _PIECE]
     return total.cpu()
+
+
+def _refused(reason: str) -> Callable[[Exception], CurvatureError]:
+    return lambda error: CurvatureError(reason, f"a rank's file system refused: {error}")
 
 
 @final
@@ -102,7 +106,7 @@ class Space:
             )
         vector = self.zeros()
         first_bad = self.layout.numel
-        with path.open("rb") as file:
+        with self.collective.same_fate(_refused("INPUT_MISSING")), path.open("rb") as file:
             for flat, part in self._pieces(vector):
                 data = bytearray(
                     os.pread(file.fileno(), part.numel() * part.itemsize, flat * part.itemsize)
@@ -121,13 +125,21 @@ class Space:
         return vector
 
     def write(self, vector: torch.Tensor, path: Path) -> None:
-        """Write a vector as `read` reads it; every rank writes its part of the one file."""
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:  # noqa: PTH123
-            for flat, part in self._pieces(vector):
-                data = part.cpu().contiguous().view(torch.uint8).numpy()
-                os.pwrite(file.fileno(), data.data, flat * part.itemsize)
-            os.fsync(file.fileno())
-        self.collective.gather_objects(None)  # nobody returns before the file is whole
+        """Write a vector as `read` reads it; every rank writes its part of the one file.
+
+        Raises:
+            CurvatureError: DISK_FULL, on all ranks alike.
+        """
+        with self.collective.same_fate(_refused("DISK_FULL")):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.ftruncate(file, self.layout.numel * self.dtype.itemsize)
+                for flat, part in self._pieces(vector):
+                    data = part.cpu().contiguous().view(torch.uint8).numpy()
+                    os.pwrite(file, data.data, flat * part.itemsize)
+                os.fsync(file)
+            finally:
+                os.close(file)
 
     def _pieces(self, vector: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """(flat index, view) of stretches that are contiguous in shard and file."""

@@ -78,7 +78,8 @@ class Curvature:
             for start in list(starts)[rank::world_size]
         ]
         # Constants are the model's own, in the model's own arithmetic.
-        self._contexts = [chain.context(each) for each in self._batches]
+        with space.collective.same_fate(_unsupported("the model's constants")):
+            self._contexts = [chain.context(each) for each in self._batches]
 
     # The three questions ------------------------------------------------------------------------
 
@@ -144,6 +145,8 @@ class Curvature:
         probes = range(len(vectors))
         last = len(self.chain.blocks) - 1
         with exact():
+            if not self.rules:
+                self._choose_rules()
             inputs = self._dual_inputs(vectors)
             # (x̄, x̄̇) of each probe, for each micro-batch
             bars: list[list[Pair]] = [[(None, None) for _ in probes] for _ in self._batches]
@@ -177,10 +180,10 @@ class Curvature:
                 for batch, (x, x_dots) in enumerate(inputs[-1]):
                     f = self._call(index, batch)
                     pairs = [
-                        self._guard(index, forward_dual, f, p, v, x, x_dot)
-                        for v, x_dot in zip(vs, x_dots, strict=True)
+                        forward_dual(f, p, v, x, x_dot) for v, x_dot in zip(vs, x_dots, strict=True)
                     ]
-                    outputs.append((pairs[0][0], [y_dot for _, y_dot in pairs]))
+                    y_dots: list[Tensor | None] = [y_dot for _, y_dot in pairs]
+                    outputs.append((pairs[0][0], y_dots))
                 inputs.append(outputs)
         return inputs
 
@@ -261,26 +264,45 @@ class Curvature:
     ) -> Pair:
         """The block's backward dual, by the rule that was found right for its kind."""
         block, f = self.chain.blocks[index], self._call(index, batch)
-        if block.kind not in self.rules:
-            self.rules[block.kind] = self._guard(index, choose_rule, f, p, x)
         found = backward_dual(self.rules[block.kind], f, p, v, x, x_dot, cotangents)
         collect(found.hvp)
         return found.x_bar, found.x_bar_dot
 
-    def _guard(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a rule; name the block whose derivative torch does not have."""
+    def _choose_rules(self) -> None:
+        """Find the rule of each kind of block, on a rank's first micro-batch; all ranks agree.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED, naming the block, on all ranks: also on
+                those that have no micro-batch and would never have met it.
+        """
+        collective = self.space.collective
+        xs = [self.chain.first_input(batch) for batch in self._batches[:1]]
+        for index, block in enumerate(self.chain.blocks):
+            with self._gathered(index, self.parameters) as (p,):
+                with collective.same_fate(_unsupported(f"block {block.name}")):
+                    found = [] if block.kind in self.rules else self._rule(index, p, xs)
+                    with torch.no_grad():
+                        if block is not self.chain.blocks[-1]:
+                            xs = [self._call(index, 0)(p, x) for x in xs]
+                for rules in collective.gather_objects(found):
+                    self.rules.update((block.kind, rule) for rule in rules)
+
+    def _rule(self, index: int, p: Params, xs: Sequence[Tensor]) -> list[Rule]:
+        """The rule of a block; none where there is no input to try it on."""
+        block = self.chain.blocks[index]
+        if block is self.chain.blocks[-1]:
+            xs = [next(self._pieces(x, self._batches[0].targets))[0] for x in xs]
         try:
-            return function(*args)
+            return [choose_rule(self._call(index, 0), p, x) for x in xs]
         except RuntimeError as error:
             words = str(error)
             if not isinstance(error, NotImplementedError) and "derivative" not in words:
                 raise
-            name = self.chain.blocks[index].name
             raise CurvatureError(
                 "DOUBLE_BACKWARD_UNSUPPORTED",
-                f"block {name} has an operation without a second derivative "
+                f"block {block.name} has an operation without a second derivative "
                 f"({words.splitlines()[0]}); replace it by a composition of differentiable ones",
-                {"block": name},
+                {"block": block.name},
             ) from error
 
     # Shards -------------------------------------------------------------------------------------
@@ -370,6 +392,16 @@ class Collector:
         """Add tensors by parameter name."""
         for name, part in parts.items():
             self._views[name] += part
+
+
+def _unsupported(what: str) -> Callable[[Exception], CurvatureError]:
+    def explain(error: Exception) -> CurvatureError:
+        words = f"{what}: {type(error).__name__}: {str(error)[:300]}"
+        if "allocate" in words or isinstance(error, MemoryError):
+            return CurvatureError("OUT_OF_MEMORY", f"{words}; use a smaller micro-batch")
+        return CurvatureError("MODEL_UNSUPPORTED", f"{words}; this model cannot be walked")
+
+    return explain
 
 
 def _call_block(block: Block, context: Any, p: Params, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from hvp_core.chain import MicroBatch
 from hvp_core.collective import Collective
 from hvp_core.data import read_token_batch
 from hvp_core.errors import CurvatureError
-from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
+from hvp_core.lanczos import Eigenpairs, Plan, Progress, Spectrum, eigsh
 from hvp_core.walk import Curvature
 
 from hvp_workers import backend as api
@@ -293,6 +293,9 @@ class RankEngine:
                 plan,
                 dots=space.dots,
                 random=random,
+                agree=lambda spectrum: cast(
+                    "Spectrum", self.collective.gather_objects(spectrum)[0]
+                ),
             )
         )
 

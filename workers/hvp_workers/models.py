@@ -12,7 +12,13 @@ from typing import final
 import psutil
 import torch
 from hvp_core.check import chain_agrees
-from hvp_core.checkpoint import StoredTensor, build_empty, load_shard, locate
+from hvp_core.checkpoint import (
+    StoredTensor,
+    build_empty,
+    fill_buffers,
+    load_shard,
+    locate,
+)
 from hvp_core.collective import Collective
 from hvp_core.decoder import DecoderChain
 from hvp_core.errors import CurvatureError
@@ -139,6 +145,7 @@ class ModelStore:
                 {"needed_bytes": str(needed), "available_bytes": str(available)},
             )
         model = build_empty(space.checkpoint_dir, dtype)
+        fill_buffers(model, description.sources)
         for module in model.modules():  # model.to() would choke on the empty parameters
             for name, buffer in module._buffers.items():
                 if buffer is not None:
