@@ -232,7 +232,11 @@ async def test_a_running_job_is_cancelled_between_products_and_twice_is_once(
     ref = await make_operator(deps)
     backend.gate.clear()
     job = await create(deps, ref)
-    await until(deps, job.name, "RUNNING")
+    running = await until(deps, job.name, "RUNNING")
+    while running.progress is None:  # the run is before its first product now
+        await deps.jobs.events_after(job.name, running.last_sequence, 5.0)
+        running = await deps.jobs.get(job.name)
+    await asyncio.sleep(0.05)
     assert (await jobs.cancel(deps, job.name)).state == "CANCELLING"
     assert (await jobs.cancel(deps, job.name)).state == "CANCELLING"
     backend.gate.set()
