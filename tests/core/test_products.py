@@ -272,4 +272,4 @@ def test_the_pad_tokens_row_counts_like_any_other() -> None:
         moved.parameters = problem.flat + sign * step * v
         losses.append(moved.loss())
     slope = (losses[0] - losses[1]) / (2 * step)
-    assert float(curvature.gradient() @ v) == pytest.approx(slope, rel=1e-7)  # step² times a third derivative
+    assert float(curvature.gradient() @ v) == pytest.approx(slope, rel=1e-7)

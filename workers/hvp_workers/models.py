@@ -125,8 +125,8 @@ class ModelStore:
         if loaded is None:
             raise CurvatureError(
                 "MODEL_UNSUPPORTED",
-                "this model's own loss cannot be computed with its weights in shards, or is not the "
-                "mean cross-entropy of its logits; use another architecture",
+                "this model's own loss cannot be computed with its weights in shards, or is not "
+                "the mean cross-entropy of its logits; use another architecture",
             )
         self._models[space] = loaded
         return loaded
