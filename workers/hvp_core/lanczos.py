@@ -21,10 +21,11 @@ Stage = Literal["iterating", "verifying"]
 Spectrum = tuple[Tensor, Tensor]  # eigenvalues (m,), eigenvectors (m, m) of T, float64
 
 _ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
-#: Norms below this many roundings of ‖T‖ are rounding: the Krylov space is exhausted.
-_BREAKDOWN = 10
-#: A product of an n-vector is trusted to this many roundings of the operator's norm.
-_ROUNDINGS = 100
+#: eps to this power is what rounding leaves of a vector that should vanish, relative to ‖T‖: 1e-6
+#: in float32, 5e-14 in float64. A smaller β means that the Krylov space is exhausted.
+_ROUNDING_POWER = 0.85
+#: A residual is trusted to this many of them.
+_TRUSTED = 10
 
 
 @final
@@ -149,6 +150,7 @@ class _Krylov:
         self.basis = start.new_empty(m + 1, start.numel())  # (m + 1, local) orthonormal rows
         self.T = torch.zeros(m + 1, m + 1, dtype=torch.float64)
         self.eps = torch.finfo(start.dtype).eps
+        self.rounding = self.eps**_ROUNDING_POWER
         norm = float(dots(start.unsqueeze(0), start)[0]) ** 0.5
         torch.div(start, norm, out=self.basis[0])
         self.size = 0  # rows of the basis whose products are known
@@ -180,9 +182,9 @@ class _Krylov:
         """Max |θ|: the operator's norm as far as it is known."""
         return float(self.values.abs().max())
 
-    def tolerance(self, roundings: float) -> float:
+    def tolerance(self, rounding: float) -> float:
         """The largest residual that counts as converged."""
-        return max(self.plan.tol, roundings * self.eps) * self.scale
+        return max(self.plan.tol, rounding) * self.scale
 
     def progress(self, stage: Stage) -> Progress:
         index = wanted(self.values, self.plan.k, self.plan.which)
@@ -206,9 +208,10 @@ class _Krylov:
             yield self.progress("iterating")
             if whole or self.num_products >= budget:
                 break
-            if self.size >= k and (full or not exhausted):
+            # A basis that can hold the whole space is filled: then no copy is missed.
+            if self.size >= k and m < self.dimension and (full or not exhausted):
                 index = wanted(self.values, k, self.plan.which)
-                if bool((self.estimates[index] <= self.tolerance(4)).all()):
+                if bool((self.estimates[index] <= self.tolerance(4 * self.eps)).all()):
                     break
             if full:
                 self._restart()
@@ -233,7 +236,7 @@ class _Krylov:
         self.size = j + 1
         beta = float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
         size = max(float(self.T[: j + 1, : j + 1].abs().sum(0).max()), beta)  # at least ‖T‖
-        exhausted = beta <= _BREAKDOWN * self.eps * size or self.size == self.dimension
+        exhausted = beta <= self.rounding * size or self.size == self.dimension
         if exhausted:
             beta = 0.0
             if self.size < self.dimension:
@@ -314,7 +317,7 @@ class _Krylov:
             eigenvectors=vectors,
             residuals=residuals,
             num_products=self.num_products,
-            converged=bool((residuals <= self.tolerance(_ROUNDINGS)).all()),
+            converged=bool((residuals <= self.tolerance(_TRUSTED * self.rounding)).all()),
             symmetry_defect=self.symmetry_defect,
             ritz_values=self.first_ritz[0],
             ritz_weights=self.first_ritz[1],
