@@ -35,6 +35,8 @@ class OperatorServiceStub:
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names the block.
+    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
+    the mean cross-entropy of its logits; another architecture is needed.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
@@ -83,6 +85,8 @@ class OperatorServiceServicer:
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names the block.
+    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
+    the mean cross-entropy of its logits; another architecture is needed.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
@@ -174,6 +178,8 @@ class OperatorService:
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names the block.
+    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
+    the mean cross-entropy of its logits; another architecture is needed.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
