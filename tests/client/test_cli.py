@@ -121,6 +121,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(
         [str(HVP), "eigsh", *map(str, what), "--address", server.address],
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background of a shell has been told to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         while "RUNNING" not in process.stderr.readline():

@@ -32,22 +32,21 @@ def resident(field):
 
 torch.set_num_threads(1)
 directory = ensure_checkpoint(find_gguf(), cache_dir())
-empty = resident("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+empty = resident("RssAnon")  # pages of the file itself are the kernel's to drop
 model = build_empty(directory, torch.float32)
 chain = DecoderChain(model, torch.float32, torch.device("cpu"))
 layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
 space = Space(layout, Alone(), torch.float32, torch.device("cpu"))
 theta = load_shard(space, locate(model, directory))
-loading = resident("VmHWM") - empty
+held = resident("RssAnon") - empty
 ids = torch.randint(49152, (1, 256), generator=torch.Generator().manual_seed(0))
 curvature = Curvature(chain, space, theta, token_batch(ids), 1)
 loaded = resident("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
 product = curvature.hvp([space.random(1, "rademacher")])[0]
 print(json.dumps({
     "weights": theta.nbytes,
-    "loading": loading,
+    "held": held,
     "added": resident("VmHWM") - loaded,
     "rules": sorted({rule.value for rule in curvature.rules.values()}),
 }))
@@ -62,5 +61,5 @@ def test_a_product_on_256_tokens_of_a_135m_model_adds_less_than_two_and_a_half_g
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["added"] < 2.5e9  # vector, product and all the work in between
-    assert found["loading"] < 1.8 * found["weights"]  # pages of the file itself are counted too
+    assert found["held"] < 1.2 * found["weights"]
     assert found["rules"] == ["reverse over forward"]
