@@ -1,0 +1,35 @@
+"""How products are computed, as opposed to what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+Schedule = Literal["auto", "lean", "fast", "cached"]
+Precision = Literal["full", "tf32", "bfloat16"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Choices that change time and memory, and rounding, but not the meaning of a result.
+
+    Attributes:
+        schedule: What is kept of the forward walk. `lean` keeps the inputs of the blocks and
+            computes them again on the way back (11 units); `fast` keeps what the way back needs
+            (8); `cached` keeps the primal half for the next product too (6). `auto` takes the
+            fastest that fits `budget_bytes`.
+        budget_bytes: Of memory for what is kept; None for what is free when the first product
+            begins.
+        compile: Compile the blocks' duals with TorchInductor.
+        graphs: Replay a whole product as one CUDA graph.
+        precision: Of the operands of matrix products. `full` is the space's own; `tf32` and
+            `bfloat16` apply to float32 spaces: statistics, losses, vectors and sums stay in
+            float32.
+    """
+
+    schedule: Schedule = "auto"
+    budget_bytes: int | None = None
+    compile: bool = False
+    graphs: bool = False
+    precision: Precision = "full"
