@@ -1,0 +1,135 @@
+"""The seam: where a layer is cut so that its attention gets a rule of its own.
+
+Inside `cut(o)` the registered attention function notes its arguments and returns `o` in place of a
+result. The layer then is a function of its input and of `o`, whose outputs are the query, key and
+value and the layer's output, whatever its architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from hvp_core.attention import math
+from hvp_core.attention.mask import Mask, make_mask
+from hvp_core.attention.rule import Pattern, Qkv, Span
+from hvp_core.errors import CurvatureError
+
+NAME = "hvp"
+#: Keyword arguments that change the result in ways not written down here.
+_UNSUPPORTED = ("s_aux", "sinks", "block_mask")
+
+
+@final
+@dataclass
+class Seam:
+    """What the attention of a layer was called with."""
+
+    o: Tensor  # (b, s, h, e), what it returned
+    calls: list[Call] = field(default_factory=list)
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention function."""
+
+    qkv: Qkv
+    scale: float
+    softcap: float | None
+    causal: bool  # where there is no mask
+    mask: Mask | Tensor | None
+
+    def shape(self) -> tuple[Pattern, Span | None] | None:
+        """As kernels want it; None for an irregular mask."""
+        if self.mask is None:
+            pattern = Pattern(scale=self.scale, causal=self.causal, softcap=self.softcap)
+            return pattern, None
+        shape = self.mask.shape if isinstance(self.mask, Mask) else None
+        if shape is None:
+            return None
+        pattern = Pattern(
+            scale=self.scale, causal=shape.causal, window=shape.window, softcap=self.softcap
+        )
+        return pattern, shape.span
+
+
+_open: ContextVar[Seam | None] = ContextVar("seam", default=None)
+
+
+@contextmanager
+def cut(o: Tensor) -> Iterator[Seam]:
+    """Cut every attention that is called inside."""
+    seam = Seam(o)
+    token = _open.set(seam)
+    try:
+        yield seam
+    finally:
+        _open.reset(token)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that is registered with transformers.
+
+    Args:
+        module: The attention layer; its `is_causal` counts where no mask is given.
+        query: (b, h, s, d).
+        key: (b, h/g, t, d): g query heads share a key head.
+        value: (b, h/g, t, e).
+        attention_mask: Of `make_mask`; or boolean (b or 1, 1 or h, s, t), true where a query may
+            look; or None.
+        scaling: τ; d**-0.5 by default.
+        softcap: c of c·tanh(S/c), or None.
+        is_causal: Overrides the layer's.
+        others: Of Hugging Face's attention functions; those that would change the result are
+            refused.
+
+    Returns:
+        (b, s, h, e) and None. A query that may look nowhere gets zeros, as in fused attention.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED for attention sinks and block masks.
+    """
+    refused = [name for name in _UNSUPPORTED if others.get(name) is not None]
+    if refused:
+        raise CurvatureError(
+            "MODEL_UNSUPPORTED", f"this model's attention uses {refused[0]}, which has no dual yet"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    call = Call(
+        Qkv(query, key, value),
+        float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        softcap,
+        bool(causal) and query.shape[2] > 1,
+        attention_mask,
+    )
+    seam = _open.get()
+    if seam is not None:
+        seam.calls.append(call)
+        return seam.o, None
+    mask = attention_mask.dense() if isinstance(attention_mask, Mask) else attention_mask
+    return math.attention(call.qkv, mask, call.causal, call.scale, softcap), None
+
+
+def register() -> None:
+    """Make `attn_implementation="hvp"` known to transformers; idempotent."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, make_mask)
