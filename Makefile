@@ -41,5 +41,6 @@ types: setup
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
 
+# What this machine can measure; `make bench ARGS="--shape tiny"` for something else.
 bench: setup
-	$(BIN)/python -m benchmarks.products
+	$(BIN)/python -m benchmarks $(ARGS)

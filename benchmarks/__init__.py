@@ -1,1 +1,1 @@
-"""Speed and memory of the products, measured against the alternatives."""
+"""What a product costs in time, memory and digits, beside every other way to compute it."""
