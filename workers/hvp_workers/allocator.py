@@ -1,0 +1,63 @@
+"""What the C library does with memory that is freed: by default glibc hands large pieces back.
+
+Such a piece is then mapped anew each time, and the kernel clears every page at its first touch. A
+threshold of 32 MiB, the largest that glibc takes, is of little use: logits, embeddings and gathered
+blocks are larger. Nothing is mapped on its own here, so all comes from the heap, which stays.
+
+Measured: a Hessian product on SmolLM2-135M, float32, 1 x 256 tokens, two threads, each setting in
+processes of its own in turn on a shared machine, before and after:
+
+                              page faults   s in the kernel   s of CPU   best s   peak GB   left GB
+    as it comes                   617 000          2.2           19.2       10.4      2.9       1.8
+    threshold of 32 MiB           491 000          1.8           21.3       11.3      3.0       2.1
+    huge pages (torch's switch)    18 000          2.9           21.0       11.0      2.9       1.8
+    all from the heap                 270          0.05          16.8        8.5      3.3       3.3
+
+A tenth of the time for 0.4 GB more at the peak, and what is left is given back where it matters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_MAX = -4
+
+_LARGE = 2**31 - 1
+_TOP_PAD_BYTES = 64 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Let freed memory be used again by this process; `return_freed_memory` gives it back.
+
+    Returns:
+        Whether the C library can do so; others than glibc are left as they are.
+    """
+    library = _library()
+    if library is None:
+        return False
+    settings = (
+        (_M_MMAP_MAX, 0),
+        (_M_TRIM_THRESHOLD, _LARGE),
+        (_M_TOP_PAD, _TOP_PAD_BYTES),
+    )
+    return all(library.mallopt(name, value) == 1 for name, value in settings)
+
+
+def return_freed_memory() -> None:
+    """Give what is free in the heap back to the kernel, before somebody counts what there is."""
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def _library() -> Any:
+    """The C library, where it is glibc."""
+    library = ctypes.CDLL(None)
+    known = all(hasattr(library, name) for name in ("mallopt", "malloc_trim"))
+    return library if known else None
