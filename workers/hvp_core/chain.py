@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hvp_core.attention.mask import Mask
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import Loss
 
@@ -24,6 +25,20 @@ class MicroBatch:
     targets: Tensor
 
 
+class Body(NamedTuple):
+    """A block with what it computes with laid open.
+
+    Attributes:
+        constants: Tensors it reads that are neither parameters nor its input: `c/0` and so on.
+        call: (params by canonical name, x, constants) -> y.
+        masks: What it hands to its attention unread.
+    """
+
+    constants: dict[str, Tensor]
+    call: Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]
+    masks: tuple[Mask, ...] = ()
+
+
 class Block(ABC):
     """One link of the chain.
 
@@ -34,12 +49,15 @@ class Block(ABC):
     def __init__(self, name: str, parameters: Sequence[str]):
         self.name = name
         self.parameters = tuple(parameters)  # canonical names
-        #: Blocks of one kind run the same code, so one rule serves them all.
-        self.kind: Hashable = name
 
     @abstractmethod
+    def body(self, context: Any, dense: bool) -> Body:
+        """The block for one micro-batch; `dense` wants masks as tensors."""
+
     def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
         """Y = f(params, x); params by canonical name."""
+        body = self.body(context, dense=True)
+        return body.call(params, x, body.constants)
 
 
 class Chain(ABC):
@@ -62,6 +80,10 @@ class Chain(ABC):
     def first_input(self, batch: MicroBatch) -> Tensor:
         """X of the first block."""
         return batch.inputs["x"]
+
+    def few(self, batch: MicroBatch) -> MicroBatch:
+        """A little of a micro-batch, for checks."""
+        return rows(batch, 0, 1)
 
     def pieces(self, x: Tensor) -> list[slice]:
         """Slices of dimension 1 that may go through the last block one by one; [] for none."""
@@ -96,11 +118,20 @@ class ModuleBlock(Block):
         self._module = module
         self._names = dict(names)
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
-        """The module with these parameters in place of its own."""
-        own = {local: params[canonical] for local, canonical in self._names.items()}
-        result: Tensor = functional_call(self._module, own, (x,))
-        return result
+    def body(self, context: Any, dense: bool) -> Body:
+        """The module with these parameters and buffers in place of its own."""
+        buffers = dict(self._module.named_buffers())
+        places = {f"c/{index}": name for index, name in enumerate(buffers)}
+
+        def call(
+            params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        ) -> Tensor:
+            own = {local: params[canonical] for local, canonical in self._names.items()}
+            held = {name: constants[place] for place, name in places.items()}
+            result: Tensor = functional_call(self._module, {**own, **held}, (x,))
+            return result
+
+        return Body({place: buffers[name] for place, name in places.items()}, call)
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:

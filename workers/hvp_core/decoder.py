@@ -16,18 +16,26 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
 
-from hvp_core.chain import Block, Chain, MicroBatch, canonical_names, refuse_train_mode_batch_norm
+from hvp_core.attention.mask import Mask
+from hvp_core.chain import (
+    Block,
+    Body,
+    Chain,
+    MicroBatch,
+    canonical_names,
+    refuse_train_mode_batch_norm,
+)
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 #: Tokens × vocabulary at once in the head: 16 MiB in float32, and ten such tensors.
 LOGIT_ELEMENTS = 4 << 20
+_FEW = 16  # positions that a check takes
 
 
 class _StopForward(Exception):  # noqa: N818 (a signal, not an error)
@@ -55,6 +63,10 @@ def _free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
 
 
+def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"c/{index}": each for index, each in enumerate(tensors)}
+
+
 def _candidate_layers(model: nn.Module) -> list[nn.ModuleList]:
     """Outermost module lists, the one with most parameters first."""
     lists = {
@@ -75,17 +87,44 @@ class _Parts:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device):
         self.model = model
         self.names = canonical_names(model)
-        self.zeros = _free_zeros(model, dtype, device)
+        self.dtype, self.device = dtype, device
+        self.buffers = dict(model.named_buffers())
         self.layers: list[nn.Module] = []
         self.tuples = False  # layers return (x, ...) instead of x
 
-    def run(self, params: Mapping[str, Tensor], **inputs: Any) -> Any:
-        """The model's own forward; parameters not given are zeros."""
+    def zeros(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Every parameter, as zeros; of the dtype of these."""
+        dtype = next(iter(like.values())).dtype if like else self.dtype
+        return _free_zeros(self.model, dtype, self.device)
+
+    def run(
+        self,
+        params: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The model's own forward.
+
+        Args:
+            params: Those not given are zeros.
+            constants: The model's buffers in their order, if they are to be arguments.
+            inputs: Of the model.
+        """
+        buffers = dict(zip(self.buffers, constants.values(), strict=False)) if constants else {}
         return functional_call(
             self.model,
-            {**self.zeros, **params},
+            {**self.zeros(params), **buffers, **params},
             kwargs={**inputs, "use_cache": False, "return_dict": True},
         )
+
+    def constants(self, context: _Context) -> dict[str, Tensor]:
+        """Buffers, and the mask of the keys that are there, if some are not."""
+        mask = context.attention_mask
+        return _numbered([*self.buffers.values(), *([] if mask is None else [mask])])
+
+    def mask(self, constants: Mapping[str, Tensor]) -> Tensor | None:
+        """The mask among such constants."""
+        return constants.get(f"c/{len(self.buffers)}")
 
     def as_layer_output(self, x: Tensor) -> Any:
         return (x,) if self.tuples else x
@@ -99,13 +138,20 @@ class _Embedding(Block):
         super().__init__("embedding", parameters)
         self._parts = parts
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
+    def body(self, context: Any, dense: bool) -> Body:
+        """The model up to its first layer."""
+        return Body(self._parts.constants(context), self._call)
+
+    def _call(
+        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
         def stop(hidden: Tensor, *_: Any, **__: Any) -> Any:
             raise _StopForward(hidden)
 
-        with _replaced(self._parts.layers[:1], [stop]):
+        parts = self._parts
+        with _replaced(parts.layers[:1], [stop]):
             try:
-                self._parts.run(params, input_ids=x, attention_mask=context.attention_mask)
+                parts.run(params, constants, input_ids=x, attention_mask=parts.mask(constants))
             except _StopForward as stopped:
                 return stopped.x
         raise CurvatureError("MODEL_UNSUPPORTED", "the model's forward never called its layers")
@@ -120,15 +166,31 @@ class _Layer(Block):
         self._module = parts.layers[index]
         self._index = index
         self._names = dict(names)
-        shapes = tuple(tuple(p.shape) for p in self._module.parameters())
-        self.kind = (type(self._module), shapes)
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
-        own = {local: params[canonical] for local, canonical in self._names.items()}
-        args, kwargs = context.layer_arguments[self._index]
-        y = functional_call(self._module, own, (x, *args), kwargs)
-        result: Tensor = y[0] if isinstance(y, tuple) else y
-        return result
+    def body(self, context: Any, dense: bool) -> Body:
+        """The layer with the constants that the model gave it, and its buffers."""
+        leaves, spec = tree_flatten(context.layer_arguments[self._index])
+        if dense:
+            leaves = [each.dense() if isinstance(each, Mask) else each for each in leaves]
+        buffers = dict(self._module.named_buffers())
+        places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        constants = _numbered([*[leaves[index] for index in places], *buffers.values()])
+
+        def call(
+            params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        ) -> Tensor:
+            own = {local: params[canonical] for local, canonical in self._names.items()}
+            given = list(constants.values())
+            held = dict(zip(buffers, given[len(places) :], strict=True))
+            filled = list(leaves)
+            for index, value in zip(places, given, strict=False):
+                filled[index] = value
+            args, kwargs = tree_unflatten(filled, spec)
+            y = functional_call(self._module, {**own, **held}, (x, *args), kwargs)
+            result: Tensor = y[0] if isinstance(y, tuple) else y
+            return result
+
+        return Body(constants, call, tuple(each for each in leaves if isinstance(each, Mask)))
 
 
 @final
@@ -139,7 +201,13 @@ class _Head(Block):
         super().__init__("head", parameters)
         self._parts = parts
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
+    def body(self, context: Any, dense: bool) -> Body:
+        """The model behind its last layer."""
+        return Body(_numbered(list(self._parts.buffers.values())), self._call)
+
+    def _call(
+        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
         parts = self._parts
 
         def bypass(hidden: Tensor, *_: Any, **__: Any) -> Any:
@@ -151,7 +219,8 @@ class _Head(Block):
         calls = [bypass] * (len(parts.layers) - 1) + [inject]
         with _replaced(parts.layers, calls):
             # What the model makes of these zeros never reaches the output.
-            logits: Tensor = parts.run(params, inputs_embeds=torch.zeros_like(x)).logits
+            zeros = torch.zeros_like(x)
+            logits: Tensor = parts.run(params, constants, inputs_embeds=zeros).logits
         return logits
 
 
@@ -160,13 +229,18 @@ class _Whole(Block):
     """Token ids (b, s) to logits (b, s, V) in one block."""
 
     def __init__(self, parts: _Parts):
-        super().__init__(type(parts.model).__name__, list(parts.zeros))
+        super().__init__(type(parts.model).__name__, list(parts.zeros()))
         self._parts = parts
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
-        logits: Tensor = self._parts.run(
-            params, input_ids=x, attention_mask=context.attention_mask
-        ).logits
+    def body(self, context: Any, dense: bool) -> Body:
+        """The model."""
+        return Body(self._parts.constants(context), self._call)
+
+    def _call(
+        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
+        mask = self._parts.mask(constants)
+        logits: Tensor = self._parts.run(params, constants, input_ids=x, attention_mask=mask).logits
         return logits
 
 
@@ -217,6 +291,11 @@ class DecoderChain(Chain):
     def first_input(self, batch: MicroBatch) -> Tensor:
         """Token ids."""
         return batch.inputs["input_ids"]
+
+    def few(self, batch: MicroBatch) -> MicroBatch:
+        """One row, a few positions."""
+        inputs = {name: each[:1, :_FEW] for name, each in batch.inputs.items()}
+        return MicroBatch(inputs=inputs, targets=batch.targets[:1, :_FEW])
 
     def context(self, batch: MicroBatch) -> _Context:
         """Masks, positions and the like, recorded from the model's own forward."""
@@ -272,17 +351,13 @@ class DecoderChain(Chain):
     def _cut(self, layers: nn.ModuleList) -> bool:
         """Try to cut the model at these layers."""
         parts = self._parts
-        device = next(iter(parts.zeros.values())).device
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=parts.device)
         parts.layers = list(layers)
         for parts.tuples in (False, True):
             try:
                 arguments, x = self._record({"input_ids": ids})
                 args, kwargs = arguments[0]
-                zeros = {
-                    local: parts.zeros[parts.names[self._name_of(layers[0], local)]]
-                    for local, _ in layers[0].named_parameters()
-                }
+                zeros = _free_zeros(layers[0], parts.dtype, parts.device)
                 with torch.no_grad():
                     y = functional_call(layers[0], zeros, (x, *args), kwargs)
                 if isinstance(y, tuple) == parts.tuples:
@@ -321,7 +396,7 @@ class DecoderChain(Chain):
         when: dict[str, list[int]] = {}
 
         def pass_on(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            constants = torch.utils._pytree.tree_leaves((args, kwargs))
+            constants = tree_leaves((args, kwargs))
             if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in constants):
                 raise CurvatureError("MODEL_UNSUPPORTED", "a layer's constants have parameters")
             reached.append(1)
@@ -344,7 +419,7 @@ class DecoderChain(Chain):
             if direct and id(module) not in inside:
                 owners[name] = direct
                 handles.append(module.register_forward_pre_hook(note(name)))
-        leaves = {name: zero.detach().requires_grad_() for name, zero in parts.zeros.items()}
+        leaves = {name: zero.detach().requires_grad_() for name, zero in parts.zeros().items()}
         try:
             with torch.enable_grad(), _replaced(parts.layers, [pass_on] * len(parts.layers)):
                 parts.run(leaves, input_ids=ids)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hvp_core.errors import CurvatureError
+from hvp_core.policy import Precision
 
 
 def layer_norm(
@@ -88,3 +89,31 @@ def exact() -> Iterator[None]:
     """
     with sdpa_kernel(SDPBackend.MATH), _Differentiable():
         yield
+
+
+def compute_dtype(space: torch.dtype, precision: Precision) -> torch.dtype:
+    """Of the operands of matrix products.
+
+    Raises:
+        CurvatureError: PRECISION_UNSUPPORTED.
+    """
+    if precision == "full":
+        return space
+    if space != torch.float32:
+        raise CurvatureError(
+            "PRECISION_UNSUPPORTED",
+            f"precision {precision} is for float32; {str(space).removeprefix('torch.')} runs in "
+            "full precision",
+        )
+    return torch.bfloat16 if precision == "bfloat16" else space
+
+
+@contextmanager
+def matmuls(precision: Precision) -> Iterator[None]:
+    """Products of float32 operands in tf32, or in float32 whatever torch was told before."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

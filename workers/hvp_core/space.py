@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, final
 
+import psutil
 import torch
 
 from hvp_core.collective import Collective
@@ -60,6 +61,13 @@ class Space:
     def vector_bytes(self) -> int:
         """Memory of one vector on this rank."""
         return self.layout.shard_numel * self.dtype.itemsize
+
+    def free_bytes(self) -> int:
+        """Memory that is free where the vectors are, for all processes together."""
+        if self.device.type != "cuda":
+            return int(psutil.virtual_memory().available)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + cached
 
     def zeros(self) -> torch.Tensor:
         """The zero vector."""

@@ -9,18 +9,18 @@ belongs to a *stage*, found from what it depends on:
     3  q̄, k̄, v̄                  3' their tangents     back to x and p
 
 A stage without prime does not depend on any tangent, so in a Krylov run it is the same for every
-product. Every schedule is a grouping of these stages (`parts.split`): what one group has computed and a
-later one needs is kept, except for pointwise work, which is cheaper to do again than to load.
-Stage 1 and 3 are empty in a block without attention.
+product. Every schedule is a grouping of these stages (`parts.split`): what one group has
+computed and a later one needs is kept, except for pointwise work, which is cheaper to do again than
+to load. Stages 1 and 3 are empty in a block without attention.
 
 Values have names, the same everywhere in this package: `x`, `o`, `q`, `k`, `v`, `y`; parameters
 `p/NAME`; constants `c/0`...; a tangent has `_dot` appended to the part before the slash, a
-cotangent `_bar`, the tangent of a cotangent `_bar_dot`: `p_bar_dot/NAME` is this block's part of Hv.
+cotangent `_bar`, the tangent of a cotangent `_bar_dot`: `p_bar_dot/NAME` is a block's part of Hv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -30,11 +30,13 @@ from torch import Tensor
 from torch.func import functionalize, jvp, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hvp_core.loss import Loss
+
 aten = torch.ops.aten
 
 Env = dict[str, Tensor]
-#: (parameters, differentiable inputs, constants) -> outputs, by name.
-Traceable = Callable[[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
+Program = Callable[[Env], Env]
+Block = Callable[[Env, Env, Env], Env]  # (parameters, differentiable inputs, constants) -> outputs
 
 
 @final
@@ -53,39 +55,38 @@ TANGENT = tuple(Stage(time, True) for time in range(4))
 
 
 def _stage_of_input(name: str) -> Stage:
-    base = name.split("/")[0]
+    base = name.partition("/")[0]
     return Stage(_TIMES[base.removesuffix("_dot")], base.endswith("_dot"))
 
 
 @final
 class Trace:
-    """The joint program of a block and its derivatives.
+    """A program of named values, with the stage of every line.
 
     Args:
-        f: The block on named tensors. Its outputs are `y`, and `q`, `k`, `v` if it takes `o`.
-        p: Parameters by name; only shapes, dtypes, strides and devices of any argument matter.
-        inputs: `x` and, in a block cut at its attention, `o`; none in a block of token ids.
-        constants: `c/0` and so on.
+        program: Tensors by name -> tensors by name.
+        arguments: Only shapes, dtypes, strides and devices matter.
 
     Raises:
-        RuntimeError, NotImplementedError, torch errors: f has a line without a second derivative,
-            or depends on the values of its arguments.
+        RuntimeError, NotImplementedError, torch errors: a line has no derivative that is asked for,
+            or depends on the values of the arguments.
     """
 
-    def __init__(self, f: Traceable, p: Mapping[str, Tensor], inputs: Env, constants: Env) -> None:
-        graph, names, outputs = _joint(f, dict(p), dict(inputs), dict(constants))
-        self._graph = graph
-        self._inputs = names  # placeholder -> name
-        self.outputs = outputs  # name -> node
-        self.parameters = tuple(p)
+    def __init__(self, program: Program, arguments: Env):
+        self._graph, names = trace_graph(program, arguments)
+        placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
+        values = next(node for node in self._graph.nodes if node.op == "output").args[0]
+        self._inputs = dict(zip(placeholders, arguments, strict=True))
+        self.arguments = dict(zip(arguments, placeholders, strict=True))
+        self.outputs: dict[str, fx.Node] = dict(zip(names, values, strict=True))
         #: For each derivative of a parameter, the terms whose sum it is.
         self.terms = {
-            name: _summands(node) for name, node in outputs.items() if name.startswith("p_bar")
+            name: _summands(node) for name, node in self.outputs.items() if is_parameters(name)
         }
         self._stages: dict[fx.Node, Stage] = {}
-        for node in graph.nodes:
-            if node in names:
-                self._stages[node] = _stage_of_input(names[node])
+        for node in self._graph.nodes:
+            if node in self._inputs:
+                self._stages[node] = _stage_of_input(self._inputs[node])
                 continue
             before = [self._stages[each] for each in node.all_input_nodes]
             self._stages[node] = Stage(
@@ -93,9 +94,21 @@ class Trace:
                 any(stage.dotted for stage in before),
             )
 
-    def text(self) -> str:
-        """The program: blocks of one text are one block."""
-        return str(self._graph)
+    def time_of(self, name: str) -> int:
+        """When an output is known."""
+        nodes = [self.outputs[name]]
+        if name in self.terms:
+            nodes = [node for _, operands in self.terms[name] for node in operands]
+        return max(self._stages[node].time for node in nodes)
+
+    def is_dotted(self, line: str) -> bool:
+        """Whether a line, by its own name, depends on a tangent."""
+        return next(stage.dotted for node, stage in self._stages.items() if node.name == line)
+
+    @property
+    def argument_bytes(self) -> dict[str, int]:
+        """Size of each argument."""
+        return {name: node.meta["val"].nbytes for name, node in self.arguments.items()}
 
     @property
     def nodes(self) -> Iterable[fx.Node]:
@@ -111,70 +124,162 @@ class Trace:
         return self._inputs.get(node)
 
 
-# The joint program -------------------------------------------------------------------------------
+# What is traced -----------------------------------------------------------------------------------
 
 
-def _joint(
-    f: Traceable, p: Env, inputs: Env, constants: Env
-) -> tuple[fx.Graph, dict[fx.Node, str], dict[str, fx.Node]]:
-    """Trace f, its jvp, its vjp and the jvp of its vjp."""
+def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
+    """The trace of a block with its jvp, its vjp and the jvp of its vjp.
+
+    Args:
+        f: The block. Its outputs are `y`, and `q`, `k`, `v` if it takes `o`.
+        p: Parameters by name.
+        inputs: `x` and, in a block cut at its attention, `o`; none in a block of token ids.
+        constants: `c/0` and so on.
+    """
     with torch.no_grad():
-        likes = f(p, inputs, constants)
-    y = {name: torch.empty_like(each) for name, each in likes.items()}
-    arguments = _flat("p", p) | inputs | constants
-    arguments |= {_dotted(name): each for name, each in arguments.items() if name in inputs}
-    arguments |= {f"p_dot/{name}": each for name, each in p.items()}
-    bars = {f"{name}_bar": each for name, each in y.items()}
-    arguments |= bars | {_dotted(name): each for name, each in bars.items()}
-    names = tuple(arguments)
-    results: list[str] = []
+        y = f(p, inputs, constants)
+    bars = {f"{name}_bar": _as_given(name, each) for name, each in y.items()}
+    at = _flat("p", p) | inputs
+    arguments = at | {dotted(name): each for name, each in at.items()} | constants
+    arguments |= bars | {dotted(name): each for name, each in bars.items()}
 
-    def joint(*flat: Tensor) -> tuple[Tensor, ...]:
-        env = dict(zip(names, flat, strict=True))
-        held = {name: env[name] for name in constants}
-        at = ({name: env[f"p/{name}"] for name in p}, {name: env[name] for name in inputs})
-        along = (
-            {name: env[f"p_dot/{name}"] for name in p},
-            {name: env[_dotted(name)] for name in inputs},
-        )
+    def program(env: Env) -> Env:
+        value, value_dot = _dual(f, p, inputs, constants, env)
         y_bar = {name: env[f"{name}_bar"] for name in y}
-        y_bar_dot = {name: env[_dotted(f"{name}_bar")] for name in y}
+        y_bar_dot = {name: env[f"{name}_bar_dot"] for name in y}
+        primal, tangent = _backward_dual(f, p, inputs, constants, env, y_bar, y_bar_dot)
+        found = value | {f"{name}_dot": each for name, each in value_dot.items()}
+        return found | _named("bar", primal) | _named("bar_dot", tangent)
 
-        def pull(p: Env, inputs: Env, y_bar: Env) -> tuple[Env, tuple[Env, Env]]:
-            value, pullback = vjp(lambda p, inputs: f(p, inputs, held), p, inputs)
-            return value, pullback(y_bar)
+    return Trace(program, arguments)
 
-        (value, (p_bar, x_bar)), (value_dot, (p_bar_dot, x_bar_dot)) = jvp(
-            pull, (*at, y_bar), (*along, y_bar_dot)
-        )
-        found = (
-            value
-            | {f"{name}_dot": each for name, each in value_dot.items()}
-            | {f"{name}_bar": each for name, each in x_bar.items()}
-            | {f"{name}_bar_dot": each for name, each in x_bar_dot.items()}
-            | _flat("p_bar", p_bar)
-            | _flat("p_bar_dot", p_bar_dot)
-        )
-        results.extend(found)
+
+def trace_closing(f: Block, loss: Loss, p: Env, inputs: Env, constants: Env) -> Trace:
+    """The trace of the last block and the loss behind it; everything is of stage 0.
+
+    `x_bar` and `p_bar` belong to the gradient, `x_bar_dot` and `p_bar_dot` to the Hessian–vector
+    product, `x_curve` and `p_curve` to the Gauss–Newton product.
+
+    Args:
+        f: The block.
+        loss: A sum over targets.
+        p: Parameters by name.
+        inputs: `x`, or nothing where the whole model is one block.
+        constants: The block's, `c/target`, and `c/scale`: what the sum is multiplied by.
+    """
+    at = _flat("p", p) | inputs
+    arguments = at | {dotted(name): each for name, each in at.items()} | constants
+
+    def program(env: Env) -> Env:
+        value, value_dot = _dual(f, p, inputs, constants, env)
+        y, y_dot = _at_least_float32(value["y"]), _at_least_float32(value_dot["y"])
+        target, scale = env["c/target"], env["c/scale"]
+        y_bar = {"y": (loss.gradient(y, target) * scale).to(value["y"].dtype)}
+        curve = {"y": (loss.curve(y, y_dot, target) * scale).to(value["y"].dtype)}
+        primal, tangent = _backward_dual(f, p, inputs, constants, env, y_bar, curve)
+        _, pullback = _vjp(f, p, inputs, constants, env)
+        found = _named("bar", primal) | _named("bar_dot", tangent)
+        return found | _named("curve", pullback(curve))
+
+    return Trace(program, arguments)
+
+
+def _as_given(name: str, value: Tensor) -> Tensor:
+    """Laid out as whoever computes its cotangent does: q, k, v as (b, s, h, d), y plainly."""
+    if name == "y":
+        return torch.empty_like(value, memory_format=torch.contiguous_format)
+    return torch.empty_like(value.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def _at(env: Env, p: Env, inputs: Env) -> tuple[Env, Env]:
+    return {name: env[f"p/{name}"] for name in p}, {name: env[name] for name in inputs}
+
+
+def _along(env: Env, p: Env, inputs: Env) -> tuple[Env, Env]:
+    return {name: env[f"p_dot/{name}"] for name in p}, {name: env[dotted(name)] for name in inputs}
+
+
+def _dual(f: Block, p: Env, inputs: Env, constants: Env, env: Env) -> tuple[Env, Env]:
+    held = {name: env[name] for name in constants}
+    found: tuple[Env, Env] = jvp(
+        lambda p, inputs: f(p, inputs, held), _at(env, p, inputs), _along(env, p, inputs)
+    )
+    return found
+
+
+def _vjp(f: Block, p: Env, inputs: Env, constants: Env, env: Env) -> Any:
+    held = {name: env[name] for name in constants}
+    return vjp(lambda p, inputs: f(p, inputs, held), *_at(env, p, inputs))
+
+
+def _backward_dual(
+    f: Block, p: Env, inputs: Env, constants: Env, env: Env, y_bar: Env, y_bar_dot: Env
+) -> tuple[tuple[Env, Env], tuple[Env, Env]]:
+    """((p̄, x̄), their tangents)."""
+    held = {name: env[name] for name in constants}
+
+    def pull(p: Env, inputs: Env, y_bar: Env) -> Any:
+        return vjp(lambda p, inputs: f(p, inputs, held), p, inputs)[1](y_bar)
+
+    found: tuple[tuple[Env, Env], tuple[Env, Env]] = jvp(
+        pull, (*_at(env, p, inputs), y_bar), (*_along(env, p, inputs), y_bar_dot)
+    )
+    return found
+
+
+def _named(suffix: str, cotangents: tuple[Env, Env]) -> Env:
+    p_bar, x_bar = cotangents
+    return {f"{name}_{suffix}": each for name, each in x_bar.items()} | _flat(f"p_{suffix}", p_bar)
+
+
+def _flat(prefix: str, values: Mapping[str, Tensor]) -> Env:
+    return {f"{prefix}/{name}": each for name, each in values.items()}
+
+
+def dotted(name: str) -> str:
+    """The name of a tangent."""
+    base, slash, rest = name.partition("/")
+    return f"{base}_dot{slash}{rest}"
+
+
+def is_parameters(name: str) -> bool:
+    """Whether an output is a derivative with respect to a parameter."""
+    return name.startswith(("p_bar", "p_curve"))
+
+
+# Tracing ------------------------------------------------------------------------------------------
+
+
+def trace_graph(program: Program, arguments: Env) -> tuple[fx.Graph, list[str]]:
+    """The lines of a program on tensors like these, cleaned of what does nothing.
+
+    Returns:
+        The graph, its placeholders in the order of the arguments, and the names of its outputs.
+    """
+    names: list[str] = []
+
+    def positional(*values: Tensor) -> tuple[Tensor, ...]:
+        found = program(dict(zip(arguments, values, strict=True)))
+        names[:] = found
         return tuple(found.values())
 
-    graph = trace_graph(joint, list(arguments.values()))
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    outputs = next(node for node in graph.nodes if node.op == "output").args[0]
-    named = dict(zip(placeholders, names, strict=True))
-    return graph, named, dict(zip(results, outputs, strict=True))
-
-
-def trace_graph(f: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Graph:
-    """The lines of f on tensors like these, cleaned of what does nothing."""
-    module = make_fx(
-        functionalize(f, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=False
-    )(*[torch.empty_like(each) for each in arguments])  # one tensor given twice is one value
+    # Without grad mode torch picks fused backward kernels, some of which have no derivative.
+    with torch.enable_grad():
+        module = make_fx(functionalize(positional, remove="mutations"), tracing_mode="fake")(
+            # New tensors: one given twice would be one value.
+            *[torch.empty_like(each) for each in arguments.values()]
+        )
     graph: fx.Graph = module.graph
     if any(node.op == "get_attr" for node in graph.nodes):
         raise RuntimeError("the block computes with a tensor that is not among its arguments")
     _clean(graph)
-    return graph
+    return graph, names
 
 
 _IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
@@ -232,14 +337,6 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
         and isinstance(b, Tensor)
         and (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
     )
-
-
-def _flat(prefix: str, values: Mapping[str, Tensor]) -> Env:
-    return {f"{prefix}/{name}": each for name, each in values.items()}
-
-
-def _dotted(name: str) -> str:
-    return f"{name}_dot"
 
 
 # Parameters' derivatives as sums of products ------------------------------------------------------

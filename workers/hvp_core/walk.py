@@ -1,37 +1,34 @@
-"""The walk over the blocks: loss, gradient and Hessian-vector products of a sharded model.
+"""The walk over the blocks: loss, gradient and curvature products of a sharded model.
 
 Layer-major: the weights of a block are gathered once per pass, every micro-batch of this rank is
-pushed through, and the weights are dropped again. A rank keeps its shards, the inputs of the
-blocks, and one block. Backwards, each block's part of the product is summed over the ranks and cut
-into shards as soon as it is known.
+pushed through, and the weights are dropped again. Backwards, each block's part of the product is
+summed over the ranks and cut into shards as soon as it is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from hvp_core.chain import Block, Chain, MicroBatch, rows, to_device
-from hvp_core.dual import (
-    Cotangents,
-    Function,
-    Params,
-    Rule,
-    backward_dual,
-    choose_rule,
-    forward_dual,
-    pull_back,
-)
+from hvp_core.block_dual import Mode, Way
+from hvp_core.chain import Body, Chain, MicroBatch, rows, to_device
+from hvp_core.closing import Closing, joined
 from hvp_core.errors import CurvatureError
-from hvp_core.precision import exact
+from hvp_core.policy import Policy
+from hvp_core.precision import compute_dtype, exact, matmuls
+from hvp_core.route import Bars, Eager, Route, Tape, Traced, Views, Weights
+from hvp_core.routes import Routes, function_of
+from hvp_core.schedule import Bytes, Choice, choose
+from hvp_core.shards import gathered, scattered
 from hvp_core.space import Space, partial_products
+from hvp_core.verify import Verifier
 
-Pair = tuple[Tensor | None, Tensor | None]  # (x̄, x̄̇)
+Kind = Literal["hessian", "ggn"]
+
+_USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
 
 
 @final
@@ -41,13 +38,15 @@ class Curvature:
     Args:
         chain: The model.
         space: Of its parameters.
-        parameters: θ, this rank's shard.
+        parameters: θ, this rank's shard. What is computed from it may be kept: put another tensor
+            here to move.
         batch: The whole batch, on every rank.
         micro_batch_size: Rows that go through a block at once. Rank r of N takes every N-th
             micro-batch. Results do not depend on it.
+        policy: How.
 
     Raises:
-        CurvatureError: NO_TARGETS, MICRO_BATCH_INVALID.
+        CurvatureError: NO_TARGETS, MICRO_BATCH_INVALID, PRECISION_UNSUPPORTED.
     """
 
     def __init__(
@@ -57,19 +56,20 @@ class Curvature:
         parameters: Tensor,
         batch: MicroBatch,
         micro_batch_size: int,
+        policy: Policy | None = None,
     ):
         if micro_batch_size < 1:
             raise CurvatureError(
                 "MICRO_BATCH_INVALID", f"micro_batch_size is {micro_batch_size}; give 1 or more"
             )
         self.chain = chain
-        #: How each kind of block is differentiated, as found at its first product.
-        self.rules: dict[Hashable, Rule] = {}
         self.space = space
-        self.parameters = parameters
+        self.policy = policy or Policy()
         self.num_targets = chain.loss.weight(batch.targets)
         if self.num_targets == 0:
             raise CurvatureError("NO_TARGETS", "no target of the batch counts")
+        self._dtype = compute_dtype(space.dtype, self.policy.precision)
+        self.parameters = parameters
         count = len(batch.targets)
         starts = range(0, count, micro_batch_size)
         rank, world_size = space.collective.rank, space.collective.world_size
@@ -80,8 +80,31 @@ class Curvature:
         # Constants are the model's own, in the model's own arithmetic.
         with space.collective.same_fate(_unsupported("the model's constants")):
             self._contexts = [chain.context(each) for each in self._batches]
+        self._routes = Routes(self.policy)
+        self._route_of: dict[tuple[int, int], Route] = {}
+        self._closing_of: dict[tuple[int, int], Closing] = {}
+        self._prepared: set[Mode] = set()
+        self._kept_mode: Mode | None = None
+        self._kept: dict[tuple[int, int], Tape] = {}
+        self._closing_bars: list[Bars] = []
+        self._choices: dict[tuple[Mode, bool], list[Choice]] = {}
 
-    # The three questions ------------------------------------------------------------------------
+    @property
+    def parameters(self) -> Tensor:
+        """θ, this rank's shard."""
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Tensor) -> None:
+        self._parameters = parameters
+        self._theta = parameters.to(self._dtype)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget what was kept for later products."""
+        self._kept_mode, self._kept, self._closing_bars = None, {}, []
+
+    # The questions ------------------------------------------------------------------------------
 
     def loss(self) -> float:
         """L(θ). Cost: 1 GEMM pass over the data.
@@ -91,12 +114,13 @@ class Curvature:
         """
         total = torch.zeros(1, dtype=torch.float64)
         last = len(self.chain.blocks) - 1
-        with exact(), torch.no_grad():
-            xs = self._inputs()[last]
-            with self._gathered(last, self.parameters) as (p,):
+        with matmuls(self.policy.precision):
+            self._prepare("loss")
+            xs = self._values(last)
+            with gathered(self.space, last, self.chain.blocks[last], [self._theta]) as (p,):
                 for batch, x in enumerate(xs):
-                    for piece, target in self._pieces(x, self._batches[batch].targets):
-                        y = self._call(last, batch)(p, piece)
+                    for piece, target in self._pieces(batch, x):
+                        y = function_of(self._body(last, batch, True))(p, piece)
                         total += self.chain.loss.value(y, target).cpu()
         value = float(self.space.collective.sum(total)) / self.num_targets
         if value - value != 0:  # NaN or infinite, on every rank alike
@@ -104,250 +128,259 @@ class Curvature:
         return value
 
     def gradient(self) -> Tensor:
-        """∇L(θ), this rank's shard. Cost: 4 GEMM passes.
+        """∇L(θ), this rank's shard. Cost: 3 GEMM passes.
 
         Raises:
             CurvatureError: NON_FINITE.
         """
-        result = self.space.zeros()
-        blocks = self.chain.blocks
-        with exact():
-            inputs = self._inputs()
-            x_bars: list[Tensor | None] = [None for _ in self._batches]
-            for index in reversed(range(len(blocks))):
-                last = index == len(blocks) - 1
-                xs = inputs.pop()
-                with (
-                    self._gathered(index, self.parameters) as (p,),
-                    self._scattered(index, [result]) as (collect,),
-                ):
-                    for batch, x in enumerate(xs):
-                        f = self._call(index, batch)
-                        if last:
-                            x_bars[batch] = self._pull_back_loss(f, p, x, batch, collect)
-                        else:
-                            found = pull_back(f, p, x, _constant(x_bars[batch]))
-                            collect(found.hvp)
-                            x_bars[batch] = found.x_bar
-        self._check_finite([result], "the gradient")
-        return result
+        return self._product("gradient", [])[0]
 
-    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """H v for each v, this rank's shards. Cost: 11 GEMM passes each; weights travel once.
+    def product(self, kind: Kind, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The curvature matrix times each vector.
 
         Args:
+            kind: `hessian` or `ggn`.
             vectors: Shards (shard_numel,).
+
+        Returns:
+            Shards of the products.
 
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
         """
-        results = [self.space.zeros() for _ in vectors]
-        probes = range(len(vectors))
-        last = len(self.chain.blocks) - 1
-        with exact():
-            if not self.rules:
-                self._choose_rules()
-            inputs = self._dual_inputs(vectors)
-            # (x̄, x̄̇) of each probe, for each micro-batch
-            bars: list[list[Pair]] = [[(None, None) for _ in probes] for _ in self._batches]
-            for index in reversed(range(last + 1)):
-                current = inputs.pop()
+        return self._product(kind, vectors)
+
+    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
+        return self._product("hessian", vectors)
+
+    def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """G v for each v, G = Jᵀ H_out J. Cost in GEMM passes: 6, 5 or 4 each by schedule."""
+        return self._product("ggn", vectors)
+
+    def notes(self) -> dict[str, str]:
+        """How the last product was computed, for whoever wants to reproduce or explain it."""
+        compiler = self._routes.compiler
+        found = {"precision": self.policy.precision, "compiled_parts": str(compiler.compiled)}
+        if compiler.seconds:
+            found["compile_seconds"] = f"{compiler.seconds:.1f}"
+        for (mode, several), choices in self._choices.items():
+            names = ["cached" if each.cached else each.way for each in choices]
+            counts = {name: names.count(name) for name in dict.fromkeys(names)}
+            key = f"schedule_{mode}{'_several' if several else ''}"
+            found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
+        for name, why in self._routes.fallbacks.items():
+            found[f"fallback_{name}"] = why
+        return found
+
+    # The walk -----------------------------------------------------------------------------------
+
+    def _product(self, mode: Mode, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient (no vectors), or a product with each vector."""
+        results = [self.space.zeros() for _ in vectors or [None]]
+        if self._kept_mode not in (None, mode) and mode != "gradient":
+            self._drop()
+        with matmuls(self.policy.precision):
+            self._prepare(mode)
+            choices = self._choose(mode, len(vectors))
+            tangents = [vector.to(self._dtype) for vector in vectors]
+            shards = [self._theta, *tangents]
+            current, tapes = self._forward(mode, choices, shards, results)
+            bars = current
+            for index in reversed(range(len(self.chain.blocks) - 1)):
+                block, choice = self.chain.blocks[index], choices[index]
                 with (
-                    self._gathered(index, self.parameters, *vectors) as (p, *vs),
-                    self._scattered(index, results) as collectors,
+                    gathered(self.space, index, block, shards) as (p, *vs),
+                    scattered(self.space, index, results) as sums,
                 ):
-                    for batch, (x, x_dots) in enumerate(current):
-                        for probe, (v, x_dot) in enumerate(zip(vs, x_dots, strict=True)):
-                            step = partial(self._pull, index, batch, p, v, collectors[probe])
-                            bars[batch][probe] = (
-                                self._pull_pieces(step, batch, x, x_dot)
-                                if index == last
-                                else step(x, x_dot, _constant_pair(*bars[batch][probe]))
-                            )
-        self._check_finite(results, "the product")
+                    weights = Weights(p, vs)
+                    for batch, bar in enumerate(bars):
+                        tape = tapes.pop((index, batch))
+                        route = self._route_of[index, batch]
+                        bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
+                        if choice.cached:
+                            tape.complete, tape.tangents = True, []
+                            self._kept[index, batch] = tape
+                            self._kept_mode = mode
+        self._check_finite(results, "the gradient" if mode == "gradient" else "the product")
         return results
 
-    def _dual_inputs(
-        self, vectors: Sequence[Tensor]
-    ) -> list[list[tuple[Tensor, list[Tensor | None]]]]:
-        """(x, [ẋ of each probe]) of every block for every micro-batch of this rank."""
-        inputs: list[list[tuple[Tensor, list[Tensor | None]]]] = [
-            [(self.chain.first_input(batch), [None for _ in vectors]) for batch in self._batches]
+    def _forward(
+        self,
+        mode: Mode,
+        choices: Sequence[Choice],
+        shards: Sequence[Tensor],
+        results: Sequence[Tensor],
+    ) -> tuple[list[Bars], dict[tuple[int, int], Tape]]:
+        """Up to the loss and back through the last block: cotangents of its input, and tapes."""
+        last = len(self.chain.blocks) - 1
+        xs = [self.chain.first_input(batch) for batch in self._batches]
+        dots: list[list[Tensor | None]] = [[None for _ in shards[1:]] for _ in xs]
+        tapes: dict[tuple[int, int], Tape] = {}
+        for index in range(last):
+            block, way = self.chain.blocks[index], choices[index].way
+            with gathered(self.space, index, block, shards) as (p, *vs):
+                weights = Weights(p, vs)
+                for batch, x in enumerate(xs):
+                    route = self._route(index, batch, p, x)
+                    xs[batch], dots[batch], tapes[index, batch] = route.forward(
+                        mode, way, weights, x, dots[batch], self._kept.get((index, batch))
+                    )
+        known = bool(self._closing_bars) and mode == "hessian"
+        bars = []
+        with (
+            gathered(self.space, last, self.chain.blocks[last], shards) as (p, *vs),
+            scattered(self.space, last, results) as sums,
+        ):
+            for batch, x in enumerate(xs):
+                found = self._close(mode, Weights(p, vs), batch, x, dots[batch], sums, not known)
+                bars.append(Bars(self._closing_bars[batch].primal, found.dots) if known else found)
+        if mode == "hessian" and any(each.cached for each in choices):
+            self._closing_bars = [Bars(each.primal, []) for each in bars]
+        return bars, tapes
+
+    def _close(
+        self,
+        mode: Mode,
+        weights: Weights,
+        batch: int,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Views],
+        wants_primal: bool,
+    ) -> Bars:
+        """The last block and the loss, piece by piece."""
+        pieces = list(self._pieces(batch, x))
+        tangents = [
+            [None for _ in pieces]
+            if dot is None
+            else [each for each, _ in self._pieces(batch, dot)]
+            for dot in x_dots
         ]
-        for index in range(len(self.chain.blocks) - 1):
-            with self._gathered(index, self.parameters, *vectors) as (p, *vs):
-                outputs = []
-                for batch, (x, x_dots) in enumerate(inputs[-1]):
-                    f = self._call(index, batch)
-                    pairs = [
-                        forward_dual(f, p, v, x, x_dot) for v, x_dot in zip(vs, x_dots, strict=True)
-                    ]
-                    y_dots: list[Tensor | None] = [y_dot for _, y_dot in pairs]
-                    outputs.append((pairs[0][0], y_dots))
-                inputs.append(outputs)
-        return inputs
+        found = []
+        for index, (piece, target) in enumerate(pieces):
+            closing = self._closing(batch, index, weights.p, piece, target)
+            dots = [each[index] for each in tangents]
+            found.append(closing.run(mode, weights, piece, dots, sums, wants_primal=wants_primal))
+        return joined(found)
 
-    @torch.no_grad()
-    def _inputs(self) -> list[list[Tensor]]:
-        """The input of every block for every micro-batch of this rank."""
-        inputs = [[self.chain.first_input(batch) for batch in self._batches]]
-        for index in range(len(self.chain.blocks) - 1):
-            with self._gathered(index, self.parameters) as (p,):
-                inputs.append(
-                    [self._call(index, batch)(p, x) for batch, x in enumerate(inputs[-1])]
-                )
-        return inputs
-
-    # One block ----------------------------------------------------------------------------------
-
-    def _call(self, index: int, batch: int) -> Function:
-        block: Block = self.chain.blocks[index]
-        return partial(_call_block, block, self._contexts[batch])
-
-    def _pieces(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What of the last block's input goes through it at once, with its targets."""
+        targets = self._batches[batch].targets
         pieces = self.chain.pieces(x)
         if not pieces:
             yield x, targets
         for piece in pieces:
-            yield x[:, piece], targets[:, piece]
+            yield x[:, piece].contiguous(), targets[:, piece].contiguous()
 
-    def _pull_back_loss(
-        self, f: Function, p: Params, x: Tensor, batch: int, collect: Collector
-    ) -> Tensor | None:
-        x_bars = []
-        for piece, target in self._pieces(x, self._batches[batch].targets):
+    def _values(self, stop: int) -> list[Tensor]:
+        """The input of block `stop` for every micro-batch of this rank."""
+        xs = [self.chain.first_input(batch) for batch in self._batches]
+        for index in range(stop):
+            with gathered(self.space, index, self.chain.blocks[index], [self._theta]) as (p,):
+                xs = [self._route(index, batch, p, x).value(p, x) for batch, x in enumerate(xs)]
+        return xs
 
-            def y_bar(y: Tensor, target: Tensor = target) -> Tensor:
-                return self.chain.loss.gradient(y, target) / self.num_targets
+    # Routes -------------------------------------------------------------------------------------
 
-            found = pull_back(f, p, piece, y_bar)
-            collect(found.hvp)
-            x_bars.append(found.x_bar)
-        return _joined(x_bars)
+    def _prepare(self, mode: Mode) -> None:
+        """Find the route of every block, and see that it is right, before the first walk.
 
-    def _pull_pieces(
-        self, step: Callable[..., Pair], batch: int, x: Tensor, x_dot: Tensor | None
-    ) -> Pair:
-        """The last block and the loss behind it, piece by piece."""
-        loss, targets = self.chain.loss, self._batches[batch].targets
-        pieces = list(self._pieces(x, targets))
-        dots = (
-            [None for _ in pieces]
-            if x_dot is None
-            else [dot for dot, _ in self._pieces(x_dot, targets)]
-        )
-        bars = []
-        for (piece, target), dot in zip(pieces, dots, strict=True):
-
-            def cotangents(
-                y: Tensor, y_dot: Tensor, target: Tensor = target
-            ) -> tuple[Tensor, Tensor]:
-                return (
-                    loss.gradient(y, target) / self.num_targets,
-                    loss.curve(y, y_dot, target) / self.num_targets,
-                )
-
-            bars.append(step(piece, dot, cotangents))
-        return _joined([x_bar for x_bar, _ in bars]), _joined([x_bar_dot for _, x_bar_dot in bars])
-
-    def _pull(
-        self,
-        index: int,
-        batch: int,
-        p: Params,
-        v: Params,
-        collect: Collector,
-        x: Tensor,
-        x_dot: Tensor | None,
-        cotangents: Cotangents,
-    ) -> Pair:
-        """The block's backward dual, by the rule that was found right for its kind."""
-        block, f = self.chain.blocks[index], self._call(index, batch)
-        found = backward_dual(self.rules[block.kind], f, p, v, x, x_dot, cotangents)
-        collect(found.hvp)
-        return found.x_bar, found.x_bar_dot
-
-    def _choose_rules(self) -> None:
-        """Find the rule of each kind of block, on a rank's first micro-batch; all ranks agree.
+        Only shapes are walked: no block is computed at full size.
 
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED, naming the block, on all ranks: also on
                 those that have no micro-batch and would never have met it.
         """
-        collective = self.space.collective
-        xs = [self.chain.first_input(batch) for batch in self._batches[:1]]
+        if mode in self._prepared:
+            return
+        with exact():
+            verifier = None if mode == "loss" else Verifier(self.chain, self._batches[:1], mode)
+        last = len(self.chain.blocks) - 1
+        xs = [self.chain.first_input(batch) for batch in self._batches]
         for index, block in enumerate(self.chain.blocks):
-            with self._gathered(index, self.parameters) as (p,):
-                with collective.same_fate(_unsupported(f"block {block.name}")):
-                    found = [] if block.kind in self.rules else self._rule(index, p, xs)
-                    with torch.no_grad():
-                        if block is not self.chain.blocks[-1]:
-                            xs = [self._call(index, 0)(p, x) for x in xs]
-                for rules in collective.gather_objects(found):
-                    self.rules.update((block.kind, rule) for rule in rules)
+            with gathered(self.space, index, block, [self._theta]) as (p,):
+                with self.space.collective.same_fate(_unsupported(f"block {block.name}")):
+                    if index < last:
+                        for batch, x in enumerate(xs):
+                            route = self._route(index, batch, p, x)
+                            xs[batch] = route.like(p, x)
+                    if verifier is not None:
+                        self._verify(verifier, index, p)
+        self._prepared.add(mode)
 
-    def _rule(self, index: int, p: Params, xs: Sequence[Tensor]) -> list[Rule]:
-        """The rule of a block; none where there is no input to try it on."""
-        block = self.chain.blocks[index]
-        if block is self.chain.blocks[-1]:
-            xs = [next(self._pieces(x, self._batches[0].targets))[0] for x in xs]
-        try:
-            return [choose_rule(self._call(index, 0), p, x) for x in xs]
-        except RuntimeError as error:
-            words = str(error)
-            if not isinstance(error, NotImplementedError) and "derivative" not in words:
-                raise
-            raise CurvatureError(
-                "DOUBLE_BACKWARD_UNSUPPORTED",
-                f"block {block.name} has an operation without a second derivative "
-                f"({words.splitlines()[0]}); replace it by a composition of differentiable ones",
-                {"block": block.name},
-            ) from error
+    def _verify(self, verifier: Verifier, index: int, p: Views) -> None:
+        route = self._route_of.get((index, 0))
+        found = verifier.check(index, p, route)
+        if route is None or found is route:
+            return
+        for batch in range(len(self._batches)):
+            body = self._body(index, batch, True)
+            self._route_of[index, batch] = Eager(function_of(body))
 
-    # Shards -------------------------------------------------------------------------------------
+    def _body(self, index: int, batch: int, dense: bool) -> Body:
+        """A block's body, its constants in the precision of the products."""
+        body = self.chain.blocks[index].body(self._contexts[batch], dense)
+        narrow = {
+            name: each.to(self._dtype) if each.dtype == self.space.dtype else each
+            for name, each in body.constants.items()
+        }
+        return body._replace(constants=narrow)
 
-    @contextmanager
-    def _gathered(self, index: int, *shards: Tensor) -> Iterator[list[dict[str, Tensor]]]:
-        """The block's parameters in each of these vectors, by name, for as long as needed."""
-        layout = self.space.layout
-        wanted = set(self.chain.blocks[index].parameters)
-        found: list[dict[str, Tensor]] = [{} for _ in shards]
-        for segment in (layout.segments[i] for i in layout.block_segments[index]):
-            place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
-            for shard, views in zip(shards, found, strict=True):
-                flat = self.space.collective.gather(shard[place])
-                views.update(
-                    (name, view) for name, view in segment.views(flat).items() if name in wanted
+    def _route(self, index: int, batch: int, p: Views, x: Tensor) -> Route:
+        if (index, batch) not in self._route_of:
+            block = self.chain.blocks[index]
+            with exact():
+                self._route_of[index, batch] = self._routes.of(
+                    block.name,
+                    block.parameters,
+                    lambda dense: self._body(index, batch, dense),
+                    p,
+                    x,
+                    index == 0,
                 )
-        yield found
-        for views in found:
-            views.clear()
+        return self._route_of[index, batch]
 
-    @contextmanager
-    def _scattered(self, index: int, results: Sequence[Tensor]) -> Iterator[list[Collector]]:
-        """Collect the block's part of each result; at the end add it up over the ranks."""
-        layout = self.space.layout
-        world_size = layout.world_size
-        segments = [layout.segments[i] for i in layout.block_segments[index]]
-        sums = [
-            [result.new_zeros(world_size * segment.chunk) for segment in segments]
-            for result in results
-        ]
-        yield [
-            Collector(
-                {
-                    name: view
-                    for segment, flat in zip(segments, flats, strict=True)
-                    for name, view in segment.views(flat).items()
-                }
-            )
-            for flats in sums
-        ]
-        for result, flats in zip(results, sums, strict=True):
-            for segment, flat in zip(segments, flats, strict=True):
-                place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
-                self.space.collective.scatter_sum(flat, result[place])
+    def _closing(self, batch: int, piece: int, p: Views, x: Tensor, target: Tensor) -> Closing:
+        if (batch, piece) not in self._closing_of:
+            last = len(self.chain.blocks) - 1
+            block = self.chain.blocks[last]
+            with exact():
+                self._closing_of[batch, piece] = self._routes.closing(
+                    block.name,
+                    block.parameters,
+                    self._body(last, batch, True),
+                    self.chain.loss,
+                    p,
+                    x,
+                    last == 0,
+                    target,
+                    1 / self.num_targets,
+                )
+        return self._closing_of[batch, piece]
+
+    def _choose(self, mode: Mode, num_probes: int) -> list[Choice]:
+        """The way of every block but the last."""
+        blocks = range(len(self.chain.blocks) - 1)
+        if mode == "gradient":
+            way: Way = "lean" if self.policy.schedule == "lean" else "fast"
+            return [Choice(way, False) for _ in blocks]
+        key = mode, num_probes > 1
+        if key not in self._choices:
+            sizes = []
+            for index in blocks:
+                each = [
+                    _sizes(self._route_of[index, batch], mode, num_probes)
+                    for batch in range(len(self._batches))
+                ]
+                sizes.append(
+                    Bytes(*[sum(column) for column in zip(Bytes(0, 0, 0, 0), *each, strict=True)])
+                )
+            budget = self.policy.budget_bytes
+            if budget is None:
+                budget = int(_USABLE * self.space.free_bytes())
+            self._choices[key] = choose(self.policy.schedule, sizes, budget, num_probes)
+        return self._choices[key]
 
     # Failure ------------------------------------------------------------------------------------
 
@@ -356,12 +389,17 @@ class Curvature:
         names = [block.name for block in self.chain.blocks]
         first = len(names)
         xs = [self.chain.first_input(batch) for batch in self._batches]
-        with exact(), torch.no_grad():
-            for index in range(len(names)):
-                with self._gathered(index, self.parameters) as (p,):
-                    xs = [self._call(index, batch)(p, x) for batch, x in enumerate(xs)]
-                if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
-                    first = index
+        for index, block in enumerate(self.chain.blocks):
+            with gathered(self.space, index, block, [self._theta]) as (p,):
+                if index < len(names) - 1:
+                    xs = [self._route(index, batch, p, x).value(p, x) for batch, x in enumerate(xs)]
+                else:
+                    xs = [
+                        function_of(self._body(index, batch, True))(p, x)
+                        for batch, x in enumerate(xs)
+                    ]
+            if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
+                first = index
         first = min(self.space.collective.gather_objects(first))
         name = names[first] if first < len(names) else "loss"
         return CurvatureError(
@@ -375,23 +413,25 @@ class Curvature:
         squares = torch.cat([partial_products(shard.unsqueeze(0), shard) for shard in shards])
         if bool(self.space.collective.sum(squares).isfinite().all()):
             return
+        self._drop()
         self.loss()  # says which block, if the loss itself is at fault
         raise CurvatureError(
             "NON_FINITE", f"{what} is not finite although the loss is; use float64"
         )
 
 
-@final
-class Collector:
-    """Adds the parts of micro-batches to a block's segments."""
-
-    def __init__(self, views: Mapping[str, Tensor]):
-        self._views = views
-
-    def __call__(self, parts: Mapping[str, Tensor]) -> None:
-        """Add tensors by parameter name."""
-        for name, part in parts.items():
-            self._views[name] += part
+def _sizes(route: Route, mode: Mode, num_probes: int) -> Bytes:
+    """What a route would keep of one micro-batch."""
+    if not isinstance(route, Traced):
+        return Bytes(0, 0, 0, 0)
+    dual = route.dual
+    shared, cached = dual.kept_bytes(mode, "shared"), dual.shared_bytes(mode)
+    return Bytes(
+        dual.kept_bytes(mode, "lean") * num_probes,
+        dual.kept_bytes(mode, "fast"),
+        shared * num_probes,
+        cached,
+    )
 
 
 def _unsupported(what: str) -> Callable[[Exception], CurvatureError]:
@@ -402,30 +442,3 @@ def _unsupported(what: str) -> Callable[[Exception], CurvatureError]:
         return CurvatureError("MODEL_UNSUPPORTED", f"{words}; this model cannot be walked")
 
     return explain
-
-
-def _call_block(block: Block, context: Any, p: Params, x: Tensor) -> Tensor:
-    return block.forward(p, x, context)
-
-
-def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda y: torch.zeros_like(y) if y_bar is None else y_bar
-
-
-def _constant_pair(
-    y_bar: Tensor | None, y_bar_dot: Tensor | None
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    def pair(y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            torch.zeros_like(y) if y_bar is None else y_bar,
-            torch.zeros_like(y) if y_bar_dot is None else y_bar_dot,
-        )
-
-    return pair
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    if any(part is None for part in parts):
-        return None
-    found = [part for part in parts if part is not None]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)

@@ -1,7 +1,7 @@
 """The seam: where a layer is cut so that its attention gets a rule of its own.
 
 Inside `cut(o)` the registered attention function notes its arguments and returns `o` in place of a
-result. The layer then is a function of its input and of `o`, whose outputs are the query, key and
+result (zeros for None). The layer then is a function of its input and of `o`, whose outputs are the query, key and
 value and the layer's output, whatever its architecture.
 """
 
@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from hvp_core.attention import math
-from hvp_core.attention.mask import Mask, make_mask
+from hvp_core.attention.mask import Mask, Shape, make_mask
 from hvp_core.attention.rule import Pattern, Qkv, Span
 from hvp_core.errors import CurvatureError
 
@@ -33,7 +33,7 @@ _UNSUPPORTED = ("s_aux", "sinks", "block_mask")
 class Seam:
     """What the attention of a layer was called with."""
 
-    o: Tensor  # (b, s, h, e), what it returned
+    o: Tensor | None  # (b, s, h, e), what it returns; None for zeros
     calls: list[Call] = field(default_factory=list)
 
 
@@ -48,12 +48,9 @@ class Call:
     causal: bool  # where there is no mask
     mask: Mask | Tensor | None
 
-    def shape(self) -> tuple[Pattern, Span | None] | None:
-        """As kernels want it; None for an irregular mask."""
-        if self.mask is None:
-            pattern = Pattern(scale=self.scale, causal=self.causal, softcap=self.softcap)
-            return pattern, None
-        shape = self.mask.shape if isinstance(self.mask, Mask) else None
+    def shape(self, mask: Mask | None) -> tuple[Pattern, Span | None] | None:
+        """As kernels want it, with this micro-batch's own mask; None if that is irregular."""
+        shape = Shape(self.causal, None, None) if mask is None else mask.shape
         if shape is None:
             return None
         pattern = Pattern(
@@ -66,7 +63,7 @@ _open: ContextVar[Seam | None] = ContextVar("seam", default=None)
 
 
 @contextmanager
-def cut(o: Tensor) -> Iterator[Seam]:
+def cut(o: Tensor | None) -> Iterator[Seam]:
     """Cut every attention that is called inside."""
     seam = Seam(o)
     token = _open.set(seam)
@@ -124,7 +121,10 @@ def attention(
     seam = _open.get()
     if seam is not None:
         seam.calls.append(call)
-        return seam.o, None
+        if seam.o is not None:
+            return seam.o, None
+        b, h, s, _ = query.shape
+        return value.new_zeros(b, s, h, value.shape[-1]), None
     mask = attention_mask.dense() if isinstance(attention_mask, Mask) else attention_mask
     return math.attention(call.qkv, mask, call.causal, call.scale, softcap), None
 

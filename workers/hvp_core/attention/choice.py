@@ -1,0 +1,36 @@
+"""Which kernels compute an attention."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from hvp_core.attention.flash import Flash
+from hvp_core.attention.rule import Attention, Pattern, Qkv, Span
+from hvp_core.attention.tiled import Tiled
+from hvp_core.policy import Precision
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def choose(x: Qkv, pattern: Pattern, span: Span | None, precision: Precision) -> Attention:
+    """Triton kernels where the device and the shape allow them, else plain torch in tiles.
+
+    Args:
+        x: Query, key and value; only their shapes, dtypes and devices matter.
+        pattern: Of the mask.
+        span: Of the mask.
+        precision: Of products of float32 operands.
+    """
+    if x.q.device.type != "cuda" or x.q.dtype == torch.float64:
+        return Tiled()
+    flash = Flash(input_precision="tf32" if precision == "tf32" else "ieee")
+    why = flash.supports(x, pattern, span)
+    if why is None:
+        return flash
+    if why not in _said:
+        _said.add(why)
+        logger.warning("attention %s: it is computed in tiles by torch, which is slower", why)
+    return Tiled()

@@ -1,0 +1,312 @@
+"""One block's products, by schedule: which stages run when, and what is kept between.
+
+A product takes a block through *legs*: forward and backward, each for the primal half, the tangent
+half, or both at once. Between the two parts of a leg the attention is called.
+
+    hessian   fast      forward both │ backward both
+              lean      forward both ┆ again both, backward both
+              shared    forward primal, tangent │ backward primal, tangent
+    ggn       fast      forward both │ backward primal, of the cotangent H_out J v
+    gradient  fast      forward primal │ backward primal
+
+What crosses │ is kept; what crosses ┆ is not, but for the block's input and its attention's
+output. In `shared`, primal legs run once for any number of tangents: of several probes, and, kept,
+of several products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+
+from hvp_core.attention.rule import Attention, Output, Pattern, Qkv, Span
+from hvp_core.parts import Group, Part, split
+from hvp_core.trace import Env, Stage, Trace
+
+Mode = Literal["loss", "gradient", "hessian", "ggn"]
+Way = Literal["fast", "lean", "shared"]
+Half = Literal["primal", "tangent"]
+
+_QKV = ("q", "k", "v")
+_OUTPUT = ("o", "lse")
+
+
+@final
+@dataclass(frozen=True)
+class LegSpec:
+    """A leg before it is traced out into parts."""
+
+    backward: bool
+    halves: tuple[Half, ...]
+    parameters: str = ""  # `p_bar`, `p_bar_dot`, or none
+    again: bool = False  # a backward leg that first does the forward leg's work again
+
+
+_BOTH: tuple[Half, ...] = ("primal", "tangent")
+
+
+def _legs(mode: Mode, way: Way) -> list[list[LegSpec]]:
+    """The legs of a product, in runs: nothing is kept from one run for the next."""
+    if mode == "loss":
+        return [[LegSpec(False, ("primal",))]]
+    if mode == "gradient":
+        forward = [LegSpec(False, ("primal",))]
+        backward = LegSpec(True, ("primal",), "p_bar", again=way == "lean")
+    elif way == "shared":
+        forward = [LegSpec(False, ("primal",)), LegSpec(False, ("tangent",))]
+        if mode == "hessian":
+            return [
+                [*forward, LegSpec(True, ("primal",)), LegSpec(True, ("tangent",), "p_bar_dot")]
+            ]
+        backward = LegSpec(True, ("primal",), "p_bar")
+    else:
+        forward = [LegSpec(False, _BOTH)]
+        halves, parameters = (_BOTH, "p_bar_dot") if mode == "hessian" else (("primal",), "p_bar")
+        backward = LegSpec(True, halves, parameters, again=way == "lean")
+    return [forward, [backward]] if way == "lean" else [[*forward, backward]]
+
+
+@final
+@dataclass(frozen=True)
+class AttentionCall:
+    """How a block's attention is computed."""
+
+    rule: Attention
+    pattern: Pattern
+    span: Span | None
+
+    def forward(self, env: Env, halves: tuple[Half, ...]) -> Env:
+        """O, L or their tangents from q, k, v."""
+        x = _qkv(env)
+        if halves == ("primal",):
+            return _output(self.rule.forward(x, self.pattern, self.span), "")
+        x_dot = _qkv(env, "_dot")
+        if halves == ("tangent",):
+            y = Output(env["o"].transpose(1, 2), env["lse"])
+            return _output(self.rule.tangent(x, x_dot, y, self.pattern, self.span), "_dot")
+        y, y_dot = self.rule.dual(x, x_dot, self.pattern, self.span)
+        return _output(y, "") | _output(y_dot, "_dot")
+
+    def backward(self, env: Env, halves: tuple[Half, ...]) -> Env:
+        """Cotangents of q, k, v or their tangents from that of O."""
+        x = _qkv(env)
+        y = Output(env["o"].transpose(1, 2), env["lse"])
+        o_bar = env["o_bar"].transpose(1, 2)
+        if halves == ("primal",):
+            return _bars(self.rule.backward(x, y, o_bar, self.pattern, self.span), "")
+        dots = (
+            _qkv(env, "_dot"),
+            y,
+            Output(env["o_dot"].transpose(1, 2), env["lse_dot"]),
+            o_bar,
+            env["o_bar_dot"].transpose(1, 2),
+            self.pattern,
+            self.span,
+        )
+        if halves == ("tangent",):
+            return _bars(self.rule.backward_tangent(x, *dots), "_dot")
+        bars, bars_dot = self.rule.backward_dual(x, *dots)
+        return _bars(bars, "") | _bars(bars_dot, "_dot")
+
+
+def _qkv(env: Env, suffix: str = "") -> Qkv:
+    return Qkv(*[env[name + suffix] for name in _QKV])
+
+
+def _output(y: Output, suffix: str) -> Env:
+    return {f"o{suffix}": y.o.transpose(1, 2), f"lse{suffix}": y.lse}
+
+
+def _bars(x: Qkv, suffix: str) -> Env:
+    return {f"{name}_bar{suffix}": each for name, each in zip(_QKV, x, strict=True)}
+
+
+@final
+@dataclass(frozen=True)
+class Leg:
+    """A leg, ready to run."""
+
+    spec: LegSpec
+    parts: tuple[Part, ...]
+    needs: frozenset[str]  # what it reads of earlier legs, parameters and constants aside
+
+    def run(
+        self,
+        env: Env,
+        attention: AttentionCall | None,
+        collect: Callable[[Part, Env], None] | None = None,
+    ) -> Env:
+        """Everything it computes, by name.
+
+        Args:
+            env: Everything it needs.
+            attention: What lies between its two parts, if it has two.
+            collect: Takes derivatives of parameters out of a part's results.
+        """
+        found: Env = {}
+        for index, part in enumerate(self.parts):
+            if index:
+                assert attention is not None
+                step = attention.backward if self.spec.backward else attention.forward
+                found |= step({**env, **found}, self.spec.halves)
+            results = part({**env, **found})
+            if part.terms:
+                assert collect is not None
+                collect(part, results)
+                operands = {
+                    name
+                    for terms in part.terms.values()
+                    for term in terms
+                    for name in term.operands
+                }
+                results = {name: each for name, each in results.items() if name not in operands}
+            found |= results
+        return found
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """The legs of one product through one block."""
+
+    legs: tuple[Leg, ...]
+
+    def leg(self, *, backward: bool, half: Half) -> Leg:
+        """The leg that does this half of this way."""
+        return next(
+            leg for leg in self.legs if leg.spec.backward == backward and half in leg.spec.halves
+        )
+
+    def kept(self, after: Leg) -> frozenset[str]:
+        """What later legs need of everything up to and including this one."""
+        later = self.legs[self.legs.index(after) + 1 :]
+        return frozenset().union(*[leg.needs for leg in later])
+
+
+@final
+class BlockDual:
+    """The derivatives of one kind of block at one shape.
+
+    Args:
+        trace: Of the block; one that takes `o` is cut at its attention.
+        text: Of the block's program.
+        prepare: Called once with each new part; may replace how it runs.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        text: str,
+        prepare: Callable[[Part], None] | None = None,
+    ):
+        self._trace = trace
+        self.text = text
+        self.is_cut = "o" in trace.arguments
+        self._prepare = prepare
+        self._plans: dict[tuple[Mode, Way], Plan] = {}
+
+    @property
+    def output(self) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of y."""
+        value = self._trace.outputs["y"].meta["val"]
+        return value.shape, value.dtype
+
+    def plan(self, mode: Mode, way: Way) -> Plan:
+        """The legs of one kind of product."""
+        if (mode, way) not in self._plans:
+            legs: list[Leg] = []
+            for run in _legs(mode, way):
+                groups = [self._groups(spec) for spec in run]
+                parts = split(self._trace, [each for pair in groups for each in pair])
+                for spec, pair in zip(run, groups, strict=True):
+                    mine, parts = tuple(parts[: len(pair)]), parts[len(pair) :]
+                    for part in mine:
+                        if self._prepare is not None:
+                            self._prepare(part)
+                    legs.append(Leg(spec, mine, self._needs(spec, mine)))
+            self._plans[mode, way] = Plan(tuple(legs))
+        return self._plans[mode, way]
+
+    def _groups(self, spec: LegSpec) -> list[Group]:
+        """The parts of a leg: before and behind the attention, or one."""
+        first, second = (2, 3) if spec.backward else (0, 1)
+        before = {0, 1, 2} if spec.again else {first}
+        last = ("x_bar",) if spec.backward else ("y",)
+        middle = ("o_bar",) if spec.backward else _QKV
+        if spec.again:
+            middle += _QKV
+        names = [name for name in self._trace.terms if name.partition("/")[0] == spec.parameters]
+        if not self.is_cut:
+            return [self._group(before | {second}, last, spec, names)]
+        early = [name for name in names if self._trace.time_of(name) < second]
+        late = [name for name in names if name not in early]
+        return [
+            self._group(before, middle, spec, early),
+            self._group({second}, last, spec, late),
+        ]
+
+    def _group(
+        self, times: set[int], outputs: Iterable[str], spec: LegSpec, parameters: Sequence[str]
+    ) -> Group:
+        dots = [half == "tangent" for half in spec.halves]
+        names = [f"{name}_dot" if dot else name for name in outputs for dot in dots]
+        # Constants have no tangent, yet a tangent leg may compute with what is made of them alone.
+        return Group(
+            frozenset(Stage(time, dot) for time in times for dot in dots),
+            (*[name for name in names if name in self._trace.outputs], *parameters),
+        )
+
+    def _needs(self, spec: LegSpec, parts: Sequence[Part]) -> frozenset[str]:
+        made: set[str] = set()
+        needs: set[str] = set()
+        for index, part in enumerate(parts):
+            if index:
+                needs |= self._attention_needs(spec) - made
+                made |= self._attention_makes(spec)
+            needs |= set(part.inputs) - made
+            made |= set(part.outputs)
+        return frozenset(name for name in needs if not name.startswith(("p/", "p_dot/", "c/")))
+
+    def _attention_needs(self, spec: LegSpec) -> set[str]:
+        names = {*_QKV}
+        if spec.backward:
+            names |= {*_OUTPUT, "o_bar"}
+        if "tangent" in spec.halves:
+            names |= {f"{name}_dot" for name in names}
+        if spec.halves == ("tangent",):
+            names |= {*_OUTPUT}
+        return names
+
+    def _attention_makes(self, spec: LegSpec) -> set[str]:
+        names = [f"{name}_bar" for name in _QKV] if spec.backward else list(_OUTPUT)
+        return {
+            f"{name}_dot" if half == "tangent" else name for half in spec.halves for name in names
+        }
+
+    def kept_bytes(self, mode: Mode, way: Way) -> int:
+        """Memory between the forward and the backward legs of one product."""
+        plan = self.plan(mode, way)
+        forward = [leg for leg in plan.legs if not leg.spec.backward]
+        return self._bytes(plan, plan.kept(forward[-1]))
+
+    def shared_bytes(self, mode: Mode) -> int:
+        """Memory that a shared plan keeps from one product to the next."""
+        plan = self.plan(mode, "shared")
+        names = frozenset[str]().union(*[leg.needs for leg in plan.legs])
+        return self._bytes(plan, frozenset(name for name in names if not self.is_tangent(name)))
+
+    def is_tangent(self, name: str) -> bool:
+        """Whether a value changes from product to product."""
+        if name.startswith("r/"):
+            return self._trace.is_dotted(name.removeprefix("r/"))
+        return name.partition("/")[0].endswith("_dot")
+
+    def _bytes(self, plan: Plan, names: frozenset[str]) -> int:
+        sizes = dict(self._trace.argument_bytes)
+        for leg in plan.legs:
+            for part in leg.parts:
+                sizes |= part.bytes_of
+        return sum(sizes.get(name, 0) for name in names)

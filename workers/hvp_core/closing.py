@@ -1,0 +1,230 @@
+"""The last block and the loss behind it, piece by piece: no tensor of all tokens × vocabulary."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.block_dual import Mode
+from hvp_core.dual import Backward, Function, Rule, backward_dual, forward_dual, pull_back
+from hvp_core.loss import Loss
+from hvp_core.parts import Group, Part, split
+from hvp_core.route import X_DATA, Bars, Sum, Views, Weights
+from hvp_core.trace import Env, Stage, Trace, is_parameters
+
+#: What a mode takes from the trace of a closing block.
+_SUFFIX: dict[Mode, str] = {"gradient": "bar", "hessian": "bar_dot", "ggn": "curve"}
+
+
+class Closing(ABC):
+    """Takes one piece of a micro-batch through the last block, the loss, and back.
+
+    Law: all closings give the same numbers, to rounding.
+    """
+
+    @abstractmethod
+    def run(
+        self,
+        mode: Mode,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Views],
+        *,
+        wants_primal: bool,
+    ) -> Bars:
+        """Cotangents of x; adds the parameters' derivatives to `sums`.
+
+        Args:
+            mode: The product.
+            weights: The block's.
+            x: Input of the piece.
+            x_dots: Its tangent in each probe.
+            sums: One for each probe.
+            wants_primal: A Hessian product needs x̄ of the gradient, and does not have it yet.
+        """
+
+
+@final
+class ClosingDual:
+    """The parts of a closing block at one shape.
+
+    Args:
+        trace: Of `trace_closing`.
+        prepare: Called once with each new part; may replace how it runs.
+    """
+
+    def __init__(self, trace: Trace, prepare: Callable[[Part], None] | None = None):
+        self._trace = trace
+        self._prepare = prepare
+        self._parts: dict[tuple[Mode, bool, bool], list[Part]] = {}
+
+    def parts(self, mode: Mode, shared: bool, wants_primal: bool) -> list[Part]:
+        """One part; or, `shared`, a primal one and one for each probe."""
+        key = mode, shared, wants_primal
+        if key not in self._parts:
+            primal = ("x_bar",) if wants_primal else ()
+            suffix = _SUFFIX[mode]
+            rest = [
+                name
+                for name in self._trace.outputs
+                if name == f"x_{suffix}" or name.partition("/")[0] == f"p_{suffix}"
+            ]
+            first, second = frozenset([Stage(0, False)]), frozenset([Stage(0, True)])
+            wanted = tuple(dict.fromkeys([*primal, *rest]))
+            groups = (
+                [Group(first, primal), Group(second, tuple(rest))]
+                if shared
+                else [Group(first | second, wanted)]
+            )
+            known = set(self._trace.outputs)
+            groups = [
+                Group(each.stages, tuple(name for name in each.outputs if name in known))
+                for each in groups
+            ]
+            self._parts[key] = split(self._trace, groups)
+            for part in self._parts[key]:
+                if self._prepare is not None:
+                    self._prepare(part)
+        return self._parts[key]
+
+
+@final
+class TracedClosing(Closing):
+    """By the trace of block and loss.
+
+    Args:
+        dual: Of both, at this shape.
+        names: Of the block's parameters, by place.
+        constants: Of this piece.
+    """
+
+    def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
+        self._dual, self._names, self._constants = dual, tuple(names), constants
+
+    def run(
+        self,
+        mode: Mode,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Views],
+        *,
+        wants_primal: bool,
+    ) -> Bars:
+        """The parts one after the other."""
+        wants_primal = wants_primal and mode == "hessian"
+        shared = len(x_dots) > 1
+        parts = self._dual.parts(mode, shared, wants_primal)
+        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        env |= self._constants
+        if X_DATA not in self._constants:
+            env["x"] = x
+        if mode == "gradient":
+            found = self._step(parts[0], env, sums[0])
+            return Bars(found.get("x_bar"), [])
+        x_bar = None
+        if shared:
+            kept = parts[0](env)
+            x_bar = kept.get("x_bar")
+            env |= kept
+        dots: list[Tensor | None] = []
+        for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
+            along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+            if x_dot is not None and "x" in env:
+                along["x_dot"] = x_dot
+            found = self._step(parts[-1], env | along, sum_)
+            x_bar = found.get("x_bar", x_bar)
+            dots.append(found.get(f"x_{_SUFFIX[mode]}"))
+        return Bars(x_bar, dots)
+
+    def _step(self, part: Part, env: Env, sum_: Views) -> Env:
+        found = part(env)
+        Sum(sum_, self._names)(part, found)
+        return {name: each for name, each in found.items() if not is_parameters(name)}
+
+
+@final
+class EagerClosing(Closing):
+    """By torch's own differentiation of the block.
+
+    Args:
+        f: The block.
+        loss: Behind it.
+        target: Of the piece.
+        scale: What the loss is multiplied by.
+        rule: Of the block's backward dual.
+    """
+
+    def __init__(
+        self,
+        f: Function,
+        loss: Loss,
+        target: Tensor,
+        scale: float,
+        rule: Rule = Rule.FORWARD_OVER_REVERSE,
+    ):
+        self._f, self._loss, self._target = f, loss, target
+        self._scale, self._rule = scale, rule
+
+    def run(
+        self,
+        mode: Mode,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Views],
+        *,
+        wants_primal: bool,
+    ) -> Bars:
+        """A backward dual for each probe, or a plain one."""
+        if mode == "gradient":
+            found = pull_back(self._f, weights.p, x, self._gradient)
+            _add(sums[0], found)
+            return Bars(found.x_bar, [])
+        x_bar, dots = None, []
+        for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
+            found = (
+                backward_dual(self._rule, self._f, weights.p, v, x, x_dot, self._pair)
+                if mode == "hessian"
+                else self._ggn(weights, v, x, x_dot)
+            )
+            _add(sum_, found)
+            x_bar = found.x_bar if mode == "hessian" else None
+            dots.append(found.x_bar_dot if mode == "hessian" else found.x_bar)
+        return Bars(x_bar, dots)
+
+    def _ggn(self, weights: Weights, v: Views, x: Tensor, x_dot: Tensor | None) -> Backward:
+        y_dot = forward_dual(self._f, weights.p, v, x, x_dot)[1]
+        return pull_back(self._f, weights.p, x, lambda y: self._curve(y, y_dot))
+
+    def _gradient(self, y: Tensor) -> Tensor:
+        return self._loss.gradient(y, self._target) * self._scale
+
+    def _curve(self, y: Tensor, y_dot: Tensor) -> Tensor:
+        return self._loss.curve(y, y_dot, self._target) * self._scale
+
+    def _pair(self, y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
+        return self._gradient(y), self._curve(y, y_dot)
+
+
+def _add(views: Views, found: Backward) -> None:
+    for name, each in found.hvp.items():
+        views[name] += each
+
+
+def joined(bars: Sequence[Bars]) -> Bars:
+    """Cotangents of pieces, one behind the other."""
+    dots = [_cat([each.dots[probe] for each in bars]) for probe in range(len(bars[0].dots))]
+    return Bars(_cat([each.primal for each in bars]), dots)
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    return found[0] if len(found) == 1 else torch.cat(found, 1)

@@ -1,0 +1,314 @@
+"""How one block is taken through a product: by its trace, or, where it has none, by torch itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.block_dual import AttentionCall, BlockDual, Mode, Way
+from hvp_core.dual import Backward, Function, Params, Rule, backward_dual, forward_dual, pull_back
+from hvp_core.parts import Part
+from hvp_core.trace import Env
+
+X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
+Views = Mapping[str, Tensor]  # where the derivatives of the block's parameters are added up
+
+
+@final
+@dataclass
+class Tape:
+    """What one block keeps of one micro-batch on the way forward.
+
+    Attributes:
+        primal: What does not depend on a tangent.
+        tangents: For each probe, the rest.
+        complete: `primal` holds what every leg needs: the primal ones need not run again.
+    """
+
+    primal: Env = field(default_factory=dict)
+    tangents: list[Env] = field(default_factory=list)
+    complete: bool = False
+
+
+@final
+@dataclass
+class Bars:
+    """Cotangents of one micro-batch between two blocks.
+
+    Attributes:
+        primal: ȳ of the gradient; None where it is kept on a tape, or not needed.
+        dots: For each probe ȳ̇, or the Gauss–Newton product's own cotangent.
+    """
+
+    primal: Tensor | None
+    dots: list[Tensor | None]
+
+
+@final
+@dataclass(frozen=True)
+class Weights:
+    """A block's parameters, and their tangents in each probe."""
+
+    p: Params
+    v: Sequence[Params]
+
+
+class Route(ABC):
+    """Takes one block, with the constants of one micro-batch, forward and backward.
+
+    Law: all routes give the same numbers, to rounding.
+    """
+
+    @abstractmethod
+    def value(self, p: Params, x: Tensor) -> Tensor:
+        """Y = f(p, x)."""
+
+    @abstractmethod
+    def like(self, p: Params, x: Tensor) -> Tensor:
+        """A tensor shaped as y."""
+
+    @abstractmethod
+    def forward(
+        self,
+        mode: Mode,
+        way: Way,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        kept: Tape | None,
+    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        """(y, ẏ of each probe, tape); `kept` is the tape of an earlier product at the same θ."""
+
+    @abstractmethod
+    def backward(
+        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Views]
+    ) -> Bars:
+        """Cotangents of x; adds the parameters' derivatives to `sums`, one for each probe."""
+
+
+@final
+class Traced(Route):
+    """By its trace.
+
+    Args:
+        dual: Of the block at this shape; its parameters are named by their place.
+        names: Of the block's parameters, in the order of those places.
+        constants: Of this micro-batch, by name; with the input itself, if that is data.
+        attention: Of this micro-batch, if the block is cut.
+    """
+
+    def __init__(
+        self,
+        dual: BlockDual,
+        names: Sequence[str],
+        constants: Env,
+        attention: AttentionCall | None,
+    ):
+        self.dual, self._names = dual, tuple(names)
+        self._constants, self._attention = constants, attention
+
+    def _env(self, weights: Weights, probe: int | None = None) -> Env:
+        """Parameters, their tangents in a probe, and constants."""
+        found = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        if probe is not None:
+            v = weights.v[probe]
+            found |= {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+        return found | self._constants
+
+    def value(self, p: Params, x: Tensor) -> Tensor:
+        """By the leg of the loss."""
+        leg = self.dual.plan("loss", "fast").legs[0]
+        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
+
+    def like(self, p: Params, x: Tensor) -> Tensor:
+        """Of no particular value."""
+        shape, dtype = self.dual.output
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    def _input(self, x: Tensor, x_dot: Tensor | None = None) -> Env:
+        if X_DATA in self._constants:
+            return {}
+        return {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+
+    def forward(
+        self,
+        mode: Mode,
+        way: Way,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        kept: Tape | None,
+    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        """Its forward legs."""
+        plan = self.dual.plan(mode, way)
+        legs = [leg for leg in plan.legs if not leg.spec.backward]
+        tape = kept or Tape()
+        if "primal" in legs[0].spec.halves and legs[0].spec.halves != ("primal",):
+            names = plan.kept(legs[0])
+            y_dots: list[Tensor | None] = []
+            for probe, x_dot in enumerate(x_dots):
+                env = self._env(weights, probe) | self._input(x, x_dot)
+                found = legs[0].run(env, self._attention)
+                y, y_dot = found["y"], found["y_dot"]
+                y_dots.append(y_dot.contiguous())
+                tape.tangents.append(_only(names, env | found))
+            return y.contiguous(), y_dots, tape
+        if not tape.complete:
+            env = self._env(weights) | self._input(x)
+            found = legs[0].run(env, self._attention)
+            tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
+        y_dots = []
+        tape.tangents = []
+        for probe, x_dot in enumerate(x_dots):
+            env = self._env(weights, probe) | tape.primal | self._input(x, x_dot)
+            found = legs[1].run(env, self._attention)
+            y_dots.append(found["y_dot"].contiguous())
+            tape.tangents.append(
+                {
+                    name: each
+                    for name, each in _only(plan.kept(legs[1]), env | found).items()
+                    if name not in tape.primal
+                }
+            )
+        return tape.primal["y"], y_dots, tape
+
+    def backward(
+        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Views]
+    ) -> Bars:
+        """Its backward legs."""
+        plan = self.dual.plan(mode, way)
+        legs = [leg for leg in plan.legs if leg.spec.backward]
+        if mode == "gradient":
+            env = self._env(weights) | tape.primal | _bar(bars.primal)
+            found = legs[0].run(env, self._attention, Sum(sums[0], self._names))
+            return Bars(found.get("x_bar"), [])
+        x_bar = tape.primal.get("x_bar")
+        if len(legs) == 2 and not tape.complete:
+            env = self._env(weights) | tape.primal | _bar(bars.primal)
+            found = legs[0].run(env, self._attention)
+            tape.primal |= _only(plan.kept(legs[0]), env | found)
+            if "x_bar" in found:
+                x_bar = tape.primal["x_bar"] = found["x_bar"]
+        dots: list[Tensor | None] = []
+        for probe, (y_bar_dot, sum_) in enumerate(zip(bars.dots, sums, strict=True)):
+            env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
+            env |= _bar(y_bar_dot) if mode == "ggn" else _bar(bars.primal, y_bar_dot)
+            tape.tangents[probe] = {}
+            found = legs[-1].run(env, self._attention, Sum(sum_, self._names))
+            if mode == "ggn":
+                dots.append(found.get("x_bar"))
+            else:
+                dots.append(found.get("x_bar_dot"))
+                x_bar = found.get("x_bar", x_bar)
+        return Bars(x_bar, dots)
+
+
+@final
+class Sum:
+    """Adds a part's derivatives of parameters up.
+
+    Args:
+        views: Where, by name.
+        names: Of the parameters, by place.
+    """
+
+    def __init__(self, views: Views, names: Sequence[str]):
+        self._views, self._names = views, names
+
+    def __call__(self, part: Part, results: Env) -> None:
+        """Add every term where it belongs."""
+        for name, terms in part.terms.items():
+            total = self._views[self._names[int(name.partition("/")[2])]]
+            for term in terms:
+                term.add_to(total, results)
+
+
+def _only(names: frozenset[str], env: Env) -> Env:
+    return {name: env[name] for name in names if name in env}
+
+
+def _bar(y_bar: Tensor | None, y_bar_dot: Tensor | None = None) -> Env:
+    found = {"y_bar": y_bar, "y_bar_dot": y_bar_dot}
+    return {name: each.contiguous() for name, each in found.items() if each is not None}
+
+
+@final
+class Eager(Route):
+    """By torch's own differentiation of the block: always lean.
+
+    Args:
+        f: The block.
+        rule: Of its backward dual.
+    """
+
+    def __init__(self, f: Function, rule: Rule = Rule.FORWARD_OVER_REVERSE):
+        self._f, self.rule = f, rule
+
+    @torch.no_grad()
+    def value(self, p: Params, x: Tensor) -> Tensor:
+        """The block itself."""
+        return self._f(p, x)
+
+    def like(self, p: Params, x: Tensor) -> Tensor:
+        """The value itself."""
+        return self.value(p, x)
+
+    def forward(
+        self,
+        mode: Mode,
+        way: Way,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        kept: Tape | None,
+    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        """The forward dual of each probe."""
+        tape = Tape({"x": x})
+        if mode == "gradient":
+            return self.value(weights.p, x), [], tape
+        y_dots: list[Tensor | None] = []
+        for v, x_dot in zip(weights.v, x_dots, strict=True):
+            y, y_dot = forward_dual(self._f, weights.p, v, x, x_dot)
+            y_dots.append(y_dot)
+            tape.tangents.append({} if x_dot is None else {"x_dot": x_dot})
+        return y, y_dots, tape
+
+    def backward(
+        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Views]
+    ) -> Bars:
+        """The backward dual of each probe, or a plain one."""
+        x = tape.primal["x"]
+        if mode == "hessian":
+            dots = []
+            for v, tangent, y_bar_dot, sum_ in zip(
+                weights.v, tape.tangents, bars.dots, sums, strict=True
+            ):
+                pair = (_given(bars.primal), _given(y_bar_dot))
+                found = backward_dual(
+                    self.rule, self._f, weights.p, v, x, tangent.get("x_dot"), lambda y, _: pair
+                )
+                _add(sum_, found)
+                dots.append(found.x_bar_dot)
+            return Bars(found.x_bar, dots)
+        outgoing = [bars.primal] if mode == "gradient" else bars.dots
+        cotangents = []
+        for y_bar, sum_ in zip(outgoing, sums, strict=True):
+            found = pull_back(self._f, weights.p, x, lambda y: _given(y_bar))
+            _add(sum_, found)
+            cotangents.append(found.x_bar)
+        return Bars(cotangents[0], []) if mode == "gradient" else Bars(None, cotangents)
+
+
+def _given(bar: Tensor | None) -> Tensor:
+    assert bar is not None
+    return bar
+
+
+def _add(views: Views, found: Backward) -> None:
+    for name, each in found.hvp.items():
+        views[name] += each

@@ -1,0 +1,154 @@
+"""Is a block's trace the block? Compared with torch's own differentiation, once for each program.
+
+On one row and a few positions of the batch, in float64, along random directions: the trace, cut at
+its attention, against forward over reverse of the whole block with plain attention. The two share
+no formula but torch's first derivatives.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.block_dual import Mode
+from hvp_core.chain import Block, Body, Chain, MicroBatch
+from hvp_core.dual import choose_rule
+from hvp_core.errors import CurvatureError
+from hvp_core.policy import Policy
+from hvp_core.precision import exact
+from hvp_core.route import Bars, Eager, Route, Traced, Weights
+from hvp_core.routes import Routes, function_of
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-8
+_verified: set[tuple[str, str]] = set()  # programs and modes, in this process
+
+
+@final
+class Verifier:
+    """Walks a small piece of the batch along with the preparation of an operator.
+
+    Args:
+        chain: The model.
+        batches: This rank's first micro-batch, or none.
+        mode: What is going to be computed.
+    """
+
+    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], mode: Mode):
+        self._chain = chain
+        self._mode = mode
+        self._routes = Routes(Policy())
+        small = [chain.few(batch) for batch in batches]
+        self._contexts = [chain.context(batch) for batch in small]
+        self._xs = [_wide(chain.first_input(batch)) for batch in small]
+
+    def check(self, index: int, p: Mapping[str, Tensor], route: Route | None) -> Route | None:
+        """The route of a block if it is right, else a slower one that is.
+
+        Args:
+            index: Of the block.
+            p: Its parameters.
+            route: What it has now; None for the last block.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
+        """
+        block = self._chain.blocks[index]
+        p = {name: _wide(each) for name, each in p.items()}
+        for context, x in zip(self._contexts, self._xs, strict=True):
+            body = _wide_body(block, context, dense=True)
+            f = function_of(body)
+            if isinstance(route, Traced):
+                key = (route.dual.text, self._mode)
+                if key in _verified or self._agrees(block, context, f, p, x, index == 0):
+                    _verified.add(key)
+                else:
+                    logger.warning(
+                        "block %s: its trace differs from the block itself; it is differentiated "
+                        "line by line, which is slower",
+                        block.name,
+                    )
+                    route = None
+            if not isinstance(route, Traced) and self._mode == "hessian":
+                with exact():
+                    rule = _rule(block, f, p, x)
+                if isinstance(route, Eager):
+                    route.rule = rule
+            with exact(), torch.no_grad():
+                self._xs = [f(p, x)]
+        return route
+
+    def _agrees(
+        self, block: Block, context: Any, f: Any, p: Mapping[str, Tensor], x: Tensor, is_data: bool
+    ) -> bool:
+        with exact():
+            traced = self._routes.of(
+                block.name,
+                block.parameters,
+                lambda dense: _wide_body(block, context, dense),
+                p,
+                x,
+                is_data,
+            )
+        weights = Weights(p, [{name: _noise(each) for name, each in p.items()}])
+        x_dot = None if is_data else _noise(x)
+        y = traced.value(p, x)
+        bars = Bars(_noise(y), [_noise(y)])
+        if self._mode == "gradient":
+            weights, bars = Weights(p, []), Bars(bars.primal, [])
+        results = []
+        for route in (traced, Eager(f)):
+            sums = {name: torch.zeros_like(each) for name, each in p.items()}
+            dots = [x_dot] * len(weights.v)
+            y, y_dots, tape = route.forward(self._mode, "fast", weights, x, dots, None)
+            found = route.backward(self._mode, "fast", weights, tape, bars, [sums])
+            # A gradient that only the other route needs says nothing.
+            primal = found.primal if self._mode == "gradient" and not is_data else None
+            results.append([y, *y_dots, *([] if is_data else found.dots), primal, *sums.values()])
+        return all(_close(a, b) for a, b in zip(*results, strict=True))
+
+
+def _close(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    distance = float(torch.linalg.vector_norm(found - expected))
+    size = float(torch.linalg.vector_norm(expected))
+    # Values that are not finite are the data's fault; the walk says which block.
+    return not math.isfinite(distance) or distance <= _TOLERANCE * max(size, 1e-3)
+
+
+def _rule(block: Block, f: Any, p: Mapping[str, Tensor], x: Tensor) -> Any:
+    try:
+        return choose_rule(f, p, x)
+    except RuntimeError as error:
+        words = str(error)
+        if not isinstance(error, NotImplementedError) and "derivative" not in words:
+            raise
+        raise CurvatureError(
+            "DOUBLE_BACKWARD_UNSUPPORTED",
+            f"block {block.name} has an operation without a second derivative "
+            f"({words.splitlines()[0]}); replace it by a composition of differentiable ones",
+            {"block": block.name},
+        ) from error
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _wide_body(block: Block, context: Any, dense: bool) -> Body:
+    body = block.body(context, dense)
+    return body._replace(constants={name: _wide(each) for name, each in body.constants.items()})
+
+
+def _noise(like: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(like.numel())
+    return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
+        generator=generator
+    )
