@@ -95,12 +95,18 @@ class CudaMeter(Meter):
         return Sample(seconds=seconds, start_bytes=start, peak_bytes=max(peak, start))
 
 
+def _segments_of_graphs() -> list[dict[str, Any]]:
+    snapshot = torch.cuda.memory_snapshot()
+    return [each for each in snapshot if tuple(each.get("segment_pool_id", (0, 0))) != (0, 0)]
+
+
 def _idle_in_pools() -> int:
-    return sum(
-        segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
-    )
+    return sum(each["total_size"] - each["allocated_size"] for each in _segments_of_graphs())
+
+
+def graph_pools() -> int:
+    """How many CUDA graphs hold memory in this process, or groups of them that share a pool."""
+    return len({tuple(each["segment_pool_id"]) for each in _segments_of_graphs()})
 
 
 def meter_for(device: torch.device) -> Meter:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from hvp_core.checkpoint import build_empty
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.contest import Contestant, Entry
 from benchmarks.counts import Product
+from benchmarks.meter import graph_pools
 from benchmarks.peers import installed_version
 from benchmarks.problem import Problem
 from benchmarks.shapes import Precision
@@ -96,29 +97,33 @@ def _open(variant: Variant, problem: Problem) -> Entry:
         ),
     )
 
-    def notes() -> dict[str, str]:
-        return dict(curvature.notes())
-
     own_weights = curvature.parameters.nbytes
     if variant.product == "gradient":
         return Entry(
             run=curvature.gradient,
             product=lambda _: curvature.gradient(),
             own_weights=own_weights,
-            notes=notes,
+            notes=curvature.notes,
         )
-    multiply: Callable[[list[Tensor]], list[Tensor]]
     multiply = curvature.hvp if variant.product == "hvp" else curvature.ggn
     vectors = [problem.probe(index, torch.float32) for index in range(variant.probes)]
+    if variant.graphs:
+        pools = graph_pools()
+        multiply(vectors)
+        multiply(vectors)
+        if graph_pools() == pools:
+            raise RuntimeError("a CUDA graph was asked for and none was captured")
     return Entry(
         run=lambda: multiply(vectors),
         product=lambda index: multiply([problem.probe(index, torch.float32)])[0],
         own_weights=own_weights,
-        notes=notes,
+        notes=curvature.notes,
     )
 
 
-def _curvature(problem: Problem, dtype: torch.dtype, **options: Any) -> Any:
+def _curvature(
+    problem: Problem, dtype: torch.dtype, *, policy: Policy, micro_batch_size: int | None = None
+) -> Curvature:
     """The product engine of one rank, as a worker builds it, on the problem's own weights.
 
     Alone, a rank's shard is the flat vector itself.
@@ -136,8 +141,8 @@ def _curvature(problem: Problem, dtype: torch.dtype, **options: Any) -> Any:
         space = Space(layout, Alone(), dtype, problem.device)
         problem.memo[key] = chain, space, problem.theta(dtype)
     chain, space, theta = problem.memo[key]
-    rows = options.pop("micro_batch_size", problem.shape.rows)
-    return Curvature(chain, space, theta, token_batch(problem.ids.cpu()), rows, **options)
+    rows = micro_batch_size or problem.shape.rows
+    return Curvature(chain, space, theta, token_batch(problem.ids.cpu()), rows, policy=policy)
 
 
 # What is exact -----------------------------------------------------------------------------------
@@ -171,7 +176,8 @@ def references(problem: Problem, say: Callable[[str], None]) -> tuple[dict[Produ
 
 
 def _exact(problem: Problem, dtype: torch.dtype) -> dict[Product, Tensor]:
-    curvature = _curvature(problem, dtype, micro_batch_size=1)
+    policy = Policy(schedule="lean")
+    curvature = _curvature(problem, dtype, micro_batch_size=1, policy=policy)
     v = problem.probe(0, dtype)
     kept = torch.float64 if problem.numel <= _KEPT_IN_FLOAT64 else torch.float32
 
@@ -180,6 +186,5 @@ def _exact(problem: Problem, dtype: torch.dtype) -> dict[Product, Tensor]:
 
     found: dict[Product, Tensor] = {"gradient": keep(curvature.gradient())}
     found["hvp"] = keep(curvature.hvp([v])[0])
-    if hasattr(curvature, "ggn"):
-        found["ggn"] = keep(curvature.ggn([v])[0])
+    found["ggn"] = keep(curvature.ggn([v])[0])
     return found

@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from benchmarks.counts import Product, flops
 from benchmarks.shapes import Precision, Shape
@@ -39,6 +40,7 @@ class Problem:
         self.precision = precision
         self.compiled = compiled
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        logging.disable_progress_bar()
         checkpoint = shape.checkpoint_dir()
         self.weights_from = "checkpoint" if checkpoint else "seed 0"
         self.model = self._load(checkpoint)

@@ -32,8 +32,12 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 def test_a_run_leaves_a_result_with_every_quantity_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*TINY, "--output", str(tmp_path), "--only", "reverse-*"]) == 0
+    ours = ["gradient-ours", "hvp-fast"]
+    assert main([*TINY, "--output", str(tmp_path), "--only", "reverse-*", *ours]) == 0
     rows = rows_of(tmp_path)
+    for key in ours:
+        assert rows[key]["status"] == "measured", rows[key]["reason"]
+        assert rows[key]["error"] < 1e-5
     product, gradient = rows["reverse-over-reverse"], rows["gradient-eager"]
     assert product["status"] == gradient["status"] == "measured"
     assert len(product["seconds"]) == 2
