@@ -1,0 +1,180 @@
+"""Triton kernels of attention against forward over reverse in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from hvp_core.attention.flash import Flash
+from hvp_core.attention.flash_tiles import Card, Pass, Tile, plans
+from hvp_core.attention.rule import Pattern, Qkv
+
+from tests.core.flash_cases import NAMES, Case, errors, errors_of_plan, supported
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+
+CASES: dict[str, Case] = {
+    "causal": Case(heads=1, key_heads=1, s=40, t=40),
+    "full": Case(heads=1, key_heads=1, causal=False, s=35, t=45),
+    "one query": Case(heads=1, key_heads=1, s=1, t=33),
+    "more queries than keys": Case(heads=1, key_heads=1, s=40, t=20),
+    "grouped": Case(heads=4, key_heads=2, s=20, t=20),
+    "grouped, one key head": Case(heads=3, key_heads=1, s=20, t=35),
+    "window": Case(heads=1, key_heads=1, s=70, t=80, window=9),
+    "window, not causal": Case(heads=1, key_heads=1, s=40, t=40, window=5, causal=False),
+    "capped": Case(heads=1, key_heads=1, softcap=1.5),
+    "padded right": Case(b=2, heads=1, key_heads=1, s=40, t=40, spans=((0, 40), (0, 13))),
+    "padded left": Case(b=2, heads=1, key_heads=1, s=40, t=40, spans=((17, 40), (3, 40))),
+    "rows without a key": Case(b=2, heads=1, key_heads=1, spans=((20, 20), (7, 12))),
+    "head dimension 20, values 40": Case(heads=1, key_heads=1, d=20, e=40),
+    "head dimension 80, values 72": Case(heads=1, key_heads=1, d=80, e=72),
+    "head dimension 256": Case(heads=1, key_heads=1, d=256, e=256, s=17, t=17),
+    "head dimension 5": Case(heads=1, key_heads=1, d=5, e=3),
+    "heads outside": Case(b=2, heads=2, key_heads=1, contiguous=True),
+    "keys with a bias": Case(heads=1, key_heads=1, common=2.0, s=40, t=40),
+    "everything": Case(
+        b=2, heads=2, key_heads=1, s=35, t=40, d=24, e=16, window=15, softcap=2.0,
+        spans=((3, 40), (0, 33)),
+    ),
+}  # fmt: skip
+
+#: Launches that the committed table would not choose in the interpreter.
+PLANS: dict[str, tuple[Pass, ...]] = {
+    "values, then keys": (
+        Pass(Tile(16, 32, 4, 1), "dual", keys=False),
+        Pass(Tile(32, 16, 4, 1), "dual", values=False),
+    ),
+    "primal, then tangent": (
+        Pass(Tile(32, 32, 4, 1), "primal"),
+        Pass(Tile(16, 16, 4, 1), "tangent"),
+    ),
+    "descriptors": (Pass(Tile(16, 32, 4, 1, descriptors=True), "dual"),),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[ProcessPoolExecutor]:
+    """A process in which kernels are interpreted: that is decided when triton is imported."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:
+        pool.submit(int).result()  # starts the process
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+        yield pool
+
+
+def check(found: Mapping[str, float], bound: float) -> None:
+    wrong = {name: f"{error:.1e}" for name, error in found.items() if not error < bound}
+    assert not wrong
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_is_forward_over_reverse(name: str, interpreted: ProcessPoolExecutor) -> None:
+    """The fused methods and the separate ones, which are therefore equal."""
+    found = interpreted.submit(errors, CASES[name]).result()
+    check(found, 3e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", PLANS)
+def test_results_do_not_depend_on_how_work_is_split(
+    name: str, interpreted: ProcessPoolExecutor
+) -> None:
+    case = Case(s=20, t=35, key_heads=1, window=15, softcap=2.0, contiguous=True)
+    check(interpreted.submit(errors_of_plan, case, PLANS[name]).result(), 3e-6)
+
+
+@needs_triton
+def test_a_group_split_among_programs_is_summed(interpreted: ProcessPoolExecutor) -> None:
+    case = Case(heads=4, key_heads=1)
+    plan = (Pass(Tile(32, 32, 4, 1), "dual"),)
+    check(interpreted.submit(errors_of_plan, case, plan, processors=100).result(), 3e-6)
+    check(interpreted.submit(errors_of_plan, case, plan, processors=1).result(), 3e-6)
+
+
+@needs_triton
+def test_what_is_not_supported_is_said(interpreted: ProcessPoolExecutor) -> None:
+    answers = interpreted.submit(supported).result()
+    assert answers == {
+        "float64": "in float64 has no kernels",
+        "mixed": "of queries, keys and values of different types has no kernels",
+        "wide": "with a head dimension of 320 has no kernels: at most 256",
+        "no scale": "with a scale or a cap that is not positive has no kernels",
+        "no cap": "with a scale or a cap that is not positive has no kernels",
+        "fine": None,
+    }
+
+
+@needs_triton
+def test_without_the_interpreter_a_cpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = Qkv(*(torch.zeros(1, 1, 2, 16) for _ in range(3)))
+    pattern = Pattern(scale=1.0, causal=True)
+    assert Flash().supports(x, pattern, None) == "on cpu has no kernels"
+
+
+def test_a_tile_that_does_not_fit_has_a_smaller_one_until_nothing_is_left() -> None:
+    tile: Tile | None = Tile(128, 64, 8, 3, descriptors=True)
+    sizes = []
+    while tile is not None:
+        sizes.append(tile.queries * tile.keys * tile.stages)
+        tile = tile.smaller()
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 16 * 16
+
+
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_plan_computes_everything_once(width: int, hopper: bool, wide: bool) -> None:
+    card = Card(hopper=hopper, processors=100)
+    for mode, wanted in (("primal", {""}), ("tangent", {"_dot"}), ("dual", {"", "_dot"})):
+        for plan in plans("keys", mode, width, card, wide=wide, exact=wide):  # type: ignore[arg-type]
+            made = [name for one in plan for name in one.outputs("dk", "dv")]
+            assert sorted(made) == sorted(k + s for k in ("dk", "dv") for s in wanted)
+
+
+BOUNDS: list[tuple[torch.dtype, str, Callable[[Case], float]]] = [
+    (torch.bfloat16, "ieee", lambda case: 2e-2),
+    (torch.float16, "ieee", lambda case: 3e-3),
+    (torch.float32, "ieee", lambda case: 1e-5),
+    (torch.float32, "tf32", lambda case: 5e-3),
+]
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "precision", "bound"), BOUNDS)
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu_every_method_is_forward_over_reverse(
+    name: str, dtype: torch.dtype, precision: str, bound: Callable[[Case], float]
+) -> None:
+    case = dataclasses.replace(CASES[name], s=5 * CASES[name].s + 3, t=5 * CASES[name].t + 3)
+    if case.spans is not None:
+        case = dataclasses.replace(case, spans=tuple((5 * i, 5 * j) for i, j in case.spans))
+    check(errors(case, dtype, "cuda", precision), bound(case))  # type: ignore[arg-type]
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_two_runs_agree_in_every_bit() -> None:
+    from tests.core.flash_cases import found_values
+
+    case = Case(b=2, heads=8, key_heads=2, s=300, t=300, d=64, e=64)
+    operands = case.draw(torch.bfloat16, "cuda")
+    first, second = (found_values(Flash(), case, *operands)[0] for _ in range(2))
+    for name in NAMES:
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,345 @@
+"""How tensors become arguments of the Triton kernels, and tiles become launches that fit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile, bucket, plans
+from hvp_core.attention.rule import Pattern, Qkv, Span
+
+#: How float32 operands are multiplied: as they are, in three tf32 products, or in one.
+InputPrecision = Literal["ieee", "tf32x3", "tf32"]
+#: Runs a kernel, given its grid, arguments and options.
+Launcher = Callable[[Any, tuple[int], dict[str, Any], dict[str, Any]], None]
+
+_T = TypeVar("_T")
+
+#: Of the second-level cache (40 MB and more), what the heads that run together may fill.
+_CACHE_BYTES = 16 << 20
+#: Programs to have for each processor before heads of a group share one.
+_WAVES = 3
+
+
+def launch(
+    kernel: Any, grid: tuple[int], arguments: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Run a kernel on the current stream."""
+    kernel[grid](**arguments, **options)
+
+
+@cache
+def kernels() -> Any:
+    """The kernels, loaded when first needed: triton may be missing."""
+    return importlib.import_module("hvp_core.attention.flash_kernels")
+
+
+@cache
+def _triton(module: str) -> Any:
+    return importlib.import_module(f"triton.{module}")
+
+
+class Reads(NamedTuple):
+    """The (b, h, n, d) inputs of a kernel, by the kernel's names."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_dot: Tensor | None = None
+    k_dot: Tensor | None = None
+    v_dot: Tensor | None = None
+    o_bar: Tensor | None = None
+    o_bar_dot: Tensor | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and pattern of one call."""
+
+    pattern: Pattern
+    span: Span | None
+    b: int
+    heads: int
+    key_heads: int
+    s: int
+    t: int
+    d: int
+    e: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Qkv, pattern: Pattern, span: Span | None) -> Problem:
+        """The problem that these inputs pose."""
+        b, heads, s, d = x.q.shape
+        key_heads, t, e = x.k.shape[1], x.k.shape[2], x.v.shape[3]
+        return Problem(pattern, span, b, heads, key_heads, s, t, d, e, x.q.dtype, x.q.device)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def wide(self) -> bool:
+        """float32."""
+        return self.dtype.itemsize == 4
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """With its last dimension contiguous; itself if it is so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows_first(b: int, h: int, n: int, width: int, like: Tensor) -> Tensor:
+    """An empty (b, h, n, width) whose memory is (b, n, h, width), as projections read it."""
+    return torch.empty(b, n, h, width, dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+@final
+class Runner:
+    """Chooses tiles and launches kernels; remembers what fitted and what was fastest.
+
+    Args:
+        input_precision: How float32 operands are multiplied.
+        tune: Time the alternatives the first time a class of shapes is met.
+        launcher: What runs a kernel.
+        card: The device to plan for; None asks the device.
+        choose: Plans to use in place of the committed ones.
+    """
+
+    def __init__(
+        self,
+        input_precision: InputPrecision,
+        tune: bool,
+        launcher: Launcher,
+        card: Card | None,
+        choose: Mapping[tuple[Kernel, Mode], Plan],
+    ) -> None:
+        self._precision = input_precision
+        self._tune = tune
+        self._launcher = launcher
+        self._card = card
+        self._choose = choose
+        self._chosen: dict[tuple[object, ...], Plan] = {}
+        self._fitting: dict[tuple[object, ...], Tile] = {}
+
+    def with_plan(
+        self, kernel: Kernel, mode: Mode, problem: Problem, execute: Callable[[Plan], _T]
+    ) -> _T:
+        """`execute` a plan: the committed one, or the fastest if tuning was asked for."""
+        if (kernel, mode) in self._choose:
+            return execute(self._choose[kernel, mode])
+        card = self.card(problem.device)
+        width = bucket(max(problem.d, problem.e))
+        exact = self._precision != "tf32"
+        options = plans(kernel, mode, width, card, wide=problem.wide, exact=exact)
+        if not self._tune or problem.device.type != "cuda":
+            return execute(options[0])
+        lengths = (problem.s.bit_length(), problem.t.bit_length(), problem.b * problem.heads)
+        shape = (kernel, mode, width, problem.dtype, problem.group, lengths, problem.pattern.causal)
+        if shape not in self._chosen:
+            self._chosen[shape] = min(options, key=lambda plan: _seconds(lambda: execute(plan)))
+        return execute(self._chosen[shape])
+
+    def fitted(self, one: Pass, problem: Problem, execute: Callable[[Tile], _T]) -> _T:
+        """`execute` a pass with its tile, or the next smaller one until it fits the card."""
+        errors = _triton("runtime.errors")
+        key = (one, problem.dtype, problem.d, problem.e, problem.device)
+        tile = self._fitting.get(key, one.tile)
+        while True:
+            try:
+                result = execute(tile)
+            except (errors.OutOfResources, errors.PTXASError):
+                smaller = tile.smaller()
+                if smaller is None:
+                    raise
+                tile = smaller
+            else:
+                self._fitting[key] = tile
+                return result
+
+    def card(self, device: torch.device) -> Card:
+        """The card that tensors are on."""
+        return self._card or _card(device)
+
+    def parts(self, problem: Problem, tile: Tile) -> int:
+        """Into how many programs the heads of a group are split: as few as keep the card busy."""
+        programs = -(-problem.t // tile.keys) * problem.b * problem.key_heads
+        enough = _WAVES * self.card(problem.device).processors
+        divisors = [n for n in range(1, problem.group + 1) if problem.group % n == 0]
+        return next((n for n in divisors if programs * n >= enough), problem.group)
+
+    def run(
+        self,
+        kernel: Any,
+        one: Pass,
+        p: Problem,
+        reads: Reads,
+        arguments: Mapping[str, Any],
+        tile: Tile,
+    ) -> None:
+        """Launch one pass of a kernel whose programs own queries.
+
+        Args:
+            kernel: Of `flash_kernels`.
+            one: What to compute.
+            p: Sizes and pattern.
+            reads: Inputs; tangents that the pass does not need may be there.
+            arguments: What only this kernel has.
+            tile: How to cut it.
+        """
+        # The heads of a group stream the same keys and values.
+        chunk = max(_CACHE_BYTES // _streamed_bytes(p, p.t, one), 1) * p.group
+        tiles = -(-p.s // tile.queries)
+        self._run(kernel, one, p, reads, arguments, tile, tiles, p.b * p.heads, chunk)
+
+    def run_keys(
+        self,
+        one: Pass,
+        p: Problem,
+        reads: Reads,
+        arguments: Mapping[str, Any],
+        parts: int,
+        tile: Tile,
+    ) -> None:
+        """Launch one pass of dK and dV, with `parts` programs to a group of heads."""
+        sizes = {"parts": parts, "KEYS": one.keys, "VALUES": one.values}
+        chunk = max(_CACHE_BYTES // (_streamed_bytes(p, p.s, one) * p.group // parts), 1)
+        tiles, all_heads = -(-p.t // tile.keys), p.b * p.key_heads * parts
+        kernel = kernels().backward_keys
+        self._run(kernel, one, p, reads, {**arguments, **sizes}, tile, tiles, all_heads, chunk)
+
+    def _run(
+        self,
+        kernel: Any,
+        one: Pass,
+        p: Problem,
+        reads: Reads,
+        arguments: Mapping[str, Any],
+        tile: Tile,
+        tiles: int,
+        all_heads: int,
+        chunk: int,
+    ) -> None:
+        if tiles * all_heads == 0:
+            return
+        bd, be = bucket(p.d), bucket(p.e)
+        if one.mode == "primal":
+            reads = reads._replace(q_dot=None, k_dot=None, v_dot=None, o_bar_dot=None)
+        present = {name: x for name, x in reads._asdict().items() if x is not None}
+        tma = tile.descriptors and all(map(_describable, present.values()))
+        blocks = {
+            name: (tile.keys if name[0] in "kv" else tile.queries, be if name[0] in "vo" else bd)
+            for name in present
+        }
+        pattern = p.pattern
+        common: dict[str, Any] = {
+            name: None if x is None else _descriptor(x, blocks[name]) if tma else rows(x)
+            for name, x in reads._asdict().items()
+            if x is not None or name in kernel.arg_names
+        }
+        common.update({name: _argument(value) for name, value in arguments.items()})
+        common.update(
+            start=None if p.span is None else p.span.start.contiguous(),
+            stop=None if p.span is None else p.span.stop.contiguous(),
+            scale=pattern.scale,
+            softcap=pattern.softcap,
+            window=pattern.window,
+            heads=p.heads,
+            group=p.group,
+            s=p.s,
+            t=p.t,
+            all_heads=all_heads,
+            chunk=min(chunk, all_heads),
+            D=p.d,
+            E=p.e,
+            BD=bd,
+            BE=be,
+            BM=tile.queries,
+            BN=tile.keys,
+            CAUSAL=pattern.causal,
+            PRIMAL=one.mode != "tangent",
+            DUAL=one.mode != "primal",
+            PRECISION=self._precision if p.wide else "ieee",
+            TMA=tma,
+        )
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        if tile.registers is not None:
+            options["maxnreg"] = tile.registers
+        self._launcher(kernel, (tiles * all_heads,), common, options)
+
+    def row_sums(self, arguments: Mapping[str, Any], problem: Problem, *, dual: bool) -> None:
+        """Launch the kernel for D and, if dual, Ḋ."""
+        p = problem
+        width = bucket(p.e)
+        block = max(4096 // width, 1)
+        programs = p.b * p.heads * -(-p.s // block)
+        if programs:
+            given = {name: _argument(value) for name, value in arguments.items()}
+            sizes = {"heads": p.heads, "s": p.s, "E": p.e, "BE": width, "BM": block, "DUAL": dual}
+            self._launcher(kernels().row_sums, (programs,), given | sizes, {"num_warps": 4})
+
+
+def _streamed_bytes(p: Problem, length: int, one: Pass) -> int:
+    """What a program reads of one head while it loops over all of it."""
+    return max(length * (p.d + p.e) * p.dtype.itemsize * (1 if one.mode == "primal" else 2), 1)
+
+
+def rows(x: Tensor) -> Any:
+    """Where the rows of a (b, h, n, d) tensor lie, as the kernels take it."""
+    return kernels().Rows(x, *x.stride()[:3])
+
+
+def _argument(value: Any) -> Any:
+    return rows(value) if isinstance(value, Tensor) and value.dim() == 4 else value
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it."""
+    strides = [n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1][:-1]
+    sixteen = all(n > 0 and n * x.element_size() % 16 == 0 for n in strides)
+    return sixteen and x.data_ptr() % 16 == 0 and x.numel() > 0
+
+
+def _descriptor(x: Tensor, block: tuple[int, int]) -> Any:
+    aligned = 16 // x.element_size()
+    # The stride of a dimension of one element means nothing, but has to be valid.
+    strides = [n if size > 1 else aligned for n, size in zip(x.stride(), x.shape, strict=True)]
+    strides[-1] = 1
+    return _triton("tools.tensor_descriptor").TensorDescriptor(
+        x, list(x.shape), strides, [1, 1, *block]
+    )
+
+
+@cache
+def _card(device: torch.device) -> Card:
+    if device.type != "cuda":
+        return Card(hopper=False, processors=1)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(hopper=properties.major == 9, processors=properties.multi_processor_count)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median of a few runs, or infinity if it does not fit at all."""
+    errors = _triton("runtime.errors")
+    try:
+        run()
+    except (errors.OutOfResources, errors.PTXASError):
+        return float("inf")
+    times: list[float] = []
+    for _ in range(5):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[2]

@@ -1,0 +1,143 @@
+"""Which tiles each kernel runs with: measured choices, and what to try when they do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+Kernel = Literal["forward", "keys", "queries"]
+Mode = Literal["primal", "tangent", "dual"]
+
+
+@final
+@dataclass(frozen=True)
+class Tile:
+    """How one launch is cut.
+
+    Attributes:
+        queries: Rows of S in a tile.
+        keys: Columns of S in a tile.
+        warps: Of 32 threads, in a program.
+        stages: Tiles in flight between memory and use; 1 loads when needed.
+        descriptors: Load by the tensor memory accelerator (Hopper, strides of 16 bytes).
+        registers: Most per thread; None leaves it to the compiler.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    registers: int | None = None
+
+    def smaller(self) -> Tile | None:
+        """The next tile to try when this one needs more memory than the card has."""
+        if self.stages > 1:
+            return replace(self, stages=self.stages - 1)
+        if max(self.queries, self.keys) <= 16:
+            return None
+        if self.queries >= self.keys:
+            return replace(self, queries=self.queries // 2)
+        return replace(self, keys=self.keys // 2)
+
+
+@final
+@dataclass(frozen=True)
+class Pass:
+    """One launch: what it computes and how it is cut.
+
+    Attributes:
+        tile: How it is cut.
+        mode: First derivatives, their tangents, or both.
+        keys: dK kernels only: compute dK.
+        values: dK kernels only: compute dV.
+    """
+
+    tile: Tile
+    mode: Mode
+    keys: bool = True
+    values: bool = True
+
+    def outputs(self, *names: str) -> list[str]:
+        """Names of what it computes: each name itself, its tangent, or both."""
+        found = [name for name in names if {"dk": self.keys, "dv": self.values}.get(name, True)]
+        first = found if self.mode != "tangent" else []
+        return first + [name + "_dot" for name in found if self.mode != "primal"]
+
+
+@final
+@dataclass(frozen=True)
+class Card:
+    """What the choice of tiles depends on.
+
+    Attributes:
+        hopper: It has Hopper's matrix instructions and tensor memory accelerator.
+        processors: How many programs run side by side, at least.
+    """
+
+    hopper: bool
+    processors: int
+
+
+#: The launches that together make one result.
+Plan = tuple[Pass, ...]
+
+
+def bucket(width: int) -> int:
+    """The width of the padded head: a power of two from 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+# (kernel, at most this padded width) -> tile. Widths beyond 256 are not supported.
+_HOPPER: dict[tuple[Kernel, Mode, int], Plan] = {
+    ("forward", "dual", 64): (Pass(Tile(64, 64, 4, 2), "dual"),),
+    ("forward", "dual", 128): (Pass(Tile(128, 64, 8, 2), "dual"),),
+    ("keys", "dual", 64): (Pass(Tile(32, 64, 4, 2), "dual"),),
+    ("keys", "dual", 128): (Pass(Tile(32, 32, 4, 2), "dual"),),
+    ("queries", "dual", 64): (Pass(Tile(64, 64, 4, 1), "dual"),),
+    ("queries", "dual", 128): (Pass(Tile(128, 64, 8, 1), "dual"),),
+}
+_ANY: dict[tuple[Kernel, int], Tile] = {
+    ("forward", 64): Tile(64, 64, 4, 2),
+    ("forward", 128): Tile(64, 32, 4, 2),
+    ("forward", 256): Tile(32, 32, 4, 1),
+    ("keys", 64): Tile(32, 64, 4, 2),
+    ("keys", 128): Tile(32, 32, 4, 2),
+    ("keys", 256): Tile(16, 32, 4, 1),
+    ("queries", 64): Tile(64, 32, 4, 2),
+    ("queries", 128): Tile(32, 32, 4, 2),
+    ("queries", 256): Tile(32, 16, 4, 1),
+}
+# tf32 operands take twice the memory of 16-bit ones.
+_ROUNDED: dict[int, Tile] = {
+    64: Tile(32, 32, 4, 2),
+    128: Tile(32, 32, 4, 1),
+    256: Tile(16, 16, 4, 1),
+}
+# Exact float32 products keep their operands in registers, which are what is short.
+_EXACT = Tile(16, 16, 4, 1)
+
+
+def plans(
+    kernel: Kernel, mode: Mode, width: int, card: Card, *, wide: bool, exact: bool
+) -> tuple[Plan, ...]:
+    """The committed choice, then what tuning may try instead.
+
+    Args:
+        kernel: Which.
+        mode: What to compute.
+        width: The padded head dimension, the greater of the two.
+        card: The device.
+        wide: Four bytes an element.
+        exact: float32 products are not rounded to tf32.
+    """
+    step = next(limit for limit in (64, 128, 256) if width <= limit)
+    if wide:
+        tile = _EXACT if exact else _ROUNDED[step]
+        if kernel == "keys" and exact:
+            return ((Pass(tile, mode, keys=False), Pass(tile, mode, values=False)),)
+        return ((Pass(tile, mode),),)
+    first: Plan = (Pass(_ANY[kernel, step], mode),)
+    if card.hopper:
+        first = _HOPPER.get((kernel, mode, step), first)
+    return (first,)
