@@ -122,9 +122,14 @@ class _Parts:
         mask = context.attention_mask
         return _numbered([*self.buffers.values(), *([] if mask is None else [mask])])
 
-    def mask(self, constants: Mapping[str, Tensor]) -> Tensor | None:
-        """The mask among such constants."""
-        return constants.get(f"c/{len(self.buffers)}")
+    def mask(self, constants: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        """The mask among such constants.
+
+        Ones where there is none: without a mask, models look into their positions for packed
+        sequences, and what depends on values cannot be traced.
+        """
+        found = constants.get(f"c/{len(self.buffers)}")
+        return torch.ones_like(ids) if found is None else found
 
     def as_layer_output(self, x: Tensor) -> Any:
         return (x,) if self.tuples else x
@@ -151,7 +156,7 @@ class _Embedding(Block):
         parts = self._parts
         with _replaced(parts.layers[:1], [stop]):
             try:
-                parts.run(params, constants, input_ids=x, attention_mask=parts.mask(constants))
+                parts.run(params, constants, input_ids=x, attention_mask=parts.mask(constants, x))
             except _StopForward as stopped:
                 return stopped.x
         raise CurvatureError("MODEL_UNSUPPORTED", "the model's forward never called its layers")
@@ -219,8 +224,12 @@ class _Head(Block):
         calls = [bypass] * (len(parts.layers) - 1) + [inject]
         with _replaced(parts.layers, calls):
             # What the model makes of these zeros never reaches the output.
-            zeros = torch.zeros_like(x)
-            logits: Tensor = parts.run(params, constants, inputs_embeds=zeros).logits
+            logits: Tensor = parts.run(
+                params,
+                constants,
+                inputs_embeds=torch.zeros_like(x),
+                attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
+            ).logits
         return logits
 
 
@@ -239,7 +248,7 @@ class _Whole(Block):
     def _call(
         self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
     ) -> Tensor:
-        mask = self._parts.mask(constants)
+        mask = self._parts.mask(constants, x)
         logits: Tensor = self._parts.run(params, constants, input_ids=x, attention_mask=mask).logits
         return logits
 

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from hvp_core.trace import Env, Stage, Trace
+from hvp_core.trace import Env, Stage, Trace, is_parameters
 
 aten = torch.ops.aten
 
@@ -142,7 +142,7 @@ def _wanted(
     nodes: list[fx.Node] = []
     terms: dict[str, list[Term]] = {}
     for name in outputs:
-        if not name.startswith("p_bar"):
+        if not is_parameters(name):
             names.append(name)
             nodes.append(trace.outputs[name])
             continue
