@@ -108,6 +108,15 @@ _ANY: dict[tuple[Kernel, int], Tile] = {
     ("queries", 128): Tile(32, 32, 4, 2),
     ("queries", 256): Tile(32, 16, 4, 1),
 }
+# What tuning tries besides the choice above, on Hopper: (queries, keys, warps, stages).
+_OTHERS: dict[tuple[Kernel, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("forward", 64): ((128, 64, 8, 2), (128, 64, 4, 2), (128, 128, 8, 2)),
+    ("forward", 128): ((128, 32, 8, 2), (64, 64, 4, 2)),
+    ("keys", 64): ((64, 64, 4, 2), (64, 128, 8, 2)),
+    ("keys", 128): ((32, 128, 8, 2),),
+    ("queries", 64): ((128, 64, 8, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
+    ("queries", 128): ((128, 32, 8, 2), (64, 32, 4, 2)),
+}
 # tf32 operands take twice the memory of 16-bit ones.
 _ROUNDED: dict[int, Tile] = {
     64: Tile(32, 32, 4, 2),
@@ -138,6 +147,15 @@ def plans(
             return ((Pass(tile, mode, keys=False), Pass(tile, mode, values=False)),)
         return ((Pass(tile, mode),),)
     first: Plan = (Pass(_ANY[kernel, step], mode),)
-    if card.hopper:
-        first = _HOPPER.get((kernel, mode, step), first)
-    return (first,)
+    if not card.hopper or step == 256:
+        return (first,)
+    found = [_HOPPER.get((kernel, mode, step), first)]
+    for choice in _OTHERS[kernel, step]:
+        for tile in (Tile(*choice), Tile(*choice, descriptors=True)):
+            found.append((Pass(tile, mode),))
+            if kernel == "keys" and step == 128:
+                # Four accumulators of this width leave no registers: two passes of two.
+                found[-1] = (Pass(tile, mode, keys=False), Pass(tile, mode, values=False))
+                if mode == "dual":
+                    found.append((Pass(tile, "primal"), Pass(tile, "tangent")))
+    return tuple(found)
