@@ -20,6 +20,7 @@ from hvp_client._exceptions import HvpError
 from hvp_client._results import state_values
 from hvp_client._session import Session
 from hvp_client._settings import Retry, Timeout
+from hvp_client._specs import operator_spec
 from hvp_client._system import (
     ServerInfo,
     WorkerGroup,
@@ -93,9 +94,11 @@ class AsyncClient:
         kind: str = "hessian",
         dtype: Any = "float32",
         micro_batch_size: int | None = None,
+        precision: str | None = None,
     ) -> AsyncOperator:
         """As Client.operator."""
-        return await open_operator(self._session, checkpoint, batch, kind, dtype, micro_batch_size)
+        spec = operator_spec(checkpoint, batch, kind, dtype, micro_batch_size, precision)
+        return await open_operator(self._session, spec)
 
     async def checkpoint(self, name: str) -> Checkpoint:
         """As Client.checkpoint."""

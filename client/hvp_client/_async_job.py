@@ -31,6 +31,7 @@ from hvp_client._results import (
     state_name,
 )
 from hvp_client._session import Session
+from hvp_client._specs import kind_name
 from hvp_client._times import from_timestamp
 from hvp_client._wire import Pauses, is_transient
 
@@ -95,13 +96,15 @@ class AsyncJob:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was asked for: kind, checkpoint, batch, dtype, k, which."""
+        """What was asked for: kind, operator, checkpoint, batch, dtype, precision, k, which."""
         spec = self._message.spec.eigsh
         return {
             "kind": self._message.spec.WhichOneof("spec") or "",
+            "operator": kind_name(spec.operator.kind),
             "checkpoint": spec.operator.checkpoint,
             "batch": spec.operator.data_batch,
             "dtype": spec.operator.dtype,
+            "precision": spec.operator.precision,
             "k": spec.k,
             "which": job_pb2.EigshSpec.Which.Name(spec.which).removeprefix("WHICH_"),
         }

@@ -5,70 +5,36 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, final
 
-import numpy as np
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
 from hvp_client._bulk import read_elements
 from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._handles import VectorFields
 from hvp_client._session import Session, new_request_id
-from hvp_client._times import from_timestamp
+from hvp_client._specs import check_seed
 
 Distribution = Literal["rademacher", "gaussian", "sphere"]
 
 
 @final
-class AsyncVector:
+class AsyncVector(VectorFields):
     """A vector on the server; the awaitable twin of Vector, which describes the methods.
 
     Arithmetic gives coroutines: `w = await (u + v)`.
     """
 
-    # Makes numpy scalars on the left, as in np.float64(2) * v, leave the product to this class.
-    __array_ufunc__ = None
-
     def __init__(self, session: Session, message: vector_pb2.Vector, *, temporary: bool):
+        super().__init__(message)
         self._session = session
-        self._message = message
         self._finalizer = weakref.finalize(self, session.released.append, message.name)
         # The server outlives this process, and close() sends what was released until then.
         self._finalizer.atexit = False
         if not temporary:
             self._finalizer.detach()
-
-    @property
-    def name(self) -> str:
-        """`projects/{project}/vectors/{id}`."""
-        return self._message.name
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint whose parameter space it is in."""
-        return self._message.checkpoint
-
-    @property
-    def shape(self) -> tuple[int]:
-        """`(n,)`."""
-        return (self._message.num_elements,)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Float32 or float64."""
-        return np.dtype(self._message.dtype)
-
-    @property
-    def durable(self) -> bool:
-        """Whether the server can make it again when its ranks are started anew."""
-        return self._message.durable
-
-    @property
-    def create_time(self) -> datetime:
-        """When it was made, UTC."""
-        return from_timestamp(self._message.create_time)
 
     async def dot(self, other: AsyncVector) -> float:
         """As Vector.dot."""
@@ -129,9 +95,6 @@ class AsyncVector:
     ) -> None:
         await self.delete()
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self.shape} {self.dtype}>"
-
 
 def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:
     """Check seed and distribution and make the source of them."""
@@ -150,17 +113,6 @@ def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:
     return vector_pb2.VectorSource(
         seeded=vector_pb2.SeededSource(seed=check_seed(seed), distribution=value)
     )
-
-
-def check_seed(seed: int) -> int:
-    """Refuse what is no unsigned 64-bit number."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise InvalidArgumentError(
-            f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}",
-            reason="SEED_INVALID",
-            field="seed",
-        )
-    return int(seed)
 
 
 async def create_vector(

@@ -108,16 +108,21 @@ class Client:
         kind: str = "hessian",
         dtype: Any = "float32",
         micro_batch_size: int | None = None,
+        precision: str | None = None,
     ) -> Operator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
         Args:
             checkpoint: A checkpoint or its name.
             batch: A batch or its name.
-            kind: `hessian`; `ggn` and `empirical_fisher` where the server has them.
+            kind: `hessian`, or `ggn` for the generalised Gauss-Newton matrix Jᵀ H_out J;
+                `empirical_fisher` where the server has it.
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.
+            precision: Of the operands of matrix products. `full`: the dtype's own; for float32
+                also `bfloat16` and, on GPUs, `tf32`. None lets the server choose: `bfloat16` for
+                float32 on GPUs, else `full`.
 
         Returns:
             The operator.
@@ -125,12 +130,13 @@ class Client:
         Raises:
             NotFoundError: No such checkpoint or batch.
             InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
-                `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED` or `MICRO_BATCH_INVALID`.
+                `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED` or
+                `MICRO_BATCH_INVALID`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
                 `DOUBLE_BACKWARD_UNSUPPORTED`.
         """
-        coroutine = self._twin.operator(checkpoint, batch, kind, dtype, micro_batch_size)
+        coroutine = self._twin.operator(checkpoint, batch, kind, dtype, micro_batch_size, precision)
         return Operator(self._portal, self._portal.run(coroutine))
 
     def checkpoint(self, name: str) -> Checkpoint:

@@ -68,7 +68,7 @@ class Job:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was asked for: kind, checkpoint, batch, dtype, k, which."""
+        """What was asked for: kind, operator, checkpoint, batch, dtype, precision, k, which."""
         return self._twin.spec
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, final, overload
+from typing import TYPE_CHECKING, Any, final, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
 from hvp_client._async_operator import AsyncOperator
 from hvp_client._async_vector import AsyncVector
+from hvp_client._handles import OperatorFields, is_sequence_of
 from hvp_client._job import Job
 from hvp_client._portal import Portal
 from hvp_client._vector import Vector
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @final
-class Operator:
+class Operator(OperatorFields):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`.
@@ -28,41 +28,10 @@ class Operator:
     every product travelling; `eigsh` below runs where the vectors are.
     """
 
-    __array_ufunc__ = None  # `array @ H` is not a numpy product
-
     def __init__(self, portal: Portal, twin: AsyncOperator):
+        super().__init__(twin._description)
         self._portal = portal
         self._twin = twin
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(n, n)`, n the number of parameters."""
-        return self._twin.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of products and vectors: float32 or float64."""
-        return self._twin.dtype
-
-    @property
-    def kind(self) -> str:
-        """`hessian`, `ggn` or `empirical_fisher`."""
-        return self._twin.kind
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint."""
-        return self._twin.checkpoint
-
-    @property
-    def batch(self) -> str:
-        """Name of the data batch."""
-        return self._twin.batch
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Sequences that a rank takes at once; results do not depend on it."""
-        return self._twin.micro_batch_size
 
     def loss(self) -> float:
         """L(θ): mean over every supervised target of the batch, nats.
@@ -127,7 +96,7 @@ class Operator:
             InvalidArgumentError: As for matvec.
             ResourceExhaustedError: `VECTOR_MEMORY`: give fewer at once.
         """
-        if _is_vectors(V):
+        if is_sequence_of(V, Vector):
             twins = self._portal.run(self._twin.matmat([v._twin for v in V]))
             return [self._wrap(twin) for twin in twins]
         numbers: NDArray[Any] = self._portal.run(self._twin.matmat(V))
@@ -146,7 +115,7 @@ class Operator:
     def __matmul__(self, other: Any) -> Vector | list[Vector] | NDArray[Any]:
         if isinstance(other, Vector):
             return self.matvec(other)
-        if _is_vectors(other):
+        if is_sequence_of(other, Vector):
             return self.matmat(other)
         product: NDArray[Any] = self._portal.run(self._twin @ other)
         return product
@@ -258,10 +227,3 @@ class Operator:
 
     def _wrap(self, twin: AsyncVector) -> Vector:
         return Vector(self._portal, twin)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.kind} of {self.checkpoint} {self.shape} {self.dtype}>"
-
-
-def _is_vectors(value: Any) -> TypeGuard[Sequence[Vector]]:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, Vector) for v in value)

@@ -18,12 +18,14 @@ class ServerInfo:
         version: Of the `hvp` distribution it runs.
         dtypes: It computes in.
         operator_kinds: As `Client.operator` takes them.
+        precisions: The same.
         start_time: UTC.
     """
 
     version: str
     dtypes: tuple[str, ...]
     operator_kinds: tuple[str, ...]
+    precisions: tuple[str, ...]
     start_time: datetime
 
 
@@ -71,6 +73,7 @@ def server_info_from_proto(message: system_pb2.GetServerInfoResponse) -> ServerI
         version=message.version,
         dtypes=tuple(message.dtypes),
         operator_kinds=tuple(kind.removeprefix("KIND_").lower() for kind in message.operator_kinds),
+        precisions=tuple(message.precisions),
         start_time=from_timestamp(message.start_time),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from types import TracebackType
 from typing import Any, final
 
@@ -10,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_client._async_vector import AsyncVector
+from hvp_client._handles import VectorFields
 from hvp_client._portal import Portal
 
 
 @final
-class Vector:
+class Vector(VectorFields):
     """A vector of parameter space that lives on the server's ranks, n elements under a name.
 
     Element order is the canonical flat index: parameters as in the model's `named_parameters()`, a
@@ -24,41 +24,10 @@ class Vector:
     eigenvector, stays until it is deleted.
     """
 
-    __array_ufunc__ = None  # leaves np.float64(2) * v to this class
-
     def __init__(self, portal: Portal, twin: AsyncVector):
+        super().__init__(twin._message)
         self._portal = portal
         self._twin = twin
-
-    @property
-    def name(self) -> str:
-        """`projects/{project}/vectors/{id}`."""
-        return self._twin.name
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint whose parameter space it is in."""
-        return self._twin.checkpoint
-
-    @property
-    def shape(self) -> tuple[int]:
-        """`(n,)`."""
-        return self._twin.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Float32 or float64."""
-        return self._twin.dtype
-
-    @property
-    def durable(self) -> bool:
-        """Whether the server can make it again when its ranks are started anew."""
-        return self._twin.durable
-
-    @property
-    def create_time(self) -> datetime:
-        """When it was made, UTC."""
-        return self._twin.create_time
 
     def dot(self, other: Vector) -> float:
         """u·v, accumulated in float64 on the ranks.
@@ -151,6 +120,3 @@ class Vector:
 
     def _wrap(self, twin: AsyncVector) -> Vector:
         return Vector(self._portal, twin)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self.shape} {self.dtype}>"

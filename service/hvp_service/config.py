@@ -6,6 +6,7 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
+from hvp_workers.backend import Compile, Schedule
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -47,6 +48,9 @@ class ServerConfig(BaseSettings):
         workers: Ranks of the worker group.
         device: Where the ranks compute.
         backend: `ray` for one process per rank, `inprocess` for one rank in this process.
+        compile: Whether the ranks compile a model's blocks at its first product; `auto` on GPUs.
+        schedule: What a product keeps of its way forward for the way back: `lean` little, `fast`
+            more, `cached` also for the next product; `auto` the fastest that memory allows.
         grace_s: Time that running calls have to end after SIGTERM.
         max_chunk_bytes: Largest chunk in an upload; near 1 MiB Python's gRPC is fastest.
         max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
@@ -67,6 +71,8 @@ class ServerConfig(BaseSettings):
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Literal["ray", "inprocess"] = "ray"
+    compile: Compile = "auto"
+    schedule: Schedule = "auto"
     grace_s: float = Field(default=10.0, ge=0)
     max_chunk_bytes: int = Field(default=MEBIBYTE, ge=1, le=3 * MEBIBYTE)
     max_message_bytes: int = Field(default=4 * MEBIBYTE, ge=MEBIBYTE)

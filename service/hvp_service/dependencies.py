@@ -81,7 +81,7 @@ async def open_dependencies(
         checkpoints = CheckpointStore(database, state_dir, blobs, pager, group)
         batches = BatchStore(database, blobs, pager)
         vectors = VectorStore(database, state_dir, pager, group)
-        operators = OperatorResolver(checkpoints, batches, state_dir)
+        operators = OperatorResolver(checkpoints, batches, state_dir, backend.device)
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)
         sweeper = Sweeper(config, uploads, blobs, checkpoints, request_log)

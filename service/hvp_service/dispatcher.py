@@ -190,6 +190,7 @@ class Dispatcher:
                 cast("AsyncGenerator[EigshProgress | EigshResult, None]", run)
             ) as items:
                 result = await self._follow(job.lease, items)
+            log.info("eigenpairs found", job=str(job.name), provenance=dict(result.provenance))
             made = await self._keep(job, resolved, outputs)
             if self._cancelled:
                 raise _InterruptedError

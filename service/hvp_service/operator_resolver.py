@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvp_workers.backend import Dtype, Operator, Space
+from hvp_workers.backend import Dtype, Kind, Operator, Precision, Space
 
 from hvp_service.batch_store import BatchStore, DataBatch
 from hvp_service.checkpoint_store import Checkpoint, CheckpointStore
@@ -13,7 +13,11 @@ from hvp_service.names import parse
 from hvp_service.state_dir import StateDir
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
-SERVED_KINDS = ("KIND_HESSIAN",)
+KINDS: dict[str, Kind] = {"KIND_HESSIAN": "hessian", "KIND_GGN": "ggn"}
+PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
+    "cpu": ("full", "bfloat16"),
+    "cuda": ("bfloat16", "full", "tf32"),
+}
 DEFAULT_DTYPE: Dtype = "float32"
 
 
@@ -26,6 +30,7 @@ class OperatorRef:
     kind: str  # the enum value's name
     dtype: str = ""
     micro_batch_size: int = 0
+    precision: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +64,65 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
     return dtype
 
 
-class OperatorResolver:
-    """Looks operators up."""
+def check_kind(kind: str, field: str = "kind") -> Kind:
+    """A served kind by its enum value's name.
 
-    def __init__(self, checkpoints: CheckpointStore, batches: BatchStore, state_dir: StateDir):
+    Raises:
+        ServiceError: KIND_UNSPECIFIED, KIND_UNSUPPORTED.
+    """
+    served = " or ".join(KINDS)
+    if kind == "KIND_UNSPECIFIED":
+        raise ServiceError("KIND_UNSPECIFIED", f"Say which operator: {served}.", field=field)
+    if kind not in KINDS:
+        raise ServiceError(
+            "KIND_UNSUPPORTED", f"{kind} is not served yet; ask for {served}.", field=field
+        )
+    return KINDS[kind]
+
+
+def check_precision(
+    precision: str, dtype: Dtype, device: str, field: str = "precision"
+) -> Precision:
+    """A precision that the dtype and the device have; "" is their default.
+
+    Raises:
+        ServiceError: PRECISION_UNSUPPORTED.
+    """
+    served = PRECISIONS[device] if dtype == "float32" else ("full",)
+    for known in served:
+        if precision in ("", known):
+            return known
+    raise ServiceError(
+        "PRECISION_UNSUPPORTED",
+        f"The precision {precision[:40]!r} is not served for {dtype} on {device}; "
+        f"{' and '.join(sorted(served))} {'is' if len(served) == 1 else 'are'}, and an empty one "
+        "lets the server choose.",
+        field=field,
+        metadata={"dtype": dtype, "device": device},
+    )
+
+
+class OperatorResolver:
+    """Looks operators up.
+
+    Args:
+        checkpoints: Where checkpoints are.
+        batches: Where batches are.
+        state_dir: Where their files lie.
+        device: Of the ranks: `cpu` or `cuda`.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointStore,
+        batches: BatchStore,
+        state_dir: StateDir,
+        device: str,
+    ):
         self._checkpoints = checkpoints
         self._batches = batches
         self._state_dir = state_dir
+        self.device = device
 
     async def resolve(self, ref: OperatorRef, field: str = "operator") -> ResolvedOperator:
         """Check an operator; nothing is computed.
@@ -76,19 +133,12 @@ class OperatorResolver:
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
-                DTYPE_UNSUPPORTED, MICRO_BATCH_INVALID, TOKEN_ID_OUT_OF_RANGE, SEQUENCE_TOO_LONG.
+                DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
+                TOKEN_ID_OUT_OF_RANGE, SEQUENCE_TOO_LONG.
         """
-        if ref.kind == "KIND_UNSPECIFIED":
-            raise ServiceError(
-                "KIND_UNSPECIFIED", "Say which operator: KIND_HESSIAN.", field=f"{field}.kind"
-            )
-        if ref.kind not in SERVED_KINDS:
-            raise ServiceError(
-                "KIND_UNSUPPORTED",
-                f"{ref.kind} is not served yet; {', '.join(SERVED_KINDS)} is.",
-                field=f"{field}.kind",
-            )
+        kind = check_kind(ref.kind, f"{field}.kind")
         dtype = check_dtype(ref.dtype, f"{field}.dtype")
+        precision = check_precision(ref.precision, dtype, self.device, f"{field}.precision")
         if ref.micro_batch_size < 0:
             raise ServiceError(
                 "MICRO_BATCH_INVALID",
@@ -110,7 +160,9 @@ class OperatorResolver:
                     checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id), dtype=dtype
                 ),
                 batch_path=self._batches.path(batch),
+                kind=kind,
                 micro_batch_size=ref.micro_batch_size,
+                precision=precision,
             ),
         )
 

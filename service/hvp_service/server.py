@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import structlog
-from hvp_workers.backend import BackendError, open_backend
+from hvp_workers.backend import BackendError, Tuning, open_backend
 from pydantic import ValidationError
 
 from hvp_service.config import ServerConfig
@@ -42,6 +42,11 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
             num_workers=config.workers,
             device=config.device,
             run_dir=state_dir.run,
+            tuning=Tuning(
+                schedule=config.schedule,
+                compile=config.compile,
+                compile_cache=state_dir.compile_cache,
+            ),
         )
         _stop_on_signals(stop)
         deps = await open_dependencies(config, state_dir, backend)
@@ -51,7 +56,14 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
             _stop_on_signals(stop)  # again: Ray puts its own handler in the place of ours
             transport = await start_transport(deps)
             print(f"serving on {transport.address}", flush=True)
-            log.info("serving", address=transport.address, state_dir=str(state_dir.root))
+            log.info(
+                "serving",
+                address=transport.address,
+                state_dir=str(state_dir.root),
+                device=config.device,
+                compile=config.compile,
+                schedule=config.schedule,
+            )
             await stop.wait()
             log.info("draining", grace_s=config.grace_s)
             deps.drain.begin()
@@ -99,6 +111,14 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
     parser.add_argument("--workers", type=int, help="ranks of the worker group")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--backend", choices=["ray", "inprocess"])
+    parser.add_argument(
+        "--compile", choices=["auto", "on", "off"], help="compile blocks at the first product"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=["auto", "lean", "fast", "cached"],
+        help="what a product keeps of its way forward",
+    )
     parser.add_argument("--grace-s", type=float, help="time for running calls after SIGTERM")
     return ServerConfig(**vars(parser.parse_args(argv)))
 

@@ -30,6 +30,11 @@ class StateDir:
         """Where the workers note their processes."""
         return self.root / "run"
 
+    @property
+    def compile_cache(self) -> Path:
+        """What the workers compiled; may be deleted while no server runs."""
+        return self.root / "compile-cache"
+
     def upload(self, upload_id: str) -> Path:
         """Bytes of an upload that has not ended."""
         return self.root / "uploads" / f"{upload_id}.part"

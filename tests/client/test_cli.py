@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(
             pass
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == 130, said
     assert "hvp watch projects/default/jobs/" in said
     assert "Traceback" not in said
     with Client(server.address) as client:

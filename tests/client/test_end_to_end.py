@@ -225,10 +225,12 @@ def test_operators_are_checked_when_they_are_made(
     client: Client, checkpoint: Checkpoint, batch: Batch
 ) -> None:
     with pytest.raises(UnimplementedError):
-        client.operator(checkpoint, batch, kind="ggn")
+        client.operator(checkpoint, batch, kind="empirical_fisher")
     for arguments, reason in (
         ({"kind": "hess"}, "KIND_UNSPECIFIED"),
         ({"dtype": "bfloat16"}, "DTYPE_UNSUPPORTED"),
+        ({"precision": "half"}, "PRECISION_UNSUPPORTED"),
+        ({"precision": "bfloat16", "dtype": "float64"}, "PRECISION_UNSUPPORTED"),
         ({"micro_batch_size": 0}, "MICRO_BATCH_INVALID"),
     ):
         with pytest.raises(InvalidArgumentError) as caught:

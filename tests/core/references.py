@@ -123,5 +123,20 @@ def token_loss(
     return loss
 
 
+def gauss_newton(
+    logits: Callable[[Params], Tensor], labels: Tensor, like: Params, flat: Tensor
+) -> Tensor:
+    """(n, n): Jᵀ H_out J of the mean cross-entropy over the labels that are not -100."""
+    counted = labels[:, 1:] != -100
+
+    def outputs(flat: Tensor) -> Tensor:
+        return logits(unflatten(flat, like))[:, :-1][counted]
+
+    jacobian = torch.func.jacrev(outputs)(flat)  # (targets, vocabulary, n)
+    p = outputs(flat).softmax(-1)
+    h_out = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    return torch.einsum("tvn,tvw,twm->nm", jacobian, h_out, jacobian) / counted.sum()
+
+
 def relative_error(found: Tensor, true: Tensor) -> float:
     return float(torch.linalg.vector_norm(found - true) / torch.linalg.vector_norm(true))

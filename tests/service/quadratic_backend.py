@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -54,6 +54,7 @@ class QuadraticBackend(Backend):
         gate: A product of `eigsh` waits for it.
         num_products: Products of `eigsh` since the beginning.
         num_starts: Times the ranks were started.
+        asked: Operators of products and runs, in order.
         resident: Vectors that the ranks hold.
     """
 
@@ -63,6 +64,7 @@ class QuadraticBackend(Backend):
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_products = 0
+        self.asked: list[Operator] = []
         self.num_starts = 0
         self.resident: dict[str, Array] = {}
         self._generation = ""
@@ -144,11 +146,14 @@ class QuadraticBackend(Backend):
 
     async def apply(
         self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]
-    ) -> None:
+    ) -> Mapping[str, str]:
         self._reach_ranks()
         await self.gate.wait()
+        first = not self.asked
+        self.asked.append(operator)
         for name, output in zip(inputs, outputs, strict=True):
             self.resident[output] = _matrix(operator.space) @ self._held(name)
+        return {"schedule": "by hand"} if first else {}
 
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         self._reach_ranks()
@@ -189,6 +194,7 @@ class QuadraticBackend(Backend):
     async def eigsh(
         self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]
     ) -> AsyncIterator[EigshProgress | EigshResult]:
+        self.asked.append(operator)
         matrix = _matrix(operator.space)
         n = matrix.shape[0]
         yield EigshProgress(stage="loading", num_products=0, max_products=n)

@@ -81,6 +81,18 @@ async def test_a_job_finds_the_eigenvalues_and_keeps_the_eigenvectors(deps: Depe
         ]
 
 
+async def test_a_job_is_of_the_kind_and_precision_asked_for(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = replace(await make_operator(deps), kind="KIND_GGN", dtype="float32")
+    job = await create(deps, ref)
+    assert (job.spec.operator.kind, job.spec.operator.precision) == ("KIND_GGN", "full")
+    await until(deps, job.name, "SUCCEEDED")
+    job = await create(deps, replace(ref, precision="bfloat16"))
+    await until(deps, job.name, "SUCCEEDED")
+    assert [(o.kind, o.precision) for o in backend.asked] == [("ggn", "full"), ("ggn", "bfloat16")]
+
+
 async def test_eigenvectors_in_files_leave_the_ranks_until_they_are_used(
     deps: Dependencies, backend: QuadraticBackend
 ) -> None:

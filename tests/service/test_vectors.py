@@ -17,12 +17,13 @@ from hvp_service.errors import ServiceError
 from hvp_service.handlers import operators, vectors
 from hvp_service.handlers.vectors import SeededSource, VectorPiece
 from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
+from hvp_service.operator_resolver import OperatorRef, check_precision
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
 from hvp_service.vector_store import Vector
-from hvp_workers.backend import BackendError
+from hvp_workers.backend import BackendError, Dtype
 from safetensors.numpy import save
+from structlog.testing import capture_logs
 
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import (
@@ -288,7 +289,11 @@ async def test_requests_that_make_no_sense_are_refused(deps: Dependencies) -> No
         (vectors.inner_products(deps, [(name, alien)]), "VECTOR_SPACE_MISMATCH"),
         (vectors.inner_products(deps, [(name, unknown)]), "RESOURCE_NOT_FOUND"),
         (apply(kind="KIND_UNSPECIFIED"), "KIND_UNSPECIFIED"),
-        (apply(kind="KIND_GGN"), "KIND_UNSUPPORTED"),
+        (apply(kind="KIND_EMPIRICAL_FISHER"), "KIND_UNSUPPORTED"),
+        (apply(precision="bfloat16"), "PRECISION_UNSUPPORTED"),
+        (apply(precision="tf32"), "PRECISION_UNSUPPORTED"),
+        (apply(precision="float8", dtype="float32"), "PRECISION_UNSUPPORTED"),
+        (apply(precision="tf32", dtype="float32"), "PRECISION_UNSUPPORTED"),
         (apply(dtype="int8"), "DTYPE_UNSUPPORTED"),
         (apply(micro_batch_size=-1), "MICRO_BATCH_INVALID"),
         (apply(checkpoint=f"projects/{PROJECT}/checkpoints/none"), "RESOURCE_NOT_FOUND"),
@@ -314,9 +319,46 @@ async def test_a_loss_that_is_not_finite_names_the_block(deps: Dependencies) -> 
     assert (caught.value.reason, caught.value.metadata["block"]) == ("NON_FINITE", "theta")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "precision", "found"),
+    [
+        ("float32", "cpu", "", "full"),
+        ("float32", "cuda", "", "bfloat16"),
+        ("float64", "cuda", "", "full"),
+        ("float32", "cpu", "bfloat16", "bfloat16"),
+        ("float32", "cuda", "tf32", "tf32"),
+        ("float32", "cuda", "full", "full"),
+        ("float32", "cpu", "tf32", None),
+        ("float64", "cuda", "tf32", None),
+        ("float64", "cpu", "bfloat16", None),
+        ("float32", "cuda", "BFLOAT16", None),
+    ],
+)
+def test_the_precision_follows_from_dtype_and_device_unless_it_is_given(
+    dtype: Dtype, device: str, precision: str, found: str | None
+) -> None:
+    if found is not None:
+        assert check_precision(precision, dtype, device) == found
+        return
+    with pytest.raises(ServiceError, match="an empty one lets the server choose") as caught:
+        check_precision(precision, dtype, device)
+    assert (caught.value.reason, caught.value.field) == ("PRECISION_UNSUPPORTED", "precision")
+
+
+async def test_the_log_says_once_how_products_are_computed(deps: Dependencies) -> None:
+    ref = await make_operator(deps)
+    vector = await make(deps, ref)
+    with capture_logs() as lines:
+        for _ in range(2):
+            await operators.apply(deps, ref, [str(vector.name)])
+    (line,) = [line for line in lines if line["event"] == "products"]
+    assert (line["kind"], line["notes"]) == ("hessian", {"schedule": "by hand"})
+
+
 async def test_defaults_of_an_operator_are_filled_in(deps: Dependencies) -> None:
     ref = replace(await make_operator(deps), dtype="")
     resolved, info = await operators.describe(deps, ref)
     assert resolved.operator.space.dtype == "float32"
     assert info.micro_batch_size == 1
     assert info.num_parameters == 6
+    assert (resolved.operator.kind, resolved.operator.precision) == ("hessian", "full")

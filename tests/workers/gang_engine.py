@@ -9,20 +9,24 @@ from typing import final
 
 import torch
 from hvp_core.collective import Collective
-from hvp_workers.backend import BackendError
+from hvp_workers.backend import BackendError, Tuning
 
 
 @final
 class GangEngine:
     """What tests ask of a rank; every method but `fail_on` is entered by all ranks alike."""
 
-    def __init__(self, collective: Collective, device: str):
+    def __init__(self, collective: Collective, device: str, tuning: Tuning):
         self._collective = collective
         self._device = device
+        self._tuning = tuning
         self._history: list[int] = []
 
     def pid(self) -> int:
         return os.getpid()
+
+    def environment(self, *names: str) -> list[str | None]:
+        return [os.environ.get(name) for name in names]
 
     def threads(self) -> int:
         return torch.get_num_threads()

@@ -23,7 +23,6 @@ from hvp_workers.backend import (
     Zeros,
     open_backend,
 )
-from hvp_workers.plan import default_micro_batch, plan_eigsh
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
@@ -209,19 +208,3 @@ async def test_ids_outside_the_vocabulary_are_refused(
     wrong = Operator(space=operator.space, batch_path=tmp_path / "batch")
     with pytest.raises(BackendError, match="TOKEN_ID_OUT_OF_RANGE"):
         await backend.describe_operator(wrong)
-
-
-def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
-    spec = EigshSpec(k=6, which="BE")
-    assert plan_eigsh(spec, dimension=1000, vector_bytes=1, available_bytes=10**6).num_vectors == 40
-    less = plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=4000)
-    assert less.num_vectors == 32 - 10
-    with pytest.raises(Exception, match="INSUFFICIENT_CLUSTER_MEMORY"):
-        plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=2900)
-
-
-def test_the_default_micro_batch_gives_every_rank_work() -> None:
-    assert default_micro_batch(8, 64, 2) == 4
-    assert default_micro_batch(8, 256, 2) == 2
-    assert default_micro_batch(1, 4096, 3) == 1
-    assert default_micro_batch(100, 16, 3) == 32

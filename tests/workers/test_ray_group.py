@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-from hvp_workers.backend import BackendError, GroupLostError
+from hvp_workers.backend import BackendError, GroupLostError, Tuning
 from hvp_workers.ray_cluster import RayCluster
 from hvp_workers.ray_gang import Patience
 from hvp_workers.ray_group import RayGroup
@@ -23,6 +23,7 @@ from hvp_workers.ray_group import RayGroup
 pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
+TUNING = Tuning(compile_cache=REPOSITORY / "compile-cache")  # nothing is compiled here
 PATIENCE = Patience(start_s=60, command_s=60, straggler_s=2, leave_s=5)
 
 
@@ -41,6 +42,7 @@ def group_of(num_workers: int, patience: Patience = PATIENCE) -> RayGroup:
     return RayGroup(
         num_workers=num_workers,
         device="cpu",
+        tuning=TUNING,
         engine="tests.workers.gang_engine:GangEngine",
         patience=patience,
     )
@@ -99,6 +101,14 @@ class TestPair:
         await pair.start()
         num_threads = max(1, len(os.sched_getaffinity(0)) // 2)
         assert await pair.run("threads") == [num_threads] * 2
+        (compiling,) = (await pair.run("environment", "TORCHINDUCTOR_COMPILE_THREADS"))[0]
+        assert compiling == str(num_threads)
+
+    async def test_ranks_compile_into_the_folder_they_were_given(self, pair: RayGroup) -> None:
+        await pair.start()
+        found = await pair.run("environment", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        folder = REPOSITORY / "compile-cache"
+        assert found == [[str(folder / "inductor"), str(folder / "triton")]] * 2
 
     async def test_what_every_rank_refuses_is_raised_whole_and_the_group_lives_on(
         self, pair: RayGroup

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 Dtype = Literal["float32", "float64"]
-Kind = Literal["hessian"]
+Kind = Literal["hessian", "ggn"]
+Precision = Literal["full", "tf32", "bfloat16"]
+Schedule = Literal["auto", "lean", "fast", "cached"]
+Compile = Literal["auto", "on", "off"]
 Distribution = Literal["rademacher", "gaussian", "sphere"]
 Which = Literal["LA", "SA", "LM", "BE"]
 Stage = Literal["loading", "iterating", "verifying", "saving"]
@@ -80,6 +83,7 @@ class Operator:
     batch_path: Path  # safetensors: input_ids, labels?, attention_mask?
     kind: Kind = "hessian"
     micro_batch_size: int = 0  # 0: by memory
+    precision: Precision = "full"  # of the operands of matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +171,22 @@ class EigshResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What whoever runs the server may say of how ranks compute; results do not depend on it.
+
+    Attributes:
+        schedule: What is kept of a forward walk (see `hvp_core.policy`).
+        compile: Whether blocks are compiled at the first product; `auto` where that pays.
+        compile_cache: Folder for what was compiled, on a file system that the ranks see, so that
+            it is compiled once; None leaves it to torch.
+    """
+
+    schedule: Schedule = "auto"
+    compile: Compile = "auto"
+    compile_cache: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankInfo:
     """One process of a group."""
 
@@ -235,8 +255,13 @@ class Backend(ABC):
     @abstractmethod
     async def apply(
         self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]
-    ) -> None:
-        """Store the product with each input under the output name at the same place."""
+    ) -> Mapping[str, str]:
+        """Store the product with each input under the output name at the same place.
+
+        Returns:
+            What is new since the last call about how this operator's products are computed, for a
+            log: schedule, compilation and its seconds. Empty when nothing is.
+        """
 
     @abstractmethod
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
@@ -279,6 +304,7 @@ def open_backend(
     num_workers: int,
     device: Literal["cpu", "cuda"],
     run_dir: Path | None = None,
+    tuning: Tuning | None = None,
 ) -> Backend:
     """Make a backend, not yet started.
 
@@ -288,6 +314,7 @@ def open_backend(
         device: Where tensors live.
         run_dir: Folder in which the Ray backend notes the processes it starts, so that the next
             server on the same folder ends those that a killed one left; None notes nothing.
+        tuning: How ranks compute.
 
     Raises:
         ValueError: More than one rank in process.
@@ -297,7 +324,9 @@ def open_backend(
             raise ValueError("the in-process backend has one rank; use the Ray backend for more")
         from hvp_workers.inprocess import inprocess_backend
 
-        return inprocess_backend(device)
+        return inprocess_backend(device, tuning or Tuning())
     from hvp_workers.ray_backend import ray_backend
 
-    return ray_backend(num_workers=num_workers, device=device, run_dir=run_dir)
+    return ray_backend(
+        num_workers=num_workers, device=device, run_dir=run_dir, tuning=tuning or Tuning()
+    )

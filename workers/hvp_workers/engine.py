@@ -11,7 +11,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +19,16 @@ from typing import Concatenate, ParamSpec, TypeVar, cast, final
 
 import psutil
 import torch
-from hvp_core.chain import MicroBatch
 from hvp_core.collective import Collective
 from hvp_core.data import read_token_batch
 from hvp_core.errors import CurvatureError
 from hvp_core.lanczos import Eigenpairs, Plan, Progress, Spectrum, eigsh
-from hvp_core.walk import Curvature
 
 from hvp_workers import backend as api
-from hvp_workers.models import Memory, ModelStore
-from hvp_workers.plan import default_micro_batch, plan_eigsh
-
-_OPERATORS_KEPT = 4
+from hvp_workers.memory import Memory
+from hvp_workers.models import ModelStore
+from hvp_workers.operators import LoadedOperator, micro_batch_size
+from hvp_workers.plan import plan_eigsh
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +73,7 @@ class _Run:
 
     steps: Generator[Progress, None, Eigenpairs]
     space: api.Space
+    loaded: LoadedOperator
     loss: float
     max_products: int
     provenance: dict[str, str]
@@ -88,13 +87,14 @@ class RankEngine:
     Args:
         collective: How it talks to the other ranks.
         device: `cpu` or a CUDA device.
+        tuning: How products are computed.
     """
 
-    def __init__(self, collective: Collective, device: str):
+    def __init__(self, collective: Collective, device: str, tuning: api.Tuning):
         self.collective = collective
         self.device = torch.device(device)
         self._memory = Memory(collective, self.device)
-        self._models = ModelStore(collective, self.device, self._memory)
+        self._models = ModelStore(collective, self.device, self._memory, tuning)
         self._vectors: dict[str, _Vector] = {}
         self._runs: dict[str, _Run] = {}
         self._vector_budget = min(collective.gather_objects(self._memory.total() // 2))
@@ -131,47 +131,32 @@ class RankEngine:
             )
         return api.OperatorInfo(
             num_parameters=description.num_parameters,
-            micro_batch_size=self._micro_batch(operator, batch),
+            micro_batch_size=micro_batch_size(operator, batch, self.collective.world_size),
             num_targets=int((batch.targets != -100).sum()),
         )
 
-    def _micro_batch(self, operator: api.Operator, batch: MicroBatch) -> int:
-        return operator.micro_batch_size or default_micro_batch(
-            len(batch.targets), batch.targets.shape[1], self.collective.world_size
-        )
-
-    def _operator(self, operator: api.Operator) -> Curvature:
-        model = self._models.get(operator.space)
-        if operator not in model.operators:
-            batch = read_token_batch(operator.batch_path)
-            model.operators[operator] = Curvature(
-                model.chain,
-                model.space,
-                model.parameters,
-                batch,
-                self._micro_batch(operator, batch),
-            )
-            while len(model.operators) > _OPERATORS_KEPT:
-                model.operators.popitem(last=False)
-        model.operators.move_to_end(operator)
-        return model.operators[operator]
+    def _operator(self, operator: api.Operator) -> LoadedOperator:
+        return self._models.get(operator.space).operators.get(operator)
 
     # Products -----------------------------------------------------------------------------------
 
     @command
     def loss(self, operator: api.Operator) -> float:
         """L(θ)."""
-        return self._operator(operator).loss()
+        return self._operator(operator).curvature.loss()
 
     @command
     def gradient(self, operator: api.Operator, output: str) -> None:
         """Store ∇L(θ)."""
         self._reserve(operator.space, [output])
-        self._vectors[output] = _Vector(operator.space, self._operator(operator).gradient())
+        gradient = self._operator(operator).curvature.gradient()
+        self._vectors[output] = _Vector(operator.space, gradient)
 
     @command
-    def apply(self, operator: api.Operator, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        """Store the product with each input."""
+    def apply(
+        self, operator: api.Operator, inputs: Sequence[str], outputs: Sequence[str]
+    ) -> Mapping[str, str]:
+        """Store the product with each input; what is new about how they are computed."""
         vectors = [self._vector(name) for name in inputs]
         for name, vector in zip(inputs, vectors, strict=True):
             if vector.space != operator.space:
@@ -179,9 +164,11 @@ class RankEngine:
                     "VECTOR_SPACE_MISMATCH", f"{name} belongs to another checkpoint or dtype"
                 )
         self._reserve(operator.space, outputs)
-        products = self._operator(operator).hvp([vector.shard for vector in vectors])
+        loaded = self._operator(operator)
+        products = loaded.product(operator.kind, [vector.shard for vector in vectors])
         for name, product in zip(outputs, products, strict=True):
             self._vectors[name] = _Vector(operator.space, product)
+        return loaded.news()
 
     # Vectors ------------------------------------------------------------------------------------
 
@@ -259,27 +246,30 @@ class RankEngine:
     @command
     def eigsh_start(self, run: str, operator: api.Operator, spec: api.EigshSpec) -> None:
         """Plan a run and evaluate the loss; no product yet."""
-        curvature = self._operator(operator)
-        space = curvature.space
+        loaded = self._operator(operator)
+        space = loaded.curvature.space
+        # What the first product will keep has to fit beside the basis.
+        promised = 0 if loaded.has_products else loaded.budget_bytes
         plan = plan_eigsh(
             spec,
             dimension=space.layout.numel,
             vector_bytes=space.vector_bytes,
-            available_bytes=min(self.collective.gather_objects(self._memory.available())),
+            available_bytes=self._memory.least_available() - promised,
         )
         self._runs[run] = _Run(
-            steps=self._steps(curvature, plan, spec.seed),
+            steps=self._steps(loaded, operator.kind, plan, spec.seed),
             space=operator.space,
-            loss=curvature.loss(),
+            loaded=loaded,
+            loss=loaded.curvature.loss(),
             max_products=plan.max_products,
-            provenance=self._provenance(operator, curvature, plan, spec.seed),
+            provenance=self._provenance(operator, loaded, plan, spec.seed),
         )
 
     def _steps(
-        self, curvature: Curvature, plan: Plan, seed: int
+        self, loaded: LoadedOperator, kind: api.Kind, plan: Plan, seed: int
     ) -> Generator[Progress, None, Eigenpairs]:
         """The run, not begun: the basis is allocated with the first product."""
-        space = curvature.space
+        space = loaded.curvature.space
 
         def random(index: int) -> torch.Tensor:
             # Far from the seeds that people choose, and different for each index.
@@ -287,7 +277,7 @@ class RankEngine:
 
         return (
             yield from eigsh(
-                lambda v: curvature.hvp([v])[0],
+                lambda v: loaded.product(kind, [v])[0],
                 random(0),
                 space.layout.numel,
                 plan,
@@ -332,7 +322,7 @@ class RankEngine:
             ritz_values=tuple(pairs.ritz_values.tolist()),
             ritz_weights=tuple(pairs.ritz_weights.tolist()),
             loss=state.loss,
-            provenance=state.provenance,
+            provenance={**state.provenance, **state.loaded.curvature.notes()},
         )
 
     @command
@@ -341,16 +331,19 @@ class RankEngine:
         state = self._runs.pop(run, None)
         if state is not None:
             state.steps.close()
+        self._memory.give_back()
 
     def _provenance(
-        self, operator: api.Operator, curvature: Curvature, plan: Plan, seed: int
+        self, operator: api.Operator, loaded: LoadedOperator, plan: Plan, seed: int
     ) -> dict[str, str]:
+        curvature = loaded.curvature
         return {
             "hvp": version("hvp"),
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "operator": operator.kind,
             "dtype": operator.space.dtype,
+            "precision": operator.precision,
             "device": self.device.type,
             "num_ranks": str(self.collective.world_size),
             "num_targets": str(curvature.num_targets),

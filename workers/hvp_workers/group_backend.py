@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -80,9 +80,10 @@ class GroupBackend(Backend):
 
     async def apply(
         self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]
-    ) -> None:
+    ) -> Mapping[str, str]:
         """See Backend."""
-        await self._call("apply", operator, tuple(inputs), tuple(outputs))
+        news: Mapping[str, str] = await self._call("apply", operator, tuple(inputs), tuple(outputs))
+        return news
 
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         """See Backend."""

@@ -7,9 +7,10 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, final
 
-from hvp_workers.backend import BackendError
+from hvp_workers.backend import BackendError, Tuning
 from hvp_workers.group import Group
 from hvp_workers.group_backend import GroupBackend
+from hvp_workers.rank_process import use_compile_cache
 
 if TYPE_CHECKING:
     from hvp_workers.engine import RankEngine
@@ -21,8 +22,9 @@ class InProcessGroup(Group):
 
     num_ranks = 1
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, tuning: Tuning):
         self.device = device
+        self._tuning = tuning
         self._engine: RankEngine | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -34,11 +36,12 @@ class InProcessGroup(Group):
             self.generation = uuid.uuid4().hex
 
     def _make_engine(self) -> RankEngine:
+        use_compile_cache(self._tuning.compile_cache)
         from hvp_core.collective import Alone
 
         from hvp_workers.engine import RankEngine
 
-        return RankEngine(Alone(), self.device)
+        return RankEngine(Alone(), self.device, self._tuning)
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         if self._thread is None:
@@ -59,6 +62,6 @@ class InProcessGroup(Group):
             await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
 
 
-def inprocess_backend(device: str) -> GroupBackend:
+def inprocess_backend(device: str, tuning: Tuning) -> GroupBackend:
     """A backend of one rank in this process, not yet started."""
-    return GroupBackend(InProcessGroup(device))
+    return GroupBackend(InProcessGroup(device, tuning))

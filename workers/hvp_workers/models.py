@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import psutil
 import torch
 from hvp_core.check import chain_agrees
 from hvp_core.checkpoint import (
@@ -24,36 +22,15 @@ from hvp_core.decoder import DecoderChain
 from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
 from hvp_core.space import Space
-from hvp_core.walk import Curvature
 
 from hvp_workers import backend as api
+from hvp_workers.memory import Memory
+from hvp_workers.operators import OperatorCache
 
 logger = logging.getLogger(__name__)
 
 _MODELS_KEPT = 2  # loaded at once; an older one is read again when it is needed
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-@final
-class Memory:
-    """What this rank may use of its host's or its device's memory, bytes."""
-
-    def __init__(self, collective: Collective, device: torch.device):
-        self._device = device
-        host = socket.gethostname()
-        self._ranks_here = collective.gather_objects(host).count(host)
-
-    def total(self) -> int:
-        """Its share of all there is."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self._device)[1])
-        return psutil.virtual_memory().total // self._ranks_here
-
-    def available(self) -> int:
-        """Its share of what is free now."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self._device)[0])
-        return psutil.virtual_memory().available // self._ranks_here
 
 
 @final
@@ -73,18 +50,20 @@ class Model:
     chain: DecoderChain
     space: Space
     parameters: torch.Tensor
-    #: Recently used, oldest first; they go when the model goes.
-    operators: OrderedDict[api.Operator, Curvature] = field(default_factory=OrderedDict)
+    operators: OperatorCache
 
 
 @final
 class ModelStore:
     """Loads models when they are asked for and keeps the latest."""
 
-    def __init__(self, collective: Collective, device: torch.device, memory: Memory):
+    def __init__(
+        self, collective: Collective, device: torch.device, memory: Memory, tuning: api.Tuning
+    ):
         self._collective = collective
         self._device = device
         self._memory = memory
+        self._tuning = tuning
         self._descriptions: dict[Path, Description] = {}
         self._models: OrderedDict[api.Space, Model] = OrderedDict()
 
@@ -136,7 +115,7 @@ class ModelStore:
         dtype = DTYPES[space.dtype]
         description = self.describe(space.checkpoint_dir)
         needed = description.public.num_parameters * dtype.itemsize // self._collective.world_size
-        available = min(self._collective.gather_objects(self._memory.available()))
+        available = self._memory.least_available()
         if needed > available:
             raise CurvatureError(
                 "INSUFFICIENT_CLUSTER_MEMORY",
@@ -164,4 +143,5 @@ class ModelStore:
                 "" if one_block else "; it is taken as one block, which needs more memory",
             )
             return None
-        return Model(chain, numbers, parameters)
+        operators = OperatorCache(chain, numbers, parameters, self._memory, self._tuning)
+        return Model(chain, numbers, parameters, operators)

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 from hvp_core.errors import CurvatureError
 from hvp_core.lanczos import Plan
+from hvp_core.policy import Policy
 
-from hvp_workers.backend import EigshSpec
+from hvp_workers.backend import EigshSpec, Precision, Tuning
 
 _TOKENS = 512  # through a block at once: enough for full-speed GEMMs, little beside the weights
 _USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 _WORKING_VECTORS = 3  # the product, its vector, a random restart
+_KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
 
 
 def default_micro_batch(num_sequences: int, length: int, world_size: int) -> int:
     """Sequences per micro-batch: about 512 tokens, and work for every rank."""
     share = -(-num_sequences // world_size)
     return max(1, min(share, _TOKENS // length))
+
+
+def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes: int) -> Policy:
+    """How the products of an operator are computed.
+
+    Compiling takes minutes once and then saves most of the time on a GPU; on a CPU, where large
+    matrix products take what there is to take, it stays off unless it is asked for.
+
+    Args:
+        precision: Of the operands of matrix products.
+        tuning: What whoever runs the server says.
+        device: `cpu` or `cuda`.
+        available_bytes: Free on the rank that has least.
+    """
+    compiled = tuning.compile == "on" or (tuning.compile == "auto" and device == "cuda")
+    return Policy(
+        schedule=tuning.schedule,
+        budget_bytes=int(available_bytes * _KEPT),
+        compile=compiled,
+        graphs=compiled and device == "cuda",
+        precision=precision,
+    )
 
 
 def plan_eigsh(spec: EigshSpec, *, dimension: int, vector_bytes: int, available_bytes: int) -> Plan:

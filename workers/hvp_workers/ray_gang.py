@@ -14,7 +14,7 @@ from typing import Any, final
 import psutil
 
 from hvp_workers import orphans
-from hvp_workers.backend import BackendError, GroupLostError
+from hvp_workers.backend import BackendError, GroupLostError, Tuning
 from hvp_workers.orphans import ProcessMark
 from hvp_workers.ray_answers import Member, collect
 from hvp_workers.ray_rank import LOOPBACK, Place, Rank, Seat
@@ -43,7 +43,8 @@ class GangSpec:
 
     num_ranks: int
     device: str  # "cpu" or "cuda"
-    engine: str  # "module:callable", called with (collective, device)
+    tuning: Tuning
+    engine: str  # "module:callable", called with (collective, device, tuning)
     session: str  # names shared memory; unique
     patience: Patience
 
@@ -199,6 +200,7 @@ async def _join(spec: GangSpec, members: list[Member]) -> None:
                 num_ranks=spec.num_ranks,
                 same_host=same_host,
                 device=spec.device,
+                tuning=spec.tuning,
                 num_threads=max(1, member.place.num_cores // num_ranks_on[member.place.node_id]),
                 address=address,
                 port=port,

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any, final
 
-from hvp_workers.backend import GroupLostError
+from hvp_workers.backend import GroupLostError, Tuning
 from hvp_workers.group import Group
 from hvp_workers.ray_cluster import RayCluster
 from hvp_workers.ray_gang import Gang, GangSpec, Patience, start_gang
@@ -30,6 +30,7 @@ class RayGroup(Group):
         num_workers: int,
         device: str,
         run_dir: Path | None = None,
+        tuning: Tuning | None = None,
         engine: str = "hvp_workers.engine:RankEngine",
         patience: Patience | None = None,
     ):
@@ -37,6 +38,7 @@ class RayGroup(Group):
             raise ValueError("a group has at least one worker")
         self.device = device
         self.num_ranks = num_workers
+        self._tuning = tuning or Tuning()
         self._engine = engine
         self._patience = patience or Patience()
         self._cluster = RayCluster(num_ranks=num_workers, device=device, run_dir=run_dir)
@@ -64,6 +66,7 @@ class RayGroup(Group):
                 GangSpec(
                     num_ranks=self.num_ranks,
                     device=self.device,
+                    tuning=self._tuning,
                     engine=self._engine,
                     session=session,
                     patience=self._patience,

@@ -14,8 +14,9 @@ from typing import Any, final
 
 import psutil
 
-from hvp_workers.backend import BackendError
+from hvp_workers.backend import BackendError, Tuning
 from hvp_workers.orphans import ProcessMark
+from hvp_workers.rank_process import prepare_process
 
 LOOPBACK = "127.0.0.1"
 
@@ -43,11 +44,12 @@ class Seat:
     num_ranks: int
     same_host: bool
     device: str  # "cpu" or "cuda"
+    tuning: Tuning
     num_threads: int
     address: str  # rank 0's
     port: int  # of the rendezvous store at rank 0
     session: str
-    engine: str  # "module:callable", called with (collective, device)
+    engine: str  # "module:callable", called with (collective, device, tuning)
     start_timeout_s: float
     collective_timeout_s: float
 
@@ -110,6 +112,7 @@ class Rank:
             # Otherwise gloo resolves the machine's own name, which not every machine can.
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ["NCCL_SOCKET_IFNAME"] = interface
+        prepare_process(seat.tuning, device=seat.device, num_threads=seat.num_threads)
         import torch
         from hvp_core.collective import open_collective
         from torch import distributed
@@ -134,7 +137,7 @@ class Rank:
             session=seat.session,
         )
         module, _, name = seat.engine.partition(":")
-        return getattr(importlib.import_module(module), name)(collective, str(device))
+        return getattr(importlib.import_module(module), name)(collective, str(device), seat.tuning)
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Outcome:
         """Run one method of the engine."""

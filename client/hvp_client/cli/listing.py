@@ -39,7 +39,7 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
     if as_json:
         print(json.dumps([_record(job) for job in jobs], indent=2))
         return
-    table = Table("job", "state", "attempt", "work", "dtype", "products", "created (UTC)")
+    table = Table("job", "state", "attempt", "work", "of", "dtype", "products", "created (UTC)")
     for job in jobs:
         record = _record(job)
         table.add_row(
@@ -47,6 +47,7 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
             "CANCELLING" if job.cancelling else job.state,
             str(job.attempt),
             f"{record['kind']} {record['which']} k={record['k']}",
+            record["operator"],
             record["dtype"],
             f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
             f"{job.create_time:%Y-%m-%d %H:%M:%S}",

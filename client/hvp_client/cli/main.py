@@ -43,11 +43,43 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class Kind(StrEnum):
+    """Which matrix."""
+
+    hessian = "hessian"
+    ggn = "ggn"
+
+
+class Precision(StrEnum):
+    """Of the operands of matrix products."""
+
+    full = "full"
+    tf32 = "tf32"
+    bfloat16 = "bfloat16"
+
+
 class Device(StrEnum):
     """Where ranks compute."""
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Compile(StrEnum):
+    """Whether blocks are compiled."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Schedule(StrEnum):
+    """What is kept of the way forward."""
+
+    auto = "auto"
+    lean = "lean"
+    fast = "fast"
+    cached = "cached"
 
 
 class BackendKind(StrEnum):
@@ -76,6 +108,17 @@ def serve(
         BackendKind,
         typer.Option(help="ray: one process per rank. inprocess: one rank inside of the server."),
     ] = BackendKind.ray,
+    compile_: Annotated[
+        Compile,
+        typer.Option("--compile", help="Compile blocks at the first product; auto: on GPUs."),
+    ] = Compile.auto,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(
+            help="What a product keeps of its way forward. lean: little; fast: more; cached: also "
+            "for the next product; auto: the fastest that memory allows."
+        ),
+    ] = Schedule.auto,
 ) -> None:
     """Start a server; SIGTERM or Ctrl-C lets it finish its calls and ends it."""
     from hvp_client.cli.serving import run_server
@@ -87,6 +130,8 @@ def serve(
             f"--workers={workers}",
             f"--device={device}",
             f"--backend={backend}",
+            f"--compile={compile_}",
+            f"--schedule={schedule}",
         ]
     )
 
@@ -122,7 +167,17 @@ def eigsh(
         int | None, typer.Option(help="Bound on products.", show_default="the server's choice")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the starting vector.")] = 0,
+    operator: Annotated[
+        Kind, typer.Option(help="Of which matrix: hessian, or ggn for Gauss-Newton.")
+    ] = Kind.hessian,
     dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = Dtype.float32,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Of the operands of matrix products; full: the dtype's own.",
+            show_default="bfloat16 for float32 on GPUs, else full",
+        ),
+    ] = None,
     micro_batch_size: Annotated[
         int | None,
         typer.Option(help="Sequences a rank takes at once.", show_default="by memory"),
@@ -132,7 +187,7 @@ def eigsh(
     address: Address = DEFAULT_ADDRESS,
     format_: FormatOption = Format.table,
 ) -> None:
-    """Compute k extremal eigenpairs of the Hessian of a checkpoint's loss."""
+    """Compute k extremal eigenpairs of the Hessian, or the GGN, of a checkpoint's loss."""
     from hvp_client.cli.spectra import EigshOrder, run_eigsh
 
     order = EigshOrder(
@@ -143,7 +198,9 @@ def eigsh(
         tol=tol,
         max_products=max_products,
         seed=seed,
+        operator=operator.value,
         dtype=dtype.value,
+        precision=None if precision is None else precision.value,
         micro_batch_size=micro_batch_size,
     )
     run_eigsh(address, order, watch=watch, output=output, as_json=format_ is Format.json)

@@ -33,7 +33,9 @@ class EigshOrder:
     tol: float
     max_products: int | None
     seed: int
+    operator: str
     dtype: str
+    precision: str | None
     micro_batch_size: int | None
 
 
@@ -59,7 +61,12 @@ def run_eigsh(
             checkpoint = upload_with_bar(client, Path(order.checkpoint))
         batch = client.batch(order.ids) if tensors is None else client.upload_batch(tensors)
         H = client.operator(
-            checkpoint, batch, dtype=order.dtype, micro_batch_size=order.micro_batch_size
+            checkpoint,
+            batch,
+            kind=order.operator,
+            dtype=order.dtype,
+            micro_batch_size=order.micro_batch_size,
+            precision=order.precision,
         )
         job = H.eigsh(
             order.k, order.which, tol=order.tol, max_products=order.max_products, seed=order.seed

@@ -36,24 +36,29 @@ class OperatorSpec(_message.Message):
         KIND_HESSIAN: OperatorSpec._Kind.ValueType  # 1
         """H = d^2 L / d theta^2."""
         KIND_GGN: OperatorSpec._Kind.ValueType  # 2
-        """J^T H_out J."""
+        """The generalised Gauss-Newton matrix G = J^T H_out J of the same L: J is the Jacobian of the
+        model's outputs, H_out the Hessian of L in them. Symmetric, with no negative eigenvalue.
+        """
         KIND_EMPIRICAL_FISHER: OperatorSpec._Kind.ValueType  # 3
-        """Sum of outer products of per-example gradients."""
+        """Sum of outer products of per-example gradients. Not served yet."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: OperatorSpec.Kind.ValueType  # 0
     KIND_HESSIAN: OperatorSpec.Kind.ValueType  # 1
     """H = d^2 L / d theta^2."""
     KIND_GGN: OperatorSpec.Kind.ValueType  # 2
-    """J^T H_out J."""
+    """The generalised Gauss-Newton matrix G = J^T H_out J of the same L: J is the Jacobian of the
+    model's outputs, H_out the Hessian of L in them. Symmetric, with no negative eigenvalue.
+    """
     KIND_EMPIRICAL_FISHER: OperatorSpec.Kind.ValueType  # 3
-    """Sum of outer products of per-example gradients."""
+    """Sum of outer products of per-example gradients. Not served yet."""
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     data_batch: _builtins.str
     kind: Global___OperatorSpec.Kind.ValueType
@@ -63,6 +68,11 @@ class OperatorSpec(_message.Message):
     """Sequences a rank pushes through a block at once; 0 lets the server choose by memory. Results
     do not depend on it.
     """
+    precision: _builtins.str
+    """Of the operands of matrix products: `full` is the dtype's own; `bfloat16`, and on CUDA devices
+    `tf32`, are faster and apply to float32, where sums, losses and vectors stay in float32. Empty
+    lets the server choose: `bfloat16` for float32 on CUDA devices, else `full`.
+    """
     def __init__(
         self,
         *,
@@ -71,10 +81,11 @@ class OperatorSpec(_message.Message):
         kind: Global___OperatorSpec.Kind.ValueType = ...,
         dtype: _builtins.str = ...,
         micro_batch_size: _builtins.int = ...,
+        precision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "precision", b"precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

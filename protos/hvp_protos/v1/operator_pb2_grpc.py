@@ -31,6 +31,8 @@ class OperatorServiceStub:
     INVALID_ARGUMENT `TOKEN_ID_OUT_OF_RANGE`: the batch has ids outside the vocabulary.
     INVALID_ARGUMENT `SEQUENCE_TOO_LONG`: longer than the model has positions for.
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
+    INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
+    server's device does not have; leave it empty.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
@@ -81,6 +83,8 @@ class OperatorServiceServicer:
     INVALID_ARGUMENT `TOKEN_ID_OUT_OF_RANGE`: the batch has ids outside the vocabulary.
     INVALID_ARGUMENT `SEQUENCE_TOO_LONG`: longer than the model has positions for.
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
+    INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
+    server's device does not have; leave it empty.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
@@ -114,7 +118,8 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ApplyOperator(self, request, context):
-        """Products with vectors that the server holds. Cost: 11 GEMM passes each.
+        """Products with vectors that the server holds. Cost in GEMM passes each: a Hessian 8, or 11 where
+        memory is short; a GGN 5 or 6.
 
         INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: a vector of another checkpoint or dtype.
         FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held a vector are gone; make it again.
@@ -174,6 +179,8 @@ class OperatorService:
     INVALID_ARGUMENT `TOKEN_ID_OUT_OF_RANGE`: the batch has ids outside the vocabulary.
     INVALID_ARGUMENT `SEQUENCE_TOO_LONG`: longer than the model has positions for.
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
+    INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
+    server's device does not have; leave it empty.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahvp_protos/v1/system.proto\x12\x06hvp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xb4\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64types\x18\x02 \x03(\t\x12\x16\n\x0eoperator_kinds\x18\x03 \x03(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x04 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x05\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf2\x01\n\x0bWorkerGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.hvp.v1.WorkerGroup.State\x12\x12\n\ngeneration\x18\x03 \x01(\t\x12\x11\n\tnum_ranks\x18\x04 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x1f\n\x05ranks\x18\x06 \x03(\x0b\x32\x10.hvp.v1.RankInfo\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x0e\n\nSTATE_LOST\x10\x03\"d\n\x08RankInfo\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bnum_threads\x18\x05 \x01(\x05\")\n\x17ListWorkerGroupsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"F\n\x18ListWorkerGroupsResponse\x12*\n\rworker_groups\x18\x01 \x03(\x0b\x32\x13.hvp.v1.WorkerGroup\"\'\n\x17\x44rainWorkerGroupRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44rainWorkerGroupResponse\"!\n\x0fGetQueueRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\";\n\x10GetQueueResponse\x12\x12\n\nnum_queued\x18\x01 \x01(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\"\x0f\n\rWhoAmIRequest\"4\n\x0eWhoAmIResponse\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x11\n\tprincipal\x18\x02 \x01(\t\"!\n\x0fGetQuotaRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"B\n\x10GetQuotaResponse\x12\x18\n\x10max_stored_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x03\x32\xc2\x03\n\rSystemService\x12L\n\rGetServerInfo\x12\x1c.hvp.v1.GetServerInfoRequest\x1a\x1d.hvp.v1.GetServerInfoResponse\x12U\n\x10ListWorkerGroups\x12\x1f.hvp.v1.ListWorkerGroupsRequest\x1a .hvp.v1.ListWorkerGroupsResponse\x12U\n\x10\x44rainWorkerGroup\x12\x1f.hvp.v1.DrainWorkerGroupRequest\x1a .hvp.v1.DrainWorkerGroupResponse\x12=\n\x08GetQueue\x12\x17.hvp.v1.GetQueueRequest\x1a\x18.hvp.v1.GetQueueResponse\x12\x37\n\x06WhoAmI\x12\x15.hvp.v1.WhoAmIRequest\x1a\x16.hvp.v1.WhoAmIResponse\x12=\n\x08GetQuota\x12\x17.hvp.v1.GetQuotaRequest\x1a\x18.hvp.v1.GetQuotaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahvp_protos/v1/system.proto\x12\x06hvp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xc8\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64types\x18\x02 \x03(\t\x12\x16\n\x0eoperator_kinds\x18\x03 \x03(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x04 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x05\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nprecisions\x18\x07 \x03(\t\"\xf2\x01\n\x0bWorkerGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.hvp.v1.WorkerGroup.State\x12\x12\n\ngeneration\x18\x03 \x01(\t\x12\x11\n\tnum_ranks\x18\x04 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x1f\n\x05ranks\x18\x06 \x03(\x0b\x32\x10.hvp.v1.RankInfo\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x0e\n\nSTATE_LOST\x10\x03\"d\n\x08RankInfo\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bnum_threads\x18\x05 \x01(\x05\")\n\x17ListWorkerGroupsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"F\n\x18ListWorkerGroupsResponse\x12*\n\rworker_groups\x18\x01 \x03(\x0b\x32\x13.hvp.v1.WorkerGroup\"\'\n\x17\x44rainWorkerGroupRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44rainWorkerGroupResponse\"!\n\x0fGetQueueRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\";\n\x10GetQueueResponse\x12\x12\n\nnum_queued\x18\x01 \x01(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\"\x0f\n\rWhoAmIRequest\"4\n\x0eWhoAmIResponse\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x11\n\tprincipal\x18\x02 \x01(\t\"!\n\x0fGetQuotaRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"B\n\x10GetQuotaResponse\x12\x18\n\x10max_stored_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x03\x32\xc2\x03\n\rSystemService\x12L\n\rGetServerInfo\x12\x1c.hvp.v1.GetServerInfoRequest\x1a\x1d.hvp.v1.GetServerInfoResponse\x12U\n\x10ListWorkerGroups\x12\x1f.hvp.v1.ListWorkerGroupsRequest\x1a .hvp.v1.ListWorkerGroupsResponse\x12U\n\x10\x44rainWorkerGroup\x12\x1f.hvp.v1.DrainWorkerGroupRequest\x1a .hvp.v1.DrainWorkerGroupResponse\x12=\n\x08GetQueue\x12\x17.hvp.v1.GetQueueRequest\x1a\x18.hvp.v1.GetQueueResponse\x12\x37\n\x06WhoAmI\x12\x15.hvp.v1.WhoAmIRequest\x1a\x16.hvp.v1.WhoAmIResponse\x12=\n\x08GetQuota\x12\x17.hvp.v1.GetQuotaRequest\x1a\x18.hvp.v1.GetQuotaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=71
   _globals['_GETSERVERINFOREQUEST']._serialized_end=93
   _globals['_GETSERVERINFORESPONSE']._serialized_start=96
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=276
-  _globals['_WORKERGROUP']._serialized_start=279
-  _globals['_WORKERGROUP']._serialized_end=521
-  _globals['_WORKERGROUP_STATE']._serialized_start=438
-  _globals['_WORKERGROUP_STATE']._serialized_end=521
-  _globals['_RANKINFO']._serialized_start=523
-  _globals['_RANKINFO']._serialized_end=623
-  _globals['_LISTWORKERGROUPSREQUEST']._serialized_start=625
-  _globals['_LISTWORKERGROUPSREQUEST']._serialized_end=666
-  _globals['_LISTWORKERGROUPSRESPONSE']._serialized_start=668
-  _globals['_LISTWORKERGROUPSRESPONSE']._serialized_end=738
-  _globals['_DRAINWORKERGROUPREQUEST']._serialized_start=740
-  _globals['_DRAINWORKERGROUPREQUEST']._serialized_end=779
-  _globals['_DRAINWORKERGROUPRESPONSE']._serialized_start=781
-  _globals['_DRAINWORKERGROUPRESPONSE']._serialized_end=807
-  _globals['_GETQUEUEREQUEST']._serialized_start=809
-  _globals['_GETQUEUEREQUEST']._serialized_end=842
-  _globals['_GETQUEUERESPONSE']._serialized_start=844
-  _globals['_GETQUEUERESPONSE']._serialized_end=903
-  _globals['_WHOAMIREQUEST']._serialized_start=905
-  _globals['_WHOAMIREQUEST']._serialized_end=920
-  _globals['_WHOAMIRESPONSE']._serialized_start=922
-  _globals['_WHOAMIRESPONSE']._serialized_end=974
-  _globals['_GETQUOTAREQUEST']._serialized_start=976
-  _globals['_GETQUOTAREQUEST']._serialized_end=1009
-  _globals['_GETQUOTARESPONSE']._serialized_start=1011
-  _globals['_GETQUOTARESPONSE']._serialized_end=1077
-  _globals['_SYSTEMSERVICE']._serialized_start=1080
-  _globals['_SYSTEMSERVICE']._serialized_end=1530
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=296
+  _globals['_WORKERGROUP']._serialized_start=299
+  _globals['_WORKERGROUP']._serialized_end=541
+  _globals['_WORKERGROUP_STATE']._serialized_start=458
+  _globals['_WORKERGROUP_STATE']._serialized_end=541
+  _globals['_RANKINFO']._serialized_start=543
+  _globals['_RANKINFO']._serialized_end=643
+  _globals['_LISTWORKERGROUPSREQUEST']._serialized_start=645
+  _globals['_LISTWORKERGROUPSREQUEST']._serialized_end=686
+  _globals['_LISTWORKERGROUPSRESPONSE']._serialized_start=688
+  _globals['_LISTWORKERGROUPSRESPONSE']._serialized_end=758
+  _globals['_DRAINWORKERGROUPREQUEST']._serialized_start=760
+  _globals['_DRAINWORKERGROUPREQUEST']._serialized_end=799
+  _globals['_DRAINWORKERGROUPRESPONSE']._serialized_start=801
+  _globals['_DRAINWORKERGROUPRESPONSE']._serialized_end=827
+  _globals['_GETQUEUEREQUEST']._serialized_start=829
+  _globals['_GETQUEUEREQUEST']._serialized_end=862
+  _globals['_GETQUEUERESPONSE']._serialized_start=864
+  _globals['_GETQUEUERESPONSE']._serialized_end=923
+  _globals['_WHOAMIREQUEST']._serialized_start=925
+  _globals['_WHOAMIREQUEST']._serialized_end=940
+  _globals['_WHOAMIRESPONSE']._serialized_start=942
+  _globals['_WHOAMIRESPONSE']._serialized_end=994
+  _globals['_GETQUOTAREQUEST']._serialized_start=996
+  _globals['_GETQUOTAREQUEST']._serialized_end=1029
+  _globals['_GETQUOTARESPONSE']._serialized_start=1031
+  _globals['_GETQUOTARESPONSE']._serialized_end=1097
+  _globals['_SYSTEMSERVICE']._serialized_start=1100
+  _globals['_SYSTEMSERVICE']._serialized_end=1550
 # @@protoc_insertion_point(module_scope)

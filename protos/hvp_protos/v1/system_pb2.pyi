@@ -45,6 +45,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    PRECISIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of the `hvp` distribution."""
     max_chunk_bytes: _builtins.int
@@ -57,6 +58,10 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def precisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Values of OperatorSpec.precision that the ranks' device has."""
+
     def __init__(
         self,
         *,
@@ -66,10 +71,11 @@ class GetServerInfoResponse(_message.Message):
         max_chunk_bytes: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        precisions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtypes", b"dtypes", "max_chunk_bytes", b"max_chunk_bytes", "max_message_bytes", b"max_message_bytes", "operator_kinds", b"operator_kinds", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtypes", b"dtypes", "max_chunk_bytes", b"max_chunk_bytes", "max_message_bytes", b"max_message_bytes", "operator_kinds", b"operator_kinds", "precisions", b"precisions", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,7 @@ from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
 from hvp_service.job_store import FINAL_STATES, EigshJob, Job, JobEvent, StateChange
 from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef, check_dtype
+from hvp_service.operator_resolver import OperatorRef
 
 MAX_WAIT_S = 60.0
 MAX_LABELS = 64
@@ -151,7 +151,11 @@ async def create(
     """
     resolved = await deps.operators.resolve(operator, "spec.eigsh.operator")
     spec = check_eigsh(
-        operator=replace(operator, dtype=check_dtype(operator.dtype)),
+        operator=replace(
+            operator,
+            dtype=resolved.operator.space.dtype,
+            precision=resolved.operator.precision,
+        ),
         k=k,
         which=which,
         tol=tol,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 from hvp_workers.backend import Backend, OperatorInfo
 
 from hvp_service.dependencies import Dependencies
@@ -12,6 +13,8 @@ from hvp_service.errors import ServiceError
 from hvp_service.names import parse
 from hvp_service.operator_resolver import OperatorRef, ResolvedOperator
 from hvp_service.vector_store import Vector
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,20 @@ async def apply(deps: Dependencies, ref: OperatorRef, vectors: Sequence[str]) ->
 
     async def work(backend: Backend) -> None:
         await deps.vectors.ensure_resident(backend, inputs)
-        await backend.apply(
+        news = await backend.apply(
             resolved.operator,
             [vector.name.id for vector in inputs],
             [vector.name.id for vector in outputs],
         )
+        if news:
+            log.info(
+                "products",
+                checkpoint=ref.checkpoint,
+                data_batch=ref.data_batch,
+                kind=resolved.operator.kind,
+                precision=resolved.operator.precision,
+                notes=dict(news),
+            )
 
     return await deps.vectors.make(outputs, work)
 

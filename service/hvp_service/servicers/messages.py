@@ -131,6 +131,7 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         kind=enum_name(operator_pb2.OperatorSpec.Kind, message.kind),
         dtype=message.dtype,
         micro_batch_size=message.micro_batch_size,
+        precision=message.precision,
     )
 
 
@@ -142,4 +143,5 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         kind=operator_pb2.OperatorSpec.Kind.Value(ref.kind),
         dtype=ref.dtype,
         micro_batch_size=ref.micro_batch_size,
+        precision=ref.precision,
     )

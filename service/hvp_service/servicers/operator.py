@@ -29,7 +29,10 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         ref = messages.operator_value(request.operator)
         resolved, info = await operators.describe(self._deps, ref)
         filled = replace(
-            ref, dtype=resolved.operator.space.dtype, micro_batch_size=info.micro_batch_size
+            ref,
+            dtype=resolved.operator.space.dtype,
+            micro_batch_size=info.micro_batch_size,
+            precision=resolved.operator.precision,
         )
         return pb.DescribeOperatorResponse(
             operator=messages.operator_message(filled), num_parameters=info.num_parameters

@@ -13,7 +13,7 @@ from hvp_service.dependencies import Dependencies
 from hvp_service.errors import not_served
 from hvp_service.handlers import system
 from hvp_service.names import parse_parent
-from hvp_service.operator_resolver import DTYPES, SERVED_KINDS
+from hvp_service.operator_resolver import DTYPES, KINDS, PRECISIONS
 from hvp_service.servicers import messages
 
 
@@ -29,7 +29,8 @@ class SystemServicer(system_pb2_grpc.SystemServiceServicer):
         return pb.GetServerInfoResponse(
             version=self._deps.version,
             dtypes=DTYPES,
-            operator_kinds=SERVED_KINDS,
+            operator_kinds=KINDS,
+            precisions=sorted(PRECISIONS[self._deps.operators.device]),
             max_chunk_bytes=self._deps.config.max_chunk_bytes,
             max_message_bytes=self._deps.config.max_message_bytes,
             start_time=messages.timestamp(self._deps.start_time),

@@ -1,0 +1,48 @@
+"""What is decided before a request runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hvp_core.policy import Policy
+from hvp_workers.backend import EigshSpec, Tuning
+from hvp_workers.plan import default_micro_batch, plan_eigsh, policy
+
+PLAIN = Policy(schedule="auto", budget_bytes=250, compile=False, graphs=False, precision="full")
+
+
+@pytest.mark.parametrize(
+    ("device", "tuning", "expected"),
+    [
+        ("cpu", Tuning(), PLAIN),
+        ("cpu", Tuning(compile="on"), replace(PLAIN, compile=True)),
+        ("cpu", Tuning(schedule="lean"), replace(PLAIN, schedule="lean")),
+        ("cuda", Tuning(), replace(PLAIN, compile=True, graphs=True)),
+        ("cuda", Tuning(compile="off"), PLAIN),
+    ],
+)
+def test_compiling_is_for_gpus_unless_somebody_says_otherwise(
+    device: str, tuning: Tuning, expected: Policy
+) -> None:
+    assert policy("full", tuning, device=device, available_bytes=1000) == expected
+
+
+def test_the_precision_is_the_operators() -> None:
+    assert policy("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
+
+
+def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
+    spec = EigshSpec(k=6, which="BE")
+    assert plan_eigsh(spec, dimension=1000, vector_bytes=1, available_bytes=10**6).num_vectors == 40
+    less = plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=4000)
+    assert less.num_vectors == 32 - 10
+    with pytest.raises(Exception, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=2900)
+
+
+def test_the_default_micro_batch_gives_every_rank_work() -> None:
+    assert default_micro_batch(8, 64, 2) == 4
+    assert default_micro_batch(8, 256, 2) == 2
+    assert default_micro_batch(1, 4096, 3) == 1
+    assert default_micro_batch(100, 16, 3) == 32

@@ -1,0 +1,124 @@
+"""The operators of one model on one rank: built when they are asked for, the latest kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from hvp_core.chain import Chain, MicroBatch
+from hvp_core.data import read_token_batch
+from hvp_core.space import Space
+from hvp_core.walk import Curvature
+
+from hvp_workers import backend as api
+from hvp_workers.memory import Memory
+from hvp_workers.plan import default_micro_batch, policy
+
+_KEPT = 4  # an older one's batch is read again when it is needed
+
+
+def micro_batch_size(operator: api.Operator, batch: MicroBatch, world_size: int) -> int:
+    """Rows that go through a block at once, as asked or by default."""
+    return operator.micro_batch_size or default_micro_batch(
+        len(batch.targets), batch.targets.shape[1], world_size
+    )
+
+
+@final
+@dataclass
+class LoadedOperator:
+    """A loss at a point, with products of every kind.
+
+    Attributes:
+        curvature: It.
+        budget_bytes: That it may keep for the next product from the first one on.
+        has_products: Whether there has been one, and it keeps what it keeps.
+    """
+
+    curvature: Curvature
+    budget_bytes: int
+    has_products: bool = False
+    _told: Mapping[str, str] = field(default_factory=dict)
+
+    def product(self, kind: api.Kind, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The product with each vector, this rank's shards."""
+        products = self.curvature.product(kind, vectors)
+        self.has_products = True
+        return products
+
+    def news(self) -> Mapping[str, str]:
+        """How products are computed; nothing when that was told before."""
+        notes = self.curvature.notes()
+        if notes == self._told:
+            return {}
+        self._told = notes
+        return notes
+
+
+class _Key(NamedTuple):
+    """What a curvature is of; the kind of operator is left out."""
+
+    batch_path: Path
+    micro_batch_size: int
+    precision: api.Precision
+
+
+@final
+class OperatorCache:
+    """Operators of a model; they go when the model goes.
+
+    Args:
+        chain: The model.
+        space: Of its parameters.
+        parameters: θ, this rank's shard.
+        memory: What this rank may use.
+        tuning: How products are computed.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        space: Space,
+        parameters: torch.Tensor,
+        memory: Memory,
+        tuning: api.Tuning,
+    ):
+        self._chain = chain
+        self._space = space
+        self._parameters = parameters
+        self._memory = memory
+        self._tuning = tuning
+        self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
+
+    def get(self, operator: api.Operator) -> LoadedOperator:
+        """The operator, built if it is not; every rank must call it."""
+        key = _Key(operator.batch_path, operator.micro_batch_size, operator.precision)
+        if key not in self._loaded:
+            while len(self._loaded) >= _KEPT:
+                self._loaded.popitem(last=False)
+            self._loaded[key] = self._load(operator)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    def _load(self, operator: api.Operator) -> LoadedOperator:
+        batch = read_token_batch(operator.batch_path)
+        collective = self._space.collective
+        chosen = policy(
+            operator.precision,
+            self._tuning,
+            device=self._space.device.type,
+            available_bytes=self._memory.least_available(),
+        )
+        curvature = Curvature(
+            self._chain,
+            self._space,
+            self._parameters,
+            batch,
+            micro_batch_size(operator, batch, collective.world_size),
+            chosen,
+        )
+        return LoadedOperator(curvature, chosen.budget_bytes or 0)

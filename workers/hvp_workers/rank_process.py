@@ -1,0 +1,36 @@
+"""What the process of a rank is told before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hvp_workers.allocator import keep_freed_memory
+from hvp_workers.backend import Tuning
+
+
+def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
+    """Set up a process that is a rank and nothing else.
+
+    Args:
+        tuning: How ranks compute.
+        device: `cpu` or `cuda`.
+        num_threads: Its share of the host's cores.
+    """
+    use_compile_cache(tuning.compile_cache)
+    # Otherwise every rank of a host compiles with as many processes as the host has cores.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num_threads))
+    if device == "cpu":
+        keep_freed_memory()
+
+
+def use_compile_cache(folder: Path | None) -> None:
+    """Keep what TorchInductor and Triton compile in a folder, where nobody has named another.
+
+    Args:
+        folder: On a file system that lasts; None changes nothing.
+    """
+    if folder is None:
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
