@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Pattern, Qkv, Span
 
+LN2 = math.log(2)
 #: A tile has about this many rows: queries, times the group that shares a key head …
 _ROWS = 192
 #: … but not fewer queries than this, or keys are read for too few, nor more, or a diagonal tile
@@ -81,9 +82,14 @@ class Piece:
     upper: Tensor  # (queries of a tile, the same), true on and above the diagonal
 
     @property
-    def factor(self) -> float:
-        """What the product of q and k is multiplied with."""
+    def scale(self) -> float:
+        """Of what comes before the cap, or of the scores if there is none."""
         return self.pattern.scale / (self.pattern.softcap or 1)
+
+    @property
+    def factor(self) -> float:
+        """What keys are packed with; scores are in base 2, but the argument of a cap is not."""
+        return self.scale / (LN2 if self.pattern.softcap is None else 1)
 
     def of_queries(self, x: Tensor, tile: Tile) -> Tensor:
         """(b, h, s, w) → (rows, key heads, group, queries, w)."""
@@ -95,7 +101,7 @@ class Piece:
         return x[self.rows, self.heads, self.keys]
 
     def pack_keys(self, points: list[Qkv], scratch: Scratch) -> Tensor:
-        """[1, τK, τK̇, 1], or without the last two."""
+        """[1, K, K̇, 1] times the factor (not the ones), or without the last two."""
         keys = [self.of_keys(point.k) for point in points]
         packed = scratch.pack("k", 1.0, *keys, *([1.0] if len(points) > 1 else []))
         packed[..., 1 : 1 + len(points) * keys[0].shape[-1]].mul_(self.factor)
@@ -124,7 +130,7 @@ class Piece:
         """Fill where a query may not look; only columns that an edge crosses are touched."""
         queries, stop = tile.stop - tile.start, start + scores.shape[-1]
         by_query = scores.view(-1, self.shape[0], queries, scores.shape[-1])
-        # The first query's own key, relative to which column c of row r is ahead if c > r.
+        # Of the first query. Counted from there, row r's own key is column r.
         own = tile.start + self.offset
         if self.pattern.causal and stop > own + 1:
             first = max(start, own + 1)
@@ -145,11 +151,13 @@ def pieces(x: Qkv, pattern: Pattern, span: Span | None) -> Iterator[Piece]:
     size = min(s, max(_QUERIES[0], min(_QUERIES[1], _ROWS // group)))
     upper = torch.ones(size, size, dtype=torch.bool, device=x.q.device).triu_()
     room = max(1, _SCORES // (group * size * min(t, _KEYS)))
-    some_heads = min(heads, room)
+    # In parts of one size, where that is possible.
+    some_heads = -(-heads // -(-heads // room))
     some_rows = min(b, max(1, room // heads))
     spans = [(0, t)] * b
     if span is not None:
-        spans = list(zip(span.start.tolist(), span.stop.tolist(), strict=True))
+        starts, stops = span.start.clamp(min=0).tolist(), span.stop.clamp(max=t).tolist()
+        spans = [(start, max(start, stop)) for start, stop in zip(starts, stops, strict=True)]
     row = 0
     while row < b:
         start, stop = spans[row]
@@ -160,8 +168,8 @@ def pieces(x: Qkv, pattern: Pattern, span: Span | None) -> Iterator[Piece]:
             yield Piece(
                 slice(row, end),
                 slice(head, head + some_heads),
-                slice(start, max(start, stop)),
-                (group, s, max(0, stop - start)),
+                slice(start, stop),
+                (group, s, stop - start),
                 t - s - start,
                 pattern,
                 upper,
