@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hvp_core.block_dual import Mode
-from hvp_core.dual import Backward, Function, Rule, backward_dual, forward_dual, pull_back
+from hvp_core.dual import Backward, Function, Params, Rule, backward_dual, forward_dual, pull_back
 from hvp_core.loss import Loss
 from hvp_core.parts import Group, Part, split
-from hvp_core.route import X_DATA, Bars, Sum, Views, Weights
+from hvp_core.route import X_DATA, Bars, Weights, adder
+from hvp_core.shards import Sums
 from hvp_core.trace import Env, Stage, Trace, is_parameters
 
 #: What a mode takes from the trace of a closing block.
@@ -33,7 +34,7 @@ class Closing(ABC):
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Views],
+        sums: Sequence[Sums],
         *,
         wants_primal: bool,
     ) -> Bars:
@@ -112,7 +113,7 @@ class TracedClosing(Closing):
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Views],
+        sums: Sequence[Sums],
         *,
         wants_primal: bool,
     ) -> Bars:
@@ -142,9 +143,9 @@ class TracedClosing(Closing):
             dots.append(found.get(f"x_{_SUFFIX[mode]}"))
         return Bars(x_bar, dots)
 
-    def _step(self, part: Part, env: Env, sum_: Views) -> Env:
+    def _step(self, part: Part, env: Env, sum_: Sums) -> Env:
         found = part(env)
-        Sum(sum_, self._names)(part, found)
+        adder(sum_, self._names)(part, found)
         return {name: each for name, each in found.items() if not is_parameters(name)}
 
 
@@ -177,14 +178,14 @@ class EagerClosing(Closing):
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Views],
+        sums: Sequence[Sums],
         *,
         wants_primal: bool,
     ) -> Bars:
         """A backward dual for each probe, or a plain one."""
         if mode == "gradient":
             found = pull_back(self._f, weights.p, x, self._gradient)
-            _add(sums[0], found)
+            sums[0].add_dense(found.hvp)
             return Bars(found.x_bar, [])
         x_bar, dots = None, []
         for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
@@ -193,12 +194,12 @@ class EagerClosing(Closing):
                 if mode == "hessian"
                 else self._ggn(weights, v, x, x_dot)
             )
-            _add(sum_, found)
+            sum_.add_dense(found.hvp)
             x_bar = found.x_bar if mode == "hessian" else None
             dots.append(found.x_bar_dot if mode == "hessian" else found.x_bar)
         return Bars(x_bar, dots)
 
-    def _ggn(self, weights: Weights, v: Views, x: Tensor, x_dot: Tensor | None) -> Backward:
+    def _ggn(self, weights: Weights, v: Params, x: Tensor, x_dot: Tensor | None) -> Backward:
         y_dot = forward_dual(self._f, weights.p, v, x, x_dot)[1]
         return pull_back(self._f, weights.p, x, lambda y: self._curve(y, y_dot))
 
@@ -210,11 +211,6 @@ class EagerClosing(Closing):
 
     def _pair(self, y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
         return self._gradient(y), self._curve(y, y_dot)
-
-
-def _add(views: Views, found: Backward) -> None:
-    for name, each in found.hvp.items():
-        views[name] += each
 
 
 def joined(bars: Sequence[Bars]) -> Bars:

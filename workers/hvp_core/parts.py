@@ -43,27 +43,38 @@ class Term:
     kind: str
     operands: tuple[str, ...]
 
-    def add_to(self, total: Tensor, results: Mapping[str, Tensor]) -> None:
-        """Accumulate in place, in the precision of `total`."""
+    def add_to(self, total: Tensor, results: Mapping[str, Tensor], *, fresh: bool) -> None:
+        """Accumulate in place, in the precision of `total`.
+
+        Args:
+            total: The sum so far.
+            results: Of a part.
+            fresh: Nothing has been added yet, and `total` holds no particular values.
+        """
         values = [results[name] for name in self.operands]
         if self.kind == "mm":
-            add_product(total, *values)
-        elif self.kind == "rows":
+            add_product(total, values[0], values[1], fresh=fresh)
+            return
+        if fresh:
+            total.zero_()
+        if self.kind == "rows":
             ids, rows = values
             rows = rows.reshape(-1, rows.shape[-1]).to(total.dtype)
-            total.index_add_(0, ids.reshape(-1), rows)
+            # On a GPU index_add_ adds in any order; this sorts first.
+            total.index_put_((ids.reshape(-1),), rows, accumulate=True)
         else:
             total += values[0]
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Total += left @ right, added within the GEMM's own accumulator where the device can."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once."""
+    if total.dtype != left.dtype and not total.is_cuda:
+        left, right = left.to(total.dtype), right.to(total.dtype)
+    wide = {} if total.dtype == left.dtype else {"out_dtype": total.dtype}
+    if fresh:
+        torch.mm(left, right, out=total, **wide)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        torch.addmm(total, left, right, out=total, **wide)
 
 
 @final

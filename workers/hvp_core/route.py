@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hvp_core.block_dual import AttentionCall, BlockDual, Mode, Way
-from hvp_core.dual import Backward, Function, Params, Rule, backward_dual, forward_dual, pull_back
+from hvp_core.dual import Function, Params, Rule, backward_dual, forward_dual, pull_back
 from hvp_core.parts import Part
+from hvp_core.shards import Sums
 from hvp_core.trace import Env
 
 X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
-Views = Mapping[str, Tensor]  # where the derivatives of the block's parameters are added up
 
 
 @final
@@ -86,7 +86,7 @@ class Route(ABC):
 
     @abstractmethod
     def backward(
-        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Views]
+        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
     ) -> Bars:
         """Cotangents of x; adds the parameters' derivatives to `sums`, one for each probe."""
 
@@ -178,14 +178,14 @@ class Traced(Route):
         return tape.primal["y"], y_dots, tape
 
     def backward(
-        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Views]
+        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
     ) -> Bars:
         """Its backward legs."""
         plan = self.dual.plan(mode, way)
         legs = [leg for leg in plan.legs if leg.spec.backward]
         if mode == "gradient":
             env = self._env(weights) | tape.primal | _bar(bars.primal)
-            found = legs[0].run(env, self._attention, Sum(sums[0], self._names))
+            found = legs[0].run(env, self._attention, adder(sums[0], self._names))
             return Bars(found.get("x_bar"), [])
         x_bar = tape.primal.get("x_bar")
         if len(legs) == 2 and not tape.complete:
@@ -199,7 +199,7 @@ class Traced(Route):
             env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
             env |= _bar(y_bar_dot) if mode == "ggn" else _bar(bars.primal, y_bar_dot)
             tape.tangents[probe] = {}
-            found = legs[-1].run(env, self._attention, Sum(sum_, self._names))
+            found = legs[-1].run(env, self._attention, adder(sum_, self._names))
             if mode == "ggn":
                 dots.append(found.get("x_bar"))
             else:
@@ -208,24 +208,14 @@ class Traced(Route):
         return Bars(x_bar, dots)
 
 
-@final
-class Sum:
-    """Adds a part's derivatives of parameters up.
+def adder(sums: Sums, names: Sequence[str]) -> Callable[[Part, Env], None]:
+    """Adds a part's derivatives of parameters, numbered by place, to where they belong."""
 
-    Args:
-        views: Where, by name.
-        names: Of the parameters, by place.
-    """
-
-    def __init__(self, views: Views, names: Sequence[str]):
-        self._views, self._names = views, names
-
-    def __call__(self, part: Part, results: Env) -> None:
-        """Add every term where it belongs."""
+    def add(part: Part, results: Env) -> None:
         for name, terms in part.terms.items():
-            total = self._views[self._names[int(name.partition("/")[2])]]
-            for term in terms:
-                term.add_to(total, results)
+            sums.add(names[int(name.partition("/")[2])], terms, results)
+
+    return add
 
 
 def _only(names: frozenset[str], env: Env) -> Env:
@@ -279,7 +269,7 @@ class Eager(Route):
         return y, y_dots, tape
 
     def backward(
-        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Views]
+        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
     ) -> Bars:
         """The backward dual of each probe, or a plain one."""
         x = tape.primal["x"]
@@ -292,14 +282,14 @@ class Eager(Route):
                 found = backward_dual(
                     self.rule, self._f, weights.p, v, x, tangent.get("x_dot"), lambda y, _: pair
                 )
-                _add(sum_, found)
+                sum_.add_dense(found.hvp)
                 dots.append(found.x_bar_dot)
             return Bars(found.x_bar, dots)
         outgoing = [bars.primal] if mode == "gradient" else bars.dots
         cotangents = []
         for y_bar, sum_ in zip(outgoing, sums, strict=True):
             found = pull_back(self._f, weights.p, x, lambda y: _given(y_bar))
-            _add(sum_, found)
+            sum_.add_dense(found.hvp)
             cotangents.append(found.x_bar)
         return Bars(cotangents[0], []) if mode == "gradient" else Bars(None, cotangents)
 
@@ -307,8 +297,3 @@ class Eager(Route):
 def _given(bar: Tensor | None) -> Tensor:
     assert bar is not None
     return bar
-
-
-def _add(views: Views, found: Backward) -> None:
-    for name, each in found.hvp.items():
-        views[name] += each

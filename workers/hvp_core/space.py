@@ -17,6 +17,7 @@ from hvp_core.layout import Layout
 from hvp_core.probes import Distribution, fill
 
 _PIECE = 1 << 18  # elements whose products are added in their own dtype before float64 takes over
+_PIECE_ON_GPU = 1 << 24  # where sums are trees, and each piece is a launch
 _FILE_PIECE = 1 << 22
 
 
@@ -31,8 +32,9 @@ def partial_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         (m,) float64 on the CPU: each piece is summed in the vectors' dtype, the pieces in float64.
     """
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=vector.device)
-    for start in range(0, vector.numel(), _PIECE):
-        total += rows[:, start : start + _PIECE] @ vector[start : start + _PIECE]
+    piece = _PIECE if vector.device.type == "cpu" else _PIECE_ON_GPU
+    for start in range(0, vector.numel(), piece):
+        total += rows[:, start : start + piece] @ vector[start : start + piece]
     return total.cpu()
 
 

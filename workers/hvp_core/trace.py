@@ -20,7 +20,7 @@ cotangent `_bar`, the tangent of a cotangent `_bar_dot`: `p_bar_dot/NAME` is a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -81,7 +81,7 @@ class Trace:
         self.outputs: dict[str, fx.Node] = dict(zip(names, values, strict=True))
         #: For each derivative of a parameter, the terms whose sum it is.
         self.terms = {
-            name: _summands(node) for name, node in self.outputs.items() if is_parameters(name)
+            name: _terms(node) for name, node in self.outputs.items() if is_parameters(name)
         }
         self._stages: dict[fx.Node, Stage] = {}
         for node in self._graph.nodes:
@@ -341,50 +341,75 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
 
 # Parameters' derivatives as sums of products ------------------------------------------------------
 
+Summand = tuple[str, tuple[fx.Node, ...]]
 
-def _summands(node: fx.Node) -> list[tuple[str, tuple[fx.Node, ...]]]:
+
+def _terms(node: fx.Node) -> list[Summand]:
     """The derivative of a parameter as terms that can be added to it where it is.
 
     A matrix's derivative is a sum of products over the tokens. Handed out as operands, they are
     accumulated by the GEMM itself, in the accumulator's precision, and no tensor of the
-    parameter's size is made.
+    parameter's size is made. Products of one shape become one of operands laid end to end: the
+    parameter is written once.
     """
+    found = _summands(node)
+    products = [operands for kind, operands in found if kind == "mm"]
+    shapes = {tuple(each.meta["val"].dtype for each in operands) for operands in products}
+    if len(products) < 2 or len(products) < len(found) or len(shapes) > 1:
+        return found
+    left = _laid(node.graph, [operands[0] for operands in products], 1)
+    right = _laid(node.graph, [operands[1] for operands in products], 0)
+    return [("mm", (left, right))]
+
+
+def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
+    """Matrices end to end, their rows contiguous wherever they were."""
+    turned = all(each.target is aten.t.default for each in parts)
+    if turned:
+        parts, dim = [_turn(each) for each in parts], 1 - dim
+    output = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        cat = graph.call_function(aten.cat.default, (list(parts), dim))
+    cat.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
+    return _turn(cat) if turned else cat
+
+
+def _summands(node: fx.Node) -> list[Summand]:
     transposed = False
     while node.target is aten.t.default:
-        node, transposed = node.args[0], not transposed
-    if node.target is aten.add.Tensor and not node.kwargs:
-        left, right = node.args
+        node, transposed = _first(node), not transposed
+    arguments = [each for each in node.args if isinstance(each, fx.Node)]
+    if node.target is aten.add.Tensor and not node.kwargs and len(arguments) == 2:
+        left, right = arguments
         if _alike(left, right):
             found = _summands(left) + _summands(right)
-            if transposed:
-                found = [_transposed(each) for each in found]
-            if all(kind != "dense" for kind, _ in found):
-                return found
+            if all(kind == "mm" for kind, _ in found):
+                return [_transposed(each) for each in found] if transposed else found
     if node.target is aten.mm.default:
-        term = ("mm", tuple(node.args))
+        term = ("mm", tuple(arguments))
         return [_transposed(term) if transposed else term]
     if node.target is aten.embedding_dense_backward.default and not transposed:
-        grad, ids, _, padding, scaled = node.args
-        if padding < 0 and not scaled:
-            return [("rows", (ids, grad))]
+        _, _, _, padding, scaled = node.args
+        if padding == -1 and not scaled:
+            return [("rows", (arguments[1], arguments[0]))]
     return [("dense", (_turn(node) if transposed else node,))]
 
 
-def _transposed(
-    term: tuple[str, tuple[fx.Node, ...]],
-) -> tuple[str, tuple[fx.Node, ...]]:
-    kind, operands = term
-    if kind == "mm":
-        left, right = operands
-        return kind, (_turn(right), _turn(left))
-    return "dense", (_turn(operands[0]),) if kind == "dense" else operands
+def _first(node: fx.Node) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def _transposed(term: Summand) -> Summand:
+    kind, (left, right) = term
+    return kind, (_turn(right), _turn(left))
 
 
 def _turn(node: fx.Node) -> fx.Node:
     """The transpose of a line, as a line."""
     if node.target is aten.t.default:
-        first: fx.Node = node.args[0]
-        return first
+        return _first(node)
     with node.graph.inserting_after(node):
         turned = node.graph.call_function(aten.t.default, (node,))
     turned.meta["val"] = node.meta["val"].t()

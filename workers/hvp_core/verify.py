@@ -23,6 +23,7 @@ from hvp_core.policy import Policy
 from hvp_core.precision import exact
 from hvp_core.route import Bars, Eager, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
+from hvp_core.shards import Sums
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +106,10 @@ class Verifier:
         results = []
         for route in (traced, Eager(f)):
             sums = {name: torch.zeros_like(each) for name, each in p.items()}
+            total = Sums(sums, set())
             dots = [x_dot] * len(weights.v)
             y, y_dots, tape = route.forward(self._mode, "fast", weights, x, dots, None)
-            found = route.backward(self._mode, "fast", weights, tape, bars, [sums])
+            found = route.backward(self._mode, "fast", weights, tape, bars, [total])
             # A gradient that only the other route needs says nothing.
             primal = found.primal if self._mode == "gradient" and not is_data else None
             results.append([y, *y_dots, *([] if is_data else found.dots), primal, *sums.values()])

@@ -16,14 +16,16 @@ from torch import Tensor
 from hvp_core.block_dual import Mode, Way
 from hvp_core.chain import Body, Chain, MicroBatch, rows, to_device
 from hvp_core.closing import Closing, joined
+from hvp_core.dual import Params
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, exact, matmuls
-from hvp_core.route import Bars, Eager, Route, Tape, Traced, Views, Weights
+from hvp_core.replay import Replay
+from hvp_core.route import Bars, Eager, Route, Tape, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.schedule import Bytes, Choice, choose
-from hvp_core.shards import gathered, scattered
-from hvp_core.space import Space, partial_products
+from hvp_core.shards import Results, Sums, gathered
+from hvp_core.space import Space
 from hvp_core.verify import Verifier
 
 Kind = Literal["hessian", "ggn"]
@@ -87,6 +89,8 @@ class Curvature:
         self._kept_mode: Mode | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
         self._closing_bars: list[Bars] = []
+        self._graphs: dict[tuple[Mode, int], Replay | None] = {}
+        self._walked: dict[tuple[Mode, int], int] = {}
         self._choices: dict[tuple[Mode, bool], list[Choice]] = {}
 
     @property
@@ -103,6 +107,7 @@ class Curvature:
     def _drop(self) -> None:
         """Forget what was kept for later products."""
         self._kept_mode, self._kept, self._closing_bars = None, {}, []
+        self._graphs, self._walked = {}, {}
 
     # The questions ------------------------------------------------------------------------------
 
@@ -135,12 +140,15 @@ class Curvature:
         """
         return self._product("gradient", [])[0]
 
-    def product(self, kind: Kind, vectors: Sequence[Tensor]) -> list[Tensor]:
+    def product(
+        self, kind: Kind, vectors: Sequence[Tensor], *, borrow: bool = False
+    ) -> list[Tensor]:
         """The curvature matrix times each vector.
 
         Args:
             kind: `hessian` or `ggn`.
             vectors: Shards (shard_numel,).
+            borrow: The products may be overwritten by the next call, which saves copying them.
 
         Returns:
             Shards of the products.
@@ -148,7 +156,7 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
         """
-        return self._product(kind, vectors)
+        return self._product(kind, vectors, borrow=borrow)
 
     def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
@@ -175,42 +183,76 @@ class Curvature:
 
     # The walk -----------------------------------------------------------------------------------
 
-    def _product(self, mode: Mode, vectors: Sequence[Tensor]) -> list[Tensor]:
+    def _product(
+        self, mode: Mode, vectors: Sequence[Tensor], *, borrow: bool = False
+    ) -> list[Tensor]:
         """The gradient (no vectors), or a product with each vector."""
-        results = [self.space.zeros() for _ in vectors or [None]]
         if self._kept_mode not in (None, mode) and mode != "gradient":
             self._drop()
         with matmuls(self.policy.precision):
             self._prepare(mode)
             choices = self._choose(mode, len(vectors))
-            tangents = [vector.to(self._dtype) for vector in vectors]
-            shards = [self._theta, *tangents]
-            current, tapes = self._forward(mode, choices, shards, results)
-            bars = current
-            for index in reversed(range(len(self.chain.blocks) - 1)):
-                block, choice = self.chain.blocks[index], choices[index]
-                with (
-                    gathered(self.space, index, block, shards) as (p, *vs),
-                    scattered(self.space, index, results) as sums,
-                ):
-                    weights = Weights(p, vs)
-                    for batch, bar in enumerate(bars):
-                        tape = tapes.pop((index, batch))
-                        route = self._route_of[index, batch]
-                        bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
-                        if choice.cached:
-                            tape.complete, tape.tangents = True, []
-                            self._kept[index, batch] = tape
-                            self._kept_mode = mode
+            results = self._replayed(mode, choices, vectors, borrow)
+            if results is None:
+                tangents = [vector.to(self._dtype) for vector in vectors]
+                results = self._walk(mode, choices, tangents, None)
         self._check_finite(results, "the gradient" if mode == "gradient" else "the product")
         return results
+
+    def _replayed(
+        self, mode: Mode, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
+    ) -> list[Tensor] | None:
+        """The product by a CUDA graph; None where there is none, or not yet."""
+        alone = self.space.collective.world_size == 1
+        if not (self.policy.graphs and alone and self.space.device.type == "cuda"):
+            return None
+        key = mode, len(vectors)
+        if self._walked.get(key, 0) < 1:  # kernels are compiled, tapes are kept
+            self._walked[key] = 1
+            return None
+        if key not in self._graphs:
+            self._graphs[key] = Replay.capture(
+                lambda inputs, outputs: self._walk(mode, choices, inputs, outputs),
+                [torch.empty_like(vector, dtype=self._dtype) for vector in vectors],
+                [torch.empty_like(self._parameters) for _ in vectors or [None]],
+            )
+        replay = self._graphs[key]
+        return None if replay is None else replay(vectors, borrow=borrow)
+
+    def _walk(
+        self,
+        mode: Mode,
+        choices: Sequence[Choice],
+        tangents: Sequence[Tensor],
+        into: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        """Forward, through the loss, and backward."""
+        results = Results(self.space, max(1, len(tangents)), into)
+        shards = [self._theta, *tangents]
+        bars, tapes = self._forward(mode, choices, shards, results)
+        for index in reversed(range(len(self.chain.blocks) - 1)):
+            block, choice = self.chain.blocks[index], choices[index]
+            with (
+                gathered(self.space, index, block, shards) as (p, *vs),
+                results.block(index) as sums,
+            ):
+                weights = Weights(p, vs)
+                for batch, bar in enumerate(bars):
+                    tape = tapes.pop((index, batch))
+                    route = self._route_of[index, batch]
+                    bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
+                    if choice.cached:
+                        tape.complete, tape.tangents = True, []
+                        self._kept[index, batch] = tape
+                        self._kept_mode = mode
+        return results.finish()
 
     def _forward(
         self,
         mode: Mode,
         choices: Sequence[Choice],
         shards: Sequence[Tensor],
-        results: Sequence[Tensor],
+        results: Results,
     ) -> tuple[list[Bars], dict[tuple[int, int], Tape]]:
         """Up to the loss and back through the last block: cotangents of its input, and tapes."""
         last = len(self.chain.blocks) - 1
@@ -230,7 +272,7 @@ class Curvature:
         bars = []
         with (
             gathered(self.space, last, self.chain.blocks[last], shards) as (p, *vs),
-            scattered(self.space, last, results) as sums,
+            results.block(last) as sums,
         ):
             for batch, x in enumerate(xs):
                 found = self._close(mode, Weights(p, vs), batch, x, dots[batch], sums, not known)
@@ -246,7 +288,7 @@ class Curvature:
         batch: int,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Views],
+        sums: Sequence[Sums],
         wants_primal: bool,
     ) -> Bars:
         """The last block and the loss, piece by piece."""
@@ -309,7 +351,7 @@ class Curvature:
                         self._verify(verifier, index, p)
         self._prepared.add(mode)
 
-    def _verify(self, verifier: Verifier, index: int, p: Views) -> None:
+    def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         route = self._route_of.get((index, 0))
         found = verifier.check(index, p, route)
         if route is None or found is route:
@@ -327,7 +369,7 @@ class Curvature:
         }
         return body._replace(constants=narrow)
 
-    def _route(self, index: int, batch: int, p: Views, x: Tensor) -> Route:
+    def _route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
         if (index, batch) not in self._route_of:
             block = self.chain.blocks[index]
             with exact():
@@ -341,7 +383,7 @@ class Curvature:
                 )
         return self._route_of[index, batch]
 
-    def _closing(self, batch: int, piece: int, p: Views, x: Tensor, target: Tensor) -> Closing:
+    def _closing(self, batch: int, piece: int, p: Params, x: Tensor, target: Tensor) -> Closing:
         if (batch, piece) not in self._closing_of:
             last = len(self.chain.blocks) - 1
             block = self.chain.blocks[last]
@@ -410,8 +452,9 @@ class Curvature:
         )
 
     def _check_finite(self, shards: Sequence[Tensor], what: str) -> None:
-        squares = torch.cat([partial_products(shard.unsqueeze(0), shard) for shard in shards])
-        if bool(self.space.collective.sum(squares).isfinite().all()):
+        # One pass: what is not finite leaves no finite sum. The converse needs a closer look.
+        fine = all(bool(shard.sum().isfinite()) or bool(shard.isfinite().all()) for shard in shards)
+        if all(self.space.collective.gather_objects(fine)):
             return
         self._drop()
         self.loss()  # says which block, if the loss itself is at fault

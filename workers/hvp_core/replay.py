@@ -1,0 +1,62 @@
+"""A whole product as one CUDA graph: no launch waits for Python."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class Replay:
+    """A captured walk.
+
+    Args:
+        graph: Reads `inputs`, writes `outputs`.
+        inputs: Vectors, in the precision of the products.
+        outputs: Products.
+    """
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ):
+        self._graph, self._inputs, self._outputs = graph, inputs, outputs
+
+    @staticmethod
+    def capture(
+        walk: Callable[[Sequence[Tensor], Sequence[Tensor]], object],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+    ) -> Replay | None:
+        """Run a walk once more and record it; None, with a warning, where that is not possible."""
+        for each in inputs:
+            each.zero_()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up on a stream's first use
+                walk(inputs, outputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                walk(inputs, outputs)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            logger.warning(
+                "products are launched kernel by kernel, which is slower: %s", str(error)[:200]
+            )
+            return None
+        return Replay(graph, inputs, outputs)
+
+    def __call__(self, vectors: Sequence[Tensor], *, borrow: bool) -> list[Tensor]:
+        """The products; with `borrow`, valid until the next call."""
+        for each, vector in zip(self._inputs, vectors, strict=True):
+            each.copy_(vector)
+        self._graph.replay()
+        return [each if borrow else each.clone() for each in self._outputs]
