@@ -55,10 +55,16 @@ def measure(shape: Shape, options: argparse.Namespace, others: Sequence[Contesta
     device = torch.device(options.device)
     say(f"{shape.name}, {options.precision}, {device}")
     problem = Problem(shape, device, options.precision, not options.no_compile)
+    wanted = [
+        contestant
+        for contestant in (others or field(device))
+        if not options.only or matches(contestant.key, options.only)
+    ]
     exact: dict[Product, Tensor] = {}
     sentence = "nothing (--no-reference)"
     if not options.no_reference:
-        exact, sentence = ours.references(problem, say)
+        products = dict.fromkeys(["gradient", *(each.product for each in wanted)])
+        exact, sentence = ours.references(problem, products, say)
     head = record.heading(problem, options.rounds, sentence)
     name = record.file_name(head)
     path = options.output / name
@@ -76,11 +82,6 @@ def measure(shape: Shape, options: argparse.Namespace, others: Sequence[Contesta
         save=save,
         profiled=lambda key: matches(key, options.profile),
     )
-    wanted = [
-        contestant
-        for contestant in (others or field(device))
-        if not options.only or matches(contestant.key, options.only)
-    ]
     contest.run(baselines.gradients(), wanted)
     result = record.load(path)
     assert result

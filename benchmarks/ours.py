@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,9 @@ def _curvature(
 # What is exact -----------------------------------------------------------------------------------
 
 
-def references(problem: Problem, say: Callable[[str], None]) -> tuple[dict[Product, Tensor], str]:
+def references(
+    problem: Problem, products: Collection[Product], say: Callable[[str], None]
+) -> tuple[dict[Product, Tensor], str]:
     """Exact products with probe 0, on the CPU, and a sentence that says what they are.
 
     float64 where it fits, else float32; eager, block by block, one sequence at a time. None fit:
@@ -161,7 +163,7 @@ def references(problem: Problem, say: Callable[[str], None]) -> tuple[dict[Produ
         for dtype in (torch.float64, torch.float32):
             try:
                 say(f"  reference in {dtype} ...")
-                return _exact(problem, dtype), (
+                return _exact(problem, products, dtype), (
                     f"our own eager product in {str(dtype).removeprefix('torch.')} "
                     "on the same weights and tokens"
                 )
@@ -175,16 +177,17 @@ def references(problem: Problem, say: Callable[[str], None]) -> tuple[dict[Produ
     return {}, f"none ({'; '.join(reasons)})"
 
 
-def _exact(problem: Problem, dtype: torch.dtype) -> dict[Product, Tensor]:
+def _exact(
+    problem: Problem, products: Collection[Product], dtype: torch.dtype
+) -> dict[Product, Tensor]:
     policy = Policy(schedule="lean")
     curvature = _curvature(problem, dtype, micro_batch_size=1, policy=policy)
     v = problem.probe(0, dtype)
-    kept = torch.float64 if problem.numel <= _KEPT_IN_FLOAT64 else torch.float32
-
-    def keep(product: Tensor) -> Tensor:
-        return product.to(dtype=min(kept, dtype, key=lambda each: each.itemsize), device="cpu")
-
-    found: dict[Product, Tensor] = {"gradient": keep(curvature.gradient())}
-    found["hvp"] = keep(curvature.hvp([v])[0])
-    found["ggn"] = keep(curvature.ggn([v])[0])
-    return found
+    ways: dict[Product, Callable[[], Tensor]] = {
+        "gradient": curvature.gradient,
+        "hvp": lambda: curvature.hvp([v])[0],
+        "ggn": lambda: curvature.ggn([v])[0],
+    }
+    wide = dtype == torch.float64 and problem.numel <= _KEPT_IN_FLOAT64
+    kept = torch.float64 if wide else torch.float32
+    return {product: ways[product]().to(dtype=kept, device="cpu") for product in products}
