@@ -6,22 +6,22 @@ import asyncio
 import contextlib
 import shutil
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hvp_service.blob_store import Blob, BlobStore, Digest
+from hvp_service.blob_store import BlobStore, Digest
 from hvp_service.clock import SECOND, now_us
 from hvp_service.config import ServerConfig
-from hvp_service.database import Database, uploads
+from hvp_service.database import Database
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.names import Name, parse
 from hvp_service.state_dir import StateDir
+from hvp_service.upload_chunks import Chunk, known_bytes
 from hvp_service.upload_file import Hash, UploadFile, disk_full
+from hvp_service.upload_rows import Upload, UploadRows
 
 Result = TypeVar("Result")
 
@@ -29,43 +29,8 @@ Result = TypeVar("Result")
 _FIRST_STREAM_S = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Upload:
-    """One upload as its row has it."""
-
-    name: Name
-    expected: Digest
-    committed_size: int  # durable bytes
-    writer_epoch: int
-    state: str  # OPEN, FINISHED or CANCELLED
-    expire_time: int  # microseconds
-    blob: Blob | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """One message of an upload stream."""
-
-    upload: str
-    write_offset: int
-    data: bytes
-    crc32c: int
-    finish: bool
-
-
-def _from_row(row: sa.Row[Any]) -> Upload:
-    return Upload(
-        name=Name(row.project, "uploads", row.id),
-        expected=Digest(sha256=row.sha256, size_bytes=row.size_bytes),
-        committed_size=row.committed_size,
-        writer_epoch=row.writer_epoch,
-        state=row.state,
-        expire_time=row.expire_time,
-    )
-
-
 class UploadStore:
-    """Upload sessions: rows, partial files, and the streams that write to them.
+    """Upload sessions: partial files beside their rows, and the streams that write to them.
 
     Durability order: bytes written, synced, row updated, and only then reported as committed.
     Every step on a file runs to its end under the upload's lock, whoever still waits for it.
@@ -75,6 +40,7 @@ class UploadStore:
         self, database: Database, state_dir: StateDir, blobs: BlobStore, config: ServerConfig
     ):
         self._database = database
+        self._rows = UploadRows(database)
         self._state_dir = state_dir
         self._blobs = blobs
         self._config = config
@@ -115,48 +81,19 @@ class UploadStore:
                     connection, project, expected, any_age=expected.size_bytes > free
                 )
                 if left is not None:
-                    await connection.execute(
-                        sa.update(uploads)
-                        .where(uploads.c.id == left.name.id)
-                        .values(expire_time=expire_time)
-                    )
                     self._handed_out[left.name.id] = time.monotonic()
-                    return replace(left, expire_time=expire_time)
+                    return await self._rows.prolong(connection, left, expire_time)
                 if expected.size_bytes > free:
                     raise disk_full(expected.size_bytes - free)
-            upload = Upload(
-                name=Name(project, "uploads", uuid.uuid4().hex),
-                expected=expected,
-                committed_size=0 if blob is None else expected.size_bytes,
-                writer_epoch=0,
-                state="OPEN" if blob is None else "FINISHED",
-                expire_time=expire_time,
-                blob=blob,
-            )
-            await connection.execute(
-                uploads.insert().values(
-                    id=upload.name.id,
-                    project=project,
-                    sha256=expected.sha256,
-                    size_bytes=expected.size_bytes,
-                    committed_size=upload.committed_size,
-                    writer_epoch=0,
-                    state=upload.state,
-                    expire_time=upload.expire_time,
-                )
-            )
+            upload = await self._rows.insert(connection, project, expected, expire_time, blob)
         if blob is None:
             self._handed_out[upload.name.id] = time.monotonic()
         return upload
 
     async def _free_bytes(self, connection: AsyncConnection) -> int:
         """Room that no open session has been promised."""
-        promised = await connection.scalar(
-            sa.select(
-                sa.func.coalesce(sa.func.sum(uploads.c.size_bytes - uploads.c.committed_size), 0)
-            ).where(uploads.c.state == "OPEN", uploads.c.expire_time >= now_us())
-        )
-        return shutil.disk_usage(self._state_dir.root).free - int(promised or 0)
+        promised = await self._rows.promised_bytes(connection)
+        return shutil.disk_usage(self._state_dir.root).free - promised
 
     async def _left_behind(
         self, connection: AsyncConnection, project: str, expected: Digest, *, any_age: bool
@@ -167,21 +104,14 @@ class UploadStore:
         the same bytes are not to send each other away, unless there is no room for both
         (`any_age`).
         """
-        rows = await connection.execute(
-            sa.select(uploads)
-            .where(
-                uploads.c.project == project,
-                uploads.c.sha256 == expected.sha256,
-                uploads.c.size_bytes == expected.size_bytes,
-                uploads.c.state == "OPEN",
-                uploads.c.expire_time >= now_us(),
-            )
-            .order_by(uploads.c.committed_size.desc())
-        )
         before = time.monotonic() - (0.0 if any_age else _FIRST_STREAM_S)
-        for row in rows:
-            if row.id not in self._epochs and self._handed_out.get(row.id, before) <= before:
-                return _from_row(row)
+        for upload in await self._rows.open_sessions_for(connection, project, expected):
+            identifier = upload.name.id
+            if (
+                identifier not in self._epochs
+                and self._handed_out.get(identifier, before) <= before
+            ):
+                return upload
         return None
 
     async def get(self, name: Name) -> Upload:
@@ -190,7 +120,7 @@ class UploadStore:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, also for one that has expired or was given up.
         """
-        upload = await self._find(name)
+        upload = await self._rows.find(name)
         if upload is None or upload.state == "CANCELLED":
             raise not_found(str(name), "upload")
         if upload.state == "FINISHED":
@@ -208,11 +138,11 @@ class UploadStore:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
         """
-        if await self._find(name) is None:
+        if await self._rows.find(name) is None:
             raise not_found(str(name), "upload")
         self._epochs.pop(name.id, None)  # whoever writes to it now is told to stop
         async with self._lock(name.id):
-            await self._drop(name, "CANCELLED")
+            await self._drop(name)
 
     async def write(self, chunks: AsyncIterator[Chunk]) -> Upload:
         """Take one stream of chunks into the session that its first message names.
@@ -300,16 +230,8 @@ class UploadStore:
             blob = None
             if whole:
                 blob = await self._blobs.register(connection, upload.name.project, upload.expected)
-            settled = replace(
-                upload,
-                state="OPEN" if blob is None else "FINISHED",
-                committed_size=0 if blob is None else upload.expected.size_bytes,
-                blob=blob,
-            )
-            await connection.execute(
-                sa.update(uploads)
-                .where(uploads.c.id == upload.name.id)
-                .values(state=settled.state, committed_size=settled.committed_size)
+            settled = await self._rows.settle(
+                connection, upload, upload.expected.size_bytes if blob else 0, blob
             )
         path.unlink(missing_ok=True)
         return settled
@@ -326,7 +248,9 @@ class UploadStore:
         expected_offset: int | None = None
         committed = upload.committed_size
         while chunk is not None:
-            skip = self._admit(upload, chunk, file.position, expected_offset)
+            skip = known_bytes(
+                upload, chunk, file.position, expected_offset, self._config.max_chunk_bytes
+            )
             new_bytes = file.position - committed + len(chunk.data) - skip
             commit = new_bytes >= self._config.commit_interval_bytes
             step = self._append(upload, epoch, file, chunk, skip, commit=commit)
@@ -366,35 +290,10 @@ class UploadStore:
                 await self._commit(upload, file)
         return None
 
-    def _admit(self, upload: Upload, chunk: Chunk, position: int, contiguous: int | None) -> int:
-        """How many leading bytes of a chunk are here already."""
-        if len(chunk.data) > self._config.max_chunk_bytes:
-            raise ServiceError(
-                "CHUNK_TOO_LARGE",
-                f"A chunk holds at most {self._config.max_chunk_bytes} bytes; "
-                f"this one holds {len(chunk.data)}.",
-                field="data",
-            )
-        offset, end = chunk.write_offset, chunk.write_offset + len(chunk.data)
-        if offset < 0 or offset > position or (contiguous is not None and offset != contiguous):
-            raise ServiceError(
-                "WRITE_OFFSET_GAP",
-                f"A chunk for byte {offset} came where {position} was due; ask for the upload's "
-                "state and resume there.",
-                metadata={"offset": str(offset), "committed_size": str(upload.committed_size)},
-            )
-        if end > upload.expected.size_bytes:
-            raise ServiceError(
-                "SIZE_EXCEEDED",
-                f"{upload.expected.size_bytes} bytes were announced and byte {end} has come.",
-                field="data",
-            )
-        return min(position, end) - offset
-
     async def _finish(self, upload: Upload, file: UploadFile) -> Upload:
         found = Digest(sha256=file.sha256(), size_bytes=file.position)
         if found != upload.expected:
-            await self._drop(upload.name, "CANCELLED")
+            await self._drop(upload.name)
             raise ServiceError(
                 "BLOB_DIGEST_MISMATCH",
                 f"Announced were {upload.expected.size_bytes} bytes with SHA-256 "
@@ -409,23 +308,14 @@ class UploadStore:
                 upload.expected,
                 self._state_dir.upload(upload.name.id),
             )
-            await connection.execute(
-                sa.update(uploads)
-                .where(uploads.c.id == upload.name.id)
-                .values(state="FINISHED", committed_size=file.position)
-            )
+            finished = await self._rows.settle(connection, upload, file.position, blob)
         self._hashes.pop(upload.name.id, None)
-        return replace(upload, state="FINISHED", committed_size=file.position, blob=blob)
+        return finished
 
     async def _commit(self, upload: Upload, file: UploadFile) -> None:
         so_far = await asyncio.to_thread(file.sync)
         position = file.position
-        async with self._database.writing() as connection:
-            await connection.execute(
-                sa.update(uploads)
-                .where(uploads.c.id == upload.name.id, uploads.c.state == "OPEN")
-                .values(committed_size=position)
-            )
+        await self._rows.commit(upload.name, position)
         self._hashes[upload.name.id] = (position, so_far)
 
     async def _leave(self, upload: Upload, epoch: int, file: UploadFile) -> None:
@@ -447,16 +337,10 @@ class UploadStore:
             self._locks.pop(identifier, None)
 
     async def _new_epoch(self, upload: Upload) -> Upload:
-        async with self._database.writing() as connection:
-            epoch = await connection.scalar(
-                sa.update(uploads)
-                .where(uploads.c.id == upload.name.id)
-                .values(writer_epoch=uploads.c.writer_epoch + 1)
-                .returning(uploads.c.writer_epoch)
-            )
-        assert epoch is not None
-        self._epochs[upload.name.id] = max(epoch, self._epochs.get(upload.name.id, 0))
-        return replace(upload, writer_epoch=epoch)
+        upload = await self._rows.new_epoch(upload)
+        identifier = upload.name.id
+        self._epochs[identifier] = max(upload.writer_epoch, self._epochs.get(identifier, 0))
+        return upload
 
     def _stop_if_superseded(self, name: Name, epoch: int) -> None:
         if self._epochs.get(name.id) != epoch:
@@ -466,13 +350,8 @@ class UploadStore:
                 resource=str(name),
             )
 
-    async def _drop(self, name: Name, state: str) -> None:
-        async with self._database.writing() as connection:
-            await connection.execute(
-                sa.update(uploads)
-                .where(uploads.c.id == name.id, uploads.c.state == "OPEN")
-                .values(state=state)
-            )
+    async def _drop(self, name: Name) -> None:
+        await self._rows.cancel(name)
         self._hashes.pop(name.id, None)
         self._handed_out.pop(name.id, None)
         with contextlib.suppress(FileNotFoundError):
@@ -482,9 +361,7 @@ class UploadStore:
         """Drop sessions whose time is up and files without a session, settle what a crash left."""
         await self._drop_expired()
         files = list(self._state_dir.upload("x").parent.iterdir())  # a file comes after its row
-        async with self._database.reading() as connection:
-            rows = await connection.execute(sa.select(uploads).where(uploads.c.state == "OPEN"))
-            sessions = [_from_row(row) for row in rows]
+        sessions = await self._rows.open_sessions()
         open_ids = {upload.name.id for upload in sessions}
         for path in files:
             if path.name.removesuffix(".part") not in open_ids:
@@ -495,35 +372,17 @@ class UploadStore:
 
     async def _settle_alone(self, name: Name) -> None:
         async with self._lock(name.id):
-            upload = await self._find(name)
+            upload = await self._rows.find(name)
             if upload is not None and upload.state == "OPEN":
                 await self._settle(upload)
         if name.id not in self._epochs:
             self._locks.pop(name.id, None)
 
     async def _drop_expired(self) -> None:
-        async with self._database.writing() as connection:
-            dropped = await connection.scalars(
-                sa.delete(uploads)
-                .where(uploads.c.expire_time < now_us(), uploads.c.id.not_in(list(self._epochs)))
-                .returning(uploads.c.id)
-            )
-            ids = list(dropped)
-        for identifier in ids:
+        for identifier in await self._rows.drop_expired(but=self._epochs):
             self._hashes.pop(identifier, None)
             self._handed_out.pop(identifier, None)
             self._state_dir.upload(identifier).unlink(missing_ok=True)
 
     def _lock(self, identifier: str) -> asyncio.Lock:
         return self._locks.setdefault(identifier, asyncio.Lock())
-
-    async def _find(self, name: Name) -> Upload | None:
-        async with self._database.reading() as connection:
-            row = (
-                await connection.execute(
-                    sa.select(uploads).where(
-                        uploads.c.id == name.id, uploads.c.project == name.project
-                    )
-                )
-            ).one_or_none()
-        return None if row is None else _from_row(row)

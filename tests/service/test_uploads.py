@@ -18,8 +18,10 @@ from hvp_service.handlers import blobs
 from hvp_service.names import Name, parse
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
+from hvp_service.upload_chunks import Chunk
 from hvp_service.upload_file import UploadFile
-from hvp_service.upload_store import Chunk, Upload, UploadStore
+from hvp_service.upload_rows import Upload
+from hvp_service.upload_store import UploadStore
 
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import PROJECT, chunks, digest, make_batch, upload

@@ -14,7 +14,8 @@ from hvp_service.blob_store import Digest
 from hvp_service.checkpoint_store import Checkpoint, CheckpointFile
 from hvp_service.dependencies import Dependencies
 from hvp_service.operator_resolver import OperatorRef
-from hvp_service.upload_store import Chunk, Upload
+from hvp_service.upload_chunks import Chunk
+from hvp_service.upload_rows import Upload
 from numpy.typing import NDArray
 from safetensors.numpy import save
 

@@ -14,7 +14,7 @@ from hvp_service.dependencies import Dependencies
 from hvp_service.handlers import blobs
 from hvp_service.names import parse, parse_parent
 from hvp_service.servicers import messages
-from hvp_service.upload_store import Chunk
+from hvp_service.upload_chunks import Chunk
 
 
 class BlobServicer(blob_pb2_grpc.BlobServiceServicer):

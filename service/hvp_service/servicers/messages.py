@@ -13,7 +13,7 @@ from hvp_service.checkpoint_store import Checkpoint
 from hvp_service.config import ServerConfig
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
-from hvp_service.upload_store import Upload
+from hvp_service.upload_rows import Upload
 from hvp_service.vector_store import Vector
 
 
