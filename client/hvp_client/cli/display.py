@@ -85,7 +85,7 @@ def result_table(result: EigshResult[Vector]) -> Table:
     """
     table = Table(
         title=f"{result.outcome} after {result.num_products} products, loss {result.loss:.6g} nats",
-        caption=f"symmetry defect {result.symmetry_defect:.1e}",
+        caption=f"{_operator(result)}symmetry defect {result.symmetry_defect:.1e}",
     )
     for heading in ("#", "eigenvalue", "residual ‖Hy - λy‖"):
         table.add_column(heading, justify="right")
@@ -94,6 +94,12 @@ def result_table(result: EigshResult[Vector]) -> Table:
     for index, (value, residual, vector) in enumerate(rows):
         table.add_row(str(index), f"{value:.8g}", f"{residual:.2e}", vector.name)
     return table
+
+
+def _operator(result: EigshResult[Vector]) -> str:
+    """What the eigenvalues are of, as far as the server told."""
+    told = (result.provenance.get(key) for key in ("operator", "dtype", "precision"))
+    return "".join(f"{each}, " for each in told if each)
 
 
 @final
