@@ -32,11 +32,23 @@ class Body(NamedTuple):
         constants: Tensors it reads that are neither parameters nor its input: `c/0` and so on.
         call: (params by canonical name, x, constants) -> y.
         masks: What it hands to its attention unread.
+        fixed: Whether the constants keep their dtype when the block is run in another one.
     """
 
     constants: dict[str, Tensor]
     call: Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]
     masks: tuple[Mask, ...] = ()
+    fixed: bool = False
+
+    def cast(self, dtype: torch.dtype) -> Body:
+        """The block with floating constants of this dtype."""
+        if self.fixed:
+            return self
+        constants = {
+            name: each.to(dtype) if each.is_floating_point() else each
+            for name, each in self.constants.items()
+        }
+        return self._replace(constants=constants)
 
 
 class Block(ABC):

@@ -145,7 +145,7 @@ class _Embedding(Block):
 
     def body(self, context: Any, dense: bool) -> Body:
         """The model up to its first layer."""
-        return Body(self._parts.constants(context), self._call)
+        return Body(self._parts.constants(context), self._call, fixed=True)
 
     def _call(
         self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
@@ -208,7 +208,7 @@ class _Head(Block):
 
     def body(self, context: Any, dense: bool) -> Body:
         """The model behind its last layer."""
-        return Body(_numbered(list(self._parts.buffers.values())), self._call)
+        return Body(_numbered(list(self._parts.buffers.values())), self._call, fixed=True)
 
     def _call(
         self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
@@ -243,7 +243,7 @@ class _Whole(Block):
 
     def body(self, context: Any, dense: bool) -> Body:
         """The model."""
-        return Body(self._parts.constants(context), self._call)
+        return Body(self._parts.constants(context), self._call, fixed=True)
 
     def _call(
         self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
@@ -318,7 +318,12 @@ class DecoderChain(Chain):
         if not self.is_cut:
             return []
         vocabulary = self._parts.model.config.get_text_config().vocab_size
-        step = self.positions_at_once or max(1, LOGIT_ELEMENTS // (x.shape[0] * vocabulary))
+        elements = LOGIT_ELEMENTS * (1 if x.device.type == "cpu" else 16)
+        most = max(1, elements // (x.shape[0] * vocabulary))
+        count = -(-x.shape[1] // most)
+        # Pieces of one size run one program.
+        equal = next(each for each in range(count, x.shape[1] + 1) if x.shape[1] % each == 0)
+        step = self.positions_at_once or -(-x.shape[1] // (equal if equal < 2 * count else count))
         return [slice(start, start + step) for start in range(0, x.shape[1], step)]
 
     def _record(

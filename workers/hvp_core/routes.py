@@ -15,7 +15,7 @@ from hvp_core.attention.mask import Mask
 from hvp_core.block_dual import AttentionCall, BlockDual
 from hvp_core.chain import Body
 from hvp_core.closing import Closing, ClosingDual, EagerClosing, TracedClosing
-from hvp_core.compiler import Compiler
+from hvp_core.compiler import COMPILER
 from hvp_core.dual import Function
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import Loss
@@ -67,8 +67,7 @@ class Routes:
 
     def __init__(self, policy: Policy):
         self._policy = policy
-        self.compiler = Compiler()
-        self._prepare = self.compiler if policy.compile else None
+        self._prepare = COMPILER if policy.compile else None
         self._looks: dict[Hashable, _Look] = {}
         #: Blocks that are not cut or not traced, and why.
         self.fallbacks: dict[str, str] = {}

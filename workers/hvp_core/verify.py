@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.block_dual import Mode
-from hvp_core.chain import Block, Body, Chain, MicroBatch
+from hvp_core.chain import Block, Chain, MicroBatch
 from hvp_core.dual import choose_rule
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
@@ -63,7 +63,7 @@ class Verifier:
         block = self._chain.blocks[index]
         p = {name: _wide(each) for name, each in p.items()}
         for context, x in zip(self._contexts, self._xs, strict=True):
-            body = _wide_body(block, context, dense=True)
+            body = block.body(context, dense=True).cast(torch.float64)
             f = function_of(body)
             if isinstance(route, Traced):
                 key = (route.dual.text, self._mode)
@@ -92,7 +92,7 @@ class Verifier:
             traced = self._routes.of(
                 block.name,
                 block.parameters,
-                lambda dense: _wide_body(block, context, dense),
+                lambda dense: block.body(context, dense).cast(torch.float64),
                 p,
                 x,
                 is_data,
@@ -142,11 +142,6 @@ def _rule(block: Block, f: Any, p: Mapping[str, Tensor], x: Tensor) -> Any:
 
 def _wide(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
-
-
-def _wide_body(block: Block, context: Any, dense: bool) -> Body:
-    body = block.body(context, dense)
-    return body._replace(constants={name: _wide(each) for name, each in body.constants.items()})
 
 
 def _noise(like: Tensor) -> Tensor:

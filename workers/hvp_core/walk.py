@@ -16,6 +16,7 @@ from torch import Tensor
 from hvp_core.block_dual import Mode, Way
 from hvp_core.chain import Body, Chain, MicroBatch, rows, to_device
 from hvp_core.closing import Closing, joined
+from hvp_core.compiler import COMPILER
 from hvp_core.dual import Params
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
@@ -83,6 +84,7 @@ class Curvature:
         with space.collective.same_fate(_unsupported("the model's constants")):
             self._contexts = [chain.context(each) for each in self._batches]
         self._routes = Routes(self.policy)
+        self._compile_seconds_before = COMPILER.seconds
         self._route_of: dict[tuple[int, int], Route] = {}
         self._closing_of: dict[tuple[int, int], Closing] = {}
         self._prepared: set[Mode] = set()
@@ -168,10 +170,12 @@ class Curvature:
 
     def notes(self) -> dict[str, str]:
         """How the last product was computed, for whoever wants to reproduce or explain it."""
-        compiler = self._routes.compiler
-        found = {"precision": self.policy.precision, "compiled_parts": str(compiler.compiled)}
-        if compiler.seconds:
-            found["compile_seconds"] = f"{compiler.seconds:.1f}"
+        found = {"precision": self.policy.precision}
+        if self.policy.compile:
+            found["compiled_parts"] = str(COMPILER.compiled)
+            found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
+            if COMPILER.refused:
+                found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
         for (mode, several), choices in self._choices.items():
             names = ["cached" if each.cached else each.way for each in choices]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
@@ -336,8 +340,7 @@ class Curvature:
         """
         if mode in self._prepared:
             return
-        with exact():
-            verifier = None if mode == "loss" else Verifier(self.chain, self._batches[:1], mode)
+        verifier = None if mode == "loss" else Verifier(self.chain, self._batches[:1], mode)
         last = len(self.chain.blocks) - 1
         xs = [self.chain.first_input(batch) for batch in self._batches]
         for index, block in enumerate(self.chain.blocks):
@@ -362,12 +365,7 @@ class Curvature:
 
     def _body(self, index: int, batch: int, dense: bool) -> Body:
         """A block's body, its constants in the precision of the products."""
-        body = self.chain.blocks[index].body(self._contexts[batch], dense)
-        narrow = {
-            name: each.to(self._dtype) if each.dtype == self.space.dtype else each
-            for name, each in body.constants.items()
-        }
-        return body._replace(constants=narrow)
+        return self.chain.blocks[index].body(self._contexts[batch], dense).cast(self._dtype)
 
     def _route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
         if (index, batch) not in self._route_of:
