@@ -235,7 +235,7 @@ class BlockDual:
         first, second = (2, 3) if spec.backward else (0, 1)
         before = {0, 1, 2} if spec.again else {first}
         last = ("x_bar",) if spec.backward else ("y",)
-        middle = ("o_bar",) if spec.backward else _QKV
+        middle: tuple[str, ...] = ("o_bar",) if spec.backward else _QKV
         if spec.again:
             middle += _QKV
         names = [name for name in self._trace.terms if name.partition("/")[0] == spec.parameters]

@@ -12,8 +12,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
 from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule, Interpreter, Node
 
 from hvp_core.parts import Part
 
@@ -86,16 +86,16 @@ class _Checked:
 
     def __init__(self, compiler: Compiler, part: Part):
         self._compiler, self._part = compiler, part
-        self._run: Kernels | None = None
+        self._run: Any = None  # lines or kernels, when it is known which
 
     @torch.no_grad()
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         if self._run is not None:
             return self._run(*arguments)
-        lines: Kernels = self._part.module
+        lines = self._part.module
         kernels = self._compiler.compile(self._part)
         self._run = lines
-        expected = lines(*arguments)
+        expected: Sequence[Tensor] = lines(*arguments)
         if kernels is None:
             return expected
         try:

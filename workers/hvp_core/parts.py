@@ -70,11 +70,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> N
     """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once."""
     if total.dtype != left.dtype and not total.is_cuda:
         left, right = left.to(total.dtype), right.to(total.dtype)
-    wide = {} if total.dtype == left.dtype else {"out_dtype": total.dtype}
-    if fresh:
-        torch.mm(left, right, out=total, **wide)
+    if total.dtype == left.dtype:
+        if fresh:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+    elif fresh:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
     else:
-        torch.addmm(total, left, right, out=total, **wide)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 @final

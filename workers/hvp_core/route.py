@@ -1,4 +1,4 @@
-"""How one block is taken through a product: by its trace, or, where it has none, by torch itself."""
+"""How one block is taken through a product: by its trace, or, without one, by torch itself."""
 
 from __future__ import annotations
 
@@ -278,9 +278,14 @@ class Eager(Route):
             for v, tangent, y_bar_dot, sum_ in zip(
                 weights.v, tape.tangents, bars.dots, sums, strict=True
             ):
-                pair = (_given(bars.primal), _given(y_bar_dot))
                 found = backward_dual(
-                    self.rule, self._f, weights.p, v, x, tangent.get("x_dot"), lambda y, _: pair
+                    self.rule,
+                    self._f,
+                    weights.p,
+                    v,
+                    x,
+                    tangent.get("x_dot"),
+                    _constant_pair(bars.primal, y_bar_dot),
                 )
                 sum_.add_dense(found.hvp)
                 dots.append(found.x_bar_dot)
@@ -288,12 +293,20 @@ class Eager(Route):
         outgoing = [bars.primal] if mode == "gradient" else bars.dots
         cotangents = []
         for y_bar, sum_ in zip(outgoing, sums, strict=True):
-            found = pull_back(self._f, weights.p, x, lambda y: _given(y_bar))
+            found = pull_back(self._f, weights.p, x, _constant(y_bar))
             sum_.add_dense(found.hvp)
             cotangents.append(found.x_bar)
         return Bars(cotangents[0], []) if mode == "gradient" else Bars(None, cotangents)
 
 
-def _given(bar: Tensor | None) -> Tensor:
-    assert bar is not None
-    return bar
+def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:
+    assert y_bar is not None
+    return lambda _: y_bar
+
+
+def _constant_pair(
+    y_bar: Tensor | None, y_bar_dot: Tensor | None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    assert y_bar is not None
+    assert y_bar_dot is not None
+    return lambda *_: (y_bar, y_bar_dot)

@@ -94,7 +94,7 @@ class Routes:
         for cut in (True, False):
             try:
                 return self._traced(parameters, bodies(not cut), p, x, is_data, cut=cut)
-            except _NotCut as error:
+            except _UncutError as error:
                 self._say(name, f"its attention is taken as plain operations: {error}")
             except CurvatureError:
                 raise
@@ -187,7 +187,7 @@ class Routes:
             self.fallbacks[name] = why
 
 
-class _NotCut(Exception):
+class _UncutError(Exception):
     """A block that has an attention, and not one that can be cut out."""
 
 
@@ -270,16 +270,16 @@ def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:
     """How a block's attention is computed.
 
     Raises:
-        _NotCut: It is called more than once, or has an irregular mask.
+        _UncutError: It is called more than once, or has an irregular mask.
     """
     if len(look.calls) != 1:
-        raise _NotCut(f"it is called {len(look.calls)} times in a block")
+        raise _UncutError(f"it is called {len(look.calls)} times in a block")
     call, place = look.calls[0], look.masks[0]
     if call.mask is not None and place is None:
-        raise _NotCut("its mask is made inside the layer")
+        raise _UncutError("its mask is made inside the layer")
     shape = call.shape(None if place is None else body.masks[place])
     if shape is None:
-        raise _NotCut("its mask is irregular")
+        raise _UncutError("its mask is irregular")
     pattern, span = shape
     return AttentionCall(choice.choose(call.qkv, pattern, span, policy.precision), pattern, span)
 

@@ -20,7 +20,7 @@ cotangent `_bar`, the tangent of a cotangent `_bar_dot`: `p_bar_dot/NAME` is a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -31,6 +31,7 @@ from torch.func import functionalize, jvp, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_core.loss import Loss
+from hvp_core.terms import alike, terms_of
 
 aten = torch.ops.aten
 
@@ -81,7 +82,7 @@ class Trace:
         self.outputs: dict[str, fx.Node] = dict(zip(names, values, strict=True))
         #: For each derivative of a parameter, the terms whose sum it is.
         self.terms = {
-            name: _terms(node) for name, node in self.outputs.items() if is_parameters(name)
+            name: terms_of(node) for name, node in self.outputs.items() if is_parameters(name)
         }
         self._stages: dict[fx.Node, Stage] = {}
         for node in self._graph.nodes:
@@ -207,10 +208,10 @@ def _along(env: Env, p: Env, inputs: Env) -> tuple[Env, Env]:
 
 def _dual(f: Block, p: Env, inputs: Env, constants: Env, env: Env) -> tuple[Env, Env]:
     held = {name: env[name] for name in constants}
-    found: tuple[Env, Env] = jvp(
+    y, y_dot = jvp(
         lambda p, inputs: f(p, inputs, held), _at(env, p, inputs), _along(env, p, inputs)
-    )
-    return found
+    )[:2]
+    return y, y_dot
 
 
 def _vjp(f: Block, p: Env, inputs: Env, constants: Env, env: Env) -> Any:
@@ -227,10 +228,10 @@ def _backward_dual(
     def pull(p: Env, inputs: Env, y_bar: Env) -> Any:
         return vjp(lambda p, inputs: f(p, inputs, held), p, inputs)[1](y_bar)
 
-    found: tuple[tuple[Env, Env], tuple[Env, Env]] = jvp(
+    primal, tangent = jvp(
         pull, (*_at(env, p, inputs), y_bar), (*_along(env, p, inputs), y_bar_dot)
-    )
-    return found
+    )[:2]
+    return primal, tangent
 
 
 def _named(suffix: str, cotangents: tuple[Env, Env]) -> Env:
@@ -322,95 +323,9 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         return first
     if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
         return first
-    if node.target is aten.mul.Scalar and node.args[1] == 1 and _alike(node, first):
+    if node.target is aten.mul.Scalar and node.args[1] == 1 and alike(node, first):
         return first
     if node.target in (aten.expand.default, aten._to_copy.default, aten.view.default):
         quiet = "memory_format" not in node.kwargs
-        return first if quiet and _alike(node, first) else None
+        return first if quiet and alike(node, first) else None
     return None
-
-
-def _alike(node: fx.Node, other: fx.Node) -> bool:
-    a, b = node.meta.get("val"), other.meta.get("val")
-    return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
-        and (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
-    )
-
-
-# Parameters' derivatives as sums of products ------------------------------------------------------
-
-Summand = tuple[str, tuple[fx.Node, ...]]
-
-
-def _terms(node: fx.Node) -> list[Summand]:
-    """The derivative of a parameter as terms that can be added to it where it is.
-
-    A matrix's derivative is a sum of products over the tokens. Handed out as operands, they are
-    accumulated by the GEMM itself, in the accumulator's precision, and no tensor of the
-    parameter's size is made. Products of one shape become one of operands laid end to end: the
-    parameter is written once.
-    """
-    found = _summands(node)
-    products = [operands for kind, operands in found if kind == "mm"]
-    shapes = {tuple(each.meta["val"].dtype for each in operands) for operands in products}
-    if len(products) < 2 or len(products) < len(found) or len(shapes) > 1:
-        return found
-    left = _laid(node.graph, [operands[0] for operands in products], 1)
-    right = _laid(node.graph, [operands[1] for operands in products], 0)
-    return [("mm", (left, right))]
-
-
-def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
-    """Matrices end to end, their rows contiguous wherever they were."""
-    turned = all(each.target is aten.t.default for each in parts)
-    if turned:
-        parts, dim = [_turn(each) for each in parts], 1 - dim
-    output = next(node for node in graph.nodes if node.op == "output")
-    with graph.inserting_before(output):
-        cat = graph.call_function(aten.cat.default, (list(parts), dim))
-    cat.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
-    return _turn(cat) if turned else cat
-
-
-def _summands(node: fx.Node) -> list[Summand]:
-    transposed = False
-    while node.target is aten.t.default:
-        node, transposed = _first(node), not transposed
-    arguments = [each for each in node.args if isinstance(each, fx.Node)]
-    if node.target is aten.add.Tensor and not node.kwargs and len(arguments) == 2:
-        left, right = arguments
-        if _alike(left, right):
-            found = _summands(left) + _summands(right)
-            if all(kind == "mm" for kind, _ in found):
-                return [_transposed(each) for each in found] if transposed else found
-    if node.target is aten.mm.default:
-        term = ("mm", tuple(arguments))
-        return [_transposed(term) if transposed else term]
-    if node.target is aten.embedding_dense_backward.default and not transposed:
-        _, _, _, padding, scaled = node.args
-        if padding == -1 and not scaled:
-            return [("rows", (arguments[1], arguments[0]))]
-    return [("dense", (_turn(node) if transposed else node,))]
-
-
-def _first(node: fx.Node) -> fx.Node:
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
-
-
-def _transposed(term: Summand) -> Summand:
-    kind, (left, right) = term
-    return kind, (_turn(right), _turn(left))
-
-
-def _turn(node: fx.Node) -> fx.Node:
-    """The transpose of a line, as a line."""
-    if node.target is aten.t.default:
-        return _first(node)
-    with node.graph.inserting_after(node):
-        turned = node.graph.call_function(aten.t.default, (node,))
-    turned.meta["val"] = node.meta["val"].t()
-    return turned

@@ -7,27 +7,25 @@ summed over the ranks and cut into shards as soon as it is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from hvp_core.block_dual import Mode, Way
-from hvp_core.chain import Body, Chain, MicroBatch, rows, to_device
-from hvp_core.closing import Closing, joined
-from hvp_core.compiler import COMPILER
-from hvp_core.dual import Params
+from hvp_core.block_dual import Mode
+from hvp_core.chain import Chain, MicroBatch, rows, to_device
+from hvp_core.closing import joined
 from hvp_core.errors import CurvatureError
+from hvp_core.itinerary import Itinerary
 from hvp_core.policy import Policy
-from hvp_core.precision import compute_dtype, exact, matmuls
+from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.replay import Replay
-from hvp_core.route import Bars, Eager, Route, Tape, Traced, Weights
-from hvp_core.routes import Routes, function_of
-from hvp_core.schedule import Bytes, Choice, choose
+from hvp_core.route import Bars, Tape, Weights
+from hvp_core.routes import function_of
+from hvp_core.schedule import Choice
 from hvp_core.shards import Results, Sums, gathered
 from hvp_core.space import Space
-from hvp_core.verify import Verifier
 
 Kind = Literal["hessian", "ggn"]
 
@@ -80,20 +78,14 @@ class Curvature:
             to_device(rows(batch, start, min(start + micro_batch_size, count)), space.device)
             for start in list(starts)[rank::world_size]
         ]
-        # Constants are the model's own, in the model's own arithmetic.
-        with space.collective.same_fate(_unsupported("the model's constants")):
-            self._contexts = [chain.context(each) for each in self._batches]
-        self._routes = Routes(self.policy)
-        self._compile_seconds_before = COMPILER.seconds
-        self._route_of: dict[tuple[int, int], Route] = {}
-        self._closing_of: dict[tuple[int, int], Closing] = {}
-        self._prepared: set[Mode] = set()
+        self._itinerary = Itinerary(
+            chain, space, self._batches, self._dtype, self.num_targets, self.policy
+        )
         self._kept_mode: Mode | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
         self._closing_bars: list[Bars] = []
         self._graphs: dict[tuple[Mode, int], Replay | None] = {}
         self._walked: dict[tuple[Mode, int], int] = {}
-        self._choices: dict[tuple[Mode, bool], list[Choice]] = {}
 
     @property
     def parameters(self) -> Tensor:
@@ -122,12 +114,12 @@ class Curvature:
         total = torch.zeros(1, dtype=torch.float64)
         last = len(self.chain.blocks) - 1
         with matmuls(self.policy.precision):
-            self._prepare("loss")
+            self._itinerary.prepare("loss", self._theta)
             xs = self._values(last)
             with gathered(self.space, last, self.chain.blocks[last], [self._theta]) as (p,):
                 for batch, x in enumerate(xs):
-                    for piece, target in self._pieces(batch, x):
-                        y = function_of(self._body(last, batch, True))(p, piece)
+                    for piece, target in self._itinerary.pieces(batch, x):
+                        y = function_of(self._itinerary.body(last, batch, True))(p, piece)
                         total += self.chain.loss.value(y, target).cpu()
         value = float(self.space.collective.sum(total)) / self.num_targets
         if value - value != 0:  # NaN or infinite, on every rank alike
@@ -169,21 +161,8 @@ class Curvature:
         return self._product("ggn", vectors)
 
     def notes(self) -> dict[str, str]:
-        """How the last product was computed, for whoever wants to reproduce or explain it."""
-        found = {"precision": self.policy.precision}
-        if self.policy.compile:
-            found["compiled_parts"] = str(COMPILER.compiled)
-            found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
-            if COMPILER.refused:
-                found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
-        for (mode, several), choices in self._choices.items():
-            names = ["cached" if each.cached else each.way for each in choices]
-            counts = {name: names.count(name) for name in dict.fromkeys(names)}
-            key = f"schedule_{mode}{'_several' if several else ''}"
-            found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
-        for name, why in self._routes.fallbacks.items():
-            found[f"fallback_{name}"] = why
-        return found
+        """How products were computed, for whoever wants to reproduce or explain them."""
+        return self._itinerary.notes()
 
     # The walk -----------------------------------------------------------------------------------
 
@@ -194,8 +173,8 @@ class Curvature:
         if self._kept_mode not in (None, mode) and mode != "gradient":
             self._drop()
         with matmuls(self.policy.precision):
-            self._prepare(mode)
-            choices = self._choose(mode, len(vectors))
+            self._itinerary.prepare(mode, self._theta)
+            choices = self._itinerary.choose(mode, len(vectors))
             results = self._replayed(mode, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
@@ -218,7 +197,7 @@ class Curvature:
             self._graphs[key] = Replay.capture(
                 lambda inputs, outputs: self._walk(mode, choices, inputs, outputs),
                 [torch.empty_like(vector, dtype=self._dtype) for vector in vectors],
-                [torch.empty_like(self._parameters) for _ in vectors or [None]],
+                [torch.empty_like(self._parameters) for _ in range(max(1, len(vectors)))],
             )
         replay = self._graphs[key]
         return None if replay is None else replay(vectors, borrow=borrow)
@@ -243,7 +222,7 @@ class Curvature:
                 weights = Weights(p, vs)
                 for batch, bar in enumerate(bars):
                     tape = tapes.pop((index, batch))
-                    route = self._route_of[index, batch]
+                    route = self._itinerary.route_of[index, batch]
                     bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
                     if choice.cached:
                         tape.complete, tape.tangents = True, []
@@ -268,7 +247,7 @@ class Curvature:
             with gathered(self.space, index, block, shards) as (p, *vs):
                 weights = Weights(p, vs)
                 for batch, x in enumerate(xs):
-                    route = self._route(index, batch, p, x)
+                    route = self._itinerary.route(index, batch, p, x)
                     xs[batch], dots[batch], tapes[index, batch] = route.forward(
                         mode, way, weights, x, dots[batch], self._kept.get((index, batch))
                     )
@@ -296,131 +275,30 @@ class Curvature:
         wants_primal: bool,
     ) -> Bars:
         """The last block and the loss, piece by piece."""
-        pieces = list(self._pieces(batch, x))
+        pieces = list(self._itinerary.pieces(batch, x))
         tangents = [
             [None for _ in pieces]
             if dot is None
-            else [each for each, _ in self._pieces(batch, dot)]
+            else [each for each, _ in self._itinerary.pieces(batch, dot)]
             for dot in x_dots
         ]
         found = []
         for index, (piece, target) in enumerate(pieces):
-            closing = self._closing(batch, index, weights.p, piece, target)
+            closing = self._itinerary.closing(batch, index, weights.p, piece, target)
             dots = [each[index] for each in tangents]
             found.append(closing.run(mode, weights, piece, dots, sums, wants_primal=wants_primal))
         return joined(found)
-
-    def _pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What of the last block's input goes through it at once, with its targets."""
-        targets = self._batches[batch].targets
-        pieces = self.chain.pieces(x)
-        if not pieces:
-            yield x, targets
-        for piece in pieces:
-            yield x[:, piece].contiguous(), targets[:, piece].contiguous()
 
     def _values(self, stop: int) -> list[Tensor]:
         """The input of block `stop` for every micro-batch of this rank."""
         xs = [self.chain.first_input(batch) for batch in self._batches]
         for index in range(stop):
             with gathered(self.space, index, self.chain.blocks[index], [self._theta]) as (p,):
-                xs = [self._route(index, batch, p, x).value(p, x) for batch, x in enumerate(xs)]
-        return xs
-
-    # Routes -------------------------------------------------------------------------------------
-
-    def _prepare(self, mode: Mode) -> None:
-        """Find the route of every block, and see that it is right, before the first walk.
-
-        Only shapes are walked: no block is computed at full size.
-
-        Raises:
-            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED, naming the block, on all ranks: also on
-                those that have no micro-batch and would never have met it.
-        """
-        if mode in self._prepared:
-            return
-        verifier = None if mode == "loss" else Verifier(self.chain, self._batches[:1], mode)
-        last = len(self.chain.blocks) - 1
-        xs = [self.chain.first_input(batch) for batch in self._batches]
-        for index, block in enumerate(self.chain.blocks):
-            with gathered(self.space, index, block, [self._theta]) as (p,):
-                with self.space.collective.same_fate(_unsupported(f"block {block.name}")):
-                    if index < last:
-                        for batch, x in enumerate(xs):
-                            route = self._route(index, batch, p, x)
-                            xs[batch] = route.like(p, x)
-                    if verifier is not None:
-                        self._verify(verifier, index, p)
-        self._prepared.add(mode)
-
-    def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
-        route = self._route_of.get((index, 0))
-        found = verifier.check(index, p, route)
-        if route is None or found is route:
-            return
-        for batch in range(len(self._batches)):
-            body = self._body(index, batch, True)
-            self._route_of[index, batch] = Eager(function_of(body))
-
-    def _body(self, index: int, batch: int, dense: bool) -> Body:
-        """A block's body, its constants in the precision of the products."""
-        return self.chain.blocks[index].body(self._contexts[batch], dense).cast(self._dtype)
-
-    def _route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
-        if (index, batch) not in self._route_of:
-            block = self.chain.blocks[index]
-            with exact():
-                self._route_of[index, batch] = self._routes.of(
-                    block.name,
-                    block.parameters,
-                    lambda dense: self._body(index, batch, dense),
-                    p,
-                    x,
-                    index == 0,
-                )
-        return self._route_of[index, batch]
-
-    def _closing(self, batch: int, piece: int, p: Params, x: Tensor, target: Tensor) -> Closing:
-        if (batch, piece) not in self._closing_of:
-            last = len(self.chain.blocks) - 1
-            block = self.chain.blocks[last]
-            with exact():
-                self._closing_of[batch, piece] = self._routes.closing(
-                    block.name,
-                    block.parameters,
-                    self._body(last, batch, True),
-                    self.chain.loss,
-                    p,
-                    x,
-                    last == 0,
-                    target,
-                    1 / self.num_targets,
-                )
-        return self._closing_of[batch, piece]
-
-    def _choose(self, mode: Mode, num_probes: int) -> list[Choice]:
-        """The way of every block but the last."""
-        blocks = range(len(self.chain.blocks) - 1)
-        if mode == "gradient":
-            way: Way = "lean" if self.policy.schedule == "lean" else "fast"
-            return [Choice(way, False) for _ in blocks]
-        key = mode, num_probes > 1
-        if key not in self._choices:
-            sizes = []
-            for index in blocks:
-                each = [
-                    _sizes(self._route_of[index, batch], mode, num_probes)
-                    for batch in range(len(self._batches))
+                xs = [
+                    self._itinerary.route(index, batch, p, x).value(p, x)
+                    for batch, x in enumerate(xs)
                 ]
-                sizes.append(
-                    Bytes(*[sum(column) for column in zip(Bytes(0, 0, 0, 0), *each, strict=True)])
-                )
-            budget = self.policy.budget_bytes
-            if budget is None:
-                budget = int(_USABLE * self.space.free_bytes())
-            self._choices[key] = choose(self.policy.schedule, sizes, budget, num_probes)
-        return self._choices[key]
+        return xs
 
     # Failure ------------------------------------------------------------------------------------
 
@@ -432,10 +310,13 @@ class Curvature:
         for index, block in enumerate(self.chain.blocks):
             with gathered(self.space, index, block, [self._theta]) as (p,):
                 if index < len(names) - 1:
-                    xs = [self._route(index, batch, p, x).value(p, x) for batch, x in enumerate(xs)]
+                    xs = [
+                        self._itinerary.route(index, batch, p, x).value(p, x)
+                        for batch, x in enumerate(xs)
+                    ]
                 else:
                     xs = [
-                        function_of(self._body(index, batch, True))(p, x)
+                        function_of(self._itinerary.body(index, batch, True))(p, x)
                         for batch, x in enumerate(xs)
                     ]
             if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
@@ -459,27 +340,3 @@ class Curvature:
         raise CurvatureError(
             "NON_FINITE", f"{what} is not finite although the loss is; use float64"
         )
-
-
-def _sizes(route: Route, mode: Mode, num_probes: int) -> Bytes:
-    """What a route would keep of one micro-batch."""
-    if not isinstance(route, Traced):
-        return Bytes(0, 0, 0, 0)
-    dual = route.dual
-    shared, cached = dual.kept_bytes(mode, "shared"), dual.shared_bytes(mode)
-    return Bytes(
-        dual.kept_bytes(mode, "lean") * num_probes,
-        dual.kept_bytes(mode, "fast"),
-        shared * num_probes,
-        cached,
-    )
-
-
-def _unsupported(what: str) -> Callable[[Exception], CurvatureError]:
-    def explain(error: Exception) -> CurvatureError:
-        words = f"{what}: {type(error).__name__}: {str(error)[:300]}"
-        if "allocate" in words or isinstance(error, MemoryError):
-            return CurvatureError("OUT_OF_MEMORY", f"{words}; use a smaller micro-batch")
-        return CurvatureError("MODEL_UNSUPPORTED", f"{words}; this model cannot be walked")
-
-    return explain

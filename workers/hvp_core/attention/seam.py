@@ -1,8 +1,8 @@
 """The seam: where a layer is cut so that its attention gets a rule of its own.
 
 Inside `cut(o)` the registered attention function notes its arguments and returns `o` in place of a
-result (zeros for None). The layer then is a function of its input and of `o`, whose outputs are the query, key and
-value and the layer's output, whatever its architecture.
+result (zeros for None). The layer then is a function of its input and of `o`, whose outputs are the
+query, key and value and the layer's output, whatever its architecture.
 """
 
 from __future__ import annotations

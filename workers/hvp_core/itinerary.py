@@ -1,0 +1,217 @@
+"""The way of one operator through its blocks: routes, found and checked before the first walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.block_dual import Mode, Way
+from hvp_core.chain import Body, Chain, MicroBatch
+from hvp_core.closing import Closing
+from hvp_core.compiler import COMPILER
+from hvp_core.dual import Params
+from hvp_core.errors import CurvatureError
+from hvp_core.policy import Policy
+from hvp_core.precision import exact
+from hvp_core.route import Eager, Route, Traced
+from hvp_core.routes import Routes, function_of
+from hvp_core.schedule import Bytes, Choice, choose
+from hvp_core.shards import gathered
+from hvp_core.space import Space
+from hvp_core.verify import Verifier
+
+_USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
+
+
+@final
+class Itinerary:
+    """Which route each block takes with each micro-batch of this rank.
+
+    Args:
+        chain: The model.
+        space: Of its parameters.
+        batches: This rank's micro-batches.
+        dtype: Of the operands of products.
+        num_targets: Of the whole batch.
+        policy: How.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED: a micro-batch's constants cannot be made.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        space: Space,
+        batches: Sequence[MicroBatch],
+        dtype: torch.dtype,
+        num_targets: int,
+        policy: Policy,
+    ):
+        self._chain, self._space, self._batches = chain, space, batches
+        self._dtype, self._num_targets, self._policy = dtype, num_targets, policy
+        # Constants are the model's own, in the model's own arithmetic.
+        with space.collective.same_fate(unsupported("the model's constants")):
+            self._contexts = [chain.context(each) for each in batches]
+        self._routes = Routes(policy)
+        #: By block and micro-batch.
+        self.route_of: dict[tuple[int, int], Route] = {}
+        self._closing_of: dict[tuple[int, int], Closing] = {}
+        self._prepared: set[Mode] = set()
+        self._choices: dict[tuple[Mode, bool], list[Choice]] = {}
+        self._compile_seconds_before = COMPILER.seconds
+
+    def prepare(self, mode: Mode, theta: Tensor) -> None:
+        """Find the route of every block, and see that it is right, before the first walk.
+
+        Only shapes are walked: no block is computed at full size.
+
+        Args:
+            mode: What is going to be computed.
+            theta: θ, this rank's shard.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED, naming the block, on all ranks: also on
+                those that have no micro-batch and would never have met it.
+        """
+        if mode in self._prepared:
+            return
+        verifier = None if mode == "loss" else Verifier(self._chain, self._batches[:1], mode)
+        last = len(self._chain.blocks) - 1
+        xs = [self._chain.first_input(batch) for batch in self._batches]
+        for index, block in enumerate(self._chain.blocks):
+            with (
+                gathered(self._space, index, block, [theta]) as (p,),
+                self._space.collective.same_fate(unsupported(f"block {block.name}")),
+            ):
+                if index < last:
+                    for batch, x in enumerate(xs):
+                        xs[batch] = self.route(index, batch, p, x).like(p, x)
+                if verifier is not None:
+                    self._verify(verifier, index, p)
+        self._prepared.add(mode)
+
+    def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
+        route = self.route_of.get((index, 0))
+        found = verifier.check(index, p, route)
+        if route is None or found is route:
+            return
+        for batch in range(len(self._batches)):
+            body = self.body(index, batch, True)
+            self.route_of[index, batch] = Eager(function_of(body))
+
+    def body(self, index: int, batch: int, dense: bool) -> Body:
+        """A block's body, its constants in the precision of the products."""
+        return self._chain.blocks[index].body(self._contexts[batch], dense).cast(self._dtype)
+
+    def route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
+        """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
+        if (index, batch) not in self.route_of:
+            block = self._chain.blocks[index]
+            with exact():
+                self.route_of[index, batch] = self._routes.of(
+                    block.name,
+                    block.parameters,
+                    lambda dense: self.body(index, batch, dense),
+                    p,
+                    x,
+                    index == 0,
+                )
+        return self.route_of[index, batch]
+
+    def closing(self, batch: int, piece: int, p: Params, x: Tensor, target: Tensor) -> Closing:
+        """Of the last block and the loss, with one piece of a micro-batch."""
+        if (batch, piece) not in self._closing_of:
+            last = len(self._chain.blocks) - 1
+            block = self._chain.blocks[last]
+            with exact():
+                self._closing_of[batch, piece] = self._routes.closing(
+                    block.name,
+                    block.parameters,
+                    self.body(last, batch, True),
+                    self._chain.loss,
+                    p,
+                    x,
+                    last == 0,
+                    target,
+                    1 / self._num_targets,
+                )
+        return self._closing_of[batch, piece]
+
+    def choose(self, mode: Mode, num_probes: int) -> list[Choice]:
+        """The way of every block but the last."""
+        blocks = range(len(self._chain.blocks) - 1)
+        if mode == "gradient":
+            way: Way = "lean" if self._policy.schedule == "lean" else "fast"
+            return [Choice(way, False) for _ in blocks]
+        key = mode, num_probes > 1
+        if key not in self._choices:
+            sizes = []
+            for index in blocks:
+                each = [
+                    _sizes(self.route_of[index, batch], mode, num_probes)
+                    for batch in range(len(self._batches))
+                ]
+                sizes.append(
+                    Bytes(*[sum(column) for column in zip(Bytes(0, 0, 0, 0), *each, strict=True)])
+                )
+            budget = self._policy.budget_bytes
+            if budget is None:
+                budget = int(_USABLE * self._space.free_bytes())
+            self._choices[key] = choose(self._policy.schedule, sizes, budget, num_probes)
+        return self._choices[key]
+
+    def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What of the last block's input goes through it at once, with its targets."""
+        targets = self._batches[batch].targets
+        pieces = self._chain.pieces(x)
+        if not pieces:
+            yield x, targets
+        for piece in pieces:
+            yield x[:, piece].contiguous(), targets[:, piece].contiguous()
+
+    def notes(self) -> dict[str, str]:
+        """How products are computed, for whoever wants to reproduce or explain them."""
+        found: dict[str, str] = {"precision": self._policy.precision}
+        if self._policy.compile:
+            found["compiled_parts"] = str(COMPILER.compiled)
+            found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
+            if COMPILER.refused:
+                found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
+        for (mode, several), choices in self._choices.items():
+            names = ["cached" if each.cached else each.way for each in choices]
+            counts = {name: names.count(name) for name in dict.fromkeys(names)}
+            key = f"schedule_{mode}{'_several' if several else ''}"
+            found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
+        for name, why in self._routes.fallbacks.items():
+            found[f"fallback_{name}"] = why
+        return found
+
+
+def _sizes(route: Route, mode: Mode, num_probes: int) -> Bytes:
+    """What a route would keep of one micro-batch."""
+    if not isinstance(route, Traced):
+        return Bytes(0, 0, 0, 0)
+    dual = route.dual
+    shared, cached = dual.kept_bytes(mode, "shared"), dual.shared_bytes(mode)
+    return Bytes(
+        dual.kept_bytes(mode, "lean") * num_probes,
+        dual.kept_bytes(mode, "fast"),
+        shared * num_probes,
+        cached,
+    )
+
+
+def unsupported(what: str) -> Callable[[Exception], CurvatureError]:
+    """Gives a failure of the model's own code its reason."""
+
+    def explain(error: Exception) -> CurvatureError:
+        words = f"{what}: {type(error).__name__}: {str(error)[:300]}"
+        if "allocate" in words or isinstance(error, MemoryError):
+            return CurvatureError("OUT_OF_MEMORY", f"{words}; use a smaller micro-batch")
+        return CurvatureError("MODEL_UNSUPPORTED", f"{words}; this model cannot be walked")
+
+    return explain
