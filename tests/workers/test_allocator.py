@@ -6,6 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+from hvp_workers import rank_process
+from hvp_workers.backend import Schedule, Tuning
+
 PROGRAM = """
 import json, resource
 from pathlib import Path
@@ -42,3 +46,17 @@ def test_a_large_array_costs_page_faults_once_until_its_memory_is_given_back() -
         return
     assert kept < plain / 10
     assert returned > 90 << 20
+
+
+@pytest.mark.parametrize(
+    ("device", "schedule", "kept"),
+    [("cpu", "auto", True), ("cpu", "fast", True), ("cpu", "lean", False), ("cuda", "auto", False)],
+)
+def test_ranks_keep_freed_memory_on_a_cpu_unless_memory_is_short(
+    device: str, schedule: Schedule, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # put back at the end
+    monkeypatch.setattr(rank_process, "keep_freed_memory", lambda: calls.append(True))
+    rank_process.prepare_process(Tuning(schedule=schedule), device=device, num_threads=1)
+    assert bool(calls) == kept

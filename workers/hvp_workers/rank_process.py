@@ -20,7 +20,8 @@ def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
     use_compile_cache(tuning.compile_cache)
     # Otherwise every rank of a host compiles with as many processes as the host has cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num_threads))
-    if device == "cpu":
+    # It is quicker and takes more at the peak; who asks for lean has no more.
+    if device == "cpu" and tuning.schedule != "lean":
         keep_freed_memory()
 
 
