@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hvp_core.attention import pieces
+from hvp_core.attention import pieces, team
 from hvp_core.attention.rule import Output, Pattern, Qkv, Span
 from hvp_core.attention.tiled import Tiled
 from hypothesis import given, settings
@@ -158,7 +158,7 @@ def cases(draw: st.DrawFn) -> tuple[Shape, Pattern, Span | None]:
     return (b, group * key_heads, key_heads, s, t, d, e), pattern, draw(st.none() | spans)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases(), st.tuples(*(st.integers(1, n) for n in (30, 16, 16, 3000))))
 def test_any_shape_pattern_span_and_tiling_equals_forward_over_reverse(
     case: tuple[Shape, Pattern, Span | None], sizes: tuple[int, int, int, int]
@@ -260,10 +260,38 @@ def test_the_second_derivative_is_symmetric() -> None:
     assert inner(u, second(v)) == pytest.approx(inner(v, second(u)), rel=1e-11)
 
 
-def test_results_are_the_same_to_the_last_bit_each_time() -> None:
-    problem = Problem((1, 6, 2, 200, 200, 16, 16), torch.float32)
-    one, two = problem.together(CAUSAL, None), problem.together(CAUSAL, None)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", ["causal", "one key head", "everything"])
+def test_threads_share_jobs_and_always_add_in_the_same_order(threads: int, name: str) -> None:
+    shape, pattern, span = CASES[name]
+    problem = Problem(shape)
+    truth = problem.oracle(pattern, span)
+    torch.set_num_threads(threads)
+    with tiles(24, 12, 17, 600), mock.patch.object(pieces, "_ALONE", 0):
+        for method in (problem.together, problem.apart):
+            got = method(pattern, span)
+            check(got, truth, 1e-12)
+            assert all(torch.equal(a, b) for a, b in zip(got, method(pattern, span), strict=True))
+    assert torch.get_num_threads() == threads
+
+
+def test_threads_follow_the_caller_into_inference_mode() -> None:
+    problem = Problem((1, 2, 1, 40, 40, 4, 4))
+    truth = problem.oracle(CAUSAL, None)
+    torch.set_num_threads(2)
+    with mock.patch.object(pieces, "_ALONE", 0), torch.inference_mode():
+        got = problem.together(CAUSAL, None)
+    assert got.o.is_inference()
+    check(got, truth, 1e-12)
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    def work(job: int, state: None) -> None:
+        if job == 3:
+            raise ValueError("the fourth")
+
+    with pytest.raises(ValueError, match="the fourth"):
+        team.run(range(5), work, lambda: None, workers=2)
 
 
 def test_tensors_of_integers_are_refused_in_words() -> None:

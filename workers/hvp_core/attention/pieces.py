@@ -1,7 +1,7 @@
-"""How attention on a CPU is cut: pieces of heads, tiles of queries, steps of keys.
+"""How attention on a CPU is cut: pieces of heads, jobs and tiles of queries, steps of keys.
 
-The sizes keep a tile's scores in cache while each matrix product is large enough to run at full
-speed on every core.
+The sizes keep the tiles that are worked on in cache, while an operation on one takes long enough
+that the time to call it does not count.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from torch import Tensor
 from hvp_core.attention.rule import Pattern, Qkv, Span
 
 LN2 = math.log(2)
+# [meas] 2 threads, float32, 9 heads over 3 key heads, width 64, lengths 512 and 2048: half or twice
+# any of these is slower or the same, and a key head at a time takes up to twice as long.
 #: A tile has about this many rows: queries, times the group that shares a key head …
 _ROWS = 192
 #: … but not fewer queries than this, or keys are read for too few, nor more, or a diagonal tile
 #: computes too much that is masked.
 _QUERIES = (16, 64)
 _KEYS = 512
-#: Scores in the tiles of one batched product.
+#: Scores in the tiles of one batched product, of which a backward pass holds four: 8 MB in float32.
 _SCORES = 1 << 19
+#: Fewer scores than this in all are not worth waking threads for.
+_ALONE = 1 << 18
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -144,13 +148,40 @@ class Piece:
                 by_query[..., : last - start].masked_fill_(behind, value)
 
 
-def pieces(x: Qkv, pattern: Pattern, span: Span | None) -> Iterator[Piece]:
+@dataclass(frozen=True)
+class Job:
+    """A share of a piece's tiles, for one thread."""
+
+    piece: Piece
+    part: int
+    parts: int
+
+    def tiles(self) -> Iterator[Tile]:
+        """Every parts-th, so that shares of a causal pattern are alike."""
+        return itertools.islice(self.piece.tiles(), self.part, None, self.parts)
+
+
+def jobs(x: Qkv, pattern: Pattern, span: Span | None, workers: int) -> list[Job]:
+    """Whole pieces if they come out even among the workers, else shares of each."""
+    found = list(_pieces(x, pattern, span))
+    parts = 1 if len(found) % workers == 0 else workers
+    return [Job(piece, part, parts) for piece in found for part in range(parts)]
+
+
+def worth_sharing(x: Qkv) -> bool:
+    """Whether there is enough to do for more than one thread."""
+    b, h, s, _ = x.q.shape
+    return x.q.device.type == "cpu" and b * h * s * x.k.shape[2] >= _ALONE
+
+
+def _pieces(x: Qkv, pattern: Pattern, span: Span | None) -> Iterator[Piece]:
     """All heads of all rows of a batch; rows with different spans come apart."""
     (b, h, s, _), (_, heads, t, _) = x.q.shape, x.k.shape
     group = h // heads
     size = min(s, max(_QUERIES[0], min(_QUERIES[1], _ROWS // group)))
     upper = torch.ones(size, size, dtype=torch.bool, device=x.q.device).triu_()
-    room = max(1, _SCORES // (group * size * min(t, _KEYS)))
+    scores = _SCORES if x.q.device.type == "cpu" else 64 * _SCORES
+    room = max(1, scores // (group * size * min(t, _KEYS)))
     # In parts of one size, where that is possible.
     some_heads = -(-heads // -(-heads // room))
     some_rows = min(b, max(1, room // heads))

@@ -1,6 +1,6 @@
 """Attention with its dual rule, tile by tile, in plain torch: the route on a CPU.
 
-Time goes where it must, into matrix products, because of five choices:
+Time goes where it must, into matrix products, because of six choices:
 
 - A piece is the key heads whose tiles one batched product computes; the queries that share a key
   head are rows of the same tile, so keys and values are never repeated.
@@ -10,19 +10,31 @@ Time goes where it must, into matrix products, because of five choices:
   likewise. The shift costs 1/d of a product instead of a pass over the tile.
 - Tiles stay in cache, in buffers used again for each of them. Masks touch only the columns of a
   tile that an edge crosses; tiles beyond an edge are never computed.
+- Threads take whole tiles and meet once, instead of sharing each operation.
 - Scores of tiles are in base 2, because torch's exp2 takes half the time of its exp: s and ṡ are
   S and Ṡ over ln 2, and ln 2 comes back as a factor of products that have one anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from hvp_core.attention.pieces import LN2, Piece, Scratch, Tile, pieces, work_dtype
+from hvp_core.attention import team
+from hvp_core.attention.pieces import (
+    LN2,
+    Job,
+    Piece,
+    Scratch,
+    Tile,
+    jobs,
+    work_dtype,
+    worth_sharing,
+)
 from hvp_core.attention.rule import Attention, Output, Pattern, Qkv, Span
 
 
@@ -100,11 +112,12 @@ def _forward(points: list[Qkv], pattern: Pattern, span: Span | None) -> list[Out
     """O and L of points[0] and, if there is a points[1], their tangents along it."""
     x, e = points[0], points[0].v.shape[-1]
     outputs = [_output(x) for _ in points]
-    scratch = Scratch(x.q)
-    for piece in pieces(x, pattern, span):
+
+    def work(job: Job, scratch: Scratch) -> None:
+        piece = job.piece
         keys = piece.pack_keys(points, scratch)
         values = scratch.pack("v", *(piece.of_keys(point.v) for point in points))
-        for tile in piece.tiles():
+        for tile in job.tiles():
             rows, rows_dot = _pack_queries(points, (0.0, 0.0), piece, tile, scratch)
             o = scratch("o", *rows.shape[:2], values.shape[-1]).zero_()
             top = rows.new_full((*rows.shape[:2], 1), torch.finfo(rows.dtype).min)
@@ -134,6 +147,8 @@ def _forward(points: list[Qkv], pattern: Pattern, span: Span | None) -> list[Out
             for y, part, lse in zip(outputs, o.split(e, -1), (top, slope), strict=False):
                 piece.store(tile, y.o, part)
                 piece.store(tile, y.lse.unsqueeze(-1), lse)
+
+    _run(x, pattern, span, work)
     return outputs
 
 
@@ -141,12 +156,13 @@ def _forward(points: list[Qkv], pattern: Pattern, span: Span | None) -> list[Out
 def _tangent(x: Qkv, x_dot: Qkv, y: Output, pattern: Pattern, span: Span | None) -> Output:
     """With L given, P is known at once."""
     y_dot, e = _output(x), x.v.shape[-1]
-    scratch = Scratch(x.q)
     shift = _shift(y.lse)
-    for piece in pieces(x, pattern, span):
+
+    def work(job: Job, scratch: Scratch) -> None:
+        piece = job.piece
         keys = piece.pack_keys([x, x_dot], scratch)
         values = scratch.pack("v", piece.of_keys(x.v), piece.of_keys(x_dot.v))
-        for tile in piece.tiles():
+        for tile in job.tiles():
             shifts = (piece.of_queries(shift, tile), 0.0)
             rows, rows_dot = _pack_queries([x, x_dot], shifts, piece, tile, scratch)
             o_dot = scratch("o_dot", *rows.shape[:2], e).zero_()
@@ -162,6 +178,8 @@ def _tangent(x: Qkv, x_dot: Qkv, y: Output, pattern: Pattern, span: Span | None)
             o_dot.addcmul_(slope, scratch.pack("o", piece.of_queries(y.o, tile)), value=-1)
             piece.store(tile, y_dot.o, o_dot)
             piece.store(tile, y_dot.lse.unsqueeze(-1), slope)
+
+    _run(x, pattern, span, work)
     return y_dot
 
 
@@ -176,14 +194,17 @@ def _backward(
     # Columns of [1, K, K̇, 1], [−L, Q, Q̇] and of [−D, dO, ḋO] that meet dS, its transpose and Pᵀ.
     of_d = slice(1 if primal else 1 + d, 1 + len(points) * d)
     of_e = slice(1 if primal else 1 + e, 1 + len(points) * e)
-    scratch = Scratch(x.q)
     shifts = [_shift(points[0].y.lse), *(point.y.lse.unsqueeze(-1) / -LN2 for point in points[1:])]
-    for piece in pieces(x, pattern, span):
+    shares = _Shares()
+
+    def work(job: Job, scratch: Scratch) -> None:
+        piece = job.piece
         keys = piece.pack_keys(inputs, scratch)
         values = scratch.pack("v", 1.0, *(piece.of_keys(v) for _, _, v in inputs), 1.0)
-        dk_all = scratch("dk", *keys.shape[:2], len(outputs) * d).zero_()
-        dv_all = scratch("dv", *keys.shape[:2], len(outputs) * e).zero_()
-        for tile in piece.tiles():
+        own = scratch if job.parts == 1 else Scratch(x.q)
+        dk_all = own("dk", *keys.shape[:2], len(outputs) * d).zero_()
+        dv_all = own("dv", *keys.shape[:2], len(outputs) * e).zero_()
+        for tile in job.tiles():
             columns = [piece.of_queries(shift, tile) for shift in shifts]
             rows, rows_dot = _pack_queries(inputs, columns, piece, tile, scratch)
             bars, bars_dot = _pack_bars(points, piece, tile, scratch)
@@ -212,11 +233,44 @@ def _backward(
             dq.mul_(piece.scale / piece.factor)
             for x_bar, part in zip(outputs, dq.split(d, -1), strict=True):
                 piece.store(tile, x_bar.q, part)
+        total = shares.add(job, dk_all, dv_all)
+        if total is None:
+            return
+        dk_all, dv_all = total
         dk_all.mul_(piece.scale)
         for x_bar, dk, dv in zip(outputs, dk_all.split(d, -1), dv_all.split(e, -1), strict=True):
             piece.of_keys(x_bar.k).copy_(dk.view(piece.of_keys(x_bar.k).shape))
             piece.of_keys(x_bar.v).copy_(dv.view(piece.of_keys(x_bar.v).shape))
+
+    _run(x, pattern, span, work)
     return outputs
+
+
+def _run(x: Qkv, pattern: Pattern, span: Span | None, work: Callable[[Job, Scratch], None]) -> None:
+    workers = team.size() if worth_sharing(x) else 1
+    found = jobs(x, pattern, span, workers)
+    team.run(found, work, lambda: Scratch(x.q), workers)
+
+
+class _Shares:
+    """Sums over the keys' side of a piece, to which several jobs contribute."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._lock = Lock()
+
+    def add(self, job: Job, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The piece's total for the job that completes it, in the order of the jobs' numbers."""
+        with self._lock:
+            held = self._held.setdefault(id(job.piece), {})
+            held[job.part] = dk, dv
+            if len(held) < job.parts:
+                return None
+        dk, dv = held[0]
+        for part in range(1, job.parts):
+            dk.add_(held[part][0])
+            dv.add_(held[part][1])
+        return dk, dv
 
 
 class _Cap(NamedTuple):
