@@ -74,7 +74,7 @@ def test_its_eigenvalues_are_never_negative_and_the_largest_are_found(
     np.testing.assert_allclose(result.eigenvalues, spectrum[-4:], rtol=1e-9)
     assert result.provenance["operator"] == "ggn"
     assert result.provenance["precision"] == "full"
-    assert {"schedule_ggn", "compiled_parts"} <= set(result.provenance)
+    assert "schedule_ggn" in result.provenance
     ends = G.eigsh(k=4, which="BE", tol=1e-6, max_products=200).result(timeout_s=300)
     assert ends.eigenvalues.min() > -1e-6 * spectrum[-1]
 
