@@ -5,6 +5,7 @@ orders), of 2·b·h·s²·d/2 operations each for causal attention: work that a 
 count twice.
 
     python -m benchmarks.attention --output DIR [--tune] [--skip-errors]
+        [--kernels keys] [--modes dual tangent] [--shape hd128] [--sweep-only]
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ import argparse
 import dataclasses
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -26,235 +24,27 @@ from typing import Any, final
 import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.flash_launch import launch
-from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile
-from hvp_core.attention.rule import Output, Pattern, Qkv
-from torch import Tensor
+from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Plan
+from hvp_core.attention.rule import Pattern
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from tests.core.flash_cases import Case, errors, found_values
-
-Choice = dict[tuple[Kernel, Mode], Plan]
-Launch = tuple[Any, tuple[int], dict[str, Any], dict[str, Any]]
-
-PRODUCTS: dict[tuple[Kernel, Mode], int] = {
-    ("forward", "primal"): 2,
-    ("forward", "tangent"): 5,
-    ("forward", "dual"): 6,
-    ("keys", "primal"): 4,
-    ("keys", "tangent"): 10,
-    ("keys", "dual"): 12,
-    ("queries", "primal"): 3,
-    ("queries", "tangent"): 8,
-    ("queries", "dual"): 9,
-}
-NAMES: dict[Kernel, str] = {
-    "forward": "forward",
-    "keys": "backward_keys",
-    "queries": "backward_queries",
-}
-
-
-@final
-@dataclass(frozen=True)
-class Shape:
-    """A causal problem in bfloat16, laid out as projections leave it: (b, s, h, d)."""
-
-    b: int
-    heads: int
-    key_heads: int
-    s: int
-    d: int
-
-    def __str__(self) -> str:
-        return f"{self.b}x{self.heads}/{self.key_heads} hd{self.d} S{self.s}"
-
-    @property
-    def product(self) -> float:
-        """Operations of one tile product."""
-        return self.b * self.heads * self.s**2 * self.d
-
-    def draw(self, device: str) -> tuple[Qkv, Qkv, Tensor, Tensor]:
-        """(Q, K, V), their tangents, dO and ḋO."""
-
-        def one(h: int) -> Tensor:
-            shape = (self.b, self.s, h, self.d)
-            x = torch.empty(shape, dtype=torch.bfloat16, device=device)
-            return (x if device == "meta" else x.normal_()).transpose(1, 2)
-
-        counts = (self.heads, self.key_heads, self.key_heads)
-        x, x_dot = (Qkv(*map(one, counts)) for _ in range(2))
-        return x, x_dot, one(self.heads), one(self.heads)
-
-
-SHAPES = (Shape(1, 32, 4, 2048, 64), Shape(2, 32, 8, 8192, 128), Shape(1, 32, 32, 2048, 128))
-
-CASES = {
-    "causal": Case(heads=4, key_heads=2, s=260, t=260, d=64, e=64),
-    "causal 128": Case(heads=4, key_heads=2, s=384, t=384, d=128, e=128),
-    "full": Case(heads=2, key_heads=1, s=200, t=300, d=64, e=64, causal=False),
-    "window": Case(heads=2, key_heads=2, s=300, t=333, d=64, e=64, window=70),
-    "everything": Case(
-        b=2, heads=4, key_heads=2, s=200, t=260, d=80, e=64, window=150, softcap=5.0,
-        spans=((30, 260), (0, 200)),
-    ),
-    "rows without a key": Case(
-        b=2, heads=2, s=150, t=150, d=64, e=64, spans=((150, 150), (40, 99))
-    ),
-    "width 256": Case(s=150, t=150, d=256, e=256),
-    "biased keys": Case(s=300, t=300, d=64, e=64, common=2.0),
-}  # fmt: skip
-PRECISIONS: list[tuple[torch.dtype, str, list[str]]] = [
-    (torch.bfloat16, "ieee", list(CASES)),
-    (torch.float16, "ieee", ["causal", "causal 128", "everything"]),
-    (torch.float32, "ieee", ["causal", "everything"]),
-    (torch.float32, "tf32x3", ["causal"]),
-    (torch.float32, "tf32", ["causal", "causal 128"]),
-]
-
-
-def tiles(*choices: Sequence[Any]) -> Iterator[Tile]:
-    """All combinations."""
-    return (Tile(*choice) for choice in itertools.product(*choices))
-
-
-def sweep(kernel: Kernel, mode: Mode, width: int) -> list[Plan]:
-    """What --tune tries.
-
-    Left out is what a compiler report already condemns at width 128: 64 keys and 8 warps, where
-    both warpgroups do the same products one after the other, and tiles beyond the shared memory.
-    """
-    both = (False, True)
-    if kernel != "keys":
-        found = list(tiles((64,), (32, 64), (4,), (1, 2), both))
-        found += list(tiles((128,), (32, 64), (8,), (1, 2), both))
-        if width == 64 or kernel == "forward":
-            found += list(tiles((128,), (64, 128), (8,), (3,), both))
-        if width == 64:
-            found += list(tiles((128,), (32, 64), (4,), (2,), both))
-        return [(Pass(tile, mode),) for tile in found]
-    fused: list[Plan] = []
-    if width == 64:
-        found = list(tiles((32, 64), (64,), (4,), (1, 2), both))
-        found += list(tiles((32, 64), (128,), (8,), (1, 2), both))
-        fused = [(Pass(tile, mode),) for tile in found]
-        found = found[8:]
-    else:
-        fused = [(Pass(tile, mode),) for tile in tiles((32,), (32,), (4,), (1, 2), both)]
-        found = list(tiles((32, 64), (128,), (8,), (1, 2), both))
-        found += list(tiles((64,), (64,), (4,), (1, 2), (True,)))
-    halves: list[Plan] = []
-    for tile in found:
-        halves += [(Pass(tile, mode, keys=False),), (Pass(tile, mode, values=False),)]
-        if mode == "dual":
-            halves += [(Pass(tile, "primal"),), (Pass(tile, "tangent"),)]
-    return fused + halves
-
-
-def text(plan: Plan) -> str:
-    def one(part: Pass) -> str:
-        tile = part.tile
-        what = "" if part.keys and part.values else " dK" if part.keys else " dV"
-        limits = f" maxnreg {tile.registers}" if tile.registers else ""
-        tma = " tma" if tile.descriptors else ""
-        cut = f"({tile.queries},{tile.keys},{tile.warps}w,{tile.stages}st{tma}{limits})"
-        return f"{part.mode}{what} {cut}"
-
-    return " + ".join(map(one, plan))
-
-
-def call(flash: Flash, kernel: Kernel, mode: Mode, shape: Shape, device: str) -> None:
-    """Ask for a method that launches this kernel in this mode."""
-    x, x_dot, o_bar, o_bar_dot = shape.draw(device)
-    pattern = Pattern(scale=shape.d**-0.5, causal=True)
-    lse = torch.zeros(x.q.shape[:3], dtype=torch.float32, device=device)
-    # Logarithms of sums of the size that these inputs have: a time should not depend on infinities.
-    lse += torch.arange(1, shape.s + 1, device=device).log() + 0.5
-    y, y_dot = Output(o_bar, lse), Output(o_bar_dot, torch.zeros_like(lse))
-    if kernel == "forward" and mode == "primal":
-        flash.forward(x, pattern, None)
-    elif kernel == "forward" and mode == "tangent":
-        flash.tangent(x, x_dot, y, pattern, None)
-    elif kernel == "forward":
-        flash.dual(x, x_dot, pattern, None)
-    elif mode == "primal":
-        flash.backward(x, y, o_bar, pattern, None)
-    elif mode == "tangent":
-        flash.backward_tangent(x, x_dot, y, y_dot, o_bar, o_bar_dot, pattern, None)
-    else:
-        flash.backward_dual(x, x_dot, y, y_dot, o_bar, o_bar_dot, pattern, None)
-
-
-def launches(
-    kernel: Kernel, mode: Mode, shape: Shape, plan: Plan | None, card: Card, device: str
-) -> list[Launch]:
-    """The launches of a plan (None: the committed one), not yet made."""
-    found: list[Launch] = []
-    choice: Choice = {} if plan is None else {(kernel, mode): plan}
-    flash = Flash(launcher=lambda *one: found.append(one), card=card, choose=choice)
-    call(flash, kernel, mode, shape, device)
-    return [one for one in found if one[0].__name__ == NAMES[kernel]]
-
-
-# Compiling in other processes: results lie in Triton's cache on disk.
-
-
-class _Target:
-    """Stands for the driver where nothing runs: no process holds memory of the card."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def _enter(capability: int) -> None:
-    from triton.runtime import driver
-
-    torch.set_num_threads(1)
-    driver.set_active(_Target(capability))
-
-
-def _compile(*one: Any) -> None:
-    kernel, grid, arguments, options = one
-    kernel.warmup(grid=grid, **arguments, **options)
-
-
-def compile_plan(kernel: Kernel, mode: Mode, shape: Shape, plan: Plan | None, card: Card) -> None:
-    for one in launches(kernel, mode, shape, plan, card, "meta"):
-        _compile(*one)
-
-
-def compile_case(name: str, dtype: torch.dtype, precision: Any, card: Card) -> None:
-    case = CASES[name]
-    flash = Flash(input_precision=precision, launcher=_compile, card=card)
-    found_values(flash, case, *case.draw(dtype, "meta"))
-
-
-def compile_all(jobs: list[tuple[Callable[..., None], tuple[Any, ...]]], capability: int) -> None:
-    began = time.perf_counter()
-    failed = 0
-    context = multiprocessing.get_context("spawn")
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    with ProcessPoolExecutor(workers, context, _enter, (capability,)) as pool:
-        futures = [pool.submit(run, *given) for run, given in jobs]
-        for future in as_completed(futures):
-            if error := future.exception():
-                failed += 1
-                if failed <= 5:
-                    print(f"  did not compile: {str(error)[:300]}", flush=True)
-    print(f"# compiled {len(jobs)} jobs in {time.perf_counter() - began:.0f} s, {failed} failed")
-
-
-# Measuring.
+from benchmarks.attention_plans import (
+    CASES,
+    NAMES,
+    PRECISIONS,
+    PRODUCTS,
+    SHAPES,
+    Job,
+    Shape,
+    compile_all,
+    compile_case,
+    compile_plan,
+    launches,
+    needed,
+    sweep,
+    text,
+)
+from tests.core.flash_cases import errors
 
 
 def measure(run: Callable[[], Any]) -> float:
@@ -296,7 +86,7 @@ def time_plan(kernel: Kernel, mode: Mode, shape: Shape, plan: Plan | None, card:
             + (" tma)" if arguments["TMA"] else ")")
         )
         ms += measure(lambda one=one: launch(*one))  # type: ignore[misc]
-    rate = PRODUCTS[kernel, mode] * shape.product / ms / 1e9
+    rate = needed(kernel, mode, plan) * shape.product / ms / 1e9
     name = " + ".join(shown) if plan is None else text(plan)
     return Row(str(shape), kernel, mode, name, ms, rate, "; ".join(built))
 
@@ -394,7 +184,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--skip-errors", action="store_true")
+    parser.add_argument("--kernels", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--modes", nargs="+", default=["dual"], help="of the sweep")
+    parser.add_argument("--shape", default="", help="only shapes whose name has this")
+    parser.add_argument("--sweep-only", action="store_true", help="nothing but the sweep")
     parser.add_argument("--seconds", type=float, default=280, help="when to stop a sweep")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -405,18 +198,25 @@ def main() -> None:
     print(f"# {properties.name}, torch {torch.__version__}, python {sys.version.split()[0]}")
     print(f"# {card}")
 
-    jobs: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    shapes = [shape for shape in SHAPES if options.shape in str(shape)]
+    committed = [
+        (kernel, mode)
+        for kernel, mode in PRODUCTS
+        if kernel in options.kernels and not options.sweep_only
+    ]
+    jobs: list[Job] = []
     if not options.skip_errors:
         for dtype, precision, names in PRECISIONS:
             jobs += [(compile_case, (name, dtype, precision, card)) for name in names]
     sweeps = [
         (kernel, mode, shape, sweep(kernel, mode, shape.d))
-        for shape in SHAPES[:2]
-        for kernel in NAMES
+        for shape in shapes
+        if shape in SHAPES[:2]
+        for kernel in options.kernels
         for mode in options.modes
         if options.tune
     ]
-    jobs += [(compile_plan, (*key, shape, None, card)) for shape in SHAPES for key in PRODUCTS]
+    jobs += [(compile_plan, (*key, shape, None, card)) for shape in shapes for key in committed]
     jobs += [
         (compile_plan, (kernel, mode, shape, plan, card))
         for kernel, mode, shape, plans in sweeps
@@ -429,10 +229,10 @@ def main() -> None:
         print("# relative errors against float64")
         result["errors"] = report_errors()
     rows: list[Row] = []
-    for shape in SHAPES:
+    for shape in shapes if committed else ():
         print(f"# {shape}")
         report_torch(shape)
-        for kernel, mode in PRODUCTS:
+        for kernel, mode in committed:
             try:
                 rows.append(time_plan(kernel, mode, shape, None, card))
             except Exception as error:  # a benchmark reports and goes on
@@ -440,7 +240,8 @@ def main() -> None:
                 continue
             print(f"  {kernel:8} {mode:8}{rows[-1]}", flush=True)
         report_whole(shape, card)
-    report_host(card)
+    if committed:
+        report_host(card)
     for kernel, mode, shape, plans in sweeps:
         tried: list[Row] = []
         for number, plan in enumerate(plans):

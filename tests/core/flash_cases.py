@@ -182,8 +182,11 @@ def errors_of_plan(case: Case, plan: tuple[Pass, ...], processors: int = 1) -> d
     true, *_ = true_values(case, x, x_dot, o_bar, o_bar_dot)
     card = Card(hopper=True, processors=processors)
     flash = Flash(card=card, choose={**FEW, ("keys", "dual"): plan})
-    fused, *_ = found_values(flash, case, x, x_dot, o_bar, o_bar_dot)
-    return {name: relative(fused[name], true[name]) for name in NAMES}
+    given = (case.pattern, case.span("cpu"))
+    y, y_dot = flash.dual(x, x_dot, *given)
+    first, second = flash.backward_dual(x, x_dot, y, y_dot, o_bar, o_bar_dot, *given)
+    fused = (y.o, *first, y_dot.o, *second)
+    return {name: relative(x, true[name]) for name, x in zip(NAMES, fused, strict=True)}
 
 
 def supported() -> dict[str, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -26,7 +27,7 @@ def choose(x: Qkv, pattern: Pattern, span: Span | None, precision: Precision) ->
     """
     if x.q.device.type != "cuda" or x.q.dtype == torch.float64:
         return Tiled()
-    flash = Flash(input_precision="tf32" if precision == "tf32" else "ieee")
+    flash = _flash(precision == "tf32")
     why = flash.supports(x, pattern, span)
     if why is None:
         return flash
@@ -34,3 +35,9 @@ def choose(x: Qkv, pattern: Pattern, span: Span | None, precision: Precision) ->
         _said.add(why)
         logger.warning("attention %s: it is computed in tiles by torch, which is slower", why)
     return Tiled()
+
+
+@functools.cache
+def _flash(rounded: bool) -> Flash:
+    """One for all calls: it remembers which tiles fitted."""
+    return Flash(input_precision="tf32" if rounded else "ieee")

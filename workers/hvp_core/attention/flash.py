@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -11,13 +10,16 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hvp_core.attention.flash_first_order import FirstOrder
 from hvp_core.attention.flash_launch import (
     InputPrecision,
     Launcher,
     Problem,
     Reads,
     Runner,
+    capability,
     contiguous_rows,
+    has_triton,
     kernels,
     launch,
     rows_first,
@@ -30,7 +32,7 @@ _WIDEST = 256
 
 @final
 class Flash(Attention):
-    """Tiles of S in registers, never S; no sum depends on scheduling.
+    """Tiles of S in registers, never S; no sum depends on scheduling, but for cuDNN's gradients.
 
     For bfloat16, float16 and float32, with products accumulated in float32; head dimensions from 1
     to 256, padded to a power of two inside the kernels. A group of query heads is summed into dK
@@ -44,6 +46,9 @@ class Flash(Attention):
         launcher: What runs a kernel; another one can compile without running.
         card: The device to plan for; None asks the device.
         choose: Launches to use in place of the committed ones.
+        first_order: Let cuDNN compute outputs and first derivatives alone where it is faster, as
+            torch's own attention does; its gradients are left out where torch is told to use
+            deterministic algorithms.
     """
 
     def __init__(
@@ -54,13 +59,15 @@ class Flash(Attention):
         launcher: Launcher = launch,
         card: Card | None = None,
         choose: Mapping[tuple[Kernel, Mode], Plan] | None = None,
+        first_order: bool = True,
     ) -> None:
+        self._first_order = FirstOrder() if first_order else None
         self._runner = Runner(input_precision, tune, launcher, card, choose or {})
 
     def supports(self, x: Qkv, pattern: Pattern, span: Span | None) -> str | None:
         """None if it can, else why not, in words that finish "attention …"."""
         width = max(x.q.shape[-1], x.v.shape[-1])
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             return "needs triton, which is not installed"
         if x.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"in {str(x.q.dtype).removeprefix('torch.')} has no kernels"
@@ -71,7 +78,7 @@ class Flash(Attention):
         if pattern.scale <= 0 or (pattern.softcap is not None and pattern.softcap <= 0):
             return "with a scale or a cap that is not positive has no kernels"
         if x.q.device.type == "cuda":
-            if torch.cuda.get_device_capability(x.q.device) < (8, 0):
+            if capability(x.q.device) < (8, 0):
                 return "on a GPU older than Ampere has no kernels"
         elif os.environ.get("TRITON_INTERPRET") != "1":
             return f"on {x.q.device.type} has no kernels"
@@ -79,6 +86,8 @@ class Flash(Attention):
 
     def forward(self, x: Qkv, pattern: Pattern, span: Span | None) -> Output:
         """(O, L). Cost: 2 tile products."""
+        if self._first_order and (found := self._first_order.forward(x, pattern, span)):
+            return found
         y = _new_output(x)
         self._forward("primal", x, None, y, None, pattern, span)
         return y
@@ -101,6 +110,8 @@ class Flash(Attention):
         self, x: Qkv, y: Output, o_bar: Tensor, pattern: Pattern, span: Span | None
     ) -> Qkv:
         """(dQ, dK, dV). Cost: 7 tile products, in two kernels."""
+        if self._first_order and (first := self._first_order.backward(x, y, o_bar, pattern, span)):
+            return first
         reads = _reads(x, None, o_bar, None)
         found = self._backward("primal", reads, y, None, Problem.of(x, pattern, span))
         return Qkv(found["dq"], found["dk"], found["dv"])
@@ -201,21 +212,29 @@ class Flash(Attention):
 
             def run(tile: Tile, one: Pass = one) -> dict[str, Tensor]:
                 parts = self._runner.parts(p, tile)
-                make = partial(rows_first, p.b, p.key_heads * parts, p.t)
-                width = {"dk": p.d, "dv": p.e}
-                new = {name: make(width[name[:2]], reads.k) for name in one.outputs(*width)}
-                none = dict.fromkeys(("dk", "dk_dot", "dv", "dv_dot"))
-                arguments = {**none, **given, **new}
+                # A result and its tangent in one buffer, for one sum over the parts.
+                stacks = {
+                    tuple(names): reads.k.new_empty(len(names), p.b, p.t, p.key_heads, parts, width)
+                    for names, width in ((one.outputs("dk"), p.d), (one.outputs("dv"), p.e))
+                    if names
+                }
+                arguments = {**dict.fromkeys(("dk", "dk_dot", "dv", "dv_dot")), **given}
+                for names, stack in stacks.items():
+                    arguments.update(zip(names, _heads(stack.flatten(3, 4)), strict=True))
                 self._runner.run_keys(one, p, reads, arguments, parts, tile)
-                return {name: _fold(x, parts) for name, x in new.items()}
+                new: dict[str, Tensor] = {}
+                for names, stack in stacks.items():
+                    folded = stack.squeeze(4) if parts == 1 else stack.sum(4)
+                    new.update(zip(names, _heads(folded), strict=True))
+                return new
 
             found |= self._runner.fitted(one, p, run)
         return found
 
 
-def _fold(x: Tensor, parts: int) -> Tensor:
-    """Sum over the programs that shared a group of heads."""
-    return x if parts == 1 else x.transpose(1, 2).unflatten(2, (-1, parts)).sum(3).transpose(1, 2)
+def _heads(stack: Tensor) -> tuple[Tensor, ...]:
+    """(b, h, t, width) each, of a stack of (b, t, h, width)."""
+    return stack.transpose(2, 3).unbind()
 
 
 def _new_output(x: Qkv) -> Output:

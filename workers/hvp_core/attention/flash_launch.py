@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,27 @@ def launch(
 def kernels() -> Any:
     """The kernels, loaded when first needed: triton may be missing."""
     return importlib.import_module("hvp_core.attention.flash_kernels")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the package is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """What is at that device."""
+    if device.type != "cuda":
+        return Card(hopper=False, processors=1)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(hopper=properties.major == 9, processors=properties.multi_processor_count)
 
 
 @cache
@@ -168,7 +190,7 @@ class Runner:
 
     def card(self, device: torch.device) -> Card:
         """The card that tensors are on."""
-        return self._card or _card(device)
+        return self._card or card(device)
 
     def parts(self, problem: Problem, tile: Tile) -> int:
         """Into how many programs the heads of a group are split: as few as keep the card busy."""
@@ -317,14 +339,6 @@ def _descriptor(x: Tensor, block: tuple[int, int]) -> Any:
     return _triton("tools.tensor_descriptor").TensorDescriptor(
         x, list(x.shape), strides, [1, 1, *block]
     )
-
-
-@cache
-def _card(device: torch.device) -> Card:
-    if device.type != "cuda":
-        return Card(hopper=False, processors=1)
-    properties = torch.cuda.get_device_properties(device)
-    return Card(hopper=properties.major == 9, processors=properties.multi_processor_count)
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, final
 
 Kernel = Literal["forward", "keys", "queries"]
@@ -88,15 +89,38 @@ def bucket(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-# (kernel, at most this padded width) -> tile. Widths beyond 256 are not supported.
+# (kernel, mode, at most this padded width) -> launches.
+#
+# [meas] H100, bfloat16, causal, S = 2048 for width 64 and 8192 for width 128. Descriptors are taken
+# where they gain more than 3 %: the host makes them anew for each launch.
+#   forward dual 64: 0.132 ms (0.129 with descriptors).
+#   forward dual 128: 5.87 ms (6.46 without descriptors).
+#   keys dual 64: 0.261 ms (0.259 with descriptors).
+#   queries dual 64: 0.156 ms (0.204 with 1 stage, 0.151 with descriptors).
+#   queries dual 128: 9.74 ms (15.92 with 64 keys and 1 stage: 148 spills; 9.65 with descriptors).
+# Not measured, chosen for what the compiler reports (no spills, every product on whole warpgroups)
+# and for their likeness to the above:
+#   keys dual 128: two passes of 6 and 9 tile products, for the 12 of one pass with 32×32 tiles,
+#   which takes 23.7 ms. A pass has the registers of `forward` and `queries`.
+#   All of primal and tangent that differ from `_ANY`.
 _HOPPER: dict[tuple[Kernel, Mode, int], Plan] = {
-    ("forward", "dual", 64): (Pass(Tile(64, 64, 4, 2), "dual"),),
-    ("forward", "dual", 128): (Pass(Tile(128, 64, 8, 2), "dual"),),
-    ("keys", "dual", 64): (Pass(Tile(32, 64, 4, 2), "dual"),),
-    ("keys", "dual", 128): (Pass(Tile(32, 32, 4, 2), "dual"),),
-    ("queries", "dual", 64): (Pass(Tile(64, 64, 4, 1), "dual"),),
-    ("queries", "dual", 128): (Pass(Tile(128, 64, 8, 1), "dual"),),
+    ("forward", "primal", 128): (Pass(Tile(128, 64, 8, 3), "primal"),),
+    ("forward", "tangent", 128): (Pass(Tile(128, 64, 8, 2, descriptors=True), "tangent"),),
+    ("forward", "dual", 128): (Pass(Tile(128, 64, 8, 2, descriptors=True), "dual"),),
+    ("keys", "primal", 128): (Pass(Tile(32, 128, 8, 2), "primal"),),
+    ("keys", "tangent", 128): (Pass(Tile(32, 128, 8, 2), "tangent"),),
+    ("keys", "dual", 128): (
+        Pass(Tile(64, 128, 8, 2), "dual", keys=False),
+        Pass(Tile(32, 128, 8, 2), "dual", values=False),
+    ),
+    ("queries", "primal", 64): (Pass(Tile(64, 64, 4, 2), "primal"),),
+    ("queries", "tangent", 64): (Pass(Tile(64, 64, 4, 2), "tangent"),),
+    ("queries", "dual", 64): (Pass(Tile(64, 64, 4, 2), "dual"),),
+    ("queries", "primal", 128): (Pass(Tile(128, 64, 8, 2), "primal"),),
+    ("queries", "tangent", 128): (Pass(Tile(128, 32, 8, 2), "tangent"),),
+    ("queries", "dual", 128): (Pass(Tile(128, 32, 8, 2), "dual"),),
 }
+# (kernel, at most this padded width) -> tile. Widths beyond 256 are not supported.
 _ANY: dict[tuple[Kernel, int], Tile] = {
     ("forward", 64): Tile(64, 64, 4, 2),
     ("forward", 128): Tile(64, 32, 4, 2),
@@ -110,11 +134,11 @@ _ANY: dict[tuple[Kernel, int], Tile] = {
 }
 # What tuning tries besides the choice above, on Hopper: (queries, keys, warps, stages).
 _OTHERS: dict[tuple[Kernel, int], tuple[tuple[int, int, int, int], ...]] = {
-    ("forward", 64): ((128, 64, 8, 2), (128, 64, 4, 2), (128, 128, 8, 2)),
-    ("forward", 128): ((128, 32, 8, 2), (64, 64, 4, 2)),
-    ("keys", 64): ((64, 64, 4, 2), (64, 128, 8, 2)),
-    ("keys", 128): ((32, 128, 8, 2),),
-    ("queries", 64): ((128, 64, 8, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
+    ("forward", 64): ((64, 64, 4, 2), (128, 128, 8, 3)),
+    ("forward", 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+    ("keys", 64): ((32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2)),
+    ("keys", 128): ((32, 128, 8, 2), (64, 64, 4, 2)),
+    ("queries", 64): ((64, 64, 4, 2), (128, 64, 8, 3)),
     ("queries", 128): ((128, 32, 8, 2), (64, 32, 4, 2)),
 }
 # tf32 operands take twice the memory of 16-bit ones.
@@ -127,6 +151,7 @@ _ROUNDED: dict[int, Tile] = {
 _EXACT = Tile(16, 16, 4, 1)
 
 
+@cache
 def plans(
     kernel: Kernel, mode: Mode, width: int, card: Card, *, wide: bool, exact: bool
 ) -> tuple[Plan, ...]:
