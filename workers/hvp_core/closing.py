@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.block_dual import Mode
-from hvp_core.dual import Backward, Function, Params, Rule, backward_dual, forward_dual, pull_back
+from hvp_core.dual import Backward, Function, Params, backward_dual, forward_dual, pull_back
 from hvp_core.loss import Loss
 from hvp_core.parts import Group, Part, split
 from hvp_core.route import X_DATA, Bars, Weights, adder
@@ -158,7 +158,6 @@ class EagerClosing(Closing):
         loss: Behind it.
         target: Of the piece.
         scale: What the loss is multiplied by.
-        rule: Of the block's backward dual.
     """
 
     def __init__(
@@ -167,10 +166,9 @@ class EagerClosing(Closing):
         loss: Loss,
         target: Tensor,
         scale: float,
-        rule: Rule = Rule.FORWARD_OVER_REVERSE,
     ):
         self._f, self._loss, self._target = f, loss, target
-        self._scale, self._rule = scale, rule
+        self._scale = scale
 
     def run(
         self,
@@ -185,16 +183,16 @@ class EagerClosing(Closing):
         """A backward dual for each probe, or a plain one."""
         if mode == "gradient":
             found = pull_back(self._f, weights.p, x, self._gradient)
-            sums[0].add_dense(found.hvp)
+            sums[0].add_dense(found.p_bar)
             return Bars(found.x_bar, [])
         x_bar, dots = None, []
         for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
             found = (
-                backward_dual(self._rule, self._f, weights.p, v, x, x_dot, self._pair)
+                backward_dual(self._f, weights.p, v, x, x_dot, self._pair)
                 if mode == "hessian"
                 else self._ggn(weights, v, x, x_dot)
             )
-            sum_.add_dense(found.hvp)
+            sum_.add_dense(found.p_bar)
             x_bar = found.x_bar if mode == "hessian" else None
             dots.append(found.x_bar_dot if mode == "hessian" else found.x_bar)
         return Bars(x_bar, dots)

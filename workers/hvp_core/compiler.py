@@ -76,8 +76,9 @@ class Compiler:
 def _compiled(part: Part) -> Kernels:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's own making
-        found: Kernels = compile_fx(copy.deepcopy(part.module), list(part.examples))
-        return found
+        found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))
+    kernels: Kernels = found
+    return kernels
 
 
 @final
@@ -91,8 +92,9 @@ class _Checked:
     @torch.no_grad()
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         if self._run is not None:
-            return self._run(*arguments)
-        lines = self._part.module
+            ready: Sequence[Tensor] = self._run(*arguments)
+            return ready
+        lines: Any = self._part.module
         kernels = self._compiler.compile(self._part)
         self._run = lines
         expected: Sequence[Tensor] = lines(*arguments)

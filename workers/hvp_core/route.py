@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.block_dual import AttentionCall, BlockDual, Mode, Way
-from hvp_core.dual import Function, Params, Rule, backward_dual, forward_dual, pull_back
+from hvp_core.dual import Function, Params, backward_dual, forward_dual, pull_back
 from hvp_core.parts import Part
 from hvp_core.shards import Sums
 from hvp_core.trace import Env
@@ -233,11 +233,10 @@ class Eager(Route):
 
     Args:
         f: The block.
-        rule: Of its backward dual.
     """
 
-    def __init__(self, f: Function, rule: Rule = Rule.FORWARD_OVER_REVERSE):
-        self._f, self.rule = f, rule
+    def __init__(self, f: Function):
+        self._f = f
 
     @torch.no_grad()
     def value(self, p: Params, x: Tensor) -> Tensor:
@@ -278,23 +277,17 @@ class Eager(Route):
             for v, tangent, y_bar_dot, sum_ in zip(
                 weights.v, tape.tangents, bars.dots, sums, strict=True
             ):
-                found = backward_dual(
-                    self.rule,
-                    self._f,
-                    weights.p,
-                    v,
-                    x,
-                    tangent.get("x_dot"),
-                    _constant_pair(bars.primal, y_bar_dot),
-                )
-                sum_.add_dense(found.hvp)
+                pair = _constant_pair(bars.primal, y_bar_dot)
+                x_dot = tangent.get("x_dot")
+                found = backward_dual(self._f, weights.p, v, x, x_dot, pair)
+                sum_.add_dense(found.p_bar)
                 dots.append(found.x_bar_dot)
             return Bars(found.x_bar, dots)
         outgoing = [bars.primal] if mode == "gradient" else bars.dots
         cotangents = []
         for y_bar, sum_ in zip(outgoing, sums, strict=True):
             found = pull_back(self._f, weights.p, x, _constant(y_bar))
-            sum_.add_dense(found.hvp)
+            sum_.add_dense(found.p_bar)
             cotangents.append(found.x_bar)
         return Bars(cotangents[0], []) if mode == "gradient" else Bars(None, cotangents)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvp_core.block_dual import Mode
 from hvp_core.chain import Block, Chain, MicroBatch
-from hvp_core.dual import choose_rule
+from hvp_core.dual import Function, Params, backward_dual
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import exact
@@ -49,7 +49,7 @@ class Verifier:
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_wide(chain.first_input(batch)) for batch in small]
 
-    def check(self, index: int, p: Mapping[str, Tensor], route: Route | None) -> Route | None:
+    def check(self, index: int, p: Params, route: Route | None) -> Route | None:
         """The route of a block if it is right, else a slower one that is.
 
         Args:
@@ -77,16 +77,13 @@ class Verifier:
                     )
                     route = None
             if not isinstance(route, Traced) and self._mode == "hessian":
-                with exact():
-                    rule = _rule(block, f, p, x)
-                if isinstance(route, Eager):
-                    route.rule = rule
+                _try(block, f, p, x, index == 0)
             with exact(), torch.no_grad():
                 self._xs = [f(p, x)]
         return route
 
     def _agrees(
-        self, block: Block, context: Any, f: Any, p: Mapping[str, Tensor], x: Tensor, is_data: bool
+        self, block: Block, context: Any, f: Function, p: Params, x: Tensor, is_data: bool
     ) -> bool:
         with exact():
             traced = self._routes.of(
@@ -125,9 +122,11 @@ def _close(found: Tensor | None, expected: Tensor | None) -> bool:
     return not math.isfinite(distance) or distance <= _TOLERANCE * max(size, 1e-3)
 
 
-def _rule(block: Block, f: Any, p: Mapping[str, Tensor], x: Tensor) -> Any:
+def _try(block: Block, f: Function, p: Params, x: Tensor, is_data: bool) -> None:
+    """Take a block's second derivative once, to see that it has one."""
+    v = {name: _noise(each) for name, each in p.items()}
     try:
-        return choose_rule(f, p, x)
+        backward_dual(f, p, v, x, None if is_data else _noise(x), lambda y, y_dot: (y, y_dot))
     except RuntimeError as error:
         words = str(error)
         if not isinstance(error, NotImplementedError) and "derivative" not in words:

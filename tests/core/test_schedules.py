@@ -1,0 +1,241 @@
+"""Schedules, probes and budgets: the same numbers, the work that is promised, the memory too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hvp_core import attention
+from hvp_core.collective import Alone
+from hvp_core.data import token_batch
+from hvp_core.decoder import DecoderChain
+from hvp_core.errors import CurvatureError
+from hvp_core.layout import Layout
+from hvp_core.policy import Policy, Schedule
+from hvp_core.schedule import Bytes, Choice, choose
+from hvp_core.space import Space
+from hvp_core.walk import Curvature, Kind
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem
+
+SCHEDULES: tuple[Schedule, ...] = ("lean", "fast", "cached", "auto")
+KINDS: tuple[Kind, ...] = ("hessian", "ggn")
+
+
+def curvature_of(problem: Problem, micro_batch_size: int = 2, **policy: Any) -> Curvature:
+    layout = Layout(problem.chain.shapes, [b.parameters for b in problem.chain.blocks], 1)
+    space = Space(layout, Alone(), problem.flat.dtype, CPU)
+    theta = space.from_flat(problem.flat)
+    return Curvature(problem.chain, space, theta, problem.batch, micro_batch_size, Policy(**policy))
+
+
+def probes(problem: Problem, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shape = count, problem.flat.numel()
+    return list(torch.randn(shape, generator=generator, dtype=problem.flat.dtype))
+
+
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("make", [llama_problem, gpt2_problem])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_schedule_gives_the_same_products_alone_together_and_again(
+    make: Any, kind: Kind
+) -> None:
+    problem = make()
+    vectors = probes(problem, 3)
+    expected = curvature_of(problem, 5, schedule="lean").product(kind, vectors)
+    for schedule in SCHEDULES:
+        curvature = curvature_of(problem, 2, schedule=schedule)
+        for _ in range(2):
+            alone = [curvature.product(kind, [each])[0] for each in vectors]
+            assert distance(alone, expected) < 1e-13
+        assert distance(curvature.product(kind, vectors), expected) < 1e-13
+
+
+def test_products_of_two_kinds_may_alternate() -> None:
+    problem = llama_problem()
+    v = probes(problem, 1)
+    curvature = curvature_of(problem, schedule="cached")
+    fresh = {kind: curvature_of(problem, schedule="fast").product(kind, v) for kind in KINDS}
+    for kind in (*KINDS, *KINDS):
+        assert distance(curvature.product(kind, v), fresh[kind]) < 1e-13
+
+
+def test_what_is_kept_for_later_products_goes_when_the_parameters_move() -> None:
+    problem = llama_problem()
+    (v,) = probes(problem, 1)
+    curvature = curvature_of(problem, schedule="cached")
+    before = curvature.hvp([v])[0]
+    curvature.parameters = problem.flat + 0.1
+    after = curvature.hvp([v])[0]
+    curvature.parameters = problem.flat
+    assert distance([curvature.hvp([v])[0]], [before]) == 0
+    moved = curvature_of(problem, schedule="fast")
+    moved.parameters = problem.flat + 0.1
+    assert distance([after], moved.hvp([v])) < 1e-13
+
+
+def test_the_curvature_matrices_are_symmetric_and_gauss_newton_has_no_negative_direction() -> None:
+    problem = llama_problem()
+    u, v = probes(problem, 2)
+    curvature = curvature_of(problem)
+    for kind in KINDS:
+        au, av = curvature.product(kind, [u, v])
+        assert float(u @ av) == pytest.approx(float(v @ au), rel=1e-12)
+    assert float(u @ au) > 0
+    assert float(v @ av) > 0
+
+
+# The work ----------------------------------------------------------------------------------------
+
+
+def wide_llama(length: int, vocabulary: int = 64) -> Problem:
+    """Two layers whose matrix products outweigh their attention."""
+    attention.register()
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        attn_implementation=attention.NAME,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
+    parameters = {name: each.detach() for name, each in model.named_parameters()}
+    return Problem(DecoderChain(model, torch.float32, CPU), parameters, token_batch(ids))
+
+
+def gemm_flops(run: Any) -> int:
+    """FLOP of matrix products with parameters: attention's are batched and not counted."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if "bmm" not in str(op))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "count", "units"),
+    [
+        ("fast", "hessian", 1, 8),
+        ("cached", "hessian", 1, 6),
+        ("lean", "hessian", 1, 11),
+        ("fast", "hessian", 4, 2 + 6 * 4),
+        ("fast", "ggn", 1, 5),
+        ("cached", "ggn", 1, 4),
+    ],
+)
+def test_a_product_takes_the_matrix_products_it_promises(
+    schedule: Schedule, kind: Kind, count: int, units: int
+) -> None:
+    problem = wide_llama(16)
+    curvature = curvature_of(problem, 1, schedule=schedule)
+    vectors = probes(problem, count)
+    gradient = gemm_flops(curvature.gradient)
+    curvature.product(kind, vectors)
+    found = gemm_flops(lambda: curvature.product(kind, vectors)) / gradient * 3
+    # The head's logits are not kept between products; a lean walk skips what it need not redo.
+    least = {"lean": units - 1.5}.get(schedule, units - 0.01)
+    assert least <= found <= units + (0.6 if schedule == "cached" else 0.01)
+
+
+# The memory --------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() > 0:
+                size = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.numel = max(self.numel, size)
+                self.shapes.add(tuple(leaf.shape))
+        return result
+
+
+@pytest.mark.parametrize("schedule", ["lean", "fast", "cached"])
+def test_no_tensor_of_tokens_by_tokens_or_tokens_by_vocabulary_is_made(schedule: Schedule) -> None:
+    tokens, vocabulary = 1024, 768
+    problem = wide_llama(tokens, vocabulary)
+    problem.chain.positions_at_once = 128  # type: ignore[attr-defined]
+    curvature = curvature_of(problem, 1, schedule=schedule)
+    vectors = probes(problem, 2)
+    parameters = problem.flat.numel()
+    with Largest() as largest:
+        curvature.loss()
+        curvature.gradient()
+        for kind in KINDS:
+            curvature.product(kind, vectors[:1])
+            curvature.product(kind, vectors)
+    assert not any(shape[-2:] == (tokens, tokens) for shape in largest.shapes)
+    assert not any(shape[-2:] == (tokens, vocabulary) for shape in largest.shapes)
+    sizes = {torch.Size(shape).numel() for shape in largest.shapes}
+    # Vectors of parameters are the only tensors that large; probes are drawn two in one.
+    assert not [
+        n for n in sizes if n >= tokens * vocabulary and n not in (parameters, 2 * parameters)
+    ]
+
+
+BLOCKS = [Bytes(lean=1, fast=10, shared=12, cached=8)] * 3
+
+
+@pytest.mark.parametrize(
+    ("budget", "ways"),
+    [
+        (0, ["lean", "lean", "lean"]),
+        (3, ["lean", "lean", "lean"]),
+        (12, ["lean", "lean", "fast"]),
+        (30, ["fast", "fast", "fast"]),
+        (32, ["cached", "fast", "fast"]),
+        (36, ["cached", "cached", "cached"]),
+    ],
+)
+def test_a_budget_buys_speed_block_by_block(budget: int, ways: list[str]) -> None:
+    found = choose("auto", BLOCKS, budget, 1)
+    assert ["cached" if each.cached else each.way for each in found] == ways
+
+
+def test_a_schedule_that_is_asked_for_is_taken() -> None:
+    assert choose("lean", BLOCKS, 10**9, 1) == [Choice("lean", False)] * 3
+    assert choose("fast", BLOCKS, 0, 1) == [Choice("fast", False)] * 3
+    assert choose("fast", BLOCKS, 0, 4) == [Choice("shared", False)] * 3
+    assert choose("cached", BLOCKS, 0, 1) == [Choice("shared", True)] * 3
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_reduced_precision_is_for_float32(precision: Any) -> None:
+    with pytest.raises(CurvatureError) as caught:
+        curvature_of(llama_problem(), precision=precision)
+    assert caught.value.reason == "PRECISION_UNSUPPORTED"
+
+
+def test_bfloat16_products_are_as_good_as_bfloat16_gradients() -> None:
+    problem = wide_llama(32)
+    exact = curvature_of(problem, 1)
+    rounded = curvature_of(problem, 1, precision="bfloat16", schedule="fast")
+    v = probes(problem, 1)
+    gradient = distance([rounded.gradient()], [exact.gradient()])
+    product = distance(rounded.hvp(v), exact.hvp(v))
+    assert rounded.hvp(v)[0].dtype == torch.float32
+    assert product < 2 * gradient < 0.1
