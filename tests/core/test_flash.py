@@ -157,6 +157,7 @@ BOUNDS: list[tuple[torch.dtype, str, Callable[[Case], float]]] = [
 @needs_triton
 @pytest.mark.gpu
 @on_a_gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # from autograd's own thread
 @pytest.mark.parametrize(("dtype", "precision", "bound"), BOUNDS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu_every_method_is_forward_over_reverse(
