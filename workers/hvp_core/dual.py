@@ -18,7 +18,7 @@ is the truth that traces are compared with, and what serves blocks that cannot b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +41,13 @@ def forward_dual(
     f: Function, p: Params, v: Params, x: Tensor, x_dot: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(y, ẏ), keeping nothing. Cost: 3 GEMM passes."""
-    if x_dot is None:
-        dual = jvp(lambda p: f(p, x), (dict(p),), (dict(v),))
-    else:
-        dual = jvp(f, (dict(p), x), (dict(v), x_dot))
-    return dual[0], dual[1]
+    found: Any = (
+        jvp(lambda p: f(p, x), (dict(p),), (dict(v),))
+        if x_dot is None
+        else jvp(f, (dict(p), x), (dict(v), x_dot))
+    )
+    y, y_dot = found
+    return y, y_dot
 
 
 def pull_back(f: Function, p: Params, x: Tensor, y_bar: Callable[[Tensor], Tensor]) -> Backward:
@@ -106,5 +108,6 @@ def backward_dual(
             p_bar, x_bar = vjp(f, p, x)[1](y_bar)
             return x_bar, p_bar
 
-        primal, tangent = jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))[:2]
-    return Backward(primal[0], tangent[0], tangent[1])
+        both: Any = jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))
+    (x_bar, _), (x_bar_dot, hvp) = both
+    return Backward(x_bar, x_bar_dot, hvp)

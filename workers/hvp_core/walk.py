@@ -242,6 +242,7 @@ class Curvature:
         xs = [self.chain.first_input(batch) for batch in self._batches]
         dots: list[list[Tensor | None]] = [[None for _ in shards[1:]] for _ in xs]
         tapes: dict[tuple[int, int], Tape] = {}
+        kept = self._kept if mode == self._kept_mode else {}
         for index in range(last):
             block, way = self.chain.blocks[index], choices[index].way
             with gathered(self.space, index, block, shards) as (p, *vs):
@@ -249,7 +250,7 @@ class Curvature:
                 for batch, x in enumerate(xs):
                     route = self._itinerary.route(index, batch, p, x)
                     xs[batch], dots[batch], tapes[index, batch] = route.forward(
-                        mode, way, weights, x, dots[batch], self._kept.get((index, batch))
+                        mode, way, weights, x, dots[batch], kept.get((index, batch))
                     )
         known = bool(self._closing_bars) and mode == "hessian"
         bars = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Span
 
-_TILE_ELEMENTS = 1 << 22
+_TILE_ELEMENTS = 1 << 18
 
 
 class Shape(NamedTuple):
