@@ -197,7 +197,7 @@ class Curvature:
             self._graphs[key] = Replay.capture(
                 lambda inputs, outputs: self._walk(mode, choices, inputs, outputs),
                 [torch.empty_like(vector, dtype=self._dtype) for vector in vectors],
-                [torch.empty_like(self._parameters) for _ in range(max(1, len(vectors)))],
+                [self.space.zeros() for _ in range(max(1, len(vectors)))],
             )
         replay = self._graphs[key]
         return None if replay is None else replay(vectors, borrow=borrow)

@@ -98,20 +98,21 @@ def bucket(width: int) -> int:
 #   keys dual 64: 0.261 ms (0.259 with descriptors).
 #   queries dual 64: 0.156 ms (0.204 with 1 stage, 0.151 with descriptors).
 #   queries dual 128: 9.74 ms (15.92 with 64 keys and 1 stage: 148 spills; 9.65 with descriptors).
+#   keys primal 128: 4.57 ms (4.88 with 64×128 tiles without descriptors, 6.30 with 32×128).
+#   keys tangent 128: 13.1 ms (13.9 with descriptors).
+#   keys dual 128: 17.7 ms as these two passes of 4 and 10 tile products; 18.7 as dV's and dK's of 6
+#   and 9; 23.7 as one of 12, for whose four accumulators there are no registers.
 # Not measured, chosen for what the compiler reports (no spills, every product on whole warpgroups)
-# and for their likeness to the above:
-#   keys dual 128: two passes of 6 and 9 tile products, for the 12 of one pass with 32×32 tiles,
-#   which takes 23.7 ms. A pass has the registers of `forward` and `queries`.
-#   All of primal and tangent that differ from `_ANY`.
+# and for their likeness to the above: primal and tangent of `forward` and `queries`.
 _HOPPER: dict[tuple[Kernel, Mode, int], Plan] = {
     ("forward", "primal", 128): (Pass(Tile(128, 64, 8, 3), "primal"),),
     ("forward", "tangent", 128): (Pass(Tile(128, 64, 8, 2, descriptors=True), "tangent"),),
     ("forward", "dual", 128): (Pass(Tile(128, 64, 8, 2, descriptors=True), "dual"),),
-    ("keys", "primal", 128): (Pass(Tile(32, 128, 8, 2), "primal"),),
+    ("keys", "primal", 128): (Pass(Tile(64, 64, 4, 2, descriptors=True), "primal"),),
     ("keys", "tangent", 128): (Pass(Tile(32, 128, 8, 2), "tangent"),),
     ("keys", "dual", 128): (
-        Pass(Tile(64, 128, 8, 2), "dual", keys=False),
-        Pass(Tile(32, 128, 8, 2), "dual", values=False),
+        Pass(Tile(64, 64, 4, 2, descriptors=True), "primal"),
+        Pass(Tile(32, 128, 8, 2), "tangent"),
     ),
     ("queries", "primal", 64): (Pass(Tile(64, 64, 4, 2), "primal"),),
     ("queries", "tangent", 64): (Pass(Tile(64, 64, 4, 2), "tangent"),),
