@@ -17,7 +17,7 @@ from hvp_core.layout import Layout
 from hvp_core.policy import Policy, Schedule
 from hvp_core.policy import Precision as Arithmetic
 from hvp_core.space import Space
-from hvp_core.walk import Curvature
+from hvp_core.walk import Curvature, Kind
 from torch import Tensor
 
 from benchmarks.contest import Contestant, Entry
@@ -105,8 +105,11 @@ def _open(variant: Variant, problem: Problem) -> Entry:
             own_weights=own_weights,
             notes=curvature.notes,
         )
-    multiply = curvature.hvp if variant.product == "hvp" else curvature.ggn
-    vectors = [problem.probe(index, torch.float32) for index in range(variant.probes)]
+    kind: Kind = "hessian" if variant.product == "hvp" else "ggn"
+    # As the Lanczos loop does: a product is used up before the next. A probe is already rounded.
+    multiply = partial(curvature.product, kind, borrow=True)
+    dtype = torch.bfloat16 if problem.precision == "bf16" else torch.float32
+    vectors = [problem.probe(index, dtype) for index in range(variant.probes)]
     if variant.graphs:
         pools = graph_pools()
         multiply(vectors)
@@ -115,7 +118,7 @@ def _open(variant: Variant, problem: Problem) -> Entry:
             raise RuntimeError("a CUDA graph was asked for and none was captured")
     return Entry(
         run=lambda: multiply(vectors),
-        product=lambda index: multiply([problem.probe(index, torch.float32)])[0],
+        product=lambda index: multiply([problem.probe(index, dtype)])[0].clone(),
         own_weights=own_weights,
         notes=curvature.notes,
     )
@@ -139,7 +142,9 @@ def _curvature(
         chain = DecoderChain(model, dtype, problem.device)
         layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
         space = Space(layout, Alone(), dtype, problem.device)
-        problem.memo[key] = chain, space, problem.theta(dtype)
+        # A bfloat16 checkpoint is held as it is stored.
+        stored = torch.bfloat16 if policy.precision == "bfloat16" else dtype
+        problem.memo[key] = chain, space, problem.theta(stored)
     chain, space, theta = problem.memo[key]
     rows = micro_batch_size or problem.shape.rows
     return Curvature(chain, space, theta, token_batch(problem.ids.cpu()), rows, policy=policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import torch._logging
+import torch  # noqa: F401 (it sets the logger up)
 
 # The compiler describes every tensor it looks at to this logger. Nobody listens, but pytest records
 # whatever reaches the root.

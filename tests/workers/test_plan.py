@@ -42,7 +42,8 @@ def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
 
 
 def test_the_default_micro_batch_gives_every_rank_work() -> None:
-    assert default_micro_batch(8, 64, 2) == 4
-    assert default_micro_batch(8, 256, 2) == 2
-    assert default_micro_batch(1, 4096, 3) == 1
-    assert default_micro_batch(100, 16, 3) == 32
+    assert default_micro_batch(8, 64, 2, "cpu") == 4
+    assert default_micro_batch(8, 256, 2, "cpu") == 2
+    assert default_micro_batch(1, 4096, 3, "cpu") == 1
+    assert default_micro_batch(100, 16, 3, "cpu") == 32
+    assert default_micro_batch(16, 2048, 2, "cuda") == 4

@@ -41,13 +41,14 @@ def forward_dual(
     f: Function, p: Params, v: Params, x: Tensor, x_dot: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(y, ẏ), keeping nothing. Cost: 3 GEMM passes."""
-    found: Any = (
-        jvp(lambda p: f(p, x), (dict(p),), (dict(v),))
-        if x_dot is None
-        else jvp(f, (dict(p), x), (dict(v), x_dot))
-    )
-    y, y_dot = found
-    return y, y_dot
+    if x_dot is None:
+        return _jvp(lambda p: f(p, x), (dict(p),), (dict(v),))
+    return _jvp(f, (dict(p), x), (dict(v), x_dot))
+
+
+def _jvp(f: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]) -> tuple[Any, Any]:
+    found: Any = jvp(f, at, along)
+    return found[0], found[1]
 
 
 def pull_back(f: Function, p: Params, x: Tensor, y_bar: Callable[[Tensor], Tensor]) -> Backward:
@@ -61,9 +62,9 @@ def pull_back(f: Function, p: Params, x: Tensor, y_bar: Callable[[Tensor], Tenso
     """
     with torch.enable_grad():
         if not x.is_floating_point():
-            y, pull = vjp(lambda p: f(p, x), dict(p))
+            y, pull = vjp(lambda p: f(p, x), dict(p))[:2]
             return Backward(None, None, pull(y_bar(y))[0])
-        y, pull = vjp(f, dict(p), x)
+        y, pull = vjp(f, dict(p), x)[:2]
         p_bar, x_bar = pull(y_bar(y))
     return Backward(x_bar, None, p_bar)
 
@@ -99,8 +100,7 @@ def backward_dual(
                 gradient: dict[str, Tensor] = vjp(lambda q: f(q, x), p)[1](y_bar)[0]
                 return gradient
 
-            hvp: dict[str, Tensor] = jvp(pull_parameters, (p, y_bar), (v, y_bar_dot))[1]
-            return Backward(None, None, hvp)
+            return Backward(None, None, _jvp(pull_parameters, (p, y_bar), (v, y_bar_dot))[1])
 
         def pull(
             p: dict[str, Tensor], x: Tensor, y_bar: Tensor
@@ -108,6 +108,6 @@ def backward_dual(
             p_bar, x_bar = vjp(f, p, x)[1](y_bar)
             return x_bar, p_bar
 
-        both: Any = jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))
-    (x_bar, _), (x_bar_dot, hvp) = both
+        primal, (x_bar_dot, hvp) = _jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))
+    x_bar = primal[0]
     return Backward(x_bar, x_bar_dot, hvp)

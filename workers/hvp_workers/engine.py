@@ -131,7 +131,9 @@ class RankEngine:
             )
         return api.OperatorInfo(
             num_parameters=description.num_parameters,
-            micro_batch_size=micro_batch_size(operator, batch, self.collective.world_size),
+            micro_batch_size=micro_batch_size(
+                operator, batch, self.collective.world_size, self.device.type
+            ),
             num_targets=int((batch.targets != -100).sum()),
         )
 
@@ -277,7 +279,8 @@ class RankEngine:
 
         return (
             yield from eigsh(
-                lambda v: loaded.product(kind, [v])[0],
+                # Lanczos has used a product up before it asks for the next.
+                lambda v: loaded.product(kind, [v], borrow=True)[0],
                 random(0),
                 space.layout.numel,
                 plan,

@@ -21,10 +21,12 @@ from hvp_workers.plan import default_micro_batch, policy
 _KEPT = 4  # an older one's batch is read again when it is needed
 
 
-def micro_batch_size(operator: api.Operator, batch: MicroBatch, world_size: int) -> int:
+def micro_batch_size(
+    operator: api.Operator, batch: MicroBatch, world_size: int, device: str
+) -> int:
     """Rows that go through a block at once, as asked or by default."""
     return operator.micro_batch_size or default_micro_batch(
-        len(batch.targets), batch.targets.shape[1], world_size
+        len(batch.targets), batch.targets.shape[1], world_size, device
     )
 
 
@@ -44,9 +46,11 @@ class LoadedOperator:
     has_products: bool = False
     _told: Mapping[str, str] = field(default_factory=dict)
 
-    def product(self, kind: api.Kind, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The product with each vector, this rank's shards."""
-        products = self.curvature.product(kind, vectors)
+    def product(
+        self, kind: api.Kind, vectors: Sequence[torch.Tensor], *, borrow: bool = False
+    ) -> list[torch.Tensor]:
+        """The product with each vector, this rank's shards; `borrow`: good until the next one."""
+        products = self.curvature.product(kind, vectors, borrow=borrow)
         self.has_products = True
         return products
 
@@ -118,7 +122,7 @@ class OperatorCache:
             self._space,
             self._parameters,
             batch,
-            micro_batch_size(operator, batch, collective.world_size),
+            micro_batch_size(operator, batch, collective.world_size, self._space.device.type),
             chosen,
         )
         return LoadedOperator(curvature, chosen.budget_bytes or 0)

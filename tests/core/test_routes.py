@@ -1,0 +1,245 @@
+"""Blocks find the fast route, or a slower one that is right, and say so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hvp_core import attention, compiler
+from hvp_core.attention.mask import Mask, make_mask
+from hvp_core.attention.rule import Span
+from hvp_core.compiler import Compiler
+from hvp_core.data import token_batch
+from hvp_core.decoder import DecoderChain
+from hvp_core.loss import CrossEntropy
+from hvp_core.parts import Part, group, split
+from hvp_core.trace import PRIMAL, TANGENT, Env, Trace, trace_block
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+from transformers.models.auto import AutoModelForCausalLM
+
+from tests.core.problems import CPU, VOCABULARY, Problem, module_problem, ragged_tokens, scatter
+from tests.core.test_schedules import KINDS, curvature_of, distance, probes
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+GATED = {**SMALL, "intermediate_size": 12, "num_key_value_heads": 1, "head_dim": 4}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "sliding window": lambda: MistralConfig(**GATED, sliding_window=3),
+    "soft-capped, two kinds of layer": lambda: Gemma2Config(
+        **GATED, sliding_window=2, query_pre_attn_scalar=4, final_logit_softcapping=5.0
+    ),
+    "norms of heads": lambda: Qwen3Config(**GATED),
+    "attention beside the MLP": lambda: GPTNeoXConfig(
+        **SMALL, intermediate_size=12, rotary_pct=0.5
+    ),
+    "positions counted by the mask": lambda: OPTConfig(
+        **SMALL, ffn_dim=12, word_embed_proj_dim=8, activation_function="gelu"
+    ),
+}
+
+
+def decoder(config: PretrainedConfig, one_block: bool = False) -> Problem:
+    attention.register()
+    config._attn_implementation = attention.NAME
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    scatter(model)
+    ids, labels, mask = ragged_tokens()
+    parameters = {name: each.detach() for name, each in model.named_parameters()}
+    chain = DecoderChain(model, torch.float64, CPU, one_block=one_block)
+    return Problem(chain, parameters, token_batch(ids, labels, mask))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_is_cut_at_its_attention_and_equals_the_whole_model(name: str) -> None:
+    problem, whole = decoder(CONFIGS[name]()), decoder(CONFIGS[name](), one_block=True)
+    v = probes(problem, 1)
+    curvature = curvature_of(problem)
+    assert distance(curvature.hvp(v), curvature_of(whole, 5).hvp(v)) < 1e-11
+    assert distance(curvature.ggn(v), curvature_of(whole, 5).ggn(v)) < 1e-11
+    assert not [note for note in curvature.notes() if note.startswith("fallback")]
+
+
+class Branches(nn.Module):
+    """Looks at its values: no trace holds for the next ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x) if bool(x.sum() > 1e9) else x * torch.tanh(x)
+
+
+def test_a_block_that_looks_at_its_values_is_differentiated_by_torch_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([0, 1, 2, 1, 0])
+    modules = [
+        nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3)).double()
+        for middle in (Branches(), Traced())
+    ]
+    modules[1].load_state_dict(modules[0].state_dict())
+    branching, plain = (module_problem(each, CrossEntropy(), x, targets) for each in modules)
+    v = probes(branching, 2)
+    with caplog.at_level(logging.WARNING):
+        curvature = curvature_of(branching)
+        for kind in KINDS:
+            expected = curvature_of(plain).product(kind, v)
+            assert distance(curvature.product(kind, v), expected) < 1e-12
+    assert distance([curvature.gradient()], [curvature_of(plain).gradient()]) < 1e-12
+    assert curvature.notes()["fallback_1"].startswith("it is differentiated line by line")
+    assert sum("block 1 is slower" in record.message for record in caplog.records) == 1
+
+
+class Traced(nn.Module):
+    """The same without the question."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(x)
+
+
+# Compiling ---------------------------------------------------------------------------------------
+
+
+def affine(p: Env, inputs: Env, constants: Env) -> Env:
+    return {"y": torch.tanh(inputs["x"]) @ p["0"].t()}
+
+
+def parts_of(f: Callable[[Env, Env, Env], Env]) -> tuple[Trace, list[Part], Env]:
+    generator = torch.Generator().manual_seed(0)
+    p, x = torch.randn(3, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    trace = trace_block(f, {"0": p}, {"x": x}, {})
+    parts = split(trace, [group([PRIMAL[0], TANGENT[0]], ["y", "y_dot"])])
+    return trace, parts, {"p/0": p, "p_dot/0": p.cos(), "x": x, "x_dot": x.sin()}
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        lambda part: lambda *args: [each * 1.01 for each in part.module(*args)],
+        lambda part: lambda *args: [each[:1] for each in part.module(*args)],
+        lambda part: lambda *args: [each * torch.nan for each in part.module(*args)],
+    ],
+    ids=["wrong values", "wrong shapes", "no numbers"],
+)
+def test_a_compiled_part_that_is_wrong_is_never_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernels: Any
+) -> None:
+    monkeypatch.setattr(compiler, "_compiled", kernels)
+    _, (part,), env = parts_of(affine)
+    expected = part(env)
+    ours = Compiler()
+    ours(part)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert all(torch.equal(part(env)[name], each) for name, each in expected.items())
+    assert (ours.compiled, len(ours.refused)) == (0, 1)
+    assert sum("slower and as correct" in record.message for record in caplog.records) == 1
+
+
+def test_a_compiler_that_fails_leaves_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(part: Part) -> Any:
+        raise FileNotFoundError("no C++ compiler")
+
+    monkeypatch.setattr(compiler, "_compiled", fail)
+    _, (part,), env = parts_of(affine)
+    expected = part(env)
+    ours = Compiler()
+    ours(part)
+    assert all(torch.equal(part(env)[name], each) for name, each in expected.items())
+    assert "no C++ compiler" in ours.refused[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_product_is_the_product() -> None:
+    from tests.core.test_schedules import wide_llama
+
+    problem = wide_llama(8)
+    v = probes(problem, 1)
+    expected = curvature_of(problem, 1).hvp(v)
+    curvature = curvature_of(problem, 1, schedule="fast", compile=True)
+    for _ in range(2):
+        assert distance(curvature.hvp(v), expected) < 1e-5
+    notes = curvature.notes()
+    assert int(notes["compiled_parts"]) > 3
+    assert "not_compiled" not in notes
+
+
+# What is kept ------------------------------------------------------------------------------------
+
+
+def gated(p: Env, inputs: Env, constants: Env) -> Env:
+    x = inputs["x"]
+    return {"y": (torch.sigmoid(x @ p["0"].t()) * (x @ p["1"].t())) @ p["2"].t()}
+
+
+def test_between_forward_and_backward_only_what_is_dear_is_kept() -> None:
+    p = {"0": torch.randn(6, 4), "1": torch.randn(6, 4), "2": torch.randn(4, 6)}
+    trace = trace_block(gated, p, {"x": torch.randn(5, 4)}, {})
+    forward, _ = split(
+        trace,
+        [
+            group([PRIMAL[0], TANGENT[0]], ["y", "y_dot"]),
+            group([PRIMAL[2], TANGENT[2]], ["x_bar", "x_bar_dot", *trace.terms]),
+        ],
+    )
+    kept = {name: size for name, size in forward.bytes_of.items() if name.startswith("r/")}
+    # Two projections and their tangents: everything else follows from them by pointwise work.
+    assert sorted(kept.values()) == [5 * 6 * 4] * 4
+
+
+# Masks -------------------------------------------------------------------------------------------
+
+
+def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return j <= i
+
+
+def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (j > i - 3)
+
+
+def chunked(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (j // 4 == i // 4)
+
+
+def everything(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (i >= 0) & (j >= 0)
+
+
+def mask_of(rule: Any, valid: Sequence[Sequence[int]] | None = None) -> Mask:
+    keys = None if valid is None else torch.tensor(valid)
+    return make_mask(2, 7, 7, mask_function=rule, attention_mask=keys)
+
+
+def test_regular_masks_are_recognised_and_irregular_ones_are_not() -> None:
+    assert mask_of(causal).shape == (True, None, None)
+    assert mask_of(windowed).shape == (True, 3, None)
+    assert mask_of(everything).shape == (False, None, None)
+    assert mask_of(chunked).shape is None
+    padded = mask_of(causal, [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]).shape
+    assert padded is not None
+    assert isinstance(padded.span, Span)
+    assert (padded.span.start.tolist(), padded.span.stop.tolist()) == ([2, 0], [7, 4])
+    assert mask_of(causal, [[1, 0, 1, 1, 1, 1, 1], [1] * 7]).shape is None
+    nothing = mask_of(causal, [[0] * 7, [1] * 7]).shape
+    assert nothing is not None
+    assert nothing.span is not None
+    assert nothing.span.start[0] == nothing.span.stop[0]
