@@ -26,12 +26,15 @@ def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
 
 
 def use_compile_cache(folder: Path | None) -> None:
-    """Keep what TorchInductor and Triton compile in a folder, where nobody has named another.
+    """Keep what TorchInductor and Triton compile in a folder.
+
+    Whatever the environment said before: a process that has used TorchInductor names its own folder
+    there, for those it starts to inherit.
 
     Args:
         folder: On a file system that lasts; None changes nothing.
     """
     if folder is None:
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
