@@ -48,7 +48,7 @@ class Operator(OperatorFields):
         """∇L(θ), left on the ranks.
 
         Returns:
-            A new vector. Cost: 4 GEMM passes.
+            A new vector. Cost: 3 GEMM passes, 4 where memory is short.
 
         Raises:
             OutOfRangeError: `NON_FINITE`; metadata names the first block.

@@ -111,7 +111,7 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ComputeGradient(self, request, context):
-        """dL/dtheta. Cost: 4 GEMM passes.
+        """dL/dtheta. Cost: 3 GEMM passes, 4 where memory is short.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
