@@ -61,7 +61,7 @@ class Itinerary:
         self.route_of: dict[tuple[int, int], Route] = {}
         self._closing_of: dict[tuple[int, int], Closing] = {}
         self._prepared: set[Mode] = set()
-        self._choices: dict[tuple[Mode, bool], list[Choice]] = {}
+        self._choices: dict[tuple[Mode, int], list[Choice]] = {}
         self._compile_seconds_before = COMPILER.seconds
 
     def prepare(self, mode: Mode, theta: Tensor) -> None:
@@ -147,7 +147,7 @@ class Itinerary:
         if mode == "gradient":
             way: Way = "lean" if self._policy.schedule == "lean" else "fast"
             return [Choice(way, False) for _ in blocks]
-        key = mode, num_probes > 1
+        key = mode, num_probes
         if key not in self._choices:
             sizes = []
             for index in blocks:
@@ -181,10 +181,10 @@ class Itinerary:
             found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
             if COMPILER.refused:
                 found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
-        for (mode, several), choices in self._choices.items():
+        for (mode, num_probes), choices in self._choices.items():
             names = ["cached" if each.cached else each.way for each in choices]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
-            key = f"schedule_{mode}{'_several' if several else ''}"
+            key = f"schedule_{mode}{'_several' if num_probes > 1 else ''}"
             found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
         for name, why in self._routes.fallbacks.items():
             found[f"fallback_{name}"] = why

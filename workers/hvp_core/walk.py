@@ -29,8 +29,6 @@ from hvp_core.space import Space
 
 Kind = Literal["hessian", "ggn"]
 
-_USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
-
 
 @final
 class Curvature:
