@@ -73,7 +73,12 @@ class Shape:
         return x, x_dot, one(self.heads), one(self.heads)
 
 
-SHAPES = (Shape(1, 32, 4, 2048, 64), Shape(2, 32, 8, 8192, 128), Shape(1, 32, 32, 2048, 128))
+SHAPES = (
+    Shape(1, 32, 4, 2048, 64),
+    Shape(2, 32, 8, 8192, 128),
+    Shape(1, 32, 4, 8192, 64),
+    Shape(1, 32, 32, 2048, 128),
+)
 
 CASES = {
     "causal": Case(heads=4, key_heads=2, s=260, t=260, d=64, e=64),
@@ -103,6 +108,8 @@ def sweep(kernel: Kernel, mode: Mode, width: int) -> list[Plan]:
     """What --tune tries: 2 stages of tiles whose accumulators can fit the registers."""
     wide = {"forward": ((64, 32, 4), (128, 64, 8)), "queries": ((64, 32, 4), (128, 32, 8))}
     cuts = [(64, 64, 4), (128, 64, 8)] if width == 64 else [*wide.get(kernel, ())]
+    if width == 64 and kernel == "forward":
+        cuts += [(64, 128, 4), (128, 64, 4), (128, 128, 8)]
     if mode == "primal":
         cuts += [(128, 128, 8)] if kernel == "forward" else [(128, 64, 8)]
     if kernel == "keys":

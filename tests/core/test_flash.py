@@ -177,7 +177,8 @@ def test_two_runs_agree_in_every_bit() -> None:
 
     case = Case(b=2, heads=8, key_heads=2, s=300, t=300, d=64, e=64)
     operands = case.draw(torch.bfloat16, "cuda")
-    first, second = (found_values(Flash(), case, *operands)[0] for _ in range(2))
+    ours = Flash(first_order=False)
+    first, second = (found_values(ours, case, *operands)[0] for _ in range(2))
     for name in NAMES:
         assert torch.equal(first[name], second[name]), name
 
@@ -190,6 +191,7 @@ def test_two_runs_agree_in_every_bit() -> None:
     "case",
     [
         Case(b=2, heads=4, key_heads=2, s=300, t=300, d=128, e=128),
+        Case(b=2, heads=4, key_heads=2, s=300, t=300, d=64, e=64),
         Case(heads=4, key_heads=1, s=200, t=333, d=80, e=128, causal=False),
         Case(heads=2, key_heads=2, s=64, t=64, d=128, e=128, contiguous=True),
     ],

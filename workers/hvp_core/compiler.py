@@ -12,7 +12,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Interpreter, Node
 
 from hvp_core.parts import Part
@@ -24,6 +27,7 @@ Kernels = Callable[..., Sequence[Tensor]]
 #: How many times further from the truth than the lines a compiled result may be. Fusion rounds less
 #: often than the lines do, in another order; a wrong kernel is wrong in the first digit.
 _SLACK = 8.0
+_LONGEST_ROW = 8192
 _WIDER = {
     torch.float32: torch.float64,
     torch.bfloat16: torch.float32,
@@ -73,8 +77,27 @@ class Compiler:
         self.refused.append(why)
 
 
+@final
+class _Choices(InductorChoices):
+    """The compiler's own choices, but for rows that fit a program: they are read once.
+
+    [meas] H100, dual of an RMS norm over 2048 rows of 2048: 77 µs instead of 118.
+    """
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        """Rows of up to 8192 elements stay in registers; the default is 1024."""
+        inner = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
+        if inner and V.graph.sizevars.statically_known_leq(features.reduction_numel, _LONGEST_ROW):
+            return True
+        found: bool = InductorChoices.should_use_persistent_reduction(
+            features, cooperative_reduction
+        )
+        return found
+
+
 def _compiled(part: Part) -> Kernels:
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), V.set_choices_handler(_Choices()):
         warnings.simplefilter("ignore")  # of the compiler's own making
         found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))
     kernels: Kernels = found

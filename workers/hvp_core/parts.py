@@ -172,22 +172,13 @@ def _wanted(
 
 # What to keep -------------------------------------------------------------------------------------
 
-_CHEAP = {
+#: Lines that move values and compute nothing.
+_MOVES = {
     aten._unsafe_view.default,
-    aten._to_copy.default,
-    aten.arange.default,
-    aten.arange.start,
     aten.cat.default,
     aten.clone.default,
-    aten.empty_like.default,
     aten.expand.default,
-    aten.fill.Scalar,
-    aten.full.default,
-    aten.full_like.default,
-    aten.ones.default,
-    aten.ones_like.default,
     aten.permute.default,
-    aten.scalar_tensor.default,
     aten.select.int,
     aten.select_backward.default,
     aten.slice.Tensor,
@@ -203,9 +194,21 @@ _CHEAP = {
     aten.unbind.int,
     aten.unsqueeze.default,
     aten.view.default,
+    operator.getitem,
+}
+_CHEAP = _MOVES | {
+    aten._to_copy.default,
+    aten.arange.default,
+    aten.arange.start,
+    aten.empty_like.default,
+    aten.fill.Scalar,
+    aten.full.default,
+    aten.full_like.default,
+    aten.ones.default,
+    aten.ones_like.default,
+    aten.scalar_tensor.default,
     aten.zeros.default,
     aten.zeros_like.default,
-    operator.getitem,
 }
 
 
@@ -264,7 +267,24 @@ def _cut(
 
 
 def _storable(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+    """Whether a line may be kept: a tensor that is not rounded by being kept.
+
+    A compiled part computes pointwise lines in float32, whatever they are written in. In 16 bits,
+    products are kept, which are rounded anyway, and their sums, but not the residual stream they
+    are added to: it is added up again. [meas] 12 layers in bfloat16: a product's error is 1.10
+    times the gradient's this way, 1.28 with residual streams kept, for the same memory.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return False
+    return not value.is_floating_point() or value.dtype.itemsize >= 4 or _is_product(node)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a line is made by expensive ones, moving and adding aside."""
+    if node.target in _MOVES or node.target is aten.add.Tensor:
+        return all(_is_product(each) for each in node.all_input_nodes)
+    return node.op == "call_function" and not is_cheap(node)
 
 
 def _build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.fx as fx
@@ -29,6 +29,19 @@ def terms_of(node: fx.Node) -> list[Summand]:
     left = _laid(node.graph, [operands[0] for operands in products], 1)
     right = _laid(node.graph, [operands[1] for operands in products], 0)
     return [("mm", (left, right))]
+
+
+def sums_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The additions that parameters' derivatives end with, which become terms."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node.target is aten.add.Tensor:
+            found.add(node)
+        if node.target in (aten.add.Tensor, aten.t.default):
+            stack += node.all_input_nodes
+    return found
 
 
 def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:

@@ -31,7 +31,8 @@ from torch.func import functionalize, jvp, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_core.loss import Loss
-from hvp_core.terms import alike, terms_of
+from hvp_core.products import merge_sums
+from hvp_core.terms import alike, sums_behind, terms_of
 
 aten = torch.ops.aten
 
@@ -76,24 +77,33 @@ class Trace:
     def __init__(self, program: Program, arguments: Env):
         self._graph, names = trace_graph(program, arguments)
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
-        values = next(node for node in self._graph.nodes if node.op == "output").args[0]
         self._inputs = dict(zip(placeholders, arguments, strict=True))
         self.arguments = dict(zip(arguments, placeholders, strict=True))
-        self.outputs: dict[str, fx.Node] = dict(zip(names, values, strict=True))
+        output = next(node for node in self._graph.nodes if node.op == "output")
+        derivatives = [
+            node for name, node in zip(names, output.args[0], strict=True) if is_parameters(name)
+        ]
+        stages = self._find_stages()
+        merge_sums(self._graph, sums_behind(derivatives), lambda a, b: stages[a] == stages[b])
+        self.outputs: dict[str, fx.Node] = dict(zip(names, output.args[0], strict=True))
         #: For each derivative of a parameter, the terms whose sum it is.
         self.terms = {
             name: terms_of(node) for name, node in self.outputs.items() if is_parameters(name)
         }
-        self._stages: dict[fx.Node, Stage] = {}
+        self._stages = self._find_stages()
+
+    def _find_stages(self) -> dict[fx.Node, Stage]:
+        found: dict[fx.Node, Stage] = {}
         for node in self._graph.nodes:
             if node in self._inputs:
-                self._stages[node] = _stage_of_input(self._inputs[node])
+                found[node] = _stage_of_input(self._inputs[node])
                 continue
-            before = [self._stages[each] for each in node.all_input_nodes]
-            self._stages[node] = Stage(
+            before = [found[each] for each in node.all_input_nodes]
+            found[node] = Stage(
                 max((stage.time for stage in before), default=0),
                 any(stage.dotted for stage in before),
             )
+        return found
 
     def time_of(self, name: str) -> int:
         """When an output is known."""

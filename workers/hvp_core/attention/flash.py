@@ -211,7 +211,7 @@ class Flash(Attention):
         for one in plan:
 
             def run(tile: Tile, one: Pass = one) -> dict[str, Tensor]:
-                parts = self._runner.parts(p, tile)
+                parts = self._runner.parts(p, one, tile)
                 # A result and its tangent in one buffer, for one sum over the parts.
                 stacks = {
                     tuple(names): reads.k.new_empty(len(names), p.b, p.t, p.key_heads, parts, width)

@@ -95,19 +95,23 @@ def bucket(width: int) -> int:
 # where they gain more than 3 %: the host makes them anew for each launch.
 #   forward dual 64: 0.132 ms (0.129 with descriptors).
 #   forward dual 128: 5.87 ms (6.46 without descriptors).
-#   keys dual 64: 0.261 ms (0.259 with descriptors).
+#   keys dual 64: 0.261 ms (0.259 with descriptors, 0.274 with 64×64 tiles and 56 spills).
+#   keys primal 64: 0.106 ms (0.111 with 32×64 tiles).
+#   keys tangent 64: 0.212 ms (0.216 without descriptors, 0.255 with 32×64 tiles).
 #   queries dual 64: 0.156 ms (0.204 with 1 stage, 0.151 with descriptors).
 #   queries dual 128: 9.74 ms (15.92 with 64 keys and 1 stage: 148 spills; 9.65 with descriptors).
-#   keys primal 128: 4.57 ms (4.88 with 64×128 tiles without descriptors, 6.30 with 32×128).
-#   keys tangent 128: 13.1 ms (13.9 with descriptors).
-#   keys dual 128: 17.7 ms as these two passes of 4 and 10 tile products; 18.7 as dV's and dK's of 6
-#   and 9; 23.7 as one of 12, for whose four accumulators there are no registers.
+#   keys primal 128: 4.02 ms.
+#   keys tangent 128: 11.8 ms (6 % more with descriptors).
+#   keys dual 128: 15.8 ms as these two passes of 4 and 10 tile products; 6 % more as dV's and dK's
+#   of 6 and 9; a third more as one of 12, for whose four accumulators there are no registers.
 # Not measured, chosen for what the compiler reports (no spills, every product on whole warpgroups)
 # and for their likeness to the above: primal and tangent of `forward` and `queries`.
 _HOPPER: dict[tuple[Kernel, Mode, int], Plan] = {
     ("forward", "primal", 128): (Pass(Tile(128, 64, 8, 3), "primal"),),
     ("forward", "tangent", 128): (Pass(Tile(128, 64, 8, 2, descriptors=True), "tangent"),),
     ("forward", "dual", 128): (Pass(Tile(128, 64, 8, 2, descriptors=True), "dual"),),
+    ("keys", "primal", 64): (Pass(Tile(64, 64, 4, 2), "primal"),),
+    ("keys", "tangent", 64): (Pass(Tile(64, 64, 4, 2, descriptors=True), "tangent"),),
     ("keys", "primal", 128): (Pass(Tile(64, 64, 4, 2, descriptors=True), "primal"),),
     ("keys", "tangent", 128): (Pass(Tile(32, 128, 8, 2), "tangent"),),
     ("keys", "dual", 128): (
