@@ -80,7 +80,9 @@ def variants(device: torch.device) -> list[Contestant]:
         chosen += [Variant(product="hvp", schedule="lean"), Variant(product="hvp", schedule="fast")]
     schedules: tuple[Schedule, ...] = ("lean", "fast", "cached")
     chosen += [Variant(product="hvp", schedule=each, graphs=graphs) for each in schedules]
-    chosen += [Variant(product="hvp", schedule="fast", graphs=graphs, probes=4)]
+    chosen += [
+        Variant(product="hvp", schedule=each, graphs=graphs, probes=4) for each in schedules[1:]
+    ]
     chosen += [Variant(product="ggn", schedule=each, graphs=graphs) for each in schedules[1:]]
     return [variant.contestant() for variant in chosen]
 

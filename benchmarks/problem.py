@@ -10,7 +10,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
 from benchmarks.counts import Product, flops
@@ -18,6 +19,37 @@ from benchmarks.shapes import Precision, Shape
 
 #: Compared and added up in float64, so many elements at a time.
 _PIECE = 1 << 24
+
+
+_CAUSAL = "causal"
+
+
+def _causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of rows without padding.
+
+    The stock one makes a mask when it is compiled, and then may not use the fastest kernels.
+    """
+    o = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return o.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_CAUSAL, _causal)
+AttentionMaskInterface.register(_CAUSAL, lambda *_, **__: None)
 
 
 @final
@@ -56,12 +88,14 @@ class Problem:
 
     def _load(self, checkpoint: Path | None) -> Any:
         if checkpoint:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=self.dtype, attn_implementation=_CAUSAL
+            )
             return model.to(self.device).eval()
         torch.manual_seed(0)
         with self.device:
             model = AutoModelForCausalLM.from_config(
-                self.shape.build_config(), dtype=self.dtype, attn_implementation="sdpa"
+                self.shape.build_config(), dtype=self.dtype, attn_implementation=_CAUSAL
             )
         return model.eval()
 

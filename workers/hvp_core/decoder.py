@@ -35,9 +35,9 @@ from hvp_core.loss import CrossEntropy
 
 logger = logging.getLogger(__name__)
 
-#: Tokens × vocabulary at once in the head, on a CPU: 32 MiB in float32, and ten such tensors.
-LOGIT_ELEMENTS = 8 << 20
-_ON_GPU = 8  # times as many there, for GEMMs of full speed
+#: Tokens × vocabulary at once in the head, on a CPU: 64 MiB in float32, and ten such tensors.
+LOGIT_ELEMENTS = 16 << 20
+_ON_GPU = 4  # times as many there, for GEMMs of full speed
 _FEW = 16  # positions that a check takes
 
 
