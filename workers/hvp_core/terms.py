@@ -45,15 +45,46 @@ def sums_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
-    """Matrices end to end, their rows contiguous wherever they were."""
+    """Matrices end to end, their rows contiguous wherever they were.
+
+    As early as can be, and before they are reshaped to matrices: what is computed line by line can
+    then be written where it belongs, instead of being copied there.
+    """
     turned = all(each.target is aten.t.default for each in parts)
     if turned:
         parts, dim = [_turn(each) for each in parts], 1 - dim
-    output = next(node for node in graph.nodes if node.op == "output")
-    with graph.inserting_before(output):
-        cat = graph.call_function(aten.cat.default, (list(parts), dim))
-    cat.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
-    return _turn(cat) if turned else cat
+    shape = list(torch.cat([each.meta["val"] for each in parts], dim).shape)
+    if dim == 0:
+        parts = _unshaped(parts)
+    last = max(parts, key=list(graph.nodes).index)
+    with graph.inserting_after(_last_argument(graph) if last.op == "placeholder" else last):
+        found = graph.call_function(aten.cat.default, (list(parts), dim))
+    found.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
+    if list(found.meta["val"].shape) != shape:
+        cat = found
+        with graph.inserting_after(cat):
+            found = graph.call_function(aten.view.default, (cat, shape))
+        found.meta["val"] = cat.meta["val"].view(shape)
+    return _turn(found) if turned else found
+
+
+def _last_argument(graph: fx.Graph) -> fx.Node:
+    *_, last = (node for node in graph.nodes if node.op == "placeholder")
+    return last
+
+
+def _unshaped(parts: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """What rows were reshaped from, if all were from tensors of one shape whose rows they are."""
+    sources = [
+        _first(each) if each.target in (aten.view.default, aten._unsafe_view.default) else each
+        for each in parts
+    ]
+    values = [each.meta["val"] for each in sources]
+    rows = all(
+        value.is_contiguous() and value.shape[-1] == part.meta["val"].shape[-1]
+        for value, part in zip(values, parts, strict=True)
+    )
+    return sources if rows and len({value.shape for value in values}) == 1 else parts
 
 
 def _summands(node: fx.Node) -> list[Summand]:
