@@ -69,8 +69,8 @@ def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
 
 
 def _last_argument(graph: fx.Graph) -> fx.Node:
-    *_, last = (node for node in graph.nodes if node.op == "placeholder")
-    return last
+    arguments: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
+    return arguments[-1]
 
 
 def _unshaped(parts: Sequence[fx.Node]) -> Sequence[fx.Node]:
