@@ -1,5 +1,7 @@
 """Products against closed forms and dense Hessians in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hvp_core.errors import CurvatureError
@@ -7,6 +9,7 @@ from hvp_core.loss import CrossEntropy, Logistic, SquaredError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tests.core.problems import Problem, gpt2_problem, llama_problem, module_problem
 from tests.core.references import relative_error
@@ -55,6 +58,61 @@ def test_softmax_regression_has_its_closed_form_with_ignored_labels_left_out() -
         output = torch.diag(p[row]) - torch.outer(p[row], p[row])
         expected += torch.kron(output, torch.outer(x[row], x[row])) / 4
     assert relative_error(dense(problem, 4), expected) < EXACT
+
+
+PLAIN: dict[str, Callable[[], nn.Sequential]] = {
+    "blocks without parameters that differ only in what they do": lambda: nn.Sequential(
+        nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 2)
+    ),
+    "a first block without parameters": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)
+    ),
+    "a sum of products of different shapes": lambda: nn.Sequential(
+        nn.Linear(4, 4), nn.Tanh(), TwoWays(), nn.Tanh(), nn.Linear(3, 2)
+    ),
+}
+
+
+class TwoWays(nn.Module):
+    """Two products of one input, seen as matrices of different shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.halves = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.whole(x) + self.halves(x.view(-1, 2, 2)).mean(1)
+        return found
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_modules_have_torchs_own_gradient_hessian_and_gauss_newton_matrix(name: str) -> None:
+    torch.manual_seed(0)
+    module = PLAIN[name]().double()
+    x, t = data(5, 4), data(5, 2)
+    problem = module_problem(module, SquaredError(), x, t)
+    shapes = {key: each.shape for key, each in module.named_parameters()}
+
+    def outputs(flat: Tensor) -> Tensor:
+        pieces = flat.split([shape.numel() for shape in shapes.values()])
+        values = {
+            key: piece.view(shape)
+            for (key, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
+        found: Tensor = functional_call(module, values, (x,))
+        return found
+
+    def loss(flat: Tensor) -> Tensor:
+        return (outputs(flat) - t).square().sum() / 2 / 5
+
+    curvature = problem.curvature(2)
+    units = list(torch.eye(problem.flat.numel(), dtype=torch.float64))
+    assert relative_error(curvature.gradient(), torch.func.grad(loss)(problem.flat)) < EXACT
+    assert relative_error(dense(problem), torch.func.hessian(loss)(problem.flat)) < EXACT
+    jacobian = torch.func.jacrev(outputs)(problem.flat).flatten(0, 1)
+    found = torch.stack(curvature.ggn(units))
+    assert relative_error(found, jacobian.T @ jacobian / 5) < EXACT
+    assert not [note for note in curvature.notes() if note.startswith("fallback")]
 
 
 DECODERS = {"llama": llama_problem, "gpt2": gpt2_problem}

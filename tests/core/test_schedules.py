@@ -129,6 +129,26 @@ def wide_llama(length: int, vocabulary: int = 64) -> Problem:
     return Problem(DecoderChain(model, torch.float32, CPU), parameters, token_batch(ids))
 
 
+def test_several_probes_do_not_meet_what_was_kept_for_one() -> None:
+    problem = llama_problem()
+    vectors = probes(problem, 4)
+    curvature = curvature_of(problem)
+    expected = curvature.hvp(vectors)
+    itinerary = curvature._itinerary
+    for exponent in range(30, 100):  # until some block is cached for one probe, lean for four
+        itinerary._policy = Policy(budget_bytes=int(1.15**exponent))
+        itinerary._choices.clear()
+        pairs = list(zip(*(itinerary.choose("hessian", n) for n in (1, 4)), strict=True))
+        if any(one.cached and several.way == "lean" for one, several in pairs):
+            break
+    else:
+        pytest.fail("no budget mixes the two")
+    for _ in range(2):
+        assert distance(curvature.hvp(vectors[:1]), expected[:1]) < 1e-12
+        for _ in range(2):
+            assert distance(curvature.hvp(vectors), expected) < 1e-12
+
+
 def gemm_flops(run: Any) -> int:
     """FLOP of matrix products with parameters: attention's are batched and not counted."""
     with FlopCounterMode(display=False) as counter:

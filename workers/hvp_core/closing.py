@@ -56,11 +56,13 @@ class ClosingDual:
 
     Args:
         trace: Of `trace_closing`.
+        text: Of the block's program and the loss.
         prepare: Called once with each new part; may replace how it runs.
     """
 
-    def __init__(self, trace: Trace, prepare: Callable[[Part], None] | None = None):
+    def __init__(self, trace: Trace, text: str, prepare: Callable[[Part], None] | None = None):
         self._trace = trace
+        self.text = text
         self._prepare = prepare
         self._parts: dict[tuple[Mode, bool, bool], list[Part]] = {}
 
@@ -105,7 +107,7 @@ class TracedClosing(Closing):
     """
 
     def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
-        self._dual, self._names, self._constants = dual, tuple(names), constants
+        self.dual, self._names, self._constants = dual, tuple(names), constants
 
     def run(
         self,
@@ -120,7 +122,7 @@ class TracedClosing(Closing):
         """The parts one after the other."""
         wants_primal = wants_primal and mode == "hessian"
         shared = len(x_dots) > 1
-        parts = self._dual.parts(mode, shared, wants_primal)
+        parts = self.dual.parts(mode, shared, wants_primal)
         env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
         env |= self._constants
         if X_DATA not in self._constants:

@@ -97,7 +97,9 @@ class _Choices(InductorChoices):
 
 
 def _compiled(part: Part) -> Kernels:
-    with torch.no_grad(), warnings.catch_warnings(), V.set_choices_handler(_Choices()):
+    # The key of the compiler's cache says nothing of its choices.
+    tag = torch.compiler.config.patch(cache_key_tag=f"rows of {_LONGEST_ROW}")
+    with torch.no_grad(), warnings.catch_warnings(), V.set_choices_handler(_Choices()), tag:
         warnings.simplefilter("ignore")  # of the compiler's own making
         found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))
     kernels: Kernels = found

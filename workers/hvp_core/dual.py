@@ -42,6 +42,9 @@ def forward_dual(
 ) -> tuple[Tensor, Tensor]:
     """(y, ẏ), keeping nothing. Cost: 3 GEMM passes."""
     if x_dot is None:
+        if not p:  # of data alone
+            y = f(p, x)
+            return y, torch.zeros_like(y)
         return _jvp(lambda p: f(p, x), (dict(p),), (dict(v),))
     return _jvp(f, (dict(p), x), (dict(v), x_dot))
 
@@ -92,6 +95,8 @@ def backward_dual(
     """
     y_bar, y_bar_dot = cotangents(*forward_dual(f, p, v, x, x_dot))
     p, v = dict(p), dict(v)
+    if x_dot is None and not p:
+        return Backward(None, None, {})
     # Without grad mode torch picks fused backward kernels, some of which have no derivative.
     with torch.enable_grad():
         if x_dot is None:

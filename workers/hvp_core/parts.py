@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from hvp_core.products import sum_of_products
 from hvp_core.trace import Env, Stage, Trace, is_parameters
 
 aten = torch.ops.aten
@@ -118,7 +119,7 @@ def split(trace: Trace, groups: Sequence[Group]) -> list[Part]:
     """Cut a trace into parts that run one after the other.
 
     What one part computes and a later one needs is kept as `r/...`: the fewest bytes from which the
-    rest follows by pointwise work.
+    rest follows by pointwise work, of what is not rounded by being kept.
 
     Args:
         trace: The program.
@@ -195,6 +196,13 @@ _MOVES = {
     aten.unsqueeze.default,
     aten.view.default,
     operator.getitem,
+}
+_MATRIX_PRODUCTS = {
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.bmm.default,
+    aten.mm.default,
+    sum_of_products,
 }
 _CHEAP = _MOVES | {
     aten._to_copy.default,
@@ -281,10 +289,18 @@ def _storable(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """Whether a line is made by expensive ones, moving and adding aside."""
-    if node.target in _MOVES or node.target is aten.add.Tensor:
+    """Whether a line is an expensive one, moved or not, or a sum of products of matrices."""
+    if node.target in _MOVES:
         return all(_is_product(each) for each in node.all_input_nodes)
+    if node.target is aten.add.Tensor:
+        return all(_is_matrix_product(each) for each in node.all_input_nodes)
     return node.op == "call_function" and not is_cheap(node)
+
+
+def _is_matrix_product(node: fx.Node) -> bool:
+    if node.target in _MOVES or node.target is aten.add.Tensor:
+        return all(_is_matrix_product(each) for each in node.all_input_nodes)
+    return node.target in _MATRIX_PRODUCTS
 
 
 def _build(

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from hvp_core.terms import alike
+from hvp_core.terms import RESHAPES, alike
 
 aten = torch.ops.aten
 
@@ -34,9 +35,13 @@ _library.define("sum_of_products(Tensor[] left, Tensor[] right) -> Tensor")
 _library.impl("sum_of_products", _add_up, "CompositeExplicitAutograd")
 torch.library.register_fake("hvp::sum_of_products", _like)
 
-sum_of_products = torch.ops.hvp.sum_of_products.default
 
-_RESHAPES = {aten._unsafe_view.default, aten.view.default}
+@register_flop_formula(torch.ops.hvp.sum_of_products)  # type: ignore[untyped-decorator]
+def _flops(left: list[torch.Size], right: list[torch.Size], **_: object) -> int:
+    return sum(2 * a[0] * a[1] * b[1] for a, b in zip(left, right, strict=True))
+
+
+sum_of_products = torch.ops.hvp.sum_of_products.default
 
 
 def merge_sums(
@@ -54,7 +59,12 @@ def merge_sums(
     def is_inner(node: fx.Node) -> bool:
         """Whether a sum is nothing but a summand of a larger one."""
         users = list(node.users)
-        return len(users) == 1 and _is_sum(users[0]) and users[0] not in untouched
+        return (
+            len(users) == 1
+            and _is_sum(users[0])
+            and users[0] not in untouched
+            and together(node, users[0])
+        )
 
     def summands(node: fx.Node) -> list[fx.Node]:
         found = []
@@ -67,10 +77,15 @@ def merge_sums(
         if not _is_sum(node) or node in untouched or is_inner(node):
             continue
         parts = summands(node)
-        products = [(each, _product(each)) for each in parts if together(node, each)]
-        merged = {each: product for each, product in products if product is not None}
-        if len(merged) > 1:
-            _merge(node, list(merged.values()), [each for each in parts if each not in merged])
+        products: dict[torch.Size, dict[fx.Node, fx.Node]] = {}
+        for each in parts:
+            product = _product(each) if together(node, each) else None
+            if product is not None:  # as a matrix, it may have another shape than as a summand
+                products.setdefault(product.meta["val"].shape, {})[each] = product
+        merged = [each for each in products.values() if len(each) > 1]
+        if merged:
+            rest = [each for each in parts if not any(each in some for some in merged)]
+            _merge(node, [list(each.values()) for each in merged], rest)
     graph.eliminate_dead_code()
 
 
@@ -85,22 +100,26 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _product(node: fx.Node) -> fx.Node | None:
     """The product of two matrices that a line is, reshaped or not; nobody else reads it."""
-    while node.target in _RESHAPES and len(node.users) == 1:
+    while node.target in RESHAPES and len(node.users) == 1:
         (node,) = node.all_input_nodes
     return node if node.target is aten.mm.default and len(node.users) == 1 else None
 
 
-def _merge(node: fx.Node, products: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
-    """Replace a sum by one line for these products, plus the other summands."""
-    left, right = ([each.args[side] for each in products] for side in (0, 1))
+def _merge(node: fx.Node, sums: Sequence[Sequence[fx.Node]], others: Sequence[fx.Node]) -> None:
+    """Replace a sum by one line for each of these sums of products, plus the other summands."""
     value, graph = node.meta["val"], node.graph
     with graph.inserting_before(node):
-        total = graph.call_function(sum_of_products, (left, right))
-        total.meta["val"] = products[0].meta["val"]
-        if total.meta["val"].shape != value.shape:
-            total = graph.call_function(aten._unsafe_view.default, (total, list(value.shape)))
-            total.meta["val"] = value
-        for each in others:
-            total = graph.call_function(aten.add.Tensor, (total, each))
-            total.meta["val"] = value
-    node.replace_all_uses_with(total)
+        summands = list(others)
+        for products in sums:
+            left, right = ([each.args[side] for each in products] for side in (0, 1))
+            total = graph.call_function(sum_of_products, (left, right))
+            total.meta["val"] = products[0].meta["val"]
+            if total.meta["val"].shape != value.shape:
+                total = graph.call_function(aten._unsafe_view.default, (total, list(value.shape)))
+                total.meta["val"] = value
+            summands.append(total)
+        found = summands.pop()
+        while summands:
+            found = graph.call_function(aten.add.Tensor, (found, summands.pop()))
+            found.meta["val"] = value
+    node.replace_all_uses_with(found)

@@ -147,8 +147,8 @@ class Traced(Route):
         """Its forward legs."""
         plan = self.dual.plan(mode, way)
         legs = [leg for leg in plan.legs if not leg.spec.backward]
-        tape = kept or Tape()
         if "primal" in legs[0].spec.halves and legs[0].spec.halves != ("primal",):
+            tape = Tape()  # this plan keeps nothing from product to product
             names = plan.kept(legs[0])
             y_dots: list[Tensor | None] = []
             for probe, x_dot in enumerate(x_dots):
@@ -158,6 +158,7 @@ class Traced(Route):
                 y_dots.append(y_dot.contiguous())
                 tape.tangents.append(_only(names, env | found))
             return y.contiguous(), y_dots, tape
+        tape = kept or Tape()
         if not tape.complete:
             env = self._env(weights) | self._input(x)
             found = legs[0].run(env, self._attention)

@@ -93,18 +93,19 @@ class Routes:
         """
         for cut in (True, False):
             try:
-                return self._traced(parameters, bodies(not cut), p, x, is_data, cut=cut)
+                return self._traced(name, parameters, bodies(not cut), p, x, is_data, cut=cut)
             except _UncutError as error:
-                self._say(name, f"its attention is taken as plain operations: {error}")
+                self.say(name, f"its attention is taken as plain operations: {error}")
             except CurvatureError:
                 raise
             except Exception as error:
-                self._say(name, f"it is differentiated line by line: {_words(error)}")
+                self.say(name, f"it is differentiated line by line: {_words(error)}")
                 break
         return Eager(function_of(bodies(True)))
 
     def _traced(
         self,
+        name: str,
         names: Sequence[str],
         body: Body,
         p: Mapping[str, Tensor],
@@ -116,7 +117,7 @@ class Routes:
         values = {str(place): p[name] for place, name in enumerate(names)}
         inputs, constants = _inputs(x, is_data, body.constants)
         f = _placed(body, names)
-        look = self._look(names, body, f, values, inputs, constants, cut)
+        look = self._look(name, body, f, values, inputs, constants, cut)
         call = _attention(look, body, self._policy) if look.calls and cut else None
 
         def make() -> BlockDual:
@@ -134,7 +135,7 @@ class Routes:
 
     def _look(
         self,
-        names: Sequence[str],
+        name: str,
         body: Body,
         f: Placed,
         p: Env,
@@ -143,7 +144,7 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (tuple(names), _signature(p | inputs | constants), cut)
+        key = (name, _signature(p | inputs | constants), cut)
         if key not in self._looks:
             self._looks[key] = _look(f, p, inputs, constants, body.masks)
         return self._looks[key]
@@ -167,20 +168,22 @@ class Routes:
         constants = {**constants, "c/target": target, "c/scale": factor}
         f = _placed(body, parameters)
         try:
-            look = self._look(parameters, body, f, values, inputs, constants, False)
+            look = self._look(name, body, f, values, inputs, constants, False)
+            text = f"{look.text}{type(loss).__name__}"
             key = (type(loss), look.text, _signature(values | inputs | constants))
             dual = _duals.get(
                 (*key, self._policy.compile),
                 lambda: ClosingDual(
-                    trace_closing(f, loss, values, inputs, constants), self._prepare
+                    trace_closing(f, loss, values, inputs, constants), text, self._prepare
                 ),
             )
         except Exception as error:
-            self._say(name, f"it is differentiated line by line: {_words(error)}")
+            self.say(name, f"it is differentiated line by line: {_words(error)}")
             return EagerClosing(function_of(body), loss, target, scale)
         return TracedClosing(dual, parameters, constants)
 
-    def _say(self, name: str, why: str) -> None:
+    def say(self, name: str, why: str) -> None:
+        """Note why a block is slower than it could be; the first time, warn."""
         if name not in self.fallbacks:
             if not self.fallbacks:
                 logger.warning("block %s is slower than it could be: %s", name, why)
@@ -246,7 +249,7 @@ def _cut_open(f: Placed) -> Placed:
 
 
 def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
-    """Trace the forward with zeros for what its attentions return."""
+    """Trace the forward with zeros for what its attentions return, and all that they are given."""
     calls: list[seam.Call] = []
     arguments = {f"p/{name}": each for name, each in p.items()} | inputs | constants
 
@@ -255,6 +258,10 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
         with seam.cut(None) as found:
             y = f(*at, {name: env[name] for name in constants})
         calls[:] = found.calls
+        for place, call in enumerate(calls):
+            y |= {f"{name}/{place}": each for name, each in call.qkv._asdict().items()}
+            if isinstance(call.mask, Tensor):
+                y[f"mask/{place}"] = call.mask
         return y
 
     graph, _ = trace_graph(program, arguments)

@@ -12,6 +12,8 @@ aten = torch.ops.aten
 
 Summand = tuple[str, tuple[fx.Node, ...]]
 
+RESHAPES = {aten._unsafe_view.default, aten.view.default}
+
 
 def terms_of(node: fx.Node) -> list[Summand]:
     """The derivative of a parameter as terms that can be added to it where it is.
@@ -23,8 +25,8 @@ def terms_of(node: fx.Node) -> list[Summand]:
     """
     found = _summands(node)
     products = [operands for kind, operands in found if kind == "mm"]
-    shapes = {tuple(each.meta["val"].dtype for each in operands) for operands in products}
-    if len(products) < 2 or len(products) < len(found) or len(shapes) > 1:
+    dtypes = {tuple(each.meta["val"].dtype for each in operands) for operands in products}
+    if len(products) < 2 or len(products) < len(found) or len(dtypes) > 1:
         return found
     left = _laid(node.graph, [operands[0] for operands in products], 1)
     right = _laid(node.graph, [operands[1] for operands in products], 0)
@@ -32,9 +34,9 @@ def terms_of(node: fx.Node) -> list[Summand]:
 
 
 def sums_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The additions that parameters' derivatives end with, which become terms."""
+    """The additions that become terms of parameters' derivatives."""
     found: set[fx.Node] = set()
-    stack = list(nodes)
+    stack = [node for node in nodes if len(_summands(node)) > 1]
     while stack:
         node = stack.pop()
         if node.target is aten.add.Tensor:
@@ -56,16 +58,26 @@ def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
     shape = list(torch.cat([each.meta["val"] for each in parts], dim).shape)
     if dim == 0:
         parts = _unshaped(parts)
-    last = max(parts, key=list(graph.nodes).index)
-    with graph.inserting_after(_last_argument(graph) if last.op == "placeholder" else last):
-        found = graph.call_function(aten.cat.default, (list(parts), dim))
-    found.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
+    found = _end_to_end(graph, list(parts), dim)
     if list(found.meta["val"].shape) != shape:
         cat = found
         with graph.inserting_after(cat):
             found = graph.call_function(aten.view.default, (cat, shape))
         found.meta["val"] = cat.meta["val"].view(shape)
     return _turn(found) if turned else found
+
+
+def _end_to_end(graph: fx.Graph, parts: list[fx.Node], dim: int) -> fx.Node:
+    """These tensors as one, as early as can be; once for all who read it."""
+    for node in graph.nodes:
+        if node.target is aten.cat.default and node.args == (parts, dim):
+            same: fx.Node = node
+            return same
+    last = max(parts, key=list(graph.nodes).index)
+    with graph.inserting_after(_last_argument(graph) if last.op == "placeholder" else last):
+        found = graph.call_function(aten.cat.default, (parts, dim))
+    found.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
+    return found
 
 
 def _last_argument(graph: fx.Graph) -> fx.Node:
@@ -75,10 +87,7 @@ def _last_argument(graph: fx.Graph) -> fx.Node:
 
 def _unshaped(parts: Sequence[fx.Node]) -> Sequence[fx.Node]:
     """What rows were reshaped from, if all were from tensors of one shape whose rows they are."""
-    sources = [
-        _first(each) if each.target in (aten.view.default, aten._unsafe_view.default) else each
-        for each in parts
-    ]
+    sources = [_first(each) if each.target in RESHAPES else each for each in parts]
     values = [each.meta["val"] for each in sources]
     rows = all(
         value.is_contiguous() and value.shape[-1] == part.meta["val"].shape[-1]

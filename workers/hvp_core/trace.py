@@ -155,10 +155,11 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     arguments |= bars | {dotted(name): each for name, each in bars.items()}
 
     def program(env: Env) -> Env:
-        value, value_dot = _dual(f, p, inputs, constants, env)
         y_bar = {name: env[f"{name}_bar"] for name in y}
         y_bar_dot = {name: env[f"{name}_bar_dot"] for name in y}
-        primal, tangent = _backward_dual(f, p, inputs, constants, env, y_bar, y_bar_dot)
+        (value, primal), (value_dot, tangent) = _dual_and_back(
+            f, p, inputs, constants, env, y_bar, y_bar_dot
+        )
         found = value | {f"{name}_dot": each for name, each in value_dot.items()}
         return found | _named("bar", primal) | _named("bar_dot", tangent)
 
@@ -187,7 +188,7 @@ def trace_closing(f: Block, loss: Loss, p: Env, inputs: Env, constants: Env) -> 
         target, scale = env["c/target"], env["c/scale"]
         y_bar = {"y": (loss.gradient(y, target) * scale).to(value["y"].dtype)}
         curve = {"y": (loss.curve(y, y_dot, target) * scale).to(value["y"].dtype)}
-        primal, tangent = _backward_dual(f, p, inputs, constants, env, y_bar, curve)
+        (_, primal), (_, tangent) = _dual_and_back(f, p, inputs, constants, env, y_bar, curve)
         _, pullback = _vjp(f, p, inputs, constants, env)
         found = _named("bar", primal) | _named("bar_dot", tangent)
         return found | _named("curve", pullback(curve))
@@ -229,17 +230,18 @@ def _vjp(f: Block, p: Env, inputs: Env, constants: Env, env: Env) -> Any:
     return vjp(lambda p, inputs: f(p, inputs, held), *_at(env, p, inputs))
 
 
-def _backward_dual(
+def _dual_and_back(
     f: Block, p: Env, inputs: Env, constants: Env, env: Env, y_bar: Env, y_bar_dot: Env
-) -> tuple[tuple[Env, Env], tuple[Env, Env]]:
-    """((p̄, x̄), their tangents)."""
+) -> tuple[tuple[Env, tuple[Env, Env]], tuple[Env, tuple[Env, Env]]]:
+    """(y, (p̄, x̄)), and their tangents."""
     held = {name: env[name] for name in constants}
 
-    def pull(p: Env, inputs: Env, y_bar: Env) -> Any:
-        return vjp(lambda p, inputs: f(p, inputs, held), p, inputs)[1](y_bar)
+    def there_and_back(p: Env, inputs: Env, y_bar: Env) -> Any:
+        y, pullback = vjp(lambda p, inputs: f(p, inputs, held), p, inputs)[:2]
+        return y, pullback(y_bar)
 
     primal, tangent = jvp(
-        pull, (*_at(env, p, inputs), y_bar), (*_along(env, p, inputs), y_bar_dot)
+        there_and_back, (*_at(env, p, inputs), y_bar), (*_along(env, p, inputs), y_bar_dot)
     )[:2]
     return primal, tangent
 

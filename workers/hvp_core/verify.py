@@ -7,7 +7,6 @@ no formula but torch's first derivatives.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, final
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hvp_core.block_dual import Mode
 from hvp_core.chain import Block, Chain, MicroBatch
+from hvp_core.closing import Closing, EagerClosing, TracedClosing
 from hvp_core.dual import Function, Params, backward_dual
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
@@ -24,8 +24,6 @@ from hvp_core.precision import exact
 from hvp_core.route import Bars, Eager, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.shards import Sums
-
-logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-8
 _verified: set[tuple[str, str]] = set()  # programs and modes, in this process
@@ -48,41 +46,92 @@ class Verifier:
         small = [chain.few(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_wide(chain.first_input(batch)) for batch in small]
+        self._targets = [batch.targets for batch in small]
 
-    def check(self, index: int, p: Params, route: Route | None) -> Route | None:
-        """The route of a block if it is right, else a slower one that is.
+    def agrees(self, index: int, p: Params, route: Route | None) -> bool:
+        """Whether a block, not the last, is what its route takes it for.
 
         Args:
             index: Of the block.
             p: Its parameters.
-            route: What it has now; None for the last block.
+            route: What it has; None if this rank has nothing to take through it.
 
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
         block = self._chain.blocks[index]
         p = {name: _wide(each) for name, each in p.items()}
+        right = True
         for context, x in zip(self._contexts, self._xs, strict=True):
             body = block.body(context, dense=True).cast(torch.float64)
             f = function_of(body)
             if isinstance(route, Traced):
                 key = (route.dual.text, self._mode)
-                if key in _verified or self._agrees(block, context, f, p, x, index == 0):
+                if key in _verified or self._same(block, context, f, p, x, index == 0):
                     _verified.add(key)
                 else:
-                    logger.warning(
-                        "block %s: its trace differs from the block itself; it is differentiated "
-                        "line by line, which is slower",
-                        block.name,
-                    )
-                    route = None
-            if not isinstance(route, Traced) and self._mode == "hessian":
+                    right = False
+            if not (isinstance(route, Traced) and right) and self._mode == "hessian":
                 _try(block, f, p, x, index == 0)
             with exact(), torch.no_grad():
                 self._xs = [f(p, x)]
-        return route
+        return right
 
-    def _agrees(
+    def closes(self, p: Params) -> bool:
+        """Whether the trace of the last block and the loss is right.
+
+        Args:
+            p: The block's parameters.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
+        """
+        block, is_data = self._chain.blocks[-1], len(self._chain.blocks) == 1
+        p = {name: _wide(each) for name, each in p.items()}
+        for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
+            body = block.body(context, dense=True).cast(torch.float64)
+            if self._mode == "hessian":
+                _try(block, function_of(body), p, x, is_data)
+            with exact():
+                traced = self._routes.closing(
+                    block.name,
+                    block.parameters,
+                    body,
+                    self._chain.loss,
+                    p,
+                    x,
+                    is_data,
+                    target,
+                    1.0,
+                )
+            if not isinstance(traced, TracedClosing):
+                continue  # so is the operator's own
+            key = (traced.dual.text, self._mode)
+            if key not in _verified:
+                eager = EagerClosing(function_of(body), self._chain.loss, target, 1.0)
+                if not self._same_closing(traced, eager, p, x, is_data):
+                    return False
+                _verified.add(key)
+        return True
+
+    def _same_closing(
+        self, traced: Closing, eager: Closing, p: Params, x: Tensor, is_data: bool
+    ) -> bool:
+        some = self._mode != "gradient"
+        weights = Weights(p, [{name: _noise(each) for name, each in p.items()}] if some else [])
+        dots = [None if is_data else _noise(x) for _ in weights.v]
+        results = []
+        for closing in (traced, eager):
+            sums = {name: torch.zeros_like(each) for name, each in p.items()}
+            total = Sums(sums, set())
+            found = closing.run(self._mode, weights, x, dots, [total], wants_primal=True)
+            bars = [] if is_data else [*found.dots]
+            if not is_data and self._mode != "ggn":
+                bars.append(found.primal)
+            results.append([*bars, *sums.values()])
+        return all(_close(a, b) for a, b in zip(*results, strict=True))
+
+    def _same(
         self, block: Block, context: Any, f: Function, p: Params, x: Tensor, is_data: bool
     ) -> bool:
         with exact():

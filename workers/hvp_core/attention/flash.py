@@ -36,8 +36,8 @@ class Flash(Attention):
 
     For bfloat16, float16 and float32, with products accumulated in float32; head dimensions from 1
     to 256, padded to a power of two inside the kernels. A group of query heads is summed into dK
-    and dV in registers where there is enough other work to fill the card, else in a buffer of a
-    bounded number of tiles.
+    and dV in registers where other work keeps all of the card busy to the end, else in a buffer of
+    at most one dK and dV for each query head.
 
     Args:
         input_precision: How float32 operands are multiplied; 16-bit ones always are exactly.

@@ -196,7 +196,7 @@ class Runner:
         return self._card or card(device)
 
     def parts(self, problem: Problem, one: Pass, tile: Tile) -> int:
-        """Into how many programs the heads of a group are split: as few as keep the card busy."""
+        """Into how many programs the heads of a group go, for processors to end together."""
         programs = -(-problem.t // tile.keys) * problem.b * problem.key_heads
         streamed = _streamed_bytes(problem, problem.s, one) * problem.group
         enough = _WAVES[streamed > _CACHE_BYTES] * self.card(problem.device).processors

@@ -92,7 +92,7 @@ def bucket(width: int) -> int:
 # (kernel, mode, at most this padded width) -> launches.
 #
 # [meas] H100, bfloat16, causal, S = 2048 for width 64 and 8192 for width 128. Descriptors are taken
-# where they gain more than 3 %: the host makes them anew for each launch.
+# where they gain more than 4 %, or save spills: the host makes them anew for each launch.
 #   forward dual 64: 0.132 ms (0.129 with descriptors).
 #   forward dual 128: 5.87 ms (6.46 without descriptors).
 #   keys dual 64: 0.261 ms (0.259 with descriptors, 0.274 with 64×64 tiles and 56 spills).
