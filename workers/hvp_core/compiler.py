@@ -98,7 +98,8 @@ class _Choices(InductorChoices):
 
 def _compiled(part: Part) -> Kernels:
     # The key of the compiler's cache says nothing of its choices.
-    tag = torch.compiler.config.patch(cache_key_tag=f"rows of {_LONGEST_ROW}")
+    settings: Any = torch.compiler.config
+    tag = settings.patch(cache_key_tag=f"rows of {_LONGEST_ROW}")
     with torch.no_grad(), warnings.catch_warnings(), V.set_choices_handler(_Choices()), tag:
         warnings.simplefilter("ignore")  # of the compiler's own making
         found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))

@@ -36,7 +36,7 @@ _library.impl("sum_of_products", _add_up, "CompositeExplicitAutograd")
 torch.library.register_fake("hvp::sum_of_products", _like)
 
 
-@register_flop_formula(torch.ops.hvp.sum_of_products)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.hvp.sum_of_products)
 def _flops(left: list[torch.Size], right: list[torch.Size], **_: object) -> int:
     return sum(2 * a[0] * a[1] * b[1] for a, b in zip(left, right, strict=True))
 
