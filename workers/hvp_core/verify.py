@@ -108,28 +108,29 @@ class Verifier:
                 continue  # so is the operator's own
             key = (traced.dual.text, self._mode)
             if key not in _verified:
-                eager = EagerClosing(function_of(body), self._chain.loss, target, 1.0)
-                if not self._same_closing(traced, eager, p, x, is_data):
+                minus = EagerClosing(function_of(body), self._chain.loss, target, -1.0)
+                if not self._cancel(traced, minus, p, x, is_data):
                     return False
                 _verified.add(key)
         return True
 
-    def _same_closing(
-        self, traced: Closing, eager: Closing, p: Params, x: Tensor, is_data: bool
-    ) -> bool:
+    def _cancel(self, one: Closing, minus: Closing, p: Params, x: Tensor, is_data: bool) -> bool:
+        """Whether a closing takes back what another gives; a large head has no room for two."""
         some = self._mode != "gradient"
         weights = Weights(p, [{name: _noise(each) for name, each in p.items()}] if some else [])
         dots = [None if is_data else _noise(x) for _ in weights.v]
-        results = []
-        for closing in (traced, eager):
-            sums = {name: torch.zeros_like(each) for name, each in p.items()}
+        sums = {name: torch.zeros_like(each) for name, each in p.items()}
+        found: list[list[Tensor | None]] = []
+        sizes: dict[str, float] = {}
+        for closing in (one, minus):
             total = Sums(sums, set())
-            found = closing.run(self._mode, weights, x, dots, [total], wants_primal=True)
-            bars = [] if is_data else [*found.dots]
-            if not is_data and self._mode != "ggn":
-                bars.append(found.primal)
-            results.append([*bars, *sums.values()])
-        return all(_close(a, b) for a, b in zip(*results, strict=True))
+            bars = closing.run(self._mode, weights, x, dots, [total], wants_primal=True)
+            wanted = bars.dots if self._mode == "ggn" else [bars.primal, *bars.dots]
+            found.append([] if is_data else wanted)
+            sizes = sizes or {name: _size(each) for name, each in sums.items()}
+        left = all(_negligible(_size(each), sizes[name]) for name, each in sums.items())
+        pairs = zip(*found, strict=True)
+        return left and all(_close(a, None if b is None else -b) for a, b in pairs)
 
     def _same(
         self, block: Block, context: Any, f: Function, p: Params, x: Tensor, is_data: bool
@@ -165,8 +166,14 @@ class Verifier:
 def _close(found: Tensor | None, expected: Tensor | None) -> bool:
     if found is None or expected is None:
         return found is expected
-    distance = float(torch.linalg.vector_norm(found - expected))
-    size = float(torch.linalg.vector_norm(expected))
+    return _negligible(_size(found - expected), _size(expected))
+
+
+def _size(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
+
+
+def _negligible(distance: float, size: float) -> bool:
     if not math.isfinite(size):
         return True  # the data's fault, not the trace's; the walk says which block
     return distance <= _TOLERANCE * max(size, 1e-3)  # false where only the trace has no number
