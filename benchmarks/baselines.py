@@ -40,7 +40,8 @@ def reverse_over_reverse() -> Contestant:
     )
 
 
-#: In the order of their speed on the GPUs of today: torch's own choice takes half as long again.
+#: In the order of their speed on the GPUs of today. [meas] H100, Llama 1.1B, 1 × 2048, with causal
+#: attention that makes no mask: 27.8 ms; with torch's own choice and a mask, 34.5.
 _ATTENTIONS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention, compiler, routes
+from hvp_core import attention, compiler, routes, verify
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
+from hvp_core.closing import TracedClosing
 from hvp_core.compiler import Compiler
 from hvp_core.data import token_batch
 from hvp_core.decoder import DecoderChain
@@ -116,6 +117,33 @@ def test_a_block_that_looks_at_its_values_is_differentiated_by_torch_and_says_so
     assert distance([curvature.gradient()], [curvature_of(plain).gradient()]) < 1e-12
     assert curvature.notes()["fallback_1"].startswith("it is differentiated line by line")
     assert sum("block 1 is slower" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("shift", [1e-3, torch.nan], ids=["wrong values", "no numbers"])
+def test_a_closing_whose_trace_is_wrong_is_never_used(
+    monkeypatch: pytest.MonkeyPatch, shift: float
+) -> None:
+    problem = module_problem(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(),
+        CrossEntropy(),
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.tensor([0, 1, 2, 1, 0]),
+    )
+    v = probes(problem, 1)
+    expected = {kind: curvature_of(problem).product(kind, v) for kind in KINDS}
+    right = TracedClosing.run
+
+    def wrong(self: TracedClosing, mode: Any, *args: Any, **kwargs: Any) -> Any:
+        for each in args[3][0]._views.values():
+            each.add_(shift)
+        return right(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(TracedClosing, "run", wrong)
+    monkeypatch.setattr(verify, "_verified", set())
+    for kind in KINDS:
+        curvature = curvature_of(problem)
+        assert distance(curvature.product(kind, v), expected[kind]) < 1e-12
+        assert "its trace differs" in curvature.notes()["fallback_2"]
 
 
 class Traced(nn.Module):

@@ -81,7 +81,8 @@ class Compiler:
 class _Choices(InductorChoices):
     """The compiler's own choices, but for rows that fit a program: they are read once.
 
-    [meas] H100, dual of an RMS norm over 2048 rows of 2048: 77 µs instead of 118.
+    [meas] H100, the duals of 22 RMS norms over 2048 rows of 2048: 1.7 ms instead of 2.6, with the
+    compiler's own tuning on.
     """
 
     @staticmethod

@@ -98,11 +98,9 @@ class Itinerary:
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
         closing = index == len(self._chain.blocks) - 1
-        if (
-            verifier.closes(p)
-            if closing
-            else verifier.agrees(index, p, self.route_of.get((index, 0)))
-        ):
+        route = self.route_of.get((index, 0))
+        right = verifier.closes(p) if closing else verifier.agrees(index, p, route)
+        if right:
             return
         name = self._chain.blocks[index].name
         self._routes.say(name, "its trace differs from it: it is differentiated line by line")
