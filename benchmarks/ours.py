@@ -108,19 +108,27 @@ def _open(variant: Variant, problem: Problem) -> Entry:
             notes=curvature.notes,
         )
     kind: Kind = "hessian" if variant.product == "hvp" else "ggn"
-    # As the Lanczos loop does: a product is used up before the next. A probe is already rounded.
+    # As for the other contestants, vectors are of the model's type, and where they are multiplied.
     multiply = partial(curvature.product, kind, borrow=True)
-    dtype = torch.bfloat16 if problem.precision == "bf16" else torch.float32
-    vectors = [problem.probe(index, dtype) for index in range(variant.probes)]
+    vectors = curvature.probes(variant.probes)
+    for index, vector in enumerate(vectors):
+        vector.copy_(problem.probe(index, vector.dtype))
     if variant.graphs:
         pools = graph_pools()
         multiply(vectors)
         multiply(vectors)
         if graph_pools() == pools:
             raise RuntimeError("a CUDA graph was asked for and none was captured")
+
+    def product(index: int) -> Tensor:
+        vectors[0].copy_(problem.probe(index, vectors[0].dtype))
+        found = multiply(vectors)[0].clone()
+        vectors[0].copy_(problem.probe(0, vectors[0].dtype))
+        return found
+
     return Entry(
         run=lambda: multiply(vectors),
-        product=lambda index: multiply([problem.probe(index, dtype)])[0].clone(),
+        product=product,
         own_weights=own_weights,
         notes=curvature.notes,
     )

@@ -86,5 +86,13 @@ def test_a_compiled_graph_gives_the_product(
         assert error(alone, kind) < rounding
     for _ in range(3):
         assert error(there.product(kind, probes), kind) < rounding
+    places = there.probes(1)
+    for _ in range(3):
+        alone = []
+        for probe in probes:
+            places[0].copy_(probe)
+            alone += there.product(kind, places)
+        assert {each.dtype for each in alone} == {places[0].dtype}
+        assert error(alone, kind) < rounding
     assert "not_compiled" not in there.notes()
     assert not any(name.startswith("fallback") for name in there.notes())

@@ -1,11 +1,14 @@
 """Products against closed forms and dense Hessians in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy, Logistic, SquaredError
+from hvp_core.policy import Precision
+from hvp_core.precision import matmuls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -330,3 +333,18 @@ def test_the_pad_tokens_row_counts_like_any_other() -> None:
         losses.append(moved.loss())
     slope = (losses[0] - losses[1]) / (2 * step)
     assert float(curvature.gradient() @ v) == pytest.approx(slope, rel=1e-7)
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_torchs_two_settings_of_float32_products_agree_meanwhile_and_come_back(before: str) -> None:
+    device: Any = torch.backends.cuda.matmul
+    device.fp32_precision = before
+    try:
+        kinds: dict[Precision, bool] = {"full": False, "tf32": True, "bfloat16": False}
+        for precision, in_tf32 in kinds.items():
+            with matmuls(precision):
+                assert device.allow_tf32 is in_tf32  # raises where they disagree
+                assert torch.get_float32_matmul_precision() == ("high" if in_tf32 else "highest")
+            assert device.fp32_precision == before
+    finally:
+        device.fp32_precision = "none"

@@ -45,7 +45,10 @@ class Collective(ABC):
 
     @abstractmethod
     def scatter_sum(self, flat: torch.Tensor, out: torch.Tensor) -> None:
-        """Add this rank's chunk of the sum over ranks of `flat` (world_size * c,) to `out` (c,)."""
+        """Add this rank's chunk of the sum over ranks of `flat` (world_size * c,) to `out` (c,).
+
+        `out` may be of a narrower type.
+        """
 
     @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
@@ -122,7 +125,7 @@ class Distributed(Collective):
 
     def scatter_sum(self, flat: torch.Tensor, out: torch.Tensor) -> None:
         """One reduce-scatter."""
-        part = torch.empty_like(out)
+        part = torch.empty_like(out, dtype=flat.dtype)
         dist.reduce_scatter_tensor(part, flat)
         out += part
 

@@ -44,6 +44,11 @@ class Term:
     kind: str
     operands: tuple[str, ...]
 
+    @property
+    def is_one(self) -> bool:
+        """It adds to no element more than once."""
+        return self.kind != "rows"
+
     def add_to(self, total: Tensor, results: Mapping[str, Tensor], *, fresh: bool) -> None:
         """Accumulate in place, in the precision of `total`.
 
@@ -69,9 +74,14 @@ class Term:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
     """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once."""
-    if total.dtype != left.dtype and not total.is_cuda:
-        left, right = left.to(total.dtype), right.to(total.dtype)
-    if total.dtype == left.dtype:
+    widens = total.is_cuda and total.dtype == torch.float32
+    if total.dtype != left.dtype and not widens:
+        dtype = torch.promote_types(total.dtype, left.dtype)
+        left, right = left.to(dtype), right.to(dtype)
+    if total.dtype.itemsize < left.dtype.itemsize:
+        product = left @ right
+        total.copy_(product if fresh else product.add_(total))
+    elif total.dtype == left.dtype:
         if fresh:
             torch.mm(left, right, out=total)
         else:

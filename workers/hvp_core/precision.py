@@ -110,10 +110,21 @@ def compute_dtype(space: torch.dtype, precision: Precision) -> torch.dtype:
 
 @contextmanager
 def matmuls(precision: Precision) -> Iterator[None]:
-    """Products of float32 operands in tf32, or in float32 whatever torch was told before."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    """Products of float32 operands in tf32, or in float32 whatever torch was told before.
+
+    torch has two settings for this and raises wherever it meets them in disagreement; each device
+    has its own beside them.
+    """
+    devices: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in devices]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they disagreed: only this one was not set
+        legacy = "highest"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(legacy)
+        for each, value in zip(devices, before, strict=True):
+            each.fp32_precision = value

@@ -18,7 +18,7 @@ class Replay:
 
     Args:
         graph: Reads `inputs`, writes `outputs`.
-        inputs: Vectors, in the precision of the products.
+        inputs: Vectors, in the precision of the products; the caller's own are not copied.
         outputs: Products.
     """
 
@@ -34,8 +34,6 @@ class Replay:
         outputs: Sequence[Tensor],
     ) -> Replay | None:
         """Run a walk once more and record it; None, with a warning, where that is not possible."""
-        for each in inputs:
-            each.zero_()
         graph = torch.cuda.CUDAGraph()
         try:
             stream = torch.cuda.Stream()
@@ -57,6 +55,7 @@ class Replay:
     def __call__(self, vectors: Sequence[Tensor], *, borrow: bool) -> list[Tensor]:
         """The products; with `borrow`, valid until the next call."""
         for each, vector in zip(self._inputs, vectors, strict=True):
-            each.copy_(vector)
+            if each is not vector:
+                each.copy_(vector)
         self._graph.replay()
         return [each if borrow else each.clone() for each in self._outputs]

@@ -44,6 +44,9 @@ def gathered(
 class Sums:
     """Where the derivatives of a block's parameters are added up.
 
+    Numbers of 16 bits are summed in 32: a view of them takes one term as it is, and more than one
+    by way of a tensor that lives until the block's end.
+
     Args:
         views: By name.
         fresh: Names to which nothing has been added, whose tensors hold no particular values.
@@ -52,21 +55,40 @@ class Sums:
 
     def __init__(self, views: Mapping[str, Tensor], fresh: set[str]):
         self._views, self._fresh = views, fresh
+        self._wide: dict[str, Tensor] = {}
 
     def add(self, name: str, terms: Sequence[Term], results: Mapping[str, Tensor]) -> None:
         """Add terms of a part's results."""
         for term in terms:
-            term.add_to(self._views[name], results, fresh=name in self._fresh)
+            fresh = name in self._fresh
+            term.add_to(self._total(name, fresh and term.is_one), results, fresh=fresh)
             self._fresh.discard(name)
 
     def add_dense(self, parts: Mapping[str, Tensor]) -> None:
         """Add tensors."""
         for name, part in parts.items():
-            if name in self._fresh:
-                self._views[name].copy_(part)
+            fresh = name in self._fresh
+            total = self._total(name, fresh)
+            if fresh:
+                total.copy_(part)
                 self._fresh.discard(name)
             else:
-                self._views[name].add_(part)
+                total.add_(part)
+
+    def _total(self, name: str, alone: bool) -> Tensor:
+        """Where to add to; `alone` if nothing was added before, nor is more than once now."""
+        view = self._views[name]
+        if view.dtype.itemsize >= torch.float32.itemsize or (alone and name not in self._wide):
+            return view
+        if name not in self._wide:
+            self._wide[name] = view.float()
+        return self._wide[name]
+
+    def settle(self) -> None:
+        """Round what was summed in 32 bits: the block is through."""
+        for name, total in self._wide.items():
+            self._views[name].copy_(total)
+        self._wide.clear()
 
     def finish(self) -> None:
         """Make what nobody has added to zero."""
@@ -82,23 +104,24 @@ class Results:
 
     Args:
         space: Of the vectors.
-        count: How many.
+        dtypes: Of each.
         into: Shards to use, whatever they hold; None for new ones.
     """
 
-    def __init__(self, space: Space, count: int, into: Sequence[Tensor] | None = None):
+    def __init__(
+        self, space: Space, dtypes: Sequence[torch.dtype], into: Sequence[Tensor] | None = None
+    ):
         self._space = space
         alone = space.layout.world_size == 1
-        like = torch.empty if alone else torch.zeros
-        self.shards = list(into or []) or [
-            like(space.layout.shard_numel, dtype=space.dtype, device=space.device)
-            for _ in range(count)
+        self.shards = list(into or ()) or [
+            torch.empty(space.layout.shard_numel, dtype=dtype, device=space.device)
+            for dtype in dtypes
         ]
-        if not alone and into:
+        if not alone:
             for shard in self.shards:
                 shard.zero_()
         names = {parameter.name for parameter in space.layout.parameters} if alone else set()
-        self._fresh = [set(names) for _ in range(count)]
+        self._fresh = [set(names) for _ in dtypes]
 
     @contextmanager
     def block(self, index: int) -> Iterator[list[Sums]]:
@@ -112,7 +135,9 @@ class Results:
         alone = layout.world_size == 1
         flats = [
             [
-                shard[place] if alone else shard.new_zeros(layout.world_size * segment.chunk)
+                shard[place]
+                if alone
+                else shard.new_zeros(layout.world_size * segment.chunk, dtype=space.dtype)
                 for segment, place in zip(segments, places, strict=True)
             ]
             for shard in self.shards
@@ -129,6 +154,8 @@ class Results:
             for each, fresh in zip(flats, self._fresh, strict=True)
         ]
         yield sums
+        for total in sums:
+            total.settle()
         if not alone:
             for shard, each in zip(self.shards, flats, strict=True):
                 for place, flat in zip(places, each, strict=True):

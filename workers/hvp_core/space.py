@@ -71,9 +71,9 @@ class Space:
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0]) + cached
 
-    def zeros(self) -> torch.Tensor:
-        """The zero vector."""
-        return torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=self.device)
+    def zeros(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The zero vector, of the space's type or another."""
+        return torch.zeros(self.layout.shard_numel, dtype=dtype or self.dtype, device=self.device)
 
     def dots(self, rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         """Inner products (m,) float64 of the vectors in `rows` (m, shard_numel) with `vector`."""

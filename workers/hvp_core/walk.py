@@ -7,7 +7,7 @@ summed over the ranks and cut into shards as soon as it is known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, final
 
 import torch
@@ -82,8 +82,9 @@ class Curvature:
         self._kept_mode: Mode | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
         self._closing_bars: list[Bars] = []
-        self._graphs: dict[tuple[Mode, int], Replay | None] = {}
-        self._walked: dict[tuple[Mode, int], int] = {}
+        self._probes: dict[int, list[Tensor]] = {}
+        self._graphs: dict[Hashable, Replay | None] = {}
+        self._walked: set[Hashable] = set()
 
     @property
     def parameters(self) -> Tensor:
@@ -99,7 +100,7 @@ class Curvature:
     def _drop(self) -> None:
         """Forget what was kept for later products."""
         self._kept_mode, self._kept, self._closing_bars = None, {}, []
-        self._graphs, self._walked = {}, {}
+        self._graphs, self._walked = {}, set()
 
     # The questions ------------------------------------------------------------------------------
 
@@ -139,16 +140,31 @@ class Curvature:
 
         Args:
             kind: `hessian` or `ggn`.
-            vectors: Shards (shard_numel,).
+            vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
+                gave are read where they are.
             borrow: The products may be overwritten by the next call, which saves copying them.
 
         Returns:
-            Shards of the products.
+            Shards of the products, each of its vector's type: summed in the space's own, and
+            rounded when a block is through.
 
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
         """
         return self._product(kind, vectors, borrow=borrow)
+
+    def probes(self, count: int) -> list[Tensor]:
+        """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
+
+        Args:
+            count: How many. Asked for again, the same ones are given.
+
+        Returns:
+            Shards (shard_numel,) of the type of the operands of matrix products; zero at first.
+        """
+        if count not in self._probes:
+            self._probes[count] = [self.space.zeros(self._dtype) for _ in range(count)]
+        return list(self._probes[count])
 
     def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
@@ -176,7 +192,9 @@ class Curvature:
             results = self._replayed(mode, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
-                results = self._walk(mode, choices, tangents, None)
+                results = self._walk(
+                    mode, choices, tangents, Results(self.space, self._dtypes(vectors))
+                )
         self._check_finite(results, "the gradient" if mode == "gradient" else "the product")
         return results
 
@@ -187,28 +205,38 @@ class Curvature:
         alone = self.space.collective.world_size == 1
         if not (self.policy.graphs and alone and self.space.device.type == "cuda"):
             return None
-        key = mode, len(vectors)
-        if self._walked.get(key, 0) < 1:  # kernels are compiled, tapes are kept
-            self._walked[key] = 1
+        probes = self._probes.get(len(vectors), [])
+        in_place = bool(probes) and all(a is b for a, b in zip(vectors, probes, strict=True))
+        dtypes = self._dtypes(vectors)
+        key = mode, tuple(dtypes), in_place
+        if key not in self._walked:  # kernels are compiled, tapes are kept
+            self._walked.add(key)
             return None
         if key not in self._graphs:
             self._graphs[key] = Replay.capture(
-                lambda inputs, outputs: self._walk(mode, choices, inputs, outputs),
-                [torch.empty_like(vector, dtype=self._dtype) for vector in vectors],
-                [self.space.zeros() for _ in range(max(1, len(vectors)))],
+                lambda inputs, outputs: self._walk(
+                    mode, choices, inputs, Results(self.space, dtypes, outputs)
+                ),
+                probes if in_place else [self.space.zeros(self._dtype) for _ in vectors],
+                [self.space.zeros(dtype) for dtype in dtypes],
             )
         replay = self._graphs[key]
         return None if replay is None else replay(vectors, borrow=borrow)
+
+    def _dtypes(self, vectors: Sequence[Tensor]) -> list[torch.dtype]:
+        """Of the products: the vectors' own where it is narrower, or one for the gradient."""
+        space = self.space.dtype
+        found = [each.dtype if each.itemsize < space.itemsize else space for each in vectors]
+        return found or [space]
 
     def _walk(
         self,
         mode: Mode,
         choices: Sequence[Choice],
         tangents: Sequence[Tensor],
-        into: Sequence[Tensor] | None,
+        results: Results,
     ) -> list[Tensor]:
         """Forward, through the loss, and backward."""
-        results = Results(self.space, max(1, len(tangents)), into)
         shards = [self._theta, *tangents]
         bars, tapes = self._forward(mode, choices, shards, results)
         for index in reversed(range(len(self.chain.blocks) - 1)):
