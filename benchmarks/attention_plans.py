@@ -17,7 +17,7 @@ from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile
 from hvp_core.attention.rule import Output, Pattern, Qkv
 from torch import Tensor
 
-from tests.core.flash_cases import Case, found_values
+from tests.core.flash_cases import Case, compiled, shared_bytes, target
 
 Choice = dict[tuple[Kernel, Mode], Plan]
 Job = tuple[Callable[..., None], tuple[Any, ...]]
@@ -188,45 +188,13 @@ def launches(
 # Compiling in other processes: results lie in Triton's cache on disk.
 
 
-class _Target:
-    """Stands for the driver where nothing runs: no process holds memory of the card."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def _enter(capability: int) -> None:
-    from triton.runtime import driver
-
-    torch.set_num_threads(1)
-    driver.set_active(_Target(capability))
-
-
-def _compile(*one: Any) -> None:
-    kernel, grid, arguments, options = one
-    kernel.warmup(grid=grid, **arguments, **options)
-
-
 def compile_plan(kernel: Kernel, mode: Mode, shape: Shape, plan: Plan | None, card: Card) -> None:
     for one in launches(kernel, mode, shape, plan, card, "meta"):
-        _compile(*one)
+        compiled(*one)
 
 
 def compile_case(name: str, dtype: torch.dtype, precision: Any, card: Card) -> None:
-    case = CASES[name]
-    flash = Flash(input_precision=precision, launcher=_compile, card=card)
-    found_values(flash, case, *case.draw(dtype, "meta"))
+    shared_bytes(CASES[name], dtype, precision, card)
 
 
 def compile_all(jobs: list[Job], capability: int) -> None:
@@ -234,7 +202,7 @@ def compile_all(jobs: list[Job], capability: int) -> None:
     failed = 0
     context = multiprocessing.get_context("spawn")
     workers = max(1, (os.cpu_count() or 2) - 1)
-    with ProcessPoolExecutor(workers, context, _enter, (capability,)) as pool:
+    with ProcessPoolExecutor(workers, context, target, (capability,)) as pool:
         futures = [pool.submit(run, *given) for run, given in jobs]
         for future in as_completed(futures):
             if error := future.exception():

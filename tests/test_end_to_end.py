@@ -127,7 +127,7 @@ def test_two_ranks_serve_what_the_model_written_by_hand_says_and_survive_a_kill(
         np.testing.assert_allclose(result.eigenvalues, ends, rtol=0, atol=1e-8)
         assert result.outcome == "CONVERGED"
 
-        job = operator.eigsh(k=2, which="SA", tol=1e-15, max_products=3000, num_lanczos_vectors=8)
+        job = operator.eigsh(k=2, which="SA", tol=1e-12, max_products=3000, num_lanczos_vectors=12)
         events = iter(job.watch())
         while next(events).num_products < 3:
             pass

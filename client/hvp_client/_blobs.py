@@ -18,14 +18,11 @@ from hvp_protos.v1 import blob_pb2
 
 from hvp_client._exceptions import HvpError, NotFoundError
 from hvp_client._session import Session, gather_bounded, new_request_id
-from hvp_client._wire import CHUNK_BYTES, Pauses, is_transient
+from hvp_client._wire import CHUNK_BYTES, Pauses, is_resumable
 
 ProgressCallback = Callable[[int, int], None]
 
 _PARALLEL_UPLOADS = 4  # as many as there are connections for bulk data
-# Beside what is transient for any call: damage on the way, and a stream that started too far on
-# because the server lost what it had not made durable.
-_RESUMABLE = frozenset({"CHUNK_CHECKSUM_MISMATCH", "WRITE_OFFSET_GAP"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,7 @@ class _Upload:
                 upload = await self._send(upload)
                 break
             except HvpError as error:
-                if not (is_transient(error) or error.reason in _RESUMABLE):
+                if not is_resumable(error):
                     raise
                 await pauses.after(error)
             upload = await self._resume(upload.name)

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from hvp_client._exceptions import AbortedError, HvpError, InvalidArgumentError, OutOfRangeError
 from hvp_client._session import Session
-from hvp_client._wire import CHUNK_BYTES, Pauses, is_transient
-
-_RESUMABLE = frozenset({"CHUNK_CHECKSUM_MISMATCH", "WRITE_OFFSET_GAP"})
+from hvp_client._wire import CHUNK_BYTES, Pauses, is_resumable
 
 
 def as_elements(value: Any, num_elements: int, dtype: np.dtype[Any], field: str) -> NDArray[Any]:
@@ -118,7 +116,7 @@ async def write_elements(
             return answer.vector
         except grpc.aio.AioRpcError as failure:
             error = wire.translate(failure, create)
-            if not (is_transient(error) or error.reason in _RESUMABLE):
+            if not is_resumable(error):
                 raise error from failure
         await pauses.after(error)
 
@@ -177,7 +175,7 @@ async def read_elements(
                     f"the server sent {filled} of {num_elements} elements", reason="SHAPE_MISMATCH"
                 )
         except HvpError as error:
-            if not (is_transient(error) or error.reason in _RESUMABLE):
+            if not is_resumable(error):
                 raise
             await pauses.after(error)
     return elements

@@ -47,6 +47,10 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, address: str, request_id: str
             metadata={"address": address},
             request_id=request_id,
         )
+    if code == "INTERNAL" and not reason and message.startswith("Internal error from Core"):
+        # A write that fails as the call ends replaces whatever status had come (grpc issue 36066).
+        reason = "STATUS_LOST"
+        message = f"the connection broke, and with it went the reason; try again ({message})"
     return BY_STATUS.get(code, HvpError)(
         message or f"the server answered {code}",
         code=code,

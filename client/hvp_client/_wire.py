@@ -55,6 +55,16 @@ def is_transient(error: HvpError) -> bool:
     )
 
 
+# Damage on the way; a stream that started too far on because the server lost what it had not made
+# durable; a stream that broke and took its reason along.
+_RESUMABLE = frozenset({"CHUNK_CHECKSUM_MISMATCH", "WRITE_OFFSET_GAP", "STATUS_LOST"})
+
+
+def is_resumable(error: HvpError) -> bool:
+    """Tell whether a stream that failed so may go on later."""
+    return is_transient(error) or error.reason in _RESUMABLE
+
+
 @final
 class Wire:
     """Calls to one server. Belongs to the event loop in which it is used first."""

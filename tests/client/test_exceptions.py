@@ -23,6 +23,7 @@ from hvp_client import (
 from hvp_client._exceptions import BY_STATUS
 from hvp_client._results import error_from_proto
 from hvp_client._status import error_from_rpc
+from hvp_client._wire import is_resumable
 from hvp_protos.v1 import job_pb2
 
 ERRORS = [status for status in grpc.StatusCode if status is not grpc.StatusCode.OK]
@@ -52,6 +53,18 @@ def test_each_of_the_sixteen_statuses_has_its_own_class(status: grpc.StatusCode)
     assert type(error) is BY_STATUS[status.name]
     assert error.code == type(error).code == status.name
     assert len(set(BY_STATUS.values())) == len(BY_STATUS) == 16
+
+
+def test_an_internal_error_that_no_server_sent_is_a_broken_stream_that_may_go_on() -> None:
+    error = error_from_rpc(
+        bare_failure(grpc.StatusCode.INTERNAL, "Internal error from Core"), address="a:1"
+    )
+    assert (error.code, error.reason) == ("INTERNAL", "STATUS_LOST")
+    assert is_resumable(error)
+    info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain="hvp.dev")
+    sent = error_from_rpc(failure(grpc.StatusCode.INTERNAL, "a fault", info), address="a:1")
+    assert (sent.reason, str(sent)) == ("INTERNAL", "INTERNAL: a fault")
+    assert not is_resumable(sent)
 
 
 def test_reason_field_metadata_delay_and_request_id_come_from_the_details() -> None:

@@ -7,7 +7,7 @@ imported: the tests call `errors` in a process of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, final, get_args
 
 import torch
 from hvp_core.attention.flash import Flash
@@ -210,3 +210,51 @@ def supported() -> dict[str, str | None]:
         "no cap": ask(pattern=Pattern(scale=1.0, causal=True, softcap=-1.0)),
         "fine": ask(),
     }
+
+
+# Compiling without a card ------------------------------------------------------------------------
+
+
+@final
+class _Target:
+    """Stands for the driver where nothing runs: no process holds memory of the card."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def target(capability: int) -> None:
+    """Let this process compile for a card, say 90 for Hopper, that need not be here."""
+    from triton.runtime import driver
+
+    torch.set_num_threads(1)
+    driver.set_active(_Target(capability))
+
+
+def compiled(kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    """A launcher's arguments, compiled and not launched."""
+    return kernel.warmup(grid=grid, **arguments, **options)
+
+
+def shared_bytes(case: Case, dtype: torch.dtype, precision: InputPrecision, card: Card) -> int:
+    """The most shared memory that a program of any kernel of all methods needs."""
+    needed: list[int] = []
+    flash = Flash(
+        input_precision=precision,
+        launcher=lambda *one: needed.append(compiled(*one).metadata.shared),
+        card=card,
+        first_order=False,
+    )
+    found_values(flash, case, *case.draw(dtype, "meta"))
+    return max(needed)

@@ -13,10 +13,20 @@ import pytest
 import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.flash_first_order import FirstOrder
+from hvp_core.attention.flash_launch import InputPrecision
 from hvp_core.attention.flash_tiles import Card, Pass, Tile, plans
 from hvp_core.attention.rule import Pattern, Qkv
 
-from tests.core.flash_cases import NAMES, Case, errors, errors_of_plan, relative, supported
+from tests.core.flash_cases import (
+    NAMES,
+    Case,
+    errors,
+    errors_of_plan,
+    relative,
+    shared_bytes,
+    supported,
+    target,
+)
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
@@ -56,6 +66,14 @@ PLANS: dict[str, tuple[Pass, ...]] = {
         Pass(Tile(16, 16, 4, 1), "tangent"),
     ),
     "descriptors": (Pass(Tile(16, 32, 4, 1, descriptors=True), "dual"),),
+}
+
+#: Capability, shared memory of a program, type, products, width.
+CARDS: dict[str, tuple[int, int, torch.dtype, InputPrecision, int]] = {
+    "Hopper": (90, 232_448, torch.bfloat16, "ieee", 64),
+    "Hopper, wide": (90, 232_448, torch.bfloat16, "ieee", 128),
+    "Hopper, float32": (90, 232_448, torch.float32, "tf32", 64),
+    "Ampere": (80, 166_912, torch.bfloat16, "ieee", 128),
 }
 
 
@@ -123,6 +141,22 @@ def test_without_the_interpreter_a_cpu_has_no_kernels(monkeypatch: pytest.Monkey
     x = Qkv(*(torch.zeros(1, 1, 2, 16) for _ in range(3)))
     pattern = Pattern(scale=1.0, causal=True)
     assert Flash().supports(x, pattern, None) == "on cpu has no kernels"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CARDS)
+def test_the_committed_launches_compile_for_cards_that_are_not_here_and_fit_their_memory(
+    name: str,
+) -> None:
+    capability, most, dtype, precision, width = CARDS[name]
+    case = Case(
+        b=2, heads=4, key_heads=2, s=260, t=260, d=width, e=width,
+        spans=((0, 260), (30, 200)), contiguous=True,
+    )  # fmt: skip
+    card = Card(hopper=capability == 90, processors=132)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, target, (capability,)) as pool:
+        assert pool.submit(shared_bytes, case, dtype, precision, card).result() <= most
 
 
 def test_a_tile_that_does_not_fit_has_a_smaller_one_until_nothing_is_left() -> None:
