@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/hvp demo
 
+# Two tests at a time, on one core each: some are ranks, servers and clusters of several processes.
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check

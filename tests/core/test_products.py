@@ -348,3 +348,22 @@ def test_torchs_two_settings_of_float32_products_agree_meanwhile_and_come_back(b
             assert device.fp32_precision == before
     finally:
         device.fp32_precision = "none"
+
+
+def test_positions_are_not_rounded_whatever_torch_was_told() -> None:
+    problem = llama_problem()
+    model: Any = problem.chain._parts.model  # type: ignore[attr-defined]
+    seen = []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+
+    before = torch.get_float32_matmul_precision()
+    handle = model.model.rotary_emb.register_forward_hook(look)
+    torch.set_float32_matmul_precision("high")
+    try:
+        problem.curvature(5).loss()
+    finally:
+        torch.set_float32_matmul_precision(before)
+        handle.remove()
+    assert set(seen) == {"highest"}

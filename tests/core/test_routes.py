@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention, compiler, routes, verify
+from hvp_core import attention, inductor, routes, verify
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
 from hvp_core.closing import TracedClosing
@@ -180,7 +181,7 @@ def parts_of(f: Callable[[Env, Env, Env], Env]) -> tuple[Trace, list[Part], Env]
 def test_a_compiled_part_that_is_wrong_is_never_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernels: Any
 ) -> None:
-    monkeypatch.setattr(compiler, "_compiled", kernels)
+    monkeypatch.setattr(inductor, "compiled", kernels)
     _, (part,), env = parts_of(affine)
     expected = part(env)
     ours = Compiler()
@@ -196,13 +197,22 @@ def test_a_compiler_that_fails_leaves_the_lines(monkeypatch: pytest.MonkeyPatch)
     def fail(part: Part) -> Any:
         raise FileNotFoundError("no C++ compiler")
 
-    monkeypatch.setattr(compiler, "_compiled", fail)
+    with monkeypatch.context() as broken:
+        broken.setattr(inductor, "compiled", fail)
+        assert "no C++ compiler" in refusal()
+    # Another release of torch, whose compiler's inside lies elsewhere.
+    monkeypatch.setitem(sys.modules, "hvp_core.inductor", None)
+    assert "import of hvp_core.inductor halted" in refusal()
+
+
+def refusal() -> str:
+    """Why a part is not compiled; its lines run."""
     _, (part,), env = parts_of(affine)
     expected = part(env)
     ours = Compiler()
     ours(part)
     assert all(torch.equal(part(env)[name], each) for name, each in expected.items())
-    assert "no C++ compiler" in ours.refused[0]
+    return ours.refused[0]
 
 
 @pytest.mark.slow

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch._inductor.choices import InductorChoices
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.runtime.hints import ReductionHint
-from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Interpreter, Node
 
-from hvp_core.parts import Part
+from hvp_core.parts import Kernels, Part
 
 logger = logging.getLogger(__name__)
-
-Kernels = Callable[..., Sequence[Tensor]]
 
 #: How many times further from the truth than the lines a compiled result may be. Fusion rounds less
 #: often than the lines do, in another order; a wrong kernel is wrong in the first digit.
 _SLACK = 8.0
-_LONGEST_ROW = 8192
 _WIDER = {
     torch.float32: torch.float64,
     torch.bfloat16: torch.float32,
@@ -59,7 +50,9 @@ class Compiler:
         """Kernels of a part; None, with one warning, where there are none."""
         began = time.perf_counter()
         try:
-            kernels = _compiled(part)
+            from hvp_core.inductor import compiled  # takes seconds, and most CPUs never ask
+
+            kernels = compiled(part)
         except Exception as error:  # whatever a compiler does
             self.refuse(f"{type(error).__name__}: {str(error).strip()[:200]}")
             return None
@@ -75,37 +68,6 @@ class Compiler:
                 "a block's dual runs line by line, which is slower and as correct: %s", why
             )
         self.refused.append(why)
-
-
-@final
-class _Choices(InductorChoices):
-    """The compiler's own choices, but for rows that fit a program: they are read once.
-
-    [meas] H100, the duals of 22 RMS norms over 2048 rows of 2048: 1.7 ms instead of 2.6, with the
-    compiler's own tuning on.
-    """
-
-    @staticmethod
-    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-        """Rows of up to 8192 elements stay in registers; the default is 1024."""
-        inner = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
-        if inner and V.graph.sizevars.statically_known_leq(features.reduction_numel, _LONGEST_ROW):
-            return True
-        found: bool = InductorChoices.should_use_persistent_reduction(
-            features, cooperative_reduction
-        )
-        return found
-
-
-def _compiled(part: Part) -> Kernels:
-    # The key of the compiler's cache says nothing of its choices.
-    settings: Any = torch.compiler.config
-    tag = settings.patch(cache_key_tag=f"rows of {_LONGEST_ROW}")
-    with torch.no_grad(), warnings.catch_warnings(), V.set_choices_handler(_Choices()), tag:
-        warnings.simplefilter("ignore")  # of the compiler's own making
-        found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))
-    kernels: Kernels = found
-    return kernels
 
 
 @final

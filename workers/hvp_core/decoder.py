@@ -32,6 +32,7 @@ from hvp_core.decoder_blocks import (
 )
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy
+from hvp_core.precision import matmuls
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ class DecoderChain(Chain):
             return call
 
         calls = [skip(index) for index in range(len(parts.layers))]
-        with torch.no_grad(), replaced(parts.layers, calls):
+        # Positions become angles by a product, which in tf32 would be off by radians.
+        with torch.no_grad(), matmuls("full"), replaced(parts.layers, calls):
             try:
                 parts.run(
                     {},

@@ -17,6 +17,8 @@ from hvp_core.trace import Env, Stage, Trace, is_parameters
 
 aten = torch.ops.aten
 
+Kernels = Callable[..., Sequence[Tensor]]
+
 
 @final
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Part:
     terms: dict[str, list[Term]]
     examples: tuple[Tensor, ...]
     bytes_of: dict[str, int]
-    run: Callable[..., Sequence[Tensor]] = field(init=False)
+    run: Kernels = field(init=False)
 
     def __post_init__(self) -> None:
         """Run line by line until somebody compiles it."""
