@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention, inductor, routes, verify
+from hvp_core import attention, inductor, route, routes, verify
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
 from hvp_core.closing import TracedClosing
@@ -145,6 +145,38 @@ def test_a_closing_whose_trace_is_wrong_is_never_used(
         curvature = curvature_of(problem)
         assert distance(curvature.product(kind, v), expected[kind]) < 1e-12
         assert "its trace differs" in curvature.notes()["fallback_2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: Any
+) -> None:
+    # Blocks with many parameters are compared in float32; here, all that are in float32 are.
+    monkeypatch.setattr(verify, "_LARGE", 0)
+    problem = module_problem(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype),
+        CrossEntropy(),
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype),
+        torch.tensor([0, 1, 2, 1, 0]),
+    )
+    v = probes(problem, 1)
+    monkeypatch.setattr(verify, "_verified", set())
+    trusted = curvature_of(problem)
+    expected = trusted.product(kind, v)
+    assert not any(name.startswith("fallback") for name in trusted.notes())
+    right = route.Traced.backward
+
+    def wrong(self: route.Traced, mode: Any, *args: Any) -> Any:
+        for each in args[4][0]._views.values():
+            each.add_(1e-2)
+        return right(self, mode, *args)
+
+    monkeypatch.setattr(route.Traced, "backward", wrong)
+    monkeypatch.setattr(verify, "_verified", set())
+    curvature = curvature_of(problem)
+    assert distance(curvature.product(kind, v), expected) < (1e-12 if dtype.itemsize == 8 else 1e-6)
+    assert "its trace differs" in curvature.notes()["fallback_0"]
 
 
 class Traced(nn.Module):
