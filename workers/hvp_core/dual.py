@@ -45,11 +45,14 @@ def forward_dual(
         if not p:  # of data alone
             y = f(p, x)
             return y, torch.zeros_like(y)
-        return _jvp(lambda p: f(p, x), (dict(p),), (dict(v),))
-    return _jvp(f, (dict(p), x), (dict(v), x_dot))
+        return value_and_tangent(lambda p: f(p, x), (dict(p),), (dict(v),))
+    return value_and_tangent(f, (dict(p), x), (dict(v), x_dot))
 
 
-def _jvp(f: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]) -> tuple[Any, Any]:
+def value_and_tangent(
+    f: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """(f, ḟ) at a point, along a direction."""
     found: Any = jvp(f, at, along)
     return found[0], found[1]
 
@@ -105,7 +108,9 @@ def backward_dual(
                 gradient: dict[str, Tensor] = vjp(lambda q: f(q, x), p)[1](y_bar)[0]
                 return gradient
 
-            return Backward(None, None, _jvp(pull_parameters, (p, y_bar), (v, y_bar_dot))[1])
+            return Backward(
+                None, None, value_and_tangent(pull_parameters, (p, y_bar), (v, y_bar_dot))[1]
+            )
 
         def pull(
             p: dict[str, Tensor], x: Tensor, y_bar: Tensor
@@ -113,6 +118,6 @@ def backward_dual(
             p_bar, x_bar = vjp(f, p, x)[1](y_bar)
             return x_bar, p_bar
 
-        primal, (x_bar_dot, hvp) = _jvp(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))
+        primal, (x_bar_dot, hvp) = value_and_tangent(pull, (p, x, y_bar), (v, x_dot, y_bar_dot))
     x_bar = primal[0]
     return Backward(x_bar, x_bar_dot, hvp)

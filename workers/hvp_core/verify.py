@@ -1,17 +1,20 @@
-"""Is a block's trace the block? Compared with torch's own differentiation, once for each program.
+"""Is a block's trace the block? Compared with torch's own derivatives, once for each program.
 
-On one row and a few positions of the batch, along random directions: the trace, cut at its
-attention, against forward over reverse of the whole block with plain attention. The two share no
-formula but torch's first derivatives. In float64; in float32 where a block has so many parameters
-that copies of them count, as a large vocabulary's table has. What torch finds of the parameters'
-derivatives is taken from what the trace adds: there is no room for two of those either.
+On one row and a few positions of the batch, along random directions. A trace gives derivatives by
+going backward, cut at its attention; their inner product with a direction u is a derivative along
+u, which torch takes of the whole block by going forward, twice for the Hessian's:
+
+    u · Hv = ∂s ∂t ⟨ȳ + t ȳ̇, f(p + t v + s u, x + t ẋ + s u_x)⟩
+
+One number for all parameters, each weighed by the size of what the trace has found for it; no
+tensor of their size is made but v, u and the trace's own. In float64; in float32 where a block has
+so many parameters that copies of them count, as a large vocabulary's table has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -19,18 +22,24 @@ from torch import Tensor
 
 from hvp_core.block_dual import Mode
 from hvp_core.chain import Block, Chain, MicroBatch
-from hvp_core.closing import Closing, EagerClosing, TracedClosing
-from hvp_core.dual import Function, Params, backward_dual
+from hvp_core.closing import TracedClosing
+from hvp_core.dual import Cotangents, Function, Params, backward_dual, value_and_tangent
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import exact
-from hvp_core.route import Bars, Eager, Route, Traced, Weights
+from hvp_core.route import Bars, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.shards import Sums
+from hvp_core.space import partial_products
 
+#: Of a number of size one. What the trace finds to be smaller than the largest by its root is
+#: weighed as if it were not: rounding is of that size.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
 _verified: set[tuple[str, str]] = set()  # programs and modes, in this process
+
+#: Runs a trace: (weights, ẋ, sums) -> (values to be seen, cotangent of x).
+_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Tensor | None]]
 
 
 @final
@@ -64,14 +73,14 @@ class Verifier:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
         block, dtype = self._chain.blocks[index], _dtype(p)
-        p = {name: each.to(dtype) for name, each in p.items()}
+        p = _own(p, dtype)
         right = isinstance(route, Traced)
         for context, x in zip(self._contexts, self._xs, strict=True):
             f = function_of(block.body(context, dense=True).cast(dtype))
             x = _in(dtype, x)
             if isinstance(route, Traced):
                 key = (route.dual.text, self._mode)
-                right = key in _verified or self._same(block, context, f, p, x, index == 0)
+                right = key in _verified or self._block(block, context, f, p, x, index == 0)
                 if right:
                     _verified.add(key)
             if not right and self._mode == "hessian":
@@ -90,7 +99,7 @@ class Verifier:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
         block, is_data, dtype = self._chain.blocks[-1], len(self._chain.blocks) == 1, _dtype(p)
-        p = {name: each.to(dtype) for name, each in p.items()}
+        p = _own(p, dtype)
         for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
             body = block.body(context, dense=True).cast(dtype)
             x = _in(dtype, x)
@@ -106,42 +115,18 @@ class Verifier:
                     target,
                     1.0,
                 )
-            if not isinstance(traced, TracedClosing):  # nor is the operator's own
-                if self._mode == "hessian":
-                    _try(block, function_of(body), p, x, is_data)
-                continue
-            key = (traced.dual.text, self._mode)
-            if key not in _verified:
-                minus = EagerClosing(function_of(body), self._chain.loss, target, -1.0)
-                if not self._cancel(block, traced, minus, p, x, is_data):
-                    return False
-                _verified.add(key)
+            f = function_of(body)
+            if isinstance(traced, TracedClosing):
+                key = (traced.dual.text, self._mode)
+                if key in _verified or self._closing(traced, f, p, x, is_data, target):
+                    _verified.add(key)
+                    continue
+            if self._mode == "hessian":
+                _try(block, f, p, x, is_data)
+            return not isinstance(traced, TracedClosing)  # nor is the operator's own
         return True
 
-    def _cancel(
-        self, block: Block, one: Closing, minus: Closing, p: Params, x: Tensor, is_data: bool
-    ) -> bool:
-        """Whether a closing takes back what another gives."""
-        weights, (sums, total) = self._directions(p), _sums(p)
-        dots = [None if is_data else _noise(x, 1) for _ in weights.v]
-
-        def run(closing: Closing) -> list[Tensor | None]:
-            bars = closing.run(self._mode, weights, x, dots, [total], wants_primal=True)
-            wanted = bars.dots if self._mode == "ggn" else [bars.primal, *bars.dots]
-            return [] if is_data else wanted
-
-        with _explained(block):
-            expected = run(minus)
-        sizes = {name: _size(each) for name, each in sums.items()}
-        found = run(one)
-        return _taken_back(sums, sizes) and all(
-            _close(b, None if a is None else -a) for a, b in zip(expected, found, strict=True)
-        )
-
-    def _directions(self, p: Params) -> Weights:
-        return Weights(p, [] if self._mode == "gradient" else [_direction(p)])
-
-    def _same(
+    def _block(
         self, block: Block, context: Any, f: Function, p: Params, x: Tensor, is_data: bool
     ) -> bool:
         with exact():
@@ -153,76 +138,157 @@ class Verifier:
                 x,
                 is_data,
             )
-        weights, (sums, total) = self._directions(p), _sums(p)
-        dots = [None if is_data else _noise(x, 1) for _ in weights.v]
         y = traced.value(p, x)
         y_bar, y_bar_dot = _noise(y, 2), _noise(y, 3)
 
-        def run(route: Route, sign: float) -> tuple[list[Tensor | None], list[Tensor | None]]:
-            bars = Bars(sign * y_bar, [sign * y_bar_dot for _ in weights.v])
-            y, y_dots, tape = route.forward(self._mode, "fast", weights, x, dots, None)
-            found = route.backward(self._mode, "fast", weights, tape, bars, [total])
-            # A gradient that only the other route needs says nothing.
-            wanted = [found.primal] if self._mode == "gradient" else found.dots
-            return [y, *y_dots], [] if is_data else wanted
+        def run(
+            weights: Weights, x_dot: Tensor | None, sums: Sums
+        ) -> tuple[Sequence[Tensor], Tensor | None]:
+            count = len(weights.v)
+            y, y_dots, tape = traced.forward(self._mode, "fast", weights, x, [x_dot] * count, None)
+            bars = Bars(y_bar, [y_bar_dot] * count)
+            found = traced.backward(self._mode, "fast", weights, tape, bars, [sums])
+            return [y, *_there(y_dots)], found.dots[0] if count else found.primal
 
-        with _explained(block):
-            values, cotangents = run(Eager(f), -1)
-        sizes = {name: _size(each) for name, each in sums.items()}
-        found_values, found_cotangents = run(traced, 1)
-        expected = [*values, *(None if each is None else -each for each in cotangents)]
-        return _taken_back(sums, sizes) and all(
-            _close(a, b) for a, b in zip([*found_values, *found_cotangents], expected, strict=True)
-        )
+        return self._matches(run, f, p, x, is_data, lambda *_: (y_bar, y_bar_dot))
+
+    def _closing(
+        self,
+        traced: TracedClosing,
+        f: Function,
+        p: Params,
+        x: Tensor,
+        is_data: bool,
+        target: Tensor,
+    ) -> bool:
+        loss = self._chain.loss
+        gradients: list[Tensor] = []
+
+        def run(
+            weights: Weights, x_dot: Tensor | None, sums: Sums
+        ) -> tuple[Sequence[Tensor], Tensor | None]:
+            dots = [x_dot for _ in weights.v]
+            bars = traced.run(self._mode, weights, x, dots, [sums], wants_primal=True)
+            gradients.extend(_there([bars.primal]))
+            return [], bars.dots[0] if dots else bars.primal
+
+        def cotangents(y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
+            return loss.gradient(y, target), loss.curve(y, y_dot, target)
+
+        if not self._matches(run, f, p, x, is_data, cotangents):
+            return False
+        if is_data or self._mode != "hessian":
+            return True
+        (u,) = _weighed(gradients)
+        y, y_s = value_and_tangent(lambda x: f(p, x), (x,), (u,))
+        return _equal(gradients, [u], float((loss.gradient(y, target) * y_s).sum()))
+
+    def _matches(
+        self, run: _Run, f: Function, p: Params, x: Tensor, is_data: bool, cotangents: Cotangents
+    ) -> bool:
+        """Whether a trace finds what torch finds.
+
+        Args:
+            run: Of the trace.
+            f: The block.
+            p: Its parameters.
+            x: Its input.
+            is_data: It has no tangent.
+            cotangents: (ȳ, ȳ̇) of (y, ẏ).
+        """
+        some = self._mode != "gradient"
+        v = _direction(p, 10) if some else None
+        x_dot = _noise(x, 1) if some and not is_data else None
+        sums = {name: torch.zeros_like(each) for name, each in p.items()}
+        values, x_found = run(Weights(p, [] if v is None else [v]), x_dot, Sums(sums, set()))
+        found = [*sums.values(), *([] if is_data or x_found is None else [x_found])]
+        weighed = _weighed(found)
+        u = dict(zip(p, weighed, strict=False))
+        u_x = None if len(found) == len(sums) else weighed[-1]
+        try:
+            y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot))
+        except RuntimeError:  # of the model's own code: no forward derivative of a forward one
+            return False
+        y_bar, y_bar_dot = cotangents(y, y_t)
+        truth = (y_bar if self._mode == "gradient" else y_bar_dot) * y_s
+        if self._mode == "hessian":
+            truth = truth + y_bar * y_ts
+        return all(map(_close, values, (y, y_t))) and _equal(found, weighed, float(truth.sum()))
 
 
-def _dtype(p: Params) -> torch.dtype:
-    """In which a block is compared."""
-    numel = sum(each.numel() for each in p.values())
-    known = all(each.dtype != torch.float64 for each in p.values())
-    return torch.float32 if known and numel > _LARGE else torch.float64
+def _along(
+    f: Function,
+    p: Params,
+    x: Tensor,
+    s: tuple[Params, Tensor | None],
+    t: tuple[Params | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block's y, ∂s y, ∂t y and ∂s ∂t y along two directions of its parameters and input."""
+    v, x_dot = t
+    at: tuple[Any, ...] = (dict(p),) if s[1] is None else (dict(p), x)
+
+    def g(*at: Any) -> Any:
+        return f(at[0], at[1] if len(at) > 1 else x)
+
+    def inner(*at: Any) -> tuple[Any, Any]:
+        return value_and_tangent(g, at, (s[0], s[1])[: len(at)])
+
+    if not p and s[1] is None:  # of data alone
+        y = f(p, x)
+        return y, torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
+    if v is None:
+        y, y_s = inner(*at)
+        return y, y_s, torch.zeros_like(y), torch.zeros_like(y)
+    (y, y_s), (y_t, y_ts) = value_and_tangent(inner, at, (v, x_dot)[: len(at)])
+    return y, y_s, y_t, y_ts
 
 
-def _sums(p: Params) -> tuple[dict[str, Tensor], Sums]:
-    found = {name: torch.zeros_like(each) for name, each in p.items()}
-    return found, Sums(found, set())
+def _weighed(found: Sequence[Tensor]) -> list[Tensor]:
+    """Directions along which all of these have a derivative of size one."""
+    sizes = [_size(each) for each in found]
+    known = [size for size in sizes if math.isfinite(size)]
+    directions = [_noise(each, 20 + place) for place, each in enumerate(found)]
+    if len(known) == len(sizes):
+        for each, direction, size in zip(found, directions, sizes, strict=True):
+            least = max(known) * math.sqrt(_TOLERANCE[each.dtype])
+            direction /= max(size, least, 1e-3)
+    return directions
 
 
-def _taken_back(sums: Params, sizes: Mapping[str, float]) -> bool:
-    """Whether nothing is left of sums that had these sizes when torch's own had been added."""
-    return all(_negligible(_size(x), sizes[name], x.dtype) for name, x in sums.items())
+def _equal(found: Sequence[Tensor], directions: Sequence[Tensor], truth: float) -> bool:
+    """Whether the inner product of tensors with directions is what torch says."""
+    product = sum(
+        float(partial_products(u.reshape(1, -1), x.reshape(-1)))
+        for u, x in zip(directions, found, strict=True)
+    )
+    if not found:
+        return True
+    if not math.isfinite(product):  # the data's fault, if torch's has no value either
+        return not math.isfinite(truth)
+    return abs(product - truth) <= _TOLERANCE[found[0].dtype] * len(found)
 
 
-def _close(found: Tensor | None, expected: Tensor | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return _negligible(_size(found - expected), _size(expected), found.dtype)
+def _close(found: Tensor, expected: Tensor) -> bool:
+    size = _size(expected)
+    if not math.isfinite(size):
+        return True  # the data's fault, not the trace's; the walk says which block
+    # False where only the trace has no number.
+    return _size(found - expected) <= _TOLERANCE[found.dtype] * max(size, 1e-3)
 
 
 def _size(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x))
 
 
-def _negligible(distance: float, size: float, dtype: torch.dtype) -> bool:
-    if not math.isfinite(size):
-        return True  # the data's fault, not the trace's; the walk says which block
-    return distance <= _TOLERANCE[dtype] * max(
-        size, 1e-3
-    )  # false where only the trace has no number
+def _there(found: Sequence[Tensor | None]) -> list[Tensor]:
+    return [each for each in found if each is not None]
 
 
 def _try(block: Block, f: Function, p: Params, x: Tensor, is_data: bool) -> None:
     """Take a block's second derivative once, to see that it has one."""
     x_dot = None if is_data else _noise(x, 1)
-    with _explained(block):
-        backward_dual(f, p, _direction(p), x, x_dot, lambda y, y_dot: (y, y_dot))
-
-
-@contextmanager
-def _explained(block: Block) -> Iterator[None]:
-    """Gives torch's refusal to differentiate a block its reason."""
     try:
-        yield
+        backward_dual(f, p, _direction(p, 10), x, x_dot, lambda y, y_dot: (y, y_dot))
     except RuntimeError as error:
         words = str(error)
         known = ("derivative", "autograd.Function")  # what torch says of such operations
@@ -236,12 +302,27 @@ def _explained(block: Block) -> Iterator[None]:
         ) from error
 
 
+def _dtype(p: Params) -> torch.dtype:
+    """In which a block is compared."""
+    numel = sum(each.numel() for each in p.values())
+    narrow = all(each.dtype != torch.float64 for each in p.values())
+    return torch.float32 if narrow and numel > _LARGE else torch.float64
+
+
+def _own(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies: torch would give each direction the whole storage of which a parameter is a view."""
+    return {
+        name: torch.empty(each.shape, dtype=dtype, device=each.device).copy_(each)
+        for name, each in p.items()
+    }
+
+
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def _direction(p: Params) -> dict[str, Tensor]:
-    return {name: _noise(each, 10 + place) for place, (name, each) in enumerate(p.items())}
+def _direction(p: Params, seed: int) -> dict[str, Tensor]:
+    return {name: _noise(each, seed + place) for place, (name, each) in enumerate(p.items())}
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
