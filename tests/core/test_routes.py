@@ -149,8 +149,9 @@ def test_a_closing_whose_trace_is_wrong_is_never_used(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["parameters", "input"])
 def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: Any
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: Any, where: str
 ) -> None:
     # Blocks with many parameters are compared in float32; here, all that are in float32 are.
     monkeypatch.setattr(verify, "_LARGE", 0)
@@ -168,15 +169,19 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
     right = route.Traced.backward
 
     def wrong(self: route.Traced, mode: Any, *args: Any) -> Any:
-        for each in args[4][0]._views.values():
-            each.add_(1e-2)
-        return right(self, mode, *args)
+        if where == "parameters":
+            for each in args[4][0]._views.values():
+                each.add_(1e-2)
+        found = right(self, mode, *args)
+        if where == "input":
+            found.dots = [None if each is None else each * 1.01 for each in found.dots]
+        return found
 
     monkeypatch.setattr(route.Traced, "backward", wrong)
     monkeypatch.setattr(verify, "_verified", set())
     curvature = curvature_of(problem)
     assert distance(curvature.product(kind, v), expected) < (1e-12 if dtype.itemsize == 8 else 1e-6)
-    assert "its trace differs" in curvature.notes()["fallback_0"]
+    assert "its trace differs" in curvature.notes()[f"fallback_{int(where == 'input')}"]
 
 
 class Traced(nn.Module):

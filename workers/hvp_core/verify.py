@@ -7,8 +7,10 @@ u, which torch takes of the whole block by going forward, twice for the Hessian'
     u · Hv = ∂s ∂t ⟨ȳ + t ȳ̇, f(p + t v + s u, x + t ẋ + s u_x)⟩
 
 One number for all parameters, each weighed by the size of what the trace has found for it; no
-tensor of their size is made but v, u and the trace's own. In float64; in float32 where a block has
-so many parameters that copies of them count, as a large vocabulary's table has.
+tensor of their size is made but v, u and the trace's own. Where the two differ, torch's derivatives
+by going backward decide: some layers have no forward derivative of a forward one, or a wrong one.
+In float64; in float32 where a block has so many parameters that copies of them count, as a large
+vocabulary's table has.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from torch import Tensor
 
 from hvp_core.block_dual import Mode
 from hvp_core.chain import Block, Chain, MicroBatch
-from hvp_core.closing import TracedClosing
+from hvp_core.closing import Closing, EagerClosing, TracedClosing
 from hvp_core.dual import Cotangents, Function, Params, backward_dual, value_and_tangent
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import exact
-from hvp_core.route import Bars, Route, Traced, Weights
+from hvp_core.route import Bars, Eager, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.shards import Sums
 from hvp_core.space import partial_products
@@ -38,8 +40,8 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
 _verified: set[tuple[str, str]] = set()  # programs and modes, in this process
 
-#: Runs a trace: (weights, ẋ, sums) -> (values to be seen, cotangent of x).
-_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Tensor | None]]
+#: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
+_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 @final
@@ -141,16 +143,21 @@ class Verifier:
         y = traced.value(p, x)
         y_bar, y_bar_dot = _noise(y, 2), _noise(y, 3)
 
-        def run(
-            weights: Weights, x_dot: Tensor | None, sums: Sums
-        ) -> tuple[Sequence[Tensor], Tensor | None]:
-            count = len(weights.v)
-            y, y_dots, tape = traced.forward(self._mode, "fast", weights, x, [x_dot] * count, None)
-            bars = Bars(y_bar, [y_bar_dot] * count)
-            found = traced.backward(self._mode, "fast", weights, tape, bars, [sums])
-            return [y, *_there(y_dots)], found.dots[0] if count else found.primal
+        def by(route: Route) -> _Run:
+            def run(
+                weights: Weights, x_dot: Tensor | None, sums: Sums
+            ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+                dots = [x_dot for _ in weights.v]
+                y, y_dots, tape = route.forward(self._mode, "fast", weights, x, dots, None)
+                bars = Bars(y_bar, [y_bar_dot for _ in weights.v])
+                found = route.backward(self._mode, "fast", weights, tape, bars, [sums])
+                wanted = found.dots or [found.primal]
+                return [y, *_there(y_dots)], [] if is_data else _there(wanted)
 
-        return self._matches(run, f, p, x, is_data, lambda *_: (y_bar, y_bar_dot))
+            return run
+
+        other = by(Eager(f))
+        return self._matches(by(traced), other, f, p, x, is_data, lambda *_: (y_bar, y_bar_dot))
 
     def _closing(
         self,
@@ -162,34 +169,39 @@ class Verifier:
         target: Tensor,
     ) -> bool:
         loss = self._chain.loss
-        gradients: list[Tensor] = []
 
-        def run(
-            weights: Weights, x_dot: Tensor | None, sums: Sums
-        ) -> tuple[Sequence[Tensor], Tensor | None]:
-            dots = [x_dot for _ in weights.v]
-            bars = traced.run(self._mode, weights, x, dots, [sums], wants_primal=True)
-            gradients.extend(_there([bars.primal]))
-            return [], bars.dots[0] if dots else bars.primal
+        def by(closing: Closing) -> _Run:
+            def run(
+                weights: Weights, x_dot: Tensor | None, sums: Sums
+            ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+                dots = [x_dot for _ in weights.v]
+                bars = closing.run(self._mode, weights, x, dots, [sums], wants_primal=True)
+                wanted = [*bars.dots, None if self._mode == "ggn" else bars.primal]
+                return [], [] if is_data else _there(wanted)
+
+            return run
 
         def cotangents(y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
             return loss.gradient(y, target), loss.curve(y, y_dot, target)
 
-        if not self._matches(run, f, p, x, is_data, cotangents):
-            return False
-        if is_data or self._mode != "hessian":
-            return True
-        (u,) = _weighed(gradients)
-        y, y_s = value_and_tangent(lambda x: f(p, x), (x,), (u,))
-        return _equal(gradients, [u], float((loss.gradient(y, target) * y_s).sum()))
+        other = by(EagerClosing(f, loss, target, 1.0))
+        return self._matches(by(traced), other, f, p, x, is_data, cotangents)
 
     def _matches(
-        self, run: _Run, f: Function, p: Params, x: Tensor, is_data: bool, cotangents: Cotangents
+        self,
+        run: _Run,
+        other: _Run,
+        f: Function,
+        p: Params,
+        x: Tensor,
+        is_data: bool,
+        cotangents: Cotangents,
     ) -> bool:
         """Whether a trace finds what torch finds.
 
         Args:
-            run: Of the trace.
+            run: By the trace.
+            other: By torch, going backward.
             f: The block.
             p: Its parameters.
             x: Its input.
@@ -199,21 +211,42 @@ class Verifier:
         some = self._mode != "gradient"
         v = _direction(p, 10) if some else None
         x_dot = _noise(x, 1) if some and not is_data else None
-        sums = {name: torch.zeros_like(each) for name, each in p.items()}
-        values, x_found = run(Weights(p, [] if v is None else [v]), x_dot, Sums(sums, set()))
-        found = [*sums.values(), *([] if is_data or x_found is None else [x_found])]
-        weighed = _weighed(found)
-        u = dict(zip(p, weighed, strict=False))
-        u_x = None if len(found) == len(sums) else weighed[-1]
-        try:
+        weights = Weights(p, [] if v is None else [v])
+
+        def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor]]:
+            sums = {name: torch.zeros_like(each) for name, each in p.items()}
+            values, bars = run(weights, x_dot, Sums(sums, set()))
+            return values, [*sums.values(), *bars]
+
+        values, found = found_by(run)
+        directions = _weighed(found)
+        product = _inner(found, directions)
+
+        def forward() -> tuple[Sequence[Tensor], float]:
+            u = dict(zip(p, directions, strict=False))
+            u_x, *u_gradient = [*directions[len(p) :], None]
             y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot))
-        except RuntimeError:  # of the model's own code: no forward derivative of a forward one
-            return False
-        y_bar, y_bar_dot = cotangents(y, y_t)
-        truth = (y_bar if self._mode == "gradient" else y_bar_dot) * y_s
-        if self._mode == "hessian":
-            truth = truth + y_bar * y_ts
-        return all(map(_close, values, (y, y_t))) and _equal(found, weighed, float(truth.sum()))
+            y_bar, y_bar_dot = cotangents(y, y_t)
+            truth = (y_bar if self._mode == "gradient" else y_bar_dot) * y_s
+            if self._mode == "hessian":
+                truth = truth + y_bar * y_ts
+            for each in _there(u_gradient):
+                truth = truth + y_bar * value_and_tangent(lambda x: f(p, x), (x,), (each,))[1]
+            return [y, y_t], float(truth.sum())
+
+        def backward() -> tuple[Sequence[Tensor], float]:
+            values, truth = found_by(other)
+            return values, _inner(truth, directions)
+
+        allowed = _TOLERANCE[x.dtype if not found else found[0].dtype] * len(found)
+        for torchs_own in (forward, backward):
+            try:
+                expected, truth = torchs_own()
+            except RuntimeError:  # it has no such derivative
+                continue
+            if all(map(_close, values, expected)) and _near(product, truth, allowed):
+                return True
+        return False
 
 
 def _along(
@@ -255,17 +288,17 @@ def _weighed(found: Sequence[Tensor]) -> list[Tensor]:
     return directions
 
 
-def _equal(found: Sequence[Tensor], directions: Sequence[Tensor], truth: float) -> bool:
-    """Whether the inner product of tensors with directions is what torch says."""
-    product = sum(
+def _inner(found: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
+    return sum(
         float(partial_products(u.reshape(1, -1), x.reshape(-1)))
         for u, x in zip(directions, found, strict=True)
     )
-    if not found:
-        return True
+
+
+def _near(product: float, truth: float, allowed: float) -> bool:
     if not math.isfinite(product):  # the data's fault, if torch's has no value either
         return not math.isfinite(truth)
-    return abs(product - truth) <= _TOLERANCE[found[0].dtype] * len(found)
+    return abs(product - truth) <= allowed
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
