@@ -16,6 +16,7 @@ from hvp_core.closing import TracedClosing
 from hvp_core.compiler import Compiler
 from hvp_core.data import token_batch
 from hvp_core.decoder import DecoderChain
+from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy
 from hvp_core.parts import Part, group, split
 from hvp_core.trace import PRIMAL, TANGENT, Env, Trace, trace_block
@@ -30,7 +31,15 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from tests.core.problems import CPU, VOCABULARY, Problem, module_problem, ragged_tokens, scatter
+from tests.core.problems import (
+    CPU,
+    VOCABULARY,
+    Problem,
+    llama_problem,
+    module_problem,
+    ragged_tokens,
+    scatter,
+)
 from tests.core.test_schedules import KINDS, curvature_of, distance, probes
 
 SMALL: dict[str, Any] = {
@@ -90,6 +99,13 @@ def test_every_architecture_is_cut_at_its_attention_and_equals_torchs_own_differ
     assert len([note for note in whole.notes() if note.startswith("fallback")]) == 4
 
 
+class Cast(nn.Module):
+    """Rounds to 16 bits whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x).bfloat16().double()
+
+
 class Branches(nn.Module):
     """Looks at its values: no trace holds for the next ones."""
 
@@ -144,19 +160,20 @@ def test_a_closing_whose_trace_is_wrong_is_never_used(
     for kind in KINDS:
         curvature = curvature_of(problem)
         assert distance(curvature.product(kind, v), expected[kind]) < 1e-12
-        assert "its trace differs" in curvature.notes()["fallback_2"]
+        assert "torch does not confirm its trace" in curvature.notes()["fallback_2"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["parameters", "input"])
+@pytest.mark.parametrize("where", ["parameters", "input", "gradient"])
 def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: Any, where: str
 ) -> None:
     # Blocks with many parameters are compared in float32; here, all that are in float32 are.
     monkeypatch.setattr(verify, "_LARGE", 0)
+    # Two blocks of one program: of the first one's input, which is data, there is no derivative.
     problem = module_problem(
-        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype),
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).to(dtype),
         CrossEntropy(),
         torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype),
         torch.tensor([0, 1, 2, 1, 0]),
@@ -168,20 +185,71 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
     assert not any(name.startswith("fallback") for name in trusted.notes())
     right = route.Traced.backward
 
-    def wrong(self: route.Traced, mode: Any, *args: Any) -> Any:
-        if where == "parameters":
-            for each in args[4][0]._views.values():
+    def wrong(self: route.Traced, mode: Any, way: Any, weights: Any, *args: Any) -> Any:
+        if weights.p and where == "parameters":
+            for each in args[2][0]._views.values():
                 each.add_(1e-2)
-        found = right(self, mode, *args)
-        if where == "input":
+        found = right(self, mode, way, weights, *args)
+        if weights.p and where == "input":
             found.dots = [None if each is None else each * 1.01 for each in found.dots]
+        if weights.p and where == "gradient" and found.primal is not None:
+            found.primal = found.primal * 1.01
         return found
 
     monkeypatch.setattr(route.Traced, "backward", wrong)
+    # What was found without numbers says nothing of the next.
+    for seen in (False, True):
+        monkeypatch.setattr(verify, "_verified", set())
+        if seen:
+            theta = problem.flat.clone()
+            theta[0] = torch.nan
+            broken = curvature_of(problem)
+            broken.parameters = theta
+            with pytest.raises(CurvatureError, match="NON_FINITE"):
+                broken.product(kind, v)
+        curvature = curvature_of(problem)
+        off = distance(curvature.product(kind, v), expected)
+        assert off < (1e-12 if dtype.itemsize == 8 else 1e-6)
+        if where == "gradient" and kind == "ggn":
+            continue  # has none
+        notes = [note for name, note in curvature.notes().items() if name.startswith("fallback")]
+        assert any("torch does not confirm its trace" in note for note in notes)
+
+
+def test_a_closing_is_compared_where_labels_are_ignored_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = llama_problem()
+    problem.batch.targets[0] = -100
+    v = probes(problem, 1)
+    expected = curvature_of(problem).hvp(v)
+    right = TracedClosing.run
+
+    def wrong(self: TracedClosing, *args: Any, **kwargs: Any) -> Any:
+        found = right(self, *args, **kwargs)
+        found.dots = [None if each is None else -each for each in found.dots]
+        return found
+
+    monkeypatch.setattr(TracedClosing, "run", wrong)
     monkeypatch.setattr(verify, "_verified", set())
+    assert distance(curvature_of(problem).hvp(v), expected) < 1e-12
+
+
+@pytest.mark.parametrize("layer", [nn.GLU(), Cast()])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_torch_cannot_take_forward_twice_keep_their_trace(
+    layer: nn.Module, kind: Any
+) -> None:
+    width = 2 if isinstance(layer, nn.GLU) else 4
+    problem = module_problem(
+        nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(width, 3)).double(),
+        CrossEntropy(),
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.tensor([0, 1, 2, 1, 0]),
+    )
     curvature = curvature_of(problem)
-    assert distance(curvature.product(kind, v), expected) < (1e-12 if dtype.itemsize == 8 else 1e-6)
-    assert "its trace differs" in curvature.notes()[f"fallback_{int(where == 'input')}"]
+    curvature.product(kind, probes(problem, 1))
+    assert not any(name.startswith("fallback") for name in curvature.notes())
 
 
 class Traced(nn.Module):

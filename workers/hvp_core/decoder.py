@@ -95,9 +95,12 @@ class DecoderChain(Chain):
         return batch.inputs["input_ids"]
 
     def few(self, batch: MicroBatch) -> MicroBatch:
-        """One row, a few positions."""
-        inputs = {name: each[:1, :_FEW] for name, each in batch.inputs.items()}
-        return MicroBatch(inputs=inputs, targets=batch.targets[:1, :_FEW])
+        """One row, a few positions that are there, each with a target."""
+        mask = batch.inputs.get("attention_mask")
+        start = 0 if mask is None else int(mask[0].ne(0).int().argmax())
+        place = slice(start, start + _FEW)
+        inputs = {name: each[:1, place] for name, each in batch.inputs.items()}
+        return MicroBatch(inputs=inputs, targets=batch.targets[:1, place].clamp(min=0))
 
     def context(self, batch: MicroBatch) -> Context:
         """Masks, positions and the like, recorded from the model's own forward."""

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import final
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, or Python, could not allocate; on a CPU torch has no type for that."""
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
 @final
 class CurvatureError(Exception):
     """A model, batch or vector that cannot give a correct number.

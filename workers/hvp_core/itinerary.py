@@ -13,9 +13,9 @@ from hvp_core.chain import Body, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing
 from hvp_core.compiler import COMPILER
 from hvp_core.dual import Params
-from hvp_core.errors import CurvatureError
+from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.policy import Policy
-from hvp_core.precision import exact
+from hvp_core.precision import exact, matmuls
 from hvp_core.route import Eager, Route, Traced
 from hvp_core.routes import Routes, function_of
 from hvp_core.schedule import Bytes, Choice, choose
@@ -99,11 +99,14 @@ class Itinerary:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
         closing = index == len(self._chain.blocks) - 1
         route = self.route_of.get((index, 0))
-        right = verifier.closes(p) if closing else verifier.agrees(index, p, route)
+        with matmuls("full"):
+            right = verifier.closes(p) if closing else verifier.agrees(index, p, route)
         if right:
             return
         name = self._chain.blocks[index].name
-        self._routes.say(name, "its trace differs from it: it is differentiated line by line")
+        self._routes.say(
+            name, "torch does not confirm its trace: it is differentiated line by line"
+        )
         if closing:
             self._traces_closing = False
             return
@@ -216,7 +219,7 @@ def unsupported(what: str) -> Callable[[Exception], CurvatureError]:
 
     def explain(error: Exception) -> CurvatureError:
         words = f"{what}: {type(error).__name__}: {str(error)[:300]}"
-        if "allocate" in words or isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             return CurvatureError("OUT_OF_MEMORY", f"{words}; use a smaller micro-batch")
         return CurvatureError("MODEL_UNSUPPORTED", f"{words}; this model cannot be walked")
 

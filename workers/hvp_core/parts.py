@@ -75,7 +75,10 @@ class Term:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
-    """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once."""
+    """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once.
+
+    Unless the operands are wider than the total: then their product is made, and rounded.
+    """
     widens = total.is_cuda and total.dtype == torch.float32
     if total.dtype != left.dtype and not widens:
         dtype = torch.promote_types(total.dtype, left.dtype)

@@ -119,7 +119,7 @@ def matmuls(precision: Precision) -> Iterator[None]:
     before = [each.fp32_precision for each in devices]
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # they disagreed: only this one was not set
+    except RuntimeError:  # they disagree: most likely this one was left alone
         legacy = "highest"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:

@@ -78,7 +78,7 @@ class Sums:
     def _total(self, name: str, alone: bool) -> Tensor:
         """Where to add to; `alone` if nothing was added before, nor is more than once now."""
         view = self._views[name]
-        if view.dtype.itemsize >= torch.float32.itemsize or (alone and name not in self._wide):
+        if alone or view.dtype.itemsize >= torch.float32.itemsize:
             return view
         if name not in self._wide:
             self._wide[name] = view.float()

@@ -16,7 +16,7 @@ vocabulary's table has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
 
 import torch
@@ -26,7 +26,7 @@ from hvp_core.block_dual import Mode
 from hvp_core.chain import Block, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing, TracedClosing
 from hvp_core.dual import Cotangents, Function, Params, backward_dual, value_and_tangent
-from hvp_core.errors import CurvatureError
+from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.policy import Policy
 from hvp_core.precision import exact
 from hvp_core.route import Bars, Eager, Route, Traced, Weights
@@ -38,10 +38,10 @@ from hvp_core.space import partial_products
 #: weighed as if it were not: rounding is of that size.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
-_verified: set[tuple[str, str]] = set()  # programs and modes, in this process
+_verified: set[Hashable] = set()  # programs and modes, in this process
 
 #: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
-_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor]]]
+_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
 @final
@@ -74,22 +74,21 @@ class Verifier:
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
-        block, dtype = self._chain.blocks[index], _dtype(p)
-        p = _own(p, dtype)
-        right = isinstance(route, Traced)
+        block, dtype, is_data = self._chain.blocks[index], _dtype(p), index == 0
+        key = _key(route.dual.text, p, is_data, self._mode) if isinstance(route, Traced) else None
+        p = {name: each.to(dtype) for name, each in p.items()}
+        right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
             f = function_of(block.body(context, dense=True).cast(dtype))
             x = _in(dtype, x)
-            if isinstance(route, Traced):
-                key = (route.dual.text, self._mode)
-                right = key in _verified or self._block(block, context, f, p, x, index == 0)
-                if right:
-                    _verified.add(key)
+            if key is not None and key not in _verified:
+                answer = self._block(block, context, f, p, x, is_data)
+                right = _remembered(key, answer)
             if not right and self._mode == "hessian":
-                _try(block, f, p, x, index == 0)
+                _try(block, f, p, x, is_data)
             with exact(), torch.no_grad():
                 self._xs = [_in(torch.float64, f(p, x))]
-        return right or not isinstance(route, Traced)
+        return right or key is None
 
     def closes(self, p: Params) -> bool:
         """Whether the trace of the last block and the loss is right.
@@ -101,7 +100,7 @@ class Verifier:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
         block, is_data, dtype = self._chain.blocks[-1], len(self._chain.blocks) == 1, _dtype(p)
-        p = _own(p, dtype)
+        p = {name: each.to(dtype) for name, each in p.items()}
         for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
             body = block.body(context, dense=True).cast(dtype)
             x = _in(dtype, x)
@@ -119,18 +118,19 @@ class Verifier:
                 )
             f = function_of(body)
             if isinstance(traced, TracedClosing):
-                key = (traced.dual.text, self._mode)
-                if key in _verified or self._closing(traced, f, p, x, is_data, target):
-                    _verified.add(key)
+                key = _key(traced.dual.text, p, is_data, self._mode)
+                if key in _verified:
+                    continue
+                if _remembered(key, self._closing(traced, f, p, x, is_data, target)):
                     continue
             if self._mode == "hessian":
                 _try(block, f, p, x, is_data)
-            return not isinstance(traced, TracedClosing)  # nor is the operator's own
+            return False
         return True
 
     def _block(
         self, block: Block, context: Any, f: Function, p: Params, x: Tensor, is_data: bool
-    ) -> bool:
+    ) -> bool | None:
         with exact():
             traced = self._routes.of(
                 block.name,
@@ -140,19 +140,20 @@ class Verifier:
                 x,
                 is_data,
             )
-        y = traced.value(p, x)
+        if not isinstance(traced, Traced):
+            return False
+        y = traced.like(p, x)
         y_bar, y_bar_dot = _noise(y, 2), _noise(y, 3)
 
         def by(route: Route) -> _Run:
             def run(
                 weights: Weights, x_dot: Tensor | None, sums: Sums
-            ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
                 y, y_dots, tape = route.forward(self._mode, "fast", weights, x, dots, None)
                 bars = Bars(y_bar, [y_bar_dot for _ in weights.v])
                 found = route.backward(self._mode, "fast", weights, tape, bars, [sums])
-                wanted = found.dots or [found.primal]
-                return [y, *_there(y_dots)], [] if is_data else _there(wanted)
+                return [y, *_there(y_dots)], self._wanted(found)
 
             return run
 
@@ -167,17 +168,16 @@ class Verifier:
         x: Tensor,
         is_data: bool,
         target: Tensor,
-    ) -> bool:
+    ) -> bool | None:
         loss = self._chain.loss
 
         def by(closing: Closing) -> _Run:
             def run(
                 weights: Weights, x_dot: Tensor | None, sums: Sums
-            ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
                 bars = closing.run(self._mode, weights, x, dots, [sums], wants_primal=True)
-                wanted = [*bars.dots, None if self._mode == "ggn" else bars.primal]
-                return [], [] if is_data else _there(wanted)
+                return [], self._wanted(bars)
 
             return run
 
@@ -186,6 +186,10 @@ class Verifier:
 
         other = by(EagerClosing(f, loss, target, 1.0))
         return self._matches(by(traced), other, f, p, x, is_data, cotangents)
+
+    def _wanted(self, bars: Bars) -> list[Tensor | None]:
+        """Cotangents that the block below is given."""
+        return bars.dots if self._mode == "ggn" else [*bars.dots, bars.primal]
 
     def _matches(
         self,
@@ -196,8 +200,8 @@ class Verifier:
         x: Tensor,
         is_data: bool,
         cotangents: Cotangents,
-    ) -> bool:
-        """Whether a trace finds what torch finds.
+    ) -> bool | None:
+        """Whether a trace finds what torch finds; None where that is no number or nothing.
 
         Args:
             run: By the trace.
@@ -209,25 +213,29 @@ class Verifier:
             cotangents: (ȳ, ȳ̇) of (y, ẏ).
         """
         some = self._mode != "gradient"
-        v = _direction(p, 10) if some else None
+        p = _own(p)
+        v = _direction(p, 1000) if some else None
         x_dot = _noise(x, 1) if some and not is_data else None
         weights = Weights(p, [] if v is None else [v])
 
-        def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor]]:
+        def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor], bool]:
             sums = {name: torch.zeros_like(each) for name, each in p.items()}
             values, bars = run(weights, x_dot, Sums(sums, set()))
-            return values, [*sums.values(), *bars]
+            there = [] if is_data else _there(bars)
+            return values, [*sums.values(), *there], is_data or len(there) == len(bars)
 
-        values, found = found_by(run)
+        values, found, complete = found_by(run)
+        if not complete:
+            return False
         directions = _weighed(found)
         product = _inner(found, directions)
 
         def forward() -> tuple[Sequence[Tensor], float]:
             u = dict(zip(p, directions, strict=False))
             u_x, *u_gradient = [*directions[len(p) :], None]
-            y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot))
+            y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot), self._mode == "hessian")
             y_bar, y_bar_dot = cotangents(y, y_t)
-            truth = (y_bar if self._mode == "gradient" else y_bar_dot) * y_s
+            truth = (y_bar_dot if some else y_bar) * y_s
             if self._mode == "hessian":
                 truth = truth + y_bar * y_ts
             for each in _there(u_gradient):
@@ -235,17 +243,23 @@ class Verifier:
             return [y, y_t], float(truth.sum())
 
         def backward() -> tuple[Sequence[Tensor], float]:
-            values, truth = found_by(other)
+            values, truth, _ = found_by(other)
             return values, _inner(truth, directions)
 
-        allowed = _TOLERANCE[x.dtype if not found else found[0].dtype] * len(found)
+        allowed = sum(_tolerance(each) for each in found)
         for torchs_own in (forward, backward):
             try:
-                expected, truth = torchs_own()
-            except RuntimeError:  # it has no such derivative
-                continue
-            if all(map(_close, values, expected)) and _near(product, truth, allowed):
-                return True
+                with torch.enable_grad():  # without it torch picks what has no derivative
+                    expected, truth = torchs_own()
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                continue  # it has no such derivative
+            if not math.isfinite(truth):
+                # The data's fault, unless the trace has a number where torch has none.
+                return None if not math.isfinite(product) else False
+            if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
+                return True if any(map(_size, found)) else None
         return False
 
 
@@ -255,8 +269,12 @@ def _along(
     x: Tensor,
     s: tuple[Params, Tensor | None],
     t: tuple[Params | None, Tensor | None],
+    both: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A block's y, ∂s y, ∂t y and ∂s ∂t y along two directions of its parameters and input."""
+    """A block's y, ∂s y, ∂t y and, if `both`, ∂s ∂t y, in directions of its parameters and input.
+
+    What is not asked for is zero.
+    """
     v, x_dot = t
     at: tuple[Any, ...] = (dict(p),) if s[1] is None else (dict(p), x)
 
@@ -269,11 +287,13 @@ def _along(
     if not p and s[1] is None:  # of data alone
         y = f(p, x)
         return y, torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
-    if v is None:
-        y, y_s = inner(*at)
-        return y, y_s, torch.zeros_like(y), torch.zeros_like(y)
-    (y, y_s), (y_t, y_ts) = value_and_tangent(inner, at, (v, x_dot)[: len(at)])
-    return y, y_s, y_t, y_ts
+    if both:
+        (y, y_s), (y_t, y_ts) = value_and_tangent(inner, at, (v, x_dot)[: len(at)])
+        return y, y_s, y_t, y_ts
+    y, y_s = inner(*at)
+    zero = torch.zeros_like(y)
+    y_t = zero if v is None else value_and_tangent(g, at, (v, x_dot)[: len(at)])[1]
+    return y, y_s, y_t, zero
 
 
 def _weighed(found: Sequence[Tensor]) -> list[Tensor]:
@@ -283,7 +303,7 @@ def _weighed(found: Sequence[Tensor]) -> list[Tensor]:
     directions = [_noise(each, 20 + place) for place, each in enumerate(found)]
     if len(known) == len(sizes):
         for each, direction, size in zip(found, directions, sizes, strict=True):
-            least = max(known) * math.sqrt(_TOLERANCE[each.dtype])
+            least = max(known) * math.sqrt(_tolerance(each))
             direction /= max(size, least, 1e-3)
     return directions
 
@@ -295,10 +315,8 @@ def _inner(found: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
     )
 
 
-def _near(product: float, truth: float, allowed: float) -> bool:
-    if not math.isfinite(product):  # the data's fault, if torch's has no value either
-        return not math.isfinite(truth)
-    return abs(product - truth) <= allowed
+def _tolerance(x: Tensor) -> float:
+    return _TOLERANCE.get(x.dtype, 1e-2)  # a block may round to 16 bits by itself
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
@@ -306,7 +324,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     if not math.isfinite(size):
         return True  # the data's fault, not the trace's; the walk says which block
     # False where only the trace has no number.
-    return _size(found - expected) <= _TOLERANCE[found.dtype] * max(size, 1e-3)
+    return _size(found - expected) <= _tolerance(found) * max(size, 1e-3)
 
 
 def _size(x: Tensor) -> float:
@@ -321,7 +339,7 @@ def _try(block: Block, f: Function, p: Params, x: Tensor, is_data: bool) -> None
     """Take a block's second derivative once, to see that it has one."""
     x_dot = None if is_data else _noise(x, 1)
     try:
-        backward_dual(f, p, _direction(p, 10), x, x_dot, lambda y, y_dot: (y, y_dot))
+        backward_dual(f, p, _direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
     except RuntimeError as error:
         words = str(error)
         known = ("derivative", "autograd.Function")  # what torch says of such operations
@@ -342,12 +360,24 @@ def _dtype(p: Params) -> torch.dtype:
     return torch.float32 if narrow and numel > _LARGE else torch.float64
 
 
-def _own(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies: torch would give each direction the whole storage of which a parameter is a view."""
+def _own(p: Params) -> dict[str, Tensor]:
+    """No views: torch would give each direction the whole storage of which a parameter is one."""
     return {
-        name: torch.empty(each.shape, dtype=dtype, device=each.device).copy_(each)
+        name: each.clone() if each.untyped_storage().nbytes() > each.nbytes else each
         for name, each in p.items()
     }
+
+
+def _remembered(key: Hashable, answer: bool | None) -> bool:
+    """Whether nothing speaks against a trace; what speaks for it need not be asked again."""
+    if answer:
+        _verified.add(key)
+    return answer is not False
+
+
+def _key(text: str, p: Params, is_data: bool, mode: Mode) -> Hashable:
+    """What is verified at once: a program says nothing of widths, nor of what is differentiated."""
+    return text, tuple(tuple(each.shape) for each in p.values()), is_data, mode
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ class Curvature:
             borrow: The products may be overwritten by the next call, which saves copying them.
 
         Returns:
-            Shards of the products, each of its vector's type: summed in the space's own, and
-            rounded when a block is through.
+            Shards of the products, of the space's type; of 16 bits where the vector is: summed in
+            float32, and rounded when a block is through.
 
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
@@ -224,9 +224,9 @@ class Curvature:
         return None if replay is None else replay(vectors, borrow=borrow)
 
     def _dtypes(self, vectors: Sequence[Tensor]) -> list[torch.dtype]:
-        """Of the products: the vectors' own where it is narrower, or one for the gradient."""
+        """Of the products: the vectors' own where that is of 16 bits, or one for the gradient."""
         space = self.space.dtype
-        found = [each.dtype if each.itemsize < space.itemsize else space for each in vectors]
+        found = [each.dtype if each.itemsize == 2 else space for each in vectors]
         return found or [space]
 
     def _walk(
