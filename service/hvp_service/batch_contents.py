@@ -58,8 +58,16 @@ def read_batch(path: Path) -> BatchStatistics:
     _check_header(header)
     tensors: dict[str, NDArray[np.int64]] = load_file(path)
     ids = tensors["input_ids"]
-    labels = tensors.get("labels", ids)
-    return _statistics(ids, labels, tensors.get("attention_mask"))
+    mask = tensors.get("attention_mask")
+    return _statistics(ids, tensors.get("labels", _default_labels(ids, mask)), mask)
+
+
+def _default_labels(ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The ids, where they and those before them are no padding: as the ranks take them."""
+    if mask is None:
+        return ids
+    real = mask.astype(bool)
+    return np.where(real & np.roll(real, 1, 1), ids, IGNORED)
 
 
 def _check_header(header: Header) -> None:

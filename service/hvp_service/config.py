@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from hvp_workers.backend import Compile, Schedule
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
@@ -84,6 +84,14 @@ class ServerConfig(BaseSettings):
     lease_s: float = Field(default=60.0, gt=0)
     heartbeat_s: float = Field(default=15.0, gt=0)
     progress_interval_s: float = Field(default=0.2, ge=0)
+
+    @model_validator(mode="after")
+    def _one_rank_in_process(self) -> Self:
+        if self.backend == "inprocess" and self.workers != 1:
+            raise ValueError(
+                f"the in-process backend has one rank, not {self.workers}: set workers to 1"
+            )
+        return self
 
     @field_validator("address")
     @classmethod

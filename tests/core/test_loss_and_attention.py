@@ -125,3 +125,16 @@ def test_a_batch_that_means_nothing_is_refused(
     with pytest.raises(CurvatureError) as caught:
         token_batch(ids, labels, mask)
     assert caught.value.reason == reason
+
+
+def test_padding_is_no_target_and_nothing_that_follows_it_if_there_are_no_labels() -> None:
+    ids = torch.arange(10).view(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    ignored = -100
+    assert token_batch(ids, None, mask).targets.tolist() == [
+        [ignored, ignored, 3, 4, ignored],
+        [6, 7, ignored, ignored, ignored],
+    ]
+    assert token_batch(ids, ids, mask).targets[0].tolist() == [1, 2, 3, 4, ignored]
+    with pytest.raises(CurvatureError, match="NO_TARGETS"):
+        token_batch(ids, None, torch.zeros_like(mask))

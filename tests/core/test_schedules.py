@@ -294,6 +294,16 @@ def test_a_schedule_that_is_asked_for_is_taken() -> None:
     assert choose("cached", BLOCKS, 0, 1) == [Choice("shared", True)] * 3
 
 
+def test_a_loss_in_bfloat16_is_rounded_in_its_logits_and_no_more() -> None:
+    problem = wide_llama(16)
+    exact = curvature_of(problem, 1).loss()
+    found = curvature_of(problem, 1, precision="bfloat16").loss()
+    assert found == pytest.approx(exact, rel=2e-3)
+    # Sums of numbers of eight bits would be multiples of 1/32, for numbers of this size.
+    total = found * curvature_of(problem, 1).num_targets * 32
+    assert abs(total - round(total)) > 1e-3
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_reduced_precision_is_for_float32(precision: Any) -> None:
     with pytest.raises(CurvatureError) as caught:

@@ -43,6 +43,14 @@ def test_the_command_refuses_other_hosts_with_status_2(capsys: pytest.CaptureFix
     assert "no TLS" in capsys.readouterr().err
 
 
+def test_one_process_has_one_rank_and_the_command_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--backend", "inprocess", "--workers", "2", "--address", "127.0.0.1:0"]) == 2
+    assert "set workers to 1" in capsys.readouterr().err
+    assert ServerConfig(backend="inprocess", workers=1).workers == 1
+
+
 def test_the_environment_sets_what_arguments_leave_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVP_WORKERS", "5")
     assert ServerConfig().workers == 5

@@ -220,8 +220,11 @@ async def test_the_statistics_count_what_the_loss_counts(deps: Dependencies) -> 
     assert await deps.batches.get(batch.name) == batch
 
 
-async def test_labels_default_to_the_ids(deps: Dependencies) -> None:
+async def test_labels_default_to_the_ids_that_are_no_padding(deps: Dependencies) -> None:
     assert (await make_batch(deps, {"input_ids": ids(3, 5)})).statistics.num_targets == 12
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    padded = await make_batch(deps, {"input_ids": ids(3, 5), "attention_mask": mask})
+    assert padded.statistics.num_targets == 2 + 2 + 4
 
 
 @pytest.mark.parametrize(

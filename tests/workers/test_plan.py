@@ -32,6 +32,13 @@ def test_the_precision_is_the_operators() -> None:
     assert policy("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
 
 
+@pytest.mark.parametrize("k", [1, 300, 535])
+def test_the_servers_own_budget_finds_and_certifies_as_many_pairs_as_were_asked_for(k: int) -> None:
+    spec = EigshSpec(k=k, which="LA")
+    plan = plan_eigsh(spec, dimension=536, vector_bytes=1, available_bytes=10**6)
+    assert plan.max_products >= 2 * k
+
+
 def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
     spec = EigshSpec(k=6, which="BE")
     assert plan_eigsh(spec, dimension=1000, vector_bytes=1, available_bytes=10**6).num_vectors == 40

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvp_core.block_dual import Mode
 from hvp_core.dual import Backward, Function, Params, backward_dual, forward_dual, pull_back
-from hvp_core.loss import Loss
+from hvp_core.loss import Loss, at_least_float32
 from hvp_core.parts import Group, Part, split
 from hvp_core.route import X_DATA, Bars, Weights, adder
 from hvp_core.shards import Sums
@@ -204,10 +204,12 @@ class EagerClosing(Closing):
         return pull_back(self._f, weights.p, x, lambda y: self._curve(y, y_dot))
 
     def _gradient(self, y: Tensor) -> Tensor:
-        return self._loss.gradient(y, self._target) * self._scale
+        found = self._loss.gradient(at_least_float32(y), self._target)
+        return (found * self._scale).to(y.dtype)
 
     def _curve(self, y: Tensor, y_dot: Tensor) -> Tensor:
-        return self._loss.curve(y, y_dot, self._target) * self._scale
+        found = self._loss.curve(at_least_float32(y), at_least_float32(y_dot), self._target)
+        return (found * self._scale).to(y.dtype)
 
     def _pair(self, y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
         return self._gradient(y), self._curve(y, y_dot)

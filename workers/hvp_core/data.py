@@ -22,13 +22,13 @@ def token_batch(
 
     Args:
         input_ids: int64 (n, s).
-        labels: int64 (n, s), −100 ignored; the ids themselves by default.
+        labels: int64 (n, s), −100 ignored; by default the ids, where they and those before them are
+            no padding.
         attention_mask: (n, s), true or nonzero for real tokens.
 
     Raises:
         CurvatureError: BATCH_EMPTY, SHAPE_MISMATCH, NO_TARGETS.
     """
-    labels = input_ids if labels is None else labels
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise CurvatureError(
             "BATCH_EMPTY", f"input_ids are {tuple(input_ids.shape)}; give (n >= 1, s >= 2)"
@@ -41,6 +41,11 @@ def token_batch(
                 "give one shape",
                 {"field": name},
             )
+    if labels is None:
+        labels = input_ids
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            labels = labels.where(real & real.roll(1, 1), IGNORED)
     targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
     if not bool((targets != IGNORED).any()):
         raise CurvatureError("NO_TARGETS", "every label is -100 after the shift; nothing to learn")

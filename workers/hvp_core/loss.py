@@ -15,6 +15,11 @@ import torch
 IGNORED = -100  # a label of weight zero
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Logits of 16 bits in float32: losses and what follows from them are not rounded to 16."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 class Loss(ABC):
     """Sum over targets of a function of the model's output.
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.func import functionalize, jvp, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_core.loss import Loss
+from hvp_core.loss import Loss, at_least_float32
 from hvp_core.products import merge_sums
 from hvp_core.terms import alike, sums_behind, terms_of
 
@@ -184,7 +184,7 @@ def trace_closing(f: Block, loss: Loss, p: Env, inputs: Env, constants: Env) -> 
 
     def program(env: Env) -> Env:
         value, value_dot = _dual(f, p, inputs, constants, env)
-        y, y_dot = _at_least_float32(value["y"]), _at_least_float32(value_dot["y"])
+        y, y_dot = at_least_float32(value["y"]), at_least_float32(value_dot["y"])
         target, scale = env["c/target"], env["c/scale"]
         y_bar = {"y": (loss.gradient(y, target) * scale).to(value["y"].dtype)}
         curve = {"y": (loss.curve(y, y_dot, target) * scale).to(value["y"].dtype)}
@@ -203,10 +203,6 @@ def _as_given(name: str, value: Tensor) -> Tensor:
     return torch.empty_like(value.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
         1, 2
     )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _at(env: Env, p: Env, inputs: Env) -> tuple[Env, Env]:

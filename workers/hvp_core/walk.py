@@ -18,6 +18,7 @@ from hvp_core.chain import Chain, MicroBatch, rows, to_device
 from hvp_core.closing import joined
 from hvp_core.errors import CurvatureError
 from hvp_core.itinerary import Itinerary
+from hvp_core.loss import at_least_float32
 from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.replay import Replay
@@ -119,7 +120,7 @@ class Curvature:
                 for batch, x in enumerate(xs):
                     for piece, target in self._itinerary.pieces(batch, x):
                         y = function_of(self._itinerary.body(last, batch, True))(p, piece)
-                        total += self.chain.loss.value(y, target).cpu()
+                        total += self.chain.loss.value(at_least_float32(y), target).cpu()
         value = float(self.space.collective.sum(total)) / self.num_targets
         if value - value != 0:  # NaN or infinite, on every rank alike
             raise self._first_non_finite_block()

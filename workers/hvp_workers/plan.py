@@ -59,7 +59,7 @@ def plan_eigsh(spec: EigshSpec, *, dimension: int, vector_bytes: int, available_
     k = spec.k
     if not 1 <= k < dimension:
         raise CurvatureError("K_INVALID", f"k is {k}; give 1 <= k < n = {dimension}")
-    max_products = spec.max_products or min(10 * dimension, 300 + k)
+    max_products = spec.max_products or min(10 * dimension, max(300 + k, 3 * k))
     if max_products < 2 * k:
         raise CurvatureError(
             "MAX_PRODUCTS_INVALID",

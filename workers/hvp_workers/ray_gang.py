@@ -132,10 +132,13 @@ async def _place(spec: GangSpec, processes: list[ProcessMark], undo: AsyncExitSt
     if not placed:
         resources = ray.cluster_resources()
         offered = {name: resources.get(name, 0.0) for name in bundle}
+        advice = "Ask for fewer workers (--workers), or wait until others have ended."
+        if not all(offered.values()):
+            advice = "Without GPUs, start with --device cpu."
         raise BackendError(
             "WORKER_GROUP_START_FAILED",
             f"Each worker needs {bundle} and the cluster has {offered} in all, perhaps in use. "
-            "Ask for fewer workers (--workers), or wait until others have ended.",
+            f"{advice}",
         )
     driver = ProcessMark.of(psutil.Process())
     node_id = ray.get_runtime_context().get_node_id()

@@ -79,7 +79,8 @@ class CreateDataBatchRequest(_message.Message):
     @_builtins.property
     def digest(self) -> _blob_pb2.Digest:
         """A safetensors file of `input_ids` (I64, (n, s)) and optionally `labels` (I64, (n, s),
-        shifted inside, -100 ignored, default `input_ids`) and `attention_mask` (I64 or BOOL, (n, s)).
+        shifted inside, -100 ignored) and `attention_mask` (I64 or BOOL, (n, s)). Without `labels`, every
+        token counts that is no padding and does not follow padding.
         """
 
     def __init__(
