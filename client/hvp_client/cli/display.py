@@ -89,7 +89,7 @@ def result_table(result: EigshResult[Vector]) -> Table:
     )
     for heading in ("#", "eigenvalue", "residual ‖Hy - λy‖"):
         table.add_column(heading, justify="right")
-    table.add_column("eigenvector")
+    table.add_column("eigenvector", overflow="fold")
     rows = zip(result.eigenvalues, result.residuals, result.eigenvectors, strict=True)
     for index, (value, residual, vector) in enumerate(rows):
         table.add_row(str(index), f"{value:.8g}", f"{residual:.2e}", vector.name)

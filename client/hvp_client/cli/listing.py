@@ -26,6 +26,9 @@ def job_name(text: str) -> str:
     return text if "/" in text else f"projects/default/jobs/{text}"
 
 
+_TABLE_COLUMNS = 132  # characters that the widest row takes
+
+
 def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> None:
     """Print jobs, the newest first.
 
@@ -39,7 +42,8 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
     if as_json:
         print(json.dumps([_record(job) for job in jobs], indent=2))
         return
-    table = Table("job", "state", "attempt", "work", "of", "dtype", "products", "created (UTC)")
+    headings = ("job", "state", "attempt", "work", "of", "dtype", "products", "created (UTC)")
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0))
     for job in jobs:
         record = _record(job)
         table.add_row(
@@ -52,7 +56,8 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
             f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
             f"{job.create_time:%Y-%m-%d %H:%M:%S}",
         )
-    Console().print(table)
+    # A name that is cut is of no use; a narrow terminal wraps lines by itself.
+    Console(width=max(Console().width, _TABLE_COLUMNS)).print(table)
 
 
 async def _jobs(address: str, states: Sequence[str] | None) -> list[AsyncJob]:
