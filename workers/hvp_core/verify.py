@@ -246,7 +246,7 @@ class Verifier:
             values, truth, _ = found_by(other)
             return values, _inner(truth, directions)
 
-        allowed = sum(_tolerance(each) for each in found)
+        allowed, undecided = sum(_tolerance(each) for each in found), False
         for torchs_own in (forward, backward):
             try:
                 with torch.enable_grad():  # without it torch picks what has no derivative
@@ -255,12 +255,11 @@ class Verifier:
                 if is_out_of_memory(error):
                     raise
                 continue  # it has no such derivative
-            if not math.isfinite(truth):
-                # The data's fault, unless the trace has a number where torch has none.
-                return None if not math.isfinite(product) else False
+            # No number on either side is the data's fault.
+            undecided = not math.isfinite(truth) and not math.isfinite(product)
             if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
                 return True if any(map(_size, found)) else None
-        return False
+        return None if undecided else False
 
 
 def _along(
