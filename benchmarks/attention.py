@@ -25,7 +25,7 @@ import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.flash_launch import launch
 from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Plan
-from hvp_core.attention.rule import Pattern
+from hvp_core.attention.rule import Pattern, Point
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.attention_plans import (
@@ -144,14 +144,16 @@ def report_whole(shape: Shape, card: Card) -> None:
     x, x_dot, o_bar, o_bar_dot = shape.draw("cuda")
     pattern, flash = Pattern(scale=shape.d**-0.5, causal=True), Flash(card=card)
     y, y_dot = flash.dual(x, x_dot, pattern, None)
-    rest = (y, y_dot, o_bar, o_bar_dot, pattern, None)
+    at, dot = Point(x, y, o_bar), Point(x_dot, y_dot, o_bar_dot)
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "forward": (2, lambda: flash.forward(x, pattern, None)),
-        "tangent": (5, lambda: flash.tangent(x, x_dot, y, pattern, None)),
+        "tangent": (5, lambda: flash.tangents(x, [x_dot], y, pattern, None)),
+        "tangents of 2": (9, lambda: flash.tangents(x, [x_dot] * 2, y, pattern, None)),
         "dual": (6, lambda: flash.dual(x, x_dot, pattern, None)),
-        "backward": (7, lambda: flash.backward(x, y, o_bar, pattern, None)),
-        "backward_tangent": (18, lambda: flash.backward_tangent(x, x_dot, *rest)),
-        "backward_dual": (21, lambda: flash.backward_dual(x, x_dot, *rest)),
+        "backward": (7, lambda: flash.backward(at, pattern, None)),
+        "backward_tangent": (18, lambda: flash.backward_tangents(at, [dot], pattern, None)),
+        "… of 2": (32, lambda: flash.backward_tangents(at, [dot] * 2, pattern, None)),
+        "backward_dual": (21, lambda: flash.backward_dual(at, dot, pattern, None)),
     }
     for name, (products, run) in calls.items():
         ms = measure(run)
@@ -163,10 +165,10 @@ def report_host(card: Card) -> None:
     x, x_dot, o_bar, o_bar_dot = Shape(1, 32, 4, 64, 64).draw("cuda")
     pattern, flash = Pattern(scale=0.125, causal=True), Flash(card=card)
     y, y_dot = flash.dual(x, x_dot, pattern, None)
-    rest = (y, y_dot, o_bar, o_bar_dot, pattern, None)
+    at, dot = Point(x, y, o_bar), Point(x_dot, y_dot, o_bar_dot)
     calls: dict[str, Callable[[], object]] = {
         "dual": lambda: flash.dual(x, x_dot, pattern, None),
-        "backward_dual": lambda: flash.backward_dual(x, x_dot, *rest),
+        "backward_dual": lambda: flash.backward_dual(at, dot, pattern, None),
     }
     for name, run in calls.items():
         run()

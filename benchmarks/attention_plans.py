@@ -13,8 +13,8 @@ from typing import Any, final
 
 import torch
 from hvp_core.attention.flash import Flash
-from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile
-from hvp_core.attention.rule import Output, Pattern, Qkv
+from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile, plans
+from hvp_core.attention.rule import Output, Pattern, Point, Qkv
 from torch import Tensor
 
 from tests.core.flash_cases import Case, compiled, shared_bytes, target
@@ -119,23 +119,35 @@ def sweep(kernel: Kernel, mode: Mode, width: int) -> list[Plan]:
     if kernel == "forward" and mode == "primal":
         found.append(Tile(128, 64, 8, 3))
     whole: list[Plan] = [(Pass(tile, mode),) for tile in found]
+    if mode == "tangent":
+        card = Card(hopper=True, processors=1)
+        offered = plans(kernel, mode, width, card, wide=False, exact=True, several=True)
+        whole += [plan for plan in offered if plan[0].probes > 1]
     if kernel != "keys" or mode != "dual":
         return whole
     # Four accumulators of width 128 are more than the registers.
-    plans = whole if width == 64 else []
+    some = whole if width == 64 else []
     for tile in found:
-        plans += [(Pass(tile, mode, keys=False),), (Pass(tile, mode, values=False),)]
-        plans += [(Pass(tile, "primal"),), (Pass(tile, "tangent"),)]
-    return plans
+        some += [(Pass(tile, mode, keys=False),), (Pass(tile, mode, values=False),)]
+        some += [(Pass(tile, "primal"),), (Pass(tile, "tangent"),)]
+    return some
 
 
 def needed(kernel: Kernel, mode: Mode, plan: Plan | None) -> int:
     """Tile products of a plan that computes everything, or of the one part that there is."""
+    if probes_of(plan) > 1:
+        shared, own = {"forward": (1, 4), "keys": (2, 8), "queries": (2, 6)}[kernel]
+        return shared + own * probes_of(plan)
     if plan is None or len(plan) > 1 or kernel != "keys":
         return PRODUCTS[kernel, mode]
     (one,) = plan
     scores, gradient = {"primal": (1, 1), "tangent": (3, 2), "dual": (3, 3)}[one.mode]
     return scores + one.values * gradient + one.keys * (scores + gradient)
+
+
+def probes_of(plan: Plan | None) -> int:
+    """How many tangents it computes at once."""
+    return max([one.probes for one in plan or ()], default=1)
 
 
 def text(plan: Plan) -> str:
@@ -145,12 +157,13 @@ def text(plan: Plan) -> str:
         limits = f" maxnreg {tile.registers}" if tile.registers else ""
         tma = " tma" if tile.descriptors else ""
         cut = f"({tile.queries},{tile.keys},{tile.warps}w,{tile.stages}st{tma}{limits})"
-        return f"{part.mode}{what} {cut}"
+        several = f" of {part.probes}" if part.probes > 1 else ""
+        return f"{part.mode}{several}{what} {cut}"
 
     return " + ".join(map(one, plan))
 
 
-def call(flash: Flash, kernel: Kernel, mode: Mode, shape: Shape, device: str) -> None:
+def call(flash: Flash, kernel: Kernel, mode: Mode, probes: int, shape: Shape, device: str) -> None:
     """Ask for a method that launches this kernel in this mode."""
     x, x_dot, o_bar, o_bar_dot = shape.draw(device)
     pattern = Pattern(scale=shape.d**-0.5, causal=True)
@@ -158,18 +171,19 @@ def call(flash: Flash, kernel: Kernel, mode: Mode, shape: Shape, device: str) ->
     # Logarithms of sums of the size that these inputs have: a time should not depend on infinities.
     lse += torch.arange(1, shape.s + 1, device=device).log() + 0.5
     y, y_dot = Output(o_bar, lse), Output(o_bar_dot, torch.zeros_like(lse))
+    at, dot = Point(x, y, o_bar), Point(x_dot, y_dot, o_bar_dot)
     if kernel == "forward" and mode == "primal":
         flash.forward(x, pattern, None)
     elif kernel == "forward" and mode == "tangent":
-        flash.tangent(x, x_dot, y, pattern, None)
+        flash.tangents(x, [x_dot] * probes, y, pattern, None)
     elif kernel == "forward":
         flash.dual(x, x_dot, pattern, None)
     elif mode == "primal":
-        flash.backward(x, y, o_bar, pattern, None)
+        flash.backward(at, pattern, None)
     elif mode == "tangent":
-        flash.backward_tangent(x, x_dot, y, y_dot, o_bar, o_bar_dot, pattern, None)
+        flash.backward_tangents(at, [dot] * probes, pattern, None)
     else:
-        flash.backward_dual(x, x_dot, y, y_dot, o_bar, o_bar_dot, pattern, None)
+        flash.backward_dual(at, dot, pattern, None)
 
 
 def launches(
@@ -181,7 +195,7 @@ def launches(
     keep = found.append
     flash = Flash(launcher=lambda *one: keep(one), card=card, choose=choice, first_order=False)
     with suppress(KeyError):  # part of a plan leaves some results missing
-        call(flash, kernel, mode, shape, device)
+        call(flash, kernel, mode, probes_of(plan), shape, device)
     return [one for one in found if one[0].__name__ == NAMES[kernel]]
 
 

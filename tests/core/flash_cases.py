@@ -13,7 +13,7 @@ import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.flash_launch import InputPrecision
 from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Tile
-from hvp_core.attention.rule import Output, Pattern, Qkv, Span
+from hvp_core.attention.rule import Output, Pattern, Point, Qkv, Span
 from torch import Tensor
 from torch.func import jvp, vjp
 
@@ -144,12 +144,14 @@ def found_values(
     span = case.span(str(x.q.device))
     given = (case.pattern, span)
     y, y_dot = flash.dual(x, x_dot, *given)
-    first, second = flash.backward_dual(x, x_dot, y, y_dot, o_bar, o_bar_dot, *given)
+    dot = Point(x_dot, y_dot, o_bar_dot)
+    first, second = flash.backward_dual(Point(x, y, o_bar), dot, *given)
     fused = dict(zip(NAMES, (y.o, *first, y_dot.o, *second), strict=True))
     z = flash.forward(x, *given)
-    z_dot = flash.tangent(x, x_dot, z, *given)
-    first = flash.backward(x, z, o_bar, *given)
-    second = flash.backward_tangent(x, x_dot, z, z_dot, o_bar, o_bar_dot, *given)
+    (z_dot,) = flash.tangents(x, [x_dot], z, *given)
+    at, dot = Point(x, z, o_bar), Point(x_dot, z_dot, o_bar_dot)
+    first = flash.backward(at, *given)
+    (second,) = flash.backward_tangents(at, [dot], *given)
     alone = dict(zip(NAMES, (z.o, *first, z_dot.o, *second), strict=True))
     return fused, alone, y, y_dot
 
@@ -184,9 +186,40 @@ def errors_of_plan(case: Case, plan: tuple[Pass, ...], processors: int = 1) -> d
     flash = Flash(card=card, choose={**FEW, ("keys", "dual"): plan})
     given = (case.pattern, case.span("cpu"))
     y, y_dot = flash.dual(x, x_dot, *given)
-    first, second = flash.backward_dual(x, x_dot, y, y_dot, o_bar, o_bar_dot, *given)
+    at, dot = Point(x, y, o_bar), Point(x_dot, y_dot, o_bar_dot)
+    first, second = flash.backward_dual(at, dot, *given)
     fused = (y.o, *first, y_dot.o, *second)
     return {name: relative(x, true[name]) for name, x in zip(NAMES, fused, strict=True)}
+
+
+def errors_of_several(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    precision: InputPrecision = "ieee",
+) -> dict[str, float]:
+    """Relative errors of the tangents of three probes at once: two in a launch, and one."""
+    x, _, o_bar, _ = case.draw(dtype, device)
+    drawn = [case.draw(dtype, device, seed) for seed in (1, 2, 3)]
+    tile = Tile(32, 32, 4, 1)
+    pairs: dict[tuple[Kernel, Mode], tuple[Pass, ...]] = {
+        (kernel, "tangent"): (Pass(tile, "tangent", probes=2),) for kernel in get_args(Kernel)
+    }
+    flash = Flash(input_precision=precision, choose={**FEW, **pairs})
+    given = (case.pattern, case.span(device))
+    y = flash.forward(x, *given)
+    y_dots = flash.tangents(x, [each[1] for each in drawn], y, *given)
+    dots = [Point(each[1], y_dot, each[3]) for each, y_dot in zip(drawn, y_dots, strict=True)]
+    seconds = flash.backward_tangents(Point(x, y, o_bar), dots, *given)
+    found: dict[str, float] = {}
+    for number, (_, x_dot, _, o_bar_dot) in enumerate(drawn):
+        true, y_true, y_dot_true = true_values(case, x, x_dot, o_bar, o_bar_dot)
+        tangents = (y_dots[number].o, *seconds[number])
+        for name, each in zip(NAMES[4:], tangents, strict=True):
+            found[f"{name} of {number}"] = relative(each, true[name])
+        lse_dot = y_dot_true.lse.masked_fill(~y_true.lse.isfinite(), 0)
+        found[f"lse_dot of {number}"] = relative(y_dots[number].lse, lse_dot)
+    return found
 
 
 def supported() -> dict[str, str | None]:
@@ -256,5 +289,10 @@ def shared_bytes(case: Case, dtype: torch.dtype, precision: InputPrecision, card
         card=card,
         first_order=False,
     )
-    found_values(flash, case, *case.draw(dtype, "meta"))
+    x, x_dot, o_bar, o_bar_dot = case.draw(dtype, "meta")
+    _, _, y, y_dot = found_values(flash, case, x, x_dot, o_bar, o_bar_dot)
+    given = (case.pattern, case.span("meta"))
+    flash.tangents(x, [x_dot, x_dot], y, *given)
+    dot = Point(x_dot, y_dot, o_bar_dot)
+    flash.backward_tangents(Point(x, y, o_bar), [dot, dot], *given)
     return max(needed)

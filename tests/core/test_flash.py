@@ -14,14 +14,15 @@ import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.flash_first_order import FirstOrder
 from hvp_core.attention.flash_launch import InputPrecision
-from hvp_core.attention.flash_tiles import Card, Pass, Tile, plans
-from hvp_core.attention.rule import Pattern, Qkv
+from hvp_core.attention.flash_tiles import Card, Mode, Pass, Tile, plans
+from hvp_core.attention.rule import Pattern, Point, Qkv
 
 from tests.core.flash_cases import (
     NAMES,
     Case,
     errors,
     errors_of_plan,
+    errors_of_several,
     relative,
     shared_bytes,
     supported,
@@ -106,6 +107,14 @@ def test_every_method_is_forward_over_reverse(name: str, interpreted: ProcessPoo
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["grouped", "window", "head dimension 5, values 40", "everything"])
+def test_probes_that_share_a_launch_get_what_each_gets_alone(
+    name: str, interpreted: ProcessPoolExecutor
+) -> None:
+    check(interpreted.submit(errors_of_several, CASES[name]).result(), 3e-6)
+
+
+@needs_triton
 @pytest.mark.parametrize("name", PLANS)
 def test_results_do_not_depend_on_how_work_is_split(
     name: str, interpreted: ProcessPoolExecutor
@@ -174,10 +183,19 @@ def test_a_tile_that_does_not_fit_has_a_smaller_one_until_nothing_is_left() -> N
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_plan_computes_everything_once(width: int, hopper: bool, wide: bool) -> None:
     card = Card(hopper=hopper, processors=100)
-    for mode, wanted in (("primal", {""}), ("tangent", {"_dot"}), ("dual", {"", "_dot"})):
-        for plan in plans("keys", mode, width, card, wide=wide, exact=wide):
-            made = [name for one in plan for name in one.outputs("dk", "dv")]
-            assert sorted(made) == sorted(k + s for k in ("dk", "dv") for s in wanted)
+    wanted: dict[Mode, tuple[int, ...]] = {"primal": (0,), "tangent": (1, 2, 3), "dual": (0, 1)}
+    for mode, sides in wanted.items():
+        several = len(sides) == 3
+        for plan in plans("keys", mode, width, card, wide=wide, exact=wide, several=several):
+            made = [
+                (name, side)
+                for one in plan
+                for probes in one.launches(max(sides))
+                for side in one.makes(probes)
+                for name, computed in (("dk", one.keys), ("dv", one.values))
+                if computed
+            ]
+            assert sorted(made) == [(name, side) for name in ("dk", "dv") for side in sides]
 
 
 BOUNDS: list[tuple[torch.dtype, str, Callable[[Case], float]]] = [
@@ -201,6 +219,8 @@ def test_on_a_gpu_every_method_is_forward_over_reverse(
     if case.spans is not None:
         case = dataclasses.replace(case, spans=tuple((5 * i, 5 * j) for i, j in case.spans))
     check(errors(case, dtype, "cuda", precision), bound(case))  # type: ignore[arg-type]
+    several = errors_of_several(case, dtype, "cuda", precision)  # type: ignore[arg-type]
+    check(several, bound(case))
 
 
 @needs_triton
@@ -238,10 +258,11 @@ def test_first_derivatives_of_cudnn_are_ours(case: Case, dtype: torch.dtype) -> 
     y = cudnn.forward(x, case.pattern, None)
     true = ours.forward(x, case.pattern, None)
     assert y is not None
-    found = cudnn.backward(x, true, o_bar, case.pattern, None)
+    at = Point(x, true, o_bar)
+    found = cudnn.backward(at, case.pattern, None)
     assert found is not None
     bound = 2e-2 if dtype == torch.bfloat16 else 3e-3
     assert relative(y.o, true.o.double()) < bound
     assert relative(y.lse, true.lse.double()) < 1e-4
-    for one, other in zip(found, ours.backward(x, true, o_bar, case.pattern, None), strict=True):
+    for one, other in zip(found, ours.backward(at, case.pattern, None), strict=True):
         assert relative(one, other.double()) < bound

@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 import torch
 from hvp_core.attention import pieces, team
-from hvp_core.attention.rule import Output, Pattern, Qkv, Span
+from hvp_core.attention.rule import Output, Pattern, Point, Qkv, Span
 from hvp_core.attention.tiled import Tiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.core.attention_oracle import Derivatives, oracle
 
@@ -63,20 +64,32 @@ class Problem:
     def together(self, pattern: Pattern, span: Span | None) -> Derivatives:
         """By the two methods that return values and tangents."""
         y, y_dot = TILED.dual(self.x, self.x_dot, pattern, span)
-        first, second = TILED.backward_dual(
-            self.x, self.x_dot, y, y_dot, self.o_bar, self.o_bar_dot, pattern, span
-        )
+        at, dot = Point(self.x, y, self.o_bar), Point(self.x_dot, y_dot, self.o_bar_dot)
+        first, second = TILED.backward_dual(at, dot, pattern, span)
         return Derivatives(*y, *y_dot, *first, *second)
 
     def apart(self, pattern: Pattern, span: Span | None) -> Derivatives:
         """By the four methods that return one of them."""
         y = TILED.forward(self.x, pattern, span)
-        y_dot = TILED.tangent(self.x, self.x_dot, y, pattern, span)
-        first = TILED.backward(self.x, y, self.o_bar, pattern, span)
-        second = TILED.backward_tangent(
-            self.x, self.x_dot, y, y_dot, self.o_bar, self.o_bar_dot, pattern, span
-        )
+        (y_dot,) = TILED.tangents(self.x, [self.x_dot], y, pattern, span)
+        at, dot = Point(self.x, y, self.o_bar), Point(self.x_dot, y_dot, self.o_bar_dot)
+        first = TILED.backward(at, pattern, span)
+        (second,) = TILED.backward_tangents(at, [dot], pattern, span)
         return Derivatives(*y, *y_dot, *first, *second)
+
+    def several(self, pattern: Pattern, span: Span | None) -> list[tuple[Output, Qkv]]:
+        """Tangents along three directions of which the second is this one, all at once."""
+        y = TILED.forward(self.x, pattern, span)
+        x_dots = [Qkv(*(factor * part for part in self.x_dot)) for factor in (0.5, 1, -2)]
+        y_dots = TILED.tangents(self.x, x_dots, y, pattern, span)
+        at = Point(self.x, y, self.o_bar)
+        # Each with another ḋO, which the tangents are affine in.
+        dots = [
+            Point(x_dot, y_dot, factor * self.o_bar_dot)
+            for x_dot, y_dot, factor in zip(x_dots, y_dots, (-1, 1, 2), strict=True)
+        ]
+        seconds = TILED.backward_tangents(at, dots, pattern, span)
+        return list(zip(y_dots, seconds, strict=True))
 
 
 def check(got: Derivatives, truth: Derivatives, tolerance: float) -> None:
@@ -133,6 +146,53 @@ def test_every_method_equals_forward_over_reverse(name: str, small: bool) -> Non
     with tiles(24, 12, 17, 600) if small else contextlib.nullcontext():
         check(problem.together(pattern, span), truth, 1e-12)
         check(problem.apart(pattern, span), truth, 1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("small", [False, True])
+def test_tangents_along_several_directions_are_those_along_each(name: str, small: bool) -> None:
+    shape, pattern, span = CASES[name]
+    problem = Problem(shape)
+    x_dot, o_bar_dot = problem.x_dot, problem.o_bar_dot
+    with tiles(24, 12, 17, 600) if small else contextlib.nullcontext():
+        found = problem.several(pattern, span)
+    for (y_dot, second), scale, factor in zip(found, (0.5, 1, -2), (-1, 1, 2), strict=True):
+        problem.x_dot = Qkv(*(scale * part for part in x_dot))
+        problem.o_bar_dot = factor * o_bar_dot
+        truth = problem.oracle(pattern, span)
+        check(truth._replace(**_tangents(y_dot, second)), truth, 1e-12)
+
+
+def _tangents(y_dot: Output, second: Qkv) -> dict[str, Tensor]:
+    names = ("o_dot", "lse_dot", "dq_dot", "dk_dot", "dv_dot")
+    return dict(zip(names, (*y_dot, *second), strict=True))
+
+
+def test_several_directions_share_the_tile_products_that_have_no_tangent() -> None:
+    """One of the five forward, and two of the twelve backward, are done once for all."""
+    problem = Problem((1, 2, 1, 64, 64, 32, 32))
+    y = TILED.forward(problem.x, CAUSAL, None)
+    at = Point(problem.x, y, problem.o_bar)
+
+    def added(total: torch.Size, left: torch.Size, right: torch.Size, **_: Any) -> int:
+        return 2 * left[0] * left[1] * left[2] * right[2]
+
+    def watch() -> FlopCounterMode:
+        mapping: dict[Any, Any] = {torch.ops.aten.baddbmm_: added}
+        return FlopCounterMode(display=False, custom_mapping=mapping)
+
+    def work(count: int) -> tuple[int, int]:
+        x_dots = [problem.x_dot] * count
+        with watch() as forward:
+            y_dots = TILED.tangents(problem.x, x_dots, y, CAUSAL, None)
+        dots = [Point(problem.x_dot, y_dot, problem.o_bar_dot) for y_dot in y_dots]
+        with watch() as backward:
+            TILED.backward_tangents(at, dots, CAUSAL, None)
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    for one, four, shared, own in zip(work(1), work(4), (1, 2), (4, 10), strict=True):
+        # Not quite: a shift is one more column of a product.
+        assert four / one == pytest.approx((shared + 4 * own) / (shared + own), rel=0.005)
 
 
 def test_steps_of_the_real_size_go_together() -> None:
@@ -250,9 +310,10 @@ def test_the_second_derivative_is_symmetric() -> None:
     y = TILED.forward(x, pattern, span)
 
     def second(direction: Qkv) -> Qkv:
-        y_dot = TILED.tangent(x, direction, y, pattern, span)
-        still = torch.zeros_like(problem.o_bar)
-        return TILED.backward_tangent(x, direction, y, y_dot, problem.o_bar, still, pattern, span)
+        (y_dot,) = TILED.tangents(x, [direction], y, pattern, span)
+        at = Point(x, y, problem.o_bar)
+        dot = Point(direction, y_dot, torch.zeros_like(problem.o_bar))
+        return TILED.backward_tangents(at, [dot], pattern, span)[0]
 
     def inner(a: Qkv, b: Qkv) -> float:
         return float(sum((p * q).sum() for p, q in zip(a, b, strict=True)))

@@ -10,8 +10,8 @@ half, or both at once. Between the two parts of a leg the attention is called.
     gradient  fast      forward primal │ backward primal
 
 What crosses │ is kept; what crosses ┆ is not, but for the block's input and its attention's
-output. In `shared`, primal legs run once for any number of tangents: of several probes, and, kept,
-of several products.
+output. In `shared`, primal legs run once for any number of tangents: of several probes, whose
+attention is computed together, and, kept, of several products.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
+from torch import Tensor
 
-from hvp_core.attention.rule import Attention, Output, Pattern, Qkv, Span
+from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.parts import Group, Part, split
 from hvp_core.trace import Env, Stage, Trace
 
 Mode = Literal["loss", "gradient", "hessian", "ggn"]
 Way = Literal["fast", "lean", "shared"]
 Half = Literal["primal", "tangent"]
+Collect = Callable[[Part, Env], None]
 
 _QKV = ("q", "k", "v")
 _OUTPUT = ("o", "lse")
@@ -78,38 +80,41 @@ class AttentionCall:
     pattern: Pattern
     span: Span | None
 
-    def forward(self, env: Env, halves: tuple[Half, ...]) -> Env:
-        """O, L or their tangents from q, k, v."""
+    def forward(self, envs: Sequence[Env], halves: tuple[Half, ...]) -> list[Env]:
+        """O, L or their tangents from q, k, v; tangents of several probes at once."""
+        if halves == ("tangent",):
+            at = Output(_heads_first(envs[0]["o"]), envs[0]["lse"])
+            x_dots = [_qkv(env, "_dot") for env in envs]
+            found = self.rule.tangents(_qkv(envs[0]), x_dots, at, self.pattern, self.span)
+            return [_output(each, "_dot") for each in found]
+        (env,) = envs
         x = _qkv(env)
         if halves == ("primal",):
-            return _output(self.rule.forward(x, self.pattern, self.span), "")
-        x_dot = _qkv(env, "_dot")
-        if halves == ("tangent",):
-            y = Output(env["o"].transpose(1, 2), env["lse"])
-            return _output(self.rule.tangent(x, x_dot, y, self.pattern, self.span), "_dot")
-        y, y_dot = self.rule.dual(x, x_dot, self.pattern, self.span)
-        return _output(y, "") | _output(y_dot, "_dot")
+            return [_output(self.rule.forward(x, self.pattern, self.span), "")]
+        y, y_dot = self.rule.dual(x, _qkv(env, "_dot"), self.pattern, self.span)
+        return [_output(y, "") | _output(y_dot, "_dot")]
 
-    def backward(self, env: Env, halves: tuple[Half, ...]) -> Env:
-        """Cotangents of q, k, v or their tangents from that of O."""
-        x = _qkv(env)
-        y = Output(env["o"].transpose(1, 2), env["lse"])
-        o_bar = env["o_bar"].transpose(1, 2)
-        if halves == ("primal",):
-            return _bars(self.rule.backward(x, y, o_bar, self.pattern, self.span), "")
-        dots = (
-            _qkv(env, "_dot"),
-            y,
-            Output(env["o_dot"].transpose(1, 2), env["lse_dot"]),
-            o_bar,
-            env["o_bar_dot"].transpose(1, 2),
-            self.pattern,
-            self.span,
-        )
+    def backward(self, envs: Sequence[Env], halves: tuple[Half, ...]) -> list[Env]:
+        """Cotangents of q, k, v or their tangents from that of O; tangents of several at once."""
+        at = _point(envs[0])
         if halves == ("tangent",):
-            return _bars(self.rule.backward_tangent(x, *dots), "_dot")
-        bars, bars_dot = self.rule.backward_dual(x, *dots)
-        return _bars(bars, "") | _bars(bars_dot, "_dot")
+            dots = [_point(env, "_dot") for env in envs]
+            found = self.rule.backward_tangents(at, dots, self.pattern, self.span)
+            return [_bars(each, "_dot") for each in found]
+        (env,) = envs
+        if halves == ("primal",):
+            return [_bars(self.rule.backward(at, self.pattern, self.span), "")]
+        bars, bars_dot = self.rule.backward_dual(at, _point(env, "_dot"), self.pattern, self.span)
+        return [_bars(bars, "") | _bars(bars_dot, "_dot")]
+
+
+def _heads_first(o: Tensor) -> Tensor:
+    return o.transpose(1, 2)
+
+
+def _point(env: Env, suffix: str = "") -> Point:
+    o, lse, o_bar = (env[name + suffix] for name in ("o", "lse", "o_bar"))
+    return Point(_qkv(env, suffix), Output(_heads_first(o), lse), _heads_first(o_bar))
 
 
 def _qkv(env: Env, suffix: str = "") -> Qkv:
@@ -117,7 +122,7 @@ def _qkv(env: Env, suffix: str = "") -> Qkv:
 
 
 def _output(y: Output, suffix: str) -> Env:
-    return {f"o{suffix}": y.o.transpose(1, 2), f"lse{suffix}": y.lse}
+    return {f"o{suffix}": _heads_first(y.o), f"lse{suffix}": y.lse}
 
 
 def _bars(x: Qkv, suffix: str) -> Env:
@@ -133,12 +138,7 @@ class Leg:
     parts: tuple[Part, ...]
     needs: frozenset[str]  # what it reads of earlier legs, parameters and constants aside
 
-    def run(
-        self,
-        env: Env,
-        attention: AttentionCall | None,
-        collect: Callable[[Part, Env], None] | None = None,
-    ) -> Env:
+    def run(self, env: Env, attention: AttentionCall | None, collect: Collect | None = None) -> Env:
         """Everything it computes, by name.
 
         Args:
@@ -146,25 +146,37 @@ class Leg:
             attention: What lies between its two parts, if it has two.
             collect: Takes derivatives of parameters out of a part's results.
         """
-        found: Env = {}
+        return self.run_all([env], attention, [collect])[0]
+
+    def run_all(
+        self,
+        envs: Sequence[Env],
+        attention: AttentionCall | None,
+        collects: Sequence[Collect | None],
+    ) -> list[Env]:
+        """The tangents of several probes: as `run` of each, but the attention does all at once."""
+        found: list[Env] = [{} for _ in envs]
         for index, part in enumerate(self.parts):
             if index:
                 assert attention is not None
                 step = attention.backward if self.spec.backward else attention.forward
-                found |= step({**env, **found}, self.spec.halves)
-            results = part({**env, **found})
-            if part.terms:
-                assert collect is not None
-                collect(part, results)
-                operands = {
-                    name
-                    for terms in part.terms.values()
-                    for term in terms
-                    for name in term.operands
-                }
-                results = {name: each for name, each in results.items() if name not in operands}
-            found |= results
+                known = [{**env, **results} for env, results in zip(envs, found, strict=True)]
+                for results, made in zip(found, step(known, self.spec.halves), strict=True):
+                    results |= made
+            for env, results, collect in zip(envs, found, collects, strict=True):
+                results |= _run_part(part, {**env, **results}, collect)
         return found
+
+
+def _run_part(part: Part, env: Env, collect: Collect | None) -> Env:
+    """Its results, without those that only parameters' derivatives are made of."""
+    results = part(env)
+    if not part.terms:
+        return results
+    assert collect is not None
+    collect(part, results)
+    operands = {name for terms in part.terms.values() for term in terms for name in term.operands}
+    return {name: each for name, each in results.items() if name not in operands}
 
 
 @final

@@ -163,20 +163,18 @@ class Traced(Route):
             env = self._env(weights) | self._input(x)
             found = legs[0].run(env, self._attention)
             tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
-        y_dots = []
-        tape.tangents = []
-        for probe, x_dot in enumerate(x_dots):
-            env = self._env(weights, probe) | tape.primal | self._input(x, x_dot)
-            found = legs[1].run(env, self._attention)
-            y_dots.append(found["y_dot"].contiguous())
-            tape.tangents.append(
-                {
-                    name: each
-                    for name, each in _only(plan.kept(legs[1]), env | found).items()
-                    if name not in tape.primal
-                }
-            )
-        return tape.primal["y"], y_dots, tape
+        if not x_dots:
+            return tape.primal["y"], [], tape
+        envs = [
+            self._env(weights, probe) | tape.primal | self._input(x, x_dot)
+            for probe, x_dot in enumerate(x_dots)
+        ]
+        results = legs[1].run_all(envs, self._attention, [None for _ in envs])
+        names = plan.kept(legs[1]) - set(tape.primal)
+        tape.tangents = [
+            _only(names, env | found) for env, found in zip(envs, results, strict=True)
+        ]
+        return tape.primal["y"], [found["y_dot"].contiguous() for found in results], tape
 
     def backward(
         self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
@@ -195,17 +193,22 @@ class Traced(Route):
             tape.primal |= _only(plan.kept(legs[0]), env | found)
             if "x_bar" in found:
                 x_bar = tape.primal["x_bar"] = found["x_bar"]
+        last, together = legs[-1], legs[-1].spec.halves == ("tangent",)
+        everyone = range(len(bars.dots))
         dots: list[Tensor | None] = []
-        for probe, (y_bar_dot, sum_) in enumerate(zip(bars.dots, sums, strict=True)):
-            env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
-            env |= _bar(y_bar_dot) if mode == "ggn" else _bar(bars.primal, y_bar_dot)
-            tape.tangents[probe] = {}
-            found = legs[-1].run(env, self._attention, adder(sum_, self._names))
-            if mode == "ggn":
-                dots.append(found.get("x_bar"))
-            else:
-                dots.append(found.get("x_bar_dot"))
-                x_bar = found.get("x_bar", x_bar)
+        for probes in [everyone] if together else [(probe,) for probe in everyone]:
+            envs = []
+            for probe in probes:
+                env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
+                y_bar_dot = bars.dots[probe]
+                env |= _bar(y_bar_dot) if mode == "ggn" else _bar(bars.primal, y_bar_dot)
+                envs.append(env)
+                tape.tangents[probe] = {}
+            adders = [adder(sums[probe], self._names) for probe in probes]
+            for found in last.run_all(envs, self._attention, adders):
+                dots.append(found.get("x_bar" if mode == "ggn" else "x_bar_dot"))
+                if mode == "hessian":
+                    x_bar = found.get("x_bar", x_bar)
         return Bars(x_bar, dots)
 
 

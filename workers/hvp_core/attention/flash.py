@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import final
 
@@ -15,8 +15,8 @@ from hvp_core.attention.flash_launch import (
     InputPrecision,
     Launcher,
     Problem,
-    Reads,
     Runner,
+    Sides,
     capability,
     contiguous_rows,
     has_triton,
@@ -25,7 +25,7 @@ from hvp_core.attention.flash_launch import (
     rows_first,
 )
 from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile
-from hvp_core.attention.rule import Attention, Output, Pattern, Qkv, Span
+from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 
 _WIDEST = 256
 
@@ -89,152 +89,170 @@ class Flash(Attention):
         if self._first_order and (found := self._first_order.forward(x, pattern, span)):
             return found
         y = _new_output(x)
-        self._forward("primal", x, None, y, None, pattern, span)
+        self._forward("primal", [x], [y], pattern, span)
         return y
 
-    def tangent(self, x: Qkv, x_dot: Qkv, y: Output, pattern: Pattern, span: Span | None) -> Output:
-        """(Ȯ, L̇), given (O, L). Cost: 5 tile products."""
-        y_dot = _new_output(x)
-        self._forward("tangent", x, x_dot, y, y_dot, pattern, span)
-        return y_dot
+    def tangents(
+        self, x: Qkv, x_dots: Sequence[Qkv], y: Output, pattern: Pattern, span: Span | None
+    ) -> list[Output]:
+        """(Ȯ, L̇) along each direction, given (O, L).
+
+        Cost: 4 tile products for each, and one for one or two of them.
+        """
+        y_dots = [_new_output(x) for _ in x_dots]
+        self._forward("tangent", [x, *x_dots], [y, *y_dots], pattern, span)
+        return y_dots
 
     def dual(
         self, x: Qkv, x_dot: Qkv, pattern: Pattern, span: Span | None
     ) -> tuple[Output, Output]:
         """((O, L), (Ȯ, L̇)). Cost: 6 tile products."""
         y, y_dot = _new_output(x), _new_output(x)
-        self._forward("dual", x, x_dot, y, y_dot, pattern, span)
+        self._forward("dual", [x, x_dot], [y, y_dot], pattern, span)
         return y, y_dot
 
-    def backward(
-        self, x: Qkv, y: Output, o_bar: Tensor, pattern: Pattern, span: Span | None
-    ) -> Qkv:
+    def backward(self, at: Point, pattern: Pattern, span: Span | None) -> Qkv:
         """(dQ, dK, dV). Cost: 7 tile products, in two kernels."""
-        if self._first_order and (first := self._first_order.backward(x, y, o_bar, pattern, span)):
+        if self._first_order and (first := self._first_order.backward(at, pattern, span)):
             return first
-        reads = _reads(x, None, o_bar, None)
-        found = self._backward("primal", reads, y, None, Problem.of(x, pattern, span))
-        return Qkv(found["dq"], found["dk"], found["dv"])
+        return self._backward("primal", [at], pattern, span)[0]
 
-    def backward_tangent(
-        self,
-        x: Qkv,
-        x_dot: Qkv,
-        y: Output,
-        y_dot: Output,
-        o_bar: Tensor,
-        o_bar_dot: Tensor,
-        pattern: Pattern,
-        span: Span | None,
-    ) -> Qkv:
-        """(ḋQ, ḋK, ḋV) alone. Cost: 18 tile products, in two kernels."""
-        reads = _reads(x, x_dot, o_bar, o_bar_dot)
-        found = self._backward("tangent", reads, y, y_dot, Problem.of(x, pattern, span))
-        return Qkv(found["dq_dot"], found["dk_dot"], found["dv_dot"])
+    def backward_tangents(
+        self, at: Point, dots: Sequence[Point], pattern: Pattern, span: Span | None
+    ) -> list[Qkv]:
+        """(ḋQ, ḋK, ḋV) alone, along each direction.
+
+        Cost, in two kernels: 14 tile products for each, and 4 for one or two of them.
+        """
+        found = self._backward("tangent", [at, *dots], pattern, span)
+        return [found[probe] for probe in range(1, 1 + len(dots))]
 
     def backward_dual(
-        self,
-        x: Qkv,
-        x_dot: Qkv,
-        y: Output,
-        y_dot: Output,
-        o_bar: Tensor,
-        o_bar_dot: Tensor,
-        pattern: Pattern,
-        span: Span | None,
+        self, at: Point, dot: Point, pattern: Pattern, span: Span | None
     ) -> tuple[Qkv, Qkv]:
         """((dQ, dK, dV), (ḋQ, ḋK, ḋV)). Cost: 21 tile products, in two kernels."""
-        reads = _reads(x, x_dot, o_bar, o_bar_dot)
-        found = self._backward("dual", reads, y, y_dot, Problem.of(x, pattern, span))
-        first = Qkv(found["dq"], found["dk"], found["dv"])
-        return first, Qkv(found["dq_dot"], found["dk_dot"], found["dv_dot"])
+        found = self._backward("dual", [at, dot], pattern, span)
+        return found[0], found[1]
+
+    # By side: 0 for the point itself, then the tangents of each probe ---------------------------
 
     def _forward(
-        self,
-        mode: Mode,
-        x: Qkv,
-        x_dot: Qkv | None,
-        y: Output,
-        y_dot: Output | None,
-        pattern: Pattern,
-        span: Span | None,
+        self, mode: Mode, xs: list[Qkv], ys: list[Output], pattern: Pattern, span: Span | None
     ) -> None:
-        problem = Problem.of(x, pattern, span)
-        reads = _reads(x, x_dot, None, None)
-        o_dot, lse_dot = y_dot or (None, None)
-        given = {"o": y.o, "o_dot": o_dot, "lse": y.lse, "lse_dot": lse_dot}
+        problem, num_probes = Problem.of(xs[0], pattern, span), len(xs) - 1
+        reads = {side: _reads(x) for side, x in enumerate(xs)}
+        writes = {side: y._asdict() for side, y in enumerate(ys)}
 
         def execute(plan: Plan) -> None:
             for one in plan:
-                run = partial(self._runner.run, kernels().forward, one, problem, reads, given)
-                self._runner.fitted(one, problem, run)
+                for probes in one.launches(num_probes):
+                    run = partial(
+                        self._runner.run, kernels().forward, one, probes, problem, reads, writes
+                    )
+                    self._runner.fitted(one, probes, problem, run)
 
-        self._runner.with_plan("forward", mode, problem, execute)
+        self._runner.with_plan("forward", mode, problem, num_probes, execute)
 
     def _backward(
-        self, mode: Mode, reads: Reads, y: Output, y_dot: Output | None, problem: Problem
-    ) -> dict[str, Tensor]:
-        """What `mode` asks for of dq, dk, dv and dq_dot, dk_dot, dv_dot."""
-        dual = mode != "primal"
-        o_dot, lse_dot = y_dot or (None, None)
-        delta = torch.empty_like(y.lse)
-        delta_dot = torch.empty_like(y.lse) if dual else None
-        sums = {"delta": delta, "delta_dot": delta_dot}
-        cotangents = {"o_bar": reads.o_bar, "o_bar_dot": reads.o_bar_dot}
-        outputs = {"o": y.o, "o_dot": o_dot}
-        self._runner.row_sums(outputs | cotangents | sums, problem, dual=dual)
-        given = {"lse": y.lse, "lse_dot": lse_dot, **sums}
-        queries = partial(self._queries, reads, given, problem)
-        keys = partial(self._keys, reads, given, problem)
-        return self._runner.with_plan("queries", mode, problem, queries) | self._runner.with_plan(
-            "keys", mode, problem, keys
-        )
+        self, mode: Mode, points: list[Point], pattern: Pattern, span: Span | None
+    ) -> dict[int, Qkv]:
+        """The derivatives on each side that `mode` asks for."""
+        problem, num_probes = Problem.of(points[0].x, pattern, span), len(points) - 1
+        reads = {
+            side: {**_reads(point.x), "o_bar": contiguous_rows(point.o_bar)}
+            for side, point in enumerate(points)
+        }
+        deltas = {side: torch.empty_like(points[0].y.lse) for side in range(len(points))}
+        sums: Sides = {
+            side: {"o": point.y.o, "o_bar": reads[side]["o_bar"], "delta": deltas[side]}
+            for side, point in enumerate(points)
+        }
+        for probe in range(1, len(points)):
+            self._runner.row_sums(sums, [probe], problem)
+        if num_probes == 0:
+            self._runner.row_sums(sums, [], problem)
+        given: Sides = {
+            side: {"lse": point.y.lse, "delta": deltas[side]} for side, point in enumerate(points)
+        }
+        queries = partial(self._queries, num_probes, reads, given, problem)
+        keys = partial(self._keys, num_probes, reads, given, problem)
+        dqs = self._runner.with_plan("queries", mode, problem, num_probes, queries)
+        others = self._runner.with_plan("keys", mode, problem, num_probes, keys)
+        return {side: Qkv(dq, others["dk"][side], others["dv"][side]) for side, dq in dqs.items()}
 
     def _queries(
-        self, reads: Reads, given: dict[str, Tensor | None], p: Problem, plan: Plan
-    ) -> dict[str, Tensor]:
-        """Dq and dq_dot, as far as the plan computes them."""
-        found: dict[str, Tensor] = {}
+        self, num_probes: int, reads: Sides, given: Sides, p: Problem, plan: Plan
+    ) -> dict[int, Tensor]:
+        """DQ on each side, as far as the plan computes it."""
+        found: dict[int, Tensor] = {}
         for one in plan:
-            new = {name: rows_first(p.b, p.heads, p.s, p.d, reads.q) for name in one.outputs("dq")}
-            arguments = {"dq": None, "dq_dot": None, **given, **new}
-            run = partial(self._runner.run, kernels().backward_queries, one, p, reads, arguments)
-            self._runner.fitted(one, p, run)
-            found |= new
+            for probes in one.launches(num_probes):
+                new = {
+                    side: rows_first(p.b, p.heads, p.s, p.d, reads[0]["q"])
+                    for side in one.makes(probes)
+                }
+                arguments = _merged(given, {side: {"dq": dq} for side, dq in new.items()})
+                run = partial(
+                    self._runner.run, kernels().backward_queries, one, probes, p, reads, arguments
+                )
+                self._runner.fitted(one, probes, p, run)
+                found |= new
         return found
 
     def _keys(
-        self, reads: Reads, given: dict[str, Tensor | None], p: Problem, plan: Plan
-    ) -> dict[str, Tensor]:
-        """dk, dv, dk_dot and dv_dot, as far as the plan computes them."""
-        found: dict[str, Tensor] = {}
+        self, num_probes: int, reads: Sides, given: Sides, p: Problem, plan: Plan
+    ) -> dict[str, dict[int, Tensor]]:
+        """DK and dV on each side, as far as the plan computes them."""
+        found: dict[str, dict[int, Tensor]] = {"dk": {}, "dv": {}}
         for one in plan:
+            widths = {"dk": p.d} if one.keys else {}
+            widths |= {"dv": p.e} if one.values else {}
+            for probes in one.launches(num_probes):
+                sides = one.makes(probes)
 
-            def run(tile: Tile, one: Pass = one) -> dict[str, Tensor]:
-                parts = self._runner.parts(p, one, tile)
-                # A result and its tangent in one buffer, for one sum over the parts.
-                stacks = {
-                    tuple(names): reads.k.new_empty(len(names), p.b, p.t, p.key_heads, parts, width)
-                    for names, width in ((one.outputs("dk"), p.d), (one.outputs("dv"), p.e))
-                    if names
-                }
-                arguments = {**dict.fromkeys(("dk", "dk_dot", "dv", "dv_dot")), **given}
-                for names, stack in stacks.items():
-                    arguments.update(zip(names, _heads(stack.flatten(3, 4)), strict=True))
-                self._runner.run_keys(one, p, reads, arguments, parts, tile)
-                new: dict[str, Tensor] = {}
-                for names, stack in stacks.items():
-                    folded = stack.squeeze(4) if parts == 1 else stack.sum(4)
-                    new.update(zip(names, _heads(folded), strict=True))
-                return new
+                def run(
+                    tile: Tile,
+                    one: Pass = one,
+                    probes: tuple[int, ...] = probes,
+                    sides: tuple[int, ...] = sides,
+                    widths: dict[str, int] = widths,
+                ) -> dict[str, dict[int, Tensor]]:
+                    parts = self._runner.parts(p, probes, tile)
+                    # All sides of a result in one buffer, for one sum over the parts.
+                    stacks = {
+                        name: reads[0]["k"].new_empty(
+                            len(sides), p.b, p.t, p.key_heads, parts, width
+                        )
+                        for name, width in widths.items()
+                    }
+                    arguments = given
+                    for name, stack in stacks.items():
+                        places = zip(sides, _heads(stack.flatten(3, 4)), strict=True)
+                        arguments = _merged(arguments, {side: {name: x} for side, x in places})
+                    self._runner.run_keys(one, probes, p, reads, arguments, parts, tile)
+                    return {
+                        name: dict(zip(sides, _heads(_folded(stack)), strict=True))
+                        for name, stack in stacks.items()
+                    }
 
-            found |= self._runner.fitted(one, p, run)
+                for name, new in self._runner.fitted(one, probes, p, run).items():
+                    found[name] |= new
         return found
+
+
+def _folded(stack: Tensor) -> Tensor:
+    """(n, b, t, h, parts, width) summed over parts."""
+    return stack.squeeze(4) if stack.shape[4] == 1 else stack.sum(4)
 
 
 def _heads(stack: Tensor) -> tuple[Tensor, ...]:
     """(b, h, t, width) each, of a stack of (b, t, h, width)."""
     return stack.transpose(2, 3).unbind()
+
+
+def _merged(one: Sides, other: Sides) -> Sides:
+    """What both hold, side by side."""
+    return {side: {**values, **other.get(side, {})} for side, values in one.items()}
 
 
 def _new_output(x: Qkv) -> Output:
@@ -243,9 +261,5 @@ def _new_output(x: Qkv) -> Output:
     return Output(rows_first(b, h, s, x.v.shape[-1], x.q), lse)
 
 
-def _reads(x: Qkv, x_dot: Qkv | None, o_bar: Tensor | None, o_bar_dot: Tensor | None) -> Reads:
-    tangents = x_dot or (None, None, None)
-    optional = (
-        None if one is None else contiguous_rows(one) for one in (*tangents, o_bar, o_bar_dot)
-    )
-    return Reads(*map(contiguous_rows, x), *optional)
+def _reads(x: Qkv) -> dict[str, Tensor]:
+    return {name: contiguous_rows(each) for name, each in x._asdict().items()}

@@ -11,10 +11,9 @@ import logging
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from hvp_core.attention.flash_launch import card, contiguous_rows
-from hvp_core.attention.rule import Output, Pattern, Qkv, Span
+from hvp_core.attention.rule import Output, Pattern, Point, Qkv, Span
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +38,12 @@ class FirstOrder:
             return None
         return Output(o, lse.reshape(q.shape[:3]))
 
-    def backward(
-        self, x: Qkv, y: Output, o_bar: Tensor, pattern: Pattern, span: Span | None
-    ) -> Qkv | None:
+    def backward(self, at: Point, pattern: Pattern, span: Span | None) -> Qkv | None:
         """(dQ, dK, dV), or None where other kernels have to do it.
 
         dQ is summed in the order in which programs run.
         """
+        x, y, o_bar = at
         if torch.are_deterministic_algorithms_enabled() or not self._takes(x, pattern, span):
             return None
         q, k, v = map(contiguous_rows, x)

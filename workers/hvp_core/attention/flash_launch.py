@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -70,17 +70,17 @@ def _triton(module: str) -> Any:
     return importlib.import_module(f"triton.{module}")
 
 
-class Reads(NamedTuple):
-    """The (b, h, n, d) inputs of a kernel, by the kernel's names."""
+#: Arguments by their names without a suffix: 0 for the values, then the tangents of each probe.
+Sides = Mapping[int, Mapping[str, Tensor]]
+_SUFFIXES = ("_dot", "_dot2")
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_dot: Tensor | None = None
-    k_dot: Tensor | None = None
-    v_dot: Tensor | None = None
-    o_bar: Tensor | None = None
-    o_bar_dot: Tensor | None = None
+
+def named(sides: Sides, probes: Sequence[int]) -> dict[str, Tensor]:
+    """Arguments by the kernels' names, of a launch for these probes."""
+    found = dict(sides.get(0, {}))
+    for suffix, probe in zip(_SUFFIXES, probes, strict=False):
+        found |= {name + suffix: value for name, value in sides[probe].items()}
+    return found
 
 
 @final
@@ -157,7 +157,12 @@ class Runner:
         self._fitting: dict[tuple[object, ...], Tile] = {}
 
     def with_plan(
-        self, kernel: Kernel, mode: Mode, problem: Problem, execute: Callable[[Plan], _T]
+        self,
+        kernel: Kernel,
+        mode: Mode,
+        problem: Problem,
+        num_probes: int,
+        execute: Callable[[Plan], _T],
     ) -> _T:
         """`execute` a plan: the committed one, or the fastest if tuning was asked for."""
         if (kernel, mode) in self._choose:
@@ -165,19 +170,23 @@ class Runner:
         card = self.card(problem.device)
         width = bucket(max(problem.d, problem.e))
         exact = self._precision != "tf32"
-        options = plans(kernel, mode, width, card, wide=problem.wide, exact=exact)
+        several = num_probes > 1
+        options = plans(kernel, mode, width, card, wide=problem.wide, exact=exact, several=several)
         if not self._tune or problem.device.type != "cuda":
             return execute(options[0])
         lengths = (problem.s.bit_length(), problem.t.bit_length(), problem.b * problem.heads)
-        shape = (kernel, mode, width, problem.dtype, problem.group, lengths, problem.pattern.causal)
+        kind = (kernel, mode, several, width, problem.dtype)
+        shape = (*kind, problem.group, lengths, problem.pattern.causal)
         if shape not in self._chosen:
             self._chosen[shape] = min(options, key=lambda plan: _seconds(lambda: execute(plan)))
         return execute(self._chosen[shape])
 
-    def fitted(self, one: Pass, problem: Problem, execute: Callable[[Tile], _T]) -> _T:
-        """`execute` a pass with its tile, or the next smaller one until it fits the card."""
+    def fitted(
+        self, one: Pass, probes: Sequence[int], problem: Problem, execute: Callable[[Tile], _T]
+    ) -> _T:
+        """`execute` a launch with its tile, or the next smaller one until it fits the card."""
         errors = _triton("runtime.errors")
-        key = (one, problem.dtype, problem.d, problem.e, problem.device)
+        key = (one, len(probes), problem.dtype, problem.d, problem.e, problem.device)
         tile = self._fitting.get(key, one.tile)
         while True:
             try:
@@ -195,10 +204,10 @@ class Runner:
         """The card that tensors are on."""
         return self._card or card(device)
 
-    def parts(self, problem: Problem, one: Pass, tile: Tile) -> int:
+    def parts(self, problem: Problem, probes: Sequence[int], tile: Tile) -> int:
         """Into how many programs the heads of a group go, for processors to end together."""
         programs = -(-problem.t // tile.keys) * problem.b * problem.key_heads
-        streamed = _streamed_bytes(problem, problem.s, one) * problem.group
+        streamed = _streamed_bytes(problem, problem.s, probes) * problem.group
         enough = _WAVES[streamed > _CACHE_BYTES] * self.card(problem.device).processors
         divisors = [n for n in range(1, problem.group + 1) if problem.group % n == 0]
         return next((n for n in divisors if programs * n >= enough), problem.group)
@@ -207,72 +216,74 @@ class Runner:
         self,
         kernel: Any,
         one: Pass,
+        probes: Sequence[int],
         p: Problem,
-        reads: Reads,
-        arguments: Mapping[str, Any],
+        reads: Sides,
+        arguments: Sides,
         tile: Tile,
     ) -> None:
-        """Launch one pass of a kernel whose programs own queries.
+        """One launch of a kernel whose programs own queries.
 
         Args:
             kernel: Of `flash_kernels`.
             one: What to compute.
+            probes: For which of them, by their number from 1.
             p: Sizes and pattern.
-            reads: Inputs; tangents that the pass does not need may be there.
-            arguments: What only this kernel has.
+            reads: Its (b, h, n, d) inputs.
+            arguments: What else it has.
             tile: How to cut it.
         """
         # The heads of a group stream the same keys and values.
-        chunk = max(_CACHE_BYTES // _streamed_bytes(p, p.t, one), 1) * p.group
+        chunk = max(_CACHE_BYTES // _streamed_bytes(p, p.t, probes), 1) * p.group
         tiles = -(-p.s // tile.queries)
-        self._run(kernel, one, p, reads, arguments, tile, tiles, p.b * p.heads, chunk)
+        self._run(kernel, one, probes, p, reads, arguments, tile, tiles, p.b * p.heads, chunk, {})
 
     def run_keys(
         self,
         one: Pass,
+        probes: Sequence[int],
         p: Problem,
-        reads: Reads,
-        arguments: Mapping[str, Any],
+        reads: Sides,
+        arguments: Sides,
         parts: int,
         tile: Tile,
     ) -> None:
-        """Launch one pass of dK and dV, with `parts` programs to a group of heads."""
+        """One launch for dK and dV, with `parts` programs to a group of heads."""
         sizes = {"parts": parts, "KEYS": one.keys, "VALUES": one.values}
-        chunk = max(_CACHE_BYTES // (_streamed_bytes(p, p.s, one) * p.group // parts), 1)
+        chunk = max(_CACHE_BYTES // (_streamed_bytes(p, p.s, probes) * p.group // parts), 1)
         tiles, all_heads = -(-p.t // tile.keys), p.b * p.key_heads * parts
         kernel = kernels().backward_keys
-        self._run(kernel, one, p, reads, {**arguments, **sizes}, tile, tiles, all_heads, chunk)
+        self._run(kernel, one, probes, p, reads, arguments, tile, tiles, all_heads, chunk, sizes)
 
     def _run(
         self,
         kernel: Any,
         one: Pass,
+        probes: Sequence[int],
         p: Problem,
-        reads: Reads,
-        arguments: Mapping[str, Any],
+        reads: Sides,
+        arguments: Sides,
         tile: Tile,
         tiles: int,
         all_heads: int,
         chunk: int,
+        sizes: Mapping[str, Any],
     ) -> None:
         if tiles * all_heads == 0:
             return
         bd, be = bucket(p.d), bucket(p.e)
-        if one.mode == "primal":
-            reads = reads._replace(q_dot=None, k_dot=None, v_dot=None, o_bar_dot=None)
-        present = {name: x for name, x in reads._asdict().items() if x is not None}
-        tma = tile.descriptors and all(map(_describable, present.values()))
+        read = named(reads, probes)
+        tma = tile.descriptors and all(map(_describable, read.values()))
         blocks = {
             name: (tile.keys if name[0] in "kv" else tile.queries, be if name[0] in "vo" else bd)
-            for name in present
+            for name in read
         }
         pattern = p.pattern
-        common: dict[str, Any] = {
-            name: None if x is None else _descriptor(x, blocks[name]) if tma else rows(x)
-            for name, x in reads._asdict().items()
-            if x is not None or name in kernel.arg_names
-        }
-        common.update({name: _argument(value) for name, value in arguments.items()})
+        common: dict[str, Any] = dict.fromkeys(kernel.arg_names)
+        common.update(
+            {name: _descriptor(x, blocks[name]) if tma else rows(x) for name, x in read.items()}
+        )
+        common.update({name: _argument(x) for name, x in named(arguments, probes).items()})
         common.update(
             start=None if p.span is None else p.span.start.contiguous(),
             stop=None if p.span is None else p.span.stop.contiguous(),
@@ -293,30 +304,33 @@ class Runner:
             BN=tile.keys,
             CAUSAL=pattern.causal,
             PRIMAL=one.mode != "tangent",
-            DUAL=one.mode != "primal",
+            PROBES=len(probes),
             PRECISION=self._precision if p.wide else "ieee",
             TMA=tma,
+            **sizes,
         )
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if tile.registers is not None:
             options["maxnreg"] = tile.registers
         self._launcher(kernel, (tiles * all_heads,), common, options)
 
-    def row_sums(self, arguments: Mapping[str, Any], problem: Problem, *, dual: bool) -> None:
-        """Launch the kernel for D and, if dual, Ḋ."""
+    def row_sums(self, arguments: Sides, probes: Sequence[int], problem: Problem) -> None:
+        """Launch the kernel for D and, with a probe, Ḋ."""
         p = problem
         width = bucket(p.e)
         block = max(4096 // width, 1)
         programs = p.b * p.heads * -(-p.s // block)
         if programs:
-            given = {name: _argument(value) for name, value in arguments.items()}
-            sizes = {"heads": p.heads, "s": p.s, "E": p.e, "BE": width, "BM": block, "DUAL": dual}
-            self._launcher(kernels().row_sums, (programs,), given | sizes, {"num_warps": 4})
+            kernel = kernels().row_sums
+            common: dict[str, Any] = dict.fromkeys(kernel.arg_names)
+            common.update({name: _argument(x) for name, x in named(arguments, probes).items()})
+            common.update(heads=p.heads, s=p.s, E=p.e, BE=width, BM=block, DUAL=bool(probes))
+            self._launcher(kernel, (programs,), common, {"num_warps": 4})
 
 
-def _streamed_bytes(p: Problem, length: int, one: Pass) -> int:
+def _streamed_bytes(p: Problem, length: int, probes: Sequence[int]) -> int:
     """What a program reads of one head while it loops over all of it."""
-    return max(length * (p.d + p.e) * p.dtype.itemsize * (1 if one.mode == "primal" else 2), 1)
+    return max(length * (p.d + p.e) * p.dtype.itemsize * (1 + len(probes)), 1)
 
 
 def rows(x: Tensor) -> Any:

@@ -85,6 +85,15 @@ def schedule(tiles, all_heads, chunk):
 
 
 @triton.jit
+def scaled(tiles, factor, COUNT: tl.constexpr):
+    """Each of a tuple of tiles, times a factor."""
+    found = ()
+    for n in tl.static_range(COUNT):
+        found += (tiles[n] * factor,)
+    return found
+
+
+@triton.jit
 def tanh(x):
     """From one exponential, with the exact limit on either side."""
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)

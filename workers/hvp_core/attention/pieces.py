@@ -104,10 +104,10 @@ class Piece:
         """(b, h/g, t, w) → (rows, key heads, keys, w)."""
         return x[self.rows, self.heads, self.keys]
 
-    def pack_keys(self, points: list[Qkv], scratch: Scratch) -> Tensor:
+    def pack_keys(self, name: str, points: list[Qkv], scratch: Scratch) -> Tensor:
         """[1, K, K̇, 1] times the factor (not the ones), or without the last two."""
         keys = [self.of_keys(point.k) for point in points]
-        packed = scratch.pack("k", 1.0, *keys, *([1.0] if len(points) > 1 else []))
+        packed = scratch.pack(name, 1.0, *keys, *([1.0] if len(points) > 1 else []))
         packed[..., 1 : 1 + len(points) * keys[0].shape[-1]].mul_(self.factor)
         return packed
 

@@ -15,6 +15,7 @@ Nothing of size S×S is kept: each tile of S is computed again from Q, K and L w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -68,11 +69,26 @@ class Output(NamedTuple):
     lse: Tensor
 
 
+class Point(NamedTuple):
+    """Where a backward pass is taken, or the tangent of all that along a direction.
+
+    Attributes:
+        x: Query, key and value.
+        y: What `forward` made of them.
+        o_bar: Cotangent of O, shaped as O.
+    """
+
+    x: Qkv
+    y: Output
+    o_bar: Tensor
+
+
 class Attention(ABC):
     """First derivatives and their tangents of one attention, on plain tensors without autograd.
 
     Laws: `dual` equals (`forward`, `tangent`); `backward_dual` equals (`backward`,
-    `backward_tangent`); all equal forward over reverse through the formula above.
+    `backward_tangent`); several tangents equal those taken one by one; all equal forward over
+    reverse through the formula above.
 
     Memory: outputs, and O(s) or a bounded number of tiles besides.
     """
@@ -86,8 +102,10 @@ class Attention(ABC):
         """(O, L). Cost: 2 tile products."""
 
     @abstractmethod
-    def tangent(self, x: Qkv, x_dot: Qkv, y: Output, pattern: Pattern, span: Span | None) -> Output:
-        """(Ȯ, L̇), given (O, L). Cost: 5 tile products."""
+    def tangents(
+        self, x: Qkv, x_dots: Sequence[Qkv], y: Output, pattern: Pattern, span: Span | None
+    ) -> list[Output]:
+        """(Ȯ, L̇) along each direction, given (O, L). Cost: 1 tile product, and 4 for each."""
 
     @abstractmethod
     def dual(
@@ -96,35 +114,20 @@ class Attention(ABC):
         """((O, L), (Ȯ, L̇)). Cost: 6 tile products."""
 
     @abstractmethod
-    def backward(
-        self, x: Qkv, y: Output, o_bar: Tensor, pattern: Pattern, span: Span | None
-    ) -> Qkv:
+    def backward(self, at: Point, pattern: Pattern, span: Span | None) -> Qkv:
         """(dQ, dK, dV). Cost: 5 tile products, 7 in two kernels."""
 
     @abstractmethod
-    def backward_tangent(
-        self,
-        x: Qkv,
-        x_dot: Qkv,
-        y: Output,
-        y_dot: Output,
-        o_bar: Tensor,
-        o_bar_dot: Tensor,
-        pattern: Pattern,
-        span: Span | None,
-    ) -> Qkv:
-        """(ḋQ, ḋK, ḋV) alone. Cost: 12 tile products, 18 in two kernels."""
+    def backward_tangents(
+        self, at: Point, dots: Sequence[Point], pattern: Pattern, span: Span | None
+    ) -> list[Qkv]:
+        """(ḋQ, ḋK, ḋV) alone, along each direction.
+
+        Cost: 2 tile products, and 10 for each; 4 and 14 in two kernels.
+        """
 
     @abstractmethod
     def backward_dual(
-        self,
-        x: Qkv,
-        x_dot: Qkv,
-        y: Output,
-        y_dot: Output,
-        o_bar: Tensor,
-        o_bar_dot: Tensor,
-        pattern: Pattern,
-        span: Span | None,
+        self, at: Point, dot: Point, pattern: Pattern, span: Span | None
     ) -> tuple[Qkv, Qkv]:
         """((dQ, dK, dV), (ḋQ, ḋK, ḋV)). Cost: 15 tile products, 21 in two kernels."""
