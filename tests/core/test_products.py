@@ -8,7 +8,7 @@ import torch
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy, Logistic, SquaredError
 from hvp_core.policy import Precision
-from hvp_core.precision import matmuls
+from hvp_core.precision import exact, matmuls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -367,3 +367,17 @@ def test_positions_are_not_rounded_whatever_torch_was_told() -> None:
         torch.set_float32_matmul_precision(before)
         handle.remove()
     assert set(seen) == {"highest"}
+
+
+def test_products_take_the_narrower_type_and_nothing_else_is_rounded() -> None:
+    wide, narrow = torch.randn(4, 4), torch.randn(4, 4).bfloat16()
+    expected = wide.bfloat16() @ narrow
+    with exact():
+        assert torch.equal(wide @ narrow, expected)
+        assert torch.equal(torch.nn.functional.linear(wide, narrow.T), expected)
+        assert torch.equal(torch.addmm(torch.zeros(4), wide, narrow), expected)
+        assert (wide + narrow).dtype == torch.float32
+        assert (wide.double() @ wide.double()).dtype == torch.float64
+        assert torch.dot(wide[0], narrow[0]).dtype == torch.bfloat16  # takes no mixed ones
+        total = torch.zeros(4, 4).index_add_(0, torch.arange(4), narrow)
+    assert torch.equal(total, narrow.float())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from hvp_core.block_dual import BlockDual
 from hvp_core.products import merge_sums, sum_of_products
-from hvp_core.trace import Env, trace_block, trace_graph
+from hvp_core.trace import Env, trace_graph
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.nn.functional import rms_norm, silu
 
 aten = torch.ops.aten
 
@@ -62,35 +60,3 @@ def test_a_product_that_somebody_else_reads_or_that_is_known_earlier_stays_a_lin
     graph, _ = trace_graph(program, env)
     merge_sums(graph, set(lines(graph, aten.add.Tensor)), lambda a, b: True)
     assert len(lines(graph, aten.mm.default)) == 3
-
-
-def layer(p: Env, inputs: Env, constants: Env) -> Env:
-    """A layer without its attention."""
-    x, o = inputs["x"], inputs["o"]
-    qkv = (rms_norm(x, (8,)) @ p["qkv"]).unflatten(-1, (3, 2, 4)).unbind(2)
-    names = dict(zip("qkv", (each.transpose(1, 2) for each in qkv), strict=True))
-    x = x + o.flatten(2) @ p["o"]
-    h = rms_norm(x, (8,))
-    return {**names, "y": x + (silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]}
-
-
-def test_in_16_bits_products_are_kept_and_never_a_residual_stream() -> None:
-    shapes = {"qkv": (8, 24), "o": (8, 8), "gate": (8, 32), "up": (8, 32), "down": (32, 8)}
-    p = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    inputs = {"x": torch.randn(2, 5, 8).bfloat16(), "o": torch.randn(2, 5, 2, 4).bfloat16()}
-    trace = trace_block(layer, p, inputs, {})
-    plan = BlockDual(trace, "").plan("hessian", "fast")
-    kept = {
-        name.removeprefix("r/")
-        for leg in plan.legs
-        for part in leg.parts
-        for name in part.outputs
-        if name.startswith("r/")
-    }
-    nodes = {node.name: node for node in trace.nodes}
-    narrow = [nodes[name] for name in kept if nodes[name].meta["val"].dtype.itemsize == 2]
-    assert narrow
-    pointwise = [each for each in narrow if torch.Tag.pointwise in getattr(each.target, "tags", [])]
-    assert all(each.target is aten.add.Tensor for each in pointwise)
-    for each in pointwise:
-        assert not any(trace.input_name(source) for source in each.all_input_nodes)

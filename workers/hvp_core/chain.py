@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from hvp_core.attention.mask import Mask
 from hvp_core.errors import CurvatureError
-from hvp_core.loss import Loss
+from hvp_core.loss import Loss, at_least_float32
 
 
 @final
@@ -41,14 +41,27 @@ class Body(NamedTuple):
     fixed: bool = False
 
     def cast(self, dtype: torch.dtype) -> Body:
-        """The block with floating constants of this dtype."""
-        if self.fixed:
-            return self
-        constants = {
-            name: each.to(dtype) if each.is_floating_point() else each
-            for name, each in self.constants.items()
-        }
-        return self._replace(constants=constants)
+        """The block with floating constants of this dtype, and its output in at least float32.
+
+        What blocks hand on to one another is a sum over all blocks before. In 16 bits it would be
+        rounded anew by each of them; operands of matrix products are rounded inside a block.
+        """
+        constants = self.constants
+        if not self.fixed:
+            constants = {
+                name: each.to(dtype) if each.is_floating_point() else each
+                for name, each in constants.items()
+            }
+        if dtype.itemsize >= 4:
+            return self._replace(constants=constants)
+        narrow = self.call
+
+        def call(
+            params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        ) -> Tensor:
+            return at_least_float32(narrow(params, x, constants))
+
+        return self._replace(constants=constants, call=call)
 
 
 class Block(ABC):

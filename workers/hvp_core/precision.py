@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Precision
@@ -55,12 +56,56 @@ def embedding(
     return torch.nn.functional.embedding(ids, table)
 
 
+_PRODUCTS = {
+    torch.Tensor.__matmul__,
+    torch.Tensor.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.mm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.bmm,
+    torch.einsum,
+    torch.matmul,
+    torch.mm,
+    torch.nn.functional.bilinear,
+    torch.nn.functional.conv1d,
+    torch.nn.functional.conv2d,
+    torch.nn.functional.linear,
+    torch.nn.functional.scaled_dot_product_attention,
+}
+
+
+def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Floating operands of several types as one; None if they are of one type.
+
+    The narrowest, or, where an operation writes into its first operand, that one's.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [
+        place
+        for place, each in enumerate(leaves)
+        if isinstance(each, torch.Tensor) and each.is_floating_point()
+    ]
+    dtypes = [leaves[place].dtype for place in places]
+    if len(set(dtypes)) < 2:
+        return None
+    name = getattr(func, "__name__", "")
+    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    dtype = dtypes[0] if writes else min(dtypes, key=lambda each: each.itemsize)
+    for place in places:
+        leaves[place] = leaves[place].to(dtype)
+    found = tree_unflatten(leaves, spec)
+    return found[0], found[1]
+
+
 @final
 class _Differentiable(TorchFunctionMode):
-    """Replaces what has a wrong derivative, and leaves float64 tensors in float64.
+    """Replaces what has a wrong derivative, and gives every operation the precision it should have.
 
+    Products of matrices take the narrower of their operands' types, as in torch's autocast, where
+    weights of 16 bits meet a residual stream in float32; so does whatever refuses mixed ones.
     Norms, softmaxes and losses of many models cast to float32 "for precision"; in a float64 run
-    that cast would cost nine digits.
+    that cast would cost nine digits, so float64 stays.
     """
 
     def __torch_function__(
@@ -71,13 +116,21 @@ class _Differentiable(TorchFunctionMode):
             return layer_norm(*args, **kwargs)
         if func is torch.nn.functional.embedding:
             return embedding(*args, **kwargs)
+        if func in _PRODUCTS:
+            args, kwargs = _alike(func, args, kwargs) or (args, kwargs)
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            same = _alike(func, args, kwargs)
+            if same is None:
+                raise
+            return func(*same[0], **same[1])
 
 
 @contextmanager

@@ -125,7 +125,8 @@ class Routes:
                 trace = trace_block(f, values, inputs, constants)
             else:
                 q, _, v = look.calls[0].qkv
-                o = x.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+                shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+                o = torch.empty(shape, dtype=v.dtype, device=x.device)
                 trace = trace_block(_cut_open(f), values, {**inputs, "o": o}, constants)
             return BlockDual(trace, look.text, self._prepare)
 
