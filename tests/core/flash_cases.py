@@ -197,6 +197,7 @@ def errors_of_several(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     precision: InputPrecision = "ieee",
+    processors: int = 1,
 ) -> dict[str, float]:
     """Relative errors of the tangents of three probes at once: two in a launch, and one."""
     x, _, o_bar, _ = case.draw(dtype, device)
@@ -205,7 +206,8 @@ def errors_of_several(
     pairs: dict[tuple[Kernel, Mode], tuple[Pass, ...]] = {
         (kernel, "tangent"): (Pass(tile, "tangent", probes=2),) for kernel in get_args(Kernel)
     }
-    flash = Flash(input_precision=precision, choose={**FEW, **pairs})
+    card = Card(hopper=False, processors=processors) if device == "cpu" else None
+    flash = Flash(input_precision=precision, card=card, choose={**FEW, **pairs})
     given = (case.pattern, case.span(device))
     y = flash.forward(x, *given)
     y_dots = flash.tangents(x, [each[1] for each in drawn], y, *given)

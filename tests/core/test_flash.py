@@ -8,13 +8,14 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from typing import get_args
 
 import pytest
 import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.flash_first_order import FirstOrder
 from hvp_core.attention.flash_launch import InputPrecision
-from hvp_core.attention.flash_tiles import Card, Mode, Pass, Tile, plans
+from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Tile, plans
 from hvp_core.attention.rule import Pattern, Point, Qkv
 
 from tests.core.flash_cases import (
@@ -115,6 +116,14 @@ def test_probes_that_share_a_launch_get_what_each_gets_alone(
 
 
 @needs_triton
+def test_a_group_split_among_programs_is_summed_for_each_probe(
+    interpreted: ProcessPoolExecutor,
+) -> None:
+    case = Case(heads=2, key_heads=1)
+    check(interpreted.submit(errors_of_several, case, processors=100).result(), 3e-6)
+
+
+@needs_triton
 @pytest.mark.parametrize("name", PLANS)
 def test_results_do_not_depend_on_how_work_is_split(
     name: str, interpreted: ProcessPoolExecutor
@@ -181,12 +190,15 @@ def test_a_tile_that_does_not_fit_has_a_smaller_one_until_nothing_is_left() -> N
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
-def test_every_plan_computes_everything_once(width: int, hopper: bool, wide: bool) -> None:
+@pytest.mark.parametrize("kernel", get_args(Kernel))
+def test_every_plan_computes_everything_once(
+    kernel: Kernel, width: int, hopper: bool, wide: bool
+) -> None:
     card = Card(hopper=hopper, processors=100)
     wanted: dict[Mode, tuple[int, ...]] = {"primal": (0,), "tangent": (1, 2, 3), "dual": (0, 1)}
     for mode, sides in wanted.items():
         several = len(sides) == 3
-        for plan in plans("keys", mode, width, card, wide=wide, exact=wide, several=several):
+        for plan in plans(kernel, mode, width, card, wide=wide, exact=wide, several=several):
             made = [
                 (name, side)
                 for one in plan

@@ -1,14 +1,11 @@
 """Products against closed forms and dense Hessians in float64."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy, Logistic, SquaredError
-from hvp_core.policy import Precision
-from hvp_core.precision import exact, matmuls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -333,51 +330,3 @@ def test_the_pad_tokens_row_counts_like_any_other() -> None:
         losses.append(moved.loss())
     slope = (losses[0] - losses[1]) / (2 * step)
     assert float(curvature.gradient() @ v) == pytest.approx(slope, rel=1e-7)
-
-
-@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_torchs_two_settings_of_float32_products_agree_meanwhile_and_come_back(before: str) -> None:
-    device: Any = torch.backends.cuda.matmul
-    device.fp32_precision = before
-    try:
-        kinds: dict[Precision, bool] = {"full": False, "tf32": True, "bfloat16": False}
-        for precision, in_tf32 in kinds.items():
-            with matmuls(precision):
-                assert device.allow_tf32 is in_tf32  # raises where they disagree
-                assert torch.get_float32_matmul_precision() == ("high" if in_tf32 else "highest")
-            assert device.fp32_precision == before
-    finally:
-        device.fp32_precision = "none"
-
-
-def test_positions_are_not_rounded_whatever_torch_was_told() -> None:
-    problem = llama_problem()
-    model: Any = problem.chain._parts.model  # type: ignore[attr-defined]
-    seen = []
-
-    def look(*_: Any) -> None:
-        seen.append(torch.get_float32_matmul_precision())
-
-    before = torch.get_float32_matmul_precision()
-    handle = model.model.rotary_emb.register_forward_hook(look)
-    torch.set_float32_matmul_precision("high")
-    try:
-        problem.curvature(5).loss()
-    finally:
-        torch.set_float32_matmul_precision(before)
-        handle.remove()
-    assert set(seen) == {"highest"}
-
-
-def test_products_take_the_narrower_type_and_nothing_else_is_rounded() -> None:
-    wide, narrow = torch.randn(4, 4), torch.randn(4, 4).bfloat16()
-    expected = wide.bfloat16() @ narrow
-    with exact():
-        assert torch.equal(wide @ narrow, expected)
-        assert torch.equal(torch.nn.functional.linear(wide, narrow.T), expected)
-        assert torch.equal(torch.addmm(torch.zeros(4), wide, narrow), expected)
-        assert (wide + narrow).dtype == torch.float32
-        assert (wide.double() @ wide.double()).dtype == torch.float64
-        assert torch.dot(wide[0], narrow[0]).dtype == torch.bfloat16  # takes no mixed ones
-        total = torch.zeros(4, 4).index_add_(0, torch.arange(4), narrow)
-    assert torch.equal(total, narrow.float())

@@ -16,7 +16,7 @@ IGNORED = -100  # a label of weight zero
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Logits of 16 bits in float32: losses and what follows from them are not rounded to 16."""
+    """16 bits in float32: a loss, or what a block hands on, is not rounded to them."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 

@@ -133,7 +133,7 @@ def split(trace: Trace, groups: Sequence[Group]) -> list[Part]:
     """Cut a trace into parts that run one after the other.
 
     What one part computes and a later one needs is kept as `r/...`: the fewest bytes from which the
-    rest follows by pointwise work, of what is not rounded by being kept.
+    rest follows by pointwise work.
 
     Args:
         trace: The program.

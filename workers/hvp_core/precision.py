@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hvp_core.errors import CurvatureError
+from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.policy import Precision
 
 
@@ -56,29 +56,27 @@ def embedding(
     return torch.nn.functional.embedding(ids, table)
 
 
-_PRODUCTS = {
-    torch.Tensor.__matmul__,
-    torch.Tensor.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.mm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.bmm,
-    torch.einsum,
-    torch.matmul,
-    torch.mm,
-    torch.nn.functional.bilinear,
-    torch.nn.functional.conv1d,
-    torch.nn.functional.conv2d,
-    torch.nn.functional.linear,
-    torch.nn.functional.scaled_dot_product_attention,
-}
+_PLACES = (torch, torch.Tensor, torch.linalg, torch.nn.functional)
+
+
+def _functions(names: str) -> set[Any]:
+    found = [getattr(place, name, None) for name in names.split() for place in _PLACES]
+    return {each for each in found if each is not None}
+
+
+_PRODUCTS = _functions(
+    "__matmul__ __rmatmul__ addbmm addmm addmv baddbmm bilinear bmm chain_matmul conv1d conv2d "
+    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d dot einsum inner linear matmul mm "
+    "multi_dot mv tensordot vecdot"
+)
+_NORMS = _functions("batch_norm group_norm instance_norm rms_norm")
 
 
 def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Floating operands of several types as one; None if they are of one type.
+    """Floating operands of which some are of 16 bits and some are not, as one type.
 
-    The narrowest, or, where an operation writes into its first operand, that one's.
+    The narrowest; for a norm the widest; for what writes into a tensor that tensor's. None where
+    there is nothing to do.
     """
     leaves, spec = tree_flatten((args, kwargs))
     places = [
@@ -86,12 +84,13 @@ def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] 
         for place, each in enumerate(leaves)
         if isinstance(each, torch.Tensor) and each.is_floating_point()
     ]
-    dtypes = [leaves[place].dtype for place in places]
-    if len(set(dtypes)) < 2:
+    dtypes = sorted({leaves[place].dtype for place in places}, key=lambda each: each.itemsize)
+    if len(dtypes) < 2 or dtypes[0].itemsize > 2 or kwargs.get("out") is not None:
         return None
     name = getattr(func, "__name__", "")
-    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    dtype = dtypes[0] if writes else min(dtypes, key=lambda each: each.itemsize)
+    dtype = dtypes[-1] if func in _NORMS else dtypes[0]
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        dtype = leaves[places[0]].dtype
     for place in places:
         leaves[place] = leaves[place].to(dtype)
     found = tree_unflatten(leaves, spec)
@@ -102,8 +101,8 @@ def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] 
 class _Differentiable(TorchFunctionMode):
     """Replaces what has a wrong derivative, and gives every operation the precision it should have.
 
-    Products of matrices take the narrower of their operands' types, as in torch's autocast, where
-    weights of 16 bits meet a residual stream in float32; so does whatever refuses mixed ones.
+    Products of matrices take 16 bits where an operand has them, as in torch's autocast: weights of
+    16 bits meet a residual stream in float32. So does whatever else refuses mixed operands.
     Norms, softmaxes and losses of many models cast to float32 "for precision"; in a float64 run
     that cast would cost nine digits, so float64 stays.
     """
@@ -116,7 +115,7 @@ class _Differentiable(TorchFunctionMode):
             return layer_norm(*args, **kwargs)
         if func is torch.nn.functional.embedding:
             return embedding(*args, **kwargs)
-        if func in _PRODUCTS:
+        if func in _PRODUCTS or func in _NORMS:
             args, kwargs = _alike(func, args, kwargs) or (args, kwargs)
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
@@ -126,8 +125,8 @@ class _Differentiable(TorchFunctionMode):
                 kwargs = {**kwargs, "dtype": torch.float64}
         try:
             return func(*args, **kwargs)
-        except RuntimeError:
-            same = _alike(func, args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            same = None if is_out_of_memory(error) else _alike(func, args, kwargs)
             if same is None:
                 raise
             return func(*same[0], **same[1])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.block_dual import AttentionCall, BlockDual, Mode, Way
+from hvp_core.block_dual import AttentionCall, BlockDual, Leg, Mode, Way
 from hvp_core.dual import Function, Params, backward_dual, forward_dual, pull_back
 from hvp_core.parts import Part
 from hvp_core.shards import Sums
@@ -163,18 +163,26 @@ class Traced(Route):
             env = self._env(weights) | self._input(x)
             found = legs[0].run(env, self._attention)
             tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
-        if not x_dots:
-            return tape.primal["y"], [], tape
-        envs = [
-            self._env(weights, probe) | tape.primal | self._input(x, x_dot)
-            for probe, x_dot in enumerate(x_dots)
-        ]
-        results = legs[1].run_all(envs, self._attention, [None for _ in envs])
-        names = plan.kept(legs[1]) - set(tape.primal)
-        tape.tangents = [
-            _only(names, env | found) for env, found in zip(envs, results, strict=True)
-        ]
-        return tape.primal["y"], [found["y_dot"].contiguous() for found in results], tape
+        y_dots, tape.tangents = [], []
+        names = plan.kept(legs[1]) - set(tape.primal) if x_dots else frozenset[str]()
+        for probes in self._groups(len(x_dots), legs[-1]):
+            envs = [
+                self._env(weights, probe) | tape.primal | self._input(x, x_dots[probe])
+                for probe in probes
+            ]
+            results = legs[1].run_all(envs, self._attention, [None for _ in envs])
+            for env, found in zip(envs, results, strict=True):
+                y_dots.append(found["y_dot"].contiguous())
+                tape.tangents.append(_only(names, env | found))
+        return tape.primal["y"], y_dots, tape
+
+    def _groups(self, count: int, leg: Leg) -> Iterator[range]:
+        """Probes that go through a leg together: as many as its attention does at once."""
+        size = 1
+        if self._attention is not None and leg.spec.halves == ("tangent",):
+            size = self._attention.rule.together
+        for first in range(0, count, size):
+            yield range(first, min(first + size, count))
 
     def backward(
         self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
@@ -193,10 +201,8 @@ class Traced(Route):
             tape.primal |= _only(plan.kept(legs[0]), env | found)
             if "x_bar" in found:
                 x_bar = tape.primal["x_bar"] = found["x_bar"]
-        last, together = legs[-1], legs[-1].spec.halves == ("tangent",)
-        everyone = range(len(bars.dots))
         dots: list[Tensor | None] = []
-        for probes in [everyone] if together else [(probe,) for probe in everyone]:
+        for probes in self._groups(len(bars.dots), legs[-1]):
             envs = []
             for probe in probes:
                 env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
@@ -205,7 +211,7 @@ class Traced(Route):
                 envs.append(env)
                 tape.tangents[probe] = {}
             adders = [adder(sums[probe], self._names) for probe in probes]
-            for found in last.run_all(envs, self._attention, adders):
+            for found in legs[-1].run_all(envs, self._attention, adders):
                 dots.append(found.get("x_bar" if mode == "ggn" else "x_bar_dot"))
                 if mode == "hessian":
                     x_bar = found.get("x_bar", x_bar)

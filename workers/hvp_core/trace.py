@@ -288,7 +288,22 @@ def trace_graph(program: Program, arguments: Env) -> tuple[fx.Graph, list[str]]:
     if any(node.op == "get_attr" for node in graph.nodes):
         raise RuntimeError("the block computes with a tensor that is not among its arguments")
     _clean(graph)
+    for node in graph.nodes:
+        _refuse_mixed(node)
     return graph, names
+
+
+def _refuse_mixed(node: fx.Node) -> None:
+    """Tensors without values let pass what real ones would not: 16 bits times 32, for one."""
+    values = [each.meta.get("val") for each in node.all_input_nodes]
+    dtypes = {
+        each.dtype for each in values if isinstance(each, Tensor) and each.is_floating_point()
+    }
+    mixed = len(dtypes) > 1 and min(each.itemsize for each in dtypes) < 4
+    if node.op != "call_function" or not mixed or node.target is aten.cat.default:
+        return
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        raise RuntimeError(f"{node.target} is given operands of several types")
 
 
 _IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}

@@ -146,8 +146,8 @@ class Curvature:
             borrow: The products may be overwritten by the next call, which saves copying them.
 
         Returns:
-            Shards of the products, of the space's type; of 16 bits where the vector is: summed in
-            float32, and rounded when a block is through.
+            Shards of the products, one for each vector, of the space's type; of 16 bits where the
+            vector is: summed in float32, and rounded when a block is through.
 
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
@@ -185,6 +185,8 @@ class Curvature:
         self, mode: Mode, vectors: Sequence[Tensor], *, borrow: bool = False
     ) -> list[Tensor]:
         """The gradient (no vectors), or a product with each vector."""
+        if mode != "gradient" and not vectors:
+            return []
         if self._kept_mode not in (None, mode) and mode != "gradient":
             self._drop()
         with matmuls(self.policy.precision):

@@ -77,6 +77,7 @@ _SUFFIXES = ("_dot", "_dot2")
 
 def named(sides: Sides, probes: Sequence[int]) -> dict[str, Tensor]:
     """Arguments by the kernels' names, of a launch for these probes."""
+    assert len(probes) <= len(_SUFFIXES)
     found = dict(sides.get(0, {}))
     for suffix, probe in zip(_SUFFIXES, probes, strict=False):
         found |= {name + suffix: value for name, value in sides[probe].items()}

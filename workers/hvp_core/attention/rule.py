@@ -86,12 +86,17 @@ class Point(NamedTuple):
 class Attention(ABC):
     """First derivatives and their tangents of one attention, on plain tensors without autograd.
 
-    Laws: `dual` equals (`forward`, `tangent`); `backward_dual` equals (`backward`,
-    `backward_tangent`); several tangents equal those taken one by one; all equal forward over
+    Laws: `dual` equals (`forward`, `tangents`); `backward_dual` equals (`backward`,
+    `backward_tangents`); tangents of several directions equal those of each; all equal forward over
     reverse through the formula above.
 
     Memory: outputs, and O(s) or a bounded number of tiles besides.
+
+    Attributes:
+        together: Tangents of up to so many directions share work; it is no use to ask for more.
     """
+
+    together: int
 
     @abstractmethod
     def supports(self, x: Qkv, pattern: Pattern, span: Span | None) -> str | None:

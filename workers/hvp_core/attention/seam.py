@@ -111,6 +111,9 @@ def attention(
             "MODEL_UNSUPPORTED", f"this model's attention uses {refused[0]}, which has no dual yet"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Angles made in a layer may be wider than its projections.
+    dtype = min((query.dtype, key.dtype, value.dtype), key=lambda each: each.itemsize)
+    query, key, value = (each.to(dtype) for each in (query, key, value))
     call = Call(
         Qkv(query, key, value),
         float(query.shape[-1] ** -0.5 if scaling is None else scaling),

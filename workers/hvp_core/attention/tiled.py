@@ -43,6 +43,8 @@ from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 class Tiled(Attention):
     """Every dimension, stride, device and floating dtype; sums in float32, or in float64 for it."""
 
+    together = 4  # what is left to share beyond that is a twelfth of the work
+
     def supports(self, x: Qkv, pattern: Pattern, span: Span | None) -> str | None:
         """None for floating-point tensors."""
         return None if x.q.is_floating_point() else f"is not differentiable in {x.q.dtype}"
@@ -172,6 +174,7 @@ def _backward(
     at: Point, dots: Sequence[Point], pattern: Pattern, span: Span | None, *, primal: bool
 ) -> list[Qkv]:
     """The derivatives at a point if `primal`, and then their tangents along each direction."""
+    assert not (primal and len(dots) > 1)
     x, d, e = at.x, at.x.q.shape[-1], at.x.v.shape[-1]
     outputs = [_gradients(x, span) for _ in range(primal + len(dots))]
     # The point by itself, or packed beside each direction.
