@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ def _excess(found: Tensor, expected: Tensor, truth: Tensor, longest: int) -> flo
         return 0.0 if bool((found == expected).all()) else torch.inf
     # The values of a broken model are not finite either way; the walk says which block is at fault.
     eps = torch.finfo(found.dtype).eps
-    sums = min(eps, torch.finfo(torch.float32).eps) * longest**0.5
+    sums = min(eps, torch.finfo(torch.float32).eps) * math.sqrt(longest)
     found, expected, truth = (
         torch.nan_to_num(each.to(truth.dtype)) for each in (found, expected, truth)
     )
