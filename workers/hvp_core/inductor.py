@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from typing import Any, final
+from unittest.mock import patch
 
 import torch
+from torch._inductor import ir, lowering
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime.hints import ReductionHint
@@ -37,12 +39,34 @@ class _Choices(InductorChoices):
         return found
 
 
+def _end_to_end(inputs: Any, dim: int = 0) -> Any:
+    """Tensors one behind the other: each is computed where it belongs, and read there by others.
+
+    The compiler's own way on a GPU computes or copies them once more, where products read them
+    too. By its own count of bytes, layers of 1.1 B parameters, 2048 tokens, H v in the fast
+    schedule: 1.3 GB a layer instead of 1.7.
+    """
+    if dim == 0 and len({each.get_dtype() for each in inputs}) == 1:
+        return ir.TensorBox(ir.ConcatKernel.create(inputs, dim))
+    return _CAT(inputs, dim)
+
+
+_CAT: Any = lowering.lowerings[torch.ops.aten.cat.default]
+_LOWERINGS = {torch.ops.aten.cat.default: _end_to_end}
+
+
 def compiled(part: Part) -> Kernels:
     """Kernels of a part's lines."""
     # The key of the compiler's cache says nothing of its choices.
     settings: Any = torch.compiler.config
-    tag = settings.patch(cache_key_tag=f"rows of {_LONGEST_ROW}")
-    with torch.no_grad(), warnings.catch_warnings(), V.set_choices_handler(_Choices()), tag:
+    tag = settings.patch(cache_key_tag=f"rows of {_LONGEST_ROW}, end to end")
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        V.set_choices_handler(_Choices()),
+        tag,
+        patch.dict(lowering.lowerings, _LOWERINGS),
+    ):
         warnings.simplefilter("ignore")  # of the compiler's own making
         found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))
     kernels: Kernels = found
