@@ -85,12 +85,13 @@ class Portal:
             Its items.
         """
         end = object()
+        running: set[asyncio.Task[Any]] = set()
         try:
-            while (item := self.run(_next(stream, end))) is not end:
+            while (item := self.run(_next(stream, end, running))) is not end:
                 yield item
         finally:
             if self._closer.alive and self._thread.alive():
-                closing = self._thread.submit(_close(stream))
+                closing = self._thread.submit(_close(stream, running))
                 # An iterator given up may be collected on any thread, the loop's own included.
                 if not self._thread.is_current():
                     closing.result()
@@ -176,11 +177,23 @@ async def _settle(tasks: set[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _next(stream: AsyncGenerator[Any, None], end: object) -> Any:
-    return await anext(stream, end)
+async def _next(
+    stream: AsyncGenerator[Any, None], end: object, running: set[asyncio.Task[Any]]
+) -> Any:
+    task = asyncio.current_task()
+    assert task is not None
+    running.add(task)
+    try:
+        return await anext(stream, end)
+    finally:
+        running.discard(task)
 
 
-async def _close(stream: AsyncGenerator[Any, None]) -> None:
+async def _close(stream: AsyncGenerator[Any, None], running: set[asyncio.Task[Any]]) -> None:
+    # A Ctrl-C between handing a step to the loop and waiting for it leaves the step running.
+    for task in running:
+        task.cancel()
+    await _settle(set(running))
     await stream.aclose()
 
 

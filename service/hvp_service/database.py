@@ -139,6 +139,13 @@ server = sa.Table(
 )
 
 
+_PATIENCE_S = 30
+
+
+class DatabaseBusyError(Exception):
+    """Another transaction has held the write lock for long: nothing of this one has happened."""
+
+
 class SchemaVersionError(Exception):
     """The state directory was written by another version."""
 
@@ -162,7 +169,11 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that nobody else writes beside."""
+        """A transaction that nobody else writes beside.
+
+        Raises:
+            DatabaseBusyError: The disk is slow, or another process has the file open.
+        """
         async with self._engine.connect() as connection:
             # IMMEDIATE takes the write lock first: a read that later wants to write could only
             # fail when another writer came between.
@@ -182,13 +193,18 @@ def _prepare_connection(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")  # a row promised to a caller survives a power cut
-    cursor.execute("PRAGMA busy_timeout=30000")
+    cursor.execute(f"PRAGMA busy_timeout={int(1000 * _PATIENCE_S)}")
     cursor.close()
 
 
 def _begin(connection: sa.Connection) -> None:
     immediate = connection.get_execution_options().get("immediate", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    except sa.exc.OperationalError as error:
+        if "database is locked" not in str(error.orig):
+            raise
+        raise DatabaseBusyError(f"the database was locked for {_PATIENCE_S} s") from error
 
 
 async def open_database(path: Path) -> Database:

@@ -7,8 +7,9 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hvp_client._portal import Portal
@@ -85,6 +86,33 @@ def test_an_iteration_that_is_given_up_closes_its_stream() -> None:
         if number == 3:
             break
     gc.collect()
+    assert closed.is_set()
+    portal.close()
+
+
+def test_an_interrupt_before_a_step_is_waited_for_ends_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C may come between handing the step to the loop and waiting for it."""
+    portal = Portal(nothing)
+    closed = threading.Event()
+
+    async def endless() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            await asyncio.sleep(600)
+        finally:
+            closed.set()
+
+    def interrupted(step: Coroutine[Any, Any, Any]) -> Any:
+        portal._thread.submit(step)
+        raise KeyboardInterrupt
+
+    stream = portal.iterate(endless())
+    assert next(stream) == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(portal, "run", interrupted)
+        next(stream)
     assert closed.is_set()
     portal.close()
 

@@ -36,6 +36,7 @@ from hvp_protos.v1 import (
     vector_pb2,
     vector_pb2_grpc,
 )
+from hvp_service.database import DatabaseBusyError
 from hvp_service.dependencies import Dependencies
 from hvp_service.transport import Transport, start_transport
 from safetensors.numpy import save
@@ -265,6 +266,20 @@ async def test_a_fault_of_the_server_is_internal_and_tells_nothing(
     assert code == grpc.StatusCode.INTERNAL
     assert details["ErrorInfo"].reason == "INTERNAL"
     assert not details["ErrorInfo"].metadata
+
+
+async def test_a_busy_database_is_said_to_be_busy_and_worth_another_try(
+    wire: Wire, deps: Dependencies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def busy(name: object) -> None:
+        raise DatabaseBusyError("locked")
+
+    monkeypatch.setattr(deps.jobs, "get", busy)
+    name = f"projects/default/jobs/{'0' * 32}"
+    code, details = await refusal(wire.jobs.GetJob(job_pb2.GetJobRequest(name=name)))
+    assert code == grpc.StatusCode.UNAVAILABLE
+    assert details["ErrorInfo"].reason == "STATE_DIR_BUSY"
+    assert details["RetryInfo"].retry_delay.seconds > 0
 
 
 async def calls(wire: Wire, deps: Dependencies) -> dict[str, tuple[Any, Any, Any]]:

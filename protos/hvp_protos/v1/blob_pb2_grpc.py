@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class BlobServiceStub:
-    """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` (retry after the delay given) and
-    INTERNAL `INTERNAL` (a bug: report the request id).
+    """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
+    given) and INTERNAL `INTERNAL` (a bug: report the request id).
     """
 
     def __init__(self, channel):
@@ -84,8 +84,8 @@ class BlobServiceStub:
 
 
 class BlobServiceServicer:
-    """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` (retry after the delay given) and
-    INTERNAL `INTERNAL` (a bug: report the request id).
+    """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
+    given) and INTERNAL `INTERNAL` (a bug: report the request id).
     """
 
     def FindMissingBlobs(self, request, context):
@@ -230,8 +230,8 @@ def add_BlobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class BlobService:
-    """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` (retry after the delay given) and
-    INTERNAL `INTERNAL` (a bug: report the request id).
+    """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
+    given) and INTERNAL `INTERNAL` (a bug: report the request id).
     """
 
     @staticmethod
