@@ -110,9 +110,10 @@ def test_an_interrupt_before_a_step_is_waited_for_ends_the_stream(
 
     stream = portal.iterate(endless())
     assert next(stream) == 0
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(portal, "run", interrupted)
-        next(stream)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
     assert closed.is_set()
     portal.close()
 
