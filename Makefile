@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .NOTPARALLEL:
-.PHONY: setup demo test lint types proto bench
+.PHONY: setup demo test test-slow lint types proto bench
 
 setup: $(STAMP)
 
@@ -28,7 +28,11 @@ demo: setup
 
 # Two tests at a time, on one core each: some are ranks, servers and clusters of several processes.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal
+
+# The long ones: chaos, random operators by the hundred, comparisons with other libraries.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '(slow or oracle) and not gpu' -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check
