@@ -1,31 +1,43 @@
 """Extremal eigenpairs of a symmetric operator from its products: thick-restart Lanczos.
 
 Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
-Anal. Appl. 22 (2000), with full reorthogonalisation, twice ("twice is enough": Parlett, "The
-Symmetric Eigenvalue Problem", section 6.9). The projected matrix T, its coefficients and all inner
-products are float64; only the basis is in the operator's dtype. Nothing here knows of models or
-ranks: the operator is a function, and a vector is whatever part of it this process holds.
+Anal. Appl. 22 (2000), with full reorthogonalisation. Nothing here knows of models or ranks: the
+operator is a function, and a vector is whatever part of it this process holds.
+
+One starting vector sees one copy of a repeated eigenvalue, and a residual certifies an eigenvalue,
+not the k-th. So when the wanted pairs have converged, the run goes on from a fresh random vector,
+orthogonal to them, until either something new is found among the wanted ends, which then has to
+converge too, or `completeness` shows that there is nothing. The pairs are then verified by products
+of their own, which may be more exact than those of the search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
-Which = Literal["LA", "SA", "LM", "BE"]
-Stage = Literal["iterating", "verifying"]
-Spectrum = tuple[Tensor, Tensor]  # eigenvalues (m,), eigenvectors (m, m) of T, float64
+from hvp_core.completeness import Claim, Deflated, Recurrence, hold
+from hvp_core.krylov_basis import Dots, KrylovBasis
 
-_ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
-#: eps to this power is what rounding leaves of a vector that should vanish, relative to ‖T‖: 1e-6
-#: in float32, 5e-14 in float64. A smaller β means that the Krylov space is exhausted.
-_ROUNDING_POWER = 0.85
-#: A residual is trusted to this many of them.
+Which = Literal["LA", "SA", "LM", "BE"]
+Stage = Literal["iterating", "completeness", "verifying"]
+Outcome = Literal[
+    "CONVERGED", "MAX_PRODUCTS", "MULTIPLICITY_UNCERTAIN", "NOISE_LIMIT", "UNVERIFIED"
+]
+Matvec = Callable[[Tensor], Tensor]
+
+#: A residual is trusted to this many times what rounding leaves.
 _TRUSTED = 10
+#: Probability with which one fresh start may overlook something.
+_FAILURE = 1e-3
+#: Where a fresh run ends in rounding, what it has not seen it tells only from so many times that.
+_BLUR = 2000
+_ROOM = 4  # rows that a fresh run has at least, where there are so many
 
 
 @final
@@ -36,9 +48,14 @@ class Plan:
     Attributes:
         k: Number of eigenpairs, 1 <= k < n, or k = n.
         which: LA, SA, LM or BE, as in SciPy.
-        tol: Stop when each residual estimate is at most tol · max |θ|; 0 means rounding.
+        tol: Stop when each residual estimate is at most tol · max |θ|, 0 <= tol < 1; 0 means
+            rounding.
         max_products: Upper bound on products, the k of the verification included; at least 2k.
         num_vectors: Rows of the basis, k < num_vectors <= n (k = num_vectors only where k = n).
+        semidefinite: The operator is known to have no negative eigenvalue.
+
+    Raises:
+        ValueError: tol is 1 or more: every vector of the space would do.
     """
 
     k: int
@@ -46,6 +63,11 @@ class Plan:
     tol: float
     max_products: int
     num_vectors: int
+    semidefinite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tol < 1:
+            raise ValueError(f"tol is {self.tol}; 0 <= tol < 1 is possible")
 
 
 @final
@@ -62,17 +84,45 @@ class Progress:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Completeness:
+    """What is known of eigenvalues that the pairs do not show.
+
+    Attributes:
+        shown: With the i-th wanted eigenvalue at most `margin` further out than the i-th of the
+            pairs, counted from its end: none was missed.
+        margin: In units of the eigenvalues: the tolerance, and the search's own noise.
+        failure_probability: That `shown` is wrong, by bad luck of the random starts; 0 where the
+            basis spans the whole space.
+        num_products: Spent on it.
+    """
+
+    shown: bool
+    margin: float
+    failure_probability: float
+    num_products: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Eigenpairs:
     """The result, ascending."""
 
-    eigenvalues: Tensor  # (k,) float64
+    eigenvalues: Tensor  # (k,) float64, Rayleigh quotients of the verifying products
     eigenvectors: Tensor  # (k, local) rows, orthonormal
-    residuals: Tensor  # (k,) float64, ‖Ay − θy‖ from fresh products
+    residuals: Tensor  # (k,) float64, ‖Ay − θy‖ / ‖y‖ from the verifying products
+    #: (k,) float64: [θ − bound, θ + bound] holds an eigenvalue of A; (0,) where nothing is claimed.
+    error_bounds: Tensor
     num_products: int
-    converged: bool
+    outcome: Outcome
+    completeness: Completeness
     symmetry_defect: float  # largest |u·Av − v·Au| / ‖Av‖ met between basis vectors
     ritz_values: Tensor  # (m,) float64 of the first basis, before any restart
     ritz_weights: Tensor  # (m,) squared overlaps with the starting vector; they sum to one
+
+    @property
+    def converged(self) -> bool:
+        """Every pair meets the tolerance and none was missed."""
+        return self.outcome == "CONVERGED"
 
 
 def wanted(values: Tensor, k: int, which: Which) -> Tensor:
@@ -90,235 +140,379 @@ def wanted(values: Tensor, k: int, which: Which) -> Tensor:
 
 
 def eigsh(
-    matvec: Callable[[Tensor], Tensor],
+    matvec: Matvec,
     start: Tensor,
     dimension: int,
     plan: Plan,
     *,
-    dots: Callable[[Tensor, Tensor], Tensor],
+    dots: Dots,
     random: Callable[[int], Tensor],
-    agree: Callable[[Spectrum], Spectrum] = lambda spectrum: spectrum,
+    agree: Callable[[Any], Any] = lambda found: found,
+    verifier: Callable[[], Matvec | None] | None = None,
 ) -> Generator[Progress, None, Eigenpairs]:
     """Run Lanczos as a generator: it yields after every product and returns the eigenpairs.
 
-    One starting vector sees one copy of a repeated eigenvalue. When the Krylov space is exhausted
-    (β = 0), the run goes on from a random vector orthogonal to it and fills its basis before it may
-    stop, so that copies are found with their true multiplicity and never as ghosts; a loose
-    tolerance may end the run before the space is exhausted, with one copy of each.
-
     Args:
-        matvec: v -> Av, on what this process holds of a vector, (local,).
+        matvec: v -> Av, on what this process holds of a vector, (local,). What it returns is not
+            written to.
         start: Starting vector (local,), not zero.
         dimension: n, the length of a whole vector.
         plan: What to find.
         dots: (rows (m, local), vector (local,)) -> inner products (m,) float64 of whole vectors.
-        random: seed -> a random vector (local,).
+        random: seed -> a random vector (local,), Gaussian: nothing else may depend on it.
         agree: One answer from those of all processes: two machines may solve the same small
             eigenproblem with other signs, and each would rotate its part of the basis its own way.
+        verifier: Asked when the search is over, gives v -> Av as exact as the vector's dtype can
+            hold it, or None where that cannot be afforded; by default matvec is as exact. Error
+            bounds are of this operator.
 
     Yields:
         Progress after every product.
 
     Returns:
-        The pairs; `converged` tells whether every true residual meets the tolerance, or rounding.
+        The pairs. Their outcome is `CONVERGED` when every true residual meets the tolerance, or
+        rounding, and none was missed; `MULTIPLICITY_UNCERTAIN` when the latter could not be shown
+        within the budget; `NOISE_LIMIT` when the search had converged and the verifying products
+        do not confirm it: more of the same products would not help; `UNVERIFIED` when there were
+        none such: nothing is claimed; else `MAX_PRODUCTS`.
+
+    Raises:
+        CurvatureError: NON_FINITE.
 
     Cost: at most plan.max_products products, and 4 m n multiplications for orthogonality in each;
-    (num_vectors + 1) vectors of memory.
+    (num_vectors + 1) vectors of memory. To show that none was missed takes about as many products
+    as it takes to separate the wanted ends from the rest: some ten where they stand far apart.
     """
     krylov = _Krylov(matvec, start, dimension, plan, dots, random, agree)
     yield from krylov.iterate()
-    return (yield from krylov.verify())
+    exact = matvec if verifier is None else verifier()
+    return (yield from krylov.verify(exact))
 
 
 @final
 class _Krylov:
-    """The basis and its projected matrix: A Vᵀ = Vᵀ T + β v_{m+1} eᵀ, with the v as rows of V."""
+    """A run between two products."""
 
     def __init__(
         self,
-        matvec: Callable[[Tensor], Tensor],
+        matvec: Matvec,
         start: Tensor,
         dimension: int,
         plan: Plan,
-        dots: Callable[[Tensor, Tensor], Tensor],
+        dots: Dots,
         random: Callable[[int], Tensor],
-        agree: Callable[[Spectrum], Spectrum],
+        agree: Callable[[Any], Any],
     ):
-        self.matvec, self.dots, self.random, self.agree = matvec, dots, random, agree
-        self.dimension, self.plan = dimension, plan
-        m = plan.num_vectors
-        self.basis = start.new_empty(m + 1, start.numel())  # (m + 1, local) orthonormal rows
-        self.T = torch.zeros(m + 1, m + 1, dtype=torch.float64)
-        self.eps = torch.finfo(start.dtype).eps
-        self.rounding = self.eps**_ROUNDING_POWER
-        norm = float(dots(start.unsqueeze(0), start)[0]) ** 0.5
-        torch.div(start, norm, out=self.basis[0])
-        self.size = 0  # rows of the basis whose products are known
-        self.num_products = 0
-        self.num_restarts = 0
-        self.num_fresh_starts = 0
-        self.symmetry_defect = 0.0
+        self.matvec, self.agree, self.plan = matvec, agree, plan
+        # A fresh run has to have room for two vectors beside the wanted ones.
+        capacity = min(max(plan.num_vectors, plan.k + 2), dimension)
+        self.basis = KrylovBasis(start, capacity, dimension, dots, random)
+        self.scale = 0.0  # max |θ| met: the operator's norm as far as it is known
+        self.num_products = self.num_restarts = 0
         self.first_ritz: tuple[Tensor, Tensor] | None = None
+        # The fresh run that looks for what was missed:
+        self.fresh: Recurrence | None = None
+        self.deflated: Deflated | None = None
+        self.reference = torch.zeros(0, dtype=torch.float64)  # wanted values when it began
+        self.has_slid = False  # the basis has lost some of its vectors
+        self.must_move = False  # it has seen something that the basis does not show yet
+        self.blur = 1
+        self.num_rounds = 0
+        self.num_fresh_products = 0
+        self.is_complete = self.has_converged = False
         self._solve()
 
     def _solve(self) -> None:
         """Ritz values and T's eigenvectors for the current size."""
-        values, vectors = torch.linalg.eigh(self.T[: self.size, : self.size])
-        self.values, self.vectors = self.agree((values, vectors))
-
-    @property
-    def beta(self) -> float:
-        """Coupling of the last basis vector to the next one."""
-        return float(self.T[self.size, self.size - 1])
+        size = self.basis.size
+        self.values, self.vectors = self.agree(tuple(torch.linalg.eigh(self.basis.T[:size, :size])))
+        self.index = wanted(self.values, self.plan.k, self.plan.which)
+        self.scale = max(self.scale, float(self.values.abs().max()) if size else 0.0)
 
     @property
     def estimates(self) -> Tensor:
-        """Residual norms of all Ritz pairs, in exact arithmetic."""
-        last: Tensor = self.vectors[self.size - 1]
-        return last.abs().mul_(self.beta)
+        """Residual norms of the wanted Ritz pairs, in exact arithmetic, or a little more."""
+        return self.basis.residuals(self.vectors[:, self.index])
+
+    def tolerance(self, least: float) -> float:
+        """The largest residual that counts as converged; `least` relative to max |θ|."""
+        return max(self.plan.tol, least) * self.scale
 
     @property
-    def scale(self) -> float:
-        """Max |θ|: the operator's norm as far as it is known."""
-        return float(self.values.abs().max())
-
-    def tolerance(self, rounding: float) -> float:
-        """The largest residual that counts as converged."""
-        return max(self.plan.tol, rounding) * self.scale
+    def margin(self) -> float:
+        """How far beyond the i-th wanted value the i-th eigenvalue may lie."""
+        return self.tolerance(self.blur * self.basis.rounding)
 
     def progress(self, stage: Stage) -> Progress:
-        index = wanted(self.values, self.plan.k, self.plan.which)
         return Progress(
             stage=stage,
             num_products=self.num_products,
             num_restarts=self.num_restarts,
-            ritz_values=tuple(self.values[index].tolist()),
-            residual_estimates=tuple(self.estimates[index].tolist()),
+            ritz_values=tuple(self.values[self.index].tolist()),
+            residual_estimates=tuple(self.estimates.tolist()),
         )
 
+    # Searching ----------------------------------------------------------------------------------
+
     def iterate(self) -> Generator[Progress, None, None]:
-        """Extend and restart until the wanted pairs have converged or the budget is spent."""
-        m, k = self.plan.num_vectors, self.plan.k
-        budget = self.plan.max_products - k
-        exhausted = False
+        """Extend and restart until the wanted pairs are complete or the budget is spent."""
+        basis, budget = self.basis, self.plan.max_products - self.plan.k
         while True:
-            exhausted |= self._extend()
-            full = self.size == m
-            whole = self.size == self.dimension
-            yield self.progress("iterating")
-            if whole or self.num_products >= budget:
+            exhausted = self._extend()
+            is_searching = self.fresh is None or self._moved()
+            yield self.progress("iterating" if is_searching else "completeness")
+            if basis.whole:
+                self.has_converged = self.is_complete = True
+            elif is_searching:
+                self.has_converged = self._converged()
+            else:
+                self.is_complete = self.agree(self._complete(exhausted))
+            if self.is_complete or self.num_products >= budget:
                 break
-            # A basis that can hold the whole space is filled: then no copy is missed.
-            if self.size >= k and m < self.dimension and (full or not exhausted):
-                index = wanted(self.values, k, self.plan.which)
-                if bool((self.estimates[index] <= self.tolerance(4 * self.eps)).all()):
-                    break
-            if full:
-                self._restart()
-                exhausted = False
+            if is_searching and self.has_converged and self.agree(self._is_ready()):
+                self._look_for_missed()
+            elif exhausted:
+                self._start_afresh()
+            elif basis.full:
+                self._make_room()
         self._keep_first_ritz()
+        if self.fresh is not None and not basis.whole and not self._moved():
+            self._take_back()
 
     def _extend(self) -> bool:
         """One product and one new basis vector; true when the Krylov space was exhausted."""
-        j = self.size
-        w = self.matvec(self.basis[j])
+        alpha, beta = self.basis.extend(self.matvec)
         self.num_products += 1
-        known = self.basis[: j + 1]
-        first = self.dots(known, w)
-        norm = float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
-        self._subtract(w, known, first)
-        second = self.dots(known, w)
-        self._subtract(w, known, second)
-        self.T[j, j] = first[j] + second[j]
-        if norm > 0 and j > 0:
-            defect = float((first[:j] - self.T[:j, j]).abs().max()) / norm
-            self.symmetry_defect = max(self.symmetry_defect, defect)
-        self.size = j + 1
-        beta = float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
-        size = max(float(self.T[: j + 1, : j + 1].abs().sum(0).max()), beta)  # at least ‖T‖
-        exhausted = beta <= self.rounding * size or self.size == self.dimension
-        if exhausted:
-            beta = 0.0
-            if self.size < self.dimension:
-                self._fresh_start()
-        else:
-            torch.div(w, beta, out=self.basis[j + 1])
-        self.T[j, j + 1] = self.T[j + 1, j] = beta
+        if self.fresh is not None:
+            self.fresh.append(alpha, beta)
+            self.num_fresh_products += 1
         self._solve()
-        return exhausted
+        return beta == 0 and not self.basis.whole
 
-    def _subtract(self, w: Tensor, rows: Tensor, coefficients: Tensor) -> None:
-        w.addmv_(rows.T, coefficients.to(w), alpha=-1)
+    def _converged(self) -> bool:
+        """Whether the wanted pairs are those of the tolerance."""
+        enough = self.basis.size >= self.plan.k and (self._moved() or not self.must_move)
+        return enough and bool((self.estimates <= self.tolerance(4 * self.basis.eps)).all())
 
-    def _fresh_start(self) -> None:
-        """The next basis vector: random, orthogonal to all so far."""
-        known = self.basis[: self.size]
-        while True:
-            self.num_fresh_starts += 1
-            w = self.random(self.num_fresh_starts)
-            for _ in range(3):
-                w /= float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
-                self._subtract(w, known, self.dots(known, w))
-            norm = float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
-            if norm > 0.5:  # it kept its length through the last pass: orthogonal to rounding
-                torch.div(w, norm, out=self.basis[self.size])
-                return
+    def _moved(self) -> bool:
+        """Whether the fresh run has found something beyond what was wanted when it began."""
+        if not len(self.reference) or self.has_slid:
+            return False
+        gap = (self.values[self.index] - self.reference).abs().max()
+        return float(gap) > self.margin
 
     def _keep_first_ritz(self) -> None:
         if self.first_ritz is None:
             self.first_ritz = (self.values.clone(), self.vectors[0].square())
 
+    def _make_room(self) -> None:
+        """A full basis: restart it, or let a fresh run that has found nothing yet go on."""
+        if self.fresh is None or self._moved():
+            self._restart()
+        elif not self._sees_more():
+            self.basis.slide()
+            self.has_slid = True
+        else:
+            self._take_back()
+            self.basis.start_afresh()
+            self.must_move = True
+
+    def _take_back(self) -> None:
+        """Forget the fresh run, and go back to what it was set against."""
+        assert self.deflated is not None
+        self.basis.size = self.basis.origin
+        self.basis.leaks = self.deflated.leaks
+        self.basis.T[self.basis.size, :] = self.basis.T[:, self.basis.size] = 0
+        self.fresh, self.has_slid = None, False
+        self._solve()
+
+    def _start_afresh(self) -> None:
+        """The Krylov space is exhausted: search on from a random vector."""
+        self._keep_first_ritz()
+        if self.has_slid:
+            self._take_back()
+        self.fresh = None
+        if self.basis.full:
+            self._restart()
+        self.basis.start_afresh()
+
     def _restart(self) -> None:
         """Compress the basis to the wanted Ritz vectors and as many more as half the rest."""
         self._keep_first_ritz()
-        m, k = self.plan.num_vectors, self.plan.k
-        keep = min(k + (m - k) // 2, m - 1)
+        capacity, k = self.basis.capacity, self.plan.k
+        keep = min(k + (capacity - k) // 2, capacity - 1)
         index = wanted(self.values, keep, self.plan.which)
-        coupling = self.beta * self.vectors[m - 1, index]
-        self._rotate(self.vectors[:, index])
-        self.basis[keep] = self.basis[m]
-        self.T.zero_()
-        self.T[range(keep), range(keep)] = self.values[index]
-        self.T[keep, :keep] = self.T[:keep, keep] = coupling
-        self.size = keep
+        self.basis.compress(self.values[index], self.vectors[:, index])
+        self.fresh = None
         self.num_restarts += 1
 
-    def _rotate(self, vectors: Tensor) -> None:
-        """basis[:r] = vectorsᵀ @ basis, in place. vectors: (size, r) float64."""
-        rotation = vectors.T.to(self.basis)
-        rows = self.basis[: vectors.shape[0]]
-        for start in range(0, rows.shape[1], _ROTATED):
-            part = rows[:, start : start + _ROTATED]
-            part[: rotation.shape[0]] = rotation @ part
+    # Looking for what was missed ----------------------------------------------------------------
 
-    def verify(self) -> Generator[Progress, None, Eigenpairs]:
-        """Rayleigh-Ritz vectors and their true residuals, one fresh product each."""
-        index = wanted(self.values, self.plan.k, self.plan.which)
-        estimates = self.progress("verifying")
-        values = self.values[index]
-        self._rotate(self.vectors[:, index])
-        vectors = self.basis[: len(index)]
-        residuals = torch.zeros(len(index), dtype=torch.float64)
-        for i, value in enumerate(values.tolist()):
-            w = self.matvec(vectors[i])
+    def _is_ready(self) -> bool:
+        """Whether the wanted pairs are known well enough to be shown complete.
+
+        Supposed is the worst that can be left: more copies of the innermost of them. What pairs
+        leak when a fresh run begins they leak for ever, so that each round leaves half of the
+        margin that it met to those after it.
+        """
+        index = self._settled()
+        deflated = Deflated(
+            torch.diag(self.values[index]),
+            torch.cat((self.basis.leaks, self.basis.coupling[None])) @ self.vectors[:, index],
+        )
+        share = 1 - 0.5 ** (self.num_rounds + 1)
+        return all(
+            hold(claims, deflated if sign > 0 else deflated.mirrored(), bound)
+            for sign, claims in self._ends(share)
+            for bound in [min(claim.t for claim in claims) - share * self.margin]
+        )
+
+    def _look_for_missed(self) -> None:
+        """Take the wanted pairs, and what has settled beside them, out; start a fresh run."""
+        self._keep_first_ritz()
+        basis, index = self.basis, self._settled()
+        basis.compress(self.values[index], self.vectors[:, index])
+        basis.start_afresh()
+        self.reference = self.values[self.index]
+        self.deflated = Deflated(basis.T[: basis.size, : basis.size].clone(), basis.leaks.clone())
+        self.fresh = Recurrence(basis.dimension - basis.size, basis.rounding)
+        self.must_move, self.has_slid, self.blur = False, False, 1
+        self.num_rounds += 1
+
+    def _settled(self) -> Tensor:
+        """Indices of the wanted Ritz pairs and of others that have converged as well."""
+        ends = self.values[self.index]
+        distance = (self.values[:, None] - ends).abs().amin(1)
+        settled = self.basis.residuals(self.vectors) <= self.tolerance(4 * self.basis.eps)
+        settled[self.index] = True
+        room = self.basis.capacity - self.plan.k
+        most = self.plan.k + max(0, min(room // 2, room - _ROOM))
+        # The nearest to the wanted ends first; these themselves have distance zero.
+        nearest = distance.argsort(stable=True)
+        found: Tensor = nearest[settled[nearest]][:most].sort().values
+        return found
+
+    def _ends(self, share: float = 1.0) -> list[tuple[int, list[Claim]]]:
+        """What has to hold for the wanted values to be complete.
+
+        Args:
+            share: Of the margin by which the i-th eigenvalue may lie beyond the i-th value.
+
+        Returns:
+            The sign of an end and, of the operator times it, what has to hold upwards.
+        """
+        known = self.fresh is not None and not self._moved()
+        values = self.reference if known else self.values[self.index]
+        k, which, margin = self.plan.k, self.plan.which, share * self.margin
+        num_low = {"LA": 0, "SA": k, "BE": k // 2, "LM": int((values < 0).sum())}[which]
+        low, high = (-values[:num_low]).tolist(), values[num_low:].flip(0).tolist()
+        up, down = (
+            [Claim(value + margin, most) for most, value in enumerate(end)] for end in (high, low)
+        )
+        if which == "LM":
+            least = float(values.abs().min()) + margin
+            up.append(Claim(least, k - num_low))
+            down.append(Claim(least, num_low))
+        if self.plan.semidefinite:  # nothing lies below zero
+            down = [claim for claim in down if claim.t < 0]
+        return [(sign, end) for sign, end in ((1, up), (-1, down)) if end]
+
+    def _complete(self, exhausted: bool) -> bool:
+        """Whether the fresh run has shown that nothing was missed."""
+        assert self.fresh is not None
+        assert self.deflated is not None
+        self.blur = _BLUR if exhausted else 1
+        ends = self._ends()
+        for sign, claims in ends:
+            run, deflated = self.fresh, self.deflated
+            if sign < 0:
+                run, deflated = run.mirrored(), deflated.mirrored()
+            if not hold(claims, deflated, run.bound(_FAILURE / len(ends))):
+                return False
+        return True
+
+    def _sees_more(self) -> bool:
+        """Whether the fresh run has values beyond the wanted ones that its basis has lost."""
+        assert self.fresh is not None
+        return bool(
+            self.agree(
+                any(
+                    (self.fresh if sign > 0 else self.fresh.mirrored()).largest()
+                    > min(claim.t for claim in claims)
+                    for sign, claims in self._ends()
+                )
+            )
+        )
+
+    # Verifying ----------------------------------------------------------------------------------
+
+    def verify(self, exact: Matvec | None) -> Generator[Progress, None, Eigenpairs]:
+        """Rayleigh-Ritz vectors and their true residuals, one product each.
+
+        Args:
+            exact: The products; None if there are none better than the search's.
+        """
+        basis, k = self.basis, len(self.index)
+        told = self.progress("verifying")
+        basis.rotate(self.vectors[:, self.index])
+        values, residuals = [], []
+        for i in range(k):
+            y, rest = basis.rows[i], basis.rows[k]
+            w = (exact or self.matvec)(y)
             self.num_products += 1
-            w.add_(vectors[i], alpha=-value)
-            residuals[i] = float(self.dots(w.unsqueeze(0), w)[0]) ** 0.5
+            squared = float(basis.dots(y.unsqueeze(0), y)[0])
+            value = float(basis.dots(y.unsqueeze(0), w)[0]) / squared
+            torch.add(w, y, alpha=-value, out=rest)
+            values.append(value)
+            residuals.append(basis.norm(rest) / math.sqrt(squared))
             yield Progress(
                 stage="verifying",
                 num_products=self.num_products,
                 num_restarts=self.num_restarts,
-                ritz_values=estimates.ritz_values,
-                residual_estimates=estimates.residual_estimates,
+                ritz_values=told.ritz_values,
+                residual_estimates=told.residual_estimates,
             )
+        order = self._sort(values)
+        found = torch.tensor(values, dtype=torch.float64)[order]
+        true = torch.tensor(residuals, dtype=torch.float64)[order]
+        meets = bool((true <= self.tolerance(_TRUSTED * basis.rounding)).all())
+        noise = float(true.max())
         assert self.first_ritz is not None
         return Eigenpairs(
-            eigenvalues=values,
-            eigenvectors=vectors,
-            residuals=residuals,
+            eigenvalues=found,
+            eigenvectors=basis.rows[:k],
+            residuals=true,
+            error_bounds=true + basis.rounding * self.scale if exact else true[:0],
             num_products=self.num_products,
-            converged=bool((residuals <= self.tolerance(_TRUSTED * self.rounding)).all()),
-            symmetry_defect=self.symmetry_defect,
+            outcome=self._outcome(meets, exact is not None),
+            completeness=Completeness(
+                shown=self.is_complete and exact is not None,
+                margin=self.margin + noise if exact else math.inf,
+                failure_probability=0.0 if basis.whole else min(1.0, _FAILURE * self.num_rounds),
+                num_products=self.num_fresh_products,
+            ),
+            symmetry_defect=basis.symmetry_defect,
             ritz_values=self.first_ritz[0],
             ritz_weights=self.first_ritz[1],
         )
+
+    def _outcome(self, meets: bool, is_verified: bool) -> Outcome:
+        if self.has_converged and not is_verified:
+            return "UNVERIFIED"
+        if meets:
+            return "CONVERGED" if self.is_complete else "MULTIPLICITY_UNCERTAIN"
+        return "NOISE_LIMIT" if self.has_converged else "MAX_PRODUCTS"
+
+    def _sort(self, values: Sequence[float]) -> Tensor:
+        """Bring the first rows of the basis into the order of these values; the permutation."""
+        order = torch.tensor(values, dtype=torch.float64).argsort(stable=True)
+        rows, spare = self.basis.rows, self.basis.rows[len(values)]
+        place = list(range(len(values)))  # which of the vectors lies in a row
+        for row, vector in enumerate(order.tolist()):
+            other = place.index(vector)
+            if other != row:
+                spare.copy_(rows[row])
+                rows[row].copy_(rows[other])
+                rows[other].copy_(spare)
+                place[row], place[other] = place[other], place[row]
+        return order

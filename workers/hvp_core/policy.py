@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 Schedule = Literal["auto", "lean", "fast", "cached"]
-Precision = Literal["full", "tf32", "bfloat16"]
+Precision = Literal["full", "tf32", "bfloat16", "float64"]
 
 
 @final
@@ -25,7 +25,8 @@ class Policy:
         graphs: Replay a whole product as one CUDA graph.
         precision: Of the operands of matrix products. `full` is the space's own; `tf32` and
             `bfloat16` apply to float32 spaces: statistics, losses, vectors and sums stay in
-            float32.
+            float32. `float64` computes in float64 throughout, and a product of a float32 vector
+            is rounded when it is added up.
     """
 
     schedule: Schedule = "auto"

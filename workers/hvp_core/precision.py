@@ -151,6 +151,8 @@ def compute_dtype(space: torch.dtype, precision: Precision) -> torch.dtype:
     """
     if precision == "full":
         return space
+    if precision == "float64":
+        return torch.float64
     if space != torch.float32:
         raise CurvatureError(
             "PRECISION_UNSUPPORTED",

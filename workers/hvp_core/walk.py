@@ -103,6 +103,10 @@ class Curvature:
         self._kept_mode, self._kept, self._closing_bars = None, {}, []
         self._graphs, self._walked = {}, set()
 
+    def release(self) -> None:
+        """Give back the memory of what was kept for later products."""
+        self._drop()
+
     # The questions ------------------------------------------------------------------------------
 
     def loss(self) -> float:

@@ -20,7 +20,10 @@ Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]
 Distribution = Literal["rademacher", "gaussian", "sphere"]
 Which = Literal["LA", "SA", "LM", "BE"]
-Stage = Literal["loading", "iterating", "verifying", "saving"]
+Stage = Literal["loading", "iterating", "completeness", "verifying", "saving"]
+Outcome = Literal[
+    "CONVERGED", "MAX_PRODUCTS", "MULTIPLICITY_UNCERTAIN", "NOISE_LIMIT", "UNVERIFIED"
+]
 
 
 class BackendError(Exception):
@@ -156,13 +159,32 @@ class EigshProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Completeness:
+    """Whether eigenvalues beyond the pairs may have been missed.
+
+    Attributes:
+        shown: The i-th eigenvalue lies at most `margin` beyond the i-th of the pairs.
+        margin: In units of the eigenvalues.
+        failure_probability: That `shown` is wrong, by bad luck of the random starts.
+        num_products: Spent on it.
+    """
+
+    shown: bool = False
+    margin: float = float("inf")
+    failure_probability: float = 1.0
+    num_products: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EigshResult:
     """k eigenpairs, ascending; the eigenvectors are on the ranks under the names asked for."""
 
     eigenvalues: tuple[float, ...]
-    residuals: tuple[float, ...]  # true norms from fresh products
+    residuals: tuple[float, ...]  # true norms from fresh products, in float64 where affordable
     num_products: int
-    outcome: Literal["CONVERGED", "MAX_PRODUCTS"]
+    outcome: Outcome
+    error_bounds: tuple[float, ...] = ()  # [λ - bound, λ + bound] holds one; (): nothing is claimed
+    completeness: Completeness = field(default_factory=Completeness)
     symmetry_defect: float
     ritz_values: tuple[float, ...]
     ritz_weights: tuple[float, ...]

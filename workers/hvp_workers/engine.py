@@ -12,7 +12,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar, cast, final
@@ -22,7 +22,7 @@ import torch
 from hvp_core.collective import Collective
 from hvp_core.data import read_token_batch
 from hvp_core.errors import CurvatureError
-from hvp_core.lanczos import Eigenpairs, Plan, Progress, Spectrum, eigsh
+from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
@@ -257,6 +257,7 @@ class RankEngine:
             dimension=space.layout.numel,
             vector_bytes=space.vector_bytes,
             available_bytes=self._memory.least_available() - promised,
+            semidefinite=operator.kind == "ggn",
         )
         self._runs[run] = _Run(
             steps=self._steps(loaded, operator.kind, plan, spec.seed),
@@ -279,16 +280,15 @@ class RankEngine:
 
         return (
             yield from eigsh(
-                # Lanczos has used a product up before it asks for the next.
+                # Lanczos has read a product before it asks for the next.
                 lambda v: loaded.product(kind, [v], borrow=True)[0],
                 random(0),
                 space.layout.numel,
                 plan,
                 dots=space.dots,
                 random=random,
-                agree=lambda spectrum: cast(
-                    "Spectrum", self.collective.gather_objects(spectrum)[0]
-                ),
+                agree=lambda found: self.collective.gather_objects(found)[0],
+                verifier=lambda: loaded.exact(kind),
             )
         )
 
@@ -320,12 +320,18 @@ class RankEngine:
             eigenvalues=tuple(pairs.eigenvalues.tolist()),
             residuals=tuple(pairs.residuals.tolist()),
             num_products=pairs.num_products,
-            outcome="CONVERGED" if pairs.converged else "MAX_PRODUCTS",
+            outcome=pairs.outcome,
+            error_bounds=tuple(pairs.error_bounds.tolist()),
+            completeness=api.Completeness(**asdict(pairs.completeness)),
             symmetry_defect=pairs.symmetry_defect,
             ritz_values=tuple(pairs.ritz_values.tolist()),
             ritz_weights=tuple(pairs.ritz_weights.tolist()),
             loss=state.loss,
-            provenance={**state.provenance, **state.loaded.curvature.notes()},
+            provenance={
+                **state.provenance,
+                **state.loaded.curvature.notes(),
+                "verified_in": "float64" if len(pairs.error_bounds) else "not verified",
+            },
         )
 
     @command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
@@ -11,12 +11,13 @@ from typing import NamedTuple, final
 import torch
 from hvp_core.chain import Chain, MicroBatch
 from hvp_core.data import read_token_batch
+from hvp_core.policy import Policy
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
-from hvp_workers.plan import default_micro_batch, policy
+from hvp_workers.plan import EXACT, default_micro_batch, exact_bytes, policy
 
 _KEPT = 4  # an older one's batch is read again when it is needed
 
@@ -43,6 +44,7 @@ class LoadedOperator:
 
     curvature: Curvature
     budget_bytes: int
+    _widest: Callable[[], Curvature | None]
     has_products: bool = False
     _told: Mapping[str, str] = field(default_factory=dict)
 
@@ -53,6 +55,19 @@ class LoadedOperator:
         products = self.curvature.product(kind, vectors, borrow=borrow)
         self.has_products = True
         return products
+
+    def exact(self, kind: api.Kind) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Products in float64 throughout, rounded to the vectors' type when they are added up.
+
+        What was kept for other products is given back first.
+
+        Returns:
+            v -> the product, this rank's shards; None where there is no memory for it.
+        """
+        self.curvature.release()
+        self.has_products = False
+        curvature = self._widest()
+        return curvature and (lambda v: curvature.product(kind, [v], borrow=True)[0])
 
     def news(self) -> Mapping[str, str]:
         """How products are computed; nothing when that was told before."""
@@ -117,12 +132,18 @@ class OperatorCache:
             device=self._space.device.type,
             available_bytes=self._memory.least_available(),
         )
-        curvature = Curvature(
-            self._chain,
-            self._space,
-            self._parameters,
-            batch,
-            micro_batch_size(operator, batch, collective.world_size, self._space.device.type),
-            chosen,
-        )
-        return LoadedOperator(curvature, chosen.budget_bytes or 0)
+        rows = micro_batch_size(operator, batch, collective.world_size, self._space.device.type)
+
+        def curvature_with(how: Policy) -> Curvature:
+            return Curvature(self._chain, self._space, self._parameters, batch, rows, how)
+
+        def widest() -> Curvature | None:
+            if self._space.dtype == torch.float64:
+                return curvature
+            affordable = (
+                exact_bytes(self._space.layout.shard_numel) <= self._memory.least_available()
+            )
+            return curvature_with(EXACT) if affordable else None
+
+        curvature = curvature_with(chosen)
+        return LoadedOperator(curvature, chosen.budget_bytes or 0, widest)

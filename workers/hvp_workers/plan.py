@@ -12,6 +12,7 @@ from hvp_workers.backend import EigshSpec, Precision, Tuning
 _TOKENS = {"cpu": 512, "cuda": 8192}
 _USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 _WORKING_VECTORS = 3  # the product, its vector, a random restart
+_EXACT_WORKING = 1.5  # blocks and activations in float64, beside the vectors
 _KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
 
 
@@ -43,22 +44,41 @@ def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes
     )
 
 
-def plan_eigsh(spec: EigshSpec, *, dimension: int, vector_bytes: int, available_bytes: int) -> Plan:
+#: How pairs are verified: a few products, each as exact as they come, nothing kept or compiled.
+EXACT = Policy(schedule="lean", precision="float64")
+
+
+def exact_bytes(shard_numel: int) -> int:
+    """Memory on a rank for a float64 product with a float32 vector: θ and v are copied too."""
+    return int(_EXACT_WORKING * shard_numel * (8 + 8 + 4))
+
+
+def plan_eigsh(
+    spec: EigshSpec,
+    *,
+    dimension: int,
+    vector_bytes: int,
+    available_bytes: int,
+    semidefinite: bool = False,
+) -> Plan:
     """Fill in the size of the basis and the budget of products.
 
     Args:
         spec: What was asked for; 0 means by default.
+        semidefinite: The operator is known to have no negative eigenvalue.
         dimension: n.
         vector_bytes: Of one vector on one rank.
         available_bytes: Free on the rank that has least.
 
     Raises:
-        CurvatureError: K_INVALID, MAX_PRODUCTS_INVALID, NUM_LANCZOS_VECTORS_INVALID,
+        CurvatureError: K_INVALID, TOL_INVALID, MAX_PRODUCTS_INVALID, NUM_LANCZOS_VECTORS_INVALID,
             INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes).
     """
     k = spec.k
     if not 1 <= k < dimension:
         raise CurvatureError("K_INVALID", f"k is {k}; give 1 <= k < n = {dimension}")
+    if not 0 <= spec.tol < 1:
+        raise CurvatureError("TOL_INVALID", f"tol is {spec.tol}; give 0 <= tol < 1")
     max_products = spec.max_products or min(10 * dimension, max(300 + k, 3 * k))
     if max_products < 2 * k:
         raise CurvatureError(
@@ -89,4 +109,5 @@ def plan_eigsh(spec: EigshSpec, *, dimension: int, vector_bytes: int, available_
         tol=spec.tol,
         max_products=max_products,
         num_vectors=min(wish, room),
+        semidefinite=semidefinite,
     )
