@@ -24,7 +24,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-_HALVINGS = 40  # of the interval in which a bound is looked for: to 1e-12 of the spectrum's width
+_HUGE = 1e100
+_HALVINGS = 50  # of the interval in which a bound is looked for: to rounding
 
 
 @final
@@ -51,12 +52,9 @@ class Recurrence:
         size = max(map(abs, (*self.alphas, *self.betas, beta)), default=0.0)
         self.betas.append(max(beta, self.noise * size / math.sqrt(self.dimension), 1e-300))
 
-    def largest(self) -> float:
-        """Largest Ritz value."""
-        diagonal = torch.tensor(self.alphas, dtype=torch.float64)
-        off = torch.tensor(self.betas[:-1], dtype=torch.float64)
-        t = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
-        return float(torch.linalg.eigvalsh(t)[-1])
+    def has_beyond(self, t: float) -> bool:
+        """Whether a Ritz value is t or more: then a polynomial changes its sign (Sturm)."""
+        return self._christoffel(t) < 0
 
     def mirrored(self) -> Recurrence:
         """The same run of −B."""
@@ -65,22 +63,28 @@ class Recurrence:
         )
 
     def reaches(self, t: float, target: float) -> bool:
-        """Whether K(t) ≥ target; t not below the largest Ritz value."""
+        """Whether t is beyond every Ritz value and K(t) ≥ target."""
+        return self._christoffel(t) >= target
+
+    def _christoffel(self, t: float) -> float:
+        """K(t); -1 where t is not beyond every Ritz value."""
         before, now, total, coupling = 0.0, 1.0, 1.0, 0.0
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
             before, now = now, ((t - alpha) * now - coupling * before) / beta
             coupling = beta
+            if now <= 0:
+                return -1.0
+            if now > _HUGE:  # enough for any bound; the signs are those of the ratios
+                before, now, total = before / now, 1.0, math.inf
             total += now * now
-            if total >= target:
-                return True
-        return False
+        return total
 
     def bound(self, failure: float) -> float:
         """Where B has no eigenvalue beyond, but with probability `failure`; may be infinite."""
         if not self.alphas:
             return math.inf
         target = 2 * self.dimension / (math.pi * failure**2)
-        low = self.largest()
+        low = max(self.alphas)
         high = low + 4 * max(map(abs, (*self.alphas, *self.betas)))
         if not self.reaches(high, target):
             return math.inf

@@ -37,6 +37,8 @@ _TRUSTED = 10
 _FAILURE = 1e-3
 #: Where a fresh run ends in rounding, what it has not seen it tells only from so many times that.
 _BLUR = 2000
+#: Others are taken out with the wanted pairs if their residuals are this part of the tolerance.
+_SETTLED = 0.1
 _ROOM = 4  # rows that a fresh run has at least, where there are so many
 
 
@@ -270,6 +272,9 @@ class _Krylov:
             if self.is_complete or self.num_products >= budget:
                 break
             if is_searching and self.has_converged and self.agree(self._is_ready()):
+                if not self._ends():  # there is nothing beyond
+                    self.is_complete = True
+                    break
                 self._look_for_missed()
             elif exhausted:
                 self._start_afresh()
@@ -309,6 +314,8 @@ class _Krylov:
         """A full basis: restart it, or let a fresh run that has found nothing yet go on."""
         if self.fresh is None or self._moved():
             self._restart()
+        elif not self.has_slid and len(self._settled()) > self.basis.origin:
+            self._look_for_missed()  # without what this one has found at the edge of the wanted
         elif not self._sees_more():
             self.basis.slide()
             self.has_slid = True
@@ -380,10 +387,11 @@ class _Krylov:
         self.num_rounds += 1
 
     def _settled(self) -> Tensor:
-        """Indices of the wanted Ritz pairs and of others that have converged as well."""
+        """Indices of the wanted Ritz pairs and of others that are known even better."""
         ends = self.values[self.index]
         distance = (self.values[:, None] - ends).abs().amin(1)
-        settled = self.basis.residuals(self.vectors) <= self.tolerance(4 * self.basis.eps)
+        limit = _SETTLED * self.tolerance(4 * self.basis.eps)
+        settled = self.basis.residuals(self.vectors) <= limit
         settled[self.index] = True
         room = self.basis.capacity - self.plan.k
         most = self.plan.k + max(0, min(room // 2, room - _ROOM))
@@ -437,8 +445,9 @@ class _Krylov:
         return bool(
             self.agree(
                 any(
-                    (self.fresh if sign > 0 else self.fresh.mirrored()).largest()
-                    > min(claim.t for claim in claims)
+                    (self.fresh if sign > 0 else self.fresh.mirrored()).has_beyond(
+                        min(claim.t for claim in claims)
+                    )
                     for sign, claims in self._ends()
                 )
             )
