@@ -81,14 +81,17 @@ def config_invalid(message: str, key: str = "") -> FolderError:
 def _check_sizes(section: Mapping[str, Any]) -> None:
     for key, largest in _LARGEST.items():
         value = section.get(key)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest
-        ):
+        sizes = value if isinstance(value, list) else [value]  # some have one for every layer
+        if value is not None and not all(_is_size(size, largest) for size in sizes):
             raise config_invalid(
                 f"config.json has {key} = {str(value)[:40]}, a whole number of 1 to {largest} is "
                 "possible; take the config.json that the model came with",
                 key,
             )
+
+
+def _is_size(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def _refuse_quantised(section: Mapping[str, Any]) -> None:

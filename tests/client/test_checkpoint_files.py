@@ -161,6 +161,8 @@ def test_an_index_that_misleads_is_refused(tmp_path: Path, index: str) -> None:
         ("{", "CONFIG_INVALID"),
         ('{"model_type": 3}', "CONFIG_INVALID"),
         ('{"model_type": "llama", "vocab_size": -1}', "CONFIG_INVALID"),
+        ('{"model_type": "llama", "intermediate_size": [8, 0]}', "CONFIG_INVALID"),
+        ('{"model_type": "llama", "text_config": {"n_embd": true}}', "CONFIG_INVALID"),
         (
             '{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}',
             "QUANTIZATION_UNSUPPORTED",
@@ -172,6 +174,13 @@ def test_a_config_that_cannot_be_served_is_refused_before_anything_is_sent(
 ) -> None:
     (touch(tmp_path, WHOLE) / "config.json").write_text(config)
     assert refusal(tmp_path).reason == reason
+
+
+def test_a_config_may_have_one_size_for_every_layer(tmp_path: Path) -> None:
+    """Gemma 3n and OpenELM."""
+    config = {"model_type": "gemma3n_text", "intermediate_size": [8, 16]}
+    (touch(tmp_path, WHOLE) / "config.json").write_text(json.dumps(config))
+    assert names(tmp_path) == ["config.json", WHOLE]
 
 
 # Caches of Hugging Face -------------------------------------------------------------------------
