@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import final
 
 import torch
-from hvp_core.checkpoint import build_empty
+from hvp_core.checkpoint import build_from_config
 from hvp_core.collective import Alone
 from hvp_core.data import token_batch
 from hvp_core.decoder import DecoderChain
@@ -144,7 +144,7 @@ def _curvature(
     key = f"chain in {dtype}"
     if key not in problem.memo:
         with problem.save_config() as folder:
-            model = build_empty(Path(folder), dtype)
+            model = build_from_config(Path(folder), dtype)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:

@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 
 # package -> what importing all of it must not bring in
 FORBIDDEN = {
+    "hvp_folders": {
+        *("torch", "ray", "grpc", "google", "numpy", "safetensors", "transformers"),
+        *("hvp_protos", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"),
+    },
     "hvp_protos": {"torch", "ray", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"},
     "hvp_client": {"torch", "ray", "transformers", "hvp_service", "hvp_workers", "hvp_core"},
     "hvp_service": {"torch", "ray", "transformers", "hvp_client", "hvp_core"},

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from hvp_protos.v1 import checkpoint_pb2
 
 from hvp_client._blobs import ProgressCallback, Source, upload_blobs
-from hvp_client._exceptions import FailedPreconditionError, InvalidArgumentError
+from hvp_client._exceptions import FailedPreconditionError
+from hvp_client._folders import open_folder
 from hvp_client._session import Session, new_request_id
-
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,9 @@ class Checkpoint:
         stored_dtype: Safetensors' name of the dtype of the files.
         size_bytes: Of all files.
         parameters: In the order of every vector; empty in a listing.
+        ignored_files: Files of the uploaded folder that look like weights and are no part of the
+            model, because transformers would not read them either; empty but for the call that
+            uploaded it.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Checkpoint:
     stored_dtype: str
     size_bytes: int
     parameters: tuple[ParameterTensor, ...]
+    ignored_files: tuple[str, ...] = field(default=(), compare=False)
 
 
 def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
@@ -74,82 +75,14 @@ def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
     )
 
 
-def find_checkpoint_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """List the files that make up the model in a folder: the config first.
-
-    Where there is an index only the files it names are taken, so that a second copy of the weights
-    in the same folder is not sent.
-
-    Args:
-        directory: Folder of config.json and safetensors.
-
-    Returns:
-        The files.
-
-    Raises:
-        InvalidArgumentError: `CHECKPOINT_FILES_INVALID` or `PICKLE_REFUSED`.
-    """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise _invalid(f"{folder} is not a folder; give the one that holds config.json")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        if pickles:
-            raise InvalidArgumentError(
-                f"{folder} holds only pickle files ({', '.join(pickles[:3])}), which can run any "
-                "program when they are opened; load the model where you trust it and write it with "
-                "`model.save_pretrained(folder, safe_serialization=True)`",
-                reason="PICKLE_REFUSED",
-                field="directory",
-                metadata={"path": pickles[0]},
-            )
-        raise _invalid(f"{folder} holds no *.safetensors file")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise _invalid(f"{folder} holds no config.json", path="config.json")
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        raise _invalid(f"{folder} holds {len(indexes)} indexes; leave one", path=indexes[1].name)
-    if indexes:
-        weights = _indexed_files(indexes[0])
-    return [config, *indexes, *weights]
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _invalid(
-            f"{index} is not a safetensors index: a JSON object with a weight_map of file names",
-            path=index.name,
-        ) from None
-    for name in names:
-        # A name with a folder in it would reach for files outside of the checkpoint.
-        if not isinstance(name, str) or name != Path(name).name:
-            raise _invalid(f"{index} names {name!r}, which is not a file name", path=index.name)
-        if not (index.parent / name).is_file():
-            raise _invalid(f"{index} names {name}, which is not there", path=name)
-    return [index.parent / name for name in names]
-
-
-def _invalid(message: str, path: str = "") -> InvalidArgumentError:
-    return InvalidArgumentError(
-        message,
-        reason="CHECKPOINT_FILES_INVALID",
-        field="directory",
-        metadata={"path": path} if path else {},
-    )
-
-
 async def upload_checkpoint(
     session: Session,
     directory: str | os.PathLike[str],
     progress: ProgressCallback | None,
 ) -> Checkpoint:
     """Upload what the server lacks of a folder and register it; see Client.upload_checkpoint."""
-    paths = find_checkpoint_files(directory)
-    sources = [Source(content=path) for path in paths]
+    folder = open_folder(directory)
+    sources = [Source(content=path) for path in folder.files]
     for last_try in (False, True):
         digests = await upload_blobs(session, sources, progress)
         request = checkpoint_pb2.CreateCheckpointRequest(
@@ -157,7 +90,7 @@ async def upload_checkpoint(
             request_id=new_request_id(),
             files=[
                 checkpoint_pb2.CheckpointFile(path=path.name, digest=digest)
-                for path, digest in zip(paths, digests, strict=True)
+                for path, digest in zip(folder.files, digests, strict=True)
             ],
         )
         try:
@@ -172,4 +105,5 @@ async def upload_checkpoint(
             # Somebody deleted a blob between our look and our use of it.
             if error.reason != "INPUT_MISSING" or last_try:
                 raise
-    return checkpoint_from_proto(answer.checkpoint)
+    ignored = (*folder.ignored, *answer.ignored_files)
+    return replace(checkpoint_from_proto(answer.checkpoint), ignored_files=ignored)

@@ -66,10 +66,12 @@ class Client:
     ) -> Checkpoint:
         """Bring a model to the server: config.json and *.safetensors, one or sharded with an index.
 
-        What the server has already is not sent again, and a broken connection is resumed.
+        What the server has already is not sent again, and a broken connection is resumed. The files
+        are those that transformers' `from_pretrained` would read; `ignored_files` names the others.
 
         Args:
-            directory: The folder, as written by `save_pretrained`.
+            directory: The folder, as written by `save_pretrained`; or a model's folder in a Hugging
+                Face cache, `models--org--name`.
             progress: Called on another thread with (bytes done, bytes in all).
 
         Returns:
@@ -78,8 +80,9 @@ class Client:
         Raises:
             InvalidArgumentError: `CHECKPOINT_FILES_INVALID`, `PICKLE_REFUSED`,
                 `SAFETENSORS_INVALID`, `CONFIG_INVALID`, `ARCHITECTURE_UNKNOWN`,
-                `REMOTE_CODE_REFUSED`, `TENSOR_MISSING`, `TENSOR_SHAPE_MISMATCH` or
-                `DTYPE_UNSUPPORTED`; metadata names file or tensor.
+                `TASK_UNSUPPORTED`, `QUANTIZATION_UNSUPPORTED`, `REMOTE_CODE_REFUSED`,
+                `TENSOR_MISSING`, `TENSOR_SHAPE_MISMATCH` or `DTYPE_UNSUPPORTED`; metadata names
+                file or tensor.
             ResourceExhaustedError: `DISK_FULL`.
         """
         return self._portal.run(self._twin.upload_checkpoint(directory, progress))

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from hvp_folders.config import read_config
+from hvp_folders.refusal import FolderError
+from hvp_folders.weights import CONFIG, INDEX_SUFFIX, WEIGHTS_SUFFIX, Weights, choose_weights
 
 from hvp_service.errors import ServiceError
-from hvp_service.safetensors_header import Header, PickleError, SafetensorsError, read_header
-
-CONFIG = "config.json"
-INDEX_SUFFIX = ".safetensors.index.json"
-MAX_JSON_BYTES = 64 << 20  # an index names every tensor; a config is far smaller
+from hvp_service.safetensors_header import PickleError, SafetensorsError, read_header
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
-# Sizes in a config decide what is built before a weight is seen. Ten times what any published
-# model has is generous, and building that on the meta device stays a matter of seconds.
-_LARGEST = {
-    "num_hidden_layers": 10_000,
-    "n_layer": 10_000,
-    "num_attention_heads": 100_000,
-    "num_key_value_heads": 100_000,
-    "hidden_size": 1 << 20,
-    "n_embd": 1 << 20,
-    "intermediate_size": 1 << 24,
-    "vocab_size": 1 << 26,
-}
 
 
 def safetensors_error(error: SafetensorsError, file: str) -> ServiceError:
@@ -64,115 +49,51 @@ def check_names(names: list[str]) -> None:
     for name in names:
         if name.endswith(_PICKLE_SUFFIXES):
             raise pickle_error(name[:200])
-        allowed = name == CONFIG or name.endswith((".safetensors", INDEX_SUFFIX))
+        allowed = name == CONFIG or name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX))
         if not allowed or not _FILE_NAME.fullmatch(name):
             raise _files_error(
                 f"{name[:200]!r} is not allowed: a checkpoint is config.json, *.safetensors and "
                 "*.safetensors.index.json, without folders."
             )
     if len(set(names)) != len(names):
-        raise _files_error("A file stands twice.")
+        raise _files_error("A file stands twice; send each once.")
     if CONFIG not in names:
-        raise _files_error("There is no config.json.")
-    weights = [name for name in names if name.endswith(".safetensors")]
-    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if not weights:
-        raise _files_error("There is no *.safetensors file.")
-    if len(indices) > 1 or (len(weights) > 1 and not indices):
-        raise _files_error(
-            f"{len(weights)} safetensors files need one *.safetensors.index.json; "
-            f"{len(indices)} came."
-        )
+        raise _files_error("There is no config.json; add the one that the model came with.")
+
+
+def choose_files(paths: Mapping[str, Path]) -> Weights:
+    """Choose the files that hold the model's weights. Blocks; reads config and index.
+
+    Args:
+        paths: Every file that came, by name.
+
+    Raises:
+        ServiceError: CHECKPOINT_FILES_INVALID, CONFIG_INVALID, QUANTIZATION_UNSUPPORTED.
+    """
+    try:
+        return choose_weights(paths, read_config(paths[CONFIG]))
+    except FolderError as error:
+        raise ServiceError(
+            error.reason, error.message, field="files", metadata=error.metadata
+        ) from None
 
 
 def check_contents(paths: Mapping[str, Path]) -> None:
-    """Check every file of a checkpoint, by name. Blocks; reads headers and JSON only.
+    """Check every safetensors file of a checkpoint, by name. Blocks; reads headers only.
 
     Raises:
-        ServiceError: SAFETENSORS_INVALID, PICKLE_REFUSED, CONFIG_INVALID, REMOTE_CODE_REFUSED,
-            CHECKPOINT_FILES_INVALID, TENSOR_MISSING.
+        ServiceError: SAFETENSORS_INVALID, PICKLE_REFUSED.
     """
-    _check_config(paths[CONFIG])
-    headers: dict[str, Header] = {}
     for name, path in paths.items():
-        if name.endswith(".safetensors"):
-            try:
-                headers[name] = read_header(path)
-            except SafetensorsError as error:
-                raise safetensors_error(error, name) from None
-            except PickleError:
-                raise pickle_error(name) from None
-    for name, path in paths.items():
-        if name.endswith(INDEX_SUFFIX):
-            _check_index(name, path, headers)
-
-
-def _check_config(path: Path) -> None:
-    config = _read_json(path)
-    if config is None:
-        raise _config_error("config.json is not a JSON object.")
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if section.get("auto_map"):
-            raise ServiceError(
-                "REMOTE_CODE_REFUSED",
-                "config.json has an auto_map: it asks to run code that comes with the model. Only "
-                "architectures that transformers itself has are served.",
-                field="files",
-                metadata={"file": CONFIG},
-            )
-        for key, largest in _LARGEST.items():
-            value = section.get(key)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest
-            ):
-                raise _config_error(
-                    f"config.json has {key} = {str(value)[:40]}, a whole number of 1 to {largest} "
-                    "is possible.",
-                    key,
-                )
-    if not isinstance(config.get("model_type"), str):
-        raise _config_error("config.json does not say its model_type.", "model_type")
-
-
-def _check_index(name: str, path: Path, headers: Mapping[str, Header]) -> None:
-    index = _read_json(path)
-    weight_map = index.get("weight_map") if index else None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
-        raise _files_error(f"{name} has no weight_map of tensor names to files.")
-    for tensor, file in weight_map.items():
-        if file not in headers:
-            raise _files_error(f"{name} names the file {file[:200]!r}, which did not come.")
-        if tensor not in headers[file].tensors:
-            raise ServiceError(
-                "TENSOR_MISSING",
-                f"{name} says that {file} holds {tensor[:200]!r}, which it does not.",
-                field="files",
-                metadata={"tensor": tensor[:200], "file": file},
-            )
-    for file, header in headers.items():
-        for tensor in header.tensors:
-            if weight_map.get(tensor) != file:
-                raise _files_error(
-                    f"{file} holds {tensor[:200]!r}, which {name} does not place there."
-                )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        return None
-    try:
-        loaded = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return loaded if isinstance(loaded, dict) else None
+        if not name.endswith(WEIGHTS_SUFFIX):
+            continue
+        try:
+            read_header(path)
+        except SafetensorsError as error:
+            raise safetensors_error(error, name) from None
+        except PickleError:
+            raise pickle_error(name) from None
 
 
 def _files_error(message: str) -> ServiceError:
     return ServiceError("CHECKPOINT_FILES_INVALID", message, field="files")
-
-
-def _config_error(message: str, key: str = "") -> ServiceError:
-    metadata = {"file": CONFIG} | ({"key": key} if key else {})
-    return ServiceError("CONFIG_INVALID", message, field="files", metadata=metadata)

@@ -7,15 +7,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from hvp_folders.weights import CONFIG
 from hvp_workers.backend import CheckpointDescription, ParameterTensor
 
 from hvp_service.blob_store import BlobStore, Digest
-from hvp_service.checkpoint_files import check_contents, check_names
+from hvp_service.checkpoint_files import check_contents, check_names, choose_files
 from hvp_service.clock import now_us
 from hvp_service.database import Database, checkpoint_files, checkpoints
 from hvp_service.errors import ServiceError, not_found
@@ -41,6 +42,7 @@ class Checkpoint:
     files: tuple[CheckpointFile, ...]
     description: CheckpointDescription
     create_time: int  # microseconds
+    ignored_files: tuple[str, ...] = ()  # of the call that made it, and no part of the model
 
     @property
     def size_bytes(self) -> int:
@@ -75,9 +77,12 @@ class CheckpointStore:
     async def create(self, project: str, files: Sequence[CheckpointFile]) -> Checkpoint:
         """Check files and register them; files that are registered already are answered at once.
 
+        Files that look like weights and are no part of the model are left out, and named in the
+        answer.
+
         Raises:
             ServiceError: CHECKPOINT_FILES_INVALID, PICKLE_REFUSED, SAFETENSORS_INVALID,
-                CONFIG_INVALID, REMOTE_CODE_REFUSED, TENSOR_MISSING, INPUT_MISSING.
+                CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, INPUT_MISSING.
             BackendError: What the workers find wrong.
         """
         check_names([file.path for file in files])
@@ -85,10 +90,13 @@ class CheckpointStore:
             file.path: await self._blobs.require(project, file.digest, f"files[{index}].digest")
             for index, file in enumerate(files)
         }
+        chosen = await asyncio.to_thread(choose_files, paths)
+        files = [file for file in files if file.path in {CONFIG, *chosen.files}]
+        paths = {file.path: paths[file.path] for file in files}
         name = Name(project, "checkpoints", checkpoint_id(files))
         async with self._folders:
             if (known := await self._find(name)) is not None:
-                return known
+                return replace(known, ignored_files=chosen.ignored)
             await asyncio.to_thread(check_contents, paths)
             folder = self._state_dir.checkpoint(name.id)
             await asyncio.to_thread(_link, folder, paths)
@@ -101,6 +109,7 @@ class CheckpointStore:
                     files=tuple(files),
                     description=description,
                     create_time=now_us(),
+                    ignored_files=chosen.ignored,
                 )
                 await self._insert(checkpoint)
             except BaseException:

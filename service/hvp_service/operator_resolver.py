@@ -185,7 +185,8 @@ class OperatorResolver:
             raise ServiceError(
                 "SEQUENCE_TOO_LONG",
                 f"The batch's sequences have {statistics.sequence_length} tokens; the model has "
-                f"{longest} positions.",
+                f"{longest} positions. Cut the rows, or scale rotary positions in config.json "
+                "(rope_parameters).",
                 field=f"{field}.data_batch",
                 metadata={
                     "sequence_length": str(statistics.sequence_length),

@@ -97,6 +97,9 @@ def test_sharded_files_and_other_dtypes_are_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     save_file({n: tensors[n] for n in names[::2]}, tmp_path / "model-1.safetensors")
     save_file({n: tensors[n] for n in names[1::2]}, tmp_path / "model-2.safetensors")
+    weight_map = {n: f"model-{i % 2 + 1}.safetensors" for i, n in enumerate(names)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     _, space, rounded = load(tmp_path)
     torch.testing.assert_close(space.to_flat(rounded), whole.bfloat16().double())
 
@@ -115,9 +118,9 @@ def test_a_tied_tensor_may_be_stored_under_its_other_name(tmp_path: Path) -> Non
     ("changes", "reason"),
     [
         ({"model_type": "no_such_model"}, "ARCHITECTURE_UNKNOWN"),
-        ({"model_type": None}, "ARCHITECTURE_UNKNOWN"),
+        ({"model_type": None}, "CONFIG_INVALID"),
         ({"model_type": "vit"}, "ARCHITECTURE_UNKNOWN"),
-        ({"auto_map": {"AutoModelForCausalLM": "mine.Model"}}, "REMOTE_CODE_REFUSED"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "REMOTE_CODE_REFUSED"),
         ({"hidden_size": -8}, "CONFIG_INVALID"),
         ({"num_attention_heads": "many"}, "CONFIG_INVALID"),
         ({"num_hidden_layers": 3}, "TENSOR_MISSING"),

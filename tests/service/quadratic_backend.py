@@ -245,7 +245,9 @@ class QuadraticBackend(Backend):
 
 
 def _tensors(checkpoint_dir: Path) -> dict[str, Array]:
-    found: dict[str, Array] = load_file(checkpoint_dir / "model.safetensors")
+    found: dict[str, Array] = {}
+    for path in checkpoint_dir.glob("*.safetensors"):
+        found |= load_file(path)
     return found
 
 

@@ -6,106 +6,71 @@ process ever holds the whole of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hvp_core import attention
+from hvp_core.architecture import config_refused, load_config
 from hvp_core.chain import canonical_names
 from hvp_core.errors import CurvatureError
 from hvp_core.space import Space
-
-#: Stored dtypes that hold plain numbers.
-READABLE = ("F64", "F32", "F16", "BF16")
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """Where a tensor lies."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dictionary.
-
-    Raises:
-        CurvatureError: CONFIG_INVALID, REMOTE_CODE_REFUSED, ARCHITECTURE_UNKNOWN.
-    """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CurvatureError("CONFIG_INVALID", f"config.json cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CurvatureError("CONFIG_INVALID", "config.json is not a JSON object")
-    if "auto_map" in config:
-        raise CurvatureError(
-            "REMOTE_CODE_REFUSED",
-            "config.json has auto_map: the model wants to run code of its own (trust_remote_code), "
-            "which is never done; use an architecture that transformers has built in",
-        )
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise CurvatureError(
-            "ARCHITECTURE_UNKNOWN",
-            f"model_type {kind!r} is not one that transformers knows; see config.json",
-            {"model_type": str(kind)},
-        )
-    return config
+from hvp_core.stored_tensors import (
+    READABLE,
+    StoredTensor,
+    by_name_in_model,
+    same_values,
+    stored_tensors,
+)
 
 
 def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on the meta device, its buffers real, in eval mode.
+    """A folder's model, its parameters on the meta device, its buffers real, in eval mode.
+
+    Parameters that the config ties are one, unless the files hold two tensors that differ: those
+    stay two, as transformers has it.
+
+    Args:
+        directory: Folder of config.json and safetensors.
+        dtype: Of the parameters.
 
     Raises:
-        CurvatureError: As read_config, and CONFIG_INVALID, ARCHITECTURE_UNKNOWN when no causal
-            language model can be made of it.
+        CurvatureError: As build_from_config and stored_tensors.
     """
+    model = _build(directory, dtype)
+    stored = by_name_in_model(model, stored_tensors(directory))
+    return _finish(model, stored)
+
+
+def build_from_config(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder that holds a config.json alone; as build_empty.
+
+    Raises:
+        CurvatureError: CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, ARCHITECTURE_UNKNOWN,
+            TASK_UNSUPPORTED, REMOTE_CODE_REFUSED.
+    """
+    return _finish(_build(directory, dtype), {})
+
+
+def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     attention.register()
-    read_config(directory)
+    config = load_config(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         try:
-            model = _from_config(config, dtype, attention.NAME)
+            return _from_config(config, dtype, attention.NAME)
         except KeyError:  # classes that look their attention up in a table of their own
-            model = _from_config(config, dtype, "eager")
-    except ValueError as error:
-        reason = (
-            "ARCHITECTURE_UNKNOWN"
-            if "Unrecognized configuration class" in str(error)
-            else "CONFIG_INVALID"
-        )
-        raise CurvatureError(
-            reason, f"config.json describes no causal language model: {str(error)[:300]}"
-        ) from error
-    except Exception as error:  # a library of thousands of configs fails in every way there is
-        raise CurvatureError(
-            "CONFIG_INVALID",
-            f"config.json describes no model that can be built ({type(error).__name__}: "
-            f"{str(error)[:300]})",
-        ) from error
-    model.tie_weights()  # replacing the parameters one by one has undone it
-    return model.eval().requires_grad_(False)
+            return _from_config(config, dtype, "eager")
+    except Exception as error:  # a library of thousands of models fails in every way there is
+        raise config_refused(error) from error
 
 
 def _from_config(config: PreTrainedConfig, dtype: torch.dtype, attn: str) -> PreTrainedModel:
@@ -115,60 +80,51 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype, attn: str) -> Pre
         )
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files.
-
-    Raises:
-        CurvatureError: SAFETENSORS_INVALID.
-    """
-    found: dict[str, StoredTensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    part = tensors.get_slice(key)
-                    found[key] = StoredTensor(
-                        file=file, key=key, shape=tuple(part.get_shape()), dtype=part.get_dtype()
-                    )
-        except (SafetensorError, OSError) as error:
-            raise CurvatureError(
-                "SAFETENSORS_INVALID", f"{file.name}: {error}", {"file": file.name}
-            ) from error
-    return found
+def _finish(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> PreTrainedModel:
+    """Tie what is one parameter, which replacing the parameters one by one has undone."""
+    tied = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        both = target in stored and source in stored
+        if both and not same_values(stored[target], stored[source]):
+            del tied[target]
+    model.tie_weights(recompute_mapping=False)
+    return model.eval().requires_grad_(False)
 
 
 def locate(model: PreTrainedModel, directory: Path) -> dict[str, StoredTensor]:
     """The stored tensor of each parameter and each persistent buffer, by canonical name.
 
-    A tied parameter may be stored under any of its names, and a base model's names may lack the
-    prefix of the whole.
+    A tied parameter may be stored under any of its names.
 
     Raises:
-        CurvatureError: TENSOR_MISSING, TENSOR_SHAPE_MISMATCH, DTYPE_UNSUPPORTED, naming the tensor.
+        CurvatureError: TENSOR_MISSING, TENSOR_SHAPE_MISMATCH, DTYPE_UNSUPPORTED, naming the tensor;
+            CHECKPOINT_FILES_INVALID where one parameter is stored as two that differ; and as
+            stored_tensors.
     """
-    stored = stored_tensors(directory)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stored = by_name_in_model(model, stored_tensors(directory))
     aliases: dict[str, list[str]] = {}
     for name, canonical in canonical_names(model).items():
         aliases.setdefault(canonical, []).append(name)
     found = {}
     wanted = {**dict(model.named_parameters()), **_persistent_buffers(model)}
     for canonical, parameter in wanted.items():
-        names = aliases.get(canonical, [canonical])
-        names = names + [name.removeprefix(prefix) for name in names]
-        tensor = next((stored[name] for name in names if name in stored), None)
+        names = [name for name in aliases.get(canonical, [canonical]) if name in stored]
+        _refuse_different(model, {name: stored[name] for name in names})
+        tensor = stored[names[0]] if names else None
         if tensor is None:
             raise CurvatureError(
                 "TENSOR_MISSING",
-                f"{canonical} is in no safetensors file; upload every shard of the checkpoint "
-                "(tensors that transformers renames or fuses as it loads are not found yet)",
+                f"{canonical} is in none of the files that transformers would read; add the shard "
+                "that holds it, or set tie_word_embeddings in config.json if it is the head and "
+                "equals the embedding (tensors that transformers renames or fuses as it loads are "
+                "not found yet)",
                 {"tensor": canonical},
             )
         if tensor.shape != tuple(parameter.shape):
             raise CurvatureError(
                 "TENSOR_SHAPE_MISMATCH",
                 f"{canonical} is stored as {tensor.shape} and config.json makes it "
-                f"{tuple(parameter.shape)}",
+                f"{tuple(parameter.shape)}; {_what_to_set(model, tensor, parameter)}",
                 {"tensor": canonical},
             )
         if parameter.is_floating_point() and tensor.dtype not in READABLE:
@@ -180,6 +136,29 @@ def locate(model: PreTrainedModel, directory: Path) -> dict[str, StoredTensor]:
             )
         found[canonical] = tensor
     return found
+
+
+def _refuse_different(model: PreTrainedModel, same: Mapping[str, StoredTensor]) -> None:
+    """Refuse tensors that are one parameter of the model and two in the files."""
+    compared = model.all_tied_weights_keys.items()  # when the model was built
+    for one, other in pairwise(same):
+        known = (one, other) in compared or (other, one) in compared
+        if not known and not same_values(same[one], same[other]):
+            raise CurvatureError(
+                "CHECKPOINT_FILES_INVALID",
+                f"{one} and {other} are one parameter of the model and differ in the files; leave "
+                "the right one, or write the model with save_pretrained",
+                {"tensor": other, "path": same[other].file.name},
+            )
+
+
+def _what_to_set(model: PreTrainedModel, tensor: StoredTensor, parameter: torch.Tensor) -> str:
+    """Advice where a shape is not the config's; a vocabulary is often padded when it is stored."""
+    vocabulary = model.config.get_text_config().vocab_size
+    rows, width = tensor.shape[:1], tensor.shape[1:]
+    if tuple(parameter.shape) == (vocabulary, *width) and rows:
+        return f"set vocab_size in config.json to {rows[0]}, the rows that are stored"
+    return "take the config.json that the model came with"
 
 
 def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:

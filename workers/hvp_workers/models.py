@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import final
 
 import torch
+from hvp_core.architecture import longest_sequence
 from hvp_core.check import chain_agrees
-from hvp_core.checkpoint import (
-    StoredTensor,
-    build_empty,
-    fill_buffers,
-    load_shard,
-    locate,
-)
+from hvp_core.checkpoint import build_empty, fill_buffers, load_shard, locate
 from hvp_core.collective import Collective
 from hvp_core.decoder import DecoderChain
 from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
 from hvp_core.space import Space
+from hvp_core.stored_tensors import StoredTensor
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
@@ -85,7 +81,7 @@ class ModelStore:
                     architecture=type(model).__name__,
                     num_parameters=offset,
                     vocab_size=text.vocab_size,
-                    max_positions=getattr(text, "max_position_embeddings", None),
+                    max_positions=longest_sequence(text),
                     stored_dtype=next(iter(sources.values())).dtype,
                     parameters=tuple(parameters),
                 ),

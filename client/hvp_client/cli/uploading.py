@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -37,14 +38,19 @@ def upload_checkpoint(address: str, directory: Path, *, as_json: bool) -> None:
                     "num_parameters": checkpoint.num_parameters,
                     "stored_dtype": checkpoint.stored_dtype,
                     "size_bytes": checkpoint.size_bytes,
+                    "ignored_files": checkpoint.ignored_files,
                 }
             )
         )
         return
-    Console(stderr=True).print(
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if checkpoint.ignored_files:
+        console.print(
+            f"no part of the model, left out: {escape(', '.join(checkpoint.ignored_files))}"
+        )
+    console.print(
         f"{checkpoint.architecture}: {checkpoint.num_parameters:,} parameters, "
-        f"{checkpoint.stored_dtype}, {checkpoint.size_bytes / 1e6:,.1f} MB",
-        highlight=False,
+        f"{checkpoint.stored_dtype}, {checkpoint.size_bytes / 1e6:,.1f} MB"
     )
     print(checkpoint.name)
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from hvp_protos.v1 import blob_pb2 as hvp__protos_dot_v1_dot_blob__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ehvp_protos/v1/checkpoint.proto\x12\x06hvp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18hvp_protos/v1/blob.proto\">\n\x0e\x43heckpointFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x1e\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x0e.hvp.v1.Digest\"\xa2\x03\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.hvp.v1.Checkpoint.State\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x12\n\nvocab_size\x18\x06 \x01(\x03\x12\x14\n\x0cstored_dtype\x18\x07 \x01(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nparameters\x18\n \x03(\x0b\x32\x17.hvp.v1.ParameterTensor\"l\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_VALIDATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\">\n\x0fParameterTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"d\n\x17\x43reateCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\"B\n\x18\x43reateCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15GetCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x17ListCheckpointsResponse\x12\'\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse2\xe3\x02\n\x11\x43heckpointService\x12U\n\x10\x43reateCheckpoint\x12\x1f.hvp.v1.CreateCheckpointRequest\x1a .hvp.v1.CreateCheckpointResponse\x12L\n\rGetCheckpoint\x12\x1c.hvp.v1.GetCheckpointRequest\x1a\x1d.hvp.v1.GetCheckpointResponse\x12R\n\x0fListCheckpoints\x12\x1e.hvp.v1.ListCheckpointsRequest\x1a\x1f.hvp.v1.ListCheckpointsResponse\x12U\n\x10\x44\x65leteCheckpoint\x12\x1f.hvp.v1.DeleteCheckpointRequest\x1a .hvp.v1.DeleteCheckpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ehvp_protos/v1/checkpoint.proto\x12\x06hvp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18hvp_protos/v1/blob.proto\">\n\x0e\x43heckpointFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x1e\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x0e.hvp.v1.Digest\"\xa2\x03\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.hvp.v1.Checkpoint.State\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x12\n\nvocab_size\x18\x06 \x01(\x03\x12\x14\n\x0cstored_dtype\x18\x07 \x01(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nparameters\x18\n \x03(\x0b\x32\x17.hvp.v1.ParameterTensor\"l\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_VALIDATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\">\n\x0fParameterTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"d\n\x17\x43reateCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\"Y\n\x18\x43reateCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x15\n\rignored_files\x18\x02 \x03(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15GetCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x17ListCheckpointsResponse\x12\'\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse2\xe3\x02\n\x11\x43heckpointService\x12U\n\x10\x43reateCheckpoint\x12\x1f.hvp.v1.CreateCheckpointRequest\x1a .hvp.v1.CreateCheckpointResponse\x12L\n\rGetCheckpoint\x12\x1c.hvp.v1.GetCheckpointRequest\x1a\x1d.hvp.v1.GetCheckpointResponse\x12R\n\x0fListCheckpoints\x12\x1e.hvp.v1.ListCheckpointsRequest\x1a\x1f.hvp.v1.ListCheckpointsResponse\x12U\n\x10\x44\x65leteCheckpoint\x12\x1f.hvp.v1.DeleteCheckpointRequest\x1a .hvp.v1.DeleteCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,19 +44,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATECHECKPOINTREQUEST']._serialized_start=650
   _globals['_CREATECHECKPOINTREQUEST']._serialized_end=750
   _globals['_CREATECHECKPOINTRESPONSE']._serialized_start=752
-  _globals['_CREATECHECKPOINTRESPONSE']._serialized_end=818
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=820
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=856
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=858
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=921
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=923
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1002
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1004
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1095
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1097
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1136
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1138
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1164
-  _globals['_CHECKPOINTSERVICE']._serialized_start=1167
-  _globals['_CHECKPOINTSERVICE']._serialized_end=1522
+  _globals['_CREATECHECKPOINTRESPONSE']._serialized_end=841
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=843
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=879
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=881
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=944
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=946
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1025
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1027
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1118
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1120
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1159
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1161
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1187
+  _globals['_CHECKPOINTSERVICE']._serialized_start=1190
+  _globals['_CHECKPOINTSERVICE']._serialized_end=1545
 # @@protoc_insertion_point(module_scope)

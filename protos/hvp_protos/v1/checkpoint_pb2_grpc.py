@@ -63,12 +63,22 @@ class CheckpointServiceServicer:
         """Registers files as a model after checking them: safetensors headers byte by byte, the
         architecture, and that every parameter is there with its shape. Nothing is executed from them.
 
-        INVALID_ARGUMENT `CHECKPOINT_FILES_INVALID`: no config.json, no safetensors, or a forbidden name.
+        The weights are the files that transformers' `from_pretrained` would read: `model.safetensors`, else
+        `model.safetensors.index.json` and its shards; where neither is there, one other index or one other
+        safetensors file.
+
+        INVALID_ARGUMENT `CHECKPOINT_FILES_INVALID`: no config.json, no safetensors, a forbidden name, a shard
+        that did not come, or a tensor that stands twice; metadata names the file.
         INVALID_ARGUMENT `PICKLE_REFUSED`: a pickle file; convert it to safetensors.
         INVALID_ARGUMENT `SAFETENSORS_INVALID`: metadata gives file and byte offset.
         INVALID_ARGUMENT `CONFIG_INVALID`: config.json is not a JSON object with sane values.
+        INVALID_ARGUMENT `QUANTIZATION_UNSUPPORTED`: the config says that the weights are stored quantised;
+        metadata names the scheme; load them dequantised and save that.
         INVALID_ARGUMENT `ARCHITECTURE_UNKNOWN`: no causal language model of that `model_type`.
-        INVALID_ARGUMENT `REMOTE_CODE_REFUSED`: the config asks for `trust_remote_code`.
+        INVALID_ARGUMENT `TASK_UNSUPPORTED`: the class in the config's `architectures` is of another task than
+        causal language modelling; metadata names class and task.
+        INVALID_ARGUMENT `REMOTE_CODE_REFUSED`: the class in the config exists only in code that comes with the
+        model (`auto_map`); where transformers has the class itself, that one is taken.
         INVALID_ARGUMENT `TENSOR_MISSING`, `TENSOR_SHAPE_MISMATCH`, `DTYPE_UNSUPPORTED`: metadata names it.
         FAILED_PRECONDITION `INPUT_MISSING`: a blob is not there; upload it and call again.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.

@@ -30,7 +30,9 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             for file in request.files
         ]
         made = await self._deps.checkpoints.create(parse_parent(request.parent), files)
-        return pb.CreateCheckpointResponse(checkpoint=messages.checkpoint_message(made))
+        return pb.CreateCheckpointResponse(
+            checkpoint=messages.checkpoint_message(made), ignored_files=made.ignored_files
+        )
 
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
