@@ -37,7 +37,8 @@ def test_christoffels_function_is_the_sum_of_the_squared_orthonormal_polynomials
     start = random(40) / random(40).norm()
     weights = (u.T @ start).square().numpy()
     t = 2.3
-    total, polynomials = 0.0, []
+    total = 0.0
+    polynomials: list[tuple[np.ndarray, float]] = []
     for degree in range(7):
         p = np.polynomial.Polynomial.fromroots([0.3] * degree) if degree else None
         at = np.ones(40) if p is None else p(values.numpy())
