@@ -60,7 +60,7 @@ class AsyncClient:
         try:
             # Vectors are freed out of politeness to a server that may be gone.
             async with asyncio.timeout(2.0):
-                await self._session.free_released()
+                await self._session.close()
         except (HvpError, TimeoutError):
             pass
         finally:

@@ -44,7 +44,7 @@ class Client:
         return self._twin.address
 
     def close(self) -> None:
-        """Free this client's vectors whose handles are gone and close its connections.
+        """Free this client's vectors, but for those that are kept, and close its connections.
 
         Closing twice is no error; calls on the client and its handles fail from then on.
         """

@@ -57,6 +57,10 @@ class ServerConfig(BaseSettings):
         commit_interval_bytes: An upload loses at most this much to a crash.
         upload_ttl_s: An upload that has not ended after this time is dropped.
         request_id_ttl_s: How long a request id is remembered.
+        session_ttl_s: A client's session ends when nothing is heard of it for so long, unless the
+            client asks for another time; its vectors go with it.
+        max_session_ttl_s: The longest time that a client may ask for.
+        vector_ttl_s: A vector that was made without a session goes when it is not used for so long.
         max_queued_jobs: CreateJob is refused beyond this.
         max_attempts: Runs of a job that loses its server or ranks.
         lease_s: A running job whose lease is older may be claimed again.
@@ -79,6 +83,9 @@ class ServerConfig(BaseSettings):
     commit_interval_bytes: int = Field(default=16 * MEBIBYTE, ge=1)
     upload_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
     request_id_ttl_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
+    session_ttl_s: float = Field(default=120.0, ge=1)
+    max_session_ttl_s: float = Field(default=24 * 3600.0, ge=1)
+    vector_ttl_s: float = Field(default=24 * 3600.0, gt=0)
     max_queued_jobs: int = Field(default=1000, ge=1)
     max_attempts: int = Field(default=3, ge=1)
     lease_s: float = Field(default=60.0, gt=0)

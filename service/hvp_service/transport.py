@@ -21,6 +21,8 @@ from hvp_protos.v1 import (
     job_pb2_grpc,
     operator_pb2,
     operator_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
     vector_pb2,
@@ -37,6 +39,7 @@ from hvp_service.servicers.checkpoint import CheckpointServicer
 from hvp_service.servicers.data_batch import DataBatchServicer
 from hvp_service.servicers.job import JobServicer
 from hvp_service.servicers.operator import OperatorServicer
+from hvp_service.servicers.session import SessionServicer
 from hvp_service.servicers.system import SystemServicer
 from hvp_service.servicers.vector import VectorServicer
 
@@ -56,6 +59,12 @@ _SERVICES = (
         "DataBatchService",
         data_batch_pb2_grpc.add_DataBatchServiceServicer_to_server,
         DataBatchServicer,
+    ),
+    (
+        session_pb2,
+        "SessionService",
+        session_pb2_grpc.add_SessionServiceServicer_to_server,
+        SessionServicer,
     ),
     (
         vector_pb2,

@@ -15,6 +15,7 @@ import google_crc32c
 import grpc.aio
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -31,6 +32,8 @@ from hvp_protos.v1 import (
     job_pb2_grpc,
     operator_pb2,
     operator_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
     vector_pb2,
@@ -55,6 +58,7 @@ class Wire:
     blobs: Any
     checkpoints: Any
     batches: Any
+    sessions: Any
     vectors: Any
     operators: Any
     jobs: Any
@@ -75,6 +79,7 @@ async def wire(deps: Dependencies) -> AsyncIterator[Wire]:
                     blob_pb2_grpc.BlobServiceStub,
                     checkpoint_pb2_grpc.CheckpointServiceStub,
                     data_batch_pb2_grpc.DataBatchServiceStub,
+                    session_pb2_grpc.SessionServiceStub,
                     vector_pb2_grpc.VectorServiceStub,
                     operator_pb2_grpc.OperatorServiceStub,
                     job_pb2_grpc.JobServiceStub,
@@ -334,6 +339,11 @@ async def calls(wire: Wire, deps: Dependencies) -> dict[str, tuple[Any, Any, Any
             data_batch_pb2.CreateDataBatchRequest(parent=PARENT, digest=first),
             data_batch_pb2.CreateDataBatchRequest(parent=PARENT, digest=second),
         ),
+        "CreateSession": (
+            wire.sessions.CreateSession,
+            session_pb2.CreateSessionRequest(parent=PARENT),
+            session_pb2.CreateSessionRequest(parent=PARENT, ttl=Duration(seconds=5)),
+        ),
         "CreateVector": (wire.vectors.CreateVector, seeded(1), seeded(2)),
         "ComputeGradient": (
             wire.operators.ComputeGradient,
@@ -357,6 +367,7 @@ METHODS = [
     "StartUpload",
     "CreateCheckpoint",
     "CreateDataBatch",
+    "CreateSession",
     "CreateVector",
     "ComputeGradient",
     "ApplyOperator",
@@ -529,7 +540,7 @@ async def test_health_and_reflection_name_every_service(wire: Wire) -> None:
     replies = wire.reflection.ServerReflectionInfo(iter([request]))
     (reply,) = [reply async for reply in replies]
     names = [service.name for service in reply.list_services_response.service]
-    assert sum(name.startswith("hvp.v1.") for name in names) == 7
+    assert sum(name.startswith("hvp.v1.") for name in names) == 8
     for name in ["", *(name for name in names if name.startswith("hvp."))]:
         check = await wire.health.Check(health_pb2.HealthCheckRequest(service=name))
         assert check.status == health_pb2.HealthCheckResponse.SERVING
