@@ -56,6 +56,9 @@ class ServerConfig(BaseSettings):
         max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
         commit_interval_bytes: An upload loses at most this much to a crash.
         upload_ttl_s: An upload that has not ended after this time is dropped.
+        upload_silence_s: An upload has room on the disk set aside while its bytes come and for so
+            long after its start or its last chunk; then it has to find room again.
+        upload_share: Part of the free disk that one project's open uploads may have set aside.
         request_id_ttl_s: How long a request id is remembered.
         session_ttl_s: A client's session ends when nothing is heard of it for so long, unless the
             client asks for another time; its vectors go with it.
@@ -82,6 +85,8 @@ class ServerConfig(BaseSettings):
     max_message_bytes: int = Field(default=4 * MEBIBYTE, ge=MEBIBYTE)
     commit_interval_bytes: int = Field(default=16 * MEBIBYTE, ge=1)
     upload_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
+    upload_silence_s: float = Field(default=300.0, gt=0)
+    upload_share: float = Field(default=0.9, gt=0, le=1)
     request_id_ttl_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
     session_ttl_s: float = Field(default=120.0, ge=1)
     max_session_ttl_s: float = Field(default=24 * 3600.0, ge=1)
