@@ -54,6 +54,10 @@ class ServerConfig(BaseSettings):
         grace_s: Time that running calls have to end after SIGTERM.
         max_chunk_bytes: Largest chunk in an upload; near 1 MiB Python's gRPC is fastest.
         max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
+        max_waiting_calls: Calls that wait for something to happen, as watches of jobs do; one more
+            is refused with a delay.
+        max_working_calls: Calls that bring bytes or wait for the ranks; the same. Calls that answer
+            at once always have room beside both.
         commit_interval_bytes: An upload loses at most this much to a crash.
         upload_ttl_s: An upload that has not ended after this time is dropped.
         upload_silence_s: An upload has room on the disk set aside while its bytes come and for so
@@ -83,6 +87,8 @@ class ServerConfig(BaseSettings):
     grace_s: float = Field(default=10.0, ge=0)
     max_chunk_bytes: int = Field(default=MEBIBYTE, ge=1, le=3 * MEBIBYTE)
     max_message_bytes: int = Field(default=4 * MEBIBYTE, ge=MEBIBYTE)
+    max_waiting_calls: int = Field(default=500, ge=1)
+    max_working_calls: int = Field(default=500, ge=1)
     commit_interval_bytes: int = Field(default=16 * MEBIBYTE, ge=1)
     upload_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
     upload_silence_s: float = Field(default=300.0, gt=0)

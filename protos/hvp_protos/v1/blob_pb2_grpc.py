@@ -28,6 +28,8 @@ if _version_not_supported:
 class BlobServiceStub:
     """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
     given) and INTERNAL `INTERNAL` (a bug: report the request id).
+    Every RPC that may last (a stream, one that waits, one that needs the ranks) may also answer
+    RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: many such calls run already; call again after the delay given.
     """
 
     def __init__(self, channel):
@@ -86,6 +88,8 @@ class BlobServiceStub:
 class BlobServiceServicer:
     """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
     given) and INTERNAL `INTERNAL` (a bug: report the request id).
+    Every RPC that may last (a stream, one that waits, one that needs the ranks) may also answer
+    RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: many such calls run already; call again after the delay given.
     """
 
     def FindMissingBlobs(self, request, context):
@@ -235,6 +239,8 @@ def add_BlobServiceServicer_to_server(servicer, server):
 class BlobService:
     """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
     given) and INTERNAL `INTERNAL` (a bug: report the request id).
+    Every RPC that may last (a stream, one that waits, one that needs the ranks) may also answer
+    RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: many such calls run already; call again after the delay given.
     """
 
     @staticmethod
