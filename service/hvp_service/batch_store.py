@@ -49,6 +49,8 @@ class BatchStore:
         path = await self._blobs.require(project, digest, "digest")
         name = Name(project, "dataBatches", digest.sha256)
         if (known := await self._find(name)) is not None:
+            async with self._database.writing() as connection:
+                await self._blobs.claim(connection, project, digest)
             return known
         try:
             statistics = await asyncio.to_thread(read_batch, path)
@@ -57,7 +59,7 @@ class BatchStore:
             raise
         batch = DataBatch(name=name, digest=digest, statistics=statistics, create_time=now_us())
         async with self._database.writing() as connection:
-            await self._blobs.recheck(connection, project, digest)
+            await self._blobs.claim(connection, project, digest)
             await connection.execute(
                 sa.insert(data_batches)
                 .prefix_with("OR IGNORE")
@@ -95,7 +97,7 @@ class BatchStore:
         return [_from_row(row) for row in rows], token
 
     async def delete(self, name: Name) -> None:
-        """Delete a batch; its blob stays.
+        """Delete a batch; its blob is for `BlobStore.release`.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.

@@ -88,6 +88,7 @@ class CheckpointStore:
         name = Name(project, "checkpoints", checkpoint_id(files))
         async with self._folders:
             if (known := await self._find(name)) is not None:
+                await self._claim(known)
                 return known
             await asyncio.to_thread(check_contents, paths)
             folder = self._state_dir.checkpoint(name.id)
@@ -133,7 +134,7 @@ class CheckpointStore:
         return [checkpoint for checkpoint in found if checkpoint is not None], token
 
     async def delete(self, name: Name) -> None:
-        """Delete a checkpoint; its blobs stay.
+        """Delete a checkpoint; its blobs are for `BlobStore.release`.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -176,7 +177,7 @@ class CheckpointStore:
         name, description = checkpoint.name, checkpoint.description
         async with self._database.writing() as connection:
             for file in checkpoint.files:
-                await self._blobs.recheck(connection, name.project, file.digest)
+                await self._blobs.claim(connection, name.project, file.digest)
             await connection.execute(
                 checkpoints.insert().values(
                     project=name.project,
@@ -204,6 +205,11 @@ class CheckpointStore:
                     for file in checkpoint.files
                 ],
             )
+
+    async def _claim(self, checkpoint: Checkpoint) -> None:
+        async with self._database.writing() as connection:
+            for file in checkpoint.files:
+                await self._blobs.claim(connection, checkpoint.name.project, file.digest)
 
     async def _find(self, name: Name) -> Checkpoint | None:
         async with self._database.reading() as connection:

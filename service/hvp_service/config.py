@@ -63,6 +63,8 @@ class ServerConfig(BaseSettings):
         upload_silence_s: An upload has room on the disk set aside while its bytes come and for so
             long after its start or its last chunk; then it has to find room again.
         upload_share: Part of the free disk that one project's open uploads may have set aside.
+        blob_grace_s: A blob of which nothing is made goes so long after a caller has last been told
+            that it is here.
         request_id_ttl_s: How long a request id is remembered.
         session_ttl_s: A client's session ends when nothing is heard of it for so long, unless the
             client asks for another time; its vectors go with it.
@@ -93,6 +95,7 @@ class ServerConfig(BaseSettings):
     upload_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
     upload_silence_s: float = Field(default=300.0, gt=0)
     upload_share: float = Field(default=0.9, gt=0, le=1)
+    blob_grace_s: float = Field(default=24 * 3600.0, ge=0)
     request_id_ttl_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
     session_ttl_s: float = Field(default=120.0, ge=1)
     max_session_ttl_s: float = Field(default=24 * 3600.0, ge=1)

@@ -158,6 +158,7 @@ server = sa.Table(
 
 
 _PATIENCE_S = 30
+_LOG_PAGES = 100
 
 
 class DatabaseBusyError(Exception):
@@ -210,6 +211,9 @@ def _prepare_connection(connection: Any, _: Any) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
+    # The log beside the rows is written back early: by itself it would grow to 4 MiB and stay so.
+    cursor.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
+    cursor.execute(f"PRAGMA journal_size_limit={_LOG_PAGES * 4096}")
     cursor.execute("PRAGMA synchronous=FULL")  # a row promised to a caller survives a power cut
     cursor.execute(f"PRAGMA busy_timeout={int(1000 * _PATIENCE_S)}")
     cursor.close()

@@ -82,7 +82,7 @@ async def open_dependencies(
     try:
         pager = Pager(database.page_token_key)
         group = GroupSupervisor(backend)
-        blobs = BlobStore(database, state_dir, pager)
+        blobs = BlobStore(database, state_dir, pager, grace_s=config.blob_grace_s)
         uploads = UploadStore(database, state_dir, blobs, config)
         checkpoints = CheckpointStore(database, state_dir, blobs, pager, group)
         batches = BatchStore(database, blobs, pager)

@@ -40,6 +40,7 @@ class Sweeper:
     async def sweep(self) -> None:
         """Sweep once."""
         await self._uploads.expire()
+        await self._blobs.collect()
         await self._blobs.sweep()
         await self._checkpoints.sweep()
         await self._request_log.forget(now_us() - int(self._config.request_id_ttl_s * SECOND))

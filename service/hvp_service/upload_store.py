@@ -78,6 +78,8 @@ class UploadStore:
                 f"The blob of this SHA-256 has {blob.digest.size_bytes} bytes.",
                 field="expected.size_bytes",
             )
+        if blob is not None:
+            await self._blobs.mention(project, [expected])
         await self._drop_expired()
         expire_time = now_us() + int(self._config.upload_ttl_s * SECOND)
         async with self._database.writing() as connection:
