@@ -72,6 +72,8 @@ class ServerConfig(BaseSettings):
         vector_ttl_s: A vector that was made without a session goes when it is not used for so long.
         max_queued_jobs: CreateJob is refused beyond this.
         max_attempts: Runs of a job that loses its server or ranks.
+        job_retention_s: A job that ended so long ago is forgotten, with its events and its
+            eigenvectors but for those that are kept.
         lease_s: A running job whose lease is older may be claimed again.
         heartbeat_s: Interval between heartbeats of a watch stream.
         progress_interval_s: Progress is stored at most this often within a stage.
@@ -102,6 +104,7 @@ class ServerConfig(BaseSettings):
     vector_ttl_s: float = Field(default=24 * 3600.0, gt=0)
     max_queued_jobs: int = Field(default=1000, ge=1)
     max_attempts: int = Field(default=3, ge=1)
+    job_retention_s: float = Field(default=180 * 24 * 3600.0, gt=0)
     lease_s: float = Field(default=60.0, gt=0)
     heartbeat_s: float = Field(default=15.0, gt=0)
     progress_interval_s: float = Field(default=0.2, ge=0)

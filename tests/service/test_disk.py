@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from hvp_client import Client, FailedPreconditionError, NotFoundError
 from hvp_service.blob_store import BlobStore
 from hvp_service.config import ServerConfig
+from hvp_service.database import job_events
+from hvp_service.database import jobs as job_rows
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints
+from hvp_service.handlers import checkpoints, jobs, vectors
+from hvp_service.job_store import JobEvent
+from hvp_service.names import Name, parse
 from hvp_service.paging import Pager
 from hvp_service.state_dir import StateDir
 from hvp_service.transport import start_transport
@@ -25,6 +30,7 @@ from tests.service.world import (
     PROJECT,
     make_batch,
     make_checkpoint,
+    make_operator,
     quadratic,
     upload,
 )
@@ -54,9 +60,10 @@ async def test_a_checkpoint_uploaded_and_deleted_twenty_times_leaves_the_folder_
     def work() -> None:
         ids = np.arange(8).reshape(2, 4)
         with Client(transport.address) as client:
-            for _ in range(20):
+            for number in range(20):
                 checkpoint = client.upload_checkpoint(folder)
-                assert client.upload_checkpoint(folder) == checkpoint  # told that all is here
+                if number % 5 == 0:  # told that all is here
+                    assert client.upload_checkpoint(folder) == checkpoint
                 batch = client.upload_batch({"input_ids": ids})
                 assert size_on_disk(config.state_dir) > before + MEGABYTE
                 client.delete_checkpoint(checkpoint.name)
@@ -167,3 +174,98 @@ async def test_blobs_that_an_older_server_left_go_with_the_first_sweep(
     again = await open_dependencies(hasty, state_dir, QuadraticBackend())
     assert not again.blobs.path(left).exists()
     await again.close()
+
+
+async def ended_job(deps: Dependencies) -> tuple[Name, list[Name]]:
+    """A job with two eigenvectors."""
+    ref = await make_operator(deps)
+    name = Name(PROJECT, "jobs", jobs.job_id(PROJECT, ""))
+    await jobs.create(
+        deps,
+        name,
+        operator=ref,
+        k=2,
+        which="WHICH_BE",
+        tol=0.0,
+        max_products=0,
+        seed=1,
+        num_lanczos_vectors=0,
+        labels={},
+        validate_only=False,
+    )
+    job = await jobs.wait(deps, name, 30.0)
+    assert job.result is not None
+    return name, [parse(vector, "vectors") for vector in job.result.eigenvectors]
+
+
+async def test_the_eigenvectors_of_a_job_go_with_it_unless_they_are_kept(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    name, (lost, kept) = await ended_job(deps)
+    await vectors.keep(deps, kept)
+    await jobs.delete(deps, name)
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        await deps.vectors.get(lost)
+    assert (await deps.vectors.get(kept)).durable
+    assert [path.stem for path in state_dir.vector("x").parent.iterdir()] == [kept.id]
+
+
+async def test_jobs_are_forgotten_when_they_ended_long_ago(
+    deps: Dependencies, state_dir: StateDir
+) -> None:
+    old, _ = await ended_job(deps)
+    async with deps.database.writing() as connection:
+        await connection.execute(sa.update(job_rows).values(end_time=0))
+    young, _ = await ended_job(deps)
+    await deps.sweeper.sweep()
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        await deps.jobs.get(old)
+    assert (await deps.jobs.get(young)).state == "SUCCEEDED"
+    left = [path.stem for path in state_dir.vector("x").parent.iterdir()]
+    assert len(left) == 2
+    assert all(stem.startswith(young.id) for stem in left)
+    async with deps.database.reading() as connection:
+        events = set((await connection.scalars(sa.select(job_events.c.job_id))).all())
+    assert events == {young.id}
+
+
+@pytest.mark.slow
+async def test_a_watch_of_a_hundred_thousand_events_comes_in_pages(
+    deps: Dependencies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = await ended_job(deps)
+    count = 100_000
+    async with deps.database.writing() as connection:
+        first = (await connection.execute(sa.select(job_events).limit(1))).one()
+        last = (
+            await connection.execute(
+                sa.select(job_events).order_by(job_events.c.sequence.desc()).limit(1)
+            )
+        ).one()
+        await connection.execute(sa.delete(job_events))
+        await connection.execute(
+            job_events.insert(),
+            [
+                {**first._asdict(), "sequence": number}
+                if number < count
+                else {**last._asdict(), "sequence": number}
+                for number in range(1, count + 1)
+            ],
+        )
+        await connection.execute(sa.update(job_rows).values(last_sequence=count))
+    sizes = []
+    events_after = deps.jobs.events_after
+
+    async def watched(name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
+        page = await events_after(name, sequence, timeout_s)
+        sizes.append(len(page))
+        return page
+
+    monkeypatch.setattr(deps.jobs, "events_after", watched)
+    seen = 0
+    async for event in jobs.watch(deps, name, 0):
+        assert event is not None
+        seen += 1
+        assert event.sequence == seen
+    assert seen == count
+    assert max(sizes) <= 1000
