@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class BatchStore:
     def path(self, batch: DataBatch) -> Path:
         """The file of tensors."""
         return self._blobs.path(batch.digest)
+
+    def hold(self, name: Name) -> AbstractContextManager[None]:
+        """Use a batch for a block: its file stays until the block's end."""
+        return self._blobs.hold(name.id)
 
     async def create(self, project: str, digest: Digest) -> DataBatch:
         """Check a blob and register it; one that is registered already is answered at once.

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hvp_service.clock import SECOND, now_us
 from hvp_service.database import Database, blobs, checkpoint_files, data_batches, uploads
 from hvp_service.errors import ServiceError, not_found
+from hvp_service.lifetimes import Holds
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
@@ -101,6 +103,7 @@ class BlobStore:
         The file of a row is always complete.
         A blob of which something is made stays. One of which nothing is made stays for the grace
         after the last time that a caller heard that it is here, and may rely on that.
+        A file whose rows were deleted goes when no call uses it.
 
     Args:
         database: Where the rows are.
@@ -111,6 +114,7 @@ class BlobStore:
 
     def __init__(self, database: Database, state_dir: StateDir, pager: Pager, *, grace_s: float):
         self._grace_us = int(grace_s * SECOND)
+        self._holds = Holds(self._remove)
         self._database = database
         self._state_dir = state_dir
         self._pager = pager
@@ -309,19 +313,26 @@ class BlobStore:
             deleted = sa.delete(blobs).where(*where).returning(blobs.c.sha256)
             names = list((await connection.scalars(deleted)).all())
         # Only now are the rows gone for good.
-        if names:
-            await self._remove([self._state_dir.blob(name) for name in names])
+        if free := self._holds.leave(names):
+            await self._remove(free)
         return names
+
+    def hold(self, sha256: str) -> AbstractContextManager[None]:
+        """Use a blob for a block: its file stays until the block's end."""
+        return self._holds.hold([sha256])
+
+    async def close(self) -> None:
+        """Wait for files that are being removed."""
+        await self._holds.close()
 
     async def sweep(self) -> None:
         """Remove files that neither a row nor an open upload names."""
-        await self._remove(
-            await asyncio.to_thread(
-                lambda: list(self._state_dir.blob("xx").parent.parent.glob("*/*"))
-            )
-        )
+        root = self._state_dir.blob("xx").parent.parent
+        files = await asyncio.to_thread(lambda: [path.name for path in root.glob("*/*")])
+        await self._remove(self._holds.leave(files))
 
-    async def _remove(self, files: Collection[Path]) -> None:
+    async def _remove(self, names: Collection[str]) -> None:
+        """Remove the files of these SHA-256s that neither a row nor an open upload names."""
         # Nobody makes a blob anew beside this transaction.
         async with self._database.writing() as connection:
             known = set((await connection.scalars(sa.select(blobs.c.sha256))).all())
@@ -333,7 +344,8 @@ class BlobStore:
                     )
                 ).all()
             )
-            await asyncio.to_thread(_unlink, [path for path in files if path.name not in known])
+            unnamed = [self._state_dir.blob(name) for name in names if name not in known]
+            await asyncio.to_thread(_unlink, unnamed)
 
 
 def _unlink(files: Iterable[Path]) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hvp_service.clock import now_us
 from hvp_service.database import Database, checkpoint_files, checkpoints
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.group_supervisor import GroupSupervisor
+from hvp_service.lifetimes import Holds
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
@@ -55,7 +57,12 @@ def checkpoint_id(files: Sequence[CheckpointFile]) -> str:
 
 
 class CheckpointStore:
-    """Rows and folders of checkpoints. The folder of a row is always complete."""
+    """Rows and folders of checkpoints.
+
+    Laws:
+        The folder of a row is always complete.
+        A folder whose row was deleted goes when no call uses it.
+    """
 
     def __init__(
         self,
@@ -71,6 +78,7 @@ class CheckpointStore:
         self._pager = pager
         self._group = group
         self._folders = asyncio.Lock()
+        self._holds = Holds(self._remove_left)
 
     async def create(self, project: str, files: Sequence[CheckpointFile]) -> Checkpoint:
         """Check files and register them; files that are registered already are answered at once.
@@ -105,7 +113,7 @@ class CheckpointStore:
                 )
                 await self._insert(checkpoint)
             except BaseException:
-                await asyncio.shield(asyncio.ensure_future(self._remove_unused(name)))
+                await asyncio.shield(asyncio.ensure_future(self._remove_unused(name.id)))
                 raise
         return checkpoint
 
@@ -154,23 +162,38 @@ class CheckpointStore:
                 )
             if not deleted.rowcount:
                 raise not_found(str(name), "checkpoint")
-            await self._remove_unused(name)
+            if self._holds.leave([name.id]):
+                await self._remove_unused(name.id)
+
+    def hold(self, name: Name) -> AbstractContextManager[None]:
+        """Use a checkpoint for a block: its folder stays until the block's end."""
+        return self._holds.hold([name.id])
+
+    async def close(self) -> None:
+        """Wait for folders that are being removed."""
+        await self._holds.close()
+
+    async def _remove_left(self, ids: Collection[str]) -> None:
+        async with self._folders:
+            for identifier in ids:
+                await self._remove_unused(identifier)
 
     async def sweep(self) -> None:
         """Remove folders without a row and those that were never completed."""
         async with self._folders:
             async with self._database.reading() as connection:
                 known = set((await connection.scalars(sa.select(checkpoints.c.id))).all())
+            known.update(self._holds.ids)
             for folder in self._state_dir.checkpoint("x").parent.iterdir():
                 if folder.name not in known:
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    async def _remove_unused(self, name: Name) -> None:
+    async def _remove_unused(self, identifier: str) -> None:
         async with self._database.reading() as connection:
-            user = sa.select(checkpoints.c.id).where(checkpoints.c.id == name.id).limit(1)
+            user = sa.select(checkpoints.c.id).where(checkpoints.c.id == identifier).limit(1)
             if (await connection.execute(user)).first() is None:
                 await asyncio.to_thread(
-                    shutil.rmtree, self._state_dir.checkpoint(name.id), ignore_errors=True
+                    shutil.rmtree, self._state_dir.checkpoint(identifier), ignore_errors=True
                 )
 
     async def _insert(self, checkpoint: Checkpoint) -> None:

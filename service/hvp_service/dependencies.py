@@ -65,7 +65,9 @@ class Dependencies:
         await self.dispatcher.stop(self.config.grace_s)
         await self.group.close()
         await self.vectors.close()
+        await self.checkpoints.close()
         await self.uploads.close()
+        await self.blobs.close()
         await self.database.close()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 
 @final
@@ -64,3 +66,47 @@ class Uses:
         wanted = set(ids)
         self._leaving |= wanted & self._users.keys()
         return sorted(wanted - self._users.keys())
+
+
+@final
+class Holds:
+    """Uses whose things are removed in the background when their last user has left.
+
+    Args:
+        remove: Removes what nobody uses, by id; what it raises is a fault.
+    """
+
+    def __init__(self, remove: Callable[[Collection[str]], Coroutine[Any, Any, None]]):
+        self._remove = remove
+        self._uses = Uses()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def ids(self) -> list[str]:
+        """Of everything in use."""
+        return self._uses.ids
+
+    @contextlib.contextmanager
+    def hold(self, ids: Collection[str]) -> Iterator[None]:
+        """Use things for the block: look them up inside of it, and they stay until its end."""
+        self._uses.begin(ids)
+        try:
+            yield
+        finally:
+            self.remove_soon(self._uses.end(ids))
+
+    def leave(self, ids: Iterable[str]) -> list[str]:
+        """Tell things to leave; those that nobody uses, for the caller to remove."""
+        return self._uses.leave(ids)
+
+    def remove_soon(self, ids: Collection[str]) -> None:
+        """Remove things in the background."""
+        if ids:
+            task = asyncio.create_task(self._remove(ids))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Wait until what is being removed is gone."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)

@@ -8,9 +8,10 @@ from typing import Any, final
 
 import sqlalchemy as sa
 from hvp_workers.backend import Dtype
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.clock import SECOND, now_us
-from hvp_service.database import Database, sessions, vectors
+from hvp_service.database import Database, checkpoints, sessions, vectors
 from hvp_service.errors import ServiceError, not_found, session_expired
 from hvp_service.lifetimes import UNTIL_DELETED, Lifetime
 from hvp_service.names import Name
@@ -54,7 +55,8 @@ class Vector:
 class VectorRows:
     """The table of vectors.
 
-    Law: the row of a vector that belongs to a session was inserted while the session was there.
+    Law: the row of a vector was inserted while its checkpoint was there, and the session that it
+    belongs to, if any.
 
     Args:
         database: Where it is.
@@ -71,15 +73,15 @@ class VectorRows:
         """Insert rows; a time to live begins now.
 
         Raises:
-            ServiceError: SESSION_EXPIRED.
+            ServiceError: SESSION_EXPIRED, RESOURCE_NOT_FOUND for the checkpoint.
         """
         later = now_us() + self._ttl_us
         async with self._database.writing() as connection:
+            for space in {vector.checkpoint for vector in made}:
+                if not await _is_there(connection, checkpoints, space):
+                    raise not_found(str(space), "checkpoint", "It was deleted meanwhile.")
             for owner in {vector.session for vector in made if vector.session is not None}:
-                row = sa.select(sessions.c.id).where(
-                    sessions.c.project == owner.project, sessions.c.id == owner.id
-                )
-                if (await connection.execute(row)).first() is None:
+                if not await _is_there(connection, sessions, owner):
                     raise session_expired(str(owner))
             await connection.execute(
                 # An eigenvector's name follows from its job: a second attempt replaces the first's.
@@ -232,6 +234,11 @@ def gone(name: Name) -> ServiceError:
         "If it was there, it was deleted, or what it belonged to has ended: its session, its job, "
         "or the time for which nobody used it. Make it again.",
     )
+
+
+async def _is_there(connection: AsyncConnection, table: sa.Table, name: Name) -> bool:
+    row = sa.select(table.c.id).where(table.c.project == name.project, table.c.id == name.id)
+    return (await connection.execute(row)).first() is not None
 
 
 def _from_row(row: sa.Row[Any]) -> Vector:

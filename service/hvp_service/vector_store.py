@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from hvp_service.clock import now_us
 from hvp_service.database import Database, vectors
 from hvp_service.errors import ServiceError
 from hvp_service.group_supervisor import GroupSupervisor
-from hvp_service.lifetimes import UNTIL_DELETED, Lifetime, Uses
+from hvp_service.lifetimes import UNTIL_DELETED, Holds, Lifetime
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
@@ -61,8 +60,7 @@ class VectorStore:
         ttl_s: float,
     ):
         self._rows = VectorRows(database, pager, ttl_s=ttl_s)
-        self._uses = Uses()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._holds = Holds(self._discard_deleted)
         self._state_dir = state_dir
         self._group = group
         self._resident: set[tuple[str, str]] = set()  # (generation, vector id)
@@ -108,7 +106,7 @@ class VectorStore:
             work: Makes the elements, under the vectors' ids.
 
         Raises:
-            ServiceError: WORKER_GROUP_LOST, SESSION_EXPIRED.
+            ServiceError: WORKER_GROUP_LOST, SESSION_EXPIRED, RESOURCE_NOT_FOUND.
             BackendError: What `work` raised.
         """
 
@@ -134,7 +132,7 @@ class VectorStore:
         """Insert the rows of vectors, which the ranks hold now or have in files.
 
         Raises:
-            ServiceError: SESSION_EXPIRED.
+            ServiceError: SESSION_EXPIRED, RESOURCE_NOT_FOUND for the checkpoint.
         """
         await self._rows.insert(made)
         if resident:
@@ -168,15 +166,11 @@ class VectorStore:
         Raises:
             ServiceError: As `get`.
         """
-        ids = [name.id for name in names]
-        self._uses.begin(ids)
-        try:
+        with self._holds.hold([name.id for name in names]):
             found = [await self.get(name) for name in names]
             found = await self._rows.prolong(found)
             yield found
             await self._rows.prolong(found)
-        finally:
-            self._discard_soon(self._uses.end(ids))
 
     async def list_page(self, project: str, page: PageRequest) -> tuple[list[Vector], str]:
         """One page of the vectors that can be used, oldest first, and the next page's token."""
@@ -286,7 +280,7 @@ class VectorStore:
 
         The rows are gone on return; the ranks may be in a long product and free the rest after it.
         """
-        self._discard_soon(await self._rows.delete_outlived(self._uses.ids))
+        self._holds.remove_soon(await self._rows.delete_outlived(self._holds.ids))
 
     async def next_expiry(self) -> int | None:
         """When the next vector with a time to live goes, in microseconds."""
@@ -294,26 +288,19 @@ class VectorStore:
 
     async def close(self) -> None:
         """Wait until what was let go is gone; after the ranks' end, which frees it all."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._holds.close()
 
-    async def discard(self, names: Sequence[str]) -> None:
+    async def discard(self, names: Collection[str]) -> None:
         """Free vectors on the ranks and on disk that have no row, by id, once nobody uses them."""
-        free = self._uses.leave(names)
+        free = self._holds.leave(names)
         for identifier in free:
             self._state_dir.vector(identifier).unlink(missing_ok=True)
         await self.free(free)
 
-    async def _discard_deleted(self, names: Sequence[str]) -> None:
+    async def _discard_deleted(self, names: Collection[str]) -> None:
         # The rows are gone, so nobody can name the elements; the next start frees them.
         with contextlib.suppress(BackendError, ServiceError):
             await self.discard(names)
-
-    def _discard_soon(self, names: Sequence[str]) -> None:
-        if names:
-            task = asyncio.create_task(self._discard_deleted(names))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
     async def withdraw(self, names: Sequence[str]) -> None:
         """Leave nothing of vectors, by id, wherever their making has ended."""

@@ -16,7 +16,7 @@ from hvp_service.database import job_events
 from hvp_service.database import jobs as job_rows
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints, jobs, vectors
+from hvp_service.handlers import checkpoints, jobs, operators, vectors
 from hvp_service.job_store import JobEvent
 from hvp_service.names import Name, parse
 from hvp_service.paging import Pager
@@ -99,6 +99,33 @@ async def test_a_file_of_two_projects_stays_for_the_other(deps: Dependencies) ->
     await checkpoints.delete_checkpoint(deps, mine.name)
     assert all(deps.blobs.path(file.digest).exists() for file in theirs.files)
     assert (await deps.checkpoints.get(theirs.name)).files == mine.files
+
+
+async def test_what_a_call_works_with_is_deleted_after_it(
+    deps: Dependencies, backend: QuadraticBackend, state_dir: StateDir
+) -> None:
+    ref = await make_operator(deps)
+    checkpoint, batch = parse(ref.checkpoint, "checkpoints"), parse(ref.data_batch, "dataBatches")
+    theta = await vectors.create(
+        deps, PROJECT, ref.checkpoint, "float64", vectors.ParametersSource()
+    )
+    backend.gate.clear()
+    call = asyncio.create_task(operators.apply(deps, ref, [str(theta.name)]))
+    await asyncio.sleep(0.1)
+    await checkpoints.delete_batch(deps, batch)
+    await checkpoints.delete_checkpoint(deps, checkpoint)
+    assert state_dir.checkpoint(checkpoint.id).is_dir()  # the ranks have yet to read it
+    assert state_dir.blob(batch.id).exists()
+    backend.gate.set()
+    with pytest.raises(ServiceError, match="deleted meanwhile"):
+        await call
+    for _ in range(200):
+        if not (state_dir.checkpoint(checkpoint.id).exists() or backend.resident):
+            break
+        await asyncio.sleep(0.05)
+    assert not state_dir.checkpoint(checkpoint.id).exists()
+    assert not list(state_dir.blob("xx").parent.parent.iterdir())
+    assert not backend.resident
 
 
 async def test_a_caller_who_was_told_that_a_file_is_here_still_finds_it(

@@ -33,15 +33,15 @@ async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperat
         ServiceError: As `OperatorResolver.resolve`.
         BackendError: INSUFFICIENT_CLUSTER_MEMORY.
     """
-    resolved = await deps.operators.resolve(ref)
-    info = await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
+    async with deps.operators.using(ref) as resolved:
+        info = await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
     return resolved, info
 
 
 async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:
     """L(θ). Cost: one forward pass."""
-    resolved = await deps.operators.resolve(ref)
-    value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
+    async with deps.operators.using(ref) as resolved:
+        value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
     return Loss(value, resolved.batch.statistics.num_targets)
 
 
@@ -51,8 +51,10 @@ async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = 
     Raises:
         ServiceError: SESSION_EXPIRED, and as `OperatorResolver.resolve`.
     """
-    resolved = await deps.operators.resolve(ref)
-    async with deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime:
+    async with (
+        deps.operators.using(ref) as resolved,
+        deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
+    ):
         (gradient,) = _products(deps, resolved, 1, lifetime)
 
         async def work(backend: Backend) -> None:
@@ -72,9 +74,9 @@ async def apply(
     """
     if not vectors:
         raise ServiceError("VECTORS_MISSING", "Name one or more vectors.", field="vectors")
-    resolved = await deps.operators.resolve(ref)
     names = [parse(name, "vectors") for name in vectors]
     async with (
+        deps.operators.using(ref) as resolved,
         deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
         deps.vectors.using(names) as inputs,
     ):
