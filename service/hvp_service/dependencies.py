@@ -94,7 +94,7 @@ async def open_dependencies(
         operators = OperatorResolver(checkpoints, batches, state_dir, backend.device)
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)
-        sweeper = Sweeper(config, uploads, blobs, checkpoints, request_log, jobs, vectors)
+        sweeper = Sweeper(config, database, uploads, blobs, checkpoints, request_log, jobs, vectors)
         await sweeper.sweep()
         await sessions.recover()
         await vectors.forget_products(now_us() - LOST_PRODUCT_S * SECOND)

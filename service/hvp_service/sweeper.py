@@ -11,6 +11,7 @@ from hvp_service.blob_store import BlobStore
 from hvp_service.checkpoint_store import CheckpointStore
 from hvp_service.clock import SECOND, now_us
 from hvp_service.config import ServerConfig
+from hvp_service.database import Database
 from hvp_service.job_store import JobStore
 from hvp_service.request_log import RequestLog
 from hvp_service.upload_store import UploadStore
@@ -27,6 +28,7 @@ class Sweeper:
     def __init__(
         self,
         config: ServerConfig,
+        database: Database,
         uploads: UploadStore,
         blobs: BlobStore,
         checkpoints: CheckpointStore,
@@ -35,6 +37,7 @@ class Sweeper:
         vectors: VectorStore,
     ):
         self._config = config
+        self._database = database
         self._uploads = uploads
         self._blobs = blobs
         self._checkpoints = checkpoints
@@ -51,6 +54,7 @@ class Sweeper:
         await self._checkpoints.sweep()
         await self._request_log.forget(now_us() - int(self._config.request_id_ttl_s * SECOND))
         await self._forget_jobs(now_us() - int(self._config.job_retention_s * SECOND))
+        await self._database.shrink()
 
     async def _forget_jobs(self, before_us: int) -> None:
         while names := await self._jobs.ended_before(before_us):

@@ -39,7 +39,17 @@ def batch_file(tmp_path_factory: pytest.TempPathFactory, input_ids: NDArray[np.i
 def test_help_lists_every_command() -> None:
     done = hvp("--help")
     assert done.returncode == 0
-    for command in ("serve", "upload", "eigsh", "jobs", "watch", "cancel", "delete", "doctor", "demo"):
+    for command in (
+        "serve",
+        "upload",
+        "eigsh",
+        "jobs",
+        "watch",
+        "cancel",
+        "delete",
+        "doctor",
+        "demo",
+    ):
         assert f" {command} " in done.stdout
 
 

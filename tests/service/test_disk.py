@@ -256,6 +256,33 @@ async def test_jobs_are_forgotten_when_they_ended_long_ago(
     assert events == {young.id}
 
 
+async def test_the_room_of_forgotten_events_is_given_back_to_the_disk(
+    deps: Dependencies, config: ServerConfig
+) -> None:
+    name, _ = await ended_job(deps)
+    async with deps.database.writing() as connection:
+        await connection.execute(
+            job_events.insert(),
+            [
+                {
+                    "project": PROJECT,
+                    "job_id": name.id,
+                    "sequence": number,
+                    "time": 0,
+                    "body": {"kind": "x" * 1000},
+                }
+                for number in range(1000, 5000)
+            ],
+        )
+        await connection.execute(sa.update(job_rows).values(end_time=0))
+    before = size_on_disk(config.state_dir)
+    await deps.sweeper.sweep()
+    for _ in range(3):  # a later transaction writes the log back and cuts it
+        await deps.database.shrink()
+        await make_batch(deps)
+    assert size_on_disk(config.state_dir) < before - 3 * MEGABYTE
+
+
 @pytest.mark.slow
 async def test_a_watch_of_a_hundred_thousand_events_comes_in_pages(
     deps: Dependencies, monkeypatch: pytest.MonkeyPatch
