@@ -51,17 +51,17 @@ class BatchStore:
         Raises:
             ServiceError: INPUT_MISSING, and what `read_batch` raises.
         """
+        with self._blobs.hold(digest.sha256):
+            return await self._create(project, digest)
+
+    async def _create(self, project: str, digest: Digest) -> DataBatch:
         path = await self._blobs.require(project, digest, "digest")
         name = Name(project, "dataBatches", digest.sha256)
         if (known := await self._find(name)) is not None:
             async with self._database.writing() as connection:
                 await self._blobs.claim(connection, project, digest)
             return known
-        try:
-            statistics = await asyncio.to_thread(read_batch, path)
-        except FileNotFoundError:  # deleted between the look-up and here
-            await self._blobs.require(project, digest, "digest")
-            raise
+        statistics = await asyncio.to_thread(read_batch, path)
         batch = DataBatch(name=name, digest=digest, statistics=statistics, create_time=now_us())
         async with self._database.writing() as connection:
             await self._blobs.claim(connection, project, digest)

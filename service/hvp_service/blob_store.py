@@ -174,37 +174,26 @@ class BlobStore:
         if not claimed.rowcount:
             raise _input_missing(project, digest)
 
-    async def mention(self, project: str, digests: Iterable[Digest]) -> None:
-        """Note that a caller has been told that blobs are here."""
-        wanted = [digest.sha256 for digest in digests]
-        if not wanted:
-            return
+    async def mention(self, project: str, digests: Sequence[Digest]) -> set[Digest]:
+        """Those that are here; the caller is told so, and they stay for the grace."""
+        here: set[Digest] = set()
         async with self._database.writing() as connection:
-            for start in range(0, len(wanted), _DIGESTS_PER_QUERY):
-                await connection.execute(
+            for start in range(0, len(digests), _DIGESTS_PER_QUERY):
+                asked = [d.sha256 for d in digests[start : start + _DIGESTS_PER_QUERY]]
+                rows = await connection.execute(
                     sa.update(blobs)
-                    .where(
-                        blobs.c.project == project,
-                        blobs.c.sha256.in_(wanted[start : start + _DIGESTS_PER_QUERY]),
-                    )
+                    .where(blobs.c.project == project, blobs.c.sha256.in_(asked))
                     .values(mention_time=now_us())
+                    .returning(blobs.c.sha256, blobs.c.size_bytes)
                 )
+                here.update(Digest(sha256=row.sha256, size_bytes=row.size_bytes) for row in rows)
+        return here
 
     async def missing(self, project: str, digests: Sequence[Digest]) -> list[Digest]:
         """Those that are not here, in the order given; the others stay for the grace."""
         for index, digest in enumerate(digests):
             digest.check(f"digests[{index}]")
-        here: set[Digest] = set()
-        async with self._database.reading() as connection:
-            for start in range(0, len(digests), _DIGESTS_PER_QUERY):
-                asked = [d.sha256 for d in digests[start : start + _DIGESTS_PER_QUERY]]
-                rows = await connection.execute(
-                    sa.select(blobs.c.sha256, blobs.c.size_bytes).where(
-                        blobs.c.project == project, blobs.c.sha256.in_(asked)
-                    )
-                )
-                here.update(Digest(sha256=row.sha256, size_bytes=row.size_bytes) for row in rows)
-        await self.mention(project, here)
+        here = await self.mention(project, digests)
         return [digest for digest in digests if digest not in here]
 
     async def adopt(
@@ -317,9 +306,9 @@ class BlobStore:
             await self._remove(free)
         return names
 
-    def hold(self, sha256: str) -> AbstractContextManager[None]:
-        """Use a blob for a block: its file stays until the block's end."""
-        return self._holds.hold([sha256])
+    def hold(self, *sha256s: str) -> AbstractContextManager[None]:
+        """Use blobs for a block: what files they have stay until the block's end."""
+        return self._holds.hold(sha256s)
 
     async def close(self) -> None:
         """Wait for files that are being removed."""

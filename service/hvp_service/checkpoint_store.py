@@ -89,6 +89,10 @@ class CheckpointStore:
             BackendError: What the workers find wrong.
         """
         check_names([file.path for file in files])
+        with self._blobs.hold(*(file.digest.sha256 for file in files)):
+            return await self._create(project, files)
+
+    async def _create(self, project: str, files: Sequence[CheckpointFile]) -> Checkpoint:
         paths = {
             file.path: await self._blobs.require(project, file.digest, f"files[{index}].digest")
             for index, file in enumerate(files)

@@ -13,8 +13,8 @@ from hvp_service.session_store import SessionStore
 
 _SHORTEST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 15.0
-# The loop comes late by milliseconds when it is busy. By more it was stopped: the process or the
-# machine was suspended, or the clock was set.
+# The loop comes round late by milliseconds when it is busy. By more it was stopped: the process or
+# the machine was suspended, the database was locked, or the clock was set.
 _STOPPED_US = SECOND
 
 log = structlog.get_logger()
@@ -40,14 +40,14 @@ class Reaper:
                 await self._task
 
     async def _loop(self) -> None:
-        pause_s = 0.0
+        looked, pause_s = now_us(), 0.0
         while True:
-            asleep = now_us()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._sessions.opened.wait(), pause_s)
             self._sessions.opened.clear()
             try:
-                late_us = now_us() - asleep - int(pause_s * SECOND)
+                late_us = now_us() - looked - int(pause_s * SECOND)
+                looked = now_us()
                 if late_us > _STOPPED_US:
                     log.warning("the server was stopped", seconds=late_us / SECOND)
                     await self._sessions.recover()

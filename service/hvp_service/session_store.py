@@ -156,10 +156,11 @@ class SessionStore:
         Returns:
             When the next session or vector is due, in microseconds; None while none is.
         """
+        now = now_us()  # not after a wait for the database, which whoever renews waits for too
         async with self._database.writing() as connection:
             await connection.execute(
                 sa.delete(sessions).where(
-                    sessions.c.expire_time < now_us(), sessions.c.id.not_in(self._uses.ids)
+                    sessions.c.expire_time < now, sessions.c.id.not_in(self._uses.ids)
                 )
             )
             due = await connection.scalar(sa.select(sa.func.min(sessions.c.expire_time)))

@@ -130,8 +130,9 @@ async def _create(
         case ParametersSource():
             return await _make_durable(deps, new({"kind": "parameters"}))
         case Digest():
-            path = await deps.blobs.require(project, source, "source.blob")
-            return await _from_file(deps, new({"kind": "file"}), path, "source.blob")
+            with deps.blobs.hold(source.sha256):
+                path = await deps.blobs.require(project, source, "source.blob")
+                return await _from_file(deps, new({"kind": "file"}), path, "source.blob")
         case FileSource(path=path):
             return await _from_file(deps, new({"kind": "file"}), path, "data")
         case CombinationSource(terms=terms):
