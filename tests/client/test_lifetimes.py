@@ -18,7 +18,7 @@ import sys, time
 from hvp_client import Client, Timeout
 
 address, checkpoint, batch = sys.argv[1:]
-client = Client(address, timeout=Timeout(lease_s=1.0))
+client = Client(address, timeout=Timeout(lease_s=2.0))
 H = client.operator(checkpoint, batch, dtype="float64")
 v = H.random_vector(seed=1)
 w = H @ v
@@ -50,13 +50,13 @@ def test_the_vectors_of_a_killed_client_go_and_those_of_a_quiet_one_stay(
 ) -> None:
     script = [sys.executable, "-c", CRASHING, server.address, checkpoint.name, batch.name]
     with (
-        Client(server.address, timeout=Timeout(lease_s=1.0)) as quiet,
+        Client(server.address, timeout=Timeout(lease_s=2.0)) as quiet,
         subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as crashing,
     ):
         mine = quiet.operator(checkpoint, batch, dtype="float64").random_vector(seed=2)
         assert crashing.stdout is not None
         *lost, kept = crashing.stdout.readline().split()
-        time.sleep(2.0)
+        time.sleep(3.0)
         assert {*lost, kept} <= names(client)  # it lives, so they do
         crashing.send_signal(signal.SIGKILL)
         crashing.wait()
