@@ -93,19 +93,15 @@ async def create(
             INPUT_MISSING, SESSION_EXPIRED.
         BackendError: VECTOR_MEMORY.
     """
+    name = _checkpoint_name(project, checkpoint)
     async with deps.sessions.using(project, session) as lifetime:
-        return await _create(deps, project, checkpoint, dtype, source, lifetime)
+        with deps.checkpoints.hold(name):
+            return await _create(deps, name, dtype, source, lifetime)
 
 
 async def _create(
-    deps: Dependencies,
-    project: str,
-    checkpoint: str,
-    dtype: str,
-    source: VectorSource,
-    lifetime: Lifetime,
+    deps: Dependencies, name: Name, dtype: str, source: VectorSource, lifetime: Lifetime
 ) -> Vector:
-    name = _checkpoint_name(project, checkpoint)
     found = await deps.checkpoints.get(name)
     space_dtype = check_dtype(dtype)
     num_elements = found.description.num_parameters
@@ -131,7 +127,7 @@ async def _create(
             return await _make_durable(deps, new({"kind": "parameters"}))
         case Digest():
             with deps.blobs.hold(source.sha256):
-                path = await deps.blobs.require(project, source, "source.blob")
+                path = await deps.blobs.require(name.project, source, "source.blob")
                 return await _from_file(deps, new({"kind": "file"}), path, "source.blob")
         case FileSource(path=path):
             return await _from_file(deps, new({"kind": "file"}), path, "data")
