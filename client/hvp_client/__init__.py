@@ -26,6 +26,7 @@ __all__ = [
     "AsyncOperator",
     "AsyncVector",
     "Batch",
+    "Blob",
     "CallCancelledError",
     "Checkpoint",
     "Client",

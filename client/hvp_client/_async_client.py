@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar, final
 
-from hvp_protos.v1 import checkpoint_pb2, data_batch_pb2, job_pb2, system_pb2, vector_pb2
+from hvp_protos.v1 import blob_pb2, checkpoint_pb2, data_batch_pb2, job_pb2, system_pb2, vector_pb2
 
 from hvp_client._async_job import AsyncJob
 from hvp_client._async_operator import AsyncOperator, open_operator
 from hvp_client._async_vector import AsyncVector
 from hvp_client._batches import Batch, batch_from_proto, upload_batch
-from hvp_client._blobs import ProgressCallback
+from hvp_client._blobs import Blob, ProgressCallback, blob_from_proto
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, upload_checkpoint
 from hvp_client._exceptions import HvpError
 from hvp_client._results import state_values
@@ -60,7 +60,7 @@ class AsyncClient:
         try:
             # Vectors are freed out of politeness to a server that may be gone.
             async with asyncio.timeout(2.0):
-                await self._session.free_released()
+                await self._session.close()
         except (HvpError, TimeoutError):
             pass
         finally:
@@ -154,6 +154,23 @@ class AsyncClient:
             "DataBatchService/DeleteDataBatch",
             data_batch_pb2.DeleteDataBatchRequest(name=name),
             data_batch_pb2.DeleteDataBatchResponse,
+        )
+
+    async def blobs(self) -> list[Blob]:
+        """As Client.blobs."""
+        pages = await self._pages(
+            "BlobService/ListBlobs",
+            lambda token: blob_pb2.ListBlobsRequest(parent=self._session.parent, page_token=token),
+            blob_pb2.ListBlobsResponse,
+        )
+        return [blob_from_proto(message) for page in pages for message in page.blobs]
+
+    async def delete_blob(self, name: str) -> None:
+        """As Client.delete_blob."""
+        await self._session.wire.unary(
+            "BlobService/DeleteBlob",
+            blob_pb2.DeleteBlobRequest(name=name),
+            blob_pb2.DeleteBlobResponse,
         )
 
     async def vector(self, name: str) -> AsyncVector:

@@ -55,13 +55,18 @@ class AsyncOperator(OperatorFields):
 
     async def gradient(self) -> AsyncVector:
         """As Operator.gradient."""
-        await self._session.free_released()
-        answer = await self._session.wire.unary(
-            "OperatorService/ComputeGradient",
-            operator_pb2.ComputeGradientRequest(operator=self._spec, request_id=new_request_id()),
-            operator_pb2.ComputeGradientResponse,
-            timeout_s=self._session.wire.timeout.compute_s,
-        )
+
+        async def call(owner: str) -> operator_pb2.ComputeGradientResponse:
+            return await self._session.wire.unary(
+                "OperatorService/ComputeGradient",
+                operator_pb2.ComputeGradientRequest(
+                    operator=self._spec, request_id=new_request_id(), session=owner
+                ),
+                operator_pb2.ComputeGradientResponse,
+                timeout_s=self._session.wire.timeout.compute_s,
+            )
+
+        answer = await self._session.make(call)
         return AsyncVector(self._session, answer.gradient, temporary=True)
 
     @overload
@@ -95,23 +100,26 @@ class AsyncOperator(OperatorFields):
         array = as_real(other, "v")
         return await (self.matmat(array) if array.ndim == 2 else self.matvec(array))
 
-    async def random_vector(self, *, seed: int, distribution: str = "rademacher") -> AsyncVector:
+    async def random_vector(
+        self, *, seed: int, distribution: str = "rademacher", keep: bool = False
+    ) -> AsyncVector:
         """As Operator.random_vector."""
-        return await self._create(source_seeded(seed, distribution))
+        return await self._create(source_seeded(seed, distribution), keep=keep)
 
-    async def zeros(self) -> AsyncVector:
+    async def zeros(self, *, keep: bool = False) -> AsyncVector:
         """As Operator.zeros."""
-        return await self._create(vector_pb2.VectorSource(zeros=vector_pb2.ZerosSource()))
+        source = vector_pb2.VectorSource(zeros=vector_pb2.ZerosSource())
+        return await self._create(source, keep=keep)
 
-    async def parameters(self) -> AsyncVector:
+    async def parameters(self, *, keep: bool = False) -> AsyncVector:
         """As Operator.parameters."""
-        return await self._create(vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource()))
+        source = vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource())
+        return await self._create(source, keep=keep)
 
-    async def vector(self, array: Any) -> AsyncVector:
+    async def vector(self, array: Any, *, keep: bool = False) -> AsyncVector:
         """As Operator.vector."""
         elements = as_elements(array, self.shape[0], self.dtype, "array")
-        await self._session.free_released()
-        return await self._write(elements)
+        return await _kept(await self._write(elements), keep)
 
     async def eigsh(
         self,
@@ -148,33 +156,41 @@ class AsyncOperator(OperatorFields):
         )
         return AsyncJob(self._session, answer.job)
 
-    async def _create(self, source: vector_pb2.VectorSource) -> AsyncVector:
-        return await create_vector(self._session, self.checkpoint, self._spec.dtype, source)
+    async def _create(self, source: vector_pb2.VectorSource, *, keep: bool) -> AsyncVector:
+        made = await create_vector(self._session, self.checkpoint, self._spec.dtype, source)
+        return await _kept(made, keep)
 
     async def _write(self, elements: NDArray[Any]) -> AsyncVector:
-        create = vector_pb2.CreateVectorRequest(
-            parent=self._session.parent,
-            request_id=new_request_id(),
-            checkpoint=self.checkpoint,
-            dtype=self._spec.dtype,
-        )
-        message = await write_elements(self._session, create, elements)
-        return AsyncVector(self._session, message, temporary=True)
+        async def call(owner: str) -> vector_pb2.Vector:
+            create = vector_pb2.CreateVectorRequest(
+                parent=self._session.parent,
+                request_id=new_request_id(),
+                checkpoint=self.checkpoint,
+                dtype=self._spec.dtype,
+                session=owner,
+            )
+            return await write_elements(self._session, create, elements)
+
+        return AsyncVector(self._session, await self._session.make(call), temporary=True)
 
     async def _apply(self, vectors: Sequence[AsyncVector]) -> list[AsyncVector]:
         if not vectors:
             return []
-        await self._session.free_released()
-        answer = await self._session.wire.unary(
-            "OperatorService/ApplyOperator",
-            operator_pb2.ApplyOperatorRequest(
-                operator=self._spec,
-                request_id=new_request_id(),
-                vectors=[vector.name for vector in vectors],
-            ),
-            operator_pb2.ApplyOperatorResponse,
-            timeout_s=self._session.wire.timeout.compute_s,
-        )
+
+        async def call(owner: str) -> operator_pb2.ApplyOperatorResponse:
+            return await self._session.wire.unary(
+                "OperatorService/ApplyOperator",
+                operator_pb2.ApplyOperatorRequest(
+                    operator=self._spec,
+                    request_id=new_request_id(),
+                    vectors=[vector.name for vector in vectors],
+                    session=owner,
+                ),
+                operator_pb2.ApplyOperatorResponse,
+                timeout_s=self._session.wire.timeout.compute_s,
+            )
+
+        answer = await self._session.make(call)
         return [AsyncVector(self._session, product, temporary=True) for product in answer.products]
 
     async def _apply_columns(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -188,7 +204,6 @@ class AsyncOperator(OperatorFields):
                 metadata={"expected": str(self.shape[0]), "given": str(given)},
             )
         columns = [as_elements(column, self.shape[0], self.dtype, "v") for column in array.T]
-        await self._session.free_released()
         vectors: list[AsyncVector] = []
         try:
             vectors += await gather_bounded(
@@ -201,6 +216,12 @@ class AsyncOperator(OperatorFields):
             # At once and not when collected: these may be most of the ranks' memory.
             await gather_bounded(8, [partial(_discard, vector) for vector in vectors])
         return np.stack(results, axis=1) if results else np.empty(array.shape, self.dtype)
+
+
+async def _kept(vector: AsyncVector, keep: bool) -> AsyncVector:
+    if keep:
+        await vector.keep()
+    return vector
 
 
 async def _discard(vector: AsyncVector) -> None:

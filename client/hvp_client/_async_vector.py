@@ -62,6 +62,11 @@ class AsyncVector(VectorFields):
         """As Vector.axpy."""
         return await combine(self._session, [(1.0, self), (scale, other)])
 
+    async def keep(self) -> None:
+        """As Vector.keep."""
+        await self._session.keep_vector(self.name)
+        self._finalizer.detach()
+
     async def delete(self) -> None:
         """As Vector.delete."""
         self._finalizer.detach()
@@ -127,24 +132,29 @@ async def create_vector(
         source: What it is made of.
 
     Returns:
-        Its handle, which frees it when it is no longer referred to.
+        Its handle, which frees it when it is no longer referred to; at the latest it goes with the
+        client.
 
     Raises:
         HvpError: As CreateVector says.
     """
-    await session.free_released()
-    answer = await session.wire.unary(
-        "VectorService/CreateVector",
-        vector_pb2.CreateVectorRequest(
-            parent=session.parent,
-            request_id=new_request_id(),
-            checkpoint=checkpoint,
-            dtype=dtype,
-            source=source,
-        ),
-        vector_pb2.CreateVectorResponse,
-        timeout_s=session.wire.timeout.compute_s,
-    )
+
+    async def call(owner: str) -> vector_pb2.CreateVectorResponse:
+        return await session.wire.unary(
+            "VectorService/CreateVector",
+            vector_pb2.CreateVectorRequest(
+                parent=session.parent,
+                request_id=new_request_id(),
+                checkpoint=checkpoint,
+                dtype=dtype,
+                source=source,
+                session=owner,
+            ),
+            vector_pb2.CreateVectorResponse,
+            timeout_s=session.wire.timeout.compute_s,
+        )
+
+    answer = await session.make(call)
     return AsyncVector(session, answer.vector, temporary=True)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import final
@@ -18,11 +19,36 @@ from hvp_protos.v1 import blob_pb2
 
 from hvp_client._exceptions import HvpError, NotFoundError
 from hvp_client._session import Session, gather_bounded, new_request_id
+from hvp_client._times import from_timestamp
 from hvp_client._wire import CHUNK_BYTES, Pauses, is_resumable
 
 ProgressCallback = Callable[[int, int], None]
 
 _PARALLEL_UPLOADS = 4  # as many as there are connections for bulk data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """Bytes that the server holds, of which checkpoints and batches are made.
+
+    Attributes:
+        name: `projects/{project}/blobs/{sha256}`.
+        size_bytes: Of the content.
+        create_time: When it was complete, UTC.
+    """
+
+    name: str
+    size_bytes: int
+    create_time: datetime
+
+
+def blob_from_proto(message: blob_pb2.Blob) -> Blob:
+    """Make the record of a message."""
+    return Blob(
+        name=message.name,
+        size_bytes=message.digest.size_bytes,
+        create_time=from_timestamp(message.create_time),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

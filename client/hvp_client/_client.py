@@ -9,7 +9,7 @@ from typing import Any, final
 
 from hvp_client._async_client import DEFAULT_ADDRESS, AsyncClient
 from hvp_client._batches import Batch
-from hvp_client._blobs import ProgressCallback
+from hvp_client._blobs import Blob, ProgressCallback
 from hvp_client._checkpoints import Checkpoint
 from hvp_client._job import Job
 from hvp_client._operator import Operator
@@ -44,7 +44,7 @@ class Client:
         return self._twin.address
 
     def close(self) -> None:
-        """Free this client's vectors whose handles are gone and close its connections.
+        """Free this client's vectors, but for those that are kept, and close its connections.
 
         Closing twice is no error; calls on the client and its handles fail from then on.
         """
@@ -151,7 +151,10 @@ class Client:
         return self._portal.run(self._twin.checkpoints())
 
     def delete_checkpoint(self, name: str) -> None:
-        """Delete a checkpoint; FailedPreconditionError while a job uses it."""
+        """Delete a checkpoint, its vectors, and its files, which leave the server's disk.
+
+        FailedPreconditionError `RESOURCE_IN_USE` while a job uses it.
+        """
         self._portal.run(self._twin.delete_checkpoint(name))
 
     def batch(self, name: str) -> Batch:
@@ -163,8 +166,23 @@ class Client:
         return self._portal.run(self._twin.batches())
 
     def delete_batch(self, name: str) -> None:
-        """Delete a batch; FailedPreconditionError while a job uses it."""
+        """Delete a batch and its file; FailedPreconditionError while a job uses it."""
         self._portal.run(self._twin.delete_batch(name))
+
+    def blobs(self) -> list[Blob]:
+        """All blobs of the project: what checkpoints and batches are made of, and what may be."""
+        return self._portal.run(self._twin.blobs())
+
+    def delete_blob(self, name: str) -> None:
+        """Delete bytes of which no checkpoint and no batch is made.
+
+        The server does so by itself when nobody has asked for them for a day.
+
+        Raises:
+            FailedPreconditionError: `RESOURCE_IN_USE`: delete what is made of it first.
+            NotFoundError: No such blob.
+        """
+        self._portal.run(self._twin.delete_blob(name))
 
     def vector(self, name: str) -> Vector:
         """Look up a vector; NotFoundError if there is none of that name."""

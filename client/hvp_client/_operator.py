@@ -120,12 +120,15 @@ class Operator(OperatorFields):
         product: NDArray[Any] = self._portal.run(self._twin @ other)
         return product
 
-    def random_vector(self, *, seed: int, distribution: str = "rademacher") -> Vector:
+    def random_vector(
+        self, *, seed: int, distribution: str = "rademacher", keep: bool = False
+    ) -> Vector:
         """A random probe, expanded on the ranks from its seed.
 
         Args:
             seed: From 0 to 2**64 − 1; the same vector on any number of ranks.
             distribution: `rademacher` (±1), `gaussian` or `sphere` (uniform, of norm 1).
+            keep: As `Vector.keep`.
 
         Returns:
             A new vector; nothing but the seed travels.
@@ -134,14 +137,15 @@ class Operator(OperatorFields):
             InvalidArgumentError: `SEED_INVALID` or `DISTRIBUTION_UNSPECIFIED`.
             ResourceExhaustedError: `VECTOR_MEMORY`.
         """
-        twin = self._twin.random_vector(seed=seed, distribution=distribution)
+        twin = self._twin.random_vector(seed=seed, distribution=distribution, keep=keep)
         return self._wrap(self._portal.run(twin))
 
-    def vector(self, array: Any) -> Vector:
+    def vector(self, array: Any, *, keep: bool = False) -> Vector:
         """Bring an array to the ranks.
 
         Args:
             array: Real finite numbers (n,): numpy, or anything `np.asarray` takes.
+            keep: As `Vector.keep`.
 
         Returns:
             A new vector of the operator's dtype.
@@ -150,15 +154,15 @@ class Operator(OperatorFields):
             InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE` or `DTYPE_UNSUPPORTED`.
             ResourceExhaustedError: `VECTOR_MEMORY`.
         """
-        return self._wrap(self._portal.run(self._twin.vector(array)))
+        return self._wrap(self._portal.run(self._twin.vector(array, keep=keep)))
 
-    def zeros(self) -> Vector:
-        """The zero vector."""
-        return self._wrap(self._portal.run(self._twin.zeros()))
+    def zeros(self, *, keep: bool = False) -> Vector:
+        """The zero vector; `keep` as `Vector.keep`."""
+        return self._wrap(self._portal.run(self._twin.zeros(keep=keep)))
 
-    def parameters(self) -> Vector:
-        """θ, the model's own parameters."""
-        return self._wrap(self._portal.run(self._twin.parameters()))
+    def parameters(self, *, keep: bool = False) -> Vector:
+        """θ, the model's own parameters; `keep` as `Vector.keep`."""
+        return self._wrap(self._portal.run(self._twin.parameters(keep=keep)))
 
     def eigsh(
         self,

@@ -11,7 +11,8 @@ from typing import Any, TypeVar, final
 
 from hvp_protos.v1 import vector_pb2
 
-from hvp_client._exceptions import HvpError, NotFoundError
+from hvp_client._exceptions import FailedPreconditionError, HvpError, NotFoundError
+from hvp_client._lease import Lease
 from hvp_client._wire import Wire
 
 Result = TypeVar("Result")
@@ -29,9 +30,37 @@ class Session:
     def __init__(self, wire: Wire, project: str):
         self.wire = wire
         self.parent = f"projects/{project}"
+        self.lease = Lease(wire, self.parent)
         # Names of vectors whose handles are gone. Garbage collection may run in any thread and in
         # the middle of anything, so all it does is append here.
         self.released: deque[str] = deque()
+
+    async def make(self, call: Callable[[str], Coroutine[Any, Any, Result]]) -> Result:
+        """Make vectors that belong to this client: they go with it, unless they are kept.
+
+        Where the server has lost this client's session, because nothing was heard of the client
+        for long, new vectors are made in another; those of the lost one are gone.
+
+        Args:
+            call: Makes them in the session of the name it is given, or "" for none.
+
+        Returns:
+            What `call` gave.
+        """
+        await self.free_released()
+        name = await self.lease.name()
+        try:
+            return await call(name)
+        except FailedPreconditionError as error:
+            if error.reason != "SESSION_EXPIRED":
+                raise
+            self.lease.lose(name)
+        return await call(await self.lease.name())
+
+    async def close(self) -> None:
+        """Let the server free what this client made; what fails, it does by itself later."""
+        if not await self.lease.end():
+            await self.free_released()
 
     async def free_released(self) -> None:
         """Delete the vectors whose handles are gone; what fails is kept for the next time."""
@@ -62,6 +91,19 @@ class Session:
             vector_pb2.DeleteVectorRequest(name=name),
             vector_pb2.DeleteVectorResponse,
             patience_s=patience_s,
+        )
+
+    async def keep_vector(self, name: str) -> None:
+        """Let one vector stay on the server until it is deleted.
+
+        Raises:
+            NotFoundError: It is not there.
+        """
+        await self.wire.unary(
+            "VectorService/KeepVector",
+            vector_pb2.KeepVectorRequest(name=name),
+            vector_pb2.KeepVectorResponse,
+            timeout_s=self.wire.timeout.compute_s,
         )
 
 

@@ -16,15 +16,20 @@ class Timeout:
             check of a checkpoint.
         silence_s: A stream on which nothing arrives for so long counts as broken. A watched job
             sends a heartbeat every 15 s.
+        lease_s: When the server hears nothing of this client for so long, it takes it for dead and
+            deletes its vectors; None lets the server choose. An event loop that is held up for
+            longer, or a process that is suspended, loses them too.
     """
 
     call_s: float = 60.0
     compute_s: float = 3600.0
     silence_s: float = 60.0
+    lease_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("call_s", "compute_s", "silence_s"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("call_s", "compute_s", "silence_s", "lease_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
                 raise ValueError(f"Timeout.{name} must be positive and finite")
 
 

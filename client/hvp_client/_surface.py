@@ -5,6 +5,7 @@ from hvp_client._async_job import AsyncJob as AsyncJob
 from hvp_client._async_operator import AsyncOperator as AsyncOperator
 from hvp_client._async_vector import AsyncVector as AsyncVector
 from hvp_client._batches import Batch as Batch
+from hvp_client._blobs import Blob as Blob
 from hvp_client._checkpoints import Checkpoint as Checkpoint
 from hvp_client._checkpoints import ParameterTensor as ParameterTensor
 from hvp_client._client import Client as Client

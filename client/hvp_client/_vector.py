@@ -20,8 +20,9 @@ class Vector(VectorFields):
     Element order is the canonical flat index: parameters as in the model's `named_parameters()`, a
     tied tensor once, row-major. Arithmetic happens on the ranks and gives new vectors. A vector
     that this client made is freed on the server some time after its last reference is gone, or at
-    once by `delete()` or at the end of a `with` block; one that was looked up by name, and an
-    eigenvector, stays until it is deleted.
+    once by `delete()` or at the end of a `with` block, and at the latest when the client is closed
+    or its process has ended, in whatever way. `keep()` lets it stay. One that was looked up by name
+    belongs to whoever made it, an eigenvector to its job.
     """
 
     def __init__(self, portal: Portal, twin: AsyncVector):
@@ -73,6 +74,19 @@ class Vector(VectorFields):
             InvalidArgumentError: `VECTOR_SPACE_MISMATCH` or `NON_FINITE`.
         """
         return self._wrap(self._portal.run(self._twin.axpy(scale, other._twin)))
+
+    def keep(self) -> None:
+        """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
+
+        What the server could not make again is written to its disk, so that a kept vector is there
+        after a restart too.
+
+        Raises:
+            NotFoundError: It is gone already.
+            ResourceExhaustedError: `DISK_FULL`.
+            UnimplementedError: The server is of a version where every vector stays.
+        """
+        self._portal.run(self._twin.keep())
 
     def delete(self) -> None:
         """Free it on the server now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,24 +41,30 @@ class BatchStore:
         """The file of tensors."""
         return self._blobs.path(batch.digest)
 
+    def hold(self, name: Name) -> AbstractContextManager[None]:
+        """Use a batch for a block: its file stays until the block's end."""
+        return self._blobs.hold(name.id)
+
     async def create(self, project: str, digest: Digest) -> DataBatch:
         """Check a blob and register it; one that is registered already is answered at once.
 
         Raises:
             ServiceError: INPUT_MISSING, and what `read_batch` raises.
         """
+        with self._blobs.hold(digest.sha256):
+            return await self._create(project, digest)
+
+    async def _create(self, project: str, digest: Digest) -> DataBatch:
         path = await self._blobs.require(project, digest, "digest")
         name = Name(project, "dataBatches", digest.sha256)
         if (known := await self._find(name)) is not None:
+            async with self._database.writing() as connection:
+                await self._blobs.claim(connection, project, digest)
             return known
-        try:
-            statistics = await asyncio.to_thread(read_batch, path)
-        except FileNotFoundError:  # deleted between the look-up and here
-            await self._blobs.require(project, digest, "digest")
-            raise
+        statistics = await asyncio.to_thread(read_batch, path)
         batch = DataBatch(name=name, digest=digest, statistics=statistics, create_time=now_us())
         async with self._database.writing() as connection:
-            await self._blobs.recheck(connection, project, digest)
+            await self._blobs.claim(connection, project, digest)
             await connection.execute(
                 sa.insert(data_batches)
                 .prefix_with("OR IGNORE")
@@ -95,7 +102,7 @@ class BatchStore:
         return [_from_row(row) for row in rows], token
 
     async def delete(self, name: Name) -> None:
-        """Delete a batch; its blob stays.
+        """Delete a batch; its blob is for `BlobStore.release`.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.

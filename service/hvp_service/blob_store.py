@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import google_crc32c
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hvp_service.clock import now_us
+from hvp_service.clock import SECOND, now_us
 from hvp_service.database import Database, blobs, checkpoint_files, data_batches, uploads
 from hvp_service.errors import ServiceError, not_found
+from hvp_service.lifetimes import Holds
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
@@ -94,9 +97,24 @@ async def read_range(path: Path, start: int, stop: int, piece_bytes: int) -> Asy
 
 
 class BlobStore:
-    """Rows and files of blobs. The file of a row is always complete."""
+    """Rows and files of blobs.
 
-    def __init__(self, database: Database, state_dir: StateDir, pager: Pager):
+    Laws:
+        The file of a row is always complete.
+        A blob of which something is made stays. One of which nothing is made stays for the grace
+        after the last time that a caller heard that it is here, and may rely on that.
+        A file whose rows were deleted goes when no call uses it.
+
+    Args:
+        database: Where the rows are.
+        state_dir: Where the files are.
+        pager: Makes page tokens.
+        grace_s: See the laws.
+    """
+
+    def __init__(self, database: Database, state_dir: StateDir, pager: Pager, *, grace_s: float):
+        self._grace_us = int(grace_s * SECOND)
+        self._holds = Holds(self._remove)
         self._database = database
         self._state_dir = state_dir
         self._pager = pager
@@ -144,32 +162,38 @@ class BlobStore:
             raise _input_missing(project, digest)
         return self.path(digest)
 
-    async def recheck(self, connection: AsyncConnection, project: str, digest: Digest) -> None:
+    async def claim(self, connection: AsyncConnection, project: str, digest: Digest) -> None:
         """Find an input still there, in the transaction that inserts what is made of it.
+
+        From then on it goes with that: what a caller was told before has served its purpose.
 
         Raises:
             ServiceError: INPUT_MISSING.
         """
-        row = sa.select(blobs.c.sha256).where(
-            blobs.c.project == project, blobs.c.sha256 == digest.sha256
-        )
-        if (await connection.execute(row)).first() is None:
+        claimed = await connection.execute(_named(project, digest.sha256).values(mention_time=0))
+        if not claimed.rowcount:
             raise _input_missing(project, digest)
 
-    async def missing(self, project: str, digests: Sequence[Digest]) -> list[Digest]:
-        """Those that are not here, in the order given."""
-        for index, digest in enumerate(digests):
-            digest.check(f"digests[{index}]")
+    async def mention(self, project: str, digests: Sequence[Digest]) -> set[Digest]:
+        """Those that are here; the caller is told so, and they stay for the grace."""
         here: set[Digest] = set()
-        async with self._database.reading() as connection:
+        async with self._database.writing() as connection:
             for start in range(0, len(digests), _DIGESTS_PER_QUERY):
                 asked = [d.sha256 for d in digests[start : start + _DIGESTS_PER_QUERY]]
                 rows = await connection.execute(
-                    sa.select(blobs.c.sha256, blobs.c.size_bytes).where(
-                        blobs.c.project == project, blobs.c.sha256.in_(asked)
-                    )
+                    sa.update(blobs)
+                    .where(blobs.c.project == project, blobs.c.sha256.in_(asked))
+                    .values(mention_time=now_us())
+                    .returning(blobs.c.sha256, blobs.c.size_bytes)
                 )
                 here.update(Digest(sha256=row.sha256, size_bytes=row.size_bytes) for row in rows)
+        return here
+
+    async def missing(self, project: str, digests: Sequence[Digest]) -> list[Digest]:
+        """Those that are not here, in the order given; the others stay for the grace."""
+        for index, digest in enumerate(digests):
+            digest.check(f"digests[{index}]")
+        here = await self.mention(project, digests)
         return [digest for digest in digests if digest not in here]
 
     async def adopt(
@@ -218,6 +242,7 @@ class BlobStore:
                 create_time=create_time,
             )
         )
+        await connection.execute(_named(project, digest.sha256).values(mention_time=create_time))
         return Blob(project=project, digest=digest, create_time=create_time)
 
     async def list_page(self, project: str, page: PageRequest) -> tuple[list[Blob], str]:
@@ -246,34 +271,58 @@ class BlobStore:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
         """
-        async with self._database.writing() as connection:
-            for table, column in (
-                (checkpoint_files, checkpoint_files.c.sha256),
-                (data_batches, data_batches.c.id),
-            ):
-                user = sa.select(table).where(table.c.project == name.project, column == name.id)
-                if (await connection.execute(user.limit(1))).first() is not None:
-                    raise ServiceError(
-                        "RESOURCE_IN_USE",
-                        "A checkpoint or a data batch is made of this blob; delete that first.",
-                        resource=str(name),
-                    )
-            deleted = await connection.execute(
-                sa.delete(blobs).where(blobs.c.project == name.project, blobs.c.sha256 == name.id)
+        this = sa.and_(blobs.c.project == name.project, blobs.c.sha256 == name.id)
+        if not await self._delete(this, _unused()):
+            await self.get(name)
+            raise ServiceError(
+                "RESOURCE_IN_USE",
+                "A checkpoint or a data batch is made of this blob; delete that first.",
+                resource=str(name),
             )
-            if not deleted.rowcount:
-                raise not_found(str(name), "blob")
-        # Only now is the row gone for good. Nobody makes the blob anew beside this transaction.
+
+    async def release(self, project: str, digests: Iterable[Digest]) -> None:
+        """Delete those of which nothing is made any more and that no caller may rely on."""
+        wanted = sorted({digest.sha256 for digest in digests})
+        for start in range(0, len(wanted), _DIGESTS_PER_QUERY):
+            await self._delete(
+                blobs.c.project == project,
+                blobs.c.sha256.in_(wanted[start : start + _DIGESTS_PER_QUERY]),
+                blobs.c.mention_time < now_us() - self._grace_us,
+                _unused(),
+            )
+
+    async def collect(self) -> None:
+        """Delete every blob of which nothing is made and that no caller may rely on."""
+        before = now_us() - self._grace_us
+        await self._delete(blobs.c.create_time < before, blobs.c.mention_time < before, _unused())
+
+    async def _delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
+        """Delete rows, then the files that nothing names any more; SHA-256 of the rows."""
         async with self._database.writing() as connection:
-            others = sa.select(blobs).where(blobs.c.sha256 == name.id)
-            if (await connection.execute(others.limit(1))).first() is None:
-                self._state_dir.blob(name.id).unlink(missing_ok=True)
+            deleted = sa.delete(blobs).where(*where).returning(blobs.c.sha256)
+            names = list((await connection.scalars(deleted)).all())
+        # Only now are the rows gone for good.
+        if free := self._holds.leave(names):
+            await self._remove(free)
+        return names
+
+    def hold(self, *sha256s: str) -> AbstractContextManager[None]:
+        """Use blobs for a block: what files they have stay until the block's end."""
+        return self._holds.hold(sha256s)
+
+    async def close(self) -> None:
+        """Wait for files that are being removed."""
+        await self._holds.close()
 
     async def sweep(self) -> None:
         """Remove files that neither a row nor an open upload names."""
-        files = await asyncio.to_thread(
-            lambda: list(self._state_dir.blob("xx").parent.parent.glob("*/*"))
-        )
+        root = self._state_dir.blob("xx").parent.parent
+        files = await asyncio.to_thread(lambda: [path.name for path in root.glob("*/*")])
+        await self._remove(self._holds.leave(files))
+
+    async def _remove(self, names: Collection[str]) -> None:
+        """Remove the files of these SHA-256s that neither a row nor an open upload names."""
+        # Nobody makes a blob anew beside this transaction.
         async with self._database.writing() as connection:
             known = set((await connection.scalars(sa.select(blobs.c.sha256))).all())
             # Of an upload whose last step was interrupted the file may have been moved already.
@@ -284,9 +333,31 @@ class BlobStore:
                     )
                 ).all()
             )
-            for path in files:
-                if path.name not in known:
-                    path.unlink(missing_ok=True)
+            unnamed = [self._state_dir.blob(name) for name in names if name not in known]
+            await asyncio.to_thread(_unlink, unnamed)
+
+
+def _unlink(files: Iterable[Path]) -> None:
+    for path in files:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are left in it
+            path.parent.rmdir()
+
+
+def _named(project: str, sha256: str) -> sa.Update:
+    return sa.update(blobs).where(blobs.c.project == project, blobs.c.sha256 == sha256)
+
+
+def _unused() -> sa.ColumnElement[bool]:
+    """That neither a checkpoint nor a data batch is made of a blob."""
+    users = [
+        sa.exists().where(table.c.project == blobs.c.project, column == blobs.c.sha256)
+        for table, column in (
+            (checkpoint_files, checkpoint_files.c.sha256),
+            (data_batches, data_batches.c.id),
+        )
+    ]
+    return sa.not_(sa.or_(*users))
 
 
 def _input_missing(project: str, digest: Digest) -> ServiceError:

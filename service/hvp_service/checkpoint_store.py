@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hvp_service.clock import now_us
 from hvp_service.database import Database, checkpoint_files, checkpoints
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.group_supervisor import GroupSupervisor
+from hvp_service.lifetimes import Holds
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
@@ -57,7 +59,12 @@ def checkpoint_id(files: Sequence[CheckpointFile]) -> str:
 
 
 class CheckpointStore:
-    """Rows and folders of checkpoints. The folder of a row is always complete."""
+    """Rows and folders of checkpoints.
+
+    Laws:
+        The folder of a row is always complete.
+        A folder whose row was deleted goes when no call uses it.
+    """
 
     def __init__(
         self,
@@ -73,6 +80,7 @@ class CheckpointStore:
         self._pager = pager
         self._group = group
         self._folders = asyncio.Lock()
+        self._holds = Holds(self._remove_left)
 
     async def create(self, project: str, files: Sequence[CheckpointFile]) -> Checkpoint:
         """Check files and register them; files that are registered already are answered at once.
@@ -86,6 +94,10 @@ class CheckpointStore:
             BackendError: What the workers find wrong.
         """
         check_names([file.path for file in files])
+        with self._blobs.hold(*(file.digest.sha256 for file in files)):
+            return await self._create(project, files)
+
+    async def _create(self, project: str, files: Sequence[CheckpointFile]) -> Checkpoint:
         paths = {
             file.path: await self._blobs.require(project, file.digest, f"files[{index}].digest")
             for index, file in enumerate(files)
@@ -96,6 +108,7 @@ class CheckpointStore:
         name = Name(project, "checkpoints", checkpoint_id(files))
         async with self._folders:
             if (known := await self._find(name)) is not None:
+                await self._claim(known)
                 return replace(known, ignored_files=chosen.ignored)
             await asyncio.to_thread(check_contents, paths)
             folder = self._state_dir.checkpoint(name.id)
@@ -113,7 +126,7 @@ class CheckpointStore:
                 )
                 await self._insert(checkpoint)
             except BaseException:
-                await asyncio.shield(asyncio.ensure_future(self._remove_unused(name)))
+                await asyncio.shield(asyncio.ensure_future(self._remove_unused(name.id)))
                 raise
         return checkpoint
 
@@ -142,7 +155,7 @@ class CheckpointStore:
         return [checkpoint for checkpoint in found if checkpoint is not None], token
 
     async def delete(self, name: Name) -> None:
-        """Delete a checkpoint; its blobs stay.
+        """Delete a checkpoint; its blobs are for `BlobStore.release`.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -162,30 +175,45 @@ class CheckpointStore:
                 )
             if not deleted.rowcount:
                 raise not_found(str(name), "checkpoint")
-            await self._remove_unused(name)
+            if self._holds.leave([name.id]):
+                await self._remove_unused(name.id)
+
+    def hold(self, name: Name) -> AbstractContextManager[None]:
+        """Use a checkpoint for a block: its folder stays until the block's end."""
+        return self._holds.hold([name.id])
+
+    async def close(self) -> None:
+        """Wait for folders that are being removed."""
+        await self._holds.close()
+
+    async def _remove_left(self, ids: Collection[str]) -> None:
+        async with self._folders:
+            for identifier in ids:
+                await self._remove_unused(identifier)
 
     async def sweep(self) -> None:
         """Remove folders without a row and those that were never completed."""
         async with self._folders:
             async with self._database.reading() as connection:
                 known = set((await connection.scalars(sa.select(checkpoints.c.id))).all())
+            known.update(self._holds.ids)
             for folder in self._state_dir.checkpoint("x").parent.iterdir():
                 if folder.name not in known:
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    async def _remove_unused(self, name: Name) -> None:
+    async def _remove_unused(self, identifier: str) -> None:
         async with self._database.reading() as connection:
-            user = sa.select(checkpoints.c.id).where(checkpoints.c.id == name.id).limit(1)
+            user = sa.select(checkpoints.c.id).where(checkpoints.c.id == identifier).limit(1)
             if (await connection.execute(user)).first() is None:
                 await asyncio.to_thread(
-                    shutil.rmtree, self._state_dir.checkpoint(name.id), ignore_errors=True
+                    shutil.rmtree, self._state_dir.checkpoint(identifier), ignore_errors=True
                 )
 
     async def _insert(self, checkpoint: Checkpoint) -> None:
         name, description = checkpoint.name, checkpoint.description
         async with self._database.writing() as connection:
             for file in checkpoint.files:
-                await self._blobs.recheck(connection, name.project, file.digest)
+                await self._blobs.claim(connection, name.project, file.digest)
             await connection.execute(
                 checkpoints.insert().values(
                     project=name.project,
@@ -213,6 +241,11 @@ class CheckpointStore:
                     for file in checkpoint.files
                 ],
             )
+
+    async def _claim(self, checkpoint: Checkpoint) -> None:
+        async with self._database.writing() as connection:
+            for file in checkpoint.files:
+                await self._blobs.claim(connection, checkpoint.name.project, file.digest)
 
     async def _find(self, name: Name) -> Checkpoint | None:
         async with self._database.reading() as connection:

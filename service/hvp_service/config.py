@@ -54,11 +54,26 @@ class ServerConfig(BaseSettings):
         grace_s: Time that running calls have to end after SIGTERM.
         max_chunk_bytes: Largest chunk in an upload; near 1 MiB Python's gRPC is fastest.
         max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
+        max_waiting_calls: Calls that wait for something to happen, as watches of jobs do; one more
+            is refused with a delay.
+        max_working_calls: Calls that bring bytes or wait for the ranks; the same. Calls that answer
+            at once always have room beside both.
         commit_interval_bytes: An upload loses at most this much to a crash.
         upload_ttl_s: An upload that has not ended after this time is dropped.
+        upload_silence_s: An upload has room on the disk set aside while its bytes come and for so
+            long after its start or its last chunk; then it has to find room again.
+        upload_share: Part of the free disk that one project's open uploads may have set aside.
+        blob_grace_s: A blob of which nothing is made goes so long after a caller has last been told
+            that it is here.
         request_id_ttl_s: How long a request id is remembered.
+        session_ttl_s: A client's session ends when nothing is heard of it for so long, unless the
+            client asks for another time; its vectors go with it.
+        max_session_ttl_s: The longest time that a client may ask for.
+        vector_ttl_s: A vector that was made without a session goes when it is not used for so long.
         max_queued_jobs: CreateJob is refused beyond this.
         max_attempts: Runs of a job that loses its server or ranks.
+        job_retention_s: A job that ended so long ago is forgotten, with its events and its
+            eigenvectors but for those that are kept.
         lease_s: A running job whose lease is older may be claimed again.
         heartbeat_s: Interval between heartbeats of a watch stream.
         progress_interval_s: Progress is stored at most this often within a stage.
@@ -76,11 +91,20 @@ class ServerConfig(BaseSettings):
     grace_s: float = Field(default=10.0, ge=0)
     max_chunk_bytes: int = Field(default=MEBIBYTE, ge=1, le=3 * MEBIBYTE)
     max_message_bytes: int = Field(default=4 * MEBIBYTE, ge=MEBIBYTE)
+    max_waiting_calls: int = Field(default=500, ge=1)
+    max_working_calls: int = Field(default=500, ge=1)
     commit_interval_bytes: int = Field(default=16 * MEBIBYTE, ge=1)
     upload_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
+    upload_silence_s: float = Field(default=300.0, gt=0)
+    upload_share: float = Field(default=0.9, gt=0, le=1)
+    blob_grace_s: float = Field(default=24 * 3600.0, ge=0)
     request_id_ttl_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
+    session_ttl_s: float = Field(default=120.0, ge=1)
+    max_session_ttl_s: float = Field(default=24 * 3600.0, ge=1)
+    vector_ttl_s: float = Field(default=24 * 3600.0, gt=0)
     max_queued_jobs: int = Field(default=1000, ge=1)
     max_attempts: int = Field(default=3, ge=1)
+    job_retention_s: float = Field(default=180 * 24 * 3600.0, gt=0)
     lease_s: float = Field(default=60.0, gt=0)
     heartbeat_s: float = Field(default=15.0, gt=0)
     progress_interval_s: float = Field(default=0.2, ge=0)

@@ -10,7 +10,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.schema import CreateColumn
 
+# Another number is another format, which no other server may open. A column that is added with a
+# default for the rows without it leaves the number as it is: see `_add_columns`.
 SCHEMA_VERSION = 1
 
 METADATA = sa.MetaData()
@@ -22,6 +25,8 @@ blobs = sa.Table(
     sa.Column("sha256", sa.String, primary_key=True),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("create_time", sa.BigInteger, nullable=False),
+    # When a caller was last told of it who may be about to use it; 0 once something is made of it.
+    sa.Column("mention_time", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 uploads = sa.Table(
@@ -87,6 +92,19 @@ vectors = sa.Table(
     sa.Column("recipe", sa.JSON(none_as_null=True), nullable=True),  # how to make it again
     sa.Column("generation", sa.String, nullable=False),  # of the ranks that first held it
     sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("session", sa.String, nullable=False, server_default=""),  # id; "": of none
+    sa.Column("expire_time", sa.BigInteger, nullable=True),  # unless it is used before
+    sa.Column("kept", sa.Boolean, nullable=False, server_default=sa.false()),
+)
+
+sessions = sa.Table(
+    "sessions",
+    METADATA,
+    sa.Column("project", sa.String, primary_key=True),
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("ttl_us", sa.BigInteger, nullable=False),
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("expire_time", sa.BigInteger, nullable=False),
 )
 
 jobs = sa.Table(
@@ -140,6 +158,7 @@ server = sa.Table(
 
 
 _PATIENCE_S = 30
+_LOG_PAGES = 100
 
 
 class DatabaseBusyError(Exception):
@@ -181,6 +200,11 @@ class Database:
             async with immediate.begin():
                 yield immediate
 
+    async def shrink(self) -> None:
+        """Give the room of deleted rows back to the disk; files of 0.1 keep it for new rows."""
+        async with self.writing() as connection:
+            await connection.exec_driver_sql("PRAGMA incremental_vacuum")
+
     async def close(self) -> None:
         """Close every connection."""
         await self._engine.dispose()
@@ -191,7 +215,11 @@ def _prepare_connection(connection: Any, _: Any) -> None:
     # `_begin` decides.
     connection.isolation_level = None
     cursor = connection.cursor()
+    cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for a new file: see `shrink`
     cursor.execute("PRAGMA journal_mode=WAL")
+    # The log beside the rows is written back early: by itself it would grow to 4 MiB and stay so.
+    cursor.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
+    cursor.execute(f"PRAGMA journal_size_limit={_LOG_PAGES * 4096}")
     cursor.execute("PRAGMA synchronous=FULL")  # a row promised to a caller survives a power cut
     cursor.execute(f"PRAGMA busy_timeout={int(1000 * _PATIENCE_S)}")
     cursor.close()
@@ -207,8 +235,23 @@ def _begin(connection: sa.Connection) -> None:
         raise DatabaseBusyError(f"the database was locked for {_PATIENCE_S} s") from error
 
 
+def _add_columns(connection: sa.Connection) -> None:
+    """Give the tables of an older server the columns that they lack.
+
+    Every such column is nullable or has a default, so the older server can still open the file.
+    """
+    inspector = sa.inspect(connection)
+    quote = connection.dialect.identifier_preparer.format_table
+    for table in METADATA.sorted_tables:
+        known = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                definition = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {quote(table)} ADD COLUMN {definition}")
+
+
 async def open_database(path: Path) -> Database:
-    """Open the file, creating the tables in a new one.
+    """Open the file, creating the tables in a new one and columns that an older one lacks.
 
     Raises:
         SchemaVersionError: The file holds another version's tables.
@@ -234,6 +277,7 @@ async def open_database(path: Path) -> Database:
                     f"{SCHEMA_VERSION}; use the server that wrote it, or an empty --state-dir"
                 )
             else:
+                await connection.run_sync(_add_columns)
                 database.page_token_key = row.page_token_key
     except BaseException:
         await engine.dispose()

@@ -20,7 +20,9 @@ from hvp_service.group_supervisor import GroupSupervisor
 from hvp_service.job_store import JobStore
 from hvp_service.operator_resolver import OperatorResolver
 from hvp_service.paging import Pager
+from hvp_service.reaper import Reaper
 from hvp_service.request_log import RequestLog
+from hvp_service.session_store import SessionStore
 from hvp_service.sqlite_job_store import SqliteJobStore
 from hvp_service.state_dir import StateDir
 from hvp_service.sweeper import Sweeper
@@ -44,6 +46,8 @@ class Dependencies:
     checkpoints: CheckpointStore
     batches: BatchStore
     vectors: VectorStore
+    sessions: SessionStore
+    reaper: Reaper
     operators: OperatorResolver
     jobs: JobStore
     dispatcher: Dispatcher
@@ -56,10 +60,14 @@ class Dependencies:
     async def close(self) -> None:
         """End the dispatcher, the ranks, uploads' steps and the database, in this order."""
         self.drain.begin()
+        await self.reaper.stop()
         await self.sweeper.stop()
         await self.dispatcher.stop(self.config.grace_s)
         await self.group.close()
+        await self.vectors.close()
+        await self.checkpoints.close()
         await self.uploads.close()
+        await self.blobs.close()
         await self.database.close()
 
 
@@ -76,22 +84,26 @@ async def open_dependencies(
     try:
         pager = Pager(database.page_token_key)
         group = GroupSupervisor(backend)
-        blobs = BlobStore(database, state_dir, pager)
+        blobs = BlobStore(database, state_dir, pager, grace_s=config.blob_grace_s)
         uploads = UploadStore(database, state_dir, blobs, config)
         checkpoints = CheckpointStore(database, state_dir, blobs, pager, group)
         batches = BatchStore(database, blobs, pager)
-        vectors = VectorStore(database, state_dir, pager, group)
+        vectors = VectorStore(database, state_dir, pager, group, ttl_s=config.vector_ttl_s)
+        sessions = SessionStore(database, vectors, config)
+        reaper = Reaper(sessions)
         operators = OperatorResolver(checkpoints, batches, state_dir, backend.device)
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)
-        sweeper = Sweeper(config, uploads, blobs, checkpoints, request_log)
+        sweeper = Sweeper(config, database, uploads, blobs, checkpoints, request_log, jobs, vectors)
         await sweeper.sweep()
+        await sessions.recover()
         await vectors.forget_products(now_us() - LOST_PRODUCT_S * SECOND)
         await group.start()
         await jobs.recover()
         dispatcher = Dispatcher(config, jobs, group, operators, vectors)
         dispatcher.start()
         sweeper.start()
+        reaper.start()
     except BaseException:
         await database.close()
         raise
@@ -105,6 +117,8 @@ async def open_dependencies(
         checkpoints=checkpoints,
         batches=batches,
         vectors=vectors,
+        sessions=sessions,
+        reaper=reaper,
         operators=operators,
         jobs=jobs,
         dispatcher=dispatcher,

@@ -32,7 +32,8 @@ from hvp_service.job_store import (
 )
 from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorResolver, ResolvedOperator
-from hvp_service.vector_store import Vector, VectorStore
+from hvp_service.vector_rows import Vector
+from hvp_service.vector_store import VectorStore
 
 log = structlog.get_logger()
 

@@ -56,6 +56,7 @@ CODES: dict[str, int] = {
     "SAFETENSORS_INVALID": code.INVALID_ARGUMENT,
     "SEQUENCE_TOO_LONG": code.INVALID_ARGUMENT,
     "SERVER_DRAINING": code.UNAVAILABLE,
+    "SESSION_EXPIRED": code.FAILED_PRECONDITION,
     "SHAPE_MISMATCH": code.INVALID_ARGUMENT,
     "SIZE_EXCEEDED": code.INVALID_ARGUMENT,
     "SIZE_INVALID": code.INVALID_ARGUMENT,
@@ -68,6 +69,8 @@ CODES: dict[str, int] = {
     "TIMEOUT_INVALID": code.INVALID_ARGUMENT,
     "TOKEN_ID_OUT_OF_RANGE": code.INVALID_ARGUMENT,
     "TOL_INVALID": code.INVALID_ARGUMENT,
+    "TOO_MANY_CALLS": code.RESOURCE_EXHAUSTED,
+    "TTL_INVALID": code.INVALID_ARGUMENT,
     "UPLOAD_SUPERSEDED": code.ABORTED,
     "VECTORS_MISSING": code.INVALID_ARGUMENT,
     "VECTOR_MEMORY": code.RESOURCE_EXHAUSTED,
@@ -131,15 +134,32 @@ class ServiceError(Exception):
         return f"{self.reason}: {self.message}"
 
 
-def not_found(resource: str, kind: str) -> ServiceError:
+def not_found(resource: str, kind: str, why: str = "") -> ServiceError:
     """A resource that does not exist.
 
     Args:
         resource: Its name as the caller gave it.
         kind: What it would have been, for example `vector`.
+        why: What may have become of it and what to do, in sentences.
     """
     return ServiceError(
-        "RESOURCE_NOT_FOUND", f"There is no {kind} named {resource!r}.", resource=resource
+        "RESOURCE_NOT_FOUND",
+        f"There is no {kind} named {resource!r}. {why}".rstrip(),
+        resource=resource,
+    )
+
+
+def session_expired(session: str) -> ServiceError:
+    """A session that has ended, or never was.
+
+    Args:
+        session: Its name.
+    """
+    return ServiceError(
+        "SESSION_EXPIRED",
+        f"{session} has ended, or nothing was heard of its client for its time to live, and its "
+        "vectors are deleted; open another session and make them again.",
+        resource=session,
     )
 
 

@@ -16,6 +16,7 @@ from hvp_service.paging import PageRequest
 
 JobState = Literal["QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
 FINAL_STATES: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+EVENTS_PER_PAGE = 500
 HELD_STATES: frozenset[JobState] = frozenset({"RUNNING", "CANCELLING"})
 
 
@@ -150,6 +151,14 @@ class JobStore(ABC):
         """
 
     @abstractmethod
+    async def ended_before(self, time_us: int) -> list[Name]:
+        """Jobs of all projects that ended before a time, the oldest first; at most a thousand."""
+
+    @abstractmethod
+    async def forget(self, name: Name) -> None:
+        """Forget an ended job and its events, whatever its row holds; no error without one."""
+
+    @abstractmethod
     async def unfinished(self, project: str) -> list[Job]:
         """Jobs of a project that have not ended."""
 
@@ -210,6 +219,8 @@ class JobStore(ABC):
     @abstractmethod
     async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
         """Events behind a sequence number, waiting for the first; [] when the time is up.
+
+        At most `EVENTS_PER_PAGE` come at once, the oldest: ask again behind the last of them.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.

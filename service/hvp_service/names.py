@@ -9,12 +9,12 @@ from typing import Literal, get_args
 from hvp_service.errors import ServiceError, not_found
 
 Collection = Literal[
-    "blobs", "uploads", "checkpoints", "dataBatches", "vectors", "jobs", "workerGroups"
+    "blobs", "uploads", "checkpoints", "dataBatches", "vectors", "sessions", "jobs", "workerGroups"
 ]
 KINDS: dict[str, str] = dict(
     zip(
         get_args(Collection),
-        ["blob", "upload", "checkpoint", "data batch", "vector", "job", "worker group"],
+        ["blob", "upload", "checkpoint", "data batch", "vector", "session", "job", "worker group"],
         strict=True,
     )
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from hvp_workers.backend import Dtype, Kind, Operator, Precision, Space
@@ -123,6 +125,21 @@ class OperatorResolver:
         self._batches = batches
         self._state_dir = state_dir
         self.device = device
+
+    @contextlib.asynccontextmanager
+    async def using(
+        self, ref: OperatorRef, field: str = "operator"
+    ) -> AsyncIterator[ResolvedOperator]:
+        """Resolve an operator for the block: its files stay until the block's end.
+
+        Raises:
+            ServiceError: As `resolve`.
+        """
+        with (
+            self._checkpoints.hold(parse(ref.checkpoint, "checkpoints")),
+            self._batches.hold(parse(ref.data_batch, "dataBatches")),
+        ):
+            yield await self.resolve(ref, field)
 
     async def resolve(self, ref: OperatorRef, field: str = "operator") -> ResolvedOperator:
         """Check an operator; nothing is computed.

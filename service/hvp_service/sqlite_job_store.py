@@ -18,6 +18,7 @@ from hvp_service.clock import SECOND, now_us
 from hvp_service.database import Database, job_events, jobs
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.job_store import (
+    EVENTS_PER_PAGE,
     FINAL_STATES,
     HELD_STATES,
     EigshJob,
@@ -34,6 +35,8 @@ from hvp_service.job_store import (
 )
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
+
+_NAMES_PER_PAGE = 1000
 
 _SPEC = TypeAdapter(EigshJob)
 _PROGRESS = TypeAdapter(EigshProgress)
@@ -112,18 +115,29 @@ class SqliteJobStore(JobStore):
         return [_from_row(row, with_result=False) for row in rows], token
 
     async def delete(self, name: Name) -> None:
-        async with self._database.writing() as connection:
-            job = await self._get(connection, name)
-            if job.state not in FINAL_STATES:
-                raise ServiceError(
-                    "JOB_NOT_ENDED", f"{name} is {job.state}; cancel it first.", resource=str(name)
-                )
-            await connection.execute(
-                sa.delete(job_events).where(
-                    job_events.c.project == name.project, job_events.c.job_id == name.id
-                )
+        job = await self.get(name)
+        if job.state not in FINAL_STATES:
+            raise ServiceError(
+                "JOB_NOT_ENDED", f"{name} is {job.state}; cancel it first.", resource=str(name)
             )
-            await connection.execute(sa.delete(jobs).where(*_is(name)))
+        await self.forget(name)
+
+    async def ended_before(self, time_us: int) -> list[Name]:
+        async with self._database.reading() as connection:
+            rows = await connection.execute(
+                sa.select(jobs.c.project, jobs.c.id)
+                .where(jobs.c.state.in_(sorted(FINAL_STATES)), jobs.c.end_time < time_us)
+                .order_by(jobs.c.end_time)
+                .limit(_NAMES_PER_PAGE)
+            )
+            return [Name(row.project, "jobs", row.id) for row in rows]
+
+    async def forget(self, name: Name) -> None:
+        ended = jobs.c.state.in_(sorted(FINAL_STATES))
+        events = job_events.c.project == name.project, job_events.c.job_id == name.id
+        async with self._database.writing() as connection:
+            if (await connection.execute(sa.delete(jobs).where(*_is(name), ended))).rowcount:
+                await connection.execute(sa.delete(job_events).where(*events))
 
     async def unfinished(self, project: str) -> list[Job]:
         async with self._database.reading() as connection:
@@ -270,6 +284,7 @@ class SqliteJobStore(JobStore):
                     job_events.c.sequence > sequence,
                 )
                 .order_by(job_events.c.sequence)
+                .limit(EVENTS_PER_PAGE)
             )
             return [
                 JobEvent(sequence=row.sequence, time=row.time, body=_body(row.body)) for row in rows

@@ -11,8 +11,11 @@ from hvp_service.blob_store import BlobStore
 from hvp_service.checkpoint_store import CheckpointStore
 from hvp_service.clock import SECOND, now_us
 from hvp_service.config import ServerConfig
+from hvp_service.database import Database
+from hvp_service.job_store import JobStore
 from hvp_service.request_log import RequestLog
 from hvp_service.upload_store import UploadStore
+from hvp_service.vector_store import VectorStore
 
 INTERVAL_S = 3600.0
 
@@ -20,29 +23,44 @@ log = structlog.get_logger()
 
 
 class Sweeper:
-    """Drops expired uploads, old answers, and files and folders that no row names."""
+    """Drops what has had its time: uploads, blobs, jobs, answers, and files that no row names."""
 
     def __init__(
         self,
         config: ServerConfig,
+        database: Database,
         uploads: UploadStore,
         blobs: BlobStore,
         checkpoints: CheckpointStore,
         request_log: RequestLog,
+        jobs: JobStore,
+        vectors: VectorStore,
     ):
         self._config = config
+        self._database = database
         self._uploads = uploads
         self._blobs = blobs
         self._checkpoints = checkpoints
         self._request_log = request_log
+        self._jobs = jobs
+        self._vectors = vectors
         self._task: asyncio.Task[None] | None = None
 
     async def sweep(self) -> None:
         """Sweep once."""
         await self._uploads.expire()
+        await self._blobs.collect()
         await self._blobs.sweep()
         await self._checkpoints.sweep()
         await self._request_log.forget(now_us() - int(self._config.request_id_ttl_s * SECOND))
+        await self._forget_jobs(now_us() - int(self._config.job_retention_s * SECOND))
+        await self._database.shrink()
+
+    async def _forget_jobs(self, before_us: int) -> None:
+        while names := await self._jobs.ended_before(before_us):
+            for name in names:
+                await self._vectors.delete_of_job(name)
+                await self._jobs.forget(name)
 
     def start(self, interval_s: float = INTERVAL_S) -> None:
         """Sweep again and again."""

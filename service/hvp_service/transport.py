@@ -21,6 +21,8 @@ from hvp_protos.v1 import (
     job_pb2_grpc,
     operator_pb2,
     operator_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
     vector_pb2,
@@ -31,17 +33,20 @@ from hvp_service.config import split_address
 from hvp_service.dependencies import Dependencies
 from hvp_service.interceptors.draining import DrainingInterceptor
 from hvp_service.interceptors.errors import ErrorInterceptor
+from hvp_service.interceptors.limits import LimitInterceptor
 from hvp_service.interceptors.request_ids import RequestIdInterceptor
 from hvp_service.servicers.blob import BlobServicer
 from hvp_service.servicers.checkpoint import CheckpointServicer
 from hvp_service.servicers.data_batch import DataBatchServicer
 from hvp_service.servicers.job import JobServicer
 from hvp_service.servicers.operator import OperatorServicer
+from hvp_service.servicers.session import SessionServicer
 from hvp_service.servicers.system import SystemServicer
 from hvp_service.servicers.vector import VectorServicer
 
-# A guard against floods; calls beyond it are RESOURCE_EXHAUSTED.
-MAX_CONCURRENT_CALLS = 1000
+# Places for calls that answer at once, health among them, and for those that are just refused.
+# Beyond these and the configured limits is gRPC's own guard: RESOURCE_EXHAUSTED without details.
+PROMPT_CALLS = 1000
 
 _SERVICES = (
     (blob_pb2, "BlobService", blob_pb2_grpc.add_BlobServiceServicer_to_server, BlobServicer),
@@ -56,6 +61,12 @@ _SERVICES = (
         "DataBatchService",
         data_batch_pb2_grpc.add_DataBatchServiceServicer_to_server,
         DataBatchServicer,
+    ),
+    (
+        session_pb2,
+        "SessionService",
+        session_pb2_grpc.add_SessionServiceServicer_to_server,
+        SessionServicer,
     ),
     (
         vector_pb2,
@@ -103,6 +114,10 @@ async def start_transport(deps: Dependencies) -> Transport:
     server = grpc.aio.server(
         interceptors=[
             ErrorInterceptor(),
+            LimitInterceptor(
+                max_waiting=deps.config.max_waiting_calls,
+                max_working=deps.config.max_working_calls,
+            ),
             DrainingInterceptor(deps.drain),
             RequestIdInterceptor(deps.request_log),
         ],
@@ -115,7 +130,9 @@ async def start_transport(deps: Dependencies) -> Transport:
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.keepalive_permit_without_calls", 1),
         ],
-        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+        maximum_concurrent_rpcs=PROMPT_CALLS
+        + deps.config.max_waiting_calls
+        + deps.config.max_working_calls,
     )
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

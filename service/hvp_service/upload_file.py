@@ -32,7 +32,8 @@ def disk_full(missing_bytes: int) -> ServiceError:
     """The refusal of bytes that there is no room for."""
     return ServiceError(
         "DISK_FULL",
-        "The server's state directory has no room for this upload; delete blobs or vectors.",
+        "The server's state directory has no room for these bytes; delete checkpoints, batches, "
+        "blobs or vectors that are not needed.",
         metadata={"missing_bytes": str(missing_bytes)},
     )
 

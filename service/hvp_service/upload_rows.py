@@ -73,14 +73,12 @@ class UploadRows:
         )
         return [_from_row(row) for row in rows]
 
-    async def promised_bytes(self, connection: AsyncConnection) -> int:
-        """That open sessions have still to bring."""
-        promised = await connection.scalar(
-            sa.select(
-                sa.func.coalesce(sa.func.sum(uploads.c.size_bytes - uploads.c.committed_size), 0)
-            ).where(uploads.c.state == "OPEN", uploads.c.expire_time >= now_us())
+    async def waiting_for_bytes(self, connection: AsyncConnection) -> list[Upload]:
+        """Open sessions of all projects whose time is not up."""
+        rows = await connection.execute(
+            sa.select(uploads).where(uploads.c.state == "OPEN", uploads.c.expire_time >= now_us())
         )
-        return int(promised or 0)
+        return [_from_row(row) for row in rows]
 
     async def insert(
         self,

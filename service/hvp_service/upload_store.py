@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
@@ -20,7 +19,8 @@ from hvp_service.errors import ServiceError, not_found
 from hvp_service.names import Name, parse
 from hvp_service.state_dir import StateDir
 from hvp_service.upload_chunks import Chunk, known_bytes
-from hvp_service.upload_file import Hash, UploadFile, disk_full
+from hvp_service.upload_file import Hash, UploadFile
+from hvp_service.upload_room import UploadRoom
 from hvp_service.upload_rows import Upload, UploadRows
 
 Result = TypeVar("Result")
@@ -44,6 +44,12 @@ class UploadStore:
         self._state_dir = state_dir
         self._blobs = blobs
         self._config = config
+        self._room = UploadRoom(
+            self._rows,
+            state_dir.root,
+            silence_s=config.upload_silence_s,
+            share=config.upload_share,
+        )
         # The newest stream of an upload, and what may write to its file: one stream at a time.
         self._epochs: dict[str, int] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -72,28 +78,24 @@ class UploadStore:
                 f"The blob of this SHA-256 has {blob.digest.size_bytes} bytes.",
                 field="expected.size_bytes",
             )
+        if blob is not None:
+            await self._blobs.mention(project, [expected])
         await self._drop_expired()
         expire_time = now_us() + int(self._config.upload_ttl_s * SECOND)
         async with self._database.writing() as connection:
             if blob is None:
-                free = await self._free_bytes(connection)
-                left = await self._left_behind(
-                    connection, project, expected, any_age=expected.size_bytes > free
-                )
+                fits = await self._room.has(connection, project, expected.size_bytes)
+                left = await self._left_behind(connection, project, expected, any_age=not fits)
                 if left is not None:
+                    await self._room.take(connection, left)
                     self._handed_out[left.name.id] = time.monotonic()
                     return await self._rows.prolong(connection, left, expire_time)
-                if expected.size_bytes > free:
-                    raise disk_full(expected.size_bytes - free)
+                await self._room.check(connection, project, expected.size_bytes)
             upload = await self._rows.insert(connection, project, expected, expire_time, blob)
-        if blob is None:
-            self._handed_out[upload.name.id] = time.monotonic()
+            if blob is None:
+                self._room.hear(upload.name.id)
+                self._handed_out[upload.name.id] = time.monotonic()
         return upload
-
-    async def _free_bytes(self, connection: AsyncConnection) -> int:
-        """Room that no open session has been promised."""
-        promised = await self._rows.promised_bytes(connection)
-        return shutil.disk_usage(self._state_dir.root).free - promised
 
     async def _left_behind(
         self, connection: AsyncConnection, project: str, expected: Digest, *, any_age: bool
@@ -160,6 +162,8 @@ class UploadStore:
         upload = await self.get(name)
         if upload.state == "FINISHED":
             return upload
+        async with self._database.writing() as connection:
+            await self._room.take(connection, upload)
         upload = await self._new_epoch(upload)
         epoch = upload.writer_epoch
         self._handed_out.pop(name.id, None)
@@ -282,6 +286,7 @@ class UploadStore:
         """Take one chunk in; the ended session when it was the last."""
         async with self._lock(upload.name.id):
             self._stop_if_superseded(upload.name, epoch)
+            self._room.hear(upload.name.id)
             if chunk.data:
                 await asyncio.to_thread(file.append, chunk.data, chunk.crc32c, skip)
             if chunk.finish:
@@ -310,6 +315,7 @@ class UploadStore:
             )
             finished = await self._rows.settle(connection, upload, file.position, blob)
         self._hashes.pop(upload.name.id, None)
+        self._room.forget(upload.name.id)
         return finished
 
     async def _commit(self, upload: Upload, file: UploadFile) -> None:
@@ -354,6 +360,7 @@ class UploadStore:
         await self._rows.cancel(name)
         self._hashes.pop(name.id, None)
         self._handed_out.pop(name.id, None)
+        self._room.forget(name.id)
         with contextlib.suppress(FileNotFoundError):
             self._state_dir.upload(name.id).unlink()
 
@@ -382,6 +389,7 @@ class UploadStore:
         for identifier in await self._rows.drop_expired(but=self._epochs):
             self._hashes.pop(identifier, None)
             self._handed_out.pop(identifier, None)
+            self._room.forget(identifier)
             self._state_dir.upload(identifier).unlink(missing_ok=True)
 
     def _lock(self, identifier: str) -> asyncio.Lock:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +25,30 @@ from hvp_workers.backend import (
 
 from hvp_service.clock import now_us
 from hvp_service.database import Database, vectors
-from hvp_service.errors import ServiceError, not_found
+from hvp_service.errors import ServiceError
 from hvp_service.group_supervisor import GroupSupervisor
+from hvp_service.lifetimes import UNTIL_DELETED, Holds, Lifetime
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
-
-Recipe = Mapping[str, Any]  # JSON; "kind" is seeded, file, zeros or parameters
+from hvp_service.vector_rows import Recipe, Vector, VectorRows, gone
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vector:
-    """One vector as its row has it."""
-
-    name: Name
-    checkpoint_id: str
-    dtype: Dtype
-    num_elements: int
-    recipe: Recipe | None  # None: a product; it ends with the ranks
-    generation: str
-    create_time: int  # microseconds
-
-    @property
-    def durable(self) -> bool:
-        """Whether it can be made again."""
-        return self.recipe is not None
-
-    @property
-    def checkpoint(self) -> Name:
-        """Of the parameter space."""
-        return Name(self.name.project, "checkpoints", self.checkpoint_id)
-
-
 class VectorStore:
-    """Rows of vectors, and `ensure_resident`, the one place that brings elements to the ranks."""
+    """Rows of vectors, and `ensure_resident`, the one place that brings elements to the ranks.
+
+    Law: a vector without a row cannot be named any more; what the ranks and the disk hold of it
+    goes as soon as no call uses it.
+
+    Args:
+        database: Where the rows are.
+        state_dir: Where the files are.
+        pager: Makes page tokens.
+        group: The ranks.
+        ttl_s: A vector that belongs to nothing goes when nobody has used it for so long.
+    """
 
     def __init__(
         self,
@@ -68,10 +56,12 @@ class VectorStore:
         state_dir: StateDir,
         pager: Pager,
         group: GroupSupervisor,
+        *,
+        ttl_s: float,
     ):
-        self._database = database
+        self._rows = VectorRows(database, pager, ttl_s=ttl_s)
+        self._holds = Holds(self._discard_deleted)
         self._state_dir = state_dir
-        self._pager = pager
         self._group = group
         self._resident: set[tuple[str, str]] = set()  # (generation, vector id)
 
@@ -82,6 +72,7 @@ class VectorStore:
         num_elements: int,
         recipe: Recipe | None,
         identifier: str = "",
+        lifetime: Lifetime = UNTIL_DELETED,
     ) -> Vector:
         """A vector of the ranks' present generation, not yet a row; by default with a new name."""
         return Vector(
@@ -92,6 +83,7 @@ class VectorStore:
             recipe=recipe,
             generation=self._group.backend.generation,
             create_time=now_us(),
+            lifetime=lifetime,
         )
 
     def space(self, vector: Vector) -> Space:
@@ -114,44 +106,35 @@ class VectorStore:
             work: Makes the elements, under the vectors' ids.
 
         Raises:
-            ServiceError: WORKER_GROUP_LOST.
+            ServiceError: WORKER_GROUP_LOST, SESSION_EXPIRED, RESOURCE_NOT_FOUND.
             BackendError: What `work` raised.
         """
 
         async def run(backend: Backend) -> list[Vector]:
             await work(backend)
             made = [replace(vector, generation=backend.generation) for vector in wanted]
-            await self.add(made)
+            try:
+                await self.add(made)
+            except BaseException:
+                await backend.delete_vectors(ids)  # without rows nobody could name them
+                raise
             return made
 
         ids = [vector.name.id for vector in wanted]
         try:
             return await self._group.call(run, undo=lambda: self._delete_ids(ids))
-        except (BackendError, ServiceError):
+        except Exception:
             for identifier in ids:
                 self._state_dir.vector(identifier).unlink(missing_ok=True)
             raise
 
     async def add(self, made: Sequence[Vector], *, resident: bool = True) -> None:
-        """Insert the rows of vectors, which the ranks hold now or have in files."""
-        async with self._database.writing() as connection:
-            await connection.execute(
-                # An eigenvector's name follows from its job: a second attempt replaces the first's.
-                sa.insert(vectors).prefix_with("OR REPLACE"),
-                [
-                    {
-                        "project": vector.name.project,
-                        "id": vector.name.id,
-                        "checkpoint_id": vector.checkpoint_id,
-                        "dtype": vector.dtype,
-                        "num_elements": vector.num_elements,
-                        "recipe": vector.recipe,
-                        "generation": vector.generation,
-                        "create_time": vector.create_time,
-                    }
-                    for vector in made
-                ],
-            )
+        """Insert the rows of vectors, which the ranks hold now or have in files.
+
+        Raises:
+            ServiceError: SESSION_EXPIRED, RESOURCE_NOT_FOUND for the checkpoint.
+        """
+        await self._rows.insert(made)
         if resident:
             self._resident.update((vector.generation, vector.name.id) for vector in made)
 
@@ -161,17 +144,7 @@ class VectorStore:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND; INPUT_MISSING for a product whose ranks are gone.
         """
-        async with self._database.reading() as connection:
-            row = (
-                await connection.execute(
-                    sa.select(vectors).where(
-                        vectors.c.project == name.project, vectors.c.id == name.id
-                    )
-                )
-            ).one_or_none()
-        if row is None:
-            raise not_found(str(name), "vector")
-        vector = _from_row(row)
+        vector = await self._rows.get(name)
         if not vector.durable and vector.generation != self._group.backend.generation:
             raise ServiceError(
                 "INPUT_MISSING",
@@ -180,23 +153,28 @@ class VectorStore:
             )
         return vector
 
+    @contextlib.asynccontextmanager
+    async def using(self, names: Sequence[Name]) -> AsyncIterator[list[Vector]]:
+        """Look vectors up and hold them for the block: none goes before its end.
+
+        One that is deleted meanwhile cannot be named any more, and its elements go afterwards.
+        One with a time to live has all of it again.
+
+        Yields:
+            The vectors, in order.
+
+        Raises:
+            ServiceError: As `get`.
+        """
+        with self._holds.hold([name.id for name in names]):
+            found = [await self.get(name) for name in names]
+            found = await self._rows.prolong(found)
+            yield found
+            await self._rows.prolong(found)
+
     async def list_page(self, project: str, page: PageRequest) -> tuple[list[Vector], str]:
         """One page of the vectors that can be used, oldest first, and the next page's token."""
-        async with self._database.reading() as connection:
-            rows, token = await self._pager.fetch(
-                connection,
-                vectors,
-                page,
-                scope=f"{project}/vectors",
-                where=[
-                    vectors.c.project == project,
-                    sa.or_(
-                        vectors.c.recipe.is_not(sa.null()),
-                        vectors.c.generation == self._group.backend.generation,
-                    ),
-                ],
-            )
-        return [_from_row(row) for row in rows], token
+        return await self._rows.list_page(project, page, self._group.backend.generation)
 
     async def ensure_resident(self, backend: Backend, wanted: Sequence[Vector]) -> None:
         """Bring vectors to the ranks that are not there; inside a call on the group.
@@ -245,6 +223,19 @@ class VectorStore:
         finally:
             temporary.unlink(missing_ok=True)
 
+    async def retain(self, vector: Vector) -> Vector:
+        """Let a vector stay until it is deleted; inside `using`.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND when it was deleted meanwhile.
+            BackendError: DISK_FULL.
+        """
+        recipe = vector.recipe
+        if recipe is None:
+            await self.keep(vector)
+            recipe = {"kind": "file"}
+        return await self._rows.retain(vector, recipe)
+
     def adopt_file(self, vector: Vector, source: Path) -> None:
         """Hard-link a synced file of elements as the vector's own."""
         target = self.file(vector)
@@ -258,23 +249,58 @@ class VectorStore:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
         """
-        if not await self._delete_rows(vectors.c.project == name.project, vectors.c.id == name.id):
-            raise not_found(str(name), "vector")
+        found = await self._rows.delete(vectors.c.project == name.project, vectors.c.id == name.id)
+        if not found:
+            raise gone(name)
+        await self._discard_deleted(found)
 
     async def _delete_ids(self, ids: Sequence[str]) -> None:
-        await self._delete_rows(vectors.c.id.in_(ids))
+        await self._discard_deleted(await self._rows.delete(vectors.c.id.in_(ids)))
 
     async def delete_of_checkpoint(self, checkpoint: Name) -> None:
         """Delete every vector of a parameter space."""
-        await self._delete_rows(
-            vectors.c.project == checkpoint.project, vectors.c.checkpoint_id == checkpoint.id
+        await self._discard_deleted(
+            await self._rows.delete(
+                vectors.c.project == checkpoint.project, vectors.c.checkpoint_id == checkpoint.id
+            )
         )
 
-    async def discard(self, names: Sequence[str]) -> None:
-        """Free vectors on the ranks and on disk that have no row, by id."""
-        for identifier in names:
+    async def delete_of_job(self, job: Name) -> None:
+        """Delete the eigenvectors of a job, but for those that a caller keeps."""
+        await self._discard_deleted(
+            await self._rows.delete(
+                vectors.c.project == job.project,
+                vectors.c.id.startswith(f"{job.id}-", autoescape=True),
+                vectors.c.kept.is_(sa.false()),
+            )
+        )
+
+    async def collect(self) -> None:
+        """Delete every vector whose session has ended or whose time is up.
+
+        The rows are gone on return; the ranks may be in a long product and free the rest after it.
+        """
+        self._holds.remove_soon(await self._rows.delete_outlived(self._holds.ids))
+
+    async def next_expiry(self) -> int | None:
+        """When the next vector with a time to live goes, in microseconds."""
+        return await self._rows.next_expiry()
+
+    async def close(self) -> None:
+        """Wait until what was let go is gone; after the ranks' end, which frees it all."""
+        await self._holds.close()
+
+    async def discard(self, names: Collection[str]) -> None:
+        """Free vectors on the ranks and on disk that have no row, by id, once nobody uses them."""
+        free = self._holds.leave(names)
+        for identifier in free:
             self._state_dir.vector(identifier).unlink(missing_ok=True)
-        await self.free(names)
+        await self.free(free)
+
+    async def _discard_deleted(self, names: Collection[str]) -> None:
+        # The rows are gone, so nobody can name the elements; the next start frees them.
+        with contextlib.suppress(BackendError, ServiceError):
+            await self.discard(names)
 
     async def withdraw(self, names: Sequence[str]) -> None:
         """Leave nothing of vectors, by id, wherever their making has ended."""
@@ -284,6 +310,8 @@ class VectorStore:
 
     async def free(self, names: Sequence[str]) -> None:
         """Free vectors on the ranks, by id; `ensure_resident` brings durable ones back."""
+        if not names:
+            return
         self._resident.difference_update(
             [entry for entry in self._resident if entry[1] in set(names)]
         )
@@ -293,40 +321,8 @@ class VectorStore:
 
     async def forget_products(self, before_us: int) -> None:
         """Drop the rows of products of earlier ranks and files without a row; called at start."""
-        async with self._database.writing() as connection:
-            await connection.execute(
-                sa.delete(vectors).where(
-                    vectors.c.recipe.is_(sa.null()), vectors.c.create_time < before_us
-                )
-            )
-            known = set((await connection.scalars(sa.select(vectors.c.id))).all())
+        await self._rows.delete(vectors.c.recipe.is_(sa.null()), vectors.c.create_time < before_us)
+        known = await self._rows.ids()
         for path in self._state_dir.vector("x").parent.iterdir():
             if path.stem not in known:
                 path.unlink()
-
-    async def _delete_rows(self, *where: sa.ColumnElement[bool]) -> list[str]:
-        async with self._database.writing() as connection:
-            names = list(
-                (
-                    await connection.scalars(
-                        sa.delete(vectors).where(*where).returning(vectors.c.id)
-                    )
-                ).all()
-            )
-        if names:
-            # The row is gone, so nobody can name the elements; the next start frees them.
-            with contextlib.suppress(BackendError, ServiceError):
-                await self.discard(names)
-        return names
-
-
-def _from_row(row: sa.Row[Any]) -> Vector:
-    return Vector(
-        name=Name(row.project, "vectors", row.id),
-        checkpoint_id=row.checkpoint_id,
-        dtype=row.dtype,
-        num_elements=row.num_elements,
-        recipe=row.recipe,
-        generation=row.generation,
-        create_time=row.create_time,
-    )

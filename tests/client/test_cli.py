@@ -15,7 +15,7 @@ from hvp_client import Client
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from tests.client.conftest import HVP, Server
+from tests.client.conftest import HVP, Server, save_llama
 
 
 def hvp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,7 +39,17 @@ def batch_file(tmp_path_factory: pytest.TempPathFactory, input_ids: NDArray[np.i
 def test_help_lists_every_command() -> None:
     done = hvp("--help")
     assert done.returncode == 0
-    for command in ("serve", "upload", "eigsh", "jobs", "watch", "cancel", "doctor", "demo"):
+    for command in (
+        "serve",
+        "upload",
+        "eigsh",
+        "jobs",
+        "watch",
+        "cancel",
+        "delete",
+        "doctor",
+        "demo",
+    ):
         assert f" {command} " in done.stdout
 
 
@@ -113,6 +123,23 @@ def test_a_job_may_be_left_alone_and_cancelled(
     watched = hvp("watch", job, *address)
     assert watched.returncode == 1
     assert "JOB_CANCELLED" in watched.stderr
+
+
+def test_what_was_uploaded_is_deleted_by_name(server: Server, tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model", vocab_size=23, hidden_size=8)
+    address = ("--address", server.address)
+    checkpoint = hvp("upload", folder, *address).stdout.strip()
+    with Client(server.address) as client:
+        before = {blob.name for blob in client.blobs()}
+        done = hvp("delete", checkpoint, *address)
+        assert done.returncode == 0, done.stderr
+        assert len(before - {blob.name for blob in client.blobs()}) == 2
+    again = hvp("delete", checkpoint, *address)
+    assert again.returncode == 1
+    assert "RESOURCE_NOT_FOUND" in again.stderr
+    senseless = hvp("delete", "model", *address)
+    assert senseless.returncode == 2
+    assert "dataBatches" in senseless.stderr
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(

@@ -11,7 +11,7 @@ from hvp_client import _surface
 
 PUBLIC = """
 AbortedError AlreadyExistsError AsyncClient AsyncJob AsyncOperator AsyncVector Batch
-CallCancelledError Checkpoint Client DataLossError DeadlineExceededError EigshResult Event
+Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError EigshResult Event
 FailedPreconditionError HvpError InternalError InvalidArgumentError Job JobCancelledError
 JobFailedError NotFoundError Operator OutOfRangeError ParameterTensor PermissionDeniedError
 Progress Rank ResourceExhaustedError Retry ServerInfo ServerUnreachableError Timeout

@@ -142,3 +142,19 @@ def test_a_file_of_another_length_or_with_nan_is_refused(tmp_path: Path) -> None
     with pytest.raises(CurvatureError) as caught:
         space.read(tmp_path / "nan")
     assert (caught.value.reason, caught.value.metadata["index"]) == ("NON_FINITE", "7")
+
+
+@given(world_size=st.integers(1, 4), bounds=st.tuples(st.integers(0, 11), st.integers(0, 11)))
+def test_a_range_is_written_by_the_ranks_that_hold_it_into_a_file_of_that_length(
+    world_size: int, bounds: tuple[int, int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    start, stop = sorted(bounds)
+    layout = Layout({"a": [3, 2], "b": [5]}, [["a"], ["b"]], world_size)
+    flat = torch.arange(11, dtype=torch.float64)
+    path = tmp_path_factory.mktemp("range") / "part"
+    for rank in range(world_size):
+        alone = Alone()  # of several ranks that write one after another
+        alone.rank = rank
+        space = Space(layout, alone, torch.float64, torch.device("cpu"))
+        space.write(space.from_flat(flat), path, start, stop)
+    assert path.read_bytes() == flat[start:stop].numpy().tobytes()

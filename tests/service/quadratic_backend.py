@@ -187,9 +187,11 @@ class QuadraticBackend(Backend):
             float(self._held(left).astype(np.float64) @ self._held(right)) for left, right in pairs
         ]
 
-    async def save_vector(self, name: str, path: Path) -> None:
+    async def save_vector(
+        self, name: str, path: Path, start: int = 0, stop: int | None = None
+    ) -> None:
         self._reach_ranks()
-        self._held(name).tofile(path)
+        self._held(name)[start:stop].tofile(path)
 
     async def eigsh(
         self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]

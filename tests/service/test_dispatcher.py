@@ -17,7 +17,7 @@ from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
-from hvp_service.vector_store import Vector
+from hvp_service.vector_rows import Vector
 from hvp_workers.backend import EigshProgress
 from safetensors.numpy import save
 

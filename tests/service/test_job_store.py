@@ -355,6 +355,40 @@ async def test_only_ended_jobs_are_deleted(store: JobStore) -> None:
         await store.delete(made.name)
 
 
+async def test_events_come_in_pages_and_none_is_left_out(store: JobStore) -> None:
+    await store.create(job(), 10)
+    claimed = await store.claim()
+    assert claimed is not None
+    for _ in range(12):
+        await store.report(claimed.lease, PROGRESS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hvp_service.sqlite_job_store.EVENTS_PER_PAGE", 5)
+        pages: list[list[JobEvent]] = []
+        while not pages or pages[-1]:
+            after = pages[-1][-1].sequence if pages else 0
+            pages.append(await store.events_after(claimed.name, after, 0.0))
+    assert [len(page) for page in pages] == [5, 5, 4, 0]
+    assert [event.sequence for page in pages for event in page] == list(range(1, 15))
+
+
+async def test_jobs_that_ended_before_a_time_are_found_and_forgotten(store: JobStore) -> None:
+    for identifier in ("a", "b", "c"):
+        await store.create(job(identifier), 10)
+    for _ in range(2):
+        claimed = await store.claim()
+        assert claimed is not None
+        await store.finish(claimed.lease, RESULT)
+    names = [Name("p", "jobs", identifier) for identifier in ("a", "b", "c")]
+    assert await store.ended_before(0) == []
+    assert await store.ended_before(now_us() + 1) == names[:2]
+    for name in names:
+        await store.forget(name)
+    assert await store.ended_before(now_us() + 1) == []
+    assert [left.name for left in await store.unfinished("p")] == names[2:]
+    with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
+        await store.events_after(names[0], 0, 0.0)
+
+
 def test_the_states_are_those_of_the_protos() -> None:
     from hvp_protos.v1 import job_pb2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
@@ -15,6 +16,7 @@ import google_crc32c
 import grpc.aio
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -31,14 +33,20 @@ from hvp_protos.v1 import (
     job_pb2_grpc,
     operator_pb2,
     operator_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
     vector_pb2,
     vector_pb2_grpc,
 )
+from hvp_service.config import ServerConfig
 from hvp_service.database import DatabaseBusyError
-from hvp_service.dependencies import Dependencies
-from hvp_service.transport import Transport, start_transport
+from hvp_service.dependencies import Dependencies, open_dependencies
+from hvp_service.handlers import vectors
+from hvp_service.interceptors.limits import _PROMPT, _WAITING, pool_of
+from hvp_service.state_dir import StateDir
+from hvp_service.transport import _SERVICES, Transport, start_transport
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -55,6 +63,7 @@ class Wire:
     blobs: Any
     checkpoints: Any
     batches: Any
+    sessions: Any
     vectors: Any
     operators: Any
     jobs: Any
@@ -63,8 +72,24 @@ class Wire:
     reflection: Any
 
 
+@dataclass(frozen=True)
+class Crowded:
+    """A server with work that does not end."""
+
+    wire: Wire
+    deps: Dependencies
+    operator: operator_pb2.OperatorSpec
+
+
 @pytest.fixture
 async def wire(deps: Dependencies) -> AsyncIterator[Wire]:
+    async with connected(deps) as wire:
+        yield wire
+
+
+@contextlib.asynccontextmanager
+async def connected(deps: Dependencies) -> AsyncIterator[Wire]:
+    """A server and stubs on one channel to it."""
     transport = await start_transport(deps)
     async with grpc.aio.insecure_channel(transport.address) as channel:
         yield Wire(
@@ -75,6 +100,7 @@ async def wire(deps: Dependencies) -> AsyncIterator[Wire]:
                     blob_pb2_grpc.BlobServiceStub,
                     checkpoint_pb2_grpc.CheckpointServiceStub,
                     data_batch_pb2_grpc.DataBatchServiceStub,
+                    session_pb2_grpc.SessionServiceStub,
                     vector_pb2_grpc.VectorServiceStub,
                     operator_pb2_grpc.OperatorServiceStub,
                     job_pb2_grpc.JobServiceStub,
@@ -334,6 +360,11 @@ async def calls(wire: Wire, deps: Dependencies) -> dict[str, tuple[Any, Any, Any
             data_batch_pb2.CreateDataBatchRequest(parent=PARENT, digest=first),
             data_batch_pb2.CreateDataBatchRequest(parent=PARENT, digest=second),
         ),
+        "CreateSession": (
+            wire.sessions.CreateSession,
+            session_pb2.CreateSessionRequest(parent=PARENT),
+            session_pb2.CreateSessionRequest(parent=PARENT, ttl=Duration(seconds=5)),
+        ),
         "CreateVector": (wire.vectors.CreateVector, seeded(1), seeded(2)),
         "ComputeGradient": (
             wire.operators.ComputeGradient,
@@ -357,6 +388,7 @@ METHODS = [
     "StartUpload",
     "CreateCheckpoint",
     "CreateDataBatch",
+    "CreateSession",
     "CreateVector",
     "ComputeGradient",
     "ApplyOperator",
@@ -529,10 +561,87 @@ async def test_health_and_reflection_name_every_service(wire: Wire) -> None:
     replies = wire.reflection.ServerReflectionInfo(iter([request]))
     (reply,) = [reply async for reply in replies]
     names = [service.name for service in reply.list_services_response.service]
-    assert sum(name.startswith("hvp.v1.") for name in names) == 7
+    assert sum(name.startswith("hvp.v1.") for name in names) == 8
     for name in ["", *(name for name in names if name.startswith("hvp."))]:
         check = await wire.health.Check(health_pb2.HealthCheckRequest(service=name))
         assert check.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.fixture
+async def crowded(config: ServerConfig, state_dir: StateDir) -> AsyncIterator[Crowded]:
+    """A server with few places for calls that last, and a product that does not end."""
+    backend = QuadraticBackend()
+    few = config.model_copy(
+        update={"max_waiting_calls": 100, "max_working_calls": 3, "heartbeat_s": 15.0}
+    )
+    deps = await open_dependencies(few, state_dir, backend)
+    async with connected(deps) as wire:
+        operator = await spec(deps)
+        backend.gate.clear()
+        yield Crowded(wire, deps, operator)
+        backend.gate.set()
+    await deps.close()
+
+
+async def test_watchers_beyond_the_limit_are_refused_and_leave_room_for_everybody_else(
+    crowded: Crowded,
+) -> None:
+    wire = crowded.wire
+    request = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(crowded.operator))
+    job = (await wire.jobs.CreateJob(request)).job
+    watch = job_pb2.WatchJobRequest(name=job.name)
+    watches = [wire.jobs.WatchJob(watch) for _ in range(1000)]
+    first = await asyncio.gather(*(call.read() for call in watches), return_exceptions=True)
+    refused = [answer for answer in first if isinstance(answer, grpc.aio.AioRpcError)]
+    assert len(first) - len(refused) == 100
+    for extra in (
+        wire.jobs.WatchJob(watch).read(),
+        wire.jobs.WaitJob(job_pb2.WaitJobRequest(name=job.name)),
+        wire.health.Watch(health_pb2.HealthCheckRequest()).read(),
+    ):
+        code, details = await refusal(extra)
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details["ErrorInfo"].reason == "TOO_MANY_CALLS"
+        assert details["RetryInfo"].retry_delay.seconds > 0
+    assert await serving(wire)
+    assert (await wire.jobs.GetJob(job_pb2.GetJobRequest(name=job.name))).job.name == job.name
+    assert (await start_upload(wire, b"new")).name
+    cancelled = await wire.jobs.CancelJob(job_pb2.CancelJobRequest(name=job.name))
+    assert cancelled.job.state == job_pb2.Job.STATE_CANCELLING
+    for call in watches:
+        call.cancel()
+
+
+async def test_calls_that_wait_for_the_ranks_leave_room_too(crowded: Crowded) -> None:
+    wire, operator = crowded.wire, crowded.operator
+    zeros = vectors.ZerosSource()
+    vector = await vectors.create(
+        crowded.deps, "default", operator.checkpoint, operator.dtype, zeros
+    )
+    apply = operator_pb2.ApplyOperatorRequest(operator=operator, vectors=[str(vector.name)])
+    running = [asyncio.ensure_future(wire.operators.ApplyOperator(apply)) for _ in range(3)]
+    await asyncio.sleep(0.3)
+    code, details = await refusal(wire.operators.ApplyOperator(apply))
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details["ErrorInfo"].reason == "TOO_MANY_CALLS"
+    queue = await wire.system.GetQueue(system_pb2.GetQueueRequest(parent=PARENT))
+    assert queue.num_queued == 0
+    for call in running:
+        call.cancel()
+
+
+def test_only_calls_that_the_protos_have_are_taken_for_prompt() -> None:
+    files = [module.DESCRIPTOR for module, *_ in _SERVICES]
+    methods = {
+        f"/{service.full_name}/{method.name}": method
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    assert {f"/hvp.v1.{name}" for name in _PROMPT | _WAITING} <= methods.keys()
+    for name, method in methods.items():
+        streams = method.client_streaming or method.server_streaming
+        assert not (streams and pool_of(name) == "prompt")
 
 
 async def test_draining_refuses_new_calls_and_ends_watches(

@@ -274,7 +274,7 @@ async def test_two_callers_with_the_same_bytes_get_a_session_each(deps: Dependen
 async def test_a_session_that_was_given_up_leaves_its_room_to_the_next_try(
     deps: Dependencies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(deps.state_dir.root)._replace(free=len(DATA) + 10)
+    usage = shutil.disk_usage(deps.state_dir.root)._replace(free=len(DATA) * 3 // 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     session = await start(deps)
     assert (await start(deps)).name == session.name
@@ -283,6 +283,64 @@ async def test_a_session_that_was_given_up_leaves_its_room_to_the_next_try(
     async with deps.database.writing() as connection:
         await connection.execute(sa.update(database.uploads).values(expire_time=0))
     assert (await start(deps, other)).state == "OPEN"
+
+
+async def test_room_for_an_upload_from_which_nothing_comes_is_given_to_others_after_minutes(
+    deps: Dependencies, config: ServerConfig, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 2 * len(DATA)
+    usage = shutil.disk_usage(deps.state_dir.root)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    short = config.model_copy(update={"upload_silence_s": 0.3})
+    uploads = UploadStore(deps.database, state_dir, deps.blobs, short)
+    silent = await uploads.start("grabber", replace(digest(b"huge"), size_bytes=int(0.9 * free)))
+    with pytest.raises(ServiceError, match="loses its room") as caught:
+        await uploads.start(PROJECT, digest(DATA))
+    assert caught.value.reason == "DISK_FULL"
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s <= 0.3
+    await asyncio.sleep(0.4)
+    session = await uploads.start(PROJECT, digest(DATA))
+    assert await reason(uploads.write(chunks(silent, DATA))) == "DISK_FULL"  # it comes too late
+    assert (await uploads.write(chunks(session, DATA))).state == "FINISHED"
+    await asyncio.sleep(0.4)
+    late = await uploads.write(chunks(silent, DATA[:1000], finish=False))
+    assert late.committed_size == 1000
+
+
+async def test_an_upload_keeps_its_room_while_bytes_of_it_come(
+    deps: Dependencies, config: ServerConfig, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(deps.state_dir.root)._replace(free=len(DATA) * 3 // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    short = config.model_copy(update={"upload_silence_s": 0.5})
+    uploads = UploadStore(deps.database, state_dir, deps.blobs, short)
+    session = await uploads.start(PROJECT, digest(DATA))
+
+    async def slow() -> AsyncIterator[Chunk]:
+        async for chunk in chunks(session, DATA, size=6400):
+            yield chunk
+            await asyncio.sleep(0.25)
+
+    writing = asyncio.create_task(uploads.write(slow()))
+    await asyncio.sleep(0.7)
+    most = replace(digest(b"most"), size_bytes=usage.free * 9 // 10)
+    assert await reason(uploads.start("other", most)) == "DISK_FULL"
+    assert (await writing).state == "FINISHED"
+    assert (await uploads.start("other", most)).state == "OPEN"
+
+
+async def test_one_project_cannot_have_all_the_room(
+    deps: Dependencies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(deps.state_dir.root)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    whole, most, little = (replace(digest(b"%d" % n), size_bytes=n) for n in (1000, 900, 100))
+    with pytest.raises(ServiceError, match="90% of what is free"):
+        await deps.uploads.start(PROJECT, whole)
+    await deps.uploads.start(PROJECT, most)
+    assert await reason(deps.uploads.start(PROJECT, little)) == "DISK_FULL"
+    assert (await deps.uploads.start("other", replace(little, size_bytes=90))).state == "OPEN"
 
 
 async def test_an_expired_upload_is_dropped_at_the_next_start(

@@ -20,7 +20,7 @@ from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorRef, check_precision
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
-from hvp_service.vector_store import Vector
+from hvp_service.vector_rows import Vector
 from hvp_workers.backend import BackendError, Dtype
 from safetensors.numpy import save
 from structlog.testing import capture_logs
@@ -96,6 +96,23 @@ async def test_ranges_of_a_vector_are_read_and_others_refused(deps: Dependencies
     for offset, limit in [(0, 7), (7, 0), (-1, 0), (0, -2)]:
         error = await refusal(anext(vectors.read(deps, vector.name, offset, limit)))
         assert error.reason == "READ_RANGE_INVALID"
+    assert not list((deps.state_dir.root / "tmp").iterdir())
+
+
+async def test_a_range_of_a_product_is_all_that_is_written_for_its_reader(
+    deps: Dependencies,
+) -> None:
+    ref = await make_operator(deps)
+    product = await operators.compute_gradient(deps, ref)
+    whole = quadratic()["A"] @ quadratic()["theta"]
+    for offset, limit in [(4, 1), (0, 2), (3, 0)]:
+        pieces = vectors.read(deps, product.name, offset, limit)
+        piece = await anext(pieces)
+        written = [path.stat().st_size for path in (deps.state_dir.root / "tmp").iterdir()]
+        assert written == [len(piece.data)] == [8 * (limit or 3)]
+        assert piece.offset == offset
+        np.testing.assert_allclose(np.frombuffer(piece.data), whole[offset:][: limit or 3])
+        await pieces.aclose()  # type: ignore[attr-defined]
     assert not list((deps.state_dir.root / "tmp").iterdir())
 
 

@@ -37,7 +37,7 @@ _TRUSTED = 10
 _FAILURE = 1e-3
 #: Where a fresh run ends in rounding, what it has not seen it tells only from so many times that.
 _BLUR = 2000
-#: Others are taken out with the wanted pairs if their residuals are this part of the tolerance.
+#: Others are taken out with the wanted pairs if their residuals are this part of what may leak.
 _SETTLED = 0.1
 _ROOM = 4  # rows that a fresh run has at least, where there are so many
 
@@ -271,10 +271,10 @@ class _Krylov:
                 self.is_complete = self.agree(self._complete(exhausted))
             if self.is_complete or self.num_products >= budget:
                 break
+            if is_searching and self.has_converged and not self._ends():
+                self.is_complete = True  # nothing can lie beyond
+                break
             if is_searching and self.has_converged and self.agree(self._is_ready()):
-                if not self._ends():  # there is nothing beyond
-                    self.is_complete = True
-                    break
                 self._look_for_missed()
             elif exhausted:
                 self._start_afresh()
@@ -315,7 +315,11 @@ class _Krylov:
         if self.fresh is None or self._moved():
             self._restart()
         elif not self.has_slid and len(self._settled()) > self.basis.origin:
-            self._look_for_missed()  # without what this one has found at the edge of the wanted
+            # Something lies at the edge of the wanted: once it is known as well, without it.
+            if self._converged() and self._is_ready():
+                self._look_for_missed()
+            else:
+                self._restart()
         elif not self._sees_more():
             self.basis.slide()
             self.has_slid = True
@@ -358,21 +362,16 @@ class _Krylov:
     def _is_ready(self) -> bool:
         """Whether the wanted pairs are known well enough to be shown complete.
 
-        Supposed is the worst that can be left: more copies of the innermost of them. What pairs
-        leak when a fresh run begins they leak for ever, so that each round leaves half of the
-        margin that it met to those after it.
+        What pairs leak when a fresh run begins they leak for ever, and with (t - θ) (t - μ) above
+        the square of all that leaks, nothing of it matters. So the first round may leak a quarter
+        of the margin, and each one after it half as much as the one before.
         """
-        index = self._settled()
-        deflated = Deflated(
-            torch.diag(self.values[index]),
-            torch.cat((self.basis.leaks, self.basis.coupling[None])) @ self.vectors[:, index],
-        )
-        share = 1 - 0.5 ** (self.num_rounds + 1)
-        return all(
-            hold(claims, deflated if sign > 0 else deflated.mirrored(), bound)
-            for sign, claims in self._ends(share)
-            for bound in [min(claim.t for claim in claims) - share * self.margin]
-        )
+        leak = self.basis.coupling @ self.vectors[:, self._settled()]
+        return float(leak.norm()) <= self._leak
+
+    @property
+    def _leak(self) -> float:
+        return self.margin * 0.5 ** (self.num_rounds + 2)
 
     def _look_for_missed(self) -> None:
         """Take the wanted pairs, and what has settled beside them, out; start a fresh run."""
@@ -390,8 +389,7 @@ class _Krylov:
         """Indices of the wanted Ritz pairs and of others that are known even better."""
         ends = self.values[self.index]
         distance = (self.values[:, None] - ends).abs().amin(1)
-        limit = _SETTLED * self.tolerance(4 * self.basis.eps)
-        settled = self.basis.residuals(self.vectors) <= limit
+        settled = self.basis.residuals(self.vectors) <= _SETTLED * self._leak
         settled[self.index] = True
         room = self.basis.capacity - self.plan.k
         most = self.plan.k + max(0, min(room // 2, room - _ROOM))
@@ -400,18 +398,15 @@ class _Krylov:
         found: Tensor = nearest[settled[nearest]][:most].sort().values
         return found
 
-    def _ends(self, share: float = 1.0) -> list[tuple[int, list[Claim]]]:
+    def _ends(self) -> list[tuple[int, list[Claim]]]:
         """What has to hold for the wanted values to be complete.
-
-        Args:
-            share: Of the margin by which the i-th eigenvalue may lie beyond the i-th value.
 
         Returns:
             The sign of an end and, of the operator times it, what has to hold upwards.
         """
         known = self.fresh is not None and not self._moved()
         values = self.reference if known else self.values[self.index]
-        k, which, margin = self.plan.k, self.plan.which, share * self.margin
+        k, which, margin = self.plan.k, self.plan.which, self.margin
         num_low = {"LA": 0, "SA": k, "BE": k // 2, "LM": int((values < 0).sum())}[which]
         low, high = (-values[:num_low]).tolist(), values[num_low:].flip(0).tolist()
         up, down = (

@@ -134,30 +134,42 @@ class Space:
             )
         return vector
 
-    def write(self, vector: torch.Tensor, path: Path) -> None:
-        """Write a vector as `read` reads it; every rank writes its part of the one file.
+    def write(
+        self, vector: torch.Tensor, path: Path, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Write elements of a vector; every rank writes its part of the one file.
+
+        Args:
+            vector: Shard (shard_numel,).
+            path: Of a file that holds the range and nothing else; `read` takes one of all elements.
+            start: First flat index.
+            stop: Flat index behind the last; None for all that follow.
 
         Raises:
             CurvatureError: DISK_FULL, on all ranks alike.
         """
+        stop = self.layout.numel if stop is None else stop
         with self.collective.same_fate(_refused("DISK_FULL")):
             file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
-                os.ftruncate(file, self.layout.numel * self.dtype.itemsize)
-                for flat, part in self._pieces(vector):
+                os.ftruncate(file, (stop - start) * self.dtype.itemsize)
+                for flat, part in self._pieces(vector, start, stop):
                     data = part.cpu().contiguous().view(torch.uint8).numpy()
-                    os.pwrite(file, data.data, flat * part.itemsize)
+                    os.pwrite(file, data.data, (flat - start) * part.itemsize)
                 os.fsync(file)
             finally:
                 os.close(file)
 
-    def _pieces(self, vector: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(flat index, view) of stretches that are contiguous in shard and file."""
+    def _pieces(
+        self, vector: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(flat index, view) of stretches of a range that are contiguous in shard and file."""
+        stop = self.layout.numel if stop is None else stop
         for run in self._runs:
-            for flat in range(run.flat_start, run.flat_stop, _FILE_PIECE):
-                stop = min(flat + _FILE_PIECE, run.flat_stop)
-                offset = run.shard_offset - run.flat_start
-                yield flat, vector[offset + flat : offset + stop]
+            offset = run.shard_offset - run.flat_start
+            first, last = max(start, run.flat_start), min(stop, run.flat_stop)
+            for flat in range(first, last, _FILE_PIECE):
+                yield flat, vector[offset + flat : offset + min(flat + _FILE_PIECE, last)]
 
     def to_flat(self, vector: torch.Tensor) -> torch.Tensor:
         """The whole vector (n,) on every rank: for small models and tests."""

@@ -303,8 +303,19 @@ class Backend(ABC):
         """u·v for each pair, accumulated in float64."""
 
     @abstractmethod
-    async def save_vector(self, name: str, path: Path) -> None:
-        """Write the elements to `path` (as RawFile reads them), made durable before return."""
+    async def save_vector(
+        self, name: str, path: Path, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Write elements `start` to `stop` to a new file at `path`, made durable before return.
+
+        Nothing is written but these elements; all of them make a file as RawFile reads it.
+
+        Args:
+            name: Of the vector.
+            path: Of the file.
+            start: First flat index.
+            stop: Flat index behind the last; None for the vector's end.
+        """
 
     @abstractmethod
     def eigsh(

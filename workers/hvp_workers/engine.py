@@ -238,10 +238,10 @@ class RankEngine:
         return values
 
     @command
-    def save_vector(self, name: str, path: Path) -> None:
-        """Write a vector as one file of raw elements."""
+    def save_vector(self, name: str, path: Path, start: int = 0, stop: int | None = None) -> None:
+        """Write a range of a vector as one file of raw elements."""
         vector = self._vector(name)
-        self._models.get(vector.space).space.write(vector.shard, path)
+        self._models.get(vector.space).space.write(vector.shard, path, start, stop)
 
     # Runs ---------------------------------------------------------------------------------------
 

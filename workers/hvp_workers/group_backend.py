@@ -98,9 +98,11 @@ class GroupBackend(Backend):
         found: list[float] = await self._call("inner_products", tuple(pairs))
         return found
 
-    async def save_vector(self, name: str, path: Path) -> None:
+    async def save_vector(
+        self, name: str, path: Path, start: int = 0, stop: int | None = None
+    ) -> None:
         """See Backend."""
-        await self._call("save_vector", name, path)
+        await self._call("save_vector", name, path, start, stop)
 
     async def eigsh(
         self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]

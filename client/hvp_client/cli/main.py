@@ -238,6 +238,20 @@ def cancel(job: JobArgument, address: Address = DEFAULT_ADDRESS) -> None:
     cancel_job(address, job)
 
 
+@app.command()
+def delete(
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Full names of checkpoints, batches, blobs, vectors or ended jobs."),
+    ],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Delete things on the server and free their room on its disk."""
+    from hvp_client.cli.deleting import delete as run
+
+    run(address, names)
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -4,6 +4,10 @@ isort:skip_file
 Immutable bytes, addressed by their SHA-256, and the resumable uploads that bring them in.
 
 Names: `projects/{project}/blobs/{sha256}` and `projects/{project}/uploads/{id}`.
+
+A blob is kept while a checkpoint or a data batch is made of it. It goes with the last of them;
+one of which nothing has been made goes when nobody has asked for it for some time (a day, unless
+the server is told otherwise).
 """
 
 from collections import abc as _abc
@@ -104,7 +108,11 @@ class UploadSession(_message.Message):
         """Set once the upload is finished and verified."""
 
     @_builtins.property
-    def expire_time(self) -> _timestamp_pb2.Timestamp: ...
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """The session and its bytes are dropped then. Room on the disk is set aside only for a session
+        that has been started or sent to a moment ago (minutes); another has to find room again.
+        """
+
     def __init__(
         self,
         *,

@@ -28,6 +28,8 @@ if _version_not_supported:
 class BlobServiceStub:
     """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
     given) and INTERNAL `INTERNAL` (a bug: report the request id).
+    Every RPC that may last (a stream, one that waits, one that needs the ranks) may also answer
+    RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: many such calls run already; call again after the delay given.
     """
 
     def __init__(self, channel):
@@ -86,6 +88,8 @@ class BlobServiceStub:
 class BlobServiceServicer:
     """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
     given) and INTERNAL `INTERNAL` (a bug: report the request id).
+    Every RPC that may last (a stream, one that waits, one that needs the ranks) may also answer
+    RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: many such calls run already; call again after the delay given.
     """
 
     def FindMissingBlobs(self, request, context):
@@ -103,7 +107,9 @@ class BlobServiceServicer:
 
         INVALID_ARGUMENT `DIGEST_MALFORMED`, `SIZE_INVALID`: digest or size cannot be.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload; use a new id.
-        RESOURCE_EXHAUSTED `DISK_FULL`: the state directory has no room for it.
+        RESOURCE_EXHAUSTED `DISK_FULL`: the state directory has no room for it, or the project's open
+        uploads would take more than its share of the room. Where other uploads have set the room
+        aside and nothing comes from them, the delay says when they lose it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +125,7 @@ class BlobServiceServicer:
         FAILED_PRECONDITION `BLOB_DIGEST_MISMATCH`: size or SHA-256 differ from what was announced;
         the session is gone, start again.
         INVALID_ARGUMENT `CHUNK_TOO_LARGE`, `SIZE_EXCEEDED`: more bytes than allowed or announced.
+        RESOURCE_EXHAUSTED `DISK_FULL`: as StartUpload's; what has come is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -232,6 +239,8 @@ def add_BlobServiceServicer_to_server(servicer, server):
 class BlobService:
     """Every RPC may also answer UNAVAILABLE `SERVER_DRAINING` or `STATE_DIR_BUSY` (retry after the delay
     given) and INTERNAL `INTERNAL` (a bug: report the request id).
+    Every RPC that may last (a stream, one that waits, one that needs the ranks) may also answer
+    RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: many such calls run already; call again after the delay given.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from hvp_protos.v1 import vector_pb2 as hvp__protos_dot_v1_dot_vector__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chvp_protos/v1/operator.proto\x12\x06hvp.v1\x1a\x1ahvp_protos/v1/vector.proto\"\xf4\x01\n\x0cOperatorSpec\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x12\n\ndata_batch\x18\x02 \x01(\t\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.hvp.v1.OperatorSpec.Kind\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x18\n\x10micro_batch_size\x18\x05 \x01(\x05\x12\x11\n\tprecision\x18\x06 \x01(\t\"W\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_HESSIAN\x10\x01\x12\x0c\n\x08KIND_GGN\x10\x02\x12\x19\n\x15KIND_EMPIRICAL_FISHER\x10\x03\"A\n\x17\x44\x65scribeOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"Z\n\x18\x44\x65scribeOperatorResponse\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\"=\n\x13\x45valuateLossRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"9\n\x14\x45valuateLossResponse\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x13\n\x0bnum_targets\x18\x02 \x01(\x03\"T\n\x16\x43omputeGradientRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\";\n\x17\x43omputeGradientResponse\x12 \n\x08gradient\x18\x01 \x01(\x0b\x32\x0e.hvp.v1.Vector\"c\n\x14\x41pplyOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07vectors\x18\x03 \x03(\t\"9\n\x15\x41pplyOperatorResponse\x12 \n\x08products\x18\x01 \x03(\x0b\x32\x0e.hvp.v1.Vector\"[\n\x1a\x41pplyOperatorStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12+\n\x05\x61pply\x18\x02 \x01(\x0b\x32\x1c.hvp.v1.ApplyOperatorRequest\"_\n\x1b\x41pplyOperatorStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\x07\x61pplied\x18\x02 \x01(\x0b\x32\x1d.hvp.v1.ApplyOperatorResponse2\xb9\x03\n\x0fOperatorService\x12U\n\x10\x44\x65scribeOperator\x12\x1f.hvp.v1.DescribeOperatorRequest\x1a .hvp.v1.DescribeOperatorResponse\x12I\n\x0c\x45valuateLoss\x12\x1b.hvp.v1.EvaluateLossRequest\x1a\x1c.hvp.v1.EvaluateLossResponse\x12R\n\x0f\x43omputeGradient\x12\x1e.hvp.v1.ComputeGradientRequest\x1a\x1f.hvp.v1.ComputeGradientResponse\x12L\n\rApplyOperator\x12\x1c.hvp.v1.ApplyOperatorRequest\x1a\x1d.hvp.v1.ApplyOperatorResponse\x12\x62\n\x13\x41pplyOperatorStream\x12\".hvp.v1.ApplyOperatorStreamRequest\x1a#.hvp.v1.ApplyOperatorStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chvp_protos/v1/operator.proto\x12\x06hvp.v1\x1a\x1ahvp_protos/v1/vector.proto\"\xf4\x01\n\x0cOperatorSpec\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x12\n\ndata_batch\x18\x02 \x01(\t\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.hvp.v1.OperatorSpec.Kind\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x18\n\x10micro_batch_size\x18\x05 \x01(\x05\x12\x11\n\tprecision\x18\x06 \x01(\t\"W\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_HESSIAN\x10\x01\x12\x0c\n\x08KIND_GGN\x10\x02\x12\x19\n\x15KIND_EMPIRICAL_FISHER\x10\x03\"A\n\x17\x44\x65scribeOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"Z\n\x18\x44\x65scribeOperatorResponse\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\"=\n\x13\x45valuateLossRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"9\n\x14\x45valuateLossResponse\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x13\n\x0bnum_targets\x18\x02 \x01(\x03\"e\n\x16\x43omputeGradientRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\";\n\x17\x43omputeGradientResponse\x12 \n\x08gradient\x18\x01 \x01(\x0b\x32\x0e.hvp.v1.Vector\"t\n\x14\x41pplyOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07vectors\x18\x03 \x03(\t\x12\x0f\n\x07session\x18\x04 \x01(\t\"9\n\x15\x41pplyOperatorResponse\x12 \n\x08products\x18\x01 \x03(\x0b\x32\x0e.hvp.v1.Vector\"[\n\x1a\x41pplyOperatorStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12+\n\x05\x61pply\x18\x02 \x01(\x0b\x32\x1c.hvp.v1.ApplyOperatorRequest\"_\n\x1b\x41pplyOperatorStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\x07\x61pplied\x18\x02 \x01(\x0b\x32\x1d.hvp.v1.ApplyOperatorResponse2\xb9\x03\n\x0fOperatorService\x12U\n\x10\x44\x65scribeOperator\x12\x1f.hvp.v1.DescribeOperatorRequest\x1a .hvp.v1.DescribeOperatorResponse\x12I\n\x0c\x45valuateLoss\x12\x1b.hvp.v1.EvaluateLossRequest\x1a\x1c.hvp.v1.EvaluateLossResponse\x12R\n\x0f\x43omputeGradient\x12\x1e.hvp.v1.ComputeGradientRequest\x1a\x1f.hvp.v1.ComputeGradientResponse\x12L\n\rApplyOperator\x12\x1c.hvp.v1.ApplyOperatorRequest\x1a\x1d.hvp.v1.ApplyOperatorResponse\x12\x62\n\x13\x41pplyOperatorStream\x12\".hvp.v1.ApplyOperatorStreamRequest\x1a#.hvp.v1.ApplyOperatorStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,17 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATELOSSRESPONSE']._serialized_start=537
   _globals['_EVALUATELOSSRESPONSE']._serialized_end=594
   _globals['_COMPUTEGRADIENTREQUEST']._serialized_start=596
-  _globals['_COMPUTEGRADIENTREQUEST']._serialized_end=680
-  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_start=682
-  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_end=741
-  _globals['_APPLYOPERATORREQUEST']._serialized_start=743
-  _globals['_APPLYOPERATORREQUEST']._serialized_end=842
-  _globals['_APPLYOPERATORRESPONSE']._serialized_start=844
-  _globals['_APPLYOPERATORRESPONSE']._serialized_end=901
-  _globals['_APPLYOPERATORSTREAMREQUEST']._serialized_start=903
-  _globals['_APPLYOPERATORSTREAMREQUEST']._serialized_end=994
-  _globals['_APPLYOPERATORSTREAMRESPONSE']._serialized_start=996
-  _globals['_APPLYOPERATORSTREAMRESPONSE']._serialized_end=1091
-  _globals['_OPERATORSERVICE']._serialized_start=1094
-  _globals['_OPERATORSERVICE']._serialized_end=1535
+  _globals['_COMPUTEGRADIENTREQUEST']._serialized_end=697
+  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_start=699
+  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_end=758
+  _globals['_APPLYOPERATORREQUEST']._serialized_start=760
+  _globals['_APPLYOPERATORREQUEST']._serialized_end=876
+  _globals['_APPLYOPERATORRESPONSE']._serialized_start=878
+  _globals['_APPLYOPERATORRESPONSE']._serialized_end=935
+  _globals['_APPLYOPERATORSTREAMREQUEST']._serialized_start=937
+  _globals['_APPLYOPERATORSTREAMREQUEST']._serialized_end=1028
+  _globals['_APPLYOPERATORSTREAMRESPONSE']._serialized_start=1030
+  _globals['_APPLYOPERATORSTREAMRESPONSE']._serialized_end=1125
+  _globals['_OPERATORSERVICE']._serialized_start=1128
+  _globals['_OPERATORSERVICE']._serialized_end=1569
 # @@protoc_insertion_point(module_scope)

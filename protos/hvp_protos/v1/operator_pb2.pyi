@@ -186,7 +186,10 @@ class ComputeGradientRequest(_message.Message):
 
     OPERATOR_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    session: _builtins.str
+    """The session that the gradient is to belong to; empty for none."""
     @_builtins.property
     def operator(self) -> Global___OperatorSpec: ...
     def __init__(
@@ -194,10 +197,11 @@ class ComputeGradientRequest(_message.Message):
         *,
         operator: Global___OperatorSpec | None = ...,
         request_id: _builtins.str = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "request_id", b"request_id", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,7 +236,10 @@ class ApplyOperatorRequest(_message.Message):
     OPERATOR_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    session: _builtins.str
+    """The session that the products are to belong to; empty for none."""
     @_builtins.property
     def operator(self) -> Global___OperatorSpec: ...
     @_builtins.property
@@ -245,10 +252,11 @@ class ApplyOperatorRequest(_message.Message):
         operator: Global___OperatorSpec | None = ...,
         request_id: _builtins.str = ...,
         vectors: _abc.Iterable[_builtins.str] | None = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "request_id", b"request_id", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "request_id", b"request_id", "session", b"session", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

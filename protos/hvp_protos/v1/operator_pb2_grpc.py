@@ -39,6 +39,7 @@ class OperatorServiceStub:
     derivative; metadata names the block.
     FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
     the mean cross-entropy of its logits; another architecture is needed.
+    FAILED_PRECONDITION `SESSION_EXPIRED`: the session named has ended; open another.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
@@ -91,6 +92,7 @@ class OperatorServiceServicer:
     derivative; metadata names the block.
     FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
     the mean cross-entropy of its logits; another architecture is needed.
+    FAILED_PRECONDITION `SESSION_EXPIRED`: the session named has ended; open another.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
@@ -187,6 +189,7 @@ class OperatorService:
     derivative; metadata names the block.
     FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
     the mean cross-entropy of its logits; another architecture is needed.
+    FAILED_PRECONDITION `SESSION_EXPIRED`: the session named has ended; open another.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.

@@ -5,6 +5,11 @@ Vectors of parameter space. They live on the ranks, cut as the parameters are, u
 
 Name: `projects/{project}/vectors/{id}`. Element order: the canonical flat index (parameters in
 the order of the model's `named_parameters()`, a tied tensor once, row-major).
+
+A vector lives as long as what it belongs to. One made in a session goes with the session, an
+eigenvector with its job. One made without a session goes when nobody has used it for the server's
+time to live. `KeepVector` lets any of them stay until it is deleted. With its checkpoint, every
+vector goes. None goes while a call uses it.
 """
 
 from collections import abc as _abc
@@ -35,6 +40,8 @@ class Vector(_message.Message):
     NUM_ELEMENTS_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     checkpoint: _builtins.str
     """The parameter space it belongs to."""
@@ -43,8 +50,14 @@ class Vector(_message.Message):
     num_elements: _builtins.int
     durable: _builtins.bool
     """Can be made again after a restart (seeded, uploaded, eigenvector); others end with the ranks."""
+    session: _builtins.str
+    """The session that it belongs to; empty when it belongs to none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """It goes then, unless it is used before; unset for a vector of a session, of a job, or kept."""
+
     def __init__(
         self,
         *,
@@ -54,10 +67,12 @@ class Vector(_message.Message):
         num_elements: _builtins.int = ...,
         durable: _builtins.bool = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        session: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "dtype", b"dtype", "durable", b"durable", "name", b"name", "num_elements", b"num_elements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "dtype", b"dtype", "durable", b"durable", "expire_time", b"expire_time", "name", b"name", "num_elements", b"num_elements", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,10 +248,13 @@ class CreateVectorRequest(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     request_id: _builtins.str
     checkpoint: _builtins.str
     dtype: _builtins.str
+    session: _builtins.str
+    """The session that the vector is to belong to; empty for none."""
     @_builtins.property
     def source(self) -> Global___VectorSource: ...
     def __init__(
@@ -247,10 +265,11 @@ class CreateVectorRequest(_message.Message):
         checkpoint: _builtins.str = ...,
         dtype: _builtins.str = ...,
         source: Global___VectorSource | None = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dtype", b"dtype", "parent", b"parent", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dtype", b"dtype", "parent", b"parent", "request_id", b"request_id", "session", b"session", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -396,6 +415,45 @@ class DeleteVectorResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteVectorResponse: _TypeAlias = DeleteVectorResponse  # noqa: Y015
+
+@_typing.final
+class KeepVectorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepVectorRequest: _TypeAlias = KeepVectorRequest  # noqa: Y015
+
+@_typing.final
+class KeepVectorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def vector(self) -> Global___Vector: ...
+    def __init__(
+        self,
+        *,
+        vector: Global___Vector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepVectorResponse: _TypeAlias = KeepVectorResponse  # noqa: Y015
 
 @_typing.final
 class ReduceVectorsRequest(_message.Message):

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class VectorServiceStub:
-    """NOT_FOUND `RESOURCE_NOT_FOUND`: no vector or checkpoint of that name.
+    """NOT_FOUND `RESOURCE_NOT_FOUND`: no vector or checkpoint of that name, or it has gone with what it
+    belonged to; make it again.
     FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held it are gone; make it again.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     """
@@ -57,6 +58,11 @@ class VectorServiceStub:
                 request_serializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorRequest.SerializeToString,
                 response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorResponse.FromString,
                 _registered_method=True)
+        self.KeepVector = channel.unary_unary(
+                '/hvp.v1.VectorService/KeepVector',
+                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorRequest.SerializeToString,
+                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorResponse.FromString,
+                _registered_method=True)
         self.ReduceVectors = channel.unary_unary(
                 '/hvp.v1.VectorService/ReduceVectors',
                 request_serializer=hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsRequest.SerializeToString,
@@ -75,7 +81,8 @@ class VectorServiceStub:
 
 
 class VectorServiceServicer:
-    """NOT_FOUND `RESOURCE_NOT_FOUND`: no vector or checkpoint of that name.
+    """NOT_FOUND `RESOURCE_NOT_FOUND`: no vector or checkpoint of that name, or it has gone with what it
+    belonged to; make it again.
     FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held it are gone; make it again.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     """
@@ -86,6 +93,7 @@ class VectorServiceServicer:
         INVALID_ARGUMENT `NON_FINITE`: an uploaded vector holds NaN or infinity; metadata gives the index.
         INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: terms of another checkpoint or dtype.
         RESOURCE_EXHAUSTED `VECTOR_MEMORY`: the ranks' room for vectors is used up; delete some.
+        FAILED_PRECONDITION `SESSION_EXPIRED`: the session has ended; open another.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -107,6 +115,16 @@ class VectorServiceServicer:
 
     def DeleteVector(self, request, context):
         """Frees a vector on the ranks and on disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepVector(self, request, context):
+        """Lets a vector stay until it is deleted, whatever it belonged to. What could not be made again
+        after a restart is written to the server's disk first, so that a kept vector is durable.
+
+        RESOURCE_EXHAUSTED `DISK_FULL`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +177,11 @@ def add_VectorServiceServicer_to_server(servicer, server):
                     request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorRequest.FromString,
                     response_serializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorResponse.SerializeToString,
             ),
+            'KeepVector': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepVector,
+                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorRequest.FromString,
+                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorResponse.SerializeToString,
+            ),
             'ReduceVectors': grpc.unary_unary_rpc_method_handler(
                     servicer.ReduceVectors,
                     request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsRequest.FromString,
@@ -183,7 +206,8 @@ def add_VectorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class VectorService:
-    """NOT_FOUND `RESOURCE_NOT_FOUND`: no vector or checkpoint of that name.
+    """NOT_FOUND `RESOURCE_NOT_FOUND`: no vector or checkpoint of that name, or it has gone with what it
+    belonged to; make it again.
     FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held it are gone; make it again.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
     """
@@ -286,6 +310,33 @@ class VectorService:
             '/hvp.v1.VectorService/DeleteVector',
             hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorRequest.SerializeToString,
             hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepVector(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.VectorService/KeepVector',
+            hvp__protos_dot_v1_dot_vector__pb2.KeepVectorRequest.SerializeToString,
+            hvp__protos_dot_v1_dot_vector__pb2.KeepVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,8 +32,9 @@ async def download(deps: Dependencies, name: Name, offset: int, limit: int) -> A
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, READ_RANGE_INVALID.
     """
-    blob = await deps.blobs.get(name)
-    start, stop = resolve_range(offset, limit, blob.digest.size_bytes)
-    path = deps.blobs.path(blob.digest)
-    async for piece in read_range(path, start, stop, deps.config.max_chunk_bytes):
-        yield piece
+    with deps.blobs.hold(name.id):
+        blob = await deps.blobs.get(name)
+        start, stop = resolve_range(offset, limit, blob.digest.size_bytes)
+        path = deps.blobs.path(blob.digest)
+        async for piece in read_range(path, start, stop, deps.config.max_chunk_bytes):
+            yield piece

@@ -9,25 +9,26 @@ from hvp_service.names import Name
 
 
 async def delete_checkpoint(deps: Dependencies, name: Name) -> None:
-    """Delete a checkpoint and the vectors of its space.
+    """Delete a checkpoint, the vectors of its space, and the blobs that nothing else is made of.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
     """
-    await deps.checkpoints.get(name)
+    checkpoint = await deps.checkpoints.get(name)
     unfinished = await deps.jobs.unfinished(name.project)
     require_unused(name, any(job.spec.operator.checkpoint == str(name) for job in unfinished))
     await deps.checkpoints.delete(name)
+    await deps.blobs.release(name.project, [file.digest for file in checkpoint.files])
     await deps.vectors.delete_of_checkpoint(name)
 
 
 async def delete_batch(deps: Dependencies, name: Name) -> None:
-    """Delete a data batch.
+    """Delete a data batch, and its blob unless something else is made of it.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
     """
-    await deps.batches.get(name)
+    batch = await deps.batches.get(name)
     for job in await deps.jobs.unfinished(name.project):
         if job.spec.operator.data_batch == str(name):
             raise ServiceError(
@@ -36,3 +37,4 @@ async def delete_batch(deps: Dependencies, name: Name) -> None:
                 resource=str(name),
             )
     await deps.batches.delete(name)
+    await deps.blobs.release(name.project, [batch.digest])

@@ -204,6 +204,18 @@ async def cancel(deps: Dependencies, name: Name) -> Job:
     return job
 
 
+async def delete(deps: Dependencies, name: Name) -> None:
+    """Forget an ended job, its events, and its eigenvectors but for those that are kept.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, JOB_NOT_ENDED.
+    """
+    # A job that has ended never begins again, so its vectors may go before the row that names them.
+    if (await deps.jobs.get(name)).state in FINAL_STATES:
+        await deps.vectors.delete_of_job(name)
+    await deps.jobs.delete(name)
+
+
 async def wait(deps: Dependencies, name: Name, timeout_s: float) -> Job:
     """The job when it has ended or the time is up.
 

@@ -10,9 +10,10 @@ from hvp_workers.backend import Backend, OperatorInfo
 
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
+from hvp_service.lifetimes import Lifetime
 from hvp_service.names import parse
 from hvp_service.operator_resolver import OperatorRef, ResolvedOperator
-from hvp_service.vector_store import Vector
+from hvp_service.vector_rows import Vector
 
 log = structlog.get_logger()
 
@@ -32,40 +33,63 @@ async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperat
         ServiceError: As `OperatorResolver.resolve`.
         BackendError: INSUFFICIENT_CLUSTER_MEMORY.
     """
-    resolved = await deps.operators.resolve(ref)
-    info = await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
+    async with deps.operators.using(ref) as resolved:
+        info = await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
     return resolved, info
 
 
 async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:
     """L(θ). Cost: one forward pass."""
-    resolved = await deps.operators.resolve(ref)
-    value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
+    async with deps.operators.using(ref) as resolved:
+        value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
     return Loss(value, resolved.batch.statistics.num_targets)
 
 
-async def compute_gradient(deps: Dependencies, ref: OperatorRef) -> Vector:
-    """∇L(θ), left on the ranks."""
-    resolved = await deps.operators.resolve(ref)
-    (gradient,) = _products(deps, resolved, 1)
-
-    async def work(backend: Backend) -> None:
-        await backend.gradient(resolved.operator, gradient.name.id)
-
-    return (await deps.vectors.make([gradient], work))[0]
-
-
-async def apply(deps: Dependencies, ref: OperatorRef, vectors: Sequence[str]) -> list[Vector]:
-    """The product with each vector, left on the ranks.
+async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = "") -> Vector:
+    """∇L(θ), left on the ranks, in a session or in none.
 
     Raises:
-        ServiceError: VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, and as
-            `OperatorResolver.resolve`.
+        ServiceError: SESSION_EXPIRED, and as `OperatorResolver.resolve`.
+    """
+    async with (
+        deps.operators.using(ref) as resolved,
+        deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
+    ):
+        (gradient,) = _products(deps, resolved, 1, lifetime)
+
+        async def work(backend: Backend) -> None:
+            await backend.gradient(resolved.operator, gradient.name.id)
+
+        return (await deps.vectors.make([gradient], work))[0]
+
+
+async def apply(
+    deps: Dependencies, ref: OperatorRef, vectors: Sequence[str], session: str = ""
+) -> list[Vector]:
+    """The product with each vector, left on the ranks, in a session or in none.
+
+    Raises:
+        ServiceError: VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, SESSION_EXPIRED, and
+            as `OperatorResolver.resolve`.
     """
     if not vectors:
         raise ServiceError("VECTORS_MISSING", "Name one or more vectors.", field="vectors")
-    resolved = await deps.operators.resolve(ref)
-    inputs = [await deps.vectors.get(parse(name, "vectors")) for name in vectors]
+    names = [parse(name, "vectors") for name in vectors]
+    async with (
+        deps.operators.using(ref) as resolved,
+        deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
+        deps.vectors.using(names) as inputs,
+    ):
+        return await _apply(deps, ref, resolved, inputs, lifetime)
+
+
+async def _apply(
+    deps: Dependencies,
+    ref: OperatorRef,
+    resolved: ResolvedOperator,
+    inputs: Sequence[Vector],
+    lifetime: Lifetime,
+) -> list[Vector]:
     for index, vector in enumerate(inputs):
         if (
             vector.checkpoint != resolved.checkpoint.name
@@ -77,7 +101,7 @@ async def apply(deps: Dependencies, ref: OperatorRef, vectors: Sequence[str]) ->
                 f"{resolved.operator.space.dtype} on {resolved.checkpoint.name}.",
                 field=f"vectors[{index}]",
             )
-    outputs = _products(deps, resolved, len(inputs))
+    outputs = _products(deps, resolved, len(inputs), lifetime)
 
     async def work(backend: Backend) -> None:
         await deps.vectors.ensure_resident(backend, inputs)
@@ -99,10 +123,16 @@ async def apply(deps: Dependencies, ref: OperatorRef, vectors: Sequence[str]) ->
     return await deps.vectors.make(outputs, work)
 
 
-def _products(deps: Dependencies, resolved: ResolvedOperator, count: int) -> list[Vector]:
+def _products(
+    deps: Dependencies, resolved: ResolvedOperator, count: int, lifetime: Lifetime
+) -> list[Vector]:
     return [
         deps.vectors.new(
-            resolved.checkpoint.name, resolved.operator.space.dtype, resolved.num_parameters, None
+            resolved.checkpoint.name,
+            resolved.operator.space.dtype,
+            resolved.num_parameters,
+            None,
+            lifetime=lifetime,
         )
         for _ in range(count)
     ]

@@ -16,10 +16,12 @@ from hvp_service.blob_store import Digest, Piece, read_range
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.handlers.blobs import resolve_range
+from hvp_service.lifetimes import Lifetime
 from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import check_dtype
 from hvp_service.upload_file import UploadFile, disk_full
-from hvp_service.vector_store import ITEM_BYTES, Recipe, Vector
+from hvp_service.vector_rows import Recipe, Vector
+from hvp_service.vector_store import ITEM_BYTES
 
 DISTRIBUTIONS: dict[str, Distribution] = {
     "DISTRIBUTION_RADEMACHER": "rademacher",
@@ -76,23 +78,36 @@ class VectorPiece:
 
 
 async def create(
-    deps: Dependencies, project: str, checkpoint: str, dtype: str, source: VectorSource
+    deps: Dependencies,
+    project: str,
+    checkpoint: str,
+    dtype: str,
+    source: VectorSource,
+    session: str = "",
 ) -> Vector:
-    """Make a vector on the ranks.
+    """Make a vector on the ranks, in a session or in none.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
             DISTRIBUTION_UNSPECIFIED, SHAPE_MISMATCH, NON_FINITE, VECTOR_SPACE_MISMATCH,
-            INPUT_MISSING.
+            INPUT_MISSING, SESSION_EXPIRED.
         BackendError: VECTOR_MEMORY.
     """
     name = _checkpoint_name(project, checkpoint)
+    async with deps.sessions.using(project, session) as lifetime:
+        with deps.checkpoints.hold(name):
+            return await _create(deps, name, dtype, source, lifetime)
+
+
+async def _create(
+    deps: Dependencies, name: Name, dtype: str, source: VectorSource, lifetime: Lifetime
+) -> Vector:
     found = await deps.checkpoints.get(name)
     space_dtype = check_dtype(dtype)
     num_elements = found.description.num_parameters
 
     def new(recipe: Recipe | None) -> Vector:
-        return deps.vectors.new(name, space_dtype, num_elements, recipe)
+        return deps.vectors.new(name, space_dtype, num_elements, recipe, lifetime=lifetime)
 
     match source:
         case None:
@@ -111,8 +126,9 @@ async def create(
         case ParametersSource():
             return await _make_durable(deps, new({"kind": "parameters"}))
         case Digest():
-            path = await deps.blobs.require(project, source, "source.blob")
-            return await _from_file(deps, new({"kind": "file"}), path, "source.blob")
+            with deps.blobs.hold(source.sha256):
+                path = await deps.blobs.require(name.project, source, "source.blob")
+                return await _from_file(deps, new({"kind": "file"}), path, "source.blob")
         case FileSource(path=path):
             return await _from_file(deps, new({"kind": "file"}), path, "data")
         case CombinationSource(terms=terms):
@@ -126,22 +142,37 @@ async def write(
     dtype: str,
     request_id: str,
     pieces: AsyncIterator[VectorPiece],
+    session: str = "",
 ) -> Vector:
-    """Make a vector from elements that come in one stream.
+    """Make a vector from elements that come in one stream, in a session or in none.
 
     Raises:
         ServiceError: As `create` and `receive`, REQUEST_ID_REUSED.
     """
-    source = await receive(deps, project, checkpoint, dtype, pieces)
+    # The session is held from the first element on: it must not expire in a slow stream.
+    async with deps.sessions.using(project, session):
+        source = await receive(deps, project, checkpoint, dtype, pieces)
+        return await _write(deps, project, checkpoint, dtype, request_id, source, session)
 
+
+async def _write(
+    deps: Dependencies,
+    project: str,
+    checkpoint: str,
+    dtype: str,
+    request_id: str,
+    source: FileSource,
+    session: str,
+) -> Vector:
     async def respond() -> bytes:
-        return str((await create(deps, project, checkpoint, dtype, source)).name).encode()
+        made = await create(deps, project, checkpoint, dtype, source, session)
+        return str(made.name).encode()
 
     try:
         # The elements' digest stands for them: a stream cannot be kept to be compared.
         name = await deps.request_log.once(
             (project, "WriteVector", request_id),
-            f"{checkpoint}\0{dtype}\0{source.sha256}".encode(),
+            f"{checkpoint}\0{dtype}\0{source.sha256}\0{session}".encode(),
             respond,
         )
     finally:
@@ -231,7 +262,16 @@ async def _combine(
         raise ServiceError(
             "SOURCE_MISSING", "A combination has one or more terms.", field="source.combination"
         )
-    inputs = [await deps.vectors.get(parse(name, "vectors")) for _, name in terms]
+    async with deps.vectors.using([parse(name, "vectors") for _, name in terms]) as inputs:
+        return await _combine_held(deps, vector, terms, inputs)
+
+
+async def _combine_held(
+    deps: Dependencies,
+    vector: Vector,
+    terms: Sequence[tuple[float, str]],
+    inputs: Sequence[Vector],
+) -> Vector:
     for index, ((coefficient, _), term) in enumerate(zip(terms, inputs, strict=True)):
         if not math.isfinite(coefficient):
             raise ServiceError(
@@ -264,20 +304,30 @@ async def inner_products(deps: Dependencies, pairs: Sequence[tuple[str, str]]) -
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, VECTOR_SPACE_MISMATCH, INPUT_MISSING.
     """
-    found = {
-        name: await deps.vectors.get(parse(name, "vectors"))
-        for name in dict.fromkeys(name for pair in pairs for name in pair)
-    }
-    for index, (left, right) in enumerate(pairs):
-        _check_same_space(found[left], found[right], f"inner_products[{index}]")
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    async with deps.vectors.using([parse(name, "vectors") for name in names]) as inputs:
+        found = dict(zip(names, inputs, strict=True))
+        for index, (left, right) in enumerate(pairs):
+            _check_same_space(found[left], found[right], f"inner_products[{index}]")
 
-    async def work(backend: Backend) -> list[float]:
-        await deps.vectors.ensure_resident(backend, list(found.values()))
-        return await backend.inner_products(
-            [(found[left].name.id, found[right].name.id) for left, right in pairs]
-        )
+        async def work(backend: Backend) -> list[float]:
+            await deps.vectors.ensure_resident(backend, inputs)
+            return await backend.inner_products(
+                [(found[left].name.id, found[right].name.id) for left, right in pairs]
+            )
 
-    return await deps.group.call(work) if pairs else []
+        return await deps.group.call(work) if pairs else []
+
+
+async def keep(deps: Dependencies, name: Name) -> Vector:
+    """Let a vector stay until it is deleted, durable.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, INPUT_MISSING.
+        BackendError: DISK_FULL.
+    """
+    async with deps.vectors.using([name]) as (vector,):
+        return await deps.vectors.retain(vector)
 
 
 async def read(deps: Dependencies, name: Name, offset: int, limit: int) -> AsyncIterator[Piece]:
@@ -286,27 +336,28 @@ async def read(deps: Dependencies, name: Name, offset: int, limit: int) -> Async
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, READ_RANGE_INVALID, INPUT_MISSING.
     """
-    vector = await deps.vectors.get(name)
-    start, stop = resolve_range(offset, limit, vector.num_elements)
-    item = ITEM_BYTES[vector.dtype]
-    piece_bytes = deps.config.max_chunk_bytes // item * item
-    kept = deps.vectors.file(vector)
-    path = kept if kept.exists() else deps.state_dir.temporary(f"{uuid.uuid4().hex}.read")
+    async with deps.vectors.using([name]) as (vector,):
+        start, stop = resolve_range(offset, limit, vector.num_elements)
+        item = ITEM_BYTES[vector.dtype]
+        piece_bytes = deps.config.max_chunk_bytes // item * item
+        if (kept := deps.vectors.file(vector)).exists():
+            async for piece in read_range(kept, start * item, stop * item, piece_bytes):
+                yield Piece(piece.offset // item, piece.data, piece.crc32c)
+            return
+        part = deps.state_dir.temporary(f"{uuid.uuid4().hex}.read")
 
-    async def save(backend: Backend) -> None:
-        await deps.vectors.ensure_resident(backend, [vector])
-        await backend.save_vector(vector.name.id, path)
+        async def save(backend: Backend) -> None:
+            await deps.vectors.ensure_resident(backend, [vector])
+            await backend.save_vector(vector.name.id, part, start, stop)
 
-    async def unlink() -> None:
-        path.unlink(missing_ok=True)
+        async def unlink() -> None:
+            part.unlink(missing_ok=True)
 
-    try:
-        if path != kept:
+        try:
             await deps.group.call(save, undo=unlink)
-        async for piece in read_range(path, start * item, stop * item, piece_bytes):
-            yield Piece(piece.offset // item, piece.data, piece.crc32c)
-    finally:
-        if path != kept:
+            async for piece in read_range(part, 0, (stop - start) * item, piece_bytes):
+                yield Piece(start + piece.offset // item, piece.data, piece.crc32c)
+        finally:
             await unlink()
 
 

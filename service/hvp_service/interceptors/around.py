@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 import grpc.aio
@@ -15,10 +16,18 @@ if TYPE_CHECKING:  # the stubs are generic where the classes are not
     Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 SERVED_PREFIX = "/hvp.v1."  # health and reflection answer as their libraries wrote them
+# Streams of theirs that last as long as the caller likes.
+LIBRARY_STREAMS = ("/grpc.health.v1.Health/Watch", "/grpc.reflection.")
 
 
 class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-arg]
-    """Enters `around` before a method's first step and leaves it after its last."""
+    """Enters `around` before a method's first step and leaves it after its last.
+
+    Attributes:
+        prefixes: Of the methods that it is around.
+    """
+
+    prefixes: ClassVar[tuple[str, ...]] = (SERVED_PREFIX,)
 
     @abstractmethod
     def around(
@@ -39,7 +48,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
         """Wrap the method's handler; called by gRPC."""
         handler = await continuation(details)
         method = details.method
-        if handler is None or not method.startswith(SERVED_PREFIX):
+        if handler is None or not method.startswith(self.prefixes):
             return handler
         make, behaviour = shape_of(handler)
         wrapped: Any
@@ -47,7 +56,11 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
 
             async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
                 async with self.around(method, context):
-                    async for response in behaviour(request, context):
+                    responses = behaviour(request, context)
+                    if inspect.isawaitable(responses):  # it writes to the context by itself
+                        await responses
+                        return
+                    async for response in responses:
                         yield response
 
             wrapped = streaming

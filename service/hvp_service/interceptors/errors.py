@@ -19,7 +19,7 @@ from hvp_workers.backend import BackendError
 
 from hvp_service.database import DatabaseBusyError
 from hvp_service.errors import DOMAIN, ServiceError, code_of
-from hvp_service.interceptors.around import AroundInterceptor
+from hvp_service.interceptors.around import LIBRARY_STREAMS, SERVED_PREFIX, AroundInterceptor
 
 # Status travels in HTTP/2 headers, of which gRPC takes 8 KiB unless told otherwise.
 _MAX_MESSAGE = 1000
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 class ErrorInterceptor(AroundInterceptor):
     """Turns what handlers raise into statuses; what nobody foresaw is logged and INTERNAL."""
+
+    prefixes = (SERVED_PREFIX, *LIBRARY_STREAMS)
 
     @contextlib.asynccontextmanager
     async def around(

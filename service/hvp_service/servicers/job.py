@@ -62,7 +62,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         return pb.CancelJobResponse(job=job_message(job))
 
     async def DeleteJob(self, request: pb.DeleteJobRequest, context: Any) -> pb.DeleteJobResponse:
-        await self._deps.jobs.delete(parse(request.name, "jobs"))
+        await jobs.delete(self._deps, parse(request.name, "jobs"))
         return pb.DeleteJobResponse()
 
     async def WaitJob(self, request: pb.WaitJobRequest, context: Any) -> pb.WaitJobResponse:

@@ -14,7 +14,7 @@ from hvp_service.config import ServerConfig
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.upload_rows import Upload
-from hvp_service.vector_store import Vector
+from hvp_service.vector_rows import Vector
 
 
 def timestamp(time_us: int | None) -> Timestamp | None:
@@ -120,6 +120,8 @@ def vector_message(vector: Vector) -> vector_pb2.Vector:
         num_elements=vector.num_elements,
         durable=vector.durable,
         create_time=timestamp(vector.create_time),
+        session="" if vector.session is None else str(vector.session),
+        expire_time=timestamp(vector.lifetime.expire_time),
     )
 
 

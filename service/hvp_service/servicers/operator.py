@@ -48,7 +48,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         self, request: pb.ComputeGradientRequest, context: Any
     ) -> pb.ComputeGradientResponse:
         gradient = await operators.compute_gradient(
-            self._deps, messages.operator_value(request.operator)
+            self._deps, messages.operator_value(request.operator), request.session
         )
         return pb.ComputeGradientResponse(gradient=messages.vector_message(gradient))
 
@@ -56,7 +56,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         self, request: pb.ApplyOperatorRequest, context: Any
     ) -> pb.ApplyOperatorResponse:
         products = await operators.apply(
-            self._deps, messages.operator_value(request.operator), request.vectors
+            self._deps, messages.operator_value(request.operator), request.vectors, request.session
         )
         return pb.ApplyOperatorResponse(
             products=[messages.vector_message(product) for product in products]

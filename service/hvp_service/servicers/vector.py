@@ -32,6 +32,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             request.checkpoint,
             request.dtype,
             _source(request.source),
+            request.session,
         )
         return pb.CreateVectorResponse(vector=messages.vector_message(made))
 
@@ -55,6 +56,12 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
     ) -> pb.DeleteVectorResponse:
         await self._deps.vectors.delete(parse(request.name, "vectors"))
         return pb.DeleteVectorResponse()
+
+    async def KeepVector(
+        self, request: pb.KeepVectorRequest, context: Any
+    ) -> pb.KeepVectorResponse:
+        kept = await vectors.keep(self._deps, parse(request.name, "vectors"))
+        return pb.KeepVectorResponse(vector=messages.vector_message(kept))
 
     async def ReduceVectors(
         self, request: pb.ReduceVectorsRequest, context: Any
@@ -88,6 +95,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             first.create.dtype,
             first.create.request_id,
             _pieces(first, request_iterator),
+            first.create.session,
         )
         return pb.WriteVectorResponse(vector=messages.vector_message(made))
 

@@ -1,0 +1,85 @@
+"""What a client made ends with the client, however it ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hvp_client import Batch, Checkpoint, Client, NotFoundError, Operator, Timeout, Vector
+
+from tests.client.conftest import Server
+
+CRASHING = """
+import sys, time
+from hvp_client import Client, Timeout
+
+address, checkpoint, batch = sys.argv[1:]
+client = Client(address, timeout=Timeout(lease_s=2.0))
+H = client.operator(checkpoint, batch, dtype="float64")
+v = H.random_vector(seed=1)
+w = H @ v
+print(v.name, w.name, H.zeros(keep=True).name, flush=True)
+time.sleep(600)
+"""
+
+
+def names(client: Client) -> set[str]:
+    return {vector.name for vector in client.vectors()}
+
+
+def test_a_with_block_leaves_none_of_its_vectors_though_their_handles_live_on(
+    server: Server, client: Client, checkpoint: Checkpoint, batch: Batch
+) -> None:
+    before = names(client)
+    alive: list[Vector] = []
+    for _ in range(3):
+        with Client(server.address) as other:
+            H = other.operator(checkpoint, batch, dtype="float64")
+            v = H.random_vector(seed=1)
+            alive += [H.gradient(), v, H @ v, H.vector(np.ones(H.shape[0])) - v]
+            assert len(names(client) - before) >= 4
+        assert names(client) == before
+
+
+def test_the_vectors_of_a_killed_client_go_and_those_of_a_quiet_one_stay(
+    server: Server, client: Client, checkpoint: Checkpoint, batch: Batch
+) -> None:
+    script = [sys.executable, "-c", CRASHING, server.address, checkpoint.name, batch.name]
+    with (
+        Client(server.address, timeout=Timeout(lease_s=2.0)) as quiet,
+        subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as crashing,
+    ):
+        mine = quiet.operator(checkpoint, batch, dtype="float64").random_vector(seed=2)
+        assert crashing.stdout is not None
+        *lost, kept = crashing.stdout.readline().split()
+        time.sleep(3.0)
+        assert {*lost, kept} <= names(client)  # it lives, so they do
+        crashing.send_signal(signal.SIGKILL)
+        crashing.wait()
+        deadline = time.monotonic() + 60.0
+        while names(client) & set(lost):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert kept in names(client)
+        assert mine.norm() > 0
+        client.vector(kept).delete()
+
+
+def test_a_vector_that_was_kept_is_there_after_its_client(
+    server: Server, client: Client, H: Operator
+) -> None:
+    v = H.random_vector(seed=1)
+    with Client(server.address) as other:
+        w = other.operator(H.checkpoint, H.batch, dtype="float64") @ other.vector(v.name)
+        w.keep()
+        values = w.numpy()
+    found = client.vector(w.name)
+    assert found.durable
+    np.testing.assert_array_equal(found.numpy(), values)
+    found.delete()
+    with pytest.raises(NotFoundError):
+        found.keep()
