@@ -9,11 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from hvp_service.errors import ServiceError
-from hvp_service.safetensors_header import Header, PickleError, SafetensorsError, read_header
+from hvp_service.json_bounds import JsonBounds
+from hvp_service.safetensors_header import (
+    MAX_TENSORS,
+    Header,
+    PickleError,
+    SafetensorsError,
+    read_header,
+)
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_JSON_BYTES = 64 << 20  # an index names every tensor; a config is far smaller
+MAX_CHECKPOINT_TENSORS = 4 * MAX_TENSORS  # over all files
+
+# The largest configs list the names of some ten thousand classes.
+_CONFIG_BOUNDS = JsonBounds(
+    num_bytes=4 << 20, num_objects=10_000, num_lists=100_000, num_items=400_000
+)
+# An index names every tensor.
+_INDEX_BOUNDS = JsonBounds(
+    num_bytes=64 << 20, num_objects=1000, num_lists=1000, num_items=MAX_CHECKPOINT_TENSORS + 1000
+)
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -102,15 +118,21 @@ def check_contents(paths: Mapping[str, Path]) -> None:
                 raise safetensors_error(error, name) from None
             except PickleError:
                 raise pickle_error(name) from None
+            num_tensors = sum(len(header.tensors) for header in headers.values())
+            if num_tensors > MAX_CHECKPOINT_TENSORS:
+                raise _files_error(
+                    f"The files up to {name} hold {num_tensors} tensors; a checkpoint has at most "
+                    f"{MAX_CHECKPOINT_TENSORS}."
+                )
     for name, path in paths.items():
         if name.endswith(INDEX_SUFFIX):
             _check_index(name, path, headers)
 
 
 def _check_config(path: Path) -> None:
-    config = _read_json(path)
+    config, problem = _read_json(path, _CONFIG_BOUNDS)
     if config is None:
-        raise _config_error("config.json is not a JSON object.")
+        raise _config_error(f"config.json {problem}.")
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         if section.get("auto_map"):
             raise ServiceError(
@@ -135,8 +157,10 @@ def _check_config(path: Path) -> None:
 
 
 def _check_index(name: str, path: Path, headers: Mapping[str, Header]) -> None:
-    index = _read_json(path)
-    weight_map = index.get("weight_map") if index else None
+    index, problem = _read_json(path, _INDEX_BOUNDS)
+    if index is None:
+        raise _files_error(f"{name} {problem}.")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
@@ -159,14 +183,17 @@ def _check_index(name: str, path: Path, headers: Mapping[str, Header]) -> None:
                 )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        return None
+def _read_json(path: Path, bounds: JsonBounds) -> tuple[dict[str, Any] | None, str]:
+    """The object in a file, or None and what is wrong with it."""
+    with path.open("rb") as file:
+        raw = file.read(bounds.num_bytes + 1)
+    if too_much := bounds.exceeded_by(raw):
+        return None, f"has {too_much}"
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
-    return loaded if isinstance(loaded, dict) else None
+        loaded = None
+    return (loaded, "") if isinstance(loaded, dict) else (None, "is not a JSON object")
 
 
 def _files_error(message: str) -> ServiceError:

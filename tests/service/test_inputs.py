@@ -92,6 +92,7 @@ async def test_a_sharded_checkpoint_with_its_index_is_taken(deps: Dependencies) 
         ({"config.json": b"[]", "m.safetensors": MODEL}, "CONFIG_INVALID"),
         ({"config.json": b"{", "m.safetensors": MODEL}, "CONFIG_INVALID"),
         ({"config.json": b"{}", "m.safetensors": MODEL}, "CONFIG_INVALID"),
+        ({"config.json": config(a=[[]] * 100_001), "m.safetensors": MODEL}, "CONFIG_INVALID"),
         (
             {"config.json": config(num_hidden_layers=10**9), "m.safetensors": MODEL},
             "CONFIG_INVALID",
