@@ -135,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = ".".join(str(part) for part in problem["loc"])
             print(f"error: {where}: {problem['msg']}", file=sys.stderr)
         return 2
+    if lost := lost_current_folder():  # in which libraries end the process as they are imported
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     configure_logs()
     try:
         asyncio.run(serve(config))

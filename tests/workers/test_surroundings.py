@@ -14,7 +14,7 @@ from hvp_workers import surroundings
 from hvp_workers.backend import GroupLostError
 from hvp_workers.environment import is_passed_on, limited_environment, rank_environment
 from hvp_workers.ray_cluster import RayCluster
-from hvp_workers.surroundings import obstacles, temp_root
+from hvp_workers.surroundings import obstacles, temp_root, unused_temporary
 
 
 def open_cluster() -> GroupLostError:
@@ -50,6 +50,7 @@ def test_a_temporary_folder_that_ray_cannot_use_is_passed_over(
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     assert temp_root() == Path("/tmp")  # noqa: S108 - a private folder is made in it
     assert obstacles() == []
+    assert unused_temporary() == folder
 
 
 def test_a_current_folder_that_has_been_deleted_is_named_by_the_server(tmp_path: Path) -> None:

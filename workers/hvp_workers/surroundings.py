@@ -40,6 +40,15 @@ def temp_root() -> Path:
     return root if is_fit_for_sockets(root) else _ELSE
 
 
+def unused_temporary() -> Path | None:
+    """The temporary folder that is passed over for Ray's, if it is."""
+    try:
+        root = Path(tempfile.gettempdir())
+    except OSError:  # there is none, which is an obstacle
+        return None
+    return None if is_fit_for_sockets(root) else root
+
+
 def is_fit_for_sockets(folder: Path) -> bool:
     """Whether Ray can put its sockets there: short enough, and in ASCII."""
     return len(os.fsencode(folder)) <= _LONGEST_TEMP_ROOT and str(folder).isascii()
