@@ -96,9 +96,11 @@ class RayCluster:
                 ray.init(address=address, log_to_driver=False, logging_level="WARNING")
             else:
                 self._start_local()
-        except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        except GroupLostError:
+            raise
+        except Exception as error:  # Ray raises bare ones too
             waited = f"{time.monotonic() - started:.0f} s"
-            advice = f"Check RAY_ADDRESS={address}." if address else self._advice()
+            advice = f"Check RAY_ADDRESS={address}." if address else _advice()
             self.close()
             raise GroupLostError(
                 "WORKER_GROUP_START_FAILED",
@@ -141,17 +143,6 @@ class RayCluster:
             self._roots = [mark for mark in orphans.children() if mark not in before]
         self.note()
 
-    def _advice(self) -> str:
-        """What may have kept a cluster of our own from starting, looked at when it has not."""
-        found = surroundings.obstacles()
-        if found:
-            return " ".join(map(str, found))
-        logs = f"Its logs were in {self._temp_dir}. " if self._temp_dir else ""
-        return (
-            f"{logs}Check the memory of this machine, "
-            "and the free space of its temporary folder and of /dev/shm."
-        )
-
     def note(self, session: str | None = None) -> None:
         """Put what runs now on record, and the name of a group's shared memory."""
         if session is not None:
@@ -184,6 +175,15 @@ class RayCluster:
         if self._guardian is not None:
             self._guardian.dismiss()
             self._guardian = None
+
+
+def _advice() -> str:
+    """What may have kept a cluster of our own from starting, looked at when it has not."""
+    found = surroundings.obstacles()
+    return " ".join(map(str, found)) or (
+        "Check the memory of this machine, and the free space of "
+        f"{surroundings.temp_root()} and of /dev/shm."
+    )
 
 
 def _require_cluster(address: str) -> None:
