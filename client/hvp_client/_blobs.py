@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import final
 
 import google_crc32c
-import grpc
-from google.protobuf.message import Message
 from hvp_protos.v1 import blob_pb2
 
 from hvp_client._exceptions import HvpError, NotFoundError
@@ -25,6 +23,7 @@ from hvp_client._wire import CHUNK_BYTES, Pauses, is_resumable
 ProgressCallback = Callable[[int, int], None]
 
 _PARALLEL_UPLOADS = 4  # as many as there are connections for bulk data
+_SLOWEST_DISK = 20e6  # bytes a second that a server reads at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,19 +179,22 @@ class _Upload:
 
     async def _send(self, upload: blob_pb2.UploadSession) -> blob_pb2.UploadSession:
         """Stream everything from `committed_size` on."""
-        call = self._session.wire.client_stream(
+        wire = self._session.wire
+        # A server that was started anew reads what it has before it takes more.
+        silence_s = wire.timeout.silence_s + upload.committed_size / _SLOWEST_DISK
+        answer = await wire.client_stream(
             "BlobService/UploadBlob",
             self._messages(upload),
             blob_pb2.UploadBlobRequest,
             blob_pb2.UploadBlobResponse,
+            silence_s=silence_s,
+            answer_s=silence_s,
         )
-        try:
-            answer: blob_pb2.UploadBlobResponse = await call
-        except grpc.aio.AioRpcError as error:
-            raise self._session.wire.translate(error) from error
         return answer.upload
 
-    async def _messages(self, upload: blob_pb2.UploadSession) -> AsyncIterator[Message]:
+    async def _messages(
+        self, upload: blob_pb2.UploadSession
+    ) -> AsyncIterator[blob_pb2.UploadBlobRequest]:
         chunk_bytes = min(CHUNK_BYTES, upload.max_chunk_bytes or CHUNK_BYTES)
         offset = upload.committed_size
         with self._source.open() as file:

@@ -7,9 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import google_crc32c
-import grpc
 import numpy as np
-from google.protobuf.message import Message
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
@@ -105,25 +103,26 @@ async def write_elements(
     wire = session.wire
     pauses = Pauses(wire.retry, wire.retry.patience_s)
     while True:
-        call = wire.client_stream(
-            "VectorService/WriteVector",
-            _messages(create, elements),
-            vector_pb2.WriteVectorRequest,
-            vector_pb2.WriteVectorResponse,
-        )
         try:
-            answer: vector_pb2.WriteVectorResponse = await call
+            answer = await wire.client_stream(
+                "VectorService/WriteVector",
+                _messages(create, elements),
+                vector_pb2.WriteVectorRequest,
+                vector_pb2.WriteVectorResponse,
+                silence_s=wire.timeout.silence_s,
+                # The ranks take it between two products, and a product may be long.
+                answer_s=wire.timeout.compute_s,
+            )
             return answer.vector
-        except grpc.aio.AioRpcError as failure:
-            error = wire.translate(failure, create)
+        except HvpError as error:
             if not is_resumable(error):
-                raise error from failure
-        await pauses.after(error)
+                raise
+            await pauses.after(error)
 
 
 async def _messages(
     create: vector_pb2.CreateVectorRequest, elements: NDArray[Any]
-) -> AsyncIterator[Message]:
+) -> AsyncIterator[vector_pb2.WriteVectorRequest]:
     step = CHUNK_BYTES // elements.itemsize
     for offset in range(0, elements.size, step):
         data = elements[offset : offset + step].tobytes()

@@ -25,6 +25,16 @@ class Client:
 
     Every call blocks until it is done. A client may be used from several threads at once, and in a
     notebook. Nothing is connected before the first call.
+
+    Args:
+        address: HOST:PORT of a server on this machine: nothing is encrypted, so another machine's
+            is reached through an SSH tunnel.
+        project: Whose checkpoints, batches, vectors and jobs.
+        timeout: How long to wait.
+        retry: How often to try again.
+
+    Raises:
+        InvalidArgumentError: `CLEARTEXT_REFUSED`.
     """
 
     def __init__(

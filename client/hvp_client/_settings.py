@@ -14,8 +14,9 @@ class Timeout:
         call_s: A call that computes nothing: looking up, listing, deleting.
         compute_s: A call that loads or evaluates the model: loss, gradient, product, and the
             check of a checkpoint.
-        silence_s: A stream on which nothing arrives for so long counts as broken. A watched job
-            sends a heartbeat every 15 s.
+        silence_s: A stream on which nothing moves for so long counts as broken, be it that nothing
+            arrives or that the server takes nothing of an upload. A watched job sends a heartbeat
+            every 15 s.
         lease_s: When the server hears nothing of this client for so long, it takes it for dead and
             deletes its vectors; None lets the server choose. An event loop that is held up for
             longer, or a process that is suspended, loses them too.

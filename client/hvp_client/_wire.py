@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, final
 import grpc
 from google.protobuf.message import Message
 
+from hvp_client._address import refuse_clear_text
 from hvp_client._exceptions import (
     AbortedError,
     FailedPreconditionError,
@@ -24,6 +25,7 @@ from hvp_client._settings import Retry, Timeout
 from hvp_client._status import error_from_rpc
 
 Response = TypeVar("Response", bound=Message)
+RequestT = TypeVar("RequestT", bound=Message)
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 20  # payload of one streamed message
@@ -75,6 +77,7 @@ class Wire:
     _inherited: ClassVar[bool] = False
 
     def __init__(self, address: str, timeout: Timeout, retry: Retry):
+        refuse_clear_text(address)
         self.address = address
         self.timeout = timeout
         self.retry = retry
@@ -121,14 +124,62 @@ class Wire:
 
         return await self.try_again(once, patience_s=patience_s)
 
-    def client_stream(
-        self, method: str, requests: AsyncIterator[Message], request: type[Message], response: Any
-    ) -> Awaitable[Any]:
-        """Start a call that sends a stream; awaiting it gives the answer or an AioRpcError."""
-        call: Awaitable[Any] = self._method(
-            self._bulk(), method, "stream_unary", request, response
-        )(requests)
-        return call
+    async def client_stream(
+        self,
+        method: str,
+        requests: AsyncIterator[RequestT],
+        request: type[RequestT],
+        response: type[Response],
+        *,
+        silence_s: float,
+        answer_s: float,
+    ) -> Response:
+        """Send a stream of messages; one that stands still counts as broken.
+
+        Args:
+            method: Service and method.
+            requests: What to send.
+            request: Class of the messages.
+            response: Class of the answer.
+            silence_s: Longest time until the server has room for the next message.
+            answer_s: Longest time from the last message to the answer.
+
+        Returns:
+            The answer.
+
+        Raises:
+            HvpError: The call failed; UnavailableError `STREAM_SILENT` when it stood still.
+        """
+        send = self._method(self._bulk(), method, "stream_unary", request, response)
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(silence_s)
+        under_way = True
+        sent: RequestT | None = None
+
+        async def noted() -> AsyncIterator[RequestT]:
+            nonlocal sent
+            async for message in requests:
+                if under_way:  # gRPC may ask once more for a call that has ended
+                    limit.reschedule(loop.time() + silence_s)
+                sent = sent or message  # the one that may name the request
+                yield message
+            if under_way:
+                limit.reschedule(loop.time() + answer_s)
+
+        try:
+            async with limit:
+                answer: Response = await send(noted())
+                return answer
+        except TimeoutError:
+            raise UnavailableError(
+                f"{self.address} has taken nothing for {silence_s:g} s or given no answer for "
+                f"{answer_s:g} s; look into the server's log, and call again",
+                reason="STREAM_SILENT",
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            raise self.translate(error, getattr(sent, "create", None)) from error
+        finally:
+            under_way = False
 
     async def server_stream(
         self,

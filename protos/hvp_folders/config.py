@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hvp_folders.files import read_object, require_file
+from hvp_folders.json_bounds import JsonBounds
 from hvp_folders.refusal import FolderError
 from hvp_folders.weights import CONFIG
+
+# The largest configs list the names of some ten thousand classes.
+_BOUNDS = JsonBounds(num_bytes=4 << 20, num_objects=10_000, num_lists=100_000, num_items=400_000)
 
 # Sizes in a config decide what is built before a weight is seen. Ten times what any published
 # model has is generous, and building that on the meta device stays a matter of seconds.
@@ -41,13 +45,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     require_file(path, CONFIG)
     try:
-        config = read_object(path)
+        config, problem = read_object(path, _BOUNDS)
     except OSError as error:
         raise config_invalid(f"config.json cannot be read: {error.strerror}") from None
     if config is None:
-        raise config_invalid(
-            "config.json is not a JSON object; take the one that the model came with"
-        )
+        raise config_invalid(f"config.json {problem}; take the one that the model came with")
     for section in sections(config):
         _check_sizes(section)
         _refuse_quantised(section)

@@ -6,30 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hvp_folders.json_bounds import JsonBounds
 from hvp_folders.refusal import files_invalid
 
-MAX_JSON_BYTES = 64 << 20  # an index names every tensor; a config is far smaller
 
-
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path, bounds: JsonBounds) -> tuple[dict[str, Any] | None, str]:
     """Read a JSON object.
 
     Args:
         path: File.
+        bounds: The most that it may hold.
 
     Returns:
-        The object; None when the file holds none, or is longer than `MAX_JSON_BYTES`.
+        The object, or None and what is wrong, in words that follow the file's name.
 
     Raises:
         OSError: The file cannot be read.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        return None
+    with path.open("rb") as file:
+        raw = file.read(bounds.num_bytes + 1)
+    if too_much := bounds.exceeded_by(raw):
+        return None, f"has {too_much}"
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
-    return loaded if isinstance(loaded, dict) else None
+        loaded = None
+    return (loaded, "") if isinstance(loaded, dict) else (None, "is not a JSON object")
 
 
 def require_file(path: Path, name: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, final
 
 from hvp_folders.files import read_object, require_file
+from hvp_folders.json_bounds import JsonBounds
 from hvp_folders.refusal import FolderError, files_invalid
 
 CONFIG = "config.json"
@@ -23,6 +24,12 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+
+MAX_CHECKPOINT_TENSORS = 400_000  # over all files
+# An index names every tensor.
+_INDEX_BOUNDS = JsonBounds(
+    num_bytes=64 << 20, num_objects=1000, num_lists=1000, num_items=MAX_CHECKPOINT_TENSORS + 1000
+)
 
 # Weights that are no model of transformers', and what they are.
 _FOREIGN = {
@@ -118,8 +125,10 @@ def _no_weights(looks: list[str]) -> FolderError:
 
 
 def _shards(paths: Mapping[str, Path], index: str) -> list[str]:
-    loaded = read_object(paths[index])
-    weight_map = loaded.get("weight_map") if loaded else None
+    loaded, problem = read_object(paths[index], _INDEX_BOUNDS)
+    if loaded is None:
+        raise files_invalid(f"{index} {problem}; write it again with `save_pretrained`", index)
+    weight_map = loaded.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise files_invalid(
             f"{index} is not a safetensors index, a JSON object with a weight_map of file names; "

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from hvp_folders.config import read_config
 from hvp_folders.refusal import FolderError
-from hvp_folders.weights import CONFIG, INDEX_SUFFIX, WEIGHTS_SUFFIX, Weights, choose_weights
+from hvp_folders.weights import (
+    CONFIG,
+    INDEX_SUFFIX,
+    MAX_CHECKPOINT_TENSORS,
+    WEIGHTS_SUFFIX,
+    Weights,
+    choose_weights,
+)
 
 from hvp_service.errors import ServiceError
 from hvp_service.safetensors_header import PickleError, SafetensorsError, read_header
@@ -82,17 +89,23 @@ def check_contents(paths: Mapping[str, Path]) -> None:
     """Check every safetensors file of a checkpoint, by name. Blocks; reads headers only.
 
     Raises:
-        ServiceError: SAFETENSORS_INVALID, PICKLE_REFUSED.
+        ServiceError: SAFETENSORS_INVALID, PICKLE_REFUSED, CHECKPOINT_FILES_INVALID.
     """
+    num_tensors = 0
     for name, path in paths.items():
         if not name.endswith(WEIGHTS_SUFFIX):
             continue
         try:
-            read_header(path)
+            num_tensors += len(read_header(path).tensors)
         except SafetensorsError as error:
             raise safetensors_error(error, name) from None
         except PickleError:
             raise pickle_error(name) from None
+        if num_tensors > MAX_CHECKPOINT_TENSORS:
+            raise _files_error(
+                f"The files up to {name} hold {num_tensors} tensors; a checkpoint has at most "
+                f"{MAX_CHECKPOINT_TENSORS}."
+            )
 
 
 def _files_error(message: str) -> ServiceError:

@@ -114,9 +114,8 @@ class CheckpointStore:
             folder = self._state_dir.checkpoint(name.id)
             await asyncio.to_thread(_link, folder, paths)
             try:
-                description = await self._group.call(
-                    lambda backend: backend.describe_checkpoint(folder)
-                )
+                # Not a call on the ranks: a product may hold them for minutes.
+                description = await self._group.backend.describe_checkpoint(folder)
                 checkpoint = Checkpoint(
                     name=name,
                     files=tuple(files),

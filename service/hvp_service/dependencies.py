@@ -81,9 +81,9 @@ async def open_dependencies(
         BackendError: The ranks do not start.
     """
     database = await open_database(state_dir.database)
+    group = GroupSupervisor(backend)
     try:
         pager = Pager(database.page_token_key)
-        group = GroupSupervisor(backend)
         blobs = BlobStore(database, state_dir, pager, grace_s=config.blob_grace_s)
         uploads = UploadStore(database, state_dir, blobs, config)
         checkpoints = CheckpointStore(database, state_dir, blobs, pager, group)
@@ -105,6 +105,7 @@ async def open_dependencies(
         sweeper.start()
         reaper.start()
     except BaseException:
+        await group.close()
         await database.close()
         raise
     return Dependencies(

@@ -97,6 +97,14 @@ class GroupSupervisor:
                 self._keep(asyncio.create_task(self._undo(task, undo)))
             raise
 
+    def call_soon(self, work: Callable[[Backend], Coroutine[Any, Any, None]]) -> None:
+        """Run a call on the ranks behind those before it, for a caller who does not wait.
+
+        Ranks that are lost are not called: they hold nothing any more.
+        """
+        if self.state == "READY":
+            self._keep(asyncio.create_task(self._guard(work)))
+
     async def _guard(self, work: Callable[[Backend], Coroutine[Any, Any, Result]]) -> Result:
         try:
             return await work(self.backend)

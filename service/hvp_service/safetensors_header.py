@@ -13,7 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+from hvp_folders.json_bounds import JsonBounds
+
+# The format allows 100 MB, which become a gigabyte of Python objects. The largest published files
+# have headers of some hundred kilobytes.
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+MAX_NAME_LENGTH = 1024
+MAX_DIMENSIONS = 64
+# A tensor of four dimensions is one object with two lists and seven entries.
+_BOUNDS = JsonBounds(
+    num_bytes=MAX_HEADER_BYTES,
+    num_objects=MAX_TENSORS + 2,
+    num_lists=2 * MAX_TENSORS + 2,
+    num_items=8 * MAX_TENSORS,
+)
 
 # Bits per element; everything the format names.
 DTYPE_BITS = {
@@ -88,8 +102,7 @@ def read_header(path: Path) -> Header:
         length = int.from_bytes(start, "little")
         if length > MAX_HEADER_BYTES:
             raise SafetensorsError(
-                f"the header's length is given as {length} bytes, the format allows "
-                f"{MAX_HEADER_BYTES}",
+                f"the header's length is given as {length} bytes, {MAX_HEADER_BYTES} are possible",
                 byte_offset=0,
             )
         if 8 + length > size:
@@ -113,6 +126,8 @@ def parse_header(raw: bytes, data_bytes: int) -> Header:
     """
     tensors: dict[str, TensorSpan] = {}
     for name, entry in _load_json(raw).items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise _at(raw, name, "", f"has a name of more than {MAX_NAME_LENGTH} characters")
         if name == "__metadata__":
             _check_metadata(entry, raw)
         else:
@@ -159,6 +174,8 @@ def _load_json(raw: bytes) -> dict[str, Any]:
 
     if not raw.startswith(b"{"):
         raise SafetensorsError("the header does not start with '{'", byte_offset=8)
+    if too_much := _BOUNDS.exceeded_by(raw):
+        raise SafetensorsError(f"the header has {too_much}", byte_offset=8)
     try:
         loaded = json.loads(
             raw.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
@@ -193,6 +210,8 @@ def _read_entry(name: str, entry: Any, raw: bytes) -> TensorSpan:
         raise _at(raw, name, "dtype", f"has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise _at(raw, name, "shape", "has a shape that is not a list of sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise _at(raw, name, "shape", f"has more than {MAX_DIMENSIONS} dimensions")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 import structlog
 from hvp_workers.backend import BackendError, Tuning, open_backend
+from hvp_workers.surroundings import lost_current_folder
 from pydantic import ValidationError
 
 from hvp_service.config import ServerConfig
 from hvp_service.database import SchemaVersionError
 from hvp_service.dependencies import open_dependencies
-from hvp_service.state_dir import StateDirectoryBusyError, sole_use
+from hvp_service.state_dir import StateDirectoryError, sole_use
 
 log = structlog.get_logger()
 
@@ -30,7 +31,7 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
     gRPC's threads alive can hang.
 
     Raises:
-        StateDirectoryBusyError: Another server uses the state directory.
+        StateDirectoryError: Another server uses the state directory, or another user owns it.
         SchemaVersionError: The state directory is another version's.
         BackendError: The ranks do not start.
         OSError: The address cannot be had.
@@ -126,6 +127,7 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server in the main thread; returns the exit status."""
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before the first import of grpc
+    os.umask(0o077)  # whatever this process and those it starts write is for this user alone
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
     except ValidationError as error:
@@ -133,11 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = ".".join(str(part) for part in problem["loc"])
             print(f"error: {where}: {problem['msg']}", file=sys.stderr)
         return 2
+    if lost := lost_current_folder():  # in which libraries end the process as they are imported
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     configure_logs()
     try:
         asyncio.run(serve(config))
-    except (StateDirectoryBusyError, SchemaVersionError, BackendError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (StateDirectoryError, SchemaVersionError, BackendError, OSError) as error:
+        print(f"error: {lost_current_folder() or error}", file=sys.stderr)
         return 1
     return 0
 

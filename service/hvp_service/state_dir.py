@@ -5,13 +5,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# What lies here is this user's alone: models, what was computed of them, and compiled code.
+_OTHERS = 0o077
 
-class StateDirectoryBusyError(Exception):
+
+class StateDirectoryError(Exception):
+    """This process may not use the state directory; the message says what to do."""
+
+
+class StateDirectoryBusyError(StateDirectoryError):
     """Another server uses the state directory."""
+
+
+class StateDirectoryForeignError(StateDirectoryError):
+    """The state directory belongs to another user, who could change what the ranks run."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,9 @@ class StateDir:
         return self.root / "tmp" / name
 
     def create(self) -> None:
-        """Make the folders and clear what no restart needs."""
-        for folder in ("uploads", "blobs", "checkpoints", "vectors", "run", "tmp"):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        """Make the folders, for this user alone, and clear what no restart needs."""
+        for folder in ("uploads", "blobs", "checkpoints", "vectors", "run", "tmp", "compile-cache"):
+            (self.root / folder).mkdir(exist_ok=True, mode=0o700)
         for leftover in (self.root / "tmp").iterdir():
             leftover.unlink()
 
@@ -69,9 +81,12 @@ def sole_use(root: Path) -> Iterator[StateDir]:
 
     Raises:
         StateDirectoryBusyError: Another process holds it; the message names its pid.
+        StateDirectoryForeignError: Another user owns it.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
     root = root.resolve()
+    _require_own(root)
+    _close_to_others(root)
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -89,6 +104,32 @@ def sole_use(root: Path) -> Iterator[StateDir]:
         yield state
     finally:
         os.close(descriptor)
+
+
+def _require_own(root: Path) -> None:
+    owner = root.stat().st_uid
+    if owner != os.geteuid():
+        raise StateDirectoryForeignError(
+            f"the state directory {root} belongs to the user with id {owner} and this process runs "
+            f"as {os.geteuid()}: its owner could change what the workers load. Run the server as "
+            f"that user, give the folder over (chown -R {os.geteuid()} {root}), or choose another "
+            "--state-dir"
+        )
+
+
+def _close_to_others(root: Path) -> None:
+    """Take from others what an earlier version, or a hand, has let them have; the root first."""
+    _close(root)
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            _close(Path(folder, name))
+
+
+def _close(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if mode & _OTHERS and not path.is_symlink():
+            path.chmod(mode & ~_OTHERS)
 
 
 def sync_folder(folder: Path) -> None:

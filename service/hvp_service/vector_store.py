@@ -309,15 +309,16 @@ class VectorStore:
             await self.discard(names)
 
     async def free(self, names: Sequence[str]) -> None:
-        """Free vectors on the ranks, by id; `ensure_resident` brings durable ones back."""
+        """Free vectors on the ranks, by id; `ensure_resident` brings durable ones back.
+
+        The ranks are told behind the product that they may be at, which nobody waits for here.
+        """
         if not names:
             return
         self._resident.difference_update(
             [entry for entry in self._resident if entry[1] in set(names)]
         )
-        # Ranks that are gone hold nothing to free.
-        if self._group.state == "READY":
-            await self._group.call(lambda backend: backend.delete_vectors(names))
+        self._group.call_soon(lambda backend: backend.delete_vectors(names))
 
     async def forget_products(self, before_us: int) -> None:
         """Drop the rows of products of earlier ranks and files without a row; called at start."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,16 @@ from safetensors.numpy import save_file
 from tests.client.conftest import HVP, Server, save_llama
 
 
-def hvp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def hvp(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(HVP), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"},
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"}
+        | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # the tree under test
+        | environment,
     )
 
 
@@ -173,8 +177,41 @@ def test_the_doctor_finds_the_server_or_the_lack_of_it(server: Server, tmp_path:
     assert f"at {server.address}: 1 ranks READY" in well.stdout
     with socket.create_server(("127.0.0.1", 0)) as listener:
         nobody = f"127.0.0.1:{listener.getsockname()[1]}"
-    ill = hvp("doctor", "--address", nobody, "--state-dir", tmp_path, "--format", "json")
+    temporary = tmp_path / "t\u00e9mp"
+    temporary.mkdir()
+    ill = hvp(
+        *("doctor", "--address", nobody, "--state-dir", tmp_path, "--format", "json"),
+        TMPDIR=str(temporary),
+    )
     assert ill.returncode == 1
     findings = {finding["what"]: finding for finding in json.loads(ill.stdout)}
     assert findings["server"]["verdict"] == "problem"
     assert "hvp serve" in findings["server"]["fix"]
+    assert str(temporary) in findings["temporary folder"]["found"]
+    assert "TMPDIR" in findings["temporary folder"]["fix"]
+    far = hvp("doctor", "--address", "example.org:8471", "--state-dir", tmp_path)
+    assert far.returncode == 1
+    assert "ssh -L" in far.stdout
+
+
+def test_a_doctor_in_a_deleted_folder_names_it(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = "import os; os.rmdir(os.getcwd()); from hvp_client.cli.main import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "doctor"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"current folder: {folder} has been deleted" in done.stdout
+
+
+def test_another_machine_is_refused_because_nothing_is_encrypted() -> None:
+    done = hvp("jobs", "--address", "10.1.2.3:8471")
+    assert done.returncode == 1
+    assert "CLEARTEXT_REFUSED" in done.stderr
+    assert "ssh -L" in done.stderr

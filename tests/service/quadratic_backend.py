@@ -25,7 +25,6 @@ from hvp_workers.backend import (
     EigshSpec,
     GroupLostError,
     Operator,
-    OperatorInfo,
     Parameters,
     ParameterTensor,
     RankInfo,
@@ -103,11 +102,9 @@ class QuadraticBackend(Backend):
                 raise GroupLostError("WORKER_GROUP_LOST", "rank 0 died")
 
     async def ranks(self) -> list[RankInfo]:
-        self._reach_ranks()
         return [RankInfo(rank=0, hostname="here", pid=os.getpid(), resident_bytes=1, num_threads=1)]
 
     async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
-        self._reach_ranks()
         config = json.loads((checkpoint_dir / "config.json").read_text())
         if config["model_type"] != "quadratic":
             raise BackendError("ARCHITECTURE_UNKNOWN", f"no model of type {config['model_type']}")
@@ -123,13 +120,8 @@ class QuadraticBackend(Backend):
             parameters=(ParameterTensor(name="theta", shape=theta.shape, offset=0),),
         )
 
-    async def describe_operator(self, operator: Operator) -> OperatorInfo:
-        self._reach_ranks()
-        return OperatorInfo(
-            num_parameters=_theta(operator.space).size,
-            micro_batch_size=operator.micro_batch_size or 1,
-            num_targets=1,
-        )
+    def default_micro_batch(self, num_sequences: int, sequence_length: int) -> int:
+        return 1
 
     async def loss(self, operator: Operator) -> float:
         self._reach_ranks()

@@ -112,6 +112,7 @@ async def test_files_that_are_no_part_of_the_model_are_left_out_and_named(
         ({"config.json": b"[]", "m.safetensors": MODEL}, "CONFIG_INVALID"),
         ({"config.json": b"{", "m.safetensors": MODEL}, "CONFIG_INVALID"),
         ({"config.json": b"{}", "m.safetensors": MODEL}, "CONFIG_INVALID"),
+        ({"config.json": config(a=[[]] * 100_001), "m.safetensors": MODEL}, "CONFIG_INVALID"),
         (
             {"config.json": config(num_hidden_layers=10**9), "m.safetensors": MODEL},
             "CONFIG_INVALID",

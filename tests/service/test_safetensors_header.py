@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_a_header_that_is_taken_is_one_that_the_library_takes(
     [
         (b"", "length alone"),
         (b"abc", "length alone"),
-        ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{", "format allows"),
+        ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{", "are possible"),
         ((50).to_bytes(8, "little") + b"{}", "the file has"),
         (file_of(b"[]", b""), "start with"),
         (file_of(b"{", b""), "not JSON"),
@@ -146,6 +147,8 @@ def test_a_header_that_is_taken_is_one_that_the_library_takes(
         (file_of({"a": entry(shape=(True, 2))}, bytes(8)), "list of sizes"),
         (file_of({"a": {"dtype": "F32"}}, bytes(8)), "exactly the fields"),
         (file_of({"__metadata__": {"a": 1}}, b""), "strings to strings"),
+        (file_of({"a" * 1025: entry()}, bytes(8)), "more than 1024 characters"),
+        (file_of({"a": entry(shape=(1,) * 65)}, bytes(8)), "more than 64 dimensions"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -171,6 +174,24 @@ def test_pickles_and_zip_archives_are_told_apart(tmp_path: Path, start: bytes) -
 def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
     raw = json.dumps({"a": entry()}).encode().ljust(length)
     assert read(tmp_path / "f", file_of(raw, bytes(8)))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b'{"a":[' + b"[]," * (5 << 20) + b"[]]}", b"{" + b'"a":{},' * (1 << 20) + b'"a":{}}'],
+    ids=["lists", "objects"],
+)
+def test_a_header_that_would_be_many_times_as_large_in_memory_is_refused_before_it_is(
+    raw: bytes,
+) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(SafetensorsError, match="are possible"):
+            parse_header(raw, 0)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 20
 
 
 def test_a_long_header_with_a_key_twice_is_refused_in_a_moment() -> None:

@@ -207,4 +207,4 @@ async def test_ids_outside_the_vocabulary_are_refused(
     save_file({"input_ids": torch.tensor([[1, 24, 3]])}, tmp_path / "batch")
     wrong = Operator(space=operator.space, batch_path=tmp_path / "batch")
     with pytest.raises(BackendError, match="TOKEN_ID_OUT_OF_RANGE"):
-        await backend.describe_operator(wrong)
+        await backend.loss(wrong)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from hvp_core.policy import Policy
 from hvp_workers.backend import EigshSpec, Tuning
-from hvp_workers.plan import default_micro_batch, plan_eigsh, policy
+from hvp_workers.micro_batch import default_micro_batch
+from hvp_workers.plan import plan_eigsh, policy
 
 PLAIN = Policy(schedule="auto", budget_bytes=250, compile=False, graphs=False, precision="full")
 

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 def start_driver(run_dir: Path, mode: str) -> subprocess.Popen[str]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_")
-    } | {"PYTHONPATH": str(REPOSITORY)}
+    } | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.workers.gang_driver", str(run_dir), mode],
         cwd=run_dir,

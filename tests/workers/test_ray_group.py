@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from hvp_workers.backend import BackendError, GroupLostError, Tuning
 from hvp_workers.ray_cluster import RayCluster
+from hvp_workers.ray_facts import rank_infos
 from hvp_workers.ray_gang import Patience
 from hvp_workers.ray_group import RayGroup
 
@@ -31,7 +32,8 @@ PATIENCE = Patience(start_s=60, command_s=60, straggler_s=2, leave_s=5)
 def cluster() -> Iterator[None]:
     """One cluster for the module; groups find it and leave it running."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY))  # where ranks find the engine below
+        # Where ranks find the engine below, and the packages that are tested.
+        patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
         shared = RayCluster(num_ranks=3, device="cpu", run_dir=None)
         shared.open()
         yield
@@ -96,6 +98,23 @@ class TestPair:
         await pair.start()
         assert pair.generation == generation != ""
         assert await pair.run("pid") == pids
+
+    async def test_ranks_are_listed_while_they_compute_from_here_and_from_elsewhere(
+        self, pair: RayGroup
+    ) -> None:
+        await pair.start()
+        pids = await pair.run("pid")
+        call = asyncio.ensure_future(pair.run("append", 1, 1.0))
+        here = await pair.ranks()
+        assert not call.done()
+        assert pair._gang is not None
+        elsewhere = await rank_infos(pair._gang._members, here="another machine")
+        for found in (here, elsewhere):
+            assert [(rank.rank, rank.pid) for rank in found] == list(enumerate(pids))
+            assert all(rank.resident_bytes > 1 << 20 for rank in found)
+        num_threads = max(1, len(os.sched_getaffinity(0)) // 2)
+        assert [rank.num_threads for rank in here] == [num_threads] * 2
+        await call
 
     async def test_ranks_share_the_cores_of_their_machine(self, pair: RayGroup) -> None:
         await pair.start()

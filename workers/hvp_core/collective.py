@@ -149,8 +149,12 @@ class SharedMemory(Distributed):
         path = Path(f"/dev/shm/hvp-{session}")  # noqa: S108 (shared memory is the purpose)
         size = 2 * self.world_size * WINDOW_BYTES
         if self.rank == 0:
-            with path.open("xb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+            # All gathered weights pass through it: for this user alone, whatever the umask.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            finally:
+                os.close(descriptor)
         dist.barrier()
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), size)

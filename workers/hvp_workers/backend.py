@@ -89,15 +89,6 @@ class Operator:
     precision: Precision = "full"  # of the operands of matrix products
 
 
-@dataclass(frozen=True, kw_only=True)
-class OperatorInfo:
-    """An operator with its defaults filled in."""
-
-    num_parameters: int
-    micro_batch_size: int
-    num_targets: int
-
-
 @dataclass(frozen=True)
 class Seeded:
     """Philox4x32-10 by flat index."""
@@ -222,6 +213,9 @@ class RankInfo:
 class Backend(ABC):
     """One worker group. Calls are run one after another, in the order they were made.
 
+    But `ranks`, `describe_checkpoint` and `default_micro_batch` compute nothing; law: none of them
+    waits for a product.
+
     Every method may raise BackendError, and GroupLostError after which `start` must be awaited
     again before anything else. Methods are called from one event loop only.
     """
@@ -251,20 +245,22 @@ class Backend(ABC):
 
     @abstractmethod
     async def ranks(self) -> list[RankInfo]:
-        """Processes and their memory now."""
+        """Processes that live, and their memory now."""
 
     @abstractmethod
     async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
-        """Check a checkpoint without loading its weights.
+        """Check a checkpoint without loading its weights, in a process of its own.
 
         Raises:
-            BackendError: CONFIG_INVALID, ARCHITECTURE_UNKNOWN, REMOTE_CODE_REFUSED,
-                TENSOR_MISSING, TENSOR_SHAPE_MISMATCH, DTYPE_UNSUPPORTED, SAFETENSORS_INVALID.
+            BackendError: CONFIG_INVALID (metadata `limit`, `time` or `memory`, where the model
+                takes too much of it before a weight is read), ARCHITECTURE_UNKNOWN,
+                REMOTE_CODE_REFUSED, TENSOR_MISSING, TENSOR_SHAPE_MISMATCH, DTYPE_UNSUPPORTED,
+                SAFETENSORS_INVALID.
         """
 
     @abstractmethod
-    async def describe_operator(self, operator: Operator) -> OperatorInfo:
-        """Check an operator and fill in its defaults, computing nothing."""
+    def default_micro_batch(self, num_sequences: int, sequence_length: int) -> int:
+        """Sequences that a rank takes at once when an operator does not say."""
 
     @abstractmethod
     async def loss(self, operator: Operator) -> float:

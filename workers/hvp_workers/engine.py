@@ -7,8 +7,6 @@ rank's data alone (a NaN in its stretch of a file) is agreed on before anybody r
 from __future__ import annotations
 
 import functools
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,17 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar, cast, final
 
-import psutil
 import torch
 from hvp_core.collective import Collective
-from hvp_core.data import read_token_batch
 from hvp_core.errors import CurvatureError
 from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
-from hvp_workers.operators import LoadedOperator, micro_batch_size
+from hvp_workers.operators import LoadedOperator
 from hvp_workers.plan import plan_eigsh
 
 P = ParamSpec("P")
@@ -99,43 +95,7 @@ class RankEngine:
         self._runs: dict[str, _Run] = {}
         self._vector_budget = min(collective.gather_objects(self._memory.total() // 2))
 
-    @command
-    def info(self) -> api.RankInfo:
-        """This process."""
-        return api.RankInfo(
-            rank=self.collective.rank,
-            hostname=socket.gethostname(),
-            pid=os.getpid(),
-            resident_bytes=psutil.Process().memory_info().rss,
-            num_threads=torch.get_num_threads(),
-        )
-
-    # Checkpoints and operators ------------------------------------------------------------------
-
-    @command
-    def describe_checkpoint(self, directory: Path) -> api.CheckpointDescription:
-        """Check a checkpoint without loading its weights."""
-        return self._models.describe(directory).public
-
-    @command
-    def describe_operator(self, operator: api.Operator) -> api.OperatorInfo:
-        """Check an operator and fill in its defaults, computing nothing."""
-        description = self._models.describe(operator.space.checkpoint_dir).public
-        batch = read_token_batch(operator.batch_path)
-        ids = batch.inputs["input_ids"]
-        if int(ids.max()) >= description.vocab_size or int(ids.min()) < 0:
-            raise CurvatureError(
-                "TOKEN_ID_OUT_OF_RANGE",
-                f"the batch has ids from {int(ids.min())} to {int(ids.max())} and the vocabulary "
-                f"ends before {description.vocab_size}",
-            )
-        return api.OperatorInfo(
-            num_parameters=description.num_parameters,
-            micro_batch_size=micro_batch_size(
-                operator, batch, self.collective.world_size, self.device.type
-            ),
-            num_targets=int((batch.targets != -100).sum()),
-        )
+    # Operators --------------------------------------------------------------------------------
 
     def _operator(self, operator: api.Operator) -> LoadedOperator:
         return self._models.get(operator.space).operators.get(operator)

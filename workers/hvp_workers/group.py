@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from hvp_workers.backend import RankInfo
+
 
 class Group(ABC):
     """One engine per rank; a method runs on all of them or the group is lost.
@@ -33,6 +35,14 @@ class Group(ABC):
             BackendError: What the ranks raised, when every rank raised it (the group lives on).
             GroupLostError: WORKER_GROUP_LOST when a rank died, hung, or failed alone; the whole
                 group has been ended.
+        """
+
+    @abstractmethod
+    async def ranks(self) -> list[RankInfo]:
+        """The processes that live and their memory now; waits for no method that runs.
+
+        Raises:
+            BackendError: WORKER_GROUP_LOST when there are none.
         """
 
     @abstractmethod

@@ -15,30 +15,37 @@ from hvp_workers.backend import (
     EigshSpec,
     GroupLostError,
     Operator,
-    OperatorInfo,
     RankInfo,
     Source,
     Space,
 )
+from hvp_workers.describer import Describer
 from hvp_workers.group import Group
+from hvp_workers.micro_batch import default_micro_batch
 
 
 @final
 class GroupBackend(Backend):
-    """Sends each call to every rank and takes rank 0's answer, which all of them share."""
+    """Sends each call to every rank and takes rank 0's answer, which all of them share.
+
+    What computes nothing is answered beside the ranks, whatever they do.
+    """
 
     def __init__(self, group: Group):
         self._group = group
+        self._describer = Describer()
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         return (await self._group.run(method, *arguments))[0]
 
     async def start(self) -> None:
-        """Start the ranks."""
+        """Start the ranks, and beside them what describes checkpoints."""
+        self._describer.start()
         await self._group.start()
 
     async def close(self) -> None:
         """End the ranks."""
+        await self._describer.close()
         await self._group.close()
 
     @property
@@ -57,18 +64,16 @@ class GroupBackend(Backend):
         return self._group.num_ranks
 
     async def ranks(self) -> list[RankInfo]:
-        """Asked of every rank."""
-        return await self._group.run("info")
+        """See Backend."""
+        return await self._group.ranks()
 
     async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
         """See Backend."""
-        found: CheckpointDescription = await self._call("describe_checkpoint", checkpoint_dir)
-        return found
+        return await self._describer.describe(checkpoint_dir)
 
-    async def describe_operator(self, operator: Operator) -> OperatorInfo:
+    def default_micro_batch(self, num_sequences: int, sequence_length: int) -> int:
         """See Backend."""
-        found: OperatorInfo = await self._call("describe_operator", operator)
-        return found
+        return default_micro_batch(num_sequences, sequence_length, self.num_ranks, self.device)
 
     async def loss(self, operator: Operator) -> float:
         """See Backend."""

@@ -7,11 +7,13 @@ is stopped, or the folder of sockets and logs, would stay for good.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, final
 
+from hvp_workers.environment import rank_environment
 from hvp_workers.orphans import end_orphans
 
 _END_WAIT_S = 10.0
@@ -26,6 +28,7 @@ class Guardian:
             [sys.executable, "-m", "hvp_workers.guardian", str(run_dir.resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            env=rank_environment(os.environ),
             start_new_session=True,  # a Ctrl-C in the terminal is for the server alone
         )
 

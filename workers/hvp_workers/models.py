@@ -139,5 +139,12 @@ class ModelStore:
                 "" if one_block else "; it is taken as one block, which needs more memory",
             )
             return None
-        operators = OperatorCache(chain, numbers, parameters, self._memory, self._tuning)
+        operators = OperatorCache(
+            chain,
+            numbers,
+            parameters,
+            description.public.vocab_size,
+            self._memory,
+            self._tuning,
+        )
         return Model(chain, numbers, parameters, operators)

@@ -11,24 +11,28 @@ from typing import NamedTuple, final
 import torch
 from hvp_core.chain import Chain, MicroBatch
 from hvp_core.data import read_token_batch
+from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
-from hvp_workers.plan import EXACT, default_micro_batch, exact_bytes, policy
+from hvp_workers.micro_batch import default_micro_batch
+from hvp_workers.plan import EXACT, exact_bytes, policy
 
 _KEPT = 4  # an older one's batch is read again when it is needed
 
 
-def micro_batch_size(
-    operator: api.Operator, batch: MicroBatch, world_size: int, device: str
-) -> int:
-    """Rows that go through a block at once, as asked or by default."""
-    return operator.micro_batch_size or default_micro_batch(
-        len(batch.targets), batch.targets.shape[1], world_size, device
-    )
+def _check_ids(batch: MicroBatch, vocab_size: int) -> None:
+    """Refuse ids that the embedding does not have; a GPU would be lost to everybody by them."""
+    ids = batch.inputs["input_ids"]
+    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+        raise CurvatureError(
+            "TOKEN_ID_OUT_OF_RANGE",
+            f"the batch has ids from {int(ids.min())} to {int(ids.max())} and the vocabulary "
+            f"ends before {vocab_size}; use the tokenizer of this model",
+        )
 
 
 @final
@@ -94,6 +98,7 @@ class OperatorCache:
         chain: The model.
         space: Of its parameters.
         parameters: θ, this rank's shard.
+        vocab_size: Ids of the data must be below it.
         memory: What this rank may use.
         tuning: How products are computed.
     """
@@ -103,12 +108,14 @@ class OperatorCache:
         chain: Chain,
         space: Space,
         parameters: torch.Tensor,
+        vocab_size: int,
         memory: Memory,
         tuning: api.Tuning,
     ):
         self._chain = chain
         self._space = space
         self._parameters = parameters
+        self._vocab_size = vocab_size
         self._memory = memory
         self._tuning = tuning
         self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
@@ -125,17 +132,24 @@ class OperatorCache:
 
     def _load(self, operator: api.Operator) -> LoadedOperator:
         batch = read_token_batch(operator.batch_path)
-        collective = self._space.collective
+        _check_ids(batch, self._vocab_size)
+        micro_batch_size = operator.micro_batch_size or default_micro_batch(
+            len(batch.targets),
+            batch.targets.shape[1],
+            self._space.collective.world_size,
+            self._space.device.type,
+        )
         chosen = policy(
             operator.precision,
             self._tuning,
             device=self._space.device.type,
             available_bytes=self._memory.least_available(),
         )
-        rows = micro_batch_size(operator, batch, collective.world_size, self._space.device.type)
 
         def curvature_with(how: Policy) -> Curvature:
-            return Curvature(self._chain, self._space, self._parameters, batch, rows, how)
+            return Curvature(
+                self._chain, self._space, self._parameters, batch, micro_batch_size, how
+            )
 
         def widest() -> Curvature | None:
             if self._space.dtype == torch.float64:

@@ -23,6 +23,7 @@ _KILL_WAIT_S = 10.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's own name for it
 
 TEMP_PREFIX = "hvp-ray-"
+RAY_FOLDER = "r"  # in one of ours: Ray opens its own to everybody
 SEGMENT_PREFIX = "hvp-"
 
 
@@ -58,13 +59,13 @@ class Note:
     """What one server has started."""
 
     owner: ProcessMark
-    temp_dir: str  # Ray's folder of sockets and logs
+    temp_dir: str  # the private folder around Ray's, of sockets and logs
     sessions: tuple[str, ...]  # of the groups; shared memory is named after them
     processes: tuple[ProcessMark, ...]
 
     def write(self, run_dir: Path) -> None:
         """Put the note into `run_dir`, whole or not at all."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = note_path(run_dir)
         draft = path.with_suffix(".draft")
         draft.write_text(json.dumps(asdict(self)))
@@ -151,7 +152,7 @@ def free_segments(session: str) -> None:
 
 
 def remove_temp_dir(temp_dir: str) -> None:
-    """Remove Ray's folder, when it is one of ours."""
+    """Remove the folder around Ray's, when it is one of ours."""
     path = Path(temp_dir)
     if path.name.startswith(TEMP_PREFIX):
         shutil.rmtree(path, ignore_errors=True)

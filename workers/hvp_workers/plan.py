@@ -8,18 +8,10 @@ from hvp_core.policy import Policy
 
 from hvp_workers.backend import EigshSpec, Precision, Tuning
 
-#: Tokens through a block at once: enough for full-speed GEMMs, little beside the weights.
-_TOKENS = {"cpu": 512, "cuda": 8192}
 _USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 _WORKING_VECTORS = 3  # the product, its vector, a random restart
 _EXACT_WORKING = 1.5  # blocks and activations in float64, beside the vectors
 _KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
-
-
-def default_micro_batch(num_sequences: int, length: int, world_size: int, device: str) -> int:
-    """Sequences per micro-batch: enough tokens, and work for every rank."""
-    share = -(-num_sequences // world_size)
-    return max(1, min(share, _TOKENS[device] // length))
 
 
 def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes: int) -> Policy:

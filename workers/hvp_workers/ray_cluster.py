@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -14,10 +15,12 @@ from typing import final
 
 import psutil
 
-from hvp_workers import orphans
+from hvp_workers import orphans, surroundings
 from hvp_workers.backend import GroupLostError
+from hvp_workers.environment import limited_environment
 from hvp_workers.guardian import Guardian
 from hvp_workers.orphans import Note, ProcessMark
+from hvp_workers.ray_rank import LOOPBACK
 
 # A little over Ray's own minimum of 75 MiB: nothing but calls and scalars passes through the store.
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -25,8 +28,9 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 # Ray's processes end by themselves when asked, in about a second.
 _SHUTDOWN_GRACE_S = 10.0
 
-# The path of a Unix socket holds 107 characters, and Ray puts 62 to 65 after its folder's.
-_LONGEST_TEMP_ROOT = 107 - 65 - len("/" + orphans.TEMP_PREFIX) - 8
+# A running cluster answers within a second or two of the import of Ray; one that is gone would keep
+# Ray itself trying for minutes.
+_CONTACT_S = 25.0
 
 
 @final
@@ -78,6 +82,8 @@ class RayCluster:
             )
         if not address:
             _prepare_environment()
+            if found := surroundings.obstacles():
+                raise GroupLostError("WORKER_GROUP_START_FAILED", " ".join(map(str, found)))
         import ray
 
         if ray.is_initialized():
@@ -86,16 +92,19 @@ class RayCluster:
         handler = signal.getsignal(signal.SIGTERM)
         try:
             if address:
+                _require_cluster(address)
                 ray.init(address=address, log_to_driver=False, logging_level="WARNING")
             else:
                 self._start_local()
-        except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        except GroupLostError:
+            raise
+        except Exception as error:  # Ray raises bare ones too
+            waited = f"{time.monotonic() - started:.0f} s"
+            advice = f"Check RAY_ADDRESS={address}." if address else _advice()
             self.close()
             raise GroupLostError(
                 "WORKER_GROUP_START_FAILED",
-                f"Ray did not start within {time.monotonic() - started:.0f} s: "
-                f"{str(error).partition(chr(10))[0]} Check RAY_ADDRESS, and the free space of the "
-                "temporary folder and of /dev/shm.",
+                f"Ray did not start ({waited}): {str(error).partition(chr(10))[0]} {advice}",
             ) from error
         finally:
             # Ray installs a handler that raises SystemExit out of whatever runs at the time; the
@@ -111,25 +120,24 @@ class RayCluster:
     def _start_local(self) -> None:
         import ray
 
-        root = tempfile.gettempdir()
-        if len(root) > _LONGEST_TEMP_ROOT:
-            root = "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
-        self._temp_dir = tempfile.mkdtemp(prefix=orphans.TEMP_PREFIX, dir=root)
+        self._temp_dir = tempfile.mkdtemp(prefix=orphans.TEMP_PREFIX, dir=surroundings.temp_root())
         if self._run_dir is not None:
             self._guardian = Guardian(self._run_dir)
         before = orphans.children()
         try:
-            ray.init(
-                address="local",
-                # Only bookkeeping; with more, Ray starts that many idle workers.
-                num_cpus=self._num_ranks,
-                num_gpus=None if self._device == "cuda" else 0,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="WARNING",
-                _temp_dir=self._temp_dir,
-            )
+            with limited_environment():
+                ray.init(
+                    address="local",
+                    # Only bookkeeping; with more, Ray starts that many idle workers.
+                    num_cpus=self._num_ranks,
+                    num_gpus=None if self._device == "cuda" else 0,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="WARNING",
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(Path(self._temp_dir) / orphans.RAY_FOLDER),
+                )
         finally:
             # A start that fails half-way leaves processes that Ray itself has lost sight of.
             self._roots = [mark for mark in orphans.children() if mark not in before]
@@ -169,11 +177,46 @@ class RayCluster:
             self._guardian = None
 
 
+def _advice() -> str:
+    """What may have kept a cluster of our own from starting, looked at when it has not."""
+    found = surroundings.obstacles()
+    return " ".join(map(str, found)) or (
+        "Check the memory of this machine, and the free space of "
+        f"{surroundings.temp_root()} and of /dev/shm."
+    )
+
+
+def _require_cluster(address: str) -> None:
+    """Ask whether a cluster lives, in a process that can be given up.
+
+    Raises:
+        GroupLostError: WORKER_GROUP_START_FAILED.
+    """
+    # Not a public interface of Ray's, which has none that keeps a time limit.
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check"),
+        *("--address", address),
+    ]
+    try:
+        with limited_environment():
+            subprocess.run(  # noqa: S603 - Ray's own program
+                command, check=True, capture_output=True, timeout=_CONTACT_S
+            )
+    except subprocess.SubprocessError as error:
+        raise GroupLostError(
+            "WORKER_GROUP_START_FAILED",
+            f"No Ray cluster answers at RAY_ADDRESS={address}. Start that cluster, correct "
+            "RAY_ADDRESS, or unset it: then the server runs a cluster of its own on this machine.",
+            {"address": address},
+        ) from error
+
+
 def _prepare_environment() -> None:
     """Settings that Ray reads from the environment, here and in every process it starts."""
-    # Ray reads it when it is imported: 0 makes the node's address 127.0.0.1 and every port listen
-    # there alone. Nothing outside this machine has business with an embedded cluster.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray reads it when it is imported: 0 makes every port listen on the node's own address alone,
+    # which is the loopback's. Nothing outside this machine has business with an embedded cluster,
+    # whatever the environment says.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # Who may call Ray may run code. Without a token of ours Ray writes one to the home folder.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import Any, final
 import psutil
 
 from hvp_workers import orphans
-from hvp_workers.backend import BackendError, GroupLostError, Tuning
+from hvp_workers.backend import BackendError, GroupLostError, RankInfo, Tuning
 from hvp_workers.orphans import ProcessMark
 from hvp_workers.ray_answers import Member, collect
+from hvp_workers.ray_facts import rank_infos, threads_each
 from hvp_workers.ray_rank import LOOPBACK, Place, Rank, Seat
 
 # Ray's kill takes effect within milliseconds where it is heard at all.
@@ -72,6 +72,12 @@ class Gang:
             limit_s=self._patience.command_s,
             straggler_s=self._patience.straggler_s,
         )
+
+    async def ranks(self) -> list[RankInfo]:
+        """The ranks that live, whatever they compute."""
+        import ray
+
+        return await rank_infos(self._members, ray.get_runtime_context().get_node_id())
 
     async def leave(self) -> None:
         """Ask the ranks to put their engines away; gives up after `leave_s`."""
@@ -188,8 +194,7 @@ async def _number(spec: GangSpec, actors: list[Any], processes: list[ProcessMark
 async def _join(spec: GangSpec, members: list[Member]) -> None:
     """Make the ranks one process group, each with its engine."""
     patience = spec.patience
-    num_ranks_on = Counter(member.place.node_id for member in members)
-    same_host = len(num_ranks_on) == 1
+    same_host = len({member.place.node_id for member in members}) == 1
     address = LOOPBACK if same_host else members[0].place.address
     (port,) = await _answers(
         [members[0].actor.open_store.remote(address, patience.start_s)],
@@ -204,7 +209,7 @@ async def _join(spec: GangSpec, members: list[Member]) -> None:
                 same_host=same_host,
                 device=spec.device,
                 tuning=spec.tuning,
-                num_threads=max(1, member.place.num_cores // num_ranks_on[member.place.node_id]),
+                num_threads=num_threads,
                 address=address,
                 port=port,
                 session=spec.session,
@@ -214,7 +219,9 @@ async def _join(spec: GangSpec, members: list[Member]) -> None:
                 collective_timeout_s=patience.start_s + patience.command_s,
             )
         )
-        for rank, member in enumerate(members)
+        for rank, (member, num_threads) in enumerate(
+            zip(members, threads_each(members), strict=True)
+        )
     ]
     await collect(
         members,

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any, final
 
-from hvp_workers.backend import GroupLostError, Tuning
+from hvp_workers.backend import GroupLostError, RankInfo, Tuning
 from hvp_workers.group import Group
 from hvp_workers.ray_cluster import RayCluster
 from hvp_workers.ray_gang import Gang, GangSpec, Patience, start_gang
@@ -96,17 +96,24 @@ class RayGroup(Group):
             task.exception()  # seen, whether or not a caller still waits for it
 
     async def _run(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
-        gang = self._gang
-        if gang is None:
-            raise GroupLostError(
-                "WORKER_GROUP_LOST", "The worker group is not running. Start it and call again."
-            )
+        gang = self._running()
         try:
             return await gang.call(method, arguments)
         except GroupLostError:
             self._gang = None
             await gang.end()
             raise
+
+    async def ranks(self) -> list[RankInfo]:
+        """See `Group`."""
+        return await self._running().ranks()
+
+    def _running(self) -> Gang:
+        if self._gang is None:
+            raise GroupLostError(
+                "WORKER_GROUP_LOST", "The worker group is not running. Start it and call again."
+            )
+        return self._gang
 
     async def close(self) -> None:
         """End the ranks, and the cluster when it is ours; idempotent.

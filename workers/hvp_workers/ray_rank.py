@@ -15,6 +15,7 @@ from typing import Any, final
 import psutil
 
 from hvp_workers.backend import BackendError, Tuning
+from hvp_workers.environment import limit_environment
 from hvp_workers.orphans import ProcessMark
 from hvp_workers.rank_process import prepare_process
 
@@ -71,6 +72,9 @@ class Rank:
     """
 
     def __init__(self, driver_node_id: str, driver: ProcessMark):
+        # What is written here, to /dev/shm above all, is for this user alone.
+        os.umask(0o077)
+        limit_environment()  # a cluster that was joined may have any
         self._engine: Any = None
         self._store: Any = None
         watched = driver if driver_node_id == _node_id() else None

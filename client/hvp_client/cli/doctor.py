@@ -16,7 +16,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
-from hvp_client import Client, HvpError, Retry, Timeout
+from hvp_client import Client, HvpError, InvalidArgumentError, Retry, Timeout
 
 _GIB = 1 << 30
 _SIGNS = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
@@ -46,11 +46,13 @@ def examine(address: str | None, default_address: str, *, state_dir: Path, as_js
     Returns:
         1 if there is a problem, else 0.
     """
-    findings = [
+    # Without a folder to stand in, libraries end the process as they are imported.
+    findings = list(_current_folder()) or [
         *_python(),
         *_packages(),
         *_torch(),
         *_memory(),
+        *_surroundings(),
         *_disk(state_dir),
         _server(address or default_address, expected=address is not None),
     ]
@@ -63,6 +65,19 @@ def examine(address: str | None, default_address: str, *, state_dir: Path, as_js
             if finding.fix:
                 console.print(f"        {escape(finding.fix)}")
     return int(any(finding.verdict == "problem" for finding in findings))
+
+
+def _current_folder() -> Iterator[Finding]:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        where = str(Path("/proc/self/cwd").readlink()).removesuffix(" (deleted)")
+        yield Finding(
+            what="current folder",
+            verdict="problem",
+            found=f"{where} has been deleted",
+            fix="change to one that exists; nothing else can be looked at from here",
+        )
 
 
 def _python() -> Iterator[Finding]:
@@ -138,6 +153,26 @@ def _memory() -> Iterator[Finding]:
         )
 
 
+def _surroundings() -> Iterator[Finding]:
+    """What a server would name when it does not start."""
+    try:
+        from hvp_workers import surroundings
+    except ImportError:  # a machine that only calls a server
+        return
+    for obstacle in surroundings.obstacles():
+        yield Finding(
+            what=obstacle.what, verdict="problem", found=obstacle.problem, fix=obstacle.fix
+        )
+    if unused := surroundings.unused_temporary():
+        yield Finding(
+            what="temporary folder",
+            verdict="note",
+            found=f"Ray cannot put its sockets into {unused}, whose path is too long or not ASCII; "
+            f"{surroundings.temp_root()} is used in its place",
+            fix="set TMPDIR to a short path of ASCII characters if that one is small",
+        )
+
+
 def _disk(state_dir: Path) -> Iterator[Finding]:
     existing = next(p for p in (state_dir.absolute(), *state_dir.absolute().parents) if p.exists())
     usage = shutil.disk_usage(existing)
@@ -165,6 +200,8 @@ def _server(address: str, *, expected: bool) -> Finding:
         with Client(address, timeout=quick, retry=Retry(patience_s=0.0)) as client:
             info = client.server_info()
             groups = client.worker_groups()
+    except InvalidArgumentError as error:
+        return Finding(what="server", verdict="problem", found=f"{error.reason}", fix=error.message)
     except HvpError as error:
         return Finding(
             what="server",

@@ -147,7 +147,6 @@ async def create(
     Raises:
         ServiceError: As `check_eigsh` and `OperatorResolver.resolve`, LABELS_INVALID, QUEUE_FULL,
             REQUEST_ID_REUSED.
-        BackendError: INSUFFICIENT_CLUSTER_MEMORY.
     """
     resolved = await deps.operators.resolve(operator, "spec.eigsh.operator")
     spec = check_eigsh(
@@ -172,7 +171,6 @@ async def create(
             f"A job has at most {MAX_LABELS} labels of {MAX_LABEL_LENGTH} characters.",
             field="labels",
         )
-    await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
     job = Job(
         name=name,
         spec=spec,

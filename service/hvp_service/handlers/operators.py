@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
-from hvp_workers.backend import Backend, OperatorInfo
+from hvp_workers.backend import Backend
 
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
@@ -26,16 +26,20 @@ class Loss:
     num_targets: int
 
 
-async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperator, OperatorInfo]:
-    """Check an operator and fill in its defaults.
+async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperator, int]:
+    """Check an operator and fill in its defaults; the ranks are not asked.
+
+    Returns:
+        The operator, and how many sequences a rank takes at once.
 
     Raises:
         ServiceError: As `OperatorResolver.resolve`.
-        BackendError: INSUFFICIENT_CLUSTER_MEMORY.
     """
-    async with deps.operators.using(ref) as resolved:
-        info = await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
-    return resolved, info
+    resolved = await deps.operators.resolve(ref)
+    batch = resolved.batch.statistics
+    return resolved, ref.micro_batch_size or deps.group.backend.default_micro_batch(
+        batch.num_sequences, batch.sequence_length
+    )
 
 
 async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:

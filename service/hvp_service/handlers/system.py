@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvp_workers.backend import RankInfo
+from hvp_workers.backend import BackendError, RankInfo
 
 from hvp_service.dependencies import Dependencies
-from hvp_service.errors import ServiceError
 from hvp_service.group_supervisor import GroupState
 from hvp_service.names import Name
 
@@ -25,13 +24,13 @@ class GroupReport:
 
 
 async def report_group(deps: Dependencies, project: str) -> GroupReport:
-    """The group's processes and memory; no processes while it is lost."""
+    """The group's processes and memory, whatever they compute; none while it is lost."""
     ranks: list[RankInfo] = []
     if deps.group.state == "READY":
         try:
-            ranks = await deps.group.call(lambda backend: backend.ranks())
-        except ServiceError as error:
-            if error.reason != "WORKER_GROUP_LOST":  # the report says LOST
+            ranks = await deps.group.backend.ranks()
+        except BackendError as error:
+            if error.reason != "WORKER_GROUP_LOST":  # a loss that its caller is about to report
                 raise
     backend = deps.group.backend
     return GroupReport(

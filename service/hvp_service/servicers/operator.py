@@ -27,15 +27,15 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         self, request: pb.DescribeOperatorRequest, context: Any
     ) -> pb.DescribeOperatorResponse:
         ref = messages.operator_value(request.operator)
-        resolved, info = await operators.describe(self._deps, ref)
+        resolved, micro_batch_size = await operators.describe(self._deps, ref)
         filled = replace(
             ref,
             dtype=resolved.operator.space.dtype,
-            micro_batch_size=info.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             precision=resolved.operator.precision,
         )
         return pb.DescribeOperatorResponse(
-            operator=messages.operator_message(filled), num_parameters=info.num_parameters
+            operator=messages.operator_message(filled), num_parameters=resolved.num_parameters
         )
 
     async def EvaluateLoss(

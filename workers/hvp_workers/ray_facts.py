@@ -1,0 +1,93 @@
+"""What is known of a gang's processes without asking the ranks, which may be at a product."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from hvp_workers.backend import RankInfo
+from hvp_workers.orphans import ProcessMark
+from hvp_workers.ray_answers import Member
+
+_ELSEWHERE_S = 5.0  # for another machine's answer; without one its ranks are listed with 0 bytes
+
+
+def threads_each(members: Sequence[Member]) -> list[int]:
+    """How many threads each rank computes with: its share of its machine's cores."""
+    num_ranks_on = Counter(member.place.node_id for member in members)
+    return [
+        max(1, member.place.num_cores // num_ranks_on[member.place.node_id]) for member in members
+    ]
+
+
+def resident_bytes(marks: Sequence[ProcessMark]) -> dict[int, int]:
+    """Resident set by process id of those marked processes of this machine that live."""
+    found = {}
+    for mark in marks:
+        process = mark.find()
+        if process is not None:
+            try:
+                found[mark.pid] = int(process.memory_info().rss)
+            except psutil.NoSuchProcess:
+                continue
+    return found
+
+
+async def rank_infos(members: Sequence[Member], here: str) -> list[RankInfo]:
+    """The ranks that live.
+
+    Args:
+        members: The gang, in order of rank.
+        here: Ray's id of this machine; others are asked by a task that runs beside their ranks.
+    """
+    nodes = sorted({member.place.node_id for member in members})
+    marks = {
+        node: [member.place.process for member in members if member.place.node_id == node]
+        for node in nodes
+    }
+    answers = await asyncio.gather(
+        *(
+            asyncio.to_thread(resident_bytes, marks[node])
+            if node == here
+            else _elsewhere(node, marks[node])
+            for node in nodes
+        )
+    )
+    resident = dict(zip(nodes, answers, strict=True))
+    return [
+        RankInfo(
+            rank=rank,
+            hostname=member.place.hostname,
+            pid=member.place.process.pid,
+            resident_bytes=resident[member.place.node_id][member.place.process.pid],
+            num_threads=num_threads,
+        )
+        for rank, (member, num_threads) in enumerate(
+            zip(members, threads_each(members), strict=True)
+        )
+        if member.place.process.pid in resident[member.place.node_id]
+    ]
+
+
+async def _elsewhere(node: str, marks: Sequence[ProcessMark]) -> Mapping[int, int]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    reference: Any = (
+        ray.remote(resident_bytes)
+        .options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        )
+        .remote(list(marks))
+    )
+    try:
+        found: Mapping[int, int] = await asyncio.wait_for(
+            asyncio.wrap_future(reference.future()), _ELSEWHERE_S
+        )
+    except (TimeoutError, ray.exceptions.RayError):
+        return {mark.pid: 0 for mark in marks}
+    return found

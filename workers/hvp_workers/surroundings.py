@@ -1,0 +1,120 @@
+"""What of this machine a server leans on: looked at before it starts, named when it does not."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvp_workers import orphans
+
+# The path of a Unix socket holds 107 characters, and Ray puts 62 to 65 after its folder's.
+_LONGEST_TEMP_ROOT = 107 - 65 - len(f"/{orphans.TEMP_PREFIX}") - 8 - len(f"/{orphans.RAY_FOLDER}")
+_ELSE = Path("/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's own name for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obstacle:
+    """Something in the way of a server.
+
+    Attributes:
+        what: The folder, in words.
+        problem: A sentence that names it.
+        fix: What to do or to set.
+    """
+
+    what: str
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.fix}"
+
+
+def temp_root() -> Path:
+    """The folder in which Ray's own is made: TMPDIR where Ray can use it, else /tmp."""
+    root = Path(tempfile.gettempdir())
+    return root if is_fit_for_sockets(root) else _ELSE
+
+
+def unused_temporary() -> Path | None:
+    """The temporary folder that is passed over for Ray's, if it is."""
+    try:
+        root = Path(tempfile.gettempdir())
+    except OSError:  # there is none, which is an obstacle
+        return None
+    return None if is_fit_for_sockets(root) else root
+
+
+def is_fit_for_sockets(folder: Path) -> bool:
+    """Whether Ray can put its sockets there: short enough, and in ASCII."""
+    return len(os.fsencode(folder)) <= _LONGEST_TEMP_ROOT and str(folder).isascii()
+
+
+def lost_current_folder() -> Obstacle | None:
+    """What to say where the folder that this process stands in has been deleted."""
+    try:
+        Path.cwd()
+    except OSError:
+        # The kernel still knows what it was called.
+        where = str(Path("/proc/self/cwd").readlink()).removesuffix(" (deleted)")
+        return Obstacle(
+            what="current folder",
+            problem=f"The current folder, {where}, has been deleted.",
+            fix="Change to one that exists and start again.",
+        )
+    return None
+
+
+def obstacles(
+    *, shared_memory: Path = _SHARED_MEMORY, temporary: Path | None = None
+) -> list[Obstacle]:
+    """Everything that keeps ranks of this machine from starting.
+
+    Args:
+        shared_memory: Where Ray and ranks of one machine exchange tensors.
+        temporary: Where Ray's sockets and logs go; by default what `temp_root` says, which is not
+            looked for where the process has no folder to stand in.
+    """
+    return list(_obstacles(shared_memory, temporary))
+
+
+def _obstacles(shared_memory: Path, temporary: Path | None) -> Iterator[Obstacle]:
+    if lost := lost_current_folder():
+        yield lost
+    try:
+        folder = temporary or temp_root()
+    except OSError as error:  # no folder of many could be written to
+        yield Obstacle(
+            what="temporary folder",
+            problem=f"There is no temporary folder: {error}.",
+            fix="Set TMPDIR to a folder that can be written to.",
+        )
+    else:
+        if problem := _write_problem(folder):
+            yield Obstacle(
+                what="temporary folder",
+                problem=f"The temporary folder {folder} cannot be written to ({problem}).",
+                fix=f"Set TMPDIR to one that can, with an ASCII path of at most "
+                f"{_LONGEST_TEMP_ROOT} characters.",
+            )
+    if shared_memory.exists() and (problem := _write_problem(shared_memory)):
+        yield Obstacle(
+            what="shared memory",
+            problem=f"{shared_memory} cannot be written to ({problem}); ranks exchange tensors "
+            "there.",
+            fix=f"Mount it writable (mount -o remount,rw {shared_memory}; of a container, do not "
+            "make it read-only), or use --backend inprocess --workers 1.",
+        )
+
+
+def _write_problem(folder: Path) -> str:
+    """Why no file can be made in a folder; "" where one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
