@@ -17,7 +17,6 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from hvp_workers.backend import BackendError
 
-from hvp_service.database import DatabaseBusyError
 from hvp_service.errors import DOMAIN, ServiceError, code_of
 from hvp_service.interceptors.around import AroundInterceptor
 
@@ -44,15 +43,6 @@ class ErrorInterceptor(AroundInterceptor):
             except ServiceError as error:
                 log.info("refused", reason=error.reason, message=error.message)
                 await _abort(context, service_status(error, call_id))
-            except DatabaseBusyError as error:
-                log.warning("the state folder is busy", why=str(error))
-                busy = ServiceError(
-                    "STATE_DIR_BUSY",
-                    "The state folder's disk is too slow at present, or another program holds its "
-                    "database; call again.",
-                    retry_after_s=5,
-                )
-                await _abort(context, service_status(busy, call_id))
             except BackendError as error:
                 log.info("workers refused", reason=error.reason, message=error.message)
                 await _abort(context, backend_status(error, call_id))
