@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import secrets
 import sqlite3
 import time
@@ -269,6 +270,14 @@ def _patience(seconds: float) -> str:
     return f"PRAGMA busy_timeout={max(1, int(1000 * seconds))}"
 
 
+def _loads(text: str) -> Any:
+    """Values of a JSON column; damaged text stays text, or one row would spoil its whole list."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 async def open_database(path: Path) -> Database:
     """Open the file, creating the tables in a new one.
 
@@ -280,6 +289,7 @@ async def open_database(path: Path) -> Database:
         # Made of parts: in a URL written out, a `?` of the path would begin its query.
         sa.URL.create("sqlite+aiosqlite", database=str(path)),
         pool_timeout=_PATIENCE_S,
+        json_deserializer=_loads,
     )
     sa.event.listen(engine.sync_engine, "connect", _prepare_connection)
     sa.event.listen(engine.sync_engine, "begin", _begin)

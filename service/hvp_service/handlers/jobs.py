@@ -237,6 +237,9 @@ async def watch(
             deps.jobs.events_after(name, after_sequence, deps.config.heartbeat_s)
         )
         if not events:
+            job = await deps.jobs.get(name)
+            if job.state in FINAL_STATES and after_sequence >= job.last_sequence:
+                return  # it has ended in a way that no event of this version tells
             yield None
         for event in events:
             yield event
