@@ -70,12 +70,13 @@ async def open_dependencies(
 
     Raises:
         SchemaVersionError: The state directory is another version's.
+        ServiceError: STATE_DIR_BUSY.
         BackendError: The ranks do not start.
     """
     database = await open_database(state_dir.database)
+    group = GroupSupervisor(backend)
     try:
         pager = Pager(database.page_token_key)
-        group = GroupSupervisor(backend)
         blobs = BlobStore(database, state_dir, pager)
         uploads = UploadStore(database, state_dir, blobs, config)
         checkpoints = CheckpointStore(database, state_dir, blobs, pager, group)
@@ -93,6 +94,7 @@ async def open_dependencies(
         dispatcher.start()
         sweeper.start()
     except BaseException:
+        await group.close()
         await database.close()
         raise
     return Dependencies(

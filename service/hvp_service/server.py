@@ -18,13 +18,19 @@ from pydantic import ValidationError
 from hvp_service.config import ServerConfig
 from hvp_service.database import SchemaVersionError
 from hvp_service.dependencies import open_dependencies
+from hvp_service.errors import ServiceError
 from hvp_service.state_dir import StateDirectoryBusyError, sole_use
 
 log = structlog.get_logger()
 
 
-async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> None:
+async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> bool:
     """Serve until SIGTERM, SIGINT or `stop`; then drain.
+
+    Returns:
+        Whether the process is free to end as any other. It is not while a rank of this process
+        still computes: no thread can be made to stop, and what it holds must not be taken apart
+        under it.
 
     The ranks start before the first gRPC object exists: starting them forks, and a fork with
     gRPC's threads alive can hang.
@@ -32,6 +38,7 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
     Raises:
         StateDirectoryBusyError: Another server uses the state directory.
         SchemaVersionError: The state directory is another version's.
+        ServiceError: Another program holds the database.
         BackendError: The ranks do not start.
         OSError: The address cannot be had.
     """
@@ -74,6 +81,7 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
         finally:
             await deps.close()
     log.info("stopped")
+    return not backend.computing
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
@@ -135,10 +143,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     configure_logs()
     try:
-        asyncio.run(serve(config))
-    except (StateDirectoryBusyError, SchemaVersionError, BackendError, OSError) as error:
+        free_to_end = asyncio.run(serve(config))
+    except (
+        StateDirectoryBusyError,
+        SchemaVersionError,
+        ServiceError,
+        BackendError,
+        OSError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if not free_to_end:  # every file is closed by now; nothing is lost
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

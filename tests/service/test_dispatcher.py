@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from hvp_service.config import ServerConfig
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
@@ -18,7 +20,7 @@ from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
 from hvp_service.vector_store import Vector
-from hvp_workers.backend import EigshProgress
+from hvp_workers.backend import BackendError, EigshProgress
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -86,6 +88,7 @@ async def test_a_job_is_of_the_kind_and_precision_asked_for(
 ) -> None:
     ref = replace(await make_operator(deps), kind="KIND_GGN", dtype="float32")
     job = await create(deps, ref)
+    assert job.spec is not None
     assert (job.spec.operator.kind, job.spec.operator.precision) == ("KIND_GGN", "full")
     await until(deps, job.name, "SUCCEEDED")
     job = await create(deps, replace(ref, precision="bfloat16"))
@@ -330,7 +333,7 @@ async def test_draining_queues_the_running_job_again_and_the_next_server_runs_it
     again = await open_dependencies(config, state_dir, QuadraticBackend())
     try:
         done = await until(again, job.name, "SUCCEEDED")
-        assert done.attempt == 2
+        assert done.attempt == 1  # the first was cut short, not lost
         assert states(await follow(again, job.name)) == [
             "QUEUED",
             "RUNNING",
@@ -480,3 +483,77 @@ async def test_a_full_queue_refuses_with_a_delay(
     assert caught.value.reason == "QUEUE_FULL"
     assert caught.value.retry_after_s is not None
     backend.gate.set()
+
+
+async def test_drains_use_up_no_attempts_and_one_loss_after_three_of_them_is_one(
+    config: ServerConfig, state_dir: StateDir
+) -> None:
+    name: Name | None = None
+    for _ in range(3):
+        backend = QuadraticBackend()
+        backend.gate.clear()
+        deps = await open_dependencies(config, state_dir, backend)
+        if name is None:
+            name = (await create(deps, await make_operator(deps))).name
+        await until(deps, name, "RUNNING")
+        await deps.dispatcher.stop(0.0)  # in the midst of a product
+        assert (await deps.jobs.get(name)).state == "QUEUED"
+        await deps.close()
+    assert name is not None
+    backend = QuadraticBackend()
+    backend.gate.clear()
+    deps = await open_dependencies(config, state_dir, backend)
+    try:
+        await until(deps, name, "RUNNING")
+        backend.lose_after = 0
+        backend.gate.set()
+        done = await until(deps, name, "SUCCEEDED")
+        assert done.attempt == 2
+    finally:
+        await deps.close()
+
+
+async def test_a_server_that_stops_ends_the_product_that_outlasts_its_grace(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    seeded = await vectors.create(
+        deps,
+        PROJECT,
+        ref.checkpoint,
+        "float64",
+        vectors.SeededSource(seed=1, distribution="DISTRIBUTION_SPHERE"),
+    )
+    call = asyncio.create_task(operators.apply(deps, ref, [str(seeded.name)]))
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(deps.dispatcher.stop(0.05), 10.0)
+    queued = await deps.jobs.get(job.name)
+    assert (queued.state, queued.attempt) == ("QUEUED", 0)
+    with pytest.raises(ServiceError, match="SERVER_DRAINING"):
+        await call
+    with pytest.raises(ServiceError, match="SERVER_DRAINING"):
+        await operators.evaluate_loss(deps, ref)
+    assert backend.num_starts == 1  # ranks that were ended are not started again
+
+
+async def test_a_fault_of_a_rank_is_internal_to_its_caller_and_told_to_the_log(
+    deps: Dependencies, backend: QuadraticBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = await make_operator(deps)
+
+    async def fail(*_: object, **__: object) -> AsyncIterator[Any]:
+        raise BackendError("INTERNAL", "KeyError: 'secret'", {"exception": "KeyError"}, "line 7")
+        yield
+
+    monkeypatch.setattr(backend, "eigsh", fail)
+    with structlog.testing.capture_logs() as lines:
+        failed = await until(deps, (await create(deps, ref)).name, "FAILED")
+    assert failed.error is not None
+    assert (failed.error.reason, failed.error.metadata) == ("INTERNAL", {})
+    assert str(failed.name) in failed.error.message
+    assert "secret" not in failed.error.message
+    (line,) = [line for line in lines if line["log_level"] == "error"]
+    assert (line["job"], line["exception"]) == (str(failed.name), "line 7")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
 from typing import Any
+
+from hvp_workers.backend import BackendError
 
 
 class Group(ABC):
@@ -37,4 +40,20 @@ class Group(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End the ranks; idempotent."""
+        """End the ranks, whatever they compute; idempotent.
+
+        A method that still runs is given up, and its caller gets GroupLostError.
+        """
+
+    @property
+    def computing(self) -> bool:
+        """Whether this process still computes for a method that was given up."""
+        return False
+
+
+def as_backend_error(error: Exception) -> BackendError:
+    """What a rank raised, in the form that crosses processes; call it where `error` is caught."""
+    if isinstance(error, BackendError):
+        return error
+    name = type(error).__name__
+    return BackendError("INTERNAL", f"{name}: {error}", {"exception": name}, traceback.format_exc())

@@ -3,17 +3,88 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
+import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, final
 
-from hvp_workers.backend import BackendError, Tuning
-from hvp_workers.group import Group
+from hvp_workers.backend import BackendError, GroupLostError, Tuning
+from hvp_workers.group import Group, as_backend_error
 from hvp_workers.group_backend import GroupBackend
 from hvp_workers.rank_process import use_compile_cache
 
 if TYPE_CHECKING:
     from hvp_workers.engine import RankEngine
+
+# An engine that is idle goes in milliseconds; what it computes can take an hour.
+_LEAVE_S = 1.0
+
+
+@final
+class RankThread:
+    """A thread that makes calls one after another, and that nobody has to wait for.
+
+    Law: every call that was taken on ends: with its value, with its error, or, when the thread is
+    given up, with GroupLostError.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
+        self._calls = queue.SimpleQueue()
+        self._waiting: set[Future[Any]] = set()
+        # A daemon: the process may end while it computes. A pool's threads are waited for.
+        self._thread = threading.Thread(target=self._work, name="hvp-rank", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still computes, or waits for calls."""
+        return self._thread.is_alive()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Make a call in the thread, after those before it."""
+        future: Future[Any] = Future()
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        self._calls.put((function, future))
+        # Shielded: a caller who leaves does not take the call out of the queue.
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    async def end(self) -> None:
+        """Let it end, and give it up when it computes for longer than an idle one takes to go."""
+        self._calls.put(None)
+        if not self._waiting:
+            await asyncio.to_thread(self._thread.join, _LEAVE_S)
+        for future in list(self._waiting):
+            _settle(
+                future,
+                error=GroupLostError("WORKER_GROUP_LOST", "The rank was ended while it computed."),
+            )
+
+    def _work(self) -> None:
+        while (work := self._calls.get()) is not None:
+            function, future = work
+            if future.done():  # given up before its turn
+                continue
+            try:
+                value = function()
+            except Exception as error:  # any failure is reported by value
+                _settle(future, error=as_backend_error(error))
+            else:
+                _settle(future, value=value)
+            del work, function, future
+
+
+def _settle(future: Future[Any], *, value: Any = None, error: Exception | None = None) -> None:
+    """Set what a call came to, unless it was given up meanwhile."""
+    with contextlib.suppress(InvalidStateError):
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
 
 
 @final
@@ -26,14 +97,28 @@ class InProcessGroup(Group):
         self.device = device
         self._tuning = tuning
         self._engine: RankEngine | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: RankThread | None = None
+        self._left: RankThread | None = None  # the thread of the engine that was closed
 
     async def start(self) -> None:
         """Make the engine; idempotent."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="hvp-rank")
-            self._engine = await self._in_thread(self._make_engine)
-            self.generation = uuid.uuid4().hex
+        if self._thread is not None:
+            return
+        thread = RankThread()
+        try:
+            self._engine = await thread.call(self._make_engine)
+        except BackendError as error:
+            await thread.end()
+            raise GroupLostError(
+                "WORKER_GROUP_START_FAILED",
+                f"The rank in this process did not start. {error.message}",
+                error.metadata,
+                error.trace,
+            ) from error
+        except BaseException:
+            await thread.end()
+            raise
+        self._thread, self.generation = thread, uuid.uuid4().hex
 
     def _make_engine(self) -> RankEngine:
         use_compile_cache(self._tuning.compile_cache)
@@ -43,23 +128,24 @@ class InProcessGroup(Group):
 
         return RankEngine(Alone(), self.device, self._tuning)
 
-    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        if self._thread is None:
-            raise BackendError("WORKER_GROUP_LOST", "the backend has not been started")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
     async def run(self, method: str, *arguments: Any) -> list[Any]:
         """Call the engine in its thread."""
-        return [await self._in_thread(self._call, method, arguments)]
+        if self._thread is None:
+            raise GroupLostError("WORKER_GROUP_LOST", "The rank in this process is not running.")
+        engine = self._engine
+        return [await self._thread.call(lambda: getattr(engine, method)(*arguments))]
 
-    def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return getattr(self._engine, method)(*arguments)
+    @property
+    def computing(self) -> bool:
+        """Whether the thread of an engine that was closed has not come to its end."""
+        return self._left is not None and self._left.alive
 
     async def close(self) -> None:
-        """Wait for the call that is running, then let the engine go."""
+        """Let the engine go; a call that runs is given up, though its thread goes on with it."""
         thread, self._thread, self._engine = self._thread, None, None
         if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
+            self._left = thread
+            await thread.end()
 
 
 def inprocess_backend(device: str, tuning: Tuning) -> GroupBackend:

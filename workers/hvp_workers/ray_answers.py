@@ -69,7 +69,7 @@ async def collect(
             if not failed:
                 raise _lost(members, silent, f"no answer to {what} within {waited}")
             cause = f"{_listed(failed)} in {what} while others waited for it ({waited})"
-            raise _lost(members, list(failed), cause)
+            raise _lost(members, list(failed), cause, _traces(failed))
         for future in done:
             rank = futures.index(future)
             try:
@@ -95,14 +95,23 @@ def _agree(members: Sequence[Member], outcomes: Sequence[Outcome], what: str) ->
         raise errors[0]
     # Where some went on or failed elsewhere, their next collectives would not pair up.
     cause = f"{_listed(errors)} in {what}, and the ranks did not all do so"
-    raise _lost(members, list(errors), cause)
+    raise _lost(members, list(errors), cause, _traces(errors))
 
 
 def _listed(errors: Mapping[int, BackendError]) -> str:
     return "; ".join(f"rank {rank} raised {error}" for rank, error in errors.items())
 
 
-def _lost(members: Sequence[Member], ranks: Sequence[int], cause: str) -> GroupLostError:
+def _traces(errors: Mapping[int, BackendError]) -> str:
+    """Where the ranks met what nobody foresaw, for the server's log."""
+    return "\n".join(
+        f"rank {rank}:\n{error.trace}" for rank, error in errors.items() if error.trace
+    )
+
+
+def _lost(
+    members: Sequence[Member], ranks: Sequence[int], cause: str, trace: str = ""
+) -> GroupLostError:
     processes = ", ".join(
         f"rank {rank} (process {place.process.pid} on {place.hostname}{_state(place)})"
         for rank in ranks
@@ -113,6 +122,7 @@ def _lost(members: Sequence[Member], ranks: Sequence[int], cause: str) -> GroupL
         "WORKER_GROUP_LOST",
         f"Lost {processes}: {cause}. The whole group has been ended and starts anew.",
         {"rank": str(ranks[0]), "pid": str(first.process.pid), "hostname": first.hostname},
+        trace,
     )
 
 

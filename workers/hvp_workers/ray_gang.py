@@ -108,6 +108,7 @@ async def start_gang(spec: GangSpec) -> Gang:
                 f"{spec.num_ranks} workers did not start, {time.monotonic() - started:.0f} s "
                 f"after the first was asked for. {error.message}",
                 error.metadata,
+                error.trace,
             ) from error
         return Gang(members, spec.patience, undo.pop_all())
     raise AssertionError("unreachable")

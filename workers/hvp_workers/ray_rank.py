@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
@@ -15,6 +14,7 @@ from typing import Any, final
 import psutil
 
 from hvp_workers.backend import BackendError, Tuning
+from hvp_workers.group import as_backend_error
 from hvp_workers.orphans import ProcessMark
 from hvp_workers.rank_process import prepare_process
 
@@ -103,7 +103,7 @@ class Rank:
         try:
             self._engine = self._build(seat)
         except Exception as error:  # any failure is reported by value
-            return Outcome(error=_as_backend_error(error))
+            return Outcome(error=as_backend_error(error))
         return Outcome()
 
     def _build(self, seat: Seat) -> Any:
@@ -144,7 +144,7 @@ class Rank:
         try:
             return Outcome(value=getattr(self._engine, method)(*arguments))
         except Exception as error:  # any failure is reported by value
-            return Outcome(error=_as_backend_error(error))
+            return Outcome(error=as_backend_error(error))
 
     def leave(self) -> Outcome:
         """Drop the engine and leave the process group; every rank must call it."""
@@ -174,16 +174,6 @@ def _node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _as_backend_error(error: Exception) -> BackendError:
-    if isinstance(error, BackendError):
-        return error
-    return BackendError(
-        "INTERNAL",
-        f"{type(error).__name__}: {error}",
-        {"exception": type(error).__name__, "traceback": traceback.format_exc()},
-    )
 
 
 def _interface_of(address: str) -> str | None:

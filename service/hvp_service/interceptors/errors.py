@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from hvp_workers.backend import BackendError
 
-from hvp_service.errors import DOMAIN, ServiceError, code_of
+from hvp_service.errors import DOMAIN, ServiceError, code_of, fault_message, is_fault
 from hvp_service.interceptors.around import AroundInterceptor
 
 # Status travels in HTTP/2 headers, of which gRPC takes 8 KiB unless told otherwise.
@@ -44,6 +44,9 @@ class ErrorInterceptor(AroundInterceptor):
                 log.info("refused", reason=error.reason, message=error.message)
                 await _abort(context, service_status(error, call_id))
             except BackendError as error:
+                if is_fault(error.reason):
+                    log.error("a fault of the workers", error=str(error), exception=error.trace)
+                    await _abort(context, internal_status(call_id))
                 log.info("workers refused", reason=error.reason, message=error.message)
                 await _abort(context, backend_status(error, call_id))
             except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
@@ -86,8 +89,7 @@ def backend_status(error: BackendError, call_id: str) -> status_pb2.Status:
 
 def internal_status(call_id: str) -> status_pb2.Status:
     """A fault of this server, of which only the log knows more."""
-    message = f"A fault of the server; its log has the details under {call_id}."
-    return _status(code_of("INTERNAL"), "INTERNAL", message, {}, call_id, [])
+    return _status(code_of("INTERNAL"), "INTERNAL", fault_message(call_id), {}, call_id, [])
 
 
 def _status(
