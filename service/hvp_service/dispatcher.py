@@ -13,13 +13,13 @@ from hvp_workers.backend import (
     BackendError,
     EigshProgress,
     EigshResult,
-    EigshSpec,
     GroupLostError,
 )
 
 from hvp_service.clock import now_us
 from hvp_service.config import ServerConfig
 from hvp_service.database import DatabaseBusyError
+from hvp_service.eigsh_limits import backend_spec, check_fits
 from hvp_service.errors import ServiceError, code_of, fault_message, is_fault
 from hvp_service.group_supervisor import GroupSupervisor
 from hvp_service.job_store import (
@@ -201,19 +201,10 @@ class Dispatcher:
         spec = job.spec
         assert spec is not None  # the store claims no other
         resolved = await until_done(lambda: self._operators.resolve(spec.operator))
+        # Before anything is made for each pair: the row may be older than the check at its making.
+        await check_fits(self._group, spec, resolved)
         outputs = [f"{job.name.id}-{index}" for index in range(spec.k)]
-        run = self._group.backend.eigsh(
-            resolved.operator,
-            EigshSpec(
-                k=spec.k,
-                which=spec.which,
-                tol=spec.tol,
-                max_products=spec.max_products,
-                seed=spec.seed,
-                num_lanczos_vectors=spec.num_lanczos_vectors,
-            ),
-            outputs,
-        )
+        run = self._group.backend.eigsh(resolved.operator, backend_spec(spec), outputs)
         try:
             # Every implementation is an async generator; the interface promises `aclose`.
             async with contextlib.aclosing(

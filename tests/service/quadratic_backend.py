@@ -124,7 +124,16 @@ class QuadraticBackend(Backend):
 
     async def ranks(self) -> list[RankInfo]:
         self._reach_ranks()
-        return [RankInfo(rank=0, hostname="here", pid=os.getpid(), resident_bytes=1, num_threads=1)]
+        return [
+            RankInfo(
+                rank=0,
+                hostname="here",
+                pid=os.getpid(),
+                resident_bytes=1,
+                num_threads=1,
+                memory_bytes=self.memory_bytes,
+            )
+        ]
 
     async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
         self._reach_ranks()

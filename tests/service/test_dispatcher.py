@@ -469,6 +469,59 @@ async def test_a_job_that_cannot_run_is_refused_with_the_field(
     assert caught.value.field.endswith(next(iter(change)))
 
 
+async def test_pairs_for_which_the_ranks_have_no_room_are_refused_before_they_are_queued(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps, n=40)
+    backend.memory_bytes = 40 * 40 * 8  # as many vectors as the operator's order
+    for validate_only in (True, False):
+        with pytest.raises(ServiceError) as caught:
+            await create(deps, ref, k=39, validate_only=validate_only)
+        assert (caught.value.reason, caught.value.field) == (
+            "INSUFFICIENT_CLUSTER_MEMORY",
+            "spec.eigsh.k",
+        )
+        assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
+        assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
+    with pytest.raises(ServiceError, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        await create(deps, ref, k=2, num_lanczos_vectors=40)
+    assert await deps.jobs.unfinished(PROJECT) == []
+    assert (await create(deps, ref, k=2)).state == "QUEUED"
+
+
+async def test_a_job_that_was_queued_without_the_check_fails_by_it_and_the_next_one_runs(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps, n=40)
+    memory_bytes = backend.memory_bytes
+    backend.gate.clear()
+    first = await create(deps, ref)
+    await until(deps, first.name, "RUNNING")
+    large, after = await create(deps, ref, k=39), await create(deps, ref)
+    backend.memory_bytes = 40 * 40 * 8
+    backend.gate.set()
+    failed = await until(deps, large.name, "FAILED")
+    assert failed.error is not None
+    assert failed.error.reason == "INSUFFICIENT_CLUSTER_MEMORY"
+    backend.memory_bytes = memory_bytes
+    await until(deps, after.name, "SUCCEEDED")
+
+
+async def test_a_job_lists_no_more_pairs_than_one_message_holds() -> None:
+    arguments: Arguments = {
+        "operator": OperatorRef(checkpoint="", data_batch="", kind="", dtype=""),
+        "which": "WHICH_LA",
+        "tol": 0.0,
+        "max_products": 0,
+        "seed": 0,
+        "num_lanczos_vectors": 0,
+        "num_parameters": 10**8,
+    }
+    assert jobs.check_eigsh(k=10_000, **arguments).k == 10_000
+    with pytest.raises(ServiceError, match=r"K_INVALID.*1 to 10000"):
+        jobs.check_eigsh(k=10_001, **arguments)
+
+
 async def test_a_full_queue_refuses_with_a_delay(
     deps: Dependencies, backend: QuadraticBackend
 ) -> None:

@@ -203,6 +203,7 @@ class RankInfo:
     pid: int
     resident_bytes: int
     num_threads: int
+    memory_bytes: int = 0  # its share of all there is, whether free or not; 0: unknown
 
 
 class Backend(ABC):

@@ -108,6 +108,7 @@ class RankEngine:
             pid=os.getpid(),
             resident_bytes=psutil.Process().memory_info().rss,
             num_threads=torch.get_num_threads(),
+            memory_bytes=self._memory.total(),
         )
 
     # Checkpoints and operators ------------------------------------------------------------------

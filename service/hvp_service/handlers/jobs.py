@@ -12,6 +12,7 @@ from hvp_workers.backend import Which
 
 from hvp_service.clock import now_us
 from hvp_service.dependencies import Dependencies
+from hvp_service.eigsh_limits import MAX_EIGENPAIRS, check_fits
 from hvp_service.errors import ServiceError
 from hvp_service.job_store import FINAL_STATES, EigshJob, Job, JobEvent, StateChange
 from hvp_service.names import Name
@@ -70,11 +71,12 @@ def check_eigsh(
         ServiceError: K_INVALID, WHICH_UNSUPPORTED, TOL_INVALID, MAX_PRODUCTS_INVALID,
             NUM_LANCZOS_VECTORS_INVALID.
     """
-    if not 1 <= k < num_parameters:
+    largest = min(num_parameters - 1, MAX_EIGENPAIRS)
+    if not 1 <= k <= largest:
         raise ServiceError(
             "K_INVALID",
-            f"k is {k}; of an operator of order {num_parameters}, 1 to {num_parameters - 1} "
-            "eigenpairs can be asked.",
+            f"k is {k}; of an operator of order {num_parameters}, 1 to {largest} eigenpairs can be "
+            "asked in one job.",
             field="spec.eigsh.k",
             metadata={"k": str(k), "num_parameters": str(num_parameters)},
         )
@@ -146,8 +148,7 @@ async def create(
 
     Raises:
         ServiceError: As `check_eigsh` and `OperatorResolver.resolve`, LABELS_INVALID, QUEUE_FULL,
-            REQUEST_ID_REUSED.
-        BackendError: INSUFFICIENT_CLUSTER_MEMORY.
+            REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
     """
     resolved = await deps.operators.resolve(operator, "spec.eigsh.operator")
     spec = check_eigsh(
@@ -173,6 +174,7 @@ async def create(
             field="labels",
         )
     await deps.group.call(lambda backend: backend.describe_operator(resolved.operator))
+    await check_fits(deps.group, spec, resolved)
     job = Job(
         name=name,
         spec=spec,
