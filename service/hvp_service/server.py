@@ -24,13 +24,8 @@ from hvp_service.state_dir import StateDirectoryBusyError, sole_use
 log = structlog.get_logger()
 
 
-async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> bool:
+async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> None:
     """Serve until SIGTERM, SIGINT or `stop`; then drain.
-
-    Returns:
-        Whether the process is free to end as any other. It is not while a rank of this process
-        still computes: no thread can be made to stop, and what it holds must not be taken apart
-        under it.
 
     The ranks start before the first gRPC object exists: starting them forks, and a fork with
     gRPC's threads alive can hang.
@@ -81,7 +76,6 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> b
         finally:
             await deps.close()
     log.info("stopped")
-    return not backend.computing
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
@@ -132,7 +126,11 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a server in the main thread; returns the exit status."""
+    """Run a server in the main thread, and end the process with it.
+
+    Returns:
+        The exit status, when it could not serve.
+    """
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before the first import of grpc
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
@@ -143,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     configure_logs()
     try:
-        free_to_end = asyncio.run(serve(config))
+        asyncio.run(serve(config))
     except (
         StateDirectoryBusyError,
         SchemaVersionError,
@@ -153,11 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not free_to_end:  # every file is closed by now; nothing is lost
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    return 0
+    # What had to be closed is closed. A rank in a thread of this process may still compute, which
+    # nobody can stop, and what it works with must not be taken apart under it; and the
+    # interpreter's own tidying up takes seconds where Ray is loaded.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

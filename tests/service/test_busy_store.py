@@ -209,3 +209,19 @@ async def test_a_result_that_no_row_can_hold_fails_its_job_and_leaves_no_eigenve
     assert str(done.name) in done.error.message
     assert (await deps.vectors.list_page(PROJECT, PageRequest()))[0] == []
     assert not backend.resident
+
+
+async def test_a_call_whose_answer_cannot_be_remembered_is_answered_and_has_its_effect_once(
+    deps: Dependencies,
+) -> None:
+    busy = BusyOnce(deps.database)
+    request_log = _beside(deps.request_log, busy)
+    effects: list[int] = []
+
+    async def respond() -> bytes:
+        effects.append(1)
+        return b"answer"
+
+    busy.arm(2)  # after the look-up
+    assert await request_log.once((PROJECT, "Method", "id"), b"payload", respond) == b"answer"
+    assert (busy.calls, effects) == (2, [1])

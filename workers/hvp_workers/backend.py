@@ -225,11 +225,6 @@ class Backend(ABC):
         """
 
     @property
-    def computing(self) -> bool:
-        """Whether this process still computes for a call that `close` has given up."""
-        return False
-
-    @property
     @abstractmethod
     def generation(self) -> str:
         """Changes with every start of the ranks; "" before the first. Vectors end with it."""

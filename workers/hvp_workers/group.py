@@ -45,11 +45,6 @@ class Group(ABC):
         A method that still runs is given up, and its caller gets GroupLostError.
         """
 
-    @property
-    def computing(self) -> bool:
-        """Whether this process still computes for a method that was given up."""
-        return False
-
 
 def as_backend_error(error: Exception) -> BackendError:
     """What a rank raised, in the form that crosses processes; call it where `error` is caught."""

@@ -42,11 +42,6 @@ class GroupBackend(Backend):
         await self._group.close()
 
     @property
-    def computing(self) -> bool:
-        """The group's."""
-        return self._group.computing
-
-    @property
     def generation(self) -> str:
         """The group's."""
         return self._group.generation

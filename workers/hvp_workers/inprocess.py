@@ -39,11 +39,6 @@ class RankThread:
         self._thread = threading.Thread(target=self._work, name="hvp-rank", daemon=True)
         self._thread.start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still computes, or waits for calls."""
-        return self._thread.is_alive()
-
     async def call(self, function: Callable[[], Any]) -> Any:
         """Make a call in the thread, after those before it."""
         future: Future[Any] = Future()
@@ -98,7 +93,6 @@ class InProcessGroup(Group):
         self._tuning = tuning
         self._engine: RankEngine | None = None
         self._thread: RankThread | None = None
-        self._left: RankThread | None = None  # the thread of the engine that was closed
 
     async def start(self) -> None:
         """Make the engine; idempotent."""
@@ -135,16 +129,10 @@ class InProcessGroup(Group):
         engine = self._engine
         return [await self._thread.call(lambda: getattr(engine, method)(*arguments))]
 
-    @property
-    def computing(self) -> bool:
-        """Whether the thread of an engine that was closed has not come to its end."""
-        return self._left is not None and self._left.alive
-
     async def close(self) -> None:
         """Let the engine go; a call that runs is given up, though its thread goes on with it."""
         thread, self._thread, self._engine = self._thread, None, None
         if thread is not None:
-            self._left = thread
             await thread.end()
 
 

@@ -89,7 +89,7 @@ class RayCluster:
                 ray.init(address=address, log_to_driver=False, logging_level="WARNING")
             else:
                 self._start_local()
-        except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        except Exception as error:  # Ray raises what it likes, a bare Exception among others
             self.close()
             raise GroupLostError(
                 "WORKER_GROUP_START_FAILED",
