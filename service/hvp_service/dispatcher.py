@@ -99,7 +99,10 @@ class Dispatcher:
             await asyncio.wait([self._task], timeout=grace_s)
             if not self._task.done():
                 log.warning("a product outlasts the grace: ending the ranks", grace_s=grace_s)
-                await self._group.close()
+                try:
+                    await self._group.close()
+                except Exception:
+                    log.exception("the ranks were not ended in order")
                 await asyncio.wait([self._task], timeout=_PARTING_S)
         self._task.cancel()
         await asyncio.wait([self._task], timeout=_PARTING_S)

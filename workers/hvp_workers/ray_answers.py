@@ -99,7 +99,13 @@ def _agree(members: Sequence[Member], outcomes: Sequence[Outcome], what: str) ->
 
 
 def _listed(errors: Mapping[int, BackendError]) -> str:
-    return "; ".join(f"rank {rank} raised {error}" for rank, error in errors.items())
+    return "; ".join(f"rank {rank} raised {_brief(error)}" for rank, error in errors.items())
+
+
+def _brief(error: BackendError) -> str:
+    """A refusal as it stands; of what nobody foresaw the kind, and its text in the trace alone."""
+    kind = error.metadata.get("exception", "") if error.trace else ""
+    return f"{error.reason} ({kind})" if kind else str(error)
 
 
 def _traces(errors: Mapping[int, BackendError]) -> str:

@@ -46,9 +46,11 @@ class ErrorInterceptor(AroundInterceptor):
             except BackendError as error:
                 if is_fault(error.reason):
                     log.error("a fault of the workers", error=str(error), exception=error.trace)
-                    await _abort(context, internal_status(call_id))
-                log.info("workers refused", reason=error.reason, message=error.message)
-                await _abort(context, backend_status(error, call_id))
+                    status = internal_status(call_id)
+                else:
+                    log.info("workers refused", reason=error.reason, message=error.message)
+                    status = backend_status(error, call_id)
+                await _abort(context, status)
             except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
                 raise
             except Exception:
