@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -57,45 +58,51 @@ async def test_a_group_that_is_closed_is_not_started_again() -> None:
     assert (group.state, backend.num_starts) == ("LOST", 1)
 
 
-async def test_health_follows_the_ranks_and_the_queue_goes_on_behind_a_failing_start(
-    deps: Dependencies, backend: QuadraticBackend
-) -> None:
+@pytest.fixture
+async def health(deps: Dependencies) -> AsyncIterator[Any]:
+    """A stub of the health service of a server that listens."""
     transport = await start_transport(deps)
     async with grpc.aio.insecure_channel(transport.address) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "hvp.v1.JobService"):
-            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
-
-            async def shown(
-                status: health_pb2.HealthCheckResponse.ServingStatus, watch: Any = watch
-            ) -> None:
-                while (await watch.read()).status != status:
-                    pass
-
-            await shown(health_pb2.HealthCheckResponse.SERVING)
-            ref = await make_operator(deps)
-            backend.start_errors = [OSError("no space left on device")]
-            backend.lose_after = 1
-            job = await jobs.create(
-                deps,
-                Name(PROJECT, "jobs", jobs.job_id(PROJECT, "")),
-                operator=ref,
-                k=1,
-                which="WHICH_LA",
-                tol=0.0,
-                max_products=0,
-                seed=1,
-                num_lanczos_vectors=0,
-                labels={},
-                validate_only=False,
-            )
-            await asyncio.wait_for(shown(health_pb2.HealthCheckResponse.NOT_SERVING), 10.0)
-            await asyncio.wait_for(shown(health_pb2.HealthCheckResponse.SERVING), 10.0)
-            while not (job := await jobs.wait(deps, job.name, 10.0)).end_time:
-                pass
-            assert (job.state, job.attempt) == ("SUCCEEDED", 2)
-            watch.cancel()
+        yield health_pb2_grpc.HealthStub(channel)
     await transport.stop(1.0)
+
+
+@pytest.mark.parametrize("service", ["", "hvp.v1.JobService"])
+async def test_health_follows_the_ranks_and_the_queue_goes_on_behind_a_failing_start(
+    deps: Dependencies, backend: QuadraticBackend, health: Any, service: str
+) -> None:
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=service))
+
+    async def shown(status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        while (await watch.read()).status != status:
+            pass
+
+    await shown(health_pb2.HealthCheckResponse.SERVING)
+    backend.gate.clear()
+    job = await jobs.create(
+        deps,
+        Name(PROJECT, "jobs", jobs.job_id(PROJECT, "")),
+        operator=await make_operator(deps),
+        k=1,
+        which="WHICH_LA",
+        tol=0.0,
+        max_products=0,
+        seed=1,
+        num_lanczos_vectors=0,
+        labels={},
+        validate_only=False,
+    )
+    while (await deps.jobs.get(job.name)).progress is None:  # it waits before a product then
+        await deps.jobs.events_after(job.name, job.last_sequence, 1.0)
+    backend.start_errors = [OSError("no space left on device")]
+    backend.lose_after = 0
+    backend.gate.set()
+    await asyncio.wait_for(shown(health_pb2.HealthCheckResponse.NOT_SERVING), 30.0)
+    await asyncio.wait_for(shown(health_pb2.HealthCheckResponse.SERVING), 30.0)
+    while not (job := await jobs.wait(deps, job.name, 10.0)).end_time:
+        pass
+    assert (job.state, job.attempt) == ("SUCCEEDED", 2)
+    watch.cancel()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), LOSS], ids=repr)
