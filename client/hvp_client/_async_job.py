@@ -13,12 +13,14 @@ from google.protobuf.duration_pb2 import Duration
 from hvp_protos.v1 import job_pb2
 
 from hvp_client._async_vector import AsyncVector
+from hvp_client._enums import plain_name
 from hvp_client._exceptions import (
     DeadlineExceededError,
     HvpError,
     JobCancelledError,
     JobFailedError,
     UnavailableError,
+    UnimplementedError,
 )
 from hvp_client._results import (
     ENDED_STATES,
@@ -57,7 +59,7 @@ class AsyncJob:
 
     @property
     def state(self) -> str:
-        """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
+        """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`."""
         return state_name(self._message.state)
 
     @property
@@ -67,8 +69,9 @@ class AsyncJob:
 
     @property
     def ended(self) -> bool:
-        """Whether the state is final."""
-        return self.state in ENDED_STATES
+        """Whether the state is final; of a state that is new to this client, its end tells."""
+        new_and_over = self.state.startswith("UNKNOWN_") and self._message.HasField("end_time")
+        return self.state in ENDED_STATES or new_and_over
 
     @property
     def attempt(self) -> int:
@@ -106,7 +109,7 @@ class AsyncJob:
             "dtype": spec.operator.dtype,
             "precision": spec.operator.precision,
             "k": spec.k,
-            "which": job_pb2.EigshSpec.Which.Name(spec.which).removeprefix("WHICH_"),
+            "which": plain_name(job_pb2.EigshSpec.Which, spec.which, "WHICH_"),
         }
 
     @property
@@ -165,7 +168,7 @@ class AsyncJob:
                     reason="JOB_NOT_ENDED",
                     metadata={"job": self.name, "state": self.state},
                 )
-        if self.state == "FAILED":
+        if self.state == "FAILED" or self._message.HasField("error"):
             raise error_from_proto(self._message.error, JobFailedError, self.name)
         if self.state == "CANCELLED":
             raise JobCancelledError(
@@ -175,6 +178,13 @@ class AsyncJob:
             )
         if not self._message.HasField("result"):
             await self.refresh()  # lists leave results out
+        if self._message.result.WhichOneof("result") != "eigsh":
+            raise UnimplementedError(
+                f"{self.name} is {self.state} with a result that this client cannot read; install "
+                "the server's version of it",
+                reason="RESULT_UNREADABLE",
+                metadata={"job": self.name, "state": self.state},
+            )
         return self._eigsh_result()
 
     async def _wait(self, wait_s: float) -> None:
@@ -192,7 +202,6 @@ class AsyncJob:
 
     def _eigsh_result(self) -> EigshResult[AsyncVector]:
         message = self._message.result.eigsh
-        outcome = job_pb2.EigshResult.Outcome.Name(message.outcome)
         return EigshResult(
             eigenvalues=np.array(message.eigenvalues, np.float64),
             residuals=np.array(message.residuals, np.float64),
@@ -201,7 +210,7 @@ class AsyncJob:
                 for vector in message.eigenvectors
             ],
             num_products=message.num_products,
-            outcome=outcome.removeprefix("OUTCOME_"),
+            outcome=plain_name(job_pb2.EigshResult.Outcome, message.outcome, "OUTCOME_"),
             symmetry_defect=message.symmetry_defect,
             ritz_values=np.array(message.ritz_values, np.float64),
             ritz_weights=np.array(message.ritz_weights, np.float64),
@@ -225,11 +234,10 @@ class AsyncJob:
                 async with aclosing(stream):
                     async for message in stream:
                         pauses.reset()
-                        if message.event.HasField("heartbeat"):
-                            continue
                         event = event_from_proto(message.event)
-                        after_sequence = event.sequence
-                        yield event
+                        after_sequence = max(after_sequence, message.event.sequence)
+                        if event is not None:
+                            yield event
                 if (await self.refresh()).ended:
                     return
                 # A stream ends after the event of a final state only.

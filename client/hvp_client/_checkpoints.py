@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from hvp_protos.v1 import checkpoint_pb2
 
 from hvp_client._blobs import ProgressCallback, Source, upload_blobs
+from hvp_client._enums import plain_name
 from hvp_client._exceptions import FailedPreconditionError
 from hvp_client._folders import open_folder
 from hvp_client._session import Session, new_request_id
@@ -59,10 +60,9 @@ class Checkpoint:
 
 def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
     """Make the record of a message."""
-    state = checkpoint_pb2.Checkpoint.State.Name(message.state)
     return Checkpoint(
         name=message.name,
-        state=state.removeprefix("STATE_"),
+        state=plain_name(checkpoint_pb2.Checkpoint.State, message.state, "STATE_"),
         architecture=message.architecture,
         num_parameters=message.num_parameters,
         vocab_size=message.vocab_size,

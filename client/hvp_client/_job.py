@@ -33,7 +33,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` or `CANCELLED`."""
+        """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`."""
         return self._current().state
 
     @property
@@ -111,6 +111,7 @@ class Job:
             DeadlineExceededError: `JOB_NOT_ENDED`: the time is over and the job goes on.
             JobFailedError: The job failed; code, reason and metadata are its run's.
             JobCancelledError: The job was cancelled.
+            UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
         """
         result = self._portal.run(self._twin.result(timeout_s))
         vectors = [Vector(self._portal, twin) for twin in result.eigenvectors]

@@ -11,6 +11,7 @@ import numpy as np
 from hvp_protos.v1 import job_pb2
 from numpy.typing import NDArray
 
+from hvp_client._enums import plain_name
 from hvp_client._exceptions import (
     BY_STATUS,
     HvpError,
@@ -140,7 +141,7 @@ def state_name(state: job_pb2.Job.State.ValueType) -> str:
     """Plain name of a state, as in `RUNNING`, which a job asked to stop still is."""
     if state == job_pb2.Job.STATE_CANCELLING:
         return "RUNNING"
-    return job_pb2.Job.State.Name(state).removeprefix("STATE_")
+    return plain_name(job_pb2.Job.State, state, "STATE_")
 
 
 def state_values(name: str) -> list[job_pb2.Job.State.ValueType]:
@@ -225,8 +226,8 @@ _CODE_NAMES = {
 }
 
 
-def event_from_proto(message: job_pb2.JobEvent) -> Event:
-    """Make the record of a stored event; heartbeats are not stored."""
+def event_from_proto(message: job_pb2.JobEvent) -> Event | None:
+    """Make the record of an event; None of a heartbeat, and of a kind new to this client."""
     if message.HasField("progress"):
         return Event(
             type="progress",
@@ -234,6 +235,8 @@ def event_from_proto(message: job_pb2.JobEvent) -> Event:
             time=from_timestamp(message.time),
             progress=progress_from_proto(message.progress),
         )
+    if not message.HasField("state_change"):
+        return None
     change = message.state_change
     return Event(
         type="state",

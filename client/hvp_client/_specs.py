@@ -10,6 +10,7 @@ from hvp_protos.v1 import job_pb2, operator_pb2
 
 from hvp_client._batches import Batch
 from hvp_client._checkpoints import Checkpoint
+from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
 
 
@@ -64,7 +65,7 @@ def operator_spec(
 
 def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
     """Plain name of a kind of operator, as in `ggn`."""
-    return operator_pb2.OperatorSpec.Kind.Name(kind).removeprefix("KIND_").lower()
+    return plain_name(operator_pb2.OperatorSpec.Kind, kind, "KIND_").lower()
 
 
 def eigsh_spec(

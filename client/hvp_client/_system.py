@@ -7,6 +7,7 @@ from datetime import datetime
 
 from hvp_protos.v1 import system_pb2
 
+from hvp_client._enums import plain_name
 from hvp_client._times import from_timestamp
 
 
@@ -82,7 +83,7 @@ def worker_group_from_proto(message: system_pb2.WorkerGroup) -> WorkerGroup:
     """Make the record of a message."""
     return WorkerGroup(
         name=message.name,
-        state=system_pb2.WorkerGroup.State.Name(message.state).removeprefix("STATE_"),
+        state=plain_name(system_pb2.WorkerGroup.State, message.state, "STATE_"),
         generation=message.generation,
         device=message.device,
         ranks=tuple(

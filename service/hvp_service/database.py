@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import secrets
-from collections.abc import AsyncIterator
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.schema import CreateColumn
+
+from hvp_service.errors import ServiceError
 
 # Another number is another format, which no other server may open. A column that is added with a
 # default for the rows without it leaves the number as it is: see `_add_columns`.
@@ -157,12 +163,33 @@ server = sa.Table(
 )
 
 
-_PATIENCE_S = 30
+_PATIENCE_S = 30.0
 _LOG_PAGES = 100
+_RETRY_AFTER_S = 5.0
+
+# What SQLite cannot do now and may do later: a lock, a disk that is full or fails, no descriptor.
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+    }
+)
 
 
-class DatabaseBusyError(Exception):
-    """Another transaction has held the write lock for long: nothing of this one has happened."""
+class DatabaseBusyError(ServiceError):
+    """The database cannot be used at present: nothing of this transaction has happened."""
+
+    def __init__(self, why: str):
+        super().__init__(
+            "STATE_DIR_BUSY",
+            f"The state folder's database cannot be used at present ({why}): its disk is slow or "
+            "full, or another program holds it. Call again.",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
 
 class SchemaVersionError(Exception):
@@ -178,27 +205,45 @@ class Database:
 
     def __init__(self, engine: AsyncEngine, page_token_key: bytes):
         self._engine = engine
+        # SQLite has one writer at a time. Writers wait for their turn here, without a connection,
+        # so that however many wait, readers find one.
+        self._turn = asyncio.Lock()
         self.page_token_key = page_token_key
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that sees one state of the rows."""
-        async with self._engine.connect() as connection, connection.begin():
-            yield connection
+        """A transaction that sees one state of the rows.
+
+        Raises:
+            DatabaseBusyError: Every connection is taken, or another program holds the file whole.
+        """
+        with _passing_troubles():
+            async with self._engine.connect() as connection, connection.begin():
+                yield connection
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that nobody else writes beside.
 
         Raises:
-            DatabaseBusyError: The disk is slow, or another process has the file open.
+            DatabaseBusyError: The disk is slow or full, or another process has the file open.
         """
-        async with self._engine.connect() as connection:
-            # IMMEDIATE takes the write lock first: a read that later wants to write could only
-            # fail when another writer came between.
-            immediate = await connection.execution_options(immediate=True)
-            async with immediate.begin():
-                yield immediate
+        deadline = time.monotonic() + _PATIENCE_S
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise DatabaseBusyError(f"others wrote for {_PATIENCE_S:g} s") from None
+        try:
+            with _passing_troubles():
+                async with self._engine.connect() as connection:
+                    # IMMEDIATE takes the write lock first: a read that later wants to write could
+                    # only fail when another writer came between.
+                    immediate = await connection.execution_options(write_deadline=deadline)
+                    async with immediate.begin():
+                        yield immediate
+        finally:
+            self._turn.release()
 
     async def shrink(self) -> None:
         """Give the room of deleted rows back to the disk; files of 0.1 keep it for new rows."""
@@ -210,29 +255,55 @@ class Database:
         await self._engine.dispose()
 
 
+@contextlib.contextmanager
+def _passing_troubles() -> Iterator[None]:
+    """Give what SQLite may do later, wherever it comes up, the one name that callers know."""
+    try:
+        yield
+    except sa.exc.TimeoutError as error:
+        raise DatabaseBusyError("every connection is in use") from error
+    except (sa.exc.DBAPIError, sqlite3.Error) as error:
+        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        if getattr(cause, "sqlite_errorcode", -1) & 0xFF not in _PASSING:
+            raise
+        raise DatabaseBusyError(str(cause)) from error
+
+
 def _prepare_connection(connection: Any, _: Any) -> None:
     # The driver's own transaction handling starts no transaction before SELECT; with it off,
     # `_begin` decides.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for a new file: see `shrink`
+    cursor.execute(_patience(_PATIENCE_S))
     cursor.execute("PRAGMA journal_mode=WAL")
     # The log beside the rows is written back early: by itself it would grow to 4 MiB and stay so.
     cursor.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
     cursor.execute(f"PRAGMA journal_size_limit={_LOG_PAGES * 4096}")
     cursor.execute("PRAGMA synchronous=FULL")  # a row promised to a caller survives a power cut
-    cursor.execute(f"PRAGMA busy_timeout={int(1000 * _PATIENCE_S)}")
     cursor.close()
 
 
 def _begin(connection: sa.Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate", False)
+    deadline: float | None = connection.get_execution_options().get("write_deadline")
+    if deadline is None:
+        connection.exec_driver_sql("BEGIN")
+    else:
+        # Whoever has waited for a turn has less time left to wait for other programs.
+        connection.exec_driver_sql(_patience(deadline - time.monotonic()))
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _patience(seconds: float) -> str:
+    return f"PRAGMA busy_timeout={max(1, int(1000 * seconds))}"
+
+
+def _loads(text: str) -> Any:
+    """Values of a JSON column; damaged text stays text, or one row would spoil its whole list."""
     try:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-    except sa.exc.OperationalError as error:
-        if "database is locked" not in str(error.orig):
-            raise
-        raise DatabaseBusyError(f"the database was locked for {_PATIENCE_S} s") from error
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _add_columns(connection: sa.Connection) -> None:
@@ -255,8 +326,14 @@ async def open_database(path: Path) -> Database:
 
     Raises:
         SchemaVersionError: The file holds another version's tables.
+        DatabaseBusyError: Another program holds the file.
     """
-    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    engine = create_async_engine(
+        # Made of parts: in a URL written out, a `?` of the path would begin its query.
+        sa.URL.create("sqlite+aiosqlite", database=str(path)),
+        pool_timeout=_PATIENCE_S,
+        json_deserializer=_loads,
+    )
     sa.event.listen(engine.sync_engine, "connect", _prepare_connection)
     sa.event.listen(engine.sync_engine, "begin", _begin)
     database = Database(engine, b"")

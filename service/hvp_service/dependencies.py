@@ -78,6 +78,7 @@ async def open_dependencies(
 
     Raises:
         SchemaVersionError: The state directory is another version's.
+        ServiceError: STATE_DIR_BUSY.
         BackendError: The ranks do not start.
     """
     database = await open_database(state_dir.database)

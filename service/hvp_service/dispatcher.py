@@ -13,13 +13,14 @@ from hvp_workers.backend import (
     BackendError,
     EigshProgress,
     EigshResult,
-    EigshSpec,
     GroupLostError,
 )
 
 from hvp_service.clock import now_us
 from hvp_service.config import ServerConfig
-from hvp_service.errors import ServiceError, code_of
+from hvp_service.database import DatabaseBusyError
+from hvp_service.eigsh_limits import backend_spec, check_fits
+from hvp_service.errors import ServiceError, code_of, fault_message, is_fault
 from hvp_service.group_supervisor import GroupSupervisor
 from hvp_service.job_store import (
     Job,
@@ -30,10 +31,14 @@ from hvp_service.job_store import (
     StaleLeaseError,
     attempts_exhausted,
 )
-from hvp_service.names import Name
+from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import OperatorResolver, ResolvedOperator
+from hvp_service.patience import until_done
 from hvp_service.vector_rows import Vector
 from hvp_service.vector_store import VectorStore
+
+# A run whose ranks have been ended writes its row and is gone.
+_PARTING_S = 2.0
 
 log = structlog.get_logger()
 
@@ -45,7 +50,8 @@ class _InterruptedError(Exception):
 class Dispatcher:
     """One loop that acts: claims a job, runs it, writes how it ended.
 
-    Law: whatever happens to a run, its job is afterwards ended or queued again.
+    Law: whatever happens to a run, its job is afterwards ended or queued again. A database that is
+    busy ends no job, and an attempt that the server's own end cuts short does not count.
     """
 
     def __init__(
@@ -81,24 +87,33 @@ class Dispatcher:
             self._cancelled = True
 
     async def stop(self, grace_s: float) -> None:
-        """Queue the running job again after its current product and end the loop."""
+        """Queue the running job again, after its current product if that ends within the grace.
+
+        Otherwise the ranks are ended, and with them every call that still runs.
+        """
         self._stopping = True
         self._work.set()
         if self._task is None:
             return
         # While the group is being started again there is no product to wait for.
-        grace_s = grace_s if self._group.state == "READY" else 0.0
-        await asyncio.wait([self._task], timeout=grace_s)
+        if self._group.state == "READY":
+            await asyncio.wait([self._task], timeout=grace_s)
+            if not self._task.done():
+                log.warning("a product outlasts the grace: ending the ranks", grace_s=grace_s)
+                try:
+                    await self._group.close()
+                except Exception:
+                    log.exception("the ranks were not ended in order")
+                await asyncio.wait([self._task], timeout=_PARTING_S)
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait([self._task], timeout=_PARTING_S)
 
     async def _loop(self) -> None:
         while not self._stopping:
             await self._group.wait_ready()
             self._work.clear()
             try:
-                job = await self._jobs.claim()
+                job = await until_done(self._jobs.claim)
                 if job is not None:
                     await self._run(job)
                     continue
@@ -129,62 +144,71 @@ class Dispatcher:
             renewal.cancel()
 
     async def _attempt(self, job: Job) -> Job:
+        """Run a job and write how that ended, or that it waits again."""
+        end: JobResult | JobError | None = None  # CANCELLED
         try:
-            if (await self._jobs.get(job.name)).state == "CANCELLING":
+            if (await until_done(lambda: self._jobs.get(job.name))).state == "CANCELLING":
                 self._cancelled = True  # between the claim and now
-            return await self._jobs.finish(job.lease, await self._eigsh(job))
-        except _InterruptedError:
-            if self._cancelled:
-                return await self._jobs.finish(job.lease, None)
-            return await self._jobs.give_back(job.lease)
-        except GroupLostError as error:
-            self._group.lose(error)
-            return await self._lost(job, str(error))
-        except BackendError as error:
-            failure = JobError(
-                code=code_of(error.reason),
-                reason=error.reason,
-                message=error.message,
-                metadata=error.metadata,
-            )
-            return await self._jobs.finish(job.lease, failure)
-        except ServiceError as error:
-            if error.reason == "WORKER_GROUP_LOST":
-                return await self._lost(job, str(error))
-            failure = JobError(
-                code=error.code,
-                reason=error.reason,
-                message=error.message,
-                metadata=error.metadata,
-            )
-            return await self._jobs.finish(job.lease, failure)
+            if self._cancelled or self._stopping:
+                raise _InterruptedError
+            end = await self._eigsh(job)
         except StaleLeaseError:
             raise
-        except Exception:
-            log.exception("job failed through a fault of this server", job=str(job.name))
-            failure = JobError(
-                code=code_of("INTERNAL"),
-                reason="INTERNAL",
-                message=f"A fault of the server; its log has the details under {job.name}.",
+        except _InterruptedError:
+            if not self._cancelled:
+                return await self._queue_again(job, counted=False)
+        except Exception as error:
+            if isinstance(error, GroupLostError):
+                self._group.lose(error)
+            if isinstance(error, DatabaseBusyError) or (self._stopping and _is_loss(error)):
+                return await self._queue_again(job, counted=False)
+            if not _is_loss(error):
+                end = self._failure(job, error)
+            elif job.attempt < job.max_attempts:
+                return await self._queue_again(job)
+            else:
+                end = attempts_exhausted(job, str(error))
+        return await self._finish(job, end)
+
+    async def _queue_again(self, job: Job, *, counted: bool = True) -> Job:
+        return await until_done(lambda: self._jobs.give_back(job.lease, counted=counted))
+
+    async def _finish(self, job: Job, end: JobResult | JobError | None) -> Job:
+        try:
+            return await until_done(lambda: self._jobs.finish(job.lease, end))
+        except StaleLeaseError:
+            raise
+        except Exception as error:
+            if not isinstance(end, JobResult):
+                raise
+            failure = self._failure(job, error)  # a result that no row can hold
+            await self._withdraw([parse(name, "vectors").id for name in end.eigenvectors])
+            return await until_done(lambda: self._jobs.finish(job.lease, failure))
+
+    def _failure(self, job: Job, error: Exception) -> JobError:
+        """Why a job failed, as its owner hears it; the log hears the rest."""
+        if isinstance(error, (BackendError, ServiceError)) and not is_fault(error.reason):
+            code = error.code if isinstance(error, ServiceError) else code_of(error.reason)
+            return JobError(
+                code=code, reason=error.reason, message=error.message, metadata=error.metadata
             )
-            return await self._jobs.finish(job.lease, failure)
+        what, name = "job failed through a fault of this server", str(job.name)
+        if isinstance(error, BackendError):
+            log.error(what, job=name, error=str(error), exception=error.trace)
+        else:
+            log.error(what, job=name, exc_info=error)
+        return JobError(
+            code=code_of("INTERNAL"), reason="INTERNAL", message=fault_message(str(job.name))
+        )
 
     async def _eigsh(self, job: Job) -> JobResult:
         spec = job.spec
-        resolved = await self._operators.resolve(spec.operator)
+        assert spec is not None  # the store claims no other
+        resolved = await until_done(lambda: self._operators.resolve(spec.operator))
+        # Before anything is made for each pair: the row may be older than the check at its making.
+        await check_fits(self._group, spec, resolved)
         outputs = [f"{job.name.id}-{index}" for index in range(spec.k)]
-        run = self._group.backend.eigsh(
-            resolved.operator,
-            EigshSpec(
-                k=spec.k,
-                which=spec.which,
-                tol=spec.tol,
-                max_products=spec.max_products,
-                seed=spec.seed,
-                num_lanczos_vectors=spec.num_lanczos_vectors,
-            ),
-            outputs,
-        )
+        run = self._group.backend.eigsh(resolved.operator, backend_spec(spec), outputs)
         try:
             # Every implementation is an async generator; the interface promises `aclose`.
             async with contextlib.aclosing(
@@ -217,7 +241,7 @@ class Dispatcher:
                 if self._cancelled:
                     raise _InterruptedError
                 if latest is not None:
-                    await self._jobs.report(lease, latest)
+                    await self._report(lease, latest)
                 return item
             latest = item
             # A product of a small model takes a millisecond, a durable row several.
@@ -225,11 +249,26 @@ class Dispatcher:
                 item.stage != stored_stage
                 or time.monotonic() - stored_at >= self._config.progress_interval_s
             ):
-                await self._jobs.report(lease, item)
-                stored_at, stored_stage, latest = time.monotonic(), item.stage, None
+                if await self._report(lease, item):
+                    stored_stage, latest = item.stage, None
+                stored_at = time.monotonic()
             if self._cancelled or self._stopping:
                 raise _InterruptedError
         raise RuntimeError("the backend's run ended without a result")
+
+    async def _report(self, lease: Lease, progress: EigshProgress) -> bool:
+        """Whether progress has been stored; that it has not is no reason to stop a run."""
+        try:
+            await self._jobs.report(lease, progress)
+        except StaleLeaseError:
+            raise
+        except DatabaseBusyError as error:
+            log.warning("progress was not stored", job=str(lease.name), why=str(error))
+        except Exception:
+            log.exception("progress was not stored", job=str(lease.name))
+        else:
+            return True
+        return False
 
     async def _keep(self, job: Job, resolved: ResolvedOperator, outputs: list[str]) -> list[Vector]:
         made = [
@@ -248,24 +287,23 @@ class Dispatcher:
         # In files they are at hand; k vectors of every job would fill the ranks' memory.
         with contextlib.suppress(ServiceError):  # ranks that are lost just now are as good
             await self._vectors.free(outputs)
-        await self._vectors.add(made, resident=False)
+        await until_done(lambda: self._vectors.add(made, resident=False))
         log.debug("eigenvectors kept", job=str(job.name), microseconds=now_us() - created)
         return made
 
     async def _withdraw(self, outputs: list[str]) -> None:
         try:
-            await self._vectors.withdraw(outputs)
+            await until_done(lambda: self._vectors.withdraw(outputs))
         except Exception:
             log.exception("a job's eigenvectors were not cleared away")
 
-    async def _lost(self, job: Job, cause: str) -> Job:
-        if job.attempt >= job.max_attempts:
-            return await self._jobs.finish(job.lease, attempts_exhausted(job, cause))
-        return await self._jobs.give_back(job.lease)
-
     async def _give_back(self, lease: Lease) -> None:
-        with contextlib.suppress(StaleLeaseError):
-            await self._jobs.give_back(lease)
+        try:
+            await self._jobs.give_back(lease, counted=False)
+        except StaleLeaseError:
+            pass
+        except Exception:
+            log.exception("a job was not queued again; it is when its lease has run out")
 
     async def _renew(self, lease: Lease) -> None:
         while True:
@@ -276,3 +314,10 @@ class Dispatcher:
                 return
             except Exception:
                 log.exception("a lease was not renewed; trying again", job=str(lease.name))
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a run ended with the ranks and not through anything of its own."""
+    return isinstance(error, GroupLostError) or (
+        isinstance(error, ServiceError) and error.reason in ("WORKER_GROUP_LOST", "SERVER_DRAINING")
+    )

@@ -13,6 +13,15 @@ Result = TypeVar("Result")
 RETRY_AFTER_S = 5.0
 
 
+def draining() -> ServiceError:
+    """What a call hears that comes too late."""
+    return ServiceError(
+        "SERVER_DRAINING",
+        "The server is going down; call again when it is back.",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
 class Drain:
     """Set once, when the server is asked to stop."""
 
@@ -39,11 +48,7 @@ class Drain:
             ServiceError: SERVER_DRAINING.
         """
         if self.begun:
-            raise ServiceError(
-                "SERVER_DRAINING",
-                "The server is going down; call again when it is back.",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise draining()
 
     async def or_refuse(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Wait for something only as long as the server stays up.

@@ -28,6 +28,7 @@ CODES: dict[str, int] = {
     "INSUFFICIENT_CLUSTER_MEMORY": code.FAILED_PRECONDITION,
     "INTERNAL": code.INTERNAL,
     "JOB_NOT_ENDED": code.FAILED_PRECONDITION,
+    "JOB_UNREADABLE": code.FAILED_PRECONDITION,
     "KIND_UNSPECIFIED": code.INVALID_ARGUMENT,
     "KIND_UNSUPPORTED": code.UNIMPLEMENTED,
     "K_INVALID": code.INVALID_ARGUMENT,
@@ -91,6 +92,20 @@ def code_of(reason: str, *, names_field: bool = False) -> int:
     if names_field and reason in FIELD_CODES:
         return FIELD_CODES[reason]
     return CODES.get(reason, CODES["INTERNAL"])
+
+
+def is_fault(reason: str) -> bool:
+    """Whether a reason says only that this side is at fault, which the log explains."""
+    return code_of(reason) == CODES["INTERNAL"]
+
+
+def fault_message(where: str) -> str:
+    """What a caller hears of a fault.
+
+    Args:
+        where: Name under which the log has the details.
+    """
+    return f"A fault of the server; its log has the details under {where}."
 
 
 class ServiceError(Exception):

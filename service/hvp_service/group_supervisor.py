@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import structlog
 from hvp_workers.backend import Backend, BackendError, GroupLostError
 
+from hvp_service.drain import draining
 from hvp_service.errors import ServiceError
 
 Result = TypeVar("Result")
@@ -25,13 +26,16 @@ log = structlog.get_logger()
 class GroupSupervisor:
     """Runs calls on the backend to their end, whoever still waits for them.
 
-    Law: after a loss no call reaches the ranks before they have been started anew.
+    Law: after a loss no call reaches the ranks before they have been started anew, and whatever a
+    start meets, it is tried again.
     """
 
     def __init__(self, backend: Backend):
         self.backend = backend
         self.state: GroupState = "STARTING"
+        self._closed = False
         self._ready = asyncio.Event()
+        self._changed = asyncio.Event()
         self._restart: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -42,15 +46,16 @@ class GroupSupervisor:
             BackendError: They do not start.
         """
         await self.backend.start()
-        self._set_ready()
+        self._enter("READY")
 
     async def close(self) -> None:
-        """End the ranks; calls that still run end with them."""
+        """End the ranks, whatever they compute; calls that still run end with them. Idempotent."""
+        self._closed = True
         if self._restart is not None:
             self._restart.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._restart
-        self._ready.clear()
+        self._enter("LOST")
         await self.backend.close()
         if self._tasks:
             _, pending = await asyncio.wait(self._tasks, timeout=5)
@@ -62,12 +67,19 @@ class GroupSupervisor:
         """Return when the ranks can be called."""
         await self._ready.wait()
 
+    async def wait_other_than(self, state: GroupState) -> GroupState:
+        """Return the state as soon as it is another than this one."""
+        while self.state == state:
+            await self._changed.wait()
+        return self.state
+
     def lose(self, error: GroupLostError) -> None:
         """Note that the ranks are gone, and begin to start them again."""
-        if self.state == "READY":
-            log.warning("worker group lost", reason=error.reason, message=error.message)
-            self.state = "LOST"
-            self._ready.clear()
+        if self.state == "READY" and not self._closed:
+            log.error(
+                "worker group lost", reason=error.reason, message=error.message, **_trace_of(error)
+            )
+            self._enter("LOST")
             self._restart = asyncio.create_task(self._start_again())
 
     async def call(
@@ -83,7 +95,7 @@ class GroupSupervisor:
             undo: Runs after `work` when the caller left before its end.
 
         Raises:
-            ServiceError: WORKER_GROUP_LOST.
+            ServiceError: WORKER_GROUP_LOST, SERVER_DRAINING.
             BackendError: What the ranks refused.
         """
         if self.state != "READY":
@@ -118,6 +130,8 @@ class GroupSupervisor:
             await undo()
         except (BackendError, ServiceError) as error:
             log.warning("could not clear up after a caller who left", error=str(error))
+        except Exception:
+            log.exception("could not clear up after a caller who left")
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
@@ -134,23 +148,41 @@ class GroupSupervisor:
             try:
                 await self.backend.start()
             except BackendError as error:
-                log.warning("worker group does not start", error=str(error), pause_s=pause_s)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                log.error(
+                    "worker group does not start",
+                    error=str(error),
+                    pause_s=pause_s,
+                    **_trace_of(error),
+                )
+            except Exception:  # a full disk, no descriptor left, Ray's own: it may be over then
+                log.exception("worker group does not start", pause_s=pause_s)
             else:
                 break
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         log.info("worker group started again", generation=self.backend.generation)
-        self._set_ready()
+        self._enter("READY")
 
-    def _set_ready(self) -> None:
-        self.state = "READY"
-        self._ready.set()
+    def _enter(self, state: GroupState) -> None:
+        self.state = state
+        if state == "READY":
+            self._ready.set()
+        else:
+            self._ready.clear()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    @staticmethod
-    def _lost_error() -> ServiceError:
+    def _lost_error(self) -> ServiceError:
+        if self._closed:
+            return draining()
         return ServiceError(
             "WORKER_GROUP_LOST",
             "A worker process died or hung; the group is being started again. Call again: vectors "
             "from a seed or an upload come back by themselves, products must be made again.",
             retry_after_s=RETRY_AFTER_S,
         )
+
+
+def _trace_of(error: BackendError) -> dict[str, str]:
+    """The part of a log's line that shows where a rank met what nobody foresaw."""
+    return {"exception": error.trace} if error.trace else {}

@@ -59,10 +59,10 @@ class JobResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One job as its row has it."""
+    """One job as its row has it, as far as this version can read the row."""
 
     name: Name
-    spec: EigshJob
+    spec: EigshJob | None  # None: another version's
     labels: Mapping[str, str]
     state: JobState = "QUEUED"
     attempt: int = 0
@@ -79,6 +79,13 @@ class Job:
     def lease(self) -> Lease:
         """The right to write to this attempt."""
         return Lease(self.name, self.attempt)
+
+    def uses(self, resource: Name) -> bool:
+        """Whether its spec names a checkpoint or a data batch."""
+        if self.spec is None:
+            return False
+        operator = self.spec.operator
+        return str(resource) in (operator.checkpoint, operator.data_batch)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class JobEvent:
 
     sequence: int  # dense from 1
     time: int  # microseconds
-    body: StateChange | EigshProgress
+    body: StateChange | EigshProgress | None  # None: of a kind that this version does not know
 
 
 class JobStore(ABC):
@@ -115,6 +122,9 @@ class JobStore(ABC):
         A final state never changes.
         Of the attempts of a job only the newest can write; others raise StaleLeaseError.
         What a method has returned survives a crash.
+        A row that this version cannot read is shown as far as it can be, changes nothing for
+        others, and FAILED with JOB_UNREADABLE when its turn to run comes.
+        When the rows cannot be reached, a method raises DatabaseBusyError and has done nothing.
     """
 
     @abstractmethod
@@ -194,8 +204,12 @@ class JobStore(ABC):
         """
 
     @abstractmethod
-    async def give_back(self, lease: Lease) -> Job:
+    async def give_back(self, lease: Lease, *, counted: bool = True) -> Job:
         """Queue an attempt's job again at its old place; one being cancelled is CANCELLED.
+
+        Args:
+            lease: Of the attempt.
+            counted: Whether the attempt counts: it was lost, and not only cut short.
 
         Raises:
             StaleLeaseError: It is not ours any more.
@@ -213,7 +227,8 @@ class JobStore(ABC):
     async def recover(self) -> list[Job]:
         """Settle what servers that are gone were running; called once, at start.
 
-        RUNNING becomes QUEUED, or FAILED with ATTEMPTS_EXHAUSTED; CANCELLING becomes CANCELLED.
+        RUNNING becomes QUEUED, or FAILED with ATTEMPTS_EXHAUSTED or JOB_UNREADABLE; CANCELLING
+        becomes CANCELLED.
         """
 
     @abstractmethod
@@ -234,4 +249,14 @@ def attempts_exhausted(job: Job, cause: str) -> JobError:
         reason="ATTEMPTS_EXHAUSTED",
         message=f"All {job.max_attempts} attempts were lost; the last one: {cause}",
         metadata={"attempts": str(job.attempt)},
+    )
+
+
+def unreadable(name: Name) -> JobError:
+    """The end of a job whose row this version cannot read."""
+    return JobError(
+        code=code_of("JOB_UNREADABLE"),
+        reason="JOB_UNREADABLE",
+        message=f"The row of {name} was written by another version of the server, or is damaged. "
+        "Run that version to see it, or delete this job and make it again.",
     )

@@ -8,12 +8,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
+import structlog
 
 from hvp_service.clock import now_us
-from hvp_service.database import Database, requests
+from hvp_service.database import Database, DatabaseBusyError, requests
 from hvp_service.errors import ServiceError
 
 MAX_REQUEST_ID_LENGTH = 128
+
+log = structlog.get_logger()
 
 
 @dataclass
@@ -27,7 +30,8 @@ class RequestLog:
     """Answers that were given, by (project, method, request id).
 
     Law: of the calls with one key and one payload, at most one has its effect, however they
-    overlap; a call that failed has left no answer, and the next one tries again.
+    overlap; a call that failed has left no answer, and the next one tries again. An answer that
+    cannot be kept, because the database is busy, is given all the same.
     """
 
     def __init__(self, database: Database):
@@ -93,17 +97,21 @@ class RequestLog:
             self._check(row.payload_sha256, digest)
             return bytes(row.response)
         response = await respond()
-        async with self._database.writing() as connection:
-            await connection.execute(
-                requests.insert().values(
-                    project=project,
-                    method=method,
-                    request_id=request_id,
-                    payload_sha256=digest,
-                    response=response,
-                    create_time=now_us(),
+        try:
+            async with self._database.writing() as connection:
+                await connection.execute(
+                    requests.insert().values(
+                        project=project,
+                        method=method,
+                        request_id=request_id,
+                        payload_sha256=digest,
+                        response=response,
+                        create_time=now_us(),
+                    )
                 )
-            )
+        except DatabaseBusyError as error:
+            # A refusal now would have the caller try again, and the call its effect twice.
+            log.warning("an answer is given and not remembered", method=method, why=str(error))
         return response
 
     @staticmethod

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from hvp_service.config import ServerConfig
 from hvp_service.database import SchemaVersionError
 from hvp_service.dependencies import open_dependencies
+from hvp_service.errors import ServiceError
 from hvp_service.state_dir import StateDirectoryError, sole_use
 
 log = structlog.get_logger()
@@ -33,6 +34,7 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
     Raises:
         StateDirectoryError: Another server uses the state directory, or another user owns it.
         SchemaVersionError: The state directory is another version's.
+        ServiceError: Another program holds the database.
         BackendError: The ranks do not start.
         OSError: The address cannot be had.
     """
@@ -125,7 +127,11 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a server in the main thread; returns the exit status."""
+    """Run a server in the main thread, and end the process with it.
+
+    Returns:
+        The exit status, when it could not serve.
+    """
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before the first import of grpc
     os.umask(0o077)  # whatever this process and those it starts write is for this user alone
     try:
@@ -141,10 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logs()
     try:
         asyncio.run(serve(config))
-    except (StateDirectoryError, SchemaVersionError, BackendError, OSError) as error:
+    except (StateDirectoryError, SchemaVersionError, ServiceError, BackendError, OSError) as error:
         print(f"error: {lost_current_folder() or error}", file=sys.stderr)
         return 1
-    return 0
+    # What had to be closed is closed. A rank in a thread of this process may still compute, which
+    # nobody can stop, and what it works with must not be taken apart under it; and the
+    # interpreter's own tidying up takes seconds where Ray is loaded.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,24 @@ from typing import Any
 
 import sqlalchemy as sa
 from hvp_workers.backend import EigshProgress
-from pydantic import TypeAdapter
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.clock import SECOND, now_us
 from hvp_service.database import Database, job_events, jobs
 from hvp_service.errors import ServiceError, not_found
+from hvp_service.job_rows import (
+    ERROR,
+    PROGRESS,
+    RESULT,
+    SPEC,
+    STATE_CHANGE,
+    read_event,
+    read_job,
+)
 from hvp_service.job_store import (
     EVENTS_PER_PAGE,
     FINAL_STATES,
     HELD_STATES,
-    EigshJob,
     Job,
     JobError,
     JobEvent,
@@ -32,17 +39,12 @@ from hvp_service.job_store import (
     StaleLeaseError,
     StateChange,
     attempts_exhausted,
+    unreadable,
 )
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 
 _NAMES_PER_PAGE = 1000
-
-_SPEC = TypeAdapter(EigshJob)
-_PROGRESS = TypeAdapter(EigshProgress)
-_RESULT = TypeAdapter(JobResult)
-_ERROR = TypeAdapter(JobError)
-_STATE_CHANGE = TypeAdapter(StateChange)
 
 
 class SqliteJobStore(JobStore):
@@ -63,10 +65,11 @@ class SqliteJobStore(JobStore):
         self._changes: dict[Name, asyncio.Event] = {}
 
     async def create(self, job: Job, max_queued: int) -> Job:
+        assert job.spec is not None
         async with self._database.writing() as connection:
             row = await self._row(connection, job.name)
             if row is not None:
-                return _from_row(row)
+                return read_job(row)
             queued = await connection.scalar(
                 sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == "QUEUED")
             )
@@ -78,7 +81,7 @@ class SqliteJobStore(JobStore):
                 jobs.insert().values(
                     project=job.name.project,
                     id=job.name.id,
-                    spec=_SPEC.dump_python(job.spec, mode="json"),
+                    spec=SPEC.dump_python(job.spec, mode="json"),
                     labels=dict(job.labels),
                     state="QUEUED",
                     attempt=0,
@@ -112,7 +115,7 @@ class SqliteJobStore(JobStore):
                 where=where,
                 newest_first=True,
             )
-        return [_from_row(row, with_result=False) for row in rows], token
+        return [_listed(read_job(row)) for row in rows], token
 
     async def delete(self, name: Name) -> None:
         job = await self.get(name)
@@ -146,25 +149,20 @@ class SqliteJobStore(JobStore):
                     jobs.c.project == project, jobs.c.state.not_in(sorted(FINAL_STATES))
                 )
             )
-            return [_from_row(row) for row in rows]
+            found = [read_job(row) for row in rows]
+        return [job for job in found if job.state not in FINAL_STATES]
 
     async def claim(self) -> Job | None:
         now = now_us()
         async with self._database.writing() as connection:
-            settled = await self._settle(
+            changed = await self._settle(
                 connection, jobs.c.lease_expire < now, "its lease ran out while the job ran."
             )
-            row = (
-                await connection.execute(
-                    sa.select(jobs)
-                    .where(jobs.c.state == "QUEUED")
-                    .order_by(jobs.c.create_time, jobs.c.id)
-                    .limit(1)
-                )
-            ).one_or_none()
             claimed = None
-            if row is not None:
-                job = _from_row(row)
+            while claimed is None and (job := await self._oldest_queued(connection)) is not None:
+                if job.spec is None:
+                    changed.append(await self._end(connection, job, unreadable(job.name)))
+                    continue
                 claimed = await self._change(
                     connection,
                     job,
@@ -175,9 +173,16 @@ class SqliteJobStore(JobStore):
                     lease_owner=self._owner,
                     lease_expire=now + self._lease_us,
                 )
-        for job in settled if claimed is None else [*settled, claimed]:
+                changed.append(claimed)
+        for job in changed:
             self._notify(job.name)
         return claimed
+
+    async def _oldest_queued(self, connection: AsyncConnection) -> Job | None:
+        query = sa.select(jobs).where(jobs.c.state == "QUEUED")
+        query = query.order_by(jobs.c.create_time, jobs.c.id).limit(1)
+        row = (await connection.execute(query)).one_or_none()
+        return None if row is None else read_job(row)
 
     async def renew(self, lease: Lease) -> None:
         async with self._database.writing() as connection:
@@ -191,7 +196,7 @@ class SqliteJobStore(JobStore):
     async def report(self, lease: Lease, progress: EigshProgress) -> None:
         async with self._database.writing() as connection:
             job = await self._held(connection, lease)
-            body = _PROGRESS.dump_python(progress, mode="json")
+            body = PROGRESS.dump_python(progress, mode="json")
             await self._append(
                 connection,
                 job,
@@ -208,17 +213,22 @@ class SqliteJobStore(JobStore):
         self._notify(lease.name)
         return ended
 
-    async def give_back(self, lease: Lease) -> Job:
+    async def give_back(self, lease: Lease, *, counted: bool = True) -> Job:
         async with self._database.writing() as connection:
             job = await self._held(connection, lease)
             if job.state == "CANCELLING":
                 changed = await self._end(connection, job, None)
             else:
-                changed = await self._change(
-                    connection, job, state="QUEUED", lease_owner="", lease_expire=0
-                )
+                # The number of an attempt that does not count is given again, to another owner.
+                attempt = job.attempt if counted else job.attempt - 1
+                changed = await self._requeue(connection, job, attempt=attempt)
         self._notify(lease.name)
         return changed
+
+    async def _requeue(self, connection: AsyncConnection, job: Job, **columns: Any) -> Job:
+        return await self._change(
+            connection, job, state="QUEUED", lease_owner="", lease_expire=0, **columns
+        )
 
     async def cancel(self, name: Name) -> Job:
         async with self._database.writing() as connection:
@@ -249,17 +259,15 @@ class SqliteJobStore(JobStore):
         rows = await connection.execute(
             sa.select(jobs).where(jobs.c.state.in_(sorted(HELD_STATES)), lost)
         )
-        for job in [_from_row(row) for row in rows]:
+        for job in [read_job(row) for row in rows]:
             if job.state == "CANCELLING":
                 settled.append(await self._end(connection, job, None))
+            elif job.spec is None:
+                settled.append(await self._end(connection, job, unreadable(job.name)))
             elif job.attempt >= job.max_attempts:
                 settled.append(await self._end(connection, job, attempts_exhausted(job, cause)))
             else:
-                settled.append(
-                    await self._change(
-                        connection, job, state="QUEUED", lease_owner="", lease_expire=0
-                    )
-                )
+                settled.append(await self._requeue(connection, job))
         return settled
 
     async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
@@ -286,9 +294,7 @@ class SqliteJobStore(JobStore):
                 .order_by(job_events.c.sequence)
                 .limit(EVENTS_PER_PAGE)
             )
-            return [
-                JobEvent(sequence=row.sequence, time=row.time, body=_body(row.body)) for row in rows
-            ]
+            return [read_event(row) for row in rows]
 
     async def _row(self, connection: AsyncConnection, name: Name) -> sa.Row[Any] | None:
         return (await connection.execute(sa.select(jobs).where(*_is(name)))).one_or_none()
@@ -297,7 +303,7 @@ class SqliteJobStore(JobStore):
         row = await self._row(connection, name)
         if row is None:
             raise not_found(str(name), "job")
-        return _from_row(row)
+        return read_job(row)
 
     async def _held(self, connection: AsyncConnection, lease: Lease) -> Job:
         row = await self._row(connection, lease.name)
@@ -308,17 +314,17 @@ class SqliteJobStore(JobStore):
             or row.lease_owner != self._owner
         ):
             raise StaleLeaseError(f"attempt {lease.attempt} of {lease.name} is not ours any more")
-        return _from_row(row)
+        return read_job(row)
 
     async def _end(
         self, connection: AsyncConnection, job: Job, end: JobResult | JobError | None
     ) -> Job:
         columns: dict[str, Any] = {"end_time": now_us(), "lease_owner": "", "lease_expire": 0}
         if isinstance(end, JobResult):
-            columns["result"] = _RESULT.dump_python(end, mode="json")
+            columns["result"] = RESULT.dump_python(end, mode="json")
             return await self._change(connection, job, state="SUCCEEDED", **columns)
         if isinstance(end, JobError):
-            columns["error"] = _ERROR.dump_python(end, mode="json")
+            columns["error"] = ERROR.dump_python(end, mode="json")
             return await self._change(connection, job, state="FAILED", error_of=end, **columns)
         return await self._change(connection, job, state="CANCELLED", **columns)
 
@@ -334,7 +340,7 @@ class SqliteJobStore(JobStore):
         change = StateChange(
             state=state, attempt=columns.get("attempt", job.attempt), error=error_of
         )
-        body = {"kind": "state_change", "value": _STATE_CHANGE.dump_python(change, mode="json")}
+        body = {"kind": "state_change", "value": STATE_CHANGE.dump_python(change, mode="json")}
         return await self._append(connection, job, body, state=state, **columns)
 
     async def _append(
@@ -358,7 +364,7 @@ class SqliteJobStore(JobStore):
                 .returning(jobs)
             )
         ).one()
-        return _from_row(row)
+        return read_job(row)
 
     def _notify(self, name: Name) -> None:
         changed = self._changes.pop(name, None)
@@ -370,26 +376,9 @@ def _is(name: Name) -> tuple[sa.ColumnElement[bool], ...]:
     return jobs.c.project == name.project, jobs.c.id == name.id
 
 
-def _body(stored: dict[str, Any]) -> StateChange | EigshProgress:
-    if stored["kind"] == "progress":
-        return _PROGRESS.validate_python(stored["value"])
-    return _STATE_CHANGE.validate_python(stored["value"])
-
-
-def _from_row(row: sa.Row[Any], *, with_result: bool = True) -> Job:
-    result = row.result if with_result else None
-    return Job(
-        name=Name(row.project, "jobs", row.id),
-        spec=_SPEC.validate_python(row.spec),
-        labels=row.labels,
-        state=row.state,
-        attempt=row.attempt,
-        max_attempts=row.max_attempts,
-        progress=None if row.progress is None else _PROGRESS.validate_python(row.progress),
-        result=None if result is None else _RESULT.validate_python(result),
-        error=None if row.error is None else _ERROR.validate_python(row.error),
-        last_sequence=row.last_sequence,
-        create_time=row.create_time,
-        start_time=row.start_time,
-        end_time=row.end_time,
-    )
+def _listed(job: Job) -> Job:
+    """A job without what can be long: a page holds many."""
+    progress = job.progress
+    if progress is not None:
+        progress = replace(progress, ritz_values=(), residual_estimates=())
+    return replace(job, result=None, progress=progress)

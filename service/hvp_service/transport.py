@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc.aio
@@ -31,6 +33,7 @@ from hvp_protos.v1 import (
 
 from hvp_service.config import split_address
 from hvp_service.dependencies import Dependencies
+from hvp_service.group_supervisor import GroupState, GroupSupervisor
 from hvp_service.interceptors.draining import DrainingInterceptor
 from hvp_service.interceptors.errors import ErrorInterceptor
 from hvp_service.interceptors.limits import LimitInterceptor
@@ -96,10 +99,12 @@ class Transport:
 
     server: grpc.aio.Server
     health: HealthServicer
+    following: asyncio.Task[None]  # keeps health true to the worker group
     address: str  # HOST:PORT with the port that was taken
 
     async def stop(self, grace_s: float) -> None:
         """End it: NOT_SERVING at once, then running calls within the grace."""
+        self.following.cancel()
         await self.health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 
@@ -147,7 +152,18 @@ async def start_transport(deps: Dependencies) -> Transport:
     except RuntimeError as error:
         raise OSError(f"cannot listen on {deps.config.address}: {error}") from None
     await server.start()
-    for name in names:
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    following = asyncio.create_task(_follow(deps.group, health, ["", *names]))
     shown = f"[{host}]" if ":" in host else host
-    return Transport(server=server, health=health, address=f"{shown}:{port}")
+    return Transport(server=server, health=health, following=following, address=f"{shown}:{port}")
+
+
+async def _follow(group: GroupSupervisor, health: HealthServicer, names: Sequence[str]) -> None:
+    """Say SERVING while the ranks can be called, and NOT_SERVING while they cannot."""
+    while True:
+        state: GroupState = group.state
+        serving = health_pb2.HealthCheckResponse.ServingStatus.Value(
+            "SERVING" if state == "READY" else "NOT_SERVING"
+        )
+        for name in names:
+            await health.set(name, serving)
+        await group.wait_other_than(state)

@@ -180,7 +180,8 @@ class VectorStore:
         """Bring vectors to the ranks that are not there; inside a call on the group.
 
         Raises:
-            ServiceError: INPUT_MISSING for a product of ranks that are gone.
+            ServiceError: INPUT_MISSING for a product of ranks that are gone; RESOURCE_NOT_FOUND
+                for a vector that was deleted meanwhile.
             BackendError: VECTOR_MEMORY.
         """
         for vector in wanted:
@@ -193,10 +194,22 @@ class VectorStore:
                     "make it again.",
                     resource=str(vector.name),
                 )
-            await backend.create_vector(
-                vector.name.id, self.space(vector), self.source(vector, vector.recipe)
-            )
+            try:
+                await backend.create_vector(
+                    vector.name.id, self.space(vector), self.source(vector, vector.recipe)
+                )
+            finally:
+                # Deleted between its look-up and here, it would stay without a name; its file may
+                # have been what could not be read.
+                await self._require_row(backend, vector)
             self._resident.add((backend.generation, vector.name.id))
+
+    async def _require_row(self, backend: Backend, vector: Vector) -> None:
+        try:
+            await self.get(vector.name)
+        except ServiceError:
+            await backend.delete_vectors([vector.name.id])
+            raise
 
     def source(self, vector: Vector, recipe: Recipe) -> Source:
         """What the backend makes a vector from."""

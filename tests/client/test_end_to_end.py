@@ -390,9 +390,11 @@ def test_a_watcher_and_a_waiter_live_through_a_restart_of_the_server(
                     server.stop(how)
                     server = Server.start(tmp_path / "state", server.address)
             assert sequences == list(range(1, len(sequences) + 1))
-            assert max(attempts) == 2
+            # An attempt that a drain has cut short does not count.
+            expected = 2 if how == signal.SIGKILL else 1
+            assert max(attempts) == expected
             assert len(job.result(timeout_s=60).eigenvalues) == 2
-            assert job.attempt == 2
+            assert job.attempt == expected
             assert isinstance(job.error, HvpError | None)
     finally:
         server.stop()

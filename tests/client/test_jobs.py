@@ -4,17 +4,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, final
 
 import grpc
+import hvp_client
 import pytest
-from hvp_client import AsyncClient, InvalidArgumentError
-from hvp_client.cli.display import plain_line
-from hvp_protos.v1 import job_pb2, job_pb2_grpc
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from hvp_client import AsyncClient, InvalidArgumentError, UnimplementedError
+from hvp_client._checkpoints import checkpoint_from_proto
+from hvp_client._system import worker_group_from_proto
+from hvp_client.cli.display import plain_line, show_events
+from hvp_protos.v1 import checkpoint_pb2, job_pb2, job_pb2_grpc, system_pb2
+from rich.console import Console
 
 NAME = "projects/default/jobs/1"
 State = job_pb2.Job.State
+
+
+PAUSED = 17  # a state of a server to come
+Events = list[job_pb2.JobEvent]
+
+
+def of_a_server_to_come(message: Message) -> bytes:
+    """A message on the wire with one more field, an empty message of number 99."""
+    return message.SerializeToString() + b"\x9a\x06\x00"
 
 
 @final
@@ -25,9 +42,18 @@ class Jobs(job_pb2_grpc.JobServiceServicer):
         self.state = job_pb2.Job.STATE_SUCCEEDED
         self.asked: list[str] = []
         self.states: list[State.ValueType] = []
+        self.events: Events = []
+        self.change = job_pb2.Job()
+        self.result = job_pb2.JobResult(
+            eigsh=job_pb2.EigshResult(
+                eigenvalues=[2.5], outcome=job_pb2.EigshResult.OUTCOME_CONVERGED
+            )
+        )
 
     def job(self) -> job_pb2.Job:
-        return job_pb2.Job(name=NAME, state=self.state, attempt=1)
+        job = job_pb2.Job(name=NAME, state=self.state, attempt=1)
+        job.MergeFrom(self.change)
+        return job
 
     async def ListJobs(
         self, request: job_pb2.ListJobsRequest, context: Any
@@ -39,13 +65,16 @@ class Jobs(job_pb2_grpc.JobServiceServicer):
     async def GetJob(self, request: job_pb2.GetJobRequest, context: Any) -> job_pb2.GetJobResponse:
         self.asked.append("GetJob")
         job = self.job()
-        job.result.eigsh.eigenvalues.append(2.5)
-        job.result.eigsh.outcome = job_pb2.EigshResult.OUTCOME_CONVERGED
+        job.result.CopyFrom(self.result)
         return job_pb2.GetJobResponse(job=job)
 
     async def WatchJob(
         self, request: job_pb2.WatchJobRequest, context: Any
     ) -> AsyncIterator[job_pb2.WatchJobResponse]:
+        for event in self.events:
+            yield job_pb2.WatchJobResponse(event=event)
+        if self.events:
+            return
         states = [State.STATE_RUNNING, State.STATE_CANCELLING, State.STATE_CANCELLED]
         self.state = job_pb2.Job.STATE_CANCELLED
         for sequence, state in enumerate(states, 1):
@@ -110,3 +139,86 @@ async def test_jobs_cannot_be_listed_by_a_state_they_never_show(
         await client.jobs(states=[state])
     assert (caught.value.reason, caught.value.field) == ("STATE_UNKNOWN", "states")
     assert jobs.asked == []
+
+
+async def test_a_state_and_an_event_of_a_newer_server_neither_end_a_watch_nor_raise(
+    client: AsyncClient, jobs: Jobs
+) -> None:
+    jobs.state = job_pb2.Job.STATE_CANCELLED
+    event, change = job_pb2.JobEvent, job_pb2.JobEvent.StateChange
+    jobs.events = [
+        event(sequence=1, state_change=change(state=State.STATE_RUNNING, attempt=1)),
+        event(sequence=2, state_change=change(state=PAUSED, attempt=1)),  # type: ignore[arg-type]
+        event.FromString(of_a_server_to_come(event(sequence=3))),
+        event(heartbeat=event.Heartbeat()),
+        event(sequence=4, progress=job_pb2.JobProgress(stage="resting", ritz_values=[1.0])),
+        event(sequence=5, state_change=change(state=State.STATE_CANCELLED, attempt=1)),
+    ]
+    seen = [event async for event in (await client.job(NAME)).watch()]
+    assert [(event.sequence, event.state) for event in seen] == [
+        (1, "RUNNING"),
+        (2, "UNKNOWN_17"),
+        (4, ""),
+        (5, "CANCELLED"),
+    ]
+    assert all(plain_line(record) for record in seen)
+    table = Console(record=True, width=100)
+    show_events(iter(seen), NAME, table)
+    assert "UNKNOWN_17" in table.export_text()
+
+
+async def test_a_job_in_a_state_of_a_newer_server_is_shown_and_has_ended_when_its_end_is_known(
+    client: AsyncClient, jobs: Jobs
+) -> None:
+    jobs.state = PAUSED  # type: ignore[assignment]
+    (job,) = await client.jobs()
+    assert (job.state, job.ended) == ("UNKNOWN_17", False)
+    jobs.change = job_pb2.Job(end_time=Timestamp(seconds=1))
+    jobs.events = [job_pb2.JobEvent(sequence=1)]
+    await job.refresh()
+    assert job.ended
+    assert [event async for event in job.watch()] == []
+
+
+async def test_a_job_of_a_kind_of_a_newer_server_is_listed_and_its_result_says_what_to_do(
+    client: AsyncClient, jobs: Jobs
+) -> None:
+    operator = {"kind": 17}
+    spec = job_pb2.JobSpec(eigsh={"operator": operator, "which": 17})  # type: ignore[arg-type]
+    jobs.change = job_pb2.Job(spec=spec)
+    (job,) = await client.jobs()
+    assert (job.spec["operator"], job.spec["which"]) == ("unknown_17", "UNKNOWN_17")
+    spec = job_pb2.JobSpec.FromString(of_a_server_to_come(job_pb2.JobSpec()))
+    jobs.change, jobs.result = job_pb2.Job(spec=spec), job_pb2.JobResult()
+    await job.refresh()
+    assert (job.spec["kind"], job.spec["k"]) == ("", 0)
+    with pytest.raises(UnimplementedError) as caught:
+        await job.result()
+    assert caught.value.reason == "RESULT_UNREADABLE"
+
+
+@pytest.mark.parametrize("outcome", [1, 17])
+async def test_an_outcome_of_a_newer_server_is_shown_by_its_number(
+    client: AsyncClient, jobs: Jobs, outcome: int
+) -> None:
+    jobs.result = job_pb2.JobResult(eigsh={"outcome": outcome})  # type: ignore[arg-type]
+    result = await (await client.job(NAME)).result()
+    assert result.outcome == {1: "CONVERGED", 17: "UNKNOWN_17"}[outcome]
+
+
+def test_names_of_what_a_newer_server_may_send_are_made_in_one_place() -> None:
+    folder = Path(hvp_client.__file__).parent
+    used = [path.name for path in folder.rglob("*.py") if re.search(r"\.Name\(", path.read_text())]
+    assert used == []
+    assert (
+        worker_group_from_proto(
+            system_pb2.WorkerGroup(state=17)  # type: ignore[arg-type]
+        ).state
+        == "UNKNOWN_17"
+    )
+    assert (
+        checkpoint_from_proto(
+            checkpoint_pb2.Checkpoint(state=17)  # type: ignore[arg-type]
+        ).state
+        == "UNKNOWN_17"
+    )

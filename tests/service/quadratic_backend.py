@@ -53,6 +53,8 @@ class QuadraticBackend(Backend):
         gate: A product of `eigsh` waits for it.
         num_products: Products of `eigsh` since the beginning.
         num_starts: Times the ranks were started.
+        start_errors: What the next starts raise, one after another.
+        memory_bytes: What its rank says it has in all.
         asked: Operators of products and runs, in order.
         resident: Vectors that the ranks hold.
     """
@@ -65,16 +67,23 @@ class QuadraticBackend(Backend):
         self.num_products = 0
         self.asked: list[Operator] = []
         self.num_starts = 0
+        self.start_errors: list[Exception] = []
+        self.memory_bytes = 1 << 40
         self.resident: dict[str, Array] = {}
+        self._ended = asyncio.Event()
         self._generation = ""
 
     async def start(self) -> None:
         if not self._generation:
             self.num_starts += 1
+            if self.start_errors:
+                raise self.start_errors.pop(0)
+            self._ended = asyncio.Event()
             self.lose_after = self.lose_each_time
             self._generation = uuid.uuid4().hex
 
     async def close(self) -> None:
+        self._ended.set()
         self.resident.clear()
         self._generation = ""
 
@@ -101,8 +110,28 @@ class QuadraticBackend(Backend):
                 self._generation = ""
                 raise GroupLostError("WORKER_GROUP_LOST", "rank 0 died")
 
+    async def _pass_gate(self) -> None:
+        """Wait as long as a product takes, or until the ranks are ended in its midst."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.gate, self._ended)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._ended.is_set():
+            raise GroupLostError("WORKER_GROUP_LOST", "the ranks were ended")
+
     async def ranks(self) -> list[RankInfo]:
-        return [RankInfo(rank=0, hostname="here", pid=os.getpid(), resident_bytes=1, num_threads=1)]
+        return [
+            RankInfo(
+                rank=0,
+                hostname="here",
+                pid=os.getpid(),
+                resident_bytes=1,
+                num_threads=1,
+                memory_bytes=self.memory_bytes,
+            )
+        ]
 
     async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
         config = json.loads((checkpoint_dir / "config.json").read_text())
@@ -140,7 +169,7 @@ class QuadraticBackend(Backend):
         self, operator: Operator, inputs: Sequence[str], outputs: Sequence[str]
     ) -> Mapping[str, str]:
         self._reach_ranks()
-        await self.gate.wait()
+        await self._pass_gate()
         first = not self.asked
         self.asked.append(operator)
         for name, output in zip(inputs, outputs, strict=True):
@@ -195,7 +224,7 @@ class QuadraticBackend(Backend):
         basis = [_probe(spec.seed, "sphere", n)]
         for step in range(n):
             self._reach_ranks()
-            await self.gate.wait()
+            await self._pass_gate()
             self.num_products += 1
             product = matrix @ basis[-1]
             rows = np.array(basis)

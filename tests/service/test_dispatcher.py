@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from hvp_service.config import ServerConfig
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
@@ -18,7 +20,7 @@ from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
 from hvp_service.vector_rows import Vector
-from hvp_workers.backend import EigshProgress
+from hvp_workers.backend import BackendError, EigshProgress
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -86,6 +88,7 @@ async def test_a_job_is_of_the_kind_and_precision_asked_for(
 ) -> None:
     ref = replace(await make_operator(deps), kind="KIND_GGN", dtype="float32")
     job = await create(deps, ref)
+    assert job.spec is not None
     assert (job.spec.operator.kind, job.spec.operator.precision) == ("KIND_GGN", "full")
     await until(deps, job.name, "SUCCEEDED")
     job = await create(deps, replace(ref, precision="bfloat16"))
@@ -330,7 +333,7 @@ async def test_draining_queues_the_running_job_again_and_the_next_server_runs_it
     again = await open_dependencies(config, state_dir, QuadraticBackend())
     try:
         done = await until(again, job.name, "SUCCEEDED")
-        assert done.attempt == 2
+        assert done.attempt == 1  # the first was cut short, not lost
         assert states(await follow(again, job.name)) == [
             "QUEUED",
             "RUNNING",
@@ -466,6 +469,59 @@ async def test_a_job_that_cannot_run_is_refused_with_the_field(
     assert caught.value.field.endswith(next(iter(change)))
 
 
+async def test_pairs_for_which_the_ranks_have_no_room_are_refused_before_they_are_queued(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps, n=40)
+    backend.memory_bytes = 40 * 40 * 8  # as many vectors as the operator's order
+    for validate_only in (True, False):
+        with pytest.raises(ServiceError) as caught:
+            await create(deps, ref, k=39, validate_only=validate_only)
+        assert (caught.value.reason, caught.value.field) == (
+            "INSUFFICIENT_CLUSTER_MEMORY",
+            "spec.eigsh.k",
+        )
+        assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
+        assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
+    with pytest.raises(ServiceError, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        await create(deps, ref, k=2, num_lanczos_vectors=40)
+    assert await deps.jobs.unfinished(PROJECT) == []
+    assert (await create(deps, ref, k=2)).state == "QUEUED"
+
+
+async def test_a_job_that_was_queued_without_the_check_fails_by_it_and_the_next_one_runs(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps, n=40)
+    memory_bytes = backend.memory_bytes
+    backend.gate.clear()
+    first = await create(deps, ref)
+    await until(deps, first.name, "RUNNING")
+    large, after = await create(deps, ref, k=39), await create(deps, ref)
+    backend.memory_bytes = 40 * 40 * 8
+    backend.gate.set()
+    failed = await until(deps, large.name, "FAILED")
+    assert failed.error is not None
+    assert failed.error.reason == "INSUFFICIENT_CLUSTER_MEMORY"
+    backend.memory_bytes = memory_bytes
+    await until(deps, after.name, "SUCCEEDED")
+
+
+async def test_a_job_lists_no_more_pairs_than_one_message_holds() -> None:
+    arguments: Arguments = {
+        "operator": OperatorRef(checkpoint="", data_batch="", kind="", dtype=""),
+        "which": "WHICH_LA",
+        "tol": 0.0,
+        "max_products": 0,
+        "seed": 0,
+        "num_lanczos_vectors": 0,
+        "num_parameters": 10**8,
+    }
+    assert jobs.check_eigsh(k=10_000, **arguments).k == 10_000
+    with pytest.raises(ServiceError, match=r"K_INVALID.*1 to 10000"):
+        jobs.check_eigsh(k=10_001, **arguments)
+
+
 async def test_a_full_queue_refuses_with_a_delay(
     deps: Dependencies, backend: QuadraticBackend
 ) -> None:
@@ -480,3 +536,77 @@ async def test_a_full_queue_refuses_with_a_delay(
     assert caught.value.reason == "QUEUE_FULL"
     assert caught.value.retry_after_s is not None
     backend.gate.set()
+
+
+async def test_drains_use_up_no_attempts_and_one_loss_after_three_of_them_is_one(
+    config: ServerConfig, state_dir: StateDir
+) -> None:
+    name: Name | None = None
+    for _ in range(3):
+        backend = QuadraticBackend()
+        backend.gate.clear()
+        deps = await open_dependencies(config, state_dir, backend)
+        if name is None:
+            name = (await create(deps, await make_operator(deps))).name
+        await until(deps, name, "RUNNING")
+        await deps.dispatcher.stop(0.0)  # in the midst of a product
+        assert (await deps.jobs.get(name)).state == "QUEUED"
+        await deps.close()
+    assert name is not None
+    backend = QuadraticBackend()
+    backend.gate.clear()
+    deps = await open_dependencies(config, state_dir, backend)
+    try:
+        await until(deps, name, "RUNNING")
+        backend.lose_after = 0
+        backend.gate.set()
+        done = await until(deps, name, "SUCCEEDED")
+        assert done.attempt == 2
+    finally:
+        await deps.close()
+
+
+async def test_a_server_that_stops_ends_the_product_that_outlasts_its_grace(
+    deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    ref = await make_operator(deps)
+    backend.gate.clear()
+    job = await create(deps, ref)
+    await until(deps, job.name, "RUNNING")
+    seeded = await vectors.create(
+        deps,
+        PROJECT,
+        ref.checkpoint,
+        "float64",
+        vectors.SeededSource(seed=1, distribution="DISTRIBUTION_SPHERE"),
+    )
+    call = asyncio.create_task(operators.apply(deps, ref, [str(seeded.name)]))
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(deps.dispatcher.stop(0.05), 10.0)
+    queued = await deps.jobs.get(job.name)
+    assert (queued.state, queued.attempt) == ("QUEUED", 0)
+    with pytest.raises(ServiceError, match="SERVER_DRAINING"):
+        await call
+    with pytest.raises(ServiceError, match="SERVER_DRAINING"):
+        await operators.evaluate_loss(deps, ref)
+    assert backend.num_starts == 1  # ranks that were ended are not started again
+
+
+async def test_a_fault_of_a_rank_is_internal_to_its_caller_and_told_to_the_log(
+    deps: Dependencies, backend: QuadraticBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = await make_operator(deps)
+
+    async def fail(*_: object, **__: object) -> AsyncIterator[Any]:
+        raise BackendError("INTERNAL", "KeyError: 'secret'", {"exception": "KeyError"}, "line 7")
+        yield
+
+    monkeypatch.setattr(backend, "eigsh", fail)
+    with structlog.testing.capture_logs() as lines:
+        failed = await until(deps, (await create(deps, ref)).name, "FAILED")
+    assert failed.error is not None
+    assert (failed.error.reason, failed.error.metadata) == ("INTERNAL", {})
+    assert str(failed.name) in failed.error.message
+    assert "secret" not in failed.error.message
+    (line,) = [line for line in lines if line["log_level"] == "error"]
+    assert (line["job"], line["exception"]) == (str(failed.name), "line 7")

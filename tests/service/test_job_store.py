@@ -213,6 +213,15 @@ async def test_a_list_leaves_results_out(store: JobStore) -> None:
     assert listed == replace(done, result=None)
 
 
+async def test_a_list_leaves_the_arrays_of_progress_out(store: JobStore) -> None:
+    await queue(store, "j1")
+    claimed = await claim(store)
+    await store.report(claimed.lease, PROGRESS)
+    (listed,), _ = await store.list_page("p", [], PageRequest())
+    assert (await store.get(claimed.name)).progress == PROGRESS
+    assert listed.progress == replace(PROGRESS, ritz_values=())
+
+
 async def test_a_lease_that_ran_out_is_settled_like_the_job_of_a_dead_server(
     open_store: Open,
 ) -> None:
@@ -264,6 +273,26 @@ async def test_a_job_given_back_keeps_its_place(store: JobStore) -> None:
     await queue(store, "j1", "j2")
     await store.give_back((await claim(store)).lease)
     assert (await claim(store)).name.id == "j1"
+
+
+async def test_an_attempt_that_is_cut_short_does_not_count_and_cannot_write_any_more(
+    open_store: Open,
+) -> None:
+    for number in range(5):
+        server = open_store(f"server {number}", 60.0)
+        if number == 0:
+            await queue(server, "j1")
+        claimed = await claim(server)
+        assert claimed.attempt == 1
+        given_back = await server.give_back(claimed.lease, counted=False)
+        assert (given_back.state, given_back.attempt) == ("QUEUED", 0)
+        with pytest.raises(StaleLeaseError):
+            await server.report(claimed.lease, PROGRESS)
+    last = open_store("last", 60.0)
+    again = await claim(last)
+    with pytest.raises(StaleLeaseError):  # of the same number, and another server's
+        await server.report(again.lease, PROGRESS)
+    assert (await last.give_back(again.lease)).attempt == 1
 
 
 async def test_a_new_server_settles_what_a_dead_one_ran(open_store: Open) -> None:

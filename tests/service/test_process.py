@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hvp_client import Client
 from safetensors.numpy import save_file
@@ -33,20 +37,29 @@ CONFIG = {
 class Server:
     """A server process of this test."""
 
-    def __init__(self, state_dir: Path):
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "hvp_service.server"),
-                *("--address", "127.0.0.1:0", "--state-dir", str(state_dir)),
-                *("--workers", "1", "--device", "cpu", "--backend", "inprocess"),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    def __init__(
+        self,
+        state_dir: Path,
+        *more: str,
+        program: Sequence[str] = ("hvp_service.server",),
+        backend: str = "inprocess",
+    ):
+        self.log = state_dir.with_suffix(".log")
+        with self.log.open("a") as stderr:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", *program),
+                    *("--address", "127.0.0.1:0", "--state-dir", str(state_dir)),
+                    *("--workers", "1", "--device", "cpu", "--backend", backend, *more),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("serving on 127.0.0.1:"), line
+        assert line.startswith("serving on 127.0.0.1:"), line + self.log.read_text()
         self.address = line.removeprefix("serving on ").strip()
 
     def end(self, number: signal.Signals) -> int:
@@ -63,8 +76,8 @@ class Server:
 def servers(tmp_path: Path) -> Iterator[Any]:
     started: list[Server] = []
 
-    def start() -> Server:
-        started.append(Server(tmp_path / "state"))
+    def start(*more: str, **options: Any) -> Server:
+        started.append(Server(tmp_path / "state", *more, **options))
         return started[-1]
 
     yield start
@@ -142,6 +155,32 @@ def test_a_killed_server_loses_no_job_and_no_upload(servers: Any, checkpoint: Pa
 def test_a_server_that_is_asked_to_stop_exits_with_zero(servers: Any) -> None:
     server = servers()
     assert server.end(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize(
+    "backend", ["inprocess", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+def test_a_product_that_outlasts_the_grace_is_ended_and_its_job_waits_uncounted(
+    servers: Any, checkpoint: Path, tmp_path: Path, backend: str
+) -> None:
+    mark = tmp_path / "within a product"
+    slow = servers(
+        *("--grace-s", "0.5"), program=("tests.service.slow_server", str(mark)), backend=backend
+    )
+    with Client(slow.address) as client:
+        model = client.upload_checkpoint(checkpoint)
+        batch = client.upload_batch({"input_ids": np.ones((1, 4), np.int64)})
+        client.operator(model, batch).eigsh(k=1, which="LA")
+        while not mark.exists():
+            assert slow.process.poll() is None
+            time.sleep(0.05)
+        family = psutil.Process(slow.process.pid).children(recursive=True)
+        assert slow.end(signal.SIGTERM) == 0  # the product takes ten minutes
+    assert not [child for child in psutil.wait_procs(family, timeout=10)[1] if child.is_running()]
+    assert "job left" in slow.log.read_text()
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / "hvp.sqlite3")) as rows:
+        found = rows.execute("SELECT state, attempt, lease_owner FROM jobs").fetchall()
+    assert found == [("QUEUED", 0, "")]
 
 
 def test_a_second_server_on_the_state_directory_is_refused(

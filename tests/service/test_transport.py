@@ -16,6 +16,7 @@ import google_crc32c
 import grpc.aio
 import numpy as np
 import pytest
+import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
@@ -47,6 +48,7 @@ from hvp_service.handlers import vectors
 from hvp_service.interceptors.limits import _PROMPT, _WAITING, pool_of
 from hvp_service.state_dir import StateDir
 from hvp_service.transport import _SERVICES, Transport, start_transport
+from hvp_workers.backend import BackendError
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -292,6 +294,27 @@ async def test_a_fault_of_the_server_is_internal_and_tells_nothing(
     assert code == grpc.StatusCode.INTERNAL
     assert details["ErrorInfo"].reason == "INTERNAL"
     assert not details["ErrorInfo"].metadata
+
+
+async def test_a_fault_of_a_rank_is_internal_with_an_id_under_which_the_log_has_its_traceback(
+    wire: Wire, deps: Dependencies, backend: QuadraticBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = await spec(deps)
+
+    async def broken(*_: Any) -> None:
+        trace = "Traceback (most recent call last): in a rank"
+        raise BackendError("INTERNAL", "KeyError: 'secret'", {"exception": "KeyError"}, trace)
+
+    monkeypatch.setattr(backend, "loss", broken)
+    request = operator_pb2.EvaluateLossRequest(operator=operator)
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+        code, details = await refusal(wire.operators.EvaluateLoss(request))
+    assert code == grpc.StatusCode.INTERNAL
+    assert details["ErrorInfo"].reason == "INTERNAL"
+    assert "secret" not in str(details)
+    (line,) = [line for line in lines if line["log_level"] == "error"]
+    assert "in a rank" in line["exception"]
+    assert line["call_id"] == details["RequestInfo"].request_id
 
 
 async def test_a_busy_database_is_said_to_be_busy_and_worth_another_try(

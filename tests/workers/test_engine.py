@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hvp_core import attention
@@ -208,3 +209,9 @@ async def test_ids_outside_the_vocabulary_are_refused(
     wrong = Operator(space=operator.space, batch_path=tmp_path / "batch")
     with pytest.raises(BackendError, match="TOKEN_ID_OUT_OF_RANGE"):
         await backend.loss(wrong)
+
+
+async def test_a_rank_tells_what_memory_it_could_have_at_most(backend: Backend) -> None:
+    (rank,) = await backend.ranks()
+    assert rank.memory_bytes == psutil.virtual_memory().total
+    assert rank.resident_bytes < rank.memory_bytes

@@ -149,7 +149,8 @@ class TestPair:
         with pytest.raises(BackendError, match="ZeroDivisionError") as failure:
             await pair.run("crash")
         assert failure.value.reason == "INTERNAL"
-        assert "in crash" in failure.value.metadata["traceback"]
+        assert "in crash" in failure.value.trace
+        assert "in crash" not in str(failure.value.metadata)
 
     async def test_an_answer_that_cannot_be_sent_is_an_error_and_no_loss(
         self, pair: RayGroup

@@ -33,13 +33,21 @@ class BackendError(Exception):
         reason: UPPER_SNAKE code, as in the protos' comments.
         message: What happened and what to do, one sentence each.
         metadata: Figures and names that a program may want.
+        trace: Where an error came up that nobody foresaw: for the server's log, never for a client.
     """
 
-    def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None):
-        super().__init__(reason, message, dict(metadata or {}))
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        metadata: Mapping[str, str] | None = None,
+        trace: str = "",
+    ):
+        super().__init__(reason, message, dict(metadata or {}), trace)
         self.reason = reason
         self.message = message
         self.metadata = dict(metadata or {})
+        self.trace = trace
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
@@ -208,6 +216,7 @@ class RankInfo:
     pid: int
     resident_bytes: int
     num_threads: int
+    memory_bytes: int = 0  # its share of all there is, whether free or not; 0: unknown
 
 
 class Backend(ABC):
@@ -226,7 +235,10 @@ class Backend(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End the ranks; idempotent."""
+        """End the ranks, whatever they compute; idempotent.
+
+        A call that still runs raises GroupLostError.
+        """
 
     @property
     @abstractmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
 from typing import Any
 
-from hvp_workers.backend import RankInfo
+from hvp_workers.backend import BackendError, RankInfo
 
 
 class Group(ABC):
@@ -47,4 +48,15 @@ class Group(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End the ranks; idempotent."""
+        """End the ranks, whatever they compute; idempotent.
+
+        A method that still runs is given up, and its caller gets GroupLostError.
+        """
+
+
+def as_backend_error(error: Exception) -> BackendError:
+    """What a rank raised, in the form that crosses processes; call it where `error` is caught."""
+    if isinstance(error, BackendError):
+        return error
+    name = type(error).__name__
+    return BackendError("INTERNAL", f"{name}: {error}", {"exception": name}, traceback.format_exc())

@@ -3,20 +3,86 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import os
+import queue
 import socket
+import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, final
 
 import psutil
 
-from hvp_workers.backend import BackendError, RankInfo, Tuning
+from hvp_workers.backend import BackendError, GroupLostError, RankInfo, Tuning
 from hvp_workers.environment import OFFLINE
-from hvp_workers.group import Group
+from hvp_workers.group import Group, as_backend_error
 from hvp_workers.group_backend import GroupBackend
-from hvp_workers.rank_process import use_compile_cache
+from hvp_workers.rank_process import total_memory, use_compile_cache
+
+# An engine that is idle goes in milliseconds; what it computes can take an hour.
+_LEAVE_S = 1.0
+
+
+@final
+class RankThread:
+    """A thread that makes calls one after another, and that nobody has to wait for.
+
+    Law: every call that was taken on ends: with its value, with its error, or, when the thread is
+    given up, with GroupLostError.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
+        self._calls = queue.SimpleQueue()
+        self._waiting: set[Future[Any]] = set()
+        # A daemon: the process may end while it computes. A pool's threads are waited for.
+        self._thread = threading.Thread(target=self._work, name="hvp-rank", daemon=True)
+        self._thread.start()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Make a call in the thread, after those before it."""
+        future: Future[Any] = Future()
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        self._calls.put((function, future))
+        # Shielded: a caller who leaves does not take the call out of the queue.
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    async def end(self) -> None:
+        """Let it end, and give it up when it computes for longer than an idle one takes to go."""
+        self._calls.put(None)
+        if not self._waiting:
+            await asyncio.to_thread(self._thread.join, _LEAVE_S)
+        for future in list(self._waiting):
+            _settle(
+                future,
+                error=GroupLostError("WORKER_GROUP_LOST", "The rank was ended while it computed."),
+            )
+
+    def _work(self) -> None:
+        while (work := self._calls.get()) is not None:
+            function, future = work
+            if future.done():  # given up before its turn
+                continue
+            try:
+                value = function()
+            except Exception as error:  # any failure is reported by value
+                _settle(future, error=as_backend_error(error))
+            else:
+                _settle(future, value=value)
+            del work, function, future
+
+
+def _settle(future: Future[Any], *, value: Any = None, error: Exception | None = None) -> None:
+    """Set what a call came to, unless it was given up meanwhile."""
+    with contextlib.suppress(InvalidStateError):
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
 
 
 @final
@@ -32,15 +98,28 @@ class InProcessGroup(Group):
         self._tuning = tuning
         self._engine_name = engine  # "module:callable", called with (collective, device, tuning)
         self._engine: Any = None
-        self._num_threads = 0
-        self._thread: ThreadPoolExecutor | None = None
+        self._num_threads = self._memory_bytes = 0
+        self._thread: RankThread | None = None
 
     async def start(self) -> None:
         """Make the engine; idempotent."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="hvp-rank")
-            self._engine = await self._in_thread(self._make_engine)
-            self.generation = uuid.uuid4().hex
+        if self._thread is not None:
+            return
+        thread = RankThread()
+        try:
+            self._engine = await thread.call(self._make_engine)
+        except BackendError as error:
+            await thread.end()
+            raise GroupLostError(
+                "WORKER_GROUP_START_FAILED",
+                f"The rank in this process did not start. {error.message}",
+                error.metadata,
+                error.trace,
+            ) from error
+        except BaseException:
+            await thread.end()
+            raise
+        self._thread, self.generation = thread, uuid.uuid4().hex
 
     def _make_engine(self) -> Any:
         use_compile_cache(self._tuning.compile_cache)
@@ -49,20 +128,16 @@ class InProcessGroup(Group):
         from hvp_core.collective import Alone
 
         self._num_threads = torch.get_num_threads()
+        self._memory_bytes = total_memory(self.device)
         module, _, name = self._engine_name.partition(":")
         return getattr(importlib.import_module(module), name)(Alone(), self.device, self._tuning)
 
-    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        if self._thread is None:
-            raise _not_running()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
     async def run(self, method: str, *arguments: Any) -> list[Any]:
         """Call the engine in its thread."""
-        return [await self._in_thread(self._call, method, arguments)]
-
-    def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return getattr(self._engine, method)(*arguments)
+        if self._thread is None:
+            raise GroupLostError("WORKER_GROUP_LOST", "The rank in this process is not running.")
+        engine = self._engine
+        return [await self._thread.call(lambda: getattr(engine, method)(*arguments))]
 
     async def ranks(self) -> list[RankInfo]:
         """This process; its engine is not asked."""
@@ -75,14 +150,15 @@ class InProcessGroup(Group):
                 pid=os.getpid(),
                 resident_bytes=psutil.Process().memory_info().rss,
                 num_threads=self._num_threads,
+                memory_bytes=self._memory_bytes,
             )
         ]
 
     async def close(self) -> None:
-        """Wait for the call that is running, then let the engine go."""
+        """Let the engine go; a call that runs is given up, though its thread goes on with it."""
         thread, self._thread, self._engine = self._thread, None, None
         if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
+            await thread.end()
 
 
 def _not_running() -> BackendError:

@@ -7,9 +7,14 @@ from hvp_core.lanczos import Plan
 from hvp_core.policy import Policy
 
 from hvp_workers.backend import EigshSpec, Precision, Tuning
+from hvp_workers.eigsh_size import (
+    USABLE,
+    basis_sizes,
+    default_max_products,
+    least_bytes,
+    vectors_beside_basis,
+)
 
-_USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
-_WORKING_VECTORS = 3  # the product, its vector, a random restart
 _EXACT_WORKING = 1.5  # blocks and activations in float64, beside the vectors
 _KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
 
@@ -71,7 +76,7 @@ def plan_eigsh(
         raise CurvatureError("K_INVALID", f"k is {k}; give 1 <= k < n = {dimension}")
     if not 0 <= spec.tol < 1:
         raise CurvatureError("TOL_INVALID", f"tol is {spec.tol}; give 0 <= tol < 1")
-    max_products = spec.max_products or min(10 * dimension, max(300 + k, 3 * k))
+    max_products = default_max_products(spec, dimension)
     if max_products < 2 * k:
         raise CurvatureError(
             "MAX_PRODUCTS_INVALID",
@@ -84,11 +89,10 @@ def plan_eigsh(
             "NUM_LANCZOS_VECTORS_INVALID",
             f"num_lanczos_vectors is {asked}; give more than k = {k} and at most n = {dimension}",
         )
-    wish = asked or min(max(2 * k + 16, 40), dimension, max(max_products - k, k + 1))
-    least = asked or min(k + 8, wish)
-    room = int(available_bytes * _USABLE) // vector_bytes - _WORKING_VECTORS - k - 1
+    least, wish = basis_sizes(spec, dimension)
+    room = int(available_bytes * USABLE) // vector_bytes - vectors_beside_basis(k)
     if room < least:
-        needed = int((least + _WORKING_VECTORS + k + 1) * vector_bytes / _USABLE)
+        needed = least_bytes(spec, dimension=dimension, vector_bytes=vector_bytes)
         raise CurvatureError(
             "INSUFFICIENT_CLUSTER_MEMORY",
             f"a basis of {least} vectors needs {needed} bytes on a rank that has {available_bytes} "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
+
 from hvp_workers.allocator import keep_freed_memory
 from hvp_workers.backend import Tuning
 
@@ -23,6 +25,15 @@ def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
     # It is quicker and takes more at the peak; who asks for lean has no more.
     if device == "cpu" and tuning.schedule != "lean":
         keep_freed_memory()
+
+
+def total_memory(device: str) -> int:
+    """Bytes that the device has in all, or for `cpu` the host, whoever uses them."""
+    if device == "cpu":
+        return int(psutil.virtual_memory().total)
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[1])
 
 
 def use_compile_cache(folder: Path | None) -> None:

@@ -20,6 +20,7 @@ class Member:
 
     actor: Any  # Ray's handle of a `Rank`
     place: Place
+    memory_bytes: int = 0  # its share of its host's, or its device's, once it has joined
 
 
 async def collect(
@@ -69,7 +70,7 @@ async def collect(
             if not failed:
                 raise _lost(members, silent, f"no answer to {what} within {waited}")
             cause = f"{_listed(failed)} in {what} while others waited for it ({waited})"
-            raise _lost(members, list(failed), cause)
+            raise _lost(members, list(failed), cause, _traces(failed))
         for future in done:
             rank = futures.index(future)
             try:
@@ -95,14 +96,29 @@ def _agree(members: Sequence[Member], outcomes: Sequence[Outcome], what: str) ->
         raise errors[0]
     # Where some went on or failed elsewhere, their next collectives would not pair up.
     cause = f"{_listed(errors)} in {what}, and the ranks did not all do so"
-    raise _lost(members, list(errors), cause)
+    raise _lost(members, list(errors), cause, _traces(errors))
 
 
 def _listed(errors: Mapping[int, BackendError]) -> str:
-    return "; ".join(f"rank {rank} raised {error}" for rank, error in errors.items())
+    return "; ".join(f"rank {rank} raised {_brief(error)}" for rank, error in errors.items())
 
 
-def _lost(members: Sequence[Member], ranks: Sequence[int], cause: str) -> GroupLostError:
+def _brief(error: BackendError) -> str:
+    """A refusal as it stands; of what nobody foresaw the kind, and its text in the trace alone."""
+    kind = error.metadata.get("exception", "") if error.trace else ""
+    return f"{error.reason} ({kind})" if kind else str(error)
+
+
+def _traces(errors: Mapping[int, BackendError]) -> str:
+    """Where the ranks met what nobody foresaw, for the server's log."""
+    return "\n".join(
+        f"rank {rank}:\n{error.trace}" for rank, error in errors.items() if error.trace
+    )
+
+
+def _lost(
+    members: Sequence[Member], ranks: Sequence[int], cause: str, trace: str = ""
+) -> GroupLostError:
     processes = ", ".join(
         f"rank {rank} (process {place.process.pid} on {place.hostname}{_state(place)})"
         for rank in ranks
@@ -113,6 +129,7 @@ def _lost(members: Sequence[Member], ranks: Sequence[int], cause: str) -> GroupL
         "WORKER_GROUP_LOST",
         f"Lost {processes}: {cause}. The whole group has been ended and starts anew.",
         {"rank": str(ranks[0]), "pid": str(first.process.pid), "hostname": first.hostname},
+        trace,
     )
 
 

@@ -16,11 +16,17 @@ from hvp_workers.ray_answers import Member
 _ELSEWHERE_S = 5.0  # for another machine's answer; without one its ranks are listed with 0 bytes
 
 
+def ranks_beside(members: Sequence[Member]) -> list[int]:
+    """How many ranks, itself among them, share each rank's machine."""
+    num_ranks_on = Counter(member.place.node_id for member in members)
+    return [num_ranks_on[member.place.node_id] for member in members]
+
+
 def threads_each(members: Sequence[Member]) -> list[int]:
     """How many threads each rank computes with: its share of its machine's cores."""
-    num_ranks_on = Counter(member.place.node_id for member in members)
     return [
-        max(1, member.place.num_cores // num_ranks_on[member.place.node_id]) for member in members
+        max(1, member.place.num_cores // sharing)
+        for member, sharing in zip(members, ranks_beside(members), strict=True)
     ]
 
 
@@ -65,6 +71,7 @@ async def rank_infos(members: Sequence[Member], here: str) -> list[RankInfo]:
             pid=member.place.process.pid,
             resident_bytes=resident[member.place.node_id][member.place.process.pid],
             num_threads=num_threads,
+            memory_bytes=member.memory_bytes,
         )
         for rank, (member, num_threads) in enumerate(
             zip(members, threads_each(members), strict=True)

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import psutil
@@ -16,7 +16,7 @@ from hvp_workers import orphans
 from hvp_workers.backend import BackendError, GroupLostError, RankInfo, Tuning
 from hvp_workers.orphans import ProcessMark
 from hvp_workers.ray_answers import Member, collect
-from hvp_workers.ray_facts import rank_infos, threads_each
+from hvp_workers.ray_facts import rank_infos, ranks_beside, threads_each
 from hvp_workers.ray_rank import LOOPBACK, Place, Rank, Seat
 
 # Ray's kill takes effect within milliseconds where it is heard at all.
@@ -107,13 +107,14 @@ async def start_gang(spec: GangSpec) -> Gang:
         try:
             actors = await _place(spec, processes, undo)
             members = await _number(spec, actors, processes)
-            await _join(spec, members)
+            members = await _join(spec, members)
         except BackendError as error:
             raise GroupLostError(
                 "WORKER_GROUP_START_FAILED",
                 f"{spec.num_ranks} workers did not start, {time.monotonic() - started:.0f} s "
                 f"after the first was asked for. {error.message}",
                 error.metadata,
+                error.trace,
             ) from error
         return Gang(members, spec.patience, undo.pop_all())
     raise AssertionError("unreachable")
@@ -191,8 +192,8 @@ async def _number(spec: GangSpec, actors: list[Any], processes: list[ProcessMark
     )
 
 
-async def _join(spec: GangSpec, members: list[Member]) -> None:
-    """Make the ranks one process group, each with its engine."""
+async def _join(spec: GangSpec, members: list[Member]) -> list[Member]:
+    """Make the ranks one process group, each with its engine; they tell their memory."""
     patience = spec.patience
     same_host = len({member.place.node_id for member in members}) == 1
     address = LOOPBACK if same_host else members[0].place.address
@@ -223,13 +224,17 @@ async def _join(spec: GangSpec, members: list[Member]) -> None:
             zip(members, threads_each(members), strict=True)
         )
     ]
-    await collect(
+    totals = await collect(
         members,
         references,
         what="the start",
         limit_s=patience.start_s,
         straggler_s=patience.straggler_s,
     )
+    return [
+        replace(member, memory_bytes=total // (sharing if spec.device == "cpu" else 1))
+        for member, total, sharing in zip(members, totals, ranks_beside(members), strict=True)
+    ]
 
 
 async def _answers(references: list[Any], limit_s: float, what: str) -> list[Any]:

@@ -118,11 +118,11 @@ class RayGroup(Group):
     async def close(self) -> None:
         """End the ranks, and the cluster when it is ours; idempotent.
 
-        A method that still runs is given up after the time of an orderly end, and its caller gets
-        GroupLostError.
+        A method that still runs is given up at once, and its caller gets GroupLostError.
         """
         gang, self._gang = self._gang, None
         if gang is not None:
-            await gang.leave()
+            if not self._turn.locked():  # ranks at work would not hear that they are to leave
+                await gang.leave()
             await gang.end()
         self._cluster.close()

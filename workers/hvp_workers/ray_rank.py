@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
@@ -16,8 +15,9 @@ import psutil
 
 from hvp_workers.backend import BackendError, Tuning
 from hvp_workers.environment import limit_environment
+from hvp_workers.group import as_backend_error
 from hvp_workers.orphans import ProcessMark
-from hvp_workers.rank_process import prepare_process
+from hvp_workers.rank_process import prepare_process, total_memory
 
 LOOPBACK = "127.0.0.1"
 
@@ -103,12 +103,15 @@ class Rank:
         return port
 
     def join(self, seat: Seat) -> Outcome:
-        """Enter the process group and build the engine; every rank must call it."""
+        """Enter the process group and build the engine; every rank must call it.
+
+        Its value is the memory in bytes of the rank's device, or of its host.
+        """
         try:
             self._engine = self._build(seat)
         except Exception as error:  # any failure is reported by value
-            return Outcome(error=_as_backend_error(error))
-        return Outcome()
+            return Outcome(error=as_backend_error(error))
+        return Outcome(value=total_memory(seat.device))
 
     def _build(self, seat: Seat) -> Any:
         interface = _interface_of(LOOPBACK if seat.same_host else self.place().address)
@@ -148,7 +151,7 @@ class Rank:
         try:
             return Outcome(value=getattr(self._engine, method)(*arguments))
         except Exception as error:  # any failure is reported by value
-            return Outcome(error=_as_backend_error(error))
+            return Outcome(error=as_backend_error(error))
 
     def leave(self) -> Outcome:
         """Drop the engine and leave the process group; every rank must call it."""
@@ -178,16 +181,6 @@ def _node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _as_backend_error(error: Exception) -> BackendError:
-    if isinstance(error, BackendError):
-        return error
-    return BackendError(
-        "INTERNAL",
-        f"{type(error).__name__}: {error}",
-        {"exception": type(error).__name__, "traceback": traceback.format_exc()},
-    )
 
 
 def _interface_of(address: str) -> str | None:

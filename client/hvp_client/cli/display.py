@@ -48,7 +48,7 @@ def plain_line(event: Event) -> str:
     if event.progress is None:
         line = f"{_state(event)} attempt {event.attempt}"
         return f"{line} {event.error}" if event.error else line
-    pairs = zip(event.ritz_values, event.residual_estimates, strict=True)
+    pairs = zip(event.ritz_values, event.residual_estimates, strict=False)
     values = "  ".join(f"{value:.6g} ± {residual:.1e}" for value, residual in pairs)
     return f"{event.progress.stage} {pace(event.progress)}  {values}".rstrip()
 
@@ -126,7 +126,7 @@ class _Screen:
         if self._progress is None:
             return heading
         table = Table("Ritz value", "residual estimate", box=None, padding=(0, 2))
-        pairs = zip(self._progress.ritz_values, self._progress.residual_estimates, strict=True)
+        pairs = zip(self._progress.ritz_values, self._progress.residual_estimates, strict=False)
         for value, residual in pairs:
             table.add_row(f"{value:.8g}", f"{residual:.1e}")
         bar = ProgressBar(

@@ -50,8 +50,9 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
             job.name.rpartition("/")[2],
             "CANCELLING" if job.cancelling else job.state,
             str(job.attempt),
-            f"{record['kind']} {record['which']} k={record['k']}",
-            record["operator"],
+            # A job of another version's, of which the server shows what it can.
+            f"{record['kind']} {record['which']} k={record['k']}" if record["kind"] else "?",
+            record["operator"] if record["kind"] else "?",
             record["dtype"],
             f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
             f"{job.create_time:%Y-%m-%d %H:%M:%S}",

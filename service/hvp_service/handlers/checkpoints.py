@@ -16,7 +16,7 @@ async def delete_checkpoint(deps: Dependencies, name: Name) -> None:
     """
     checkpoint = await deps.checkpoints.get(name)
     unfinished = await deps.jobs.unfinished(name.project)
-    require_unused(name, any(job.spec.operator.checkpoint == str(name) for job in unfinished))
+    require_unused(name, any(job.uses(name) for job in unfinished))
     await deps.checkpoints.delete(name)
     await deps.blobs.release(name.project, [file.digest for file in checkpoint.files])
     await deps.vectors.delete_of_checkpoint(name)
@@ -30,7 +30,7 @@ async def delete_batch(deps: Dependencies, name: Name) -> None:
     """
     batch = await deps.batches.get(name)
     for job in await deps.jobs.unfinished(name.project):
-        if job.spec.operator.data_batch == str(name):
+        if job.uses(name):
             raise ServiceError(
                 "RESOURCE_IN_USE",
                 f"{job.name}, which has not ended, uses {name}; cancel it first.",

@@ -12,6 +12,7 @@ from hvp_workers.backend import Which
 
 from hvp_service.clock import now_us
 from hvp_service.dependencies import Dependencies
+from hvp_service.eigsh_limits import MAX_EIGENPAIRS, check_fits
 from hvp_service.errors import ServiceError
 from hvp_service.job_store import FINAL_STATES, EigshJob, Job, JobEvent, StateChange
 from hvp_service.names import Name
@@ -70,11 +71,12 @@ def check_eigsh(
         ServiceError: K_INVALID, WHICH_UNSUPPORTED, TOL_INVALID, MAX_PRODUCTS_INVALID,
             NUM_LANCZOS_VECTORS_INVALID.
     """
-    if not 1 <= k < num_parameters:
+    largest = min(num_parameters - 1, MAX_EIGENPAIRS)
+    if not 1 <= k <= largest:
         raise ServiceError(
             "K_INVALID",
-            f"k is {k}; of an operator of order {num_parameters}, 1 to {num_parameters - 1} "
-            "eigenpairs can be asked.",
+            f"k is {k}; of an operator of order {num_parameters}, 1 to {largest} eigenpairs can be "
+            "asked in one job.",
             field="spec.eigsh.k",
             metadata={"k": str(k), "num_parameters": str(num_parameters)},
         )
@@ -146,7 +148,7 @@ async def create(
 
     Raises:
         ServiceError: As `check_eigsh` and `OperatorResolver.resolve`, LABELS_INVALID, QUEUE_FULL,
-            REQUEST_ID_REUSED.
+            REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
     """
     resolved = await deps.operators.resolve(operator, "spec.eigsh.operator")
     spec = check_eigsh(
@@ -171,6 +173,7 @@ async def create(
             f"A job has at most {MAX_LABELS} labels of {MAX_LABEL_LENGTH} characters.",
             field="labels",
         )
+    await check_fits(deps.group, spec, resolved)
     job = Job(
         name=name,
         spec=spec,
@@ -247,6 +250,9 @@ async def watch(
             deps.jobs.events_after(name, after_sequence, deps.config.heartbeat_s)
         )
         if not events:
+            job = await deps.jobs.get(name)
+            if job.state in FINAL_STATES and after_sequence >= job.last_sequence:
+                return  # it has ended in a way that no event of this version tells
             yield None
         for event in events:
             yield event

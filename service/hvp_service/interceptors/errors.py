@@ -17,8 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from hvp_workers.backend import BackendError
 
-from hvp_service.database import DatabaseBusyError
-from hvp_service.errors import DOMAIN, ServiceError, code_of
+from hvp_service.errors import DOMAIN, ServiceError, code_of, fault_message, is_fault
 from hvp_service.interceptors.around import LIBRARY_STREAMS, SERVED_PREFIX, AroundInterceptor
 
 # Status travels in HTTP/2 headers, of which gRPC takes 8 KiB unless told otherwise.
@@ -46,18 +45,14 @@ class ErrorInterceptor(AroundInterceptor):
             except ServiceError as error:
                 log.info("refused", reason=error.reason, message=error.message)
                 await _abort(context, service_status(error, call_id))
-            except DatabaseBusyError as error:
-                log.warning("the state folder is busy", why=str(error))
-                busy = ServiceError(
-                    "STATE_DIR_BUSY",
-                    "The state folder's disk is too slow at present, or another program holds its "
-                    "database; call again.",
-                    retry_after_s=5,
-                )
-                await _abort(context, service_status(busy, call_id))
             except BackendError as error:
-                log.info("workers refused", reason=error.reason, message=error.message)
-                await _abort(context, backend_status(error, call_id))
+                if is_fault(error.reason):
+                    log.error("a fault of the workers", error=str(error), exception=error.trace)
+                    status = internal_status(call_id)
+                else:
+                    log.info("workers refused", reason=error.reason, message=error.message)
+                    status = backend_status(error, call_id)
+                await _abort(context, status)
             except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
                 raise
             except Exception:
@@ -98,8 +93,7 @@ def backend_status(error: BackendError, call_id: str) -> status_pb2.Status:
 
 def internal_status(call_id: str) -> status_pb2.Status:
     """A fault of this server, of which only the log knows more."""
-    message = f"A fault of the server; its log has the details under {call_id}."
-    return _status(code_of("INTERNAL"), "INTERNAL", message, {}, call_id, [])
+    return _status(code_of("INTERNAL"), "INTERNAL", fault_message(call_id), {}, call_id, [])
 
 
 def _status(

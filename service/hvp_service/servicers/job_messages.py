@@ -78,10 +78,12 @@ def job_message(job: Job) -> pb.Job:
     """A job."""
     return pb.Job(
         name=str(job.name),
-        spec=spec_message(job.spec),
+        spec=None if job.spec is None else spec_message(job.spec),
         state=pb.Job.State.Value(f"STATE_{job.state}"),
         error=None if job.error is None else error_message(job.error),
-        result=None if job.result is None else result_message(job.spec, job.result),
+        result=(
+            None if job.spec is None or job.result is None else result_message(job.spec, job.result)
+        ),
         progress=None if job.progress is None else progress_message(job.progress),
         attempt=job.attempt,
         max_attempts=job.max_attempts,
@@ -93,10 +95,12 @@ def job_message(job: Job) -> pb.Job:
 
 
 def event_message(event: JobEvent | None) -> pb.JobEvent:
-    """An event; None is a heartbeat."""
+    """An event, without a body when another version wrote it; None is a heartbeat."""
     if event is None:
         return pb.JobEvent(heartbeat=pb.JobEvent.Heartbeat())
     body = event.body
+    if body is None:
+        return pb.JobEvent(sequence=event.sequence, time=timestamp(event.time))
     if isinstance(body, StateChange):
         return pb.JobEvent(
             sequence=event.sequence,

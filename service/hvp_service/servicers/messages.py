@@ -32,6 +32,11 @@ def enum_name(enum: Any, value: int) -> str:
     return str(names.get(value, names[0]))
 
 
+def enum_value(enum: Any, name: str) -> Any:
+    """Number of an enum value; zero for a name that this version does not know."""
+    return dict(enum.items()).get(name, 0)
+
+
 def page_request(request: Any) -> PageRequest:
     """Of any List request."""
     return PageRequest(size=request.page_size, token=request.page_token)
@@ -142,7 +147,7 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
     return operator_pb2.OperatorSpec(
         checkpoint=ref.checkpoint,
         data_batch=ref.data_batch,
-        kind=operator_pb2.OperatorSpec.Kind.Value(ref.kind),
+        kind=enum_value(operator_pb2.OperatorSpec.Kind, ref.kind),
         dtype=ref.dtype,
         micro_batch_size=ref.micro_batch_size,
         precision=ref.precision,
