@@ -27,6 +27,7 @@ from hvp_client._results import (
     EigshResult,
     Event,
     Progress,
+    certificate,
     error_from_proto,
     event_from_proto,
     progress_from_proto,
@@ -202,9 +203,12 @@ class AsyncJob:
 
     def _eigsh_result(self) -> EigshResult[AsyncVector]:
         message = self._message.result.eigsh
+        intervals, completeness = certificate(message)
         return EigshResult(
             eigenvalues=np.array(message.eigenvalues, np.float64),
             residuals=np.array(message.residuals, np.float64),
+            intervals=intervals,
+            completeness=completeness,
             eigenvectors=[
                 AsyncVector(self._session, vector, temporary=False)
                 for vector in message.eigenvectors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
@@ -89,18 +89,46 @@ class Event:
         return self.progress.residual_estimates if self.progress else ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Completeness:
+    """What is known of eigenvalues that a search for k of them does not show.
+
+    Attributes:
+        shown: Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most
+            `margin` further out than the i-th of the pairs: none was missed, copies of repeated
+            ones included.
+        margin: In units of the eigenvalues: the tolerance, and the noise of the search; infinite
+            where nothing is known.
+        failure_probability: That `shown` is wrong, over the random starting vectors of the search
+            for what was missed; 0 where the basis spanned the whole space.
+        num_products: Operator products spent on it.
+    """
+
+    shown: bool
+    margin: float
+    failure_probability: float
+    num_products: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EigshResult(Generic[VectorT]):
     """k eigenpairs A y = λ y of an operator.
 
     Attributes:
-        eigenvalues: (k,) float64, ascending.
-        residuals: (k,) float64, the norms ‖A y − λ y‖, each from a fresh product.
+        eigenvalues: (k,) float64, ascending: the Rayleigh quotients of the verifying products.
+        residuals: (k,) float64, the norms ‖A y − λ y‖ / ‖y‖, each from a fresh product in float64.
+        intervals: (k, 2) float64, each of which holds an eigenvalue of the exact operator, whatever
+            precision the search ran in; infinitely wide where nothing is claimed. That none of the
+            wanted was missed is `completeness`.
+        completeness: Whether these are the k wanted ones, and how sure that is.
         eigenvectors: k orthonormal vectors on the server, in the order of `eigenvalues`. They are
             the job's and stay when their handles go.
         num_products: Operator products spent, those of the residuals included.
-        outcome: `CONVERGED`, or `MAX_PRODUCTS` when the budget ran out: the pairs are then the
-            best so far and `residuals` say how good.
+        outcome: `CONVERGED`: every pair meets the tolerance and none of the wanted was missed.
+            `MULTIPLICITY_UNCERTAIN`: the latter could not be shown within the budget.
+            `MAX_PRODUCTS`: the budget ran out before every pair met the tolerance.
+            `NOISE_LIMIT`: the search converged and float64 does not confirm it; more products of
+            this precision would not help. `UNVERIFIED`: there was no memory to verify in float64.
         symmetry_defect: |u·Av − v·Au| / (‖Au‖ ‖v‖) over the run's own vectors; rounding shows
             here first.
         ritz_values: (m,) float64, of the last basis.
@@ -112,6 +140,8 @@ class EigshResult(Generic[VectorT]):
 
     eigenvalues: NDArray[np.float64]
     residuals: NDArray[np.float64]
+    intervals: NDArray[np.float64]
+    completeness: Completeness
     eigenvectors: list[VectorT]
     num_products: int
     outcome: str
@@ -121,11 +151,61 @@ class EigshResult(Generic[VectorT]):
     loss: float
     provenance: Mapping[str, str]
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """What is certified and what is not, as sentences for people."""
+        return (*self._interval_claims(), self._completeness_claim())
+
+    def _interval_claims(self) -> tuple[str, ...]:
+        if self.outcome == "UNVERIFIED" or not np.isfinite(self.intervals).all():
+            return (
+                "Nothing is claimed of the exact operator: there was no memory to verify the pairs "
+                "in float64. Use more workers or fewer Lanczos vectors.",
+            )
+        held = "Each interval holds an eigenvalue of the exact operator."
+        if self.outcome == "NOISE_LIMIT":
+            return (
+                held,
+                "The products of the search were too coarse for the tolerance, and more of them "
+                "would not help: use a wider precision.",
+            )
+        if self.outcome == "MAX_PRODUCTS":
+            return (
+                held,
+                "The budget of products ran out before every pair met the tolerance: give more.",
+            )
+        return (held,)
+
+    def _completeness_claim(self) -> str:
+        known = self.completeness
+        if known.shown:
+            sure = (
+                ""
+                if known.failure_probability == 0
+                else f", with a probability of at least {1 - known.failure_probability:.4g}"
+            )
+            return (
+                f"None was missed{sure}: counted from its end, each of these {len(self.residuals)} "
+                f"is the eigenvalue of its place, to {known.margin:.1e}."
+            )
+        if self.outcome == "MULTIPLICITY_UNCERTAIN":
+            return (
+                "That none was missed could not be shown within the budget: repeated eigenvalues "
+                "may lack copies. Give more products."
+            )
+        return "That none of the wanted was missed is not shown."
+
     def to_json(self) -> dict[str, Any]:
         """Make plain numbers, strings, lists and dicts of it; eigenvectors by name."""
         return {
             "eigenvalues": self.eigenvalues.tolist(),
             "residuals": self.residuals.tolist(),
+            # JSON has no infinity: null is an end that is not known.
+            "intervals": [[_finite(end) for end in interval] for interval in self.intervals],
+            "completeness": {
+                **asdict(self.completeness),
+                "margin": _finite(self.completeness.margin),
+            },
             "eigenvectors": [getattr(vector, "name", "") for vector in self.eigenvectors],
             "num_products": self.num_products,
             "outcome": self.outcome,
@@ -135,6 +215,35 @@ class EigshResult(Generic[VectorT]):
             "loss": self.loss,
             "provenance": dict(self.provenance),
         }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def certificate(
+    message: job_pb2.EigshResult,
+) -> tuple[NDArray[np.float64], Completeness]:
+    """Read what a result claims.
+
+    Args:
+        message: A result; one of an older server claims nothing.
+
+    Returns:
+        Intervals (k, 2), and what is known of the eigenvalues that are not shown.
+    """
+    values = np.array(message.eigenvalues, np.float64)
+    bounds = np.full(len(values), np.inf)
+    if len(message.error_bounds) == len(values):
+        bounds = np.array(message.error_bounds, np.float64)
+    told = message.completeness
+    known = message.HasField("completeness")
+    return np.stack((values - bounds, values + bounds), axis=1), Completeness(
+        shown=told.shown,
+        margin=told.margin if known else np.inf,
+        failure_probability=told.failure_probability if known else 1.0,
+        num_products=told.num_products,
+    )
 
 
 def state_name(state: job_pb2.Job.State.ValueType) -> str:

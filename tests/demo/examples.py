@@ -52,7 +52,15 @@ def findings(*, steps: int = 20, k: int = 6) -> Findings:
         v_dot_hu=12.5,
         eigenvalues=history[-1].ritz_values,
         residuals=history[-1].residual_estimates,
+        intervals=tuple(
+            (value - residual, value + residual)
+            for value, residual in zip(
+                history[-1].ritz_values, history[-1].residual_estimates, strict=True
+            )
+        ),
+        claims=("Each interval holds an eigenvalue of the exact operator.", "That is all."),
         num_products=steps + k,
+        num_completeness_products=0,
         outcome="MAX_PRODUCTS",
         symmetry_defect=1e-9,
         ritz_values=tuple(values.tolist()),

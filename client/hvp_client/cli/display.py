@@ -75,7 +75,7 @@ def pace(progress: Progress) -> str:
 
 
 def result_table(result: EigshResult[Vector]) -> Table:
-    """Lay out eigenvalues with their true residuals.
+    """Lay out eigenvalues with their intervals, and what is certified of them.
 
     Args:
         result: A job's.
@@ -85,14 +85,21 @@ def result_table(result: EigshResult[Vector]) -> Table:
     """
     table = Table(
         title=f"{result.outcome} after {result.num_products} products, loss {result.loss:.6g} nats",
-        caption=f"{_operator(result)}symmetry defect {result.symmetry_defect:.1e}",
+        caption="\n".join(
+            (
+                *result.claims,
+                f"{_operator(result)}symmetry defect {result.symmetry_defect:.1e}",
+            )
+        ),
+        caption_justify="left",
     )
-    for heading in ("#", "eigenvalue", "residual ‖Hy - λy‖"):
+    for heading in ("#", "eigenvalue", "residual ‖Hy - λy‖", "± holds one"):
         table.add_column(heading, justify="right")
     table.add_column("eigenvector", overflow="fold")
-    rows = zip(result.eigenvalues, result.residuals, result.eigenvectors, strict=True)
-    for index, (value, residual, vector) in enumerate(rows):
-        table.add_row(str(index), f"{value:.8g}", f"{residual:.2e}", vector.name)
+    radii = (result.intervals[:, 1] - result.intervals[:, 0]) / 2
+    rows = zip(result.eigenvalues, result.residuals, radii, result.eigenvectors, strict=True)
+    for index, (value, residual, radius, vector) in enumerate(rows):
+        table.add_row(str(index), f"{value:.8g}", f"{residual:.2e}", f"{radius:.1e}", vector.name)
     return table
 
 

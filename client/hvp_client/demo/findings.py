@@ -38,8 +38,11 @@ class Findings:
     v_dot_hu: float
 
     eigenvalues: tuple[float, ...]  # ascending
-    residuals: tuple[float, ...]  # ||H y - lambda y||, from fresh products
+    residuals: tuple[float, ...]  # ||H y - lambda y||, from fresh products in float64
+    intervals: tuple[tuple[float, float], ...]  # each holds an eigenvalue of H
+    claims: tuple[str, ...]  # what is certified, as sentences
     num_products: int
+    num_completeness_products: int  # of these, spent on showing that none was missed
     outcome: str
     symmetry_defect: float  # of the Lanczos run
     ritz_values: tuple[float, ...]
@@ -55,8 +58,9 @@ class Findings:
         Raises:
             ValueError: They are not.
         """
-        if len(self.eigenvalues) != len(self.residuals) or not self.eigenvalues:
-            raise ValueError("each eigenvalue needs its residual, and there must be one")
+        lengths = {len(self.eigenvalues), len(self.residuals), len(self.intervals)}
+        if len(lengths) > 1 or not self.eigenvalues:
+            raise ValueError("each eigenvalue needs its residual and its interval; one is needed")
         if len(self.ritz_values) != len(self.ritz_weights):
             raise ValueError("each Ritz value needs its weight")
 
@@ -88,15 +92,16 @@ class Findings:
     def rows(self) -> list[Row]:
         """The eigenvalues, largest first."""
         size = max(abs(value) for value in self.eigenvalues) or 1.0
-        pairs = zip(self.eigenvalues, self.residuals, strict=True)
+        known = zip(self.eigenvalues, self.residuals, self.intervals, strict=True)
         rows = [
             Row(
                 index=index,
                 eigenvalue=value,
                 residual=residual,
                 relative_residual=residual / size,
+                interval=interval,
             )
-            for index, (value, residual) in enumerate(pairs)
+            for index, (value, residual, interval) in enumerate(known)
         ]
         return rows[::-1]
 
@@ -109,17 +114,12 @@ class Row:
     eigenvalue: float
     residual: float
     relative_residual: float  # residual over the largest magnitude found
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Bounds that hold an eigenvalue of H: it is symmetric, so one lies within ‖Hy − λy‖."""
-        return self.eigenvalue - self.residual, self.eigenvalue + self.residual
+    interval: tuple[float, float]  # holds an eigenvalue of H
 
 
 def to_json(findings: Findings) -> str:
-    """The record as JSON, with the intervals spelled out."""
+    """The record as JSON."""
     fields = dataclasses.asdict(findings)
-    fields["intervals"] = [row.interval for row in reversed(findings.rows)]
     fields["symmetry_gap"] = findings.symmetry_gap
     return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
@@ -143,7 +143,7 @@ def to_table(findings: Findings) -> str:
         f"loss {findings.loss:.6f} nats/token, gradient norm {findings.gradient_norm:.6f}, "
         f"{findings.num_products} products, {findings.outcome}\n"
     )
-    return title + "\n" + _align([header, *body])
+    return title + "\n" + _align([header, *body]) + "\n" + "\n".join(findings.claims) + "\n"
 
 
 def _align(table: Sequence[tuple[str, ...]]) -> str:

@@ -164,7 +164,10 @@ def _explore(
         v_dot_hu=probes.v_dot_hu,
         eigenvalues=tuple(result.eigenvalues.tolist()),
         residuals=tuple(result.residuals.tolist()),
+        intervals=tuple((low, high) for low, high in result.intervals.tolist()),
+        claims=result.claims,
         num_products=result.num_products,
+        num_completeness_products=result.completeness.num_products,
         outcome=result.outcome,
         symmetry_defect=result.symmetry_defect,
         ritz_values=tuple(result.ritz_values.tolist()),
@@ -221,7 +224,7 @@ def _recorded(events: Iterable[Event], history: list[Snapshot]) -> Iterator[Even
     for event in events:
         if event.type == "state" and event.state == "RUNNING":
             history.clear()  # a new attempt begins with its first product
-        if event.progress is not None and event.progress.stage == "iterating":
+        if event.progress is not None and event.progress.stage in ("iterating", "completeness"):
             history.append(
                 Snapshot(
                     num_products=event.num_products,

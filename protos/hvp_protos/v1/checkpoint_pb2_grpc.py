@@ -104,6 +104,8 @@ class CheckpointServiceServicer:
     def DeleteCheckpoint(self, request, context):
         """NOT_FOUND `RESOURCE_NOT_FOUND`; FAILED_PRECONDITION `RESOURCE_IN_USE`: a job that has not
         ended uses it; cancel the job first.
+        Deletes its vectors too, and the blobs that nothing else is made of. Files leave the disk after
+        the last call that uses them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

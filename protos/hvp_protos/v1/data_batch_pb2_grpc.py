@@ -89,6 +89,7 @@ class DataBatchServiceServicer:
 
     def DeleteDataBatch(self, request, context):
         """NOT_FOUND `RESOURCE_NOT_FOUND`; FAILED_PRECONDITION `RESOURCE_IN_USE`.
+        Deletes the blob too, if nothing else is made of it, after the last call that uses it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

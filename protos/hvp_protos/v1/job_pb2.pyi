@@ -28,7 +28,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EigshSpec(_message.Message):
-    """k extremal eigenpairs by thick-restart Lanczos with full reorthogonalisation."""
+    """k extremal eigenpairs by thick-restart Lanczos with full reorthogonalisation, verified in float64,
+    and a search from fresh random vectors for what the first one may have missed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -71,11 +73,11 @@ class EigshSpec(_message.Message):
     which: Global___EigshSpec.Which.ValueType
     tol: _builtins.float
     """Stop when every wanted pair's estimated residual is at most tol times the largest Ritz value's
-    magnitude; 0 means the dtype's rounding.
+    magnitude, 0 <= tol < 1; 0 means the dtype's rounding.
     """
     max_products: _builtins.int
-    """Upper bound on operator products, the k of the final residuals included; 0 means 10 n or
-    300 + k, whichever is less.
+    """Upper bound on operator products, those that show completeness and the k of the final residuals
+    included; 0 means 10 n or 300 + k, whichever is less.
     """
     seed: _builtins.int
     """Seed of the starting vector."""
@@ -283,16 +285,78 @@ class EigshResult(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         OUTCOME_UNSPECIFIED: EigshResult._Outcome.ValueType  # 0
         OUTCOME_CONVERGED: EigshResult._Outcome.ValueType  # 1
-        """Every pair meets the tolerance."""
+        """Every pair meets the tolerance, and none of the wanted was missed: see `completeness`."""
         OUTCOME_MAX_PRODUCTS: EigshResult._Outcome.ValueType  # 2
         """The budget of products ran out; the pairs are the best so far, and `residuals` say how good."""
+        OUTCOME_NOISE_LIMIT: EigshResult._Outcome.ValueType  # 3
+        """The search converged and the verifying products do not confirm it: the search's products are
+        too coarse for the tolerance, and more of them would not help. Use a wider precision.
+        """
+        OUTCOME_MULTIPLICITY_UNCERTAIN: EigshResult._Outcome.ValueType  # 4
+        """Every pair meets the tolerance, and the budget ran out before it could be shown that none was
+        missed: copies of a repeated eigenvalue, for example. Give more products.
+        """
+        OUTCOME_UNVERIFIED: EigshResult._Outcome.ValueType  # 5
+        """The search converged and there was no memory to verify the pairs in float64: nothing is
+        claimed of the exact operator. Use more workers or fewer Lanczos vectors.
+        """
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
     OUTCOME_UNSPECIFIED: EigshResult.Outcome.ValueType  # 0
     OUTCOME_CONVERGED: EigshResult.Outcome.ValueType  # 1
-    """Every pair meets the tolerance."""
+    """Every pair meets the tolerance, and none of the wanted was missed: see `completeness`."""
     OUTCOME_MAX_PRODUCTS: EigshResult.Outcome.ValueType  # 2
     """The budget of products ran out; the pairs are the best so far, and `residuals` say how good."""
+    OUTCOME_NOISE_LIMIT: EigshResult.Outcome.ValueType  # 3
+    """The search converged and the verifying products do not confirm it: the search's products are
+    too coarse for the tolerance, and more of them would not help. Use a wider precision.
+    """
+    OUTCOME_MULTIPLICITY_UNCERTAIN: EigshResult.Outcome.ValueType  # 4
+    """Every pair meets the tolerance, and the budget ran out before it could be shown that none was
+    missed: copies of a repeated eigenvalue, for example. Give more products.
+    """
+    OUTCOME_UNVERIFIED: EigshResult.Outcome.ValueType  # 5
+    """The search converged and there was no memory to verify the pairs in float64: nothing is
+    claimed of the exact operator. Use more workers or fewer Lanczos vectors.
+    """
+
+    @_typing.final
+    class Completeness(_message.Message):
+        """What is known of eigenvalues beyond the k pairs."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SHOWN_FIELD_NUMBER: _builtins.int
+        MARGIN_FIELD_NUMBER: _builtins.int
+        FAILURE_PROBABILITY_FIELD_NUMBER: _builtins.int
+        NUM_PRODUCTS_FIELD_NUMBER: _builtins.int
+        shown: _builtins.bool
+        """Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most `margin` further
+        out than the i-th of the pairs.
+        """
+        margin: _builtins.float
+        """In units of the eigenvalues: the tolerance, and the noise of the search; infinite where
+        nothing is known.
+        """
+        failure_probability: _builtins.float
+        """Probability, over the random starting vectors, that `shown` is wrong. 0 where the basis spans
+        the whole space.
+        """
+        num_products: _builtins.int
+        """Products spent on it."""
+        def __init__(
+            self,
+            *,
+            shown: _builtins.bool = ...,
+            margin: _builtins.float = ...,
+            failure_probability: _builtins.float = ...,
+            num_products: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_probability", b"failure_probability", "margin", b"margin", "num_products", b"num_products", "shown", b"shown"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class ProvenanceEntry(_message.Message):
@@ -324,6 +388,8 @@ class EigshResult(_message.Message):
     RITZ_WEIGHTS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    ERROR_BOUNDS_FIELD_NUMBER: _builtins.int
+    COMPLETENESS_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
     outcome: Global___EigshResult.Outcome.ValueType
     symmetry_defect: _builtins.float
@@ -335,7 +401,7 @@ class EigshResult(_message.Message):
 
     @_builtins.property
     def residuals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """||A y - lambda y||, each from a fresh product."""
+        """||A y - lambda y|| / ||y||, each from a fresh product in float64."""
 
     @_builtins.property
     def eigenvectors(self) -> _containers.RepeatedCompositeFieldContainer[_vector_pb2.Vector]:
@@ -353,6 +419,14 @@ class EigshResult(_message.Message):
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What the figures rest on: versions, digests, dtype, seed."""
 
+    @_builtins.property
+    def error_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One for each pair: [eigenvalue - bound, eigenvalue + bound] holds an eigenvalue of the exact
+        operator, whatever precision the search ran in. Empty where nothing is claimed.
+        """
+
+    @_builtins.property
+    def completeness(self) -> Global___EigshResult.Completeness: ...
     def __init__(
         self,
         *,
@@ -366,10 +440,12 @@ class EigshResult(_message.Message):
         ritz_weights: _abc.Iterable[_builtins.float] | None = ...,
         loss: _builtins.float = ...,
         provenance: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        error_bounds: _abc.Iterable[_builtins.float] | None = ...,
+        completeness: Global___EigshResult.Completeness | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["completeness", b"completeness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eigenvalues", b"eigenvalues", "eigenvectors", b"eigenvectors", "loss", b"loss", "num_products", b"num_products", "outcome", b"outcome", "provenance", b"provenance", "residuals", b"residuals", "ritz_values", b"ritz_values", "ritz_weights", b"ritz_weights", "symmetry_defect", b"symmetry_defect"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completeness", b"completeness", "eigenvalues", b"eigenvalues", "eigenvectors", b"eigenvectors", "error_bounds", b"error_bounds", "loss", b"loss", "num_products", b"num_products", "outcome", b"outcome", "provenance", b"provenance", "residuals", b"residuals", "ritz_values", b"ritz_values", "ritz_weights", b"ritz_weights", "symmetry_defect", b"symmetry_defect"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -466,7 +542,7 @@ class JobProgress(_message.Message):
     num_restarts: _builtins.int
     """Times the basis was compressed."""
     stage: _builtins.str
-    """`loading`, `iterating`, `verifying` or `saving`."""
+    """`loading`, `iterating`, `completeness` (looking for what was missed), `verifying` or `saving`."""
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
     @_builtins.property
@@ -556,7 +632,9 @@ class Job(_message.Message):
     name: _builtins.str
     state: Global___Job.State.ValueType
     attempt: _builtins.int
-    """Counts runs: 1 on the first, one more after each loss of the server or of a rank."""
+    """Counts runs: 1 on the first, one more after each loss of the server or of a rank. A run that a
+    drain cuts short does not count.
+    """
     max_attempts: _builtins.int
     @_builtins.property
     def spec(self) -> Global___JobSpec: ...
@@ -836,7 +914,9 @@ class ListJobsResponse(_message.Message):
     next_page_token: _builtins.str
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
-        """Newest first. Without `result`, which can be long: GetJob has it."""
+        """Newest first. Without `result`, which can be long, and without the arrays of `progress`: GetJob
+        has them.
+        """
 
     def __init__(
         self,

@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class JobServiceStub:
     """NOT_FOUND `RESOURCE_NOT_FOUND`: no job of that name.
+    UNAVAILABLE `STATE_DIR_BUSY`: the server's disk is slow or locked; call again.
+    FAILED_PRECONDITION `JOB_UNREADABLE`, as a job's error only: its row is another version's, or
+    damaged; queue the job again.
     """
 
     def __init__(self, channel):
@@ -74,14 +77,18 @@ class JobServiceStub:
 
 class JobServiceServicer:
     """NOT_FOUND `RESOURCE_NOT_FOUND`: no job of that name.
+    UNAVAILABLE `STATE_DIR_BUSY`: the server's disk is slow or locked; call again.
+    FAILED_PRECONDITION `JOB_UNREADABLE`, as a job's error only: its row is another version's, or
+    damaged; queue the job again.
     """
 
     def CreateJob(self, request, context):
         """Queues a job. Checks the operator as OperatorService does, and
-        INVALID_ARGUMENT `K_INVALID`, `WHICH_UNSUPPORTED`, `TOL_INVALID`, `MAX_PRODUCTS_INVALID`,
+        INVALID_ARGUMENT `K_INVALID` (at most 10000 pairs a job), `WHICH_UNSUPPORTED`, `TOL_INVALID`, `MAX_PRODUCTS_INVALID`,
         `NUM_LANCZOS_VECTORS_INVALID`, `SPEC_MISSING`.
         UNIMPLEMENTED `KIND_UNSUPPORTED`: density, trace and solve are not served yet.
-        FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: not even the smallest basis fits.
+        FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: not even the smallest basis fits; metadata
+        `needed_bytes`, `available_bytes`.
         RESOURCE_EXHAUSTED `QUEUE_FULL`: retry later.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.
         """
@@ -111,7 +118,9 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """FAILED_PRECONDITION `JOB_NOT_ENDED`: cancel it first.
+        """Its eigenvectors go with it, unless they are kept.
+
+        FAILED_PRECONDITION `JOB_NOT_ENDED`: cancel it first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +128,8 @@ class JobServiceServicer:
 
     def WaitJob(self, request, context):
         """Answers when the job has ended or the time is up.
+
+        RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: call again after the delay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +140,7 @@ class JobServiceServicer:
         every 15 s.
 
         UNAVAILABLE `SERVER_DRAINING`: the server is going down; watch again after the last sequence.
+        RESOURCE_EXHAUSTED `TOO_MANY_CALLS`: call again after the delay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,6 +194,9 @@ def add_JobServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class JobService:
     """NOT_FOUND `RESOURCE_NOT_FOUND`: no job of that name.
+    UNAVAILABLE `STATE_DIR_BUSY`: the server's disk is slow or locked; call again.
+    FAILED_PRECONDITION `JOB_UNREADABLE`, as a job's error only: its row is another version's, or
+    damaged; queue the job again.
     """
 
     @staticmethod

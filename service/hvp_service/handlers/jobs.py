@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -86,10 +85,11 @@ def check_eigsh(
             f"Say which eigenvalues: {', '.join(WHICHES)}.",
             field="spec.eigsh.which",
         )
-    if not (math.isfinite(tol) and tol >= 0):
+    if not 0 <= tol < 1:
         raise ServiceError(
             "TOL_INVALID",
-            f"tol is {tol}; a finite number of 0 or more is possible.",
+            f"tol is {tol}; 0 <= tol < 1 is possible. It is relative to the largest eigenvalue's "
+            "magnitude: with 1, any vector would do.",
             field="spec.eigsh.tol",
         )
     if max_products < 0 or 0 < max_products < 2 * k:

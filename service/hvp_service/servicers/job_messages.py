@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from hvp_protos.v1 import job_pb2 as pb
 from hvp_protos.v1 import vector_pb2
 from hvp_workers.backend import EigshProgress
@@ -70,6 +72,8 @@ def result_message(spec: EigshJob, result: JobResult) -> pb.JobResult:
             ritz_weights=found.ritz_weights,
             loss=found.loss,
             provenance=found.provenance,
+            error_bounds=found.error_bounds,
+            completeness=pb.EigshResult.Completeness(**asdict(found.completeness)),
         )
     )
 
