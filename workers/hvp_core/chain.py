@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -33,12 +33,14 @@ class Body(NamedTuple):
         call: (params by canonical name, x, constants) -> y.
         masks: What it hands to its attention unread.
         fixed: Whether the constants keep their dtype when the block is run in another one.
+        settings: Whatever else of the micro-batch decides what `call` does.
     """
 
     constants: dict[str, Tensor]
     call: Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]
     masks: tuple[Mask, ...] = ()
     fixed: bool = False
+    settings: Hashable = ()
 
     def cast(self, dtype: torch.dtype) -> Body:
         """The block with floating constants of this dtype, and its output in at least float32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import final
 
 import torch
@@ -56,13 +56,13 @@ class ClosingDual:
 
     Args:
         trace: Of `trace_closing`.
-        text: Of the block's program and the loss.
+        key: What it was traced from: the block's program and the loss, with its settings.
         prepare: Called once with each new part; may replace how it runs.
     """
 
-    def __init__(self, trace: Trace, text: str, prepare: Callable[[Part], None] | None = None):
+    def __init__(self, trace: Trace, key: Hashable, prepare: Callable[[Part], None] | None = None):
         self._trace = trace
-        self.text = text
+        self.key = key
         self._prepare = prepare
         self._parts: dict[tuple[Mode, bool, bool], list[Part]] = {}
 

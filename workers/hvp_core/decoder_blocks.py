@@ -6,7 +6,7 @@ as arguments. Parameters that a run does not need are zeros of no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -44,6 +44,13 @@ def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> d
     """A zero for every parameter, each of one element's memory."""
     zero = torch.zeros((), dtype=dtype, device=device)
     return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def _setting(leaf: Any) -> Hashable:
+    """What an argument that is no tensor may decide; of anything else its kind."""
+    # 1, 1.0 and True are equal and not the same argument.
+    plain = isinstance(leaf, bool | int | float | str | None)
+    return type(leaf), leaf if plain else None
 
 
 def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -166,7 +173,9 @@ class Layer(Block):
             result: Tensor = y[0] if isinstance(y, tuple) else y
             return result
 
-        return Body(constants, call, tuple(each for each in leaves if isinstance(each, Mask)))
+        masks = tuple(each for each in leaves if isinstance(each, Mask))
+        settings = str(spec), *[_setting(each) for each in leaves]
+        return Body(constants, call, masks, settings=settings)
 
 
 @final

@@ -109,6 +109,7 @@ class Itinerary:
         )
         if closing:
             self._traces_closing = False
+            self._closing_of.clear()  # what another mode has made of that trace too
             return
         for batch in range(len(self._batches)):
             body = self.body(index, batch, True)

@@ -128,10 +128,10 @@ class Routes:
                 shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
                 o = torch.empty(shape, dtype=v.dtype, device=x.device)
                 trace = trace_block(_cut_open(f), values, {**inputs, "o": o}, constants)
-            return BlockDual(trace, look.text, self._prepare)
+            return BlockDual(trace, of, self._prepare)
 
-        key = (look.text, _signature(values | inputs | constants), call is not None)
-        dual = _duals.get((*key, self._policy.compile), make)
+        of = look.text, call is not None
+        dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
         return Traced(dual, names, constants, call)
 
     def _look(
@@ -145,7 +145,7 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (name, _signature(p | inputs | constants), cut)
+        key = (name, _signature(p | inputs | constants), body.settings, cut)
         if key not in self._looks:
             self._looks[key] = _look(f, p, inputs, constants, body.masks)
         return self._looks[key]
@@ -170,12 +170,11 @@ class Routes:
         f = _placed(body, parameters)
         try:
             look = self._look(name, body, f, values, inputs, constants, False)
-            text = f"{look.text}{type(loss).__name__}"
-            key = (type(loss), look.text, _signature(values | inputs | constants))
+            of = look.text, loss
             dual = _duals.get(
-                (*key, self._policy.compile),
+                (of, _signature(values | inputs | constants), self._policy.compile),
                 lambda: ClosingDual(
-                    trace_closing(f, loss, values, inputs, constants), text, self._prepare
+                    trace_closing(f, loss, values, inputs, constants), of, self._prepare
                 ),
             )
         except Exception as error:

@@ -75,7 +75,7 @@ class Verifier:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
         block, dtype, is_data = self._chain.blocks[index], _dtype(p), index == 0
-        key = _key(route.dual.text, p, is_data, self._mode) if isinstance(route, Traced) else None
+        key = _key(route.dual.key, p, is_data, self._mode) if isinstance(route, Traced) else None
         p = {name: each.to(dtype) for name, each in p.items()}
         right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
@@ -118,7 +118,7 @@ class Verifier:
                 )
             f = function_of(body)
             if isinstance(traced, TracedClosing):
-                key = _key(traced.dual.text, p, is_data, self._mode)
+                key = _key(traced.dual.key, p, is_data, self._mode)
                 if key in _verified:
                     continue
                 if _remembered(key, self._closing(traced, f, p, x, is_data, target)):
@@ -374,9 +374,9 @@ def _remembered(key: Hashable, answer: bool | None) -> bool:
     return answer is not False
 
 
-def _key(text: str, p: Params, is_data: bool, mode: Mode) -> Hashable:
+def _key(traced: Hashable, p: Params, is_data: bool, mode: Mode) -> Hashable:
     """What is verified at once: a program says nothing of widths, nor of what is differentiated."""
-    return text, tuple(tuple(each.shape) for each in p.values()), is_data, mode
+    return traced, tuple(tuple(each.shape) for each in p.values()), is_data, mode
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
