@@ -17,6 +17,7 @@ attention is computed together, and, kept, of several products.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -205,6 +206,7 @@ class BlockDual:
     Args:
         trace: Of the block; one that takes `o` is cut at its attention.
         key: What it was traced from: the block's program.
+        remarks: What is to be said of the block's code.
         prepare: Called once with each new part; may replace how it runs.
     """
 
@@ -212,9 +214,11 @@ class BlockDual:
         self,
         trace: Trace,
         key: Hashable,
+        remarks: AbstractSet[str] = frozenset(),
         prepare: Callable[[Part], None] | None = None,
     ):
         self._trace = trace
+        self.remarks = frozenset(remarks)
         self.key = key
         self.is_cut = "o" in trace.arguments
         self._prepare = prepare

@@ -26,6 +26,8 @@ class Policy:
         precision: Of the operands of matrix products. `full` is the space's own; `tf32` and
             `bfloat16` apply to float32 spaces: statistics, losses, vectors and sums stay in
             float32.
+        strict: A slower way than the fast one is an error. For tests and benchmarks: what they
+            see is then what they mean to see.
     """
 
     schedule: Schedule = "auto"
@@ -33,3 +35,4 @@ class Policy:
     compile: bool = False
     graphs: bool = False
     precision: Precision = "full"
+    strict: bool = False

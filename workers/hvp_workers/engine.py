@@ -21,7 +21,7 @@ import psutil
 import torch
 from hvp_core.collective import Collective
 from hvp_core.data import read_token_batch
-from hvp_core.errors import CurvatureError
+from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.lanczos import Eigenpairs, Plan, Progress, Spectrum, eigsh
 
 from hvp_workers import backend as api
@@ -45,8 +45,8 @@ def command(
             return method(self, *args, **kwargs)
         except CurvatureError as error:
             raise api.BackendError(error.reason, error.message, error.metadata) from None
-        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
             raise api.BackendError(
                 "OUT_OF_MEMORY",
