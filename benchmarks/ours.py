@@ -96,6 +96,7 @@ def _open(variant: Variant, problem: Problem) -> Entry:
             compile=problem.compiled,
             graphs=variant.graphs,
             precision=_ARITHMETIC[problem.precision],
+            strict=True,
         ),
     )
 
@@ -195,7 +196,7 @@ def references(
 def _exact(
     problem: Problem, products: Collection[Product], dtype: torch.dtype
 ) -> dict[Product, Tensor]:
-    policy = Policy(schedule="lean")
+    policy = Policy(schedule="lean", strict=True)
     curvature = _curvature(problem, dtype, micro_batch_size=1, policy=policy)
     v = problem.probe(0, dtype)
     ways: dict[Product, Callable[[], Tensor]] = {

@@ -13,6 +13,7 @@ from hvp_core.data import token_batch
 from hvp_core.decoder import DecoderChain
 from hvp_core.layout import Layout
 from hvp_core.loss import Loss
+from hvp_core.policy import Policy
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ class Problem:
     def flat(self) -> Tensor:
         return references.flatten(self.parameters)
 
-    def curvature(self, micro_batch_size: int, collective: Collective | None = None) -> Curvature:
+    def curvature(
+        self, micro_batch_size: int, collective: Collective | None = None, *, strict: bool = True
+    ) -> Curvature:
+        """Strict: a block that takes a slower way is an error, unless that is what is tested."""
         collective = collective or Alone()
         layout = Layout(
             self.chain.shapes,
@@ -46,7 +50,12 @@ class Problem:
         )
         space = Space(layout, collective, self.flat.dtype, CPU)
         return Curvature(
-            self.chain, space, space.from_flat(self.flat), self.batch, micro_batch_size
+            self.chain,
+            space,
+            space.from_flat(self.flat),
+            self.batch,
+            micro_batch_size,
+            Policy(strict=strict),
         )
 
 

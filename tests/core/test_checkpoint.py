@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hvp_core import attention
-from hvp_core.check import chain_agrees
+from hvp_core.check import disagreement
 from hvp_core.checkpoint import build_empty, load_shard, locate
 from hvp_core.collective import Alone
 from hvp_core.data import token_batch
@@ -58,7 +58,7 @@ def load(
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
     space = Space(layout, Alone(), dtype, CPU)
     parameters = load_shard(space, locate(model, folder))
-    assert chain_agrees(model, chain, space, parameters)
+    assert disagreement(model, chain, space, parameters) is None
     return chain, space, parameters
 
 

@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hvp_core.check import disagreement
 from hvp_core.loss import CrossEntropy
 from hvp_core.policy import Precision
-from hvp_core.precision import exact, matmuls
+from hvp_core.precision import exact, exact_products, matmuls
+from hvp_core.space import partial_products
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.core.problems import llama_problem, module_problem
 from tests.core.references import relative_error
@@ -27,6 +30,40 @@ def test_torchs_two_settings_of_float32_products_agree_meanwhile_and_come_back(b
             assert device.fp32_precision == before
     finally:
         device.fp32_precision = "none"
+
+
+class Settings(TorchDispatchMode):
+    """Notes torch's setting whenever something is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.partition(".")[0] in ("mm", "mv", "addmm", "bmm", "dot"):
+            self.seen.add(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("told", ["high", "medium"])
+def test_inner_products_and_checks_are_not_rounded_whatever_torch_was_told(told: str) -> None:
+    problem = llama_problem(torch.float32)
+    model: Any = problem.chain._parts.model  # type: ignore[attr-defined]
+    space = problem.curvature(5).space
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(told)
+    try:
+        for work in (
+            lambda: partial_products(torch.ones(2, 3), torch.ones(3)),
+            lambda: disagreement(model, problem.chain, space, problem.flat),  # type: ignore[arg-type]
+            exact_products()(lambda: torch.ones(2, 2) @ torch.ones(2, 2)),
+        ):
+            with Settings() as settings:
+                work()
+            assert settings.seen == {"highest"}
+            assert torch.get_float32_matmul_precision() == told
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_positions_are_not_rounded_whatever_torch_was_told() -> None:

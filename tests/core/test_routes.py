@@ -310,6 +310,23 @@ def test_a_compiler_that_fails_leaves_the_lines(monkeypatch: pytest.MonkeyPatch)
     assert "import of hvp_core.inductor halted" in refusal()
 
 
+def test_a_compiler_out_of_memory_is_no_reason_to_run_the_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for kernels in (full, lambda part: full):
+        monkeypatch.setattr(inductor, "compiled", kernels)
+        _, (part,), env = parts_of(affine)
+        ours = Compiler()
+        ours(part)
+        for _ in range(2):  # and it is not forgotten by the second call
+            with pytest.raises(torch.OutOfMemoryError):
+                part(env)
+        assert not ours.refused
+
+
 def refusal() -> str:
     """Why a part is not compiled; its lines run."""
     _, (part,), env = parts_of(affine)

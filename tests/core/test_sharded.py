@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import socket
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from hvp_core.collective import Alone, Collective, Distributed, open_collective
+from hvp_core.data import token_batch
 from hvp_core.lanczos import Plan, eigsh
 from torch.multiprocessing.spawn import spawn
 
-from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem
+from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem, ragged_tokens
 from tests.core.references import relative_error
+from tests.core.test_unused_parameters import with_a_tower
 
 PROBLEMS = {"llama": llama_problem, "gpt2": gpt2_problem}
 
@@ -80,7 +83,29 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
         found = numbers(make(), collectives[way])
         if rank == 0:
             torch.save(found, folder / f"{name}.pt")
+    torch.save(told(collectives["memory"]), folder / f"told-{rank}.pt")
+    derivatives = unused(collectives["memory"])
+    if rank == 0:
+        torch.save(derivatives, folder / "unused.pt")
     dist.destroy_process_group()
+
+
+def told(collective: Collective) -> dict[str, str]:
+    """Notes of a product of which one rank's rows have a mask that no kernel knows."""
+    ids, labels, mask = ragged_tokens()
+    mask[2, 1] = 0  # of the second micro-batch
+    problem = replace(llama_problem(), batch=token_batch(ids, labels, mask))
+    curvature = problem.curvature(2, collective, strict=False)
+    curvature.hvp([curvature.space.random(1, "gaussian")])
+    return curvature.notes()
+
+
+def unused(collective: Collective) -> list[torch.Tensor]:
+    """Derivatives of a model of which no text reaches a part."""
+    curvature = with_a_tower().curvature(2, collective)
+    space = curvature.space
+    v = space.random(1, "gaussian")
+    return [space.to_flat(each) for each in (curvature.gradient(), curvature.hvp([v])[0])]
 
 
 def ways(world_size: int) -> list[str]:
@@ -100,6 +125,13 @@ def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: P
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), session, tmp_path), nprocs=world_size, join=True)
     assert not Path(f"/dev/shm/hvp-{session}").exists()  # noqa: S108 (the place the code uses)
+    for rank in range(world_size):
+        notes = torch.load(tmp_path / f"told-{rank}.pt")
+        for layer in (0, 1):
+            note = notes[f"fallback_model.layers.{layer}"]
+            assert note.endswith("its mask is irregular (on rank 1)")
+    for ours, whole in zip(torch.load(tmp_path / "unused.pt"), unused(Alone()), strict=True):
+        assert relative_error(ours, whole) < 1e-11
     for name, make in PROBLEMS.items():
         alone = numbers(make(), Alone())
         found = torch.load(tmp_path / f"{name}.pt")

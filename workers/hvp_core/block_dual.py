@@ -16,7 +16,8 @@ attention is computed together, and, kept, of several products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -204,18 +205,21 @@ class BlockDual:
 
     Args:
         trace: Of the block; one that takes `o` is cut at its attention.
-        text: Of the block's program.
+        key: What it was traced from: the block's program.
+        remarks: What is to be said of the block's code.
         prepare: Called once with each new part; may replace how it runs.
     """
 
     def __init__(
         self,
         trace: Trace,
-        text: str,
+        key: Hashable,
+        remarks: AbstractSet[str] = frozenset(),
         prepare: Callable[[Part], None] | None = None,
     ):
         self._trace = trace
-        self.text = text
+        self.remarks = frozenset(remarks)
+        self.key = key
         self.is_cut = "o" in trace.arguments
         self._prepare = prepare
         self._plans: dict[tuple[Mode, Way], Plan] = {}

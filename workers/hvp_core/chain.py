@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, final
 
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from hvp_core.attention.mask import Mask
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import Loss, at_least_float32
+from hvp_core.precision import exact
 
 
 @final
@@ -33,12 +35,21 @@ class Body(NamedTuple):
         call: (params by canonical name, x, constants) -> y.
         masks: What it hands to its attention unread.
         fixed: Whether the constants keep their dtype when the block is run in another one.
+        settings: Whatever else of the micro-batch decides what `call` does.
     """
 
     constants: dict[str, Tensor]
     call: Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]
     masks: tuple[Mask, ...] = ()
     fixed: bool = False
+    settings: Hashable = ()
+
+    def run(
+        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Y by the model's own code, so that it can be differentiated and means what it says."""
+        with exact():
+            return self.call(params, x, constants)
 
     def cast(self, dtype: torch.dtype) -> Body:
         """The block with floating constants of this dtype, and its output in at least float32.
@@ -82,7 +93,7 @@ class Block(ABC):
     def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
         """Y = f(params, x); params by canonical name."""
         body = self.body(context, dense=True)
-        return body.call(params, x, body.constants)
+        return body.run(params, x, body.constants)
 
 
 class Chain(ABC):
@@ -92,11 +103,13 @@ class Chain(ABC):
         blocks: In the order of evaluation.
         shapes: Shape of every parameter of the model by canonical name, in canonical order.
         loss: Applied to the last block's output.
+        notes: How the model was taken apart, as `Curvature.notes` tells it.
     """
 
     blocks: Sequence[Block]
     shapes: Mapping[str, tuple[int, ...]]
     loss: Loss
+    notes: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def context(self, batch: MicroBatch) -> Any:
@@ -110,16 +123,20 @@ class Chain(ABC):
         """A little of a micro-batch, for checks."""
         return rows(batch, 0, 1)
 
+    def pair(self, batch: MicroBatch) -> MicroBatch | None:
+        """Two rows of the whole batch, to see that blocks take each alone; None if it is known."""
+        return rows(batch, 0, 2) if len(batch.targets) > 1 else None
+
     def pieces(self, x: Tensor) -> list[slice]:
         """Slices of dimension 1 that may go through the last block one by one; [] for none."""
         return []
 
 
-def refuse_train_mode_batch_norm(module: nn.Module) -> None:
-    """Refuse a model whose loss is not a sum over rows.
+def refuse_train_mode(module: nn.Module) -> None:
+    """Refuse a model that is not, in every part of it, one function of each row.
 
     Raises:
-        CurvatureError: MODEL_UNSUPPORTED.
+        CurvatureError: MODEL_UNSUPPORTED, naming the part.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and (
@@ -131,6 +148,16 @@ def refuse_train_mode_batch_norm(module: nn.Module) -> None:
                 "call model.eval() with running statistics",
                 {"block": name},
             )
+    training = [(name, each) for name, each in module.named_modules() if each.training]
+    if training:
+        name, child = training[-1]  # an inner one, which does something
+        what = f"{name or 'the model'} ({type(child).__name__})"
+        raise CurvatureError(
+            "MODEL_UNSUPPORTED",
+            f"{what} is in train mode, in which it may drop out or update what it computes with; "
+            "call model.eval()",
+            {"block": name},
+        )
 
 
 @final
@@ -172,11 +199,11 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
 class ModuleChain(Chain):
     """Any `nn.Module` of one tensor; `nn.Sequential` gives one block per child.
 
-    The module must be in eval mode where that matters (dropout, batch norm).
+    The module must be in eval mode.
     """
 
     def __init__(self, module: nn.Module, loss: Loss):
-        refuse_train_mode_batch_norm(module)
+        refuse_train_mode(module)
         self.loss = loss
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         names = canonical_names(module)

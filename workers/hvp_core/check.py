@@ -1,63 +1,82 @@
-"""Is the chain the model? Compare its loss with the one that the model's own code computes."""
+"""Is the chain the model? Its loss is compared with the one that the model's own code computes."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
-from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from hvp_core import attention
+from hvp_core.blame import working_on
 from hvp_core.chain import canonical_names
 from hvp_core.data import token_batch
 from hvp_core.decoder import DecoderChain
-from hvp_core.precision import exact
+from hvp_core.decoder_blocks import unchanged
+from hvp_core.errors import CurvatureError
+from hvp_core.precision import exact, exact_products
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
-
-logger = logging.getLogger(__name__)
 
 _TOKENS = 16
 _POSITIONS_AT_ONCE = 5  # so that the head is seen to work position by position
 
 
-def chain_agrees(
+@exact_products()
+def disagreement(
     model: PreTrainedModel, chain: DecoderChain, space: Space, parameters: torch.Tensor
-) -> bool:
-    """Whether chain and model give one loss on a few tokens, to rounding.
+) -> CurvatureError | None:
+    """Why the chain is not the model; None where both give one loss on a few tokens, to rounding.
 
-    A loss that is not finite says nothing about the chain and passes: the first real call names
-    the block at fault. Called by all ranks together; memory: one block.
+    The model takes two rows at once and the chain one by one, so that a model whose rows depend on
+    one another is seen too. Called by all ranks together; memory: two blocks.
 
     Args:
         model: As built, on the meta device.
         chain: Cut from it.
         space: Of its parameters.
         parameters: θ, this rank's shard.
+
+    Raises:
+        CurvatureError: NON_FINITE, naming the block, where neither gives a number: that is the
+            parameters' fault, and says nothing of the chain. OUT_OF_MEMORY; INTERNAL.
     """
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or _TOKENS
     length = max(2, min(_TOKENS, longest))
+    rows = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(text.vocab_size, (2, length), generator=generator)
+    ids = torch.randint(min(text.vocab_size, rows), (2, length), generator=generator)
+    name = type(model).__name__
     try:
-        theirs = _own_loss(model, space, parameters, ids)
-    except Exception:  # it computes with weights in ways that only a whole model allows
-        logger.exception("the model's own loss cannot be computed block by block")
-        return False
-    if theirs - theirs != 0:
-        return True
-    chain.positions_at_once = _POSITIONS_AT_ONCE
-    try:
-        ours = Curvature(chain, space, parameters, token_batch(ids), 1).loss()
-    finally:
-        chain.positions_at_once = None
+        with working_on(name, "its own loss"):
+            theirs = _own_loss(model, space, parameters, ids)
+        chain.positions_at_once = _POSITIONS_AT_ONCE
+        try:
+            ours = Curvature(chain, space, parameters, token_batch(ids), 1).loss()
+        finally:
+            chain.positions_at_once = None
+    except CurvatureError as error:
+        # A chain that was cut wrongly may fail where the model does not.
+        own_fault = error.reason in ("OUT_OF_MEMORY", "INTERNAL")
+        if own_fault or (error.reason == "NON_FINITE" and not math.isfinite(theirs)):
+            raise
+        return error
     # Tight enough to see an auxiliary loss of a thousandth.
     tolerance = max(100 * torch.finfo(space.dtype).eps, 1e-12)
-    return abs(ours - theirs) <= tolerance * max(1.0, abs(theirs))
+    if abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)):  # false where one is no number
+        return None
+    return CurvatureError(
+        "MODEL_UNSUPPORTED",
+        f"{name}'s own loss is {theirs:.6g}, and the mean cross-entropy of its logits, row by row, "
+        f"{ours:.6g}; only models whose loss is that are served",
+        {"block": name, "operation": "its own loss"},
+    )
 
 
 @torch.no_grad()
@@ -65,61 +84,62 @@ def _own_loss(
     model: PreTrainedModel, space: Space, parameters: torch.Tensor, ids: torch.Tensor
 ) -> float:
     ids = ids.to(space.device)
-    with _gathered_on_call(model, space, parameters), exact():
+    with unchanged(model), exact(), _OnDemand(model, space, parameters):
         ours = model.config._attn_implementation
-        model.set_attn_implementation("eager")  # the one that every architecture has
+        attention.use(model, "eager")  # the one that every architecture has
         try:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         finally:
-            model.set_attn_implementation(ours)
+            attention.use(model, ours)
     return float(loss)
 
 
-@contextmanager
-def _gathered_on_call(
-    model: PreTrainedModel, space: Space, parameters: torch.Tensor
-) -> Iterator[None]:
-    """Give every module its weights when it is called and take them away afterwards."""
-    names = canonical_names(model)
-    segment_of = {
-        parameter.name: segment
-        for segment in space.layout.segments
-        for parameter in segment.parameters
-    }
-    latest: dict[int, dict[str, torch.Tensor]] = {}
+@final
+class _OnDemand(TorchFunctionMode):
+    """Gives an operation the values of the parameters that it is called with.
 
-    def value(name: str) -> torch.Tensor:
-        segment = segment_of[name]
-        if segment.start not in latest:
-            latest.clear()
-            place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
-            latest[segment.start] = segment.views(space.collective.gather(parameters[place]))
-        return latest[segment.start][name]
+    Whoever calls it: a model's code may read the weights of any of its modules anywhere.
 
-    handles = []
-    for prefix, module in model.named_modules():
-        own = {
-            local: names[f"{prefix}.{local}" if prefix else local]
-            for local, parameter in module._parameters.items()
-            if parameter is not None
+    Args:
+        model: Its parameters on the meta device.
+        space: Of its parameters.
+        parameters: θ, this rank's shard. Of it two segments at most are gathered at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, space: Space, parameters: torch.Tensor):
+        super().__init__()
+        self._space, self._parameters = space, parameters
+        names = canonical_names(model)
+        #: The parameters themselves are kept: an id is good for as long as its object lives.
+        self._own = {
+            id(parameter): (names[name], parameter)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
         }
-        if not own:
-            continue
-        empty = dict(module._parameters)
+        self._segment_of = {
+            parameter.name: segment
+            for segment in space.layout.segments
+            for parameter in segment.parameters
+        }
+        self._latest: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
 
-        def give(module: nn.Module, args: Any, own: dict[str, str] = own) -> None:
-            for local, name in own.items():
-                module._parameters[local] = nn.Parameter(value(name), requires_grad=False)
+    def _value(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.device.type != "meta":
+            return x
+        if id(x) not in self._own:
+            return x  # which `exact` refuses
+        name, _ = self._own[id(x)]
+        segment = self._segment_of[name]
+        if segment.start not in self._latest:
+            while len(self._latest) > 1:
+                self._latest.popitem(last=False)
+            place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+            flat = self._space.collective.gather(self._parameters[place])
+            self._latest[segment.start] = segment.views(flat)
+        self._latest.move_to_end(segment.start)
+        return self._latest[segment.start][name]
 
-        def take(module: nn.Module, args: Any, output: Any, empty: dict[str, Any] = empty) -> None:
-            module._parameters.update(empty)
-
-        handles += [
-            module.register_forward_pre_hook(give),
-            module.register_forward_hook(take, always_call=True),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(self._value, (args, kwargs or {}))
+        return func(*args, **kwargs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import final
 
 import torch
@@ -56,13 +57,21 @@ class ClosingDual:
 
     Args:
         trace: Of `trace_closing`.
-        text: Of the block's program and the loss.
+        key: What it was traced from: the block's program and the loss, with its settings.
+        remarks: What is to be said of the block's code.
         prepare: Called once with each new part; may replace how it runs.
     """
 
-    def __init__(self, trace: Trace, text: str, prepare: Callable[[Part], None] | None = None):
+    def __init__(
+        self,
+        trace: Trace,
+        key: Hashable,
+        remarks: AbstractSet[str] = frozenset(),
+        prepare: Callable[[Part], None] | None = None,
+    ):
         self._trace = trace
-        self.text = text
+        self.remarks = frozenset(remarks)
+        self.key = key
         self._prepare = prepare
         self._parts: dict[tuple[Mode, bool, bool], list[Part]] = {}
 

@@ -70,9 +70,9 @@ class Collective(ABC):
             failure = error
         except Exception as error:
             failure = explain(error)
-        for each in self.gather_objects(failure):
+        for rank, each in enumerate(self.gather_objects(failure)):
             if each is not None:
-                raise each
+                raise each if failure is None or rank != self.rank else failure
 
 
 @final

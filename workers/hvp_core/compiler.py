@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from hvp_core.blame import whose
 from hvp_core.parts import Kernels, Part
 
 logger = logging.getLogger(__name__)
@@ -51,16 +52,24 @@ class Compiler:
         """Kernels of a part; None, with one warning, where there are none."""
         began = time.perf_counter()
         try:
-            from hvp_core.inductor import compiled  # takes seconds, and most CPUs never ask
-
-            kernels = compiled(part)
+            kernels = _compiled(part)
         except Exception as error:  # whatever a compiler does
-            self.refuse(f"{type(error).__name__}: {str(error).strip()[:200]}")
+            self.failed(error)
             return None
         finally:
             self.seconds += time.perf_counter() - began
         self.compiled += 1
         return kernels
+
+    def failed(self, error: Exception) -> None:
+        """Take a failure of the compiler, or of what it made, for a reason to run the lines.
+
+        Raises:
+            Exception: This one, where it is a bug of ours or a lack of memory.
+        """
+        if whose(error) != "model":
+            raise error
+        self.refuse(f"{type(error).__name__}: {str(error).strip()[:200]}")
 
     def refuse(self, why: str) -> None:
         """Note, and say once, that a part is not compiled."""
@@ -69,6 +78,15 @@ class Compiler:
                 "a block's dual runs line by line, which is slower and as correct: %s", why
             )
         self.refused.append(why)
+
+
+def _compiled(part: Part) -> Kernels:
+    """Kernels of a part."""
+    try:
+        from hvp_core.inductor import compiled  # takes seconds, and most CPUs never ask
+    except (ImportError, AttributeError) as error:  # another torch, whose inside lies elsewhere
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return compiled(part)
 
 
 @final
@@ -86,26 +104,33 @@ class _Checked:
             return ready
         lines: Any = self._part.module
         kernels = self._compiler.compile(self._part)
-        self._run = lines
         expected: Sequence[Tensor] = lines(*arguments)
-        if kernels is None:
-            return expected
+        if kernels is not None and self._agree(kernels, expected, arguments):
+            self._run = kernels
+        else:
+            self._run = lines
+        return expected
+
+    def _agree(
+        self, kernels: Kernels, expected: Sequence[Tensor], arguments: Sequence[Tensor]
+    ) -> bool:
+        """Whether the kernels run, and find what the lines find."""
         try:
             found = kernels(*arguments)
         except Exception as error:
-            why = f"{type(error).__name__}: {str(error)[:200]}"
-        else:
-            truth = _Wide(self._part.module, arguments).run(*arguments)
-            longest = max((size for each in arguments for size in each.shape), default=1)
-            triples = zip(found, expected, truth, strict=True)
-            worst = max((_excess(*each, longest) for each in triples), default=0)
-            if worst <= 1:
-                self._run = kernels
-                return found
-            why = f"a compiled result is {worst:.1e} times as far off as rounding allows"
-        self._compiler.compiled -= 1
-        self._compiler.refuse(why)
-        return expected
+            self._compiler.compiled -= 1
+            self._compiler.failed(error)
+            return False
+        truth = _Wide(self._part.module, arguments).run(*arguments)
+        longest = max((size for each in arguments for size in each.shape), default=1)
+        triples = zip(found, expected, truth, strict=True)
+        worst = max((_excess(*each, longest) for each in triples), default=0)
+        if worst > 1:
+            self._compiler.compiled -= 1
+            self._compiler.refuse(
+                f"a compiled result is {worst:.1e} times as far off as rounding allows"
+            )
+        return worst <= 1
 
 
 @final

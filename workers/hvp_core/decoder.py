@@ -18,7 +18,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from hvp_core.chain import Block, Chain, MicroBatch, refuse_train_mode_batch_norm
+from hvp_core.blame import explained, whose
+from hvp_core.chain import Block, Chain, MicroBatch, refuse_train_mode
 from hvp_core.decoder_blocks import (
     Context,
     Embedding,
@@ -32,7 +33,7 @@ from hvp_core.decoder_blocks import (
 )
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy
-from hvp_core.precision import matmuls
+from hvp_core.precision import exact, exact_products
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,9 @@ class DecoderChain(Chain):
         device: torch.device,
         one_block: bool = False,
     ):
-        refuse_train_mode_batch_norm(model)
+        refuse_train_mode(model)
         self.loss = CrossEntropy()
+        self.notes: dict[str, str] = {}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._parts = Parts(model, dtype, device)
         #: Positions that go through the head together; None chooses by memory.
@@ -101,6 +103,9 @@ class DecoderChain(Chain):
         place = slice(start, start + _FEW)
         inputs = {name: each[:1, place] for name, each in batch.inputs.items()}
         return MicroBatch(inputs=inputs, targets=batch.targets[:1, place].clamp(min=0))
+
+    def pair(self, batch: MicroBatch) -> None:
+        """Known when it is built: its loss, row by row, has equalled the model's own of two."""
 
     def context(self, batch: MicroBatch) -> Context:
         """Masks, positions and the like, recorded from the model's own forward."""
@@ -135,7 +140,9 @@ class DecoderChain(Chain):
         passed: list[Tensor] = []
 
         def skip(index: int) -> Callable[..., Any]:
-            def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+                if not isinstance(x, Tensor):
+                    raise CurvatureError("MODEL_UNSUPPORTED", "a layer's input is no tensor")
                 if index != len(arguments) or (passed and x is not passed[-1]):
                     raise CurvatureError("MODEL_UNSUPPORTED", "the layers are not a chain")
                 arguments.append((args, kwargs))
@@ -148,7 +155,7 @@ class DecoderChain(Chain):
 
         calls = [skip(index) for index in range(len(parts.layers))]
         # Positions become angles by a product, which in tf32 would be off by radians.
-        with torch.no_grad(), matmuls("full"), replaced(parts.layers, calls):
+        with torch.no_grad(), exact_products(), replaced(parts.layers, calls):
             try:
                 parts.run(
                     {},
@@ -174,7 +181,10 @@ class DecoderChain(Chain):
                 if isinstance(y, tuple) == parts.tuples:
                     before, after = self._outer_parameters(ids)
                     break
-            except Exception as error:  # whatever a model does with a skipped layer
+            except Exception as error:
+                # Whatever a model does with a skipped layer; not what we do wrong.
+                if not isinstance(error, CurvatureError) and whose(error) != "model":
+                    raise explained(error, type(parts.model).__name__, "its cutting") from error
                 logger.debug("not a chain of %s: %r", type(layers[0]).__name__, error)
         else:
             parts.layers = []
@@ -232,7 +242,12 @@ class DecoderChain(Chain):
                 handles.append(module.register_forward_pre_hook(note(name)))
         leaves = {name: zero.detach().requires_grad_() for name, zero in parts.zeros().items()}
         try:
-            with torch.enable_grad(), replaced(parts.layers, [pass_on] * len(parts.layers)):
+            # What depends on parameters does so under no_grad too.
+            with (
+                torch.enable_grad(),
+                exact(),
+                replaced(parts.layers, [pass_on] * len(parts.layers)),
+            ):
                 parts.run(leaves, input_ids=ids)
         finally:
             for handle in handles:

@@ -6,7 +6,7 @@ as arguments. Parameters that a run does not need are zeros of no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -40,10 +40,38 @@ def replaced(layers: Sequence[nn.Module], calls: Sequence[Callable[..., Any]]) -
             del layer.__dict__["forward"]
 
 
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Take back what a module's forward has written down in itself.
+
+    The next run then does not depend on this one, and holds none of its tensors.
+    """
+    before = [(each, dict(each.__dict__), dict(each._buffers)) for each in module.modules()]
+    try:
+        yield
+    finally:
+        for each, attributes, buffers in before:
+            now = each.__dict__
+            if len(now) != len(attributes) or any(
+                now.get(name) is not value for name, value in attributes.items()
+            ):
+                each.__dict__.clear()
+                each.__dict__.update(attributes)
+            each._buffers.clear()
+            each._buffers.update(buffers)
+
+
 def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """A zero for every parameter, each of one element's memory."""
     zero = torch.zeros((), dtype=dtype, device=device)
     return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def _setting(leaf: Any) -> Hashable:
+    """What an argument that is no tensor may decide; of anything else its kind."""
+    # 1, 1.0 and True are equal and not the same argument.
+    plain = isinstance(leaf, bool | int | float | str | None)
+    return type(leaf), leaf if plain else None
 
 
 def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -80,12 +108,20 @@ class Parts:
             constants: The model's buffers in their order, if they are to be arguments.
             inputs: Of the model.
         """
-        buffers = dict(zip(self.buffers, constants.values(), strict=False)) if constants else {}
-        return functional_call(
-            self.model,
-            {**self.zeros(params), **buffers, **params},
-            kwargs={**inputs, "use_cache": False, "return_dict": True},
-        )
+        given = constants.values() if constants else self.buffers.values()
+        # Copies: rotary positions of some models write into theirs.
+        buffers = {name: each.clone() for name, each in zip(self.buffers, given, strict=False)}
+        with unchanged(self.model):
+            return functional_call(
+                self.model,
+                {**self.zeros(params), **buffers, **params},
+                kwargs={**inputs, "use_cache": False, "return_dict": True},
+            )
+
+    def embedding_width(self, x: Tensor) -> int:
+        """Of a token's embedding, which some models project to the width of their layers."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", x)
+        return int(weight.shape[-1])
 
     def constants(self, context: Context) -> dict[str, Tensor]:
         """Buffers, and the mask of the keys that are there, if some are not."""
@@ -104,6 +140,14 @@ class Parts:
     def as_layer_output(self, x: Tensor) -> Any:
         """As this model's layers return it."""
         return (x,) if self.tuples else x
+
+
+def _logits(output: Any) -> Tensor:
+    """Of a model's output."""
+    found = getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise CurvatureError("MODEL_UNSUPPORTED", "the model's forward returns no logits")
+    return found
 
 
 @final
@@ -162,11 +206,14 @@ class Layer(Block):
             for index, value in zip(places, given, strict=False):
                 filled[index] = value
             args, kwargs = tree_unflatten(filled, spec)
-            y = functional_call(self._module, {**own, **held}, (x, *args), kwargs)
+            with unchanged(self._module):
+                y = functional_call(self._module, {**own, **held}, (x, *args), kwargs)
             result: Tensor = y[0] if isinstance(y, tuple) else y
             return result
 
-        return Body(constants, call, tuple(each for each in leaves if isinstance(each, Mask)))
+        masks = tuple(each for each in leaves if isinstance(each, Mask))
+        settings = str(spec), *[_setting(each) for each in leaves]
+        return Body(constants, call, masks, settings=settings)
 
 
 @final
@@ -195,13 +242,14 @@ class Head(Block):
         calls = [bypass] * (len(parts.layers) - 1) + [inject]
         with replaced(parts.layers, calls):
             # What the model makes of these zeros never reaches the output.
-            logits: Tensor = parts.run(
-                params,
-                constants,
-                inputs_embeds=torch.zeros_like(x),
-                attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
-            ).logits
-        return logits
+            return _logits(
+                parts.run(
+                    params,
+                    constants,
+                    inputs_embeds=x.new_zeros(*x.shape[:2], parts.embedding_width(x)),
+                    attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
+                )
+            )
 
 
 @final
@@ -220,8 +268,7 @@ class Whole(Block):
         self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
     ) -> Tensor:
         mask = self._parts.mask(constants, x)
-        logits: Tensor = self._parts.run(params, constants, input_ids=x, attention_mask=mask).logits
-        return logits
+        return _logits(self._parts.run(params, constants, input_ids=x, attention_mask=mask))
 
 
 @final

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
+import torch
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, or Python, could not allocate; on a CPU torch has no type for that."""
-    return isinstance(error, MemoryError) or "allocate" in str(error)
+    refused = isinstance(error, RuntimeError) and "allocate" in str(error)
+    return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 @final

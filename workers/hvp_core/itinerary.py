@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from hvp_core.blame import working_on
 from hvp_core.block_dual import Mode, Way
 from hvp_core.chain import Body, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing
 from hvp_core.compiler import COMPILER
 from hvp_core.dual import Params
-from hvp_core.errors import CurvatureError, is_out_of_memory
+from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
-from hvp_core.precision import exact, matmuls
+from hvp_core.precision import exact_products, listening
 from hvp_core.route import Eager, Route, Traced
 from hvp_core.routes import Routes, function_of
+from hvp_core.rows import RowCheck
 from hvp_core.schedule import Bytes, Choice, choose
 from hvp_core.shards import gathered
 from hvp_core.space import Space
 from hvp_core.verify import Verifier
 
+_PRODUCT: dict[Mode, str] = {
+    "loss": "loss",
+    "gradient": "gradient",
+    "hessian": "Hessian's product",
+    "ggn": "Gauss-Newton product",
+}
 _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
 
 
@@ -37,6 +45,7 @@ class Itinerary:
         dtype: Of the operands of products.
         num_targets: Of the whole batch.
         policy: How.
+        pair: Two rows of the whole batch, as `Chain.pair` gives them.
 
     Raises:
         CurvatureError: MODEL_UNSUPPORTED: a micro-batch's constants cannot be made.
@@ -50,13 +59,18 @@ class Itinerary:
         dtype: torch.dtype,
         num_targets: int,
         policy: Policy,
+        pair: MicroBatch | None,
     ):
         self._chain, self._space, self._batches = chain, space, batches
         self._dtype, self._num_targets, self._policy = dtype, num_targets, policy
         # Constants are the model's own, in the model's own arithmetic.
-        with space.collective.same_fate(unsupported("the model's constants")):
+        with (
+            space.collective.same_fate(_never),
+            working_on("constants", "the masks and positions of the layers"),
+        ):
             self._contexts = [chain.context(each) for each in batches]
         self._routes = Routes(policy)
+        self._pair = pair
         #: By block and micro-batch.
         self.route_of: dict[tuple[int, int], Route] = {}
         self._closing_of: dict[tuple[int, int], Closing] = {}
@@ -75,31 +89,36 @@ class Itinerary:
             theta: θ, this rank's shard.
 
         Raises:
-            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED, naming the block, on all ranks: also on
-                those that have no micro-batch and would never have met it.
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block, on
+                all ranks: also on those that have no micro-batch and would never have met it.
         """
         if mode in self._prepared:
             return
         verifier = None if mode == "loss" else Verifier(self._chain, self._batches[:1], mode)
         last = len(self._chain.blocks) - 1
+        takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
         for index, block in enumerate(self._chain.blocks):
             with (
                 gathered(self._space, index, block, [theta]) as (p,),
-                self._space.collective.same_fate(unsupported(f"block {block.name}")),
+                self._space.collective.same_fate(_never),
+                working_on(block.name, f"its preparation for the {_PRODUCT[mode]}"),
+                listening() as remarks,
             ):
+                takes_rows(block, p)
                 if index < last:
                     for batch, x in enumerate(xs):
                         xs[batch] = self.route(index, batch, p, x).like(p, x)
                 if verifier is not None:
                     self._verify(verifier, index, p)
+                self._routes.remark(block.name, remarks)
         self._prepared.add(mode)
 
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
         closing = index == len(self._chain.blocks) - 1
         route = self.route_of.get((index, 0))
-        with matmuls("full"):
+        with exact_products():
             right = verifier.closes(p) if closing else verifier.agrees(index, p, route)
         if right:
             return
@@ -109,6 +128,7 @@ class Itinerary:
         )
         if closing:
             self._traces_closing = False
+            self._closing_of.clear()  # what another mode has made of that trace too
             return
         for batch in range(len(self._batches)):
             body = self.body(index, batch, True)
@@ -122,15 +142,14 @@ class Itinerary:
         """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
         if (index, batch) not in self.route_of:
             block = self._chain.blocks[index]
-            with exact():
-                self.route_of[index, batch] = self._routes.of(
-                    block.name,
-                    block.parameters,
-                    lambda dense: self.body(index, batch, dense),
-                    p,
-                    x,
-                    index == 0,
-                )
+            self.route_of[index, batch] = self._routes.of(
+                block.name,
+                block.parameters,
+                lambda dense: self.body(index, batch, dense),
+                p,
+                x,
+                index == 0,
+            )
         return self.route_of[index, batch]
 
     def closing(self, batch: int, piece: int, p: Params, x: Tensor, target: Tensor) -> Closing:
@@ -145,10 +164,9 @@ class Itinerary:
         body = self.body(last, batch, True)
         if not self._traces_closing:
             return EagerClosing(function_of(body), loss, target, scale)
-        with exact():
-            return self._routes.closing(
-                block.name, block.parameters, body, loss, p, x, last == 0, target, scale
-            )
+        return self._routes.closing(
+            block.name, block.parameters, body, loss, p, x, last == 0, target, scale
+        )
 
     def choose(self, mode: Mode, num_probes: int) -> list[Choice]:
         """The way of every block but the last."""
@@ -184,7 +202,7 @@ class Itinerary:
 
     def notes(self) -> dict[str, str]:
         """How products are computed, for whoever wants to reproduce or explain them."""
-        found: dict[str, str] = {"precision": self._policy.precision}
+        found = {"precision": self._policy.precision, **self._chain.notes}
         if self._policy.compile:
             found["compiled_parts"] = str(COMPILER.compiled)
             found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
@@ -197,6 +215,8 @@ class Itinerary:
             found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
         for name, why in self._routes.fallbacks.items():
             found[f"fallback_{name}"] = why
+        for name, remark in self._routes.remarks.items():
+            found[f"remark_{name}"] = remark
         return found
 
 
@@ -214,13 +234,33 @@ def _sizes(route: Route, mode: Mode, num_probes: int) -> Bytes:
     )
 
 
-def unsupported(what: str) -> Callable[[Exception], CurvatureError]:
-    """Gives a failure of the model's own code its reason."""
+def _never(error: Exception) -> CurvatureError:
+    """What is worked on has its reason already."""
+    raise error
 
-    def explain(error: Exception) -> CurvatureError:
-        words = f"{what}: {type(error).__name__}: {str(error)[:300]}"
-        if is_out_of_memory(error):
-            return CurvatureError("OUT_OF_MEMORY", f"{words}; use a smaller micro-batch")
-        return CurvatureError("MODEL_UNSUPPORTED", f"{words}; this model cannot be walked")
 
-    return explain
+def refuse_slower_ways(notes: Mapping[str, str]) -> None:
+    """See that everything was computed the fast way.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED, with what was not.
+    """
+    slower = [name for name in notes if name.startswith("fallback_") or name == "not_compiled"]
+    if slower:
+        why = "; ".join(f"{name}: {notes[name]}" for name in slower)
+        raise CurvatureError("MODEL_UNSUPPORTED", f"a strict policy allows no slower way: {why}")
+
+
+def merged(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Notes of all ranks, in order of rank, as one; a value that not all have names its ranks."""
+    found = {}
+    for key in dict.fromkeys(key for each in notes for key in each):
+        ranks: dict[str, list[str]] = {}
+        for rank, each in enumerate(notes):
+            if key in each:
+                ranks.setdefault(each[key], []).append(str(rank))
+        found[key] = "; ".join(
+            value if len(having) == len(notes) else f"{value} (on rank {', '.join(having)})"
+            for value, having in ranks.items()
+        )
+    return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.errors import CurvatureError
-from hvp_core.precision import matmuls
+from hvp_core.precision import exact_products
 
 _ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
 #: eps to this power is what rounding leaves of a vector that should vanish, relative to ‖T‖: 1e-6
@@ -212,11 +212,11 @@ class KrylovBasis:
         self.leaks = torch.cat((leaks[leaks.norm(dim=1) > 0], forgotten))
         self.size = origin + 1
 
+    @exact_products()
     def rotate(self, vectors: Tensor) -> None:
         """rows[:r] = vectorsᵀ @ rows, in place. vectors: (size, r) float64."""
         rotation = vectors.T.to(self.rows)
         rows = self.rows[: vectors.shape[0]]
-        with matmuls("full"):
-            for start in range(0, rows.shape[1], _ROTATED):
-                part = rows[:, start : start + _ROTATED]
-                part[: rotation.shape[0]] = rotation @ part
+        for start in range(0, rows.shape[1], _ROTATED):
+            part = rows[:, start : start + _ROTATED]
+            part[: rotation.shape[0]] = rotation @ part

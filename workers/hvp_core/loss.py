@@ -8,6 +8,7 @@ the chain ends here: what the blocks need is only the pair (G, Ġ), G = ∂(Σ w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -23,7 +24,9 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 class Loss(ABC):
     """Sum over targets of a function of the model's output.
 
-    Law: with H_out = ∂²/∂z², `dual(z, ż)` returns (value(z), G(z), H_out ż).
+    Law: with H_out = ∂²/∂z², `dual(z, ż)` returns (value(z), G(z), H_out ż). Losses that are equal
+    are one function: programs are kept by the loss that they were traced with, so that a loss with
+    settings is a frozen dataclass of them, or equal to itself alone.
     """
 
     @abstractmethod
@@ -46,6 +49,7 @@ class Loss(ABC):
 
 
 @final
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
     """ℓ = log Σ e^z − z_y for integer targets (...,) and logits (..., C); −100 counts nothing.
 
@@ -81,6 +85,7 @@ class CrossEntropy(Loss):
 
 
 @final
+@dataclass(frozen=True)
 class SquaredError(Loss):
     """ℓ = ½‖z − t‖² per row; outputs and targets (rows, ...), every row counts once."""
 
@@ -104,6 +109,7 @@ class SquaredError(Loss):
 
 
 @final
+@dataclass(frozen=True)
 class Logistic(Loss):
     """ℓ = log(1 + e^z) − t z for targets t in [0, 1]; outputs and targets of one shape."""
 

@@ -27,6 +27,8 @@ class Policy:
             `bfloat16` apply to float32 spaces: statistics, losses, vectors and sums stay in
             float32. `float64` computes in float64 throughout, and a product of a float32 vector
             is rounded when it is added up.
+        strict: A slower way than the fast one is an error. For tests and benchmarks: what they
+            see is then what they mean to see.
     """
 
     schedule: Schedule = "auto"
@@ -34,3 +36,4 @@ class Policy:
     compile: bool = False
     graphs: bool = False
     precision: Precision = "full"
+    strict: bool = False

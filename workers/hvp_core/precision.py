@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import _GeneratorContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, final
 
 import torch
@@ -97,6 +98,28 @@ def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] 
     return found[0], found[1]
 
 
+_DATA: Any = torch.Tensor.data
+#: Give a tensor as a constant.
+_STOPS = {torch.detach, torch.Tensor.detach, torch.Tensor.detach_, _DATA.__get__}
+STOPPED = "no_grad and detach in its code are ignored: the loss is differentiated as a function"
+_listening: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
+
+
+def refuse_without_values(func: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """Refuse to compute with a parameter whose values nobody has given.
+
+    torch does not: a convolution with a tensor on the meta device returns whatever lay in memory.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED.
+    """
+    missing = any(isinstance(each, torch.Tensor) and each.is_meta for each in arguments)
+    if missing and getattr(func, "__name__", "") != "__get__":  # shapes and dtypes are known
+        raise CurvatureError(
+            "MODEL_UNSUPPORTED", "the model's code computes with a tensor that has no values"
+        )
+
+
 @final
 class _Differentiable(TorchFunctionMode):
     """Replaces what has a wrong derivative, and gives every operation the precision it should have.
@@ -105,12 +128,38 @@ class _Differentiable(TorchFunctionMode):
     16 bits meet a residual stream in float32. So does whatever else refuses mixed operands.
     Norms, softmaxes and losses of many models cast to float32 "for precision"; in a float64 run
     that cast would cost nine digits, so float64 stays.
+
+    What is differentiated is the loss as the function of its parameters that it is. A gradient
+    stopped in the model's code (`no_grad`, `detach`, `data`) is a habit of training; torch's
+    derivatives by going backward obey it and those by going forward do not, so that together they
+    would be those of nothing. It is not stopped.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stopped = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            self._stopped = not args[0]
+            return torch._C._set_grad_enabled(True) if args[0] else None
+        if func in _STOPS:
+            return self._not_stopped(args[0])
+        refuse_without_values(func, (*args, *kwargs.values()))
+        found = self._compute(func, args, kwargs)
+        return self._not_stopped(found) if self._stopped else found
+
+    def _not_stopped(self, found: Any) -> Any:
+        """What the model's code would keep from being differentiated; said if it would be."""
+        if isinstance(found, torch.Tensor) and found.requires_grad:
+            for heard in _listening.get():
+                heard.add(STOPPED)
+        return found
+
+    def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if func is torch.nn.functional.layer_norm:
             return layer_norm(*args, **kwargs)
         if func is torch.nn.functional.embedding:
@@ -139,8 +188,23 @@ def exact() -> Iterator[None]:
     Fused attention has neither a forward derivative nor a second one, so modules that call it get
     the plain formula; float64 stays float64.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Differentiable():
-        yield
+    before = torch.is_grad_enabled()
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _Differentiable():
+            yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+@contextmanager
+def listening() -> Iterator[set[str]]:
+    """What is to be said of the models' code that runs inside."""
+    heard: set[str] = set()
+    token = _listening.set((*_listening.get(), heard))
+    try:
+        yield heard
+    finally:
+        _listening.reset(token)
 
 
 def compute_dtype(space: torch.dtype, precision: Precision) -> torch.dtype:
@@ -182,3 +246,12 @@ def matmuls(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(legacy)
         for each, value in zip(devices, before, strict=True):
             each.fp32_precision = value
+
+
+def exact_products() -> _GeneratorContextManager[None]:
+    """Products of matrices in their operands' own precision, whatever the process was told.
+
+    Also a decorator. For whatever is not a product of an operator: inner products, rotations of a
+    basis, checks.
+    """
+    return matmuls("full")

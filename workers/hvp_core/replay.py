@@ -9,6 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hvp_core.blame import whose
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +47,8 @@ class Replay:
             with torch.cuda.graph(graph):
                 walk(inputs, outputs)
         except RuntimeError as error:
+            if whose(error) != "model":
+                raise
             torch.cuda.synchronize()
             logger.warning(
                 "products are launched kernel by kernel, which is slower: %s", str(error)[:200]

@@ -126,9 +126,9 @@ class Traced(Route):
         return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
-        """Of no particular value."""
+        """Zeros: blocks that cannot be traced are run with it, and must not see mere memory."""
         shape, dtype = self.dual.output
-        return torch.empty(shape, dtype=dtype, device=x.device)
+        return torch.zeros(shape, dtype=dtype, device=x.device)
 
     def _input(self, x: Tensor, x_dot: Tensor | None = None) -> Env:
         if X_DATA in self._constants:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hvp_core.attention import choice, seam
 from hvp_core.attention.mask import Mask
+from hvp_core.blame import whose
 from hvp_core.block_dual import AttentionCall, BlockDual
 from hvp_core.chain import Body
 from hvp_core.closing import Closing, ClosingDual, EagerClosing, TracedClosing
@@ -20,7 +22,7 @@ from hvp_core.dual import Function
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import Loss
 from hvp_core.policy import Policy
-from hvp_core.precision import exact
+from hvp_core.precision import listening
 from hvp_core.route import X_DATA, Eager, Route, Traced
 from hvp_core.trace import Env, trace_block, trace_closing, trace_graph
 
@@ -71,6 +73,8 @@ class Routes:
         self._looks: dict[Hashable, _Look] = {}
         #: Blocks that are not cut or not traced, and why.
         self.fallbacks: dict[str, str] = {}
+        #: Blocks of whose code something is to be said.
+        self.remarks: dict[str, str] = {}
 
     def of(
         self,
@@ -96,10 +100,8 @@ class Routes:
                 return self._traced(name, parameters, bodies(not cut), p, x, is_data, cut=cut)
             except _UncutError as error:
                 self.say(name, f"its attention is taken as plain operations: {error}")
-            except CurvatureError:
-                raise
             except Exception as error:
-                self.say(name, f"it is differentiated line by line: {_words(error)}")
+                self._untraced(name, error)
                 break
         return Eager(function_of(bodies(True)))
 
@@ -121,17 +123,19 @@ class Routes:
         call = _attention(look, body, self._policy) if look.calls and cut else None
 
         def make() -> BlockDual:
-            if call is None:
-                trace = trace_block(f, values, inputs, constants)
-            else:
-                q, _, v = look.calls[0].qkv
-                shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-                o = torch.empty(shape, dtype=v.dtype, device=x.device)
-                trace = trace_block(_cut_open(f), values, {**inputs, "o": o}, constants)
-            return BlockDual(trace, look.text, self._prepare)
+            with listening() as remarks:
+                if call is None:
+                    trace = trace_block(f, values, inputs, constants)
+                else:
+                    q, _, v = look.calls[0].qkv
+                    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+                    o = torch.zeros(shape, dtype=v.dtype, device=x.device)
+                    trace = trace_block(_cut_open(f), values, {**inputs, "o": o}, constants)
+            return BlockDual(trace, of, remarks, self._prepare)
 
-        key = (look.text, _signature(values | inputs | constants), call is not None)
-        dual = _duals.get((*key, self._policy.compile), make)
+        of = look.text, call is not None
+        dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
+        self.remark(name, dual.remarks)
         return Traced(dual, names, constants, call)
 
     def _look(
@@ -145,7 +149,7 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (name, _signature(p | inputs | constants), cut)
+        key = (name, _signature(p | inputs | constants), body.settings, cut)
         if key not in self._looks:
             self._looks[key] = _look(f, p, inputs, constants, body.masks)
         return self._looks[key]
@@ -170,18 +174,36 @@ class Routes:
         f = _placed(body, parameters)
         try:
             look = self._look(name, body, f, values, inputs, constants, False)
-            text = f"{look.text}{type(loss).__name__}"
-            key = (type(loss), look.text, _signature(values | inputs | constants))
+            of = look.text, loss
+
+            def make() -> ClosingDual:
+                with listening() as remarks:
+                    trace = trace_closing(f, loss, values, inputs, constants)
+                return ClosingDual(trace, of, remarks, self._prepare)
+
             dual = _duals.get(
-                (*key, self._policy.compile),
-                lambda: ClosingDual(
-                    trace_closing(f, loss, values, inputs, constants), text, self._prepare
-                ),
+                (of, _signature(values | inputs | constants), self._policy.compile), make
             )
         except Exception as error:
-            self.say(name, f"it is differentiated line by line: {_words(error)}")
+            self._untraced(name, error)
             return EagerClosing(function_of(body), loss, target, scale)
+        self.remark(name, dual.remarks)
         return TracedClosing(dual, parameters, constants)
+
+    def _untraced(self, name: str, error: Exception) -> None:
+        """Note that a block cannot be traced, unless that is no property of the block.
+
+        Raises:
+            Exception: This one, where it has a reason, or is a lack of memory or a bug of ours.
+        """
+        if isinstance(error, CurvatureError) or whose(error) != "model":
+            raise error
+        self.say(name, f"it is differentiated line by line: {_words(error)}")
+
+    def remark(self, name: str, remarks: AbstractSet[str]) -> None:
+        """Note what is to be said of a block's code."""
+        if remarks:
+            self.remarks[name] = "; ".join(sorted(remarks))
 
     def say(self, name: str, why: str) -> None:
         """Note why a block is slower than it could be; the first time, warn."""
@@ -209,8 +231,7 @@ def function_of(body: Body) -> Function:
     """A block with its constants in place, its attention in plain operations."""
 
     def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        with exact():
-            return body.call(p, x, body.constants)
+        return body.run(p, x, body.constants)
 
     return f
 
@@ -232,7 +253,7 @@ def _placed(body: Body, names: Sequence[str]) -> Placed:
         given = {name: p[str(place)] for place, name in enumerate(names)}
         held = {name: each for name, each in constants.items() if name in body.constants}
         x = inputs["x"] if "x" in inputs else constants[X_DATA]
-        return {"y": body.call(given, x, held)}
+        return {"y": body.run(given, x, held)}
 
     return f
 

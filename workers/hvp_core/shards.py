@@ -90,13 +90,6 @@ class Sums:
             self._views[name].copy_(total)
         self._wide.clear()
 
-    def finish(self) -> None:
-        """Make what nobody has added to zero."""
-        for name, view in self._views.items():
-            if name in self._fresh:
-                view.zero_()
-                self._fresh.discard(name)
-
 
 @final
 class Results:
@@ -162,11 +155,16 @@ class Results:
                     space.collective.scatter_sum(flat, shard[place])
 
     def finish(self) -> list[Tensor]:
-        """The products, complete."""
-        if self._space.layout.world_size > 1:
-            return self.shards
-        for index in range(len(self._space.layout.block_segments)):
-            with self.block(index) as sums:
-                for each in sums:
-                    each.finish()
+        """The products, complete: a parameter to which nobody has added has a derivative of zero.
+
+        Segments are visited, not blocks: every parameter lies in a segment, and there are
+        parameters that no block uses.
+        """
+        for shard, fresh in zip(self.shards, self._fresh, strict=True):
+            for segment in self._space.layout.segments if fresh else ():
+                place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+                for name, view in segment.views(shard[place]).items():
+                    if name in fresh:
+                        view.zero_()
+            fresh.clear()
         return self.shards

@@ -14,6 +14,7 @@ import torch
 from hvp_core.collective import Collective
 from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
+from hvp_core.precision import exact_products
 from hvp_core.probes import Distribution, fill
 
 _PIECE = 1 << 18  # elements whose products are added in their own dtype before float64 takes over
@@ -21,6 +22,7 @@ _PIECE_ON_GPU = 1 << 24  # where sums are trees, and each piece is a launch
 _FILE_PIECE = 1 << 22
 
 
+@exact_products()
 def partial_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """This rank's part of rows @ vector, float64.
 

@@ -285,9 +285,9 @@ def trace_graph(program: Program, arguments: Env) -> tuple[fx.Graph, list[str]]:
             *[torch.empty_like(each) for each in arguments.values()]
         )
     graph: fx.Graph = module.graph
+    _clean(graph)
     if any(node.op == "get_attr" for node in graph.nodes):
         raise RuntimeError("the block computes with a tensor that is not among its arguments")
-    _clean(graph)
     for node in graph.nodes:
         _refuse_mixed(node)
     return graph, names

@@ -7,18 +7,20 @@ summed over the ranks and cut into shards as soon as it is known.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from hvp_core.blame import InStep, raise_first
 from hvp_core.block_dual import Mode
 from hvp_core.chain import Chain, MicroBatch, rows, to_device
 from hvp_core.closing import joined
 from hvp_core.errors import CurvatureError
-from hvp_core.itinerary import Itinerary
+from hvp_core.itinerary import Itinerary, merged, refuse_slower_ways
 from hvp_core.loss import at_least_float32
+from hvp_core.nonfinite import first_non_finite_block
 from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.replay import Replay
@@ -77,8 +79,15 @@ class Curvature:
             to_device(rows(batch, start, min(start + micro_batch_size, count)), space.device)
             for start in list(starts)[rank::world_size]
         ]
+        pair = chain.pair(batch)
         self._itinerary = Itinerary(
-            chain, space, self._batches, self._dtype, self.num_targets, self.policy
+            chain,
+            space,
+            self._batches,
+            self._dtype,
+            self.num_targets,
+            self.policy,
+            None if pair is None else to_device(pair, space.device),
         )
         self._kept_mode: Mode | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
@@ -86,6 +95,7 @@ class Curvature:
         self._probes: dict[int, list[Tensor]] = {}
         self._graphs: dict[Hashable, Replay | None] = {}
         self._walked: set[Hashable] = set()
+        self._told: dict[int, Mapping[str, str]] = {}  # notes, by rank
 
     @property
     def parameters(self) -> Tensor:
@@ -115,19 +125,24 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE, naming the first block with an infinite or undefined value.
         """
-        total = torch.zeros(1, dtype=torch.float64)
-        last = len(self.chain.blocks) - 1
+        total, last, step = 0.0, len(self.chain.blocks) - 1, InStep()
+        block = self.chain.blocks[last]
         with matmuls(self.policy.precision):
             self._itinerary.prepare("loss", self._theta)
-            xs = self._values(last)
-            with gathered(self.space, last, self.chain.blocks[last], [self._theta]) as (p,):
-                for batch, x in enumerate(xs):
-                    for piece, target in self._itinerary.pieces(batch, x):
-                        y = function_of(self._itinerary.body(last, batch, True))(p, piece)
-                        total += self.chain.loss.value(at_least_float32(y), target).cpu()
-        value = float(self.space.collective.sum(total)) / self.num_targets
-        if value - value != 0:  # NaN or infinite, on every rank alike
-            raise self._first_non_finite_block()
+            xs = self._values(last, step)
+            with gathered(self.space, last, block, [self._theta]) as (p,):
+                for batch, x in enumerate(step.live(xs)):
+                    with step.on(block.name, "the loss"):
+                        for piece, target in self._itinerary.pieces(batch, x):
+                            y = function_of(self._itinerary.body(last, batch, True))(p, piece)
+                            total += float(self.chain.loss.value(at_least_float32(y), target))
+            answers = self.space.collective.gather_objects((total, step.failure))
+            raise_first(failure for _, failure in answers)
+            value: float = sum(part for part, _ in answers) / self.num_targets
+            if value - value != 0:  # NaN or infinite, on every rank alike
+                raise first_non_finite_block(
+                    self.chain, self.space, self._itinerary, self._batches, self._theta
+                )
         return value
 
     def gradient(self) -> Tensor:
@@ -180,8 +195,12 @@ class Curvature:
         return self._product("ggn", vectors)
 
     def notes(self) -> dict[str, str]:
-        """How products were computed, for whoever wants to reproduce or explain them."""
-        return self._itinerary.notes()
+        """How products were computed, for whoever wants to reproduce or explain them.
+
+        As of the last product, for all ranks; what only some did names them.
+        """
+        told = {**self._told, self.space.collective.rank: self._itinerary.notes()}
+        return merged([told.get(rank, {}) for rank in range(self.space.collective.world_size)])
 
     # The walk -----------------------------------------------------------------------------------
 
@@ -193,6 +212,7 @@ class Curvature:
             return []
         if self._kept_mode not in (None, mode) and mode != "gradient":
             self._drop()
+        step = InStep()
         with matmuls(self.policy.precision):
             self._itinerary.prepare(mode, self._theta)
             choices = self._itinerary.choose(mode, len(vectors))
@@ -200,9 +220,9 @@ class Curvature:
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
                 results = self._walk(
-                    mode, choices, tangents, Results(self.space, self._dtypes(vectors))
+                    mode, choices, tangents, Results(self.space, self._dtypes(vectors)), step
                 )
-        self._check_finite(results, "the gradient" if mode == "gradient" else "the product")
+        self._agree(results, "the gradient" if mode == "gradient" else "the product", step)
         return results
 
     def _replayed(
@@ -222,7 +242,7 @@ class Curvature:
         if key not in self._graphs:
             self._graphs[key] = Replay.capture(
                 lambda inputs, outputs: self._walk(
-                    mode, choices, inputs, Results(self.space, dtypes, outputs)
+                    mode, choices, inputs, Results(self.space, dtypes, outputs), InStep(alone=True)
                 ),
                 probes if in_place else [self.space.zeros(self._dtype) for _ in vectors],
                 [self.space.zeros(dtype) for dtype in dtypes],
@@ -242,18 +262,20 @@ class Curvature:
         choices: Sequence[Choice],
         tangents: Sequence[Tensor],
         results: Results,
+        step: InStep,
     ) -> list[Tensor]:
         """Forward, through the loss, and backward."""
         shards = [self._theta, *tangents]
-        bars, tapes = self._forward(mode, choices, shards, results)
+        bars, tapes = self._forward(mode, choices, shards, results, step)
         for index in reversed(range(len(self.chain.blocks) - 1)):
             block, choice = self.chain.blocks[index], choices[index]
             with (
                 gathered(self.space, index, block, shards) as (p, *vs),
                 results.block(index) as sums,
+                step.on(block.name, "the derivative backward"),
             ):
                 weights = Weights(p, vs)
-                for batch, bar in enumerate(bars):
+                for batch, bar in enumerate(step.live(bars)):
                     tape = tapes.pop((index, batch))
                     route = self._itinerary.route_of[index, batch]
                     bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
@@ -269,6 +291,7 @@ class Curvature:
         choices: Sequence[Choice],
         shards: Sequence[Tensor],
         results: Results,
+        step: InStep,
     ) -> tuple[list[Bars], dict[tuple[int, int], Tape]]:
         """Up to the loss and back through the last block: cotangents of its input, and tapes."""
         last = len(self.chain.blocks) - 1
@@ -278,20 +301,24 @@ class Curvature:
         kept = self._kept if mode == self._kept_mode else {}
         for index in range(last):
             block, way = self.chain.blocks[index], choices[index].way
-            with gathered(self.space, index, block, shards) as (p, *vs):
+            with (
+                gathered(self.space, index, block, shards) as (p, *vs),
+                step.on(block.name, "the derivative forward"),
+            ):
                 weights = Weights(p, vs)
-                for batch, x in enumerate(xs):
+                for batch, x in enumerate(step.live(xs)):
                     route = self._itinerary.route(index, batch, p, x)
                     xs[batch], dots[batch], tapes[index, batch] = route.forward(
                         mode, way, weights, x, dots[batch], kept.get((index, batch))
                     )
         known = bool(self._closing_bars) and mode == "hessian"
-        bars = []
+        bars: list[Bars] = []
         with (
             gathered(self.space, last, self.chain.blocks[last], shards) as (p, *vs),
             results.block(last) as sums,
+            step.on(self.chain.blocks[last].name, "its derivatives and the loss's"),
         ):
-            for batch, x in enumerate(xs):
+            for batch, x in enumerate(step.live(xs)):
                 found = self._close(mode, Weights(p, vs), batch, x, dots[batch], sums, not known)
                 bars.append(Bars(self._closing_bars[batch].primal, found.dots) if known else found)
         if mode == "hessian" and any(each.cached for each in choices):
@@ -323,51 +350,41 @@ class Curvature:
             found.append(closing.run(mode, weights, piece, dots, sums, wants_primal=wants_primal))
         return joined(found)
 
-    def _values(self, stop: int) -> list[Tensor]:
+    def _values(self, stop: int, step: InStep) -> list[Tensor]:
         """The input of block `stop` for every micro-batch of this rank."""
         xs = [self.chain.first_input(batch) for batch in self._batches]
-        for index in range(stop):
-            with gathered(self.space, index, self.chain.blocks[index], [self._theta]) as (p,):
-                xs = [
-                    self._itinerary.route(index, batch, p, x).value(p, x)
-                    for batch, x in enumerate(xs)
-                ]
+        for index, block in enumerate(self.chain.blocks[:stop]):
+            with (
+                gathered(self.space, index, block, [self._theta]) as (p,),
+                step.on(block.name, "its value"),
+            ):
+                for batch, x in enumerate(step.live(xs)):
+                    xs[batch] = self._itinerary.route(index, batch, p, x).value(p, x)
         return xs
 
     # Failure ------------------------------------------------------------------------------------
 
-    def _first_non_finite_block(self) -> CurvatureError:
-        """Walk again, looking at every block; all ranks come to the same answer."""
-        names = [block.name for block in self.chain.blocks]
-        first = len(names)
-        xs = [self.chain.first_input(batch) for batch in self._batches]
-        for index, block in enumerate(self.chain.blocks):
-            with gathered(self.space, index, block, [self._theta]) as (p,):
-                if index < len(names) - 1:
-                    xs = [
-                        self._itinerary.route(index, batch, p, x).value(p, x)
-                        for batch, x in enumerate(xs)
-                    ]
-                else:
-                    xs = [
-                        function_of(self._itinerary.body(index, batch, True))(p, x)
-                        for batch, x in enumerate(xs)
-                    ]
-            if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
-                first = index
-        first = min(self.space.collective.gather_objects(first))
-        name = names[first] if first < len(names) else "loss"
-        return CurvatureError(
-            "NON_FINITE",
-            f"the loss is not finite; the first block with such a value is {name}. Check its "
-            "parameters, or use float64",
-            {"block": name},
-        )
+    def _agree(self, shards: Sequence[Tensor], what: str, step: InStep) -> None:
+        """Exchange, once a product, what a rank alone knows of it: is it one, and how was it made.
 
-    def _check_finite(self, shards: Sequence[Tensor], what: str) -> None:
+        Raises:
+            CurvatureError: NON_FINITE; what was raised on a rank; under a strict policy
+                MODEL_UNSUPPORTED where a slower way was taken.
+        """
         # One pass: what is not finite leaves no finite sum. The converse needs a closer look.
         fine = all(bool(shard.sum().isfinite()) or bool(shard.isfinite().all()) for shard in shards)
-        if all(self.space.collective.gather_objects(fine)):
+        own, rank = self._itinerary.notes(), self.space.collective.rank
+        told = None if own == self._told.get(rank) else own
+        answers = self.space.collective.gather_objects((fine, step.failure, told))
+        self._told.update(
+            {rank: told for rank, (*_, told) in enumerate(answers) if told is not None}
+        )
+        if any(failure is not None for _, failure, _ in answers):
+            self._drop()
+            raise_first(failure for _, failure, _ in answers)
+        if self.policy.strict:
+            refuse_slower_ways(self.notes())
+        if all(fine for fine, *_ in answers):
             return
         self._drop()
         self.loss()  # says which block, if the loss itself is at fault

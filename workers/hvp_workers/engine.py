@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
 from hvp_core.collective import Collective
-from hvp_core.errors import CurvatureError
+from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
 
 from hvp_workers import backend as api
@@ -40,9 +40,11 @@ def command(
         try:
             return method(self, *args, **kwargs)
         except CurvatureError as error:
-            raise api.BackendError(error.reason, error.message, error.metadata) from None
-        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            told = dict(error.metadata)
+            trace = told.pop("traceback", "")  # for the server's log alone
+            raise api.BackendError(error.reason, error.message, told, trace) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
             raise api.BackendError(
                 "OUT_OF_MEMORY",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
+from hvp_core import attention
 from hvp_core.architecture import longest_sequence
-from hvp_core.check import chain_agrees
+from hvp_core.check import disagreement
 from hvp_core.checkpoint import build_empty, fill_buffers, load_shard, locate
 from hvp_core.collective import Collective
 from hvp_core.decoder import DecoderChain
@@ -47,6 +49,14 @@ class Model:
     space: Space
     parameters: torch.Tensor
     operators: OperatorCache
+
+
+class _NotThisWayError(Exception):
+    """A model that has to be taken apart in another way, and why."""
+
+    def __init__(self, way: str, why: CurvatureError):
+        super().__init__(way, why)
+        self.way, self.why = way, why
 
 
 @final
@@ -96,18 +106,44 @@ class ModelStore:
             return self._models[space]
         while len(self._models) >= _MODELS_KEPT:
             self._models.popitem(last=False)
-        loaded = self._load(space, one_block=False) or self._load(space, one_block=True)
-        if loaded is None:
-            raise CurvatureError(
-                "MODEL_UNSUPPORTED",
-                "this model's own loss cannot be computed with its weights in shards, or is not "
-                "the mean cross-entropy of its logits; use another architecture",
-            )
-        self._models[space] = loaded
+        self._models[space] = loaded = self._first_right(space)
         return loaded
 
-    def _load(self, space: api.Space, one_block: bool) -> Model | None:
-        """Build and read a model; None when its loss is not what the chain computes."""
+    def _first_right(self, space: api.Space) -> Model:
+        """The model, taken apart in the first way that gives its own loss.
+
+        Raises:
+            CurvatureError: What speaks against the last way, if there is none.
+        """
+        against: dict[str, CurvatureError] = {}
+        for one_block in (False, True):
+            for own_attention in (False, True):
+                try:
+                    return self._load(space, one_block, own_attention, against)
+                except _NotThisWayError as error:
+                    against[error.way] = error.why
+        raise list(against.values())[-1]
+
+    def _load(
+        self,
+        space: api.Space,
+        one_block: bool,
+        own_attention: bool,
+        against: Mapping[str, CurvatureError],
+    ) -> Model:
+        """Build and read a model.
+
+        Args:
+            space: The checkpoint and its dtype.
+            one_block: Do not cut it.
+            own_attention: Let it compute its attention in plain operations of its own.
+            against: What speaks against the faster ways, by way.
+
+        Raises:
+            _NotThisWayError: The chain's loss is not the model's own.
+        """
+        way = "one block" if one_block else "a chain of its layers"
+        way += ", its attention in plain operations" if own_attention else ""
         dtype = DTYPES[space.dtype]
         description = self.describe(space.checkpoint_dir)
         needed = description.public.num_parameters * dtype.itemsize // self._collective.world_size
@@ -125,20 +161,29 @@ class ModelStore:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self._device)
+        if own_attention:
+            attention.use(model, "eager")
         chain = DecoderChain(model, dtype, self._device, one_block=one_block)
+        if not (one_block or chain.is_cut):
+            why = CurvatureError("MODEL_UNSUPPORTED", "the model's layers are not a chain")
+            raise _NotThisWayError(way, why)
+        if against:
+            said = "; ".join(f"as {other}: {why.message}" for other, why in against.items())
+            chain.notes["fallback_model"] = f"it is taken as {way}, because {said}"
         layout = Layout(
             chain.shapes, [block.parameters for block in chain.blocks], self._collective.world_size
         )
         numbers = Space(layout, self._collective, dtype, self._device)
         parameters = load_shard(numbers, description.sources)
-        if not chain_agrees(model, chain, numbers, parameters):
+        disagrees = disagreement(model, chain, numbers, parameters)
+        if disagrees is not None:
             logger.warning(
-                "%s as a chain of %d blocks does not give the model's own loss%s",
+                "%s as %s does not give the model's own loss: %s",
                 description.public.architecture,
-                len(chain.blocks),
-                "" if one_block else "; it is taken as one block, which needs more memory",
+                way,
+                disagrees,
             )
-            return None
+            raise _NotThisWayError(way, disagrees)
         operators = OperatorCache(
             chain,
             numbers,

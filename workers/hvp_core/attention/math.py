@@ -19,7 +19,8 @@ def attention(
 
     Args:
         x: Query (b, h, s, d), key (b, h/g, t, d), value (b, h/g, t, e).
-        mask: Boolean (b or 1, 1 or h, s, t), true where a query may look; or None.
+        mask: Boolean (b or 1, 1 or h, s, t), true where a query may look; or to be added to the
+            scores; or None.
         causal: Where there is no mask: query i looks at keys j ≤ i + (t − s).
         scale: τ.
         softcap: c of c·tanh(S/c), or None.
@@ -39,10 +40,15 @@ def attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask[..., :columns], -torch.inf)
-    shift = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        mask = mask[..., :columns]
+        added = mask.is_floating_point()
+        scores = scores + mask if added else scores.masked_fill(~mask, -torch.inf)
+    # A shift changes nothing, so neither does its derivative. The method would not stop it: in a
+    # model's code it is ignored.
+    fixed = torch.ops.aten.detach.default(scores)
+    shift = fixed.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = torch.exp(scores - shift)
     total = weights.sum(-1, keepdim=True)
-    weights = weights / total.masked_fill(total.detach() == 0, 1)
+    weights = weights / total.masked_fill(total == 0, 1)
     output = weights.reshape(batch, key_heads, group * rows, columns) @ value
     return output.reshape(batch, heads, rows, -1).transpose(1, 2)

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from hvp_core.attention import math
@@ -24,8 +24,24 @@ from hvp_core.attention.rule import Pattern, Qkv, Span
 from hvp_core.errors import CurvatureError
 
 NAME = "hvp"
-#: Keyword arguments that change the result in ways not written down here.
-_UNSUPPORTED = ("s_aux", "sinks", "block_mask")
+#: Keyword arguments that change nothing: they say what the mask says too, choose among kernels,
+#: or ask for more than the output. Any other one might change the result.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+        "use_kernel",
+    }
+)
 
 
 @final
@@ -96,19 +112,28 @@ def attention(
         scaling: τ; d**-0.5 by default.
         softcap: c of c·tanh(S/c), or None.
         is_causal: Overrides the layer's.
-        others: Of Hugging Face's attention functions; those that would change the result are
-            refused.
+        others: Of Hugging Face's attention functions; refused where they are not known to leave
+            the result alone.
 
     Returns:
         (b, s, h, e) and None. A query that may look nowhere gets zeros, as in fused attention.
 
     Raises:
-        CurvatureError: MODEL_UNSUPPORTED for attention sinks and block masks.
+        CurvatureError: MODEL_UNSUPPORTED, naming the argument.
     """
-    refused = [name for name in _UNSUPPORTED if others.get(name) is not None]
-    if refused:
+    # A window is part of the mask, where there is one; no dropout is none.
+    harmless = _HARMLESS | ({"sliding_window"} if attention_mask is not None else set())
+    asked = {name for name, each in others.items() if each is not None} - harmless
+    if not others.get("dropout"):
+        asked.discard("dropout")
+    if asked:
         raise CurvatureError(
-            "MODEL_UNSUPPORTED", f"this model's attention uses {refused[0]}, which has no dual yet"
+            "MODEL_UNSUPPORTED",
+            f"this model's attention uses {', '.join(sorted(asked))}, which has no dual yet",
+        )
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise CurvatureError(
+            "MODEL_UNSUPPORTED", "this model's attention is not one of (batch, head, token, width)"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # Angles made in a layer may be wider than its projections.
@@ -130,6 +155,16 @@ def attention(
         return value.new_zeros(b, s, h, value.shape[-1]), None
     mask = attention_mask.dense() if isinstance(attention_mask, Mask) else attention_mask
     return math.attention(call.qkv, mask, call.causal, call.scale, softcap), None
+
+
+def use(model: PreTrainedModel, name: str) -> None:
+    """Have a model compute its attention by this implementation.
+
+    Also where its class does not let itself be told: its masks are then made for it.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config._attn_implementation = name
 
 
 def register() -> None:

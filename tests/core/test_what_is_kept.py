@@ -1,0 +1,102 @@
+"""What one call keeps for the next never answers another question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import pytest
+import torch
+from hvp_core import verify
+from hvp_core.closing import TracedClosing
+from hvp_core.loss import CrossEntropy, Loss
+from torch import Tensor, nn
+
+from tests.core.problems import Problem, module_problem
+from tests.core.references import relative_error
+from tests.core.test_schedules import curvature_of, distance, probes
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TARGETS = torch.tensor([0, 1, 2, 1, 0])
+
+
+def three_blocks(loss: Loss | None = None) -> Problem:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return module_problem(module, loss or CrossEntropy(), X, TARGETS)
+
+
+def test_a_last_block_that_one_product_refuses_is_used_by_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = three_blocks()
+    v = probes(problem, 1)
+    expected = curvature_of(problem).hvp(v)
+    right = TracedClosing.run
+
+    def wrong(self: TracedClosing, mode: Any, *args: Any, **kwargs: Any) -> Any:
+        if mode == "hessian":
+            for each in args[3][0]._views.values():
+                each.add_(1e-3)
+        return right(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(TracedClosing, "run", wrong)
+    monkeypatch.setattr(verify, "_verified", set())
+    curvature = curvature_of(problem)
+    curvature.gradient()  # keeps the last block's trace, which is right for a gradient
+    found = curvature.hvp(v)
+    assert "torch does not confirm its trace" in curvature.notes()["fallback_2"]
+    assert distance(found, expected) < 1e-12
+
+
+@final
+@dataclass(frozen=True)
+class Smoothed(Loss):
+    """Cross-entropy against labels of which a part is spread over all classes."""
+
+    smoothing: float
+
+    def _goal(self, output: Tensor, target: Tensor) -> Tensor:
+        sure = nn.functional.one_hot(target, output.shape[-1]).to(output.dtype)
+        return sure * (1 - self.smoothing) + self.smoothing / output.shape[-1]
+
+    def weight(self, target: Tensor) -> int:
+        return target.numel()
+
+    def value(self, output: Tensor, target: Tensor) -> Tensor:
+        return -(self._goal(output, target) * output.log_softmax(-1)).sum(dtype=torch.float64)
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.softmax(-1) - self._goal(output, target)
+
+    def curve(self, output: Tensor, tangent: Tensor, target: Tensor) -> Tensor:
+        p = output.softmax(-1)
+        return p * (tangent - (p * tangent).sum(-1, keepdim=True))
+
+
+def test_two_losses_of_one_class_are_two_losses() -> None:
+    for smoothing in (0.1, 0.2):
+        problem = three_blocks(Smoothed(smoothing))
+
+        def loss(flat: Tensor, problem: Problem = problem, smoothing: float = smoothing) -> Tensor:
+            shapes = [each.shape for each in problem.parameters.values()]
+            sizes = [shape.numel() for shape in shapes]
+            w, b, u, c = (
+                part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)
+            )
+            z = torch.tanh(X @ w.T + b) @ u.T + c
+            return nn.functional.cross_entropy(z, TARGETS, label_smoothing=smoothing)
+
+        (v,) = probes(problem, 1)
+        curvature = curvature_of(problem)
+        gradient = torch.func.grad(loss)(problem.flat)
+        assert relative_error(curvature.gradient(), gradient) < 1e-12
+        hv = torch.func.hessian(loss)(problem.flat) @ v
+        assert relative_error(curvature.hvp([v])[0], hv) < 1e-12
+        assert not any(name.startswith("fallback") for name in curvature.notes())
+
+
+def test_losses_of_equal_settings_share_their_programs() -> None:
+    assert Smoothed(0.1) == Smoothed(0.1) != Smoothed(0.2)
+    assert CrossEntropy() == CrossEntropy()
+    assert len({CrossEntropy(), CrossEntropy(), Smoothed(0.1), Smoothed(0.1)}) == 2

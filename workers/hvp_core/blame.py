@@ -1,0 +1,183 @@
+"""Whose fault an exception is: the model's code, this library, or the memory of the machine.
+
+A model's code is not ours and fails in every way there is: while it is traced, run, or
+differentiated. That is no reason for INTERNAL, and often none to fail, since another way may do. An
+exception of this library is a bug and is never taken for a block that has to be done another way.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypeVar, final
+
+import networkx
+import torch
+
+from hvp_core.errors import CurvatureError, is_out_of_memory
+
+Fault = Literal["memory", "model", "ours"]
+T = TypeVar("T")
+
+_OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("hvp_core", "hvp_workers"))
+#: Code that only passes on what it is called with: it is asked who called.
+_BETWEEN = (str(Path(networkx.__file__).parent), "<frozen")
+_STANDARD = sysconfig.get_paths()["stdlib"]
+_PACKAGES = sysconfig.get_paths()["purelib"]
+_TORCH = str(Path(torch.__file__).parent)
+#: What torch says of an operation that it cannot differentiate.
+_NO_DERIVATIVE = ("derivative", "autograd.Function")
+
+
+def whose(error: Exception) -> Fault:
+    """Whose fault an exception is, by the innermost frame that is of somebody's code.
+
+    What torch itself refuses (RuntimeError, NotImplementedError) is the model's, whoever calls
+    torch: this library differentiates only what a model is made of. Anything else that is raised
+    in a frame of this library, an AssertionError, TypeError or KeyError, is a bug of it.
+    """
+    if is_out_of_memory(error):
+        return "memory"
+    if isinstance(error, torch.AcceleratorError):  # the device is broken, whoever used it
+        return "ours"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        passes_on = frame.name == "__torch_function__" and frame.filename.startswith(_OURS)
+        standard = frame.filename.startswith(_STANDARD) and not frame.filename.startswith(_PACKAGES)
+        if passes_on or standard or frame.filename.startswith(_BETWEEN):
+            continue
+        ours = frame.filename.startswith(_OURS)
+        return "ours" if ours and not isinstance(error, RuntimeError) else "model"
+    return "model"
+
+
+def explained(error: Exception, block: str, doing: str) -> CurvatureError:
+    """An exception with its reason: the one place that makes one of what a model's code raises.
+
+    Args:
+        error: Raised while a block was worked on.
+        block: Its name.
+        doing: What was done with it.
+
+    Returns:
+        A CurvatureError as it is, with the block's name; OUT_OF_MEMORY;
+        DOUBLE_BACKWARD_UNSUPPORTED, where torch has no derivative of an operation;
+        MODEL_UNSUPPORTED for all else that a model raises; INTERNAL for a bug of this library, with
+        its traceback.
+    """
+    at = {"block": block, "operation": doing}
+    if isinstance(error, CurvatureError):
+        if "block" in error.metadata:
+            return error
+        message = f"block {block}: {error.message}"
+        return CurvatureError(error.reason, message, {**at, **error.metadata})
+    said = (str(error).strip().splitlines() or [""])[0][:300]
+    fault = whose(error)
+    if fault == "memory":
+        return CurvatureError(
+            "OUT_OF_MEMORY",
+            f"block {block}, {doing}: a rank has no memory left ({said}); use a smaller "
+            "micro-batch, float32, fewer Lanczos vectors or more workers",
+            at,
+        )
+    words = f"{type(error).__name__}: {said}"
+    if fault == "ours":
+        lines = "".join(traceback.format_exception(error))
+        return CurvatureError(
+            "INTERNAL",
+            f"block {block}, {doing}: {words}; this is a bug of hvp, please report it",
+            {**at, "exception": type(error).__name__, "traceback": lines},
+        )
+    if isinstance(error, RuntimeError) and (
+        isinstance(error, NotImplementedError) or any(each in said for each in _NO_DERIVATIVE)
+    ):
+        return CurvatureError(
+            "DOUBLE_BACKWARD_UNSUPPORTED",
+            f"block {block} has an operation without a second derivative ({said}); "
+            "replace it by a composition of differentiable ones",
+            at,
+        )
+    return CurvatureError(
+        "MODEL_UNSUPPORTED",
+        f"block {block}, {doing}: the model's code raises {words}{_place(error)}. If it does so in "
+        "transformers too, checkpoint or batch are at fault; if not, this model is not served yet",
+        at,
+    )
+
+
+def _place(error: Exception) -> str:
+    """The line of the model's code that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith((*_OURS, _TORCH, "<")):
+            return f" (line {frame.lineno} of {Path(frame.filename).name})"
+    return ""
+
+
+@contextmanager
+def working_on(block: str, doing: str) -> Iterator[None]:
+    """Give whatever a block's code raises its reason.
+
+    Raises:
+        CurvatureError: As `explained` says.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise explained(error, block, doing) from error
+
+
+@final
+class InStep:
+    """Keeps a rank in step with the others when its own work on a block has failed.
+
+    A walk gathers and scatters all the way. A rank that left it would leave the others waiting; so
+    the failure is noted, the rank goes on with nothing to do, and all learn of it at the end.
+
+    Attributes:
+        failure: The first one.
+    """
+
+    def __init__(self, *, alone: bool = False):
+        """`alone`: nobody waits, and whatever is raised leaves at once."""
+        self.failure: CurvatureError | None = None
+        self._alone = alone
+        self._at = ("", "")
+
+    def on(self, block: str, doing: str) -> Self:
+        """The work of a `with` statement."""
+        self._at = block, doing
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        if self._alone or not isinstance(error, Exception):
+            return False
+        if self.failure is None:
+            self.failure = explained(error, *self._at)
+        return True
+
+    def live(self, items: Sequence[T]) -> Sequence[T]:
+        """What there is to work on: nothing after a failure."""
+        return items if self.failure is None else ()
+
+
+def raise_first(failures: Iterable[CurvatureError | None]) -> None:
+    """Raise what the first rank that failed has raised, on every rank alike.
+
+    Args:
+        failures: Of all ranks, in their order.
+
+    Raises:
+        CurvatureError: Where a rank has failed.
+    """
+    for failure in failures:
+        if failure is not None:
+            raise failure
