@@ -28,9 +28,9 @@ _MOST_STARTS = 20  # random vectors looked at before one keeps its length
 Dots = Callable[[Tensor, Tensor], Tensor]
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """What rounding leaves of a vector that should vanish, relative to the operator's norm."""
-    return float(torch.finfo(dtype).eps ** _ROUNDING_POWER)
+def rounding(eps: float) -> float:
+    """What errors of eps leave of a vector that should vanish, relative to the operator's norm."""
+    return float(eps**_ROUNDING_POWER)
 
 
 @final
@@ -47,6 +47,7 @@ class KrylovBasis:
         dimension: n, the length of a whole vector.
         dots: (rows (m, local), vector (local,)) -> inner products (m,) float64 of whole vectors.
         random: seed -> a random vector (local,).
+        noise: Relative error of a product, where that is more than the rounding of the dtype.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class KrylovBasis:
         dimension: int,
         dots: Dots,
         random: Callable[[int], Tensor],
+        noise: float = 0.0,
     ):
         self.rows = start.new_empty(capacity + 1, start.numel())
         self.T = torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64)
@@ -63,8 +65,8 @@ class KrylovBasis:
         self.size = 0  # rows whose products are known
         self.origin = 0  # rows known before the present run of the recurrence began
         self.capacity, self.dimension = capacity, dimension
-        self.eps = torch.finfo(start.dtype).eps
-        self.rounding = rounding(start.dtype)
+        self.eps = max(torch.finfo(start.dtype).eps, noise)
+        self.rounding = rounding(self.eps)
         self.symmetry_defect = 0.0
         self._dots, self._random = dots, random
         self._num_starts = 0

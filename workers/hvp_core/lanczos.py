@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.completeness import Claim, Deflated, Recurrence, hold
-from hvp_core.krylov_basis import Dots, KrylovBasis
+from hvp_core.krylov_basis import Dots, KrylovBasis, rounding
 
 Which = Literal["LA", "SA", "LM", "BE"]
 Stage = Literal["iterating", "completeness", "verifying"]
@@ -55,6 +55,8 @@ class Plan:
         max_products: Upper bound on products, the k of the verification included; at least 2k.
         num_vectors: Rows of the basis, k < num_vectors <= n (k = num_vectors only where k = n).
         semidefinite: The operator is known to have no negative eigenvalue.
+        noise: Relative error of one product of the search, where that is more than the rounding of
+            the vectors' dtype: the search does not try to see below it.
 
     Raises:
         ValueError: tol is 1 or more: every vector of the space would do.
@@ -66,6 +68,7 @@ class Plan:
     max_products: int
     num_vectors: int
     semidefinite: bool = False
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.tol < 1:
@@ -208,7 +211,8 @@ class _Krylov:
         self.matvec, self.agree, self.plan = matvec, agree, plan
         # A fresh run has to have room for two vectors beside the wanted ones.
         capacity = min(max(plan.num_vectors, plan.k + 2), dimension)
-        self.basis = KrylovBasis(start, capacity, dimension, dots, random)
+        self.basis = KrylovBasis(start, capacity, dimension, dots, random, plan.noise)
+        self.rounding = rounding(torch.finfo(start.dtype).eps)  # of what verifies
         self.scale = 0.0  # max |θ| met: the operator's norm as far as it is known
         self.num_products = self.num_restarts = 0
         self.first_ritz: tuple[Tensor, Tensor] | None = None
@@ -479,25 +483,44 @@ class _Krylov:
         order = self._sort(values)
         found = torch.tensor(values, dtype=torch.float64)[order]
         true = torch.tensor(residuals, dtype=torch.float64)[order]
-        meets = bool((true <= self.tolerance(_TRUSTED * basis.rounding)).all())
+        meets = bool((true <= self.tolerance(_TRUSTED * self.rounding)).all())
         noise = float(true.max())
         assert self.first_ritz is not None
         return Eigenpairs(
             eigenvalues=found,
             eigenvectors=basis.rows[:k],
             residuals=true,
-            error_bounds=true + basis.rounding * self.scale if exact else true[:0],
+            error_bounds=true + self.rounding * self.scale if exact else true[:0],
             num_products=self.num_products,
             outcome=self._outcome(meets, exact is not None),
-            completeness=Completeness(
-                shown=self.is_complete and exact is not None,
-                margin=self.margin + noise if exact else math.inf,
-                failure_probability=0.0 if basis.whole else min(1.0, _FAILURE * self.num_rounds),
-                num_products=self.num_fresh_products,
-            ),
+            completeness=self._completeness(found, noise) if exact else self._nothing_known(),
             symmetry_defect=basis.symmetry_defect,
             ritz_values=self.first_ritz[0],
             ritz_weights=self.first_ritz[1],
+        )
+
+    def _completeness(self, values: Tensor, noise: float) -> Completeness:
+        """What is known of the eigenvalues beyond these, which are known to `noise`."""
+        margin, failure = self.margin, min(1.0, _FAILURE * self.num_rounds)
+        shown = self.is_complete
+        if self.basis.whole:
+            failure = 0.0
+        elif not shown and self.plan.semidefinite and self.plan.which == "SA":
+            # The i-th smallest is at most the i-th Ritz value, and not negative.
+            shown, margin, failure = True, max(0.0, float(values[-1])), 0.0
+        return Completeness(
+            shown=shown,
+            margin=margin + noise,
+            failure_probability=failure,
+            num_products=self.num_fresh_products,
+        )
+
+    def _nothing_known(self) -> Completeness:
+        return Completeness(
+            shown=False,
+            margin=math.inf,
+            failure_probability=1.0,
+            num_products=self.num_fresh_products,
         )
 
     def _outcome(self, meets: bool, is_verified: bool) -> Outcome:

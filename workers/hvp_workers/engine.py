@@ -220,6 +220,7 @@ class RankEngine:
             vector_bytes=space.vector_bytes,
             available_bytes=self._memory.least_available() - promised,
             semidefinite=operator.kind == "ggn",
+            precision=operator.precision,
         )
         self._runs[run] = _Run(
             steps=self._steps(loaded, operator.kind, plan, spec.seed),

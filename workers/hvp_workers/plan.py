@@ -15,6 +15,8 @@ from hvp_workers.eigsh_size import (
     vectors_beside_basis,
 )
 
+#: Unit roundoff of the operands of matrix products, where it is more than the vectors' own.
+_NOISE: dict[Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
 _EXACT_WORKING = 1.5  # blocks and activations in float64, beside the vectors
 _KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
 
@@ -57,12 +59,14 @@ def plan_eigsh(
     vector_bytes: int,
     available_bytes: int,
     semidefinite: bool = False,
+    precision: Precision = "full",
 ) -> Plan:
     """Fill in the size of the basis and the budget of products.
 
     Args:
         spec: What was asked for; 0 means by default.
         semidefinite: The operator is known to have no negative eigenvalue.
+        precision: Of the products of the search.
         dimension: n.
         vector_bytes: Of one vector on one rank.
         available_bytes: Free on the rank that has least.
@@ -106,4 +110,5 @@ def plan_eigsh(
         max_products=max_products,
         num_vectors=min(wish, room),
         semidefinite=semidefinite,
+        noise=_NOISE[precision],
     )

@@ -1,0 +1,226 @@
+"""Eigenpairs of real models through the engine: what is certified holds for the exact operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hvp_core import attention
+from hvp_core.chain import Chain, MicroBatch
+from hvp_core.collective import Alone
+from hvp_core.lanczos import Eigenpairs, Plan, eigsh
+from hvp_core.layout import Layout
+from hvp_core.policy import Policy
+from hvp_core.precision import exact
+from hvp_core.space import Space as CoreSpace
+from hvp_core.walk import Curvature
+from hvp_workers.backend import Backend, EigshResult, EigshSpec, Operator, Space, open_backend
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.core.problems import CPU, llama_config, llama_problem, ragged_tokens, scatter
+from tests.core.test_checkpoint import save
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[Backend]:
+    opened = open_backend(kind="inprocess", num_workers=1, device="cpu")
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+async def eigenpairs(backend: Backend, operator: Operator, spec: EigshSpec) -> EigshResult:
+    outputs = [f"e{index}" for index in range(spec.k)]
+    async for step in backend.eigsh(operator, spec, outputs):
+        if isinstance(step, EigshResult):
+            return step
+    raise AssertionError("the run gave no result")
+
+
+def written(
+    model: LlamaForCausalLM, folder: Path, ids: Tensor, dtype: str, **more: str
+) -> Operator:
+    save_file({"input_ids": ids}, folder / "batch")
+    return Operator(
+        space=Space(checkpoint_dir=save(model, folder / "model"), dtype=dtype),  # type: ignore[arg-type]
+        batch_path=folder / "batch",
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def blank_head(vocabulary: int = 5) -> LlamaForCausalLM:
+    """A Llama whose logits are all zero."""
+    attention.register()
+    config = LlamaConfig(
+        **{**llama_config().to_dict(), "vocab_size": vocabulary, "tie_word_embeddings": False}
+    )
+    config._attn_implementation = attention.NAME
+    model = LlamaForCausalLM(config)
+    scatter(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def closed_form(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """Eigenvalues other than zero of G where the head is zero, largest first.
+
+    The logits then depend on the head alone, z = W h, and every token's Hessian in them is
+    (I - 11ᵀ/V) / V: G is its Kronecker product with the mean of hhᵀ, and each eigenvalue of that
+    comes V - 1 times.
+    """
+    with torch.no_grad(), exact():  # its norms stay in float64
+        for parameter in model.parameters():  # its tables of angles stay in float32, as anywhere
+            parameter.data = parameter.data.double()
+        h = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
+    values: Tensor = torch.linalg.eigvalsh(h.T @ h / len(h)).flip(0) / model.config.vocab_size
+    return values.repeat_interleave(model.config.vocab_size - 1)
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-2])
+async def test_each_largest_eigenvalue_of_a_gauss_newton_matrix_comes_as_often_as_it_is_there(
+    backend: Backend, tmp_path: Path, tol: float
+) -> None:
+    model = blank_head()
+    ids = torch.randint(5, (3, 6), generator=torch.Generator().manual_seed(0))
+    operator = written(model, tmp_path, ids, "float64", kind="ggn")
+    true = closed_form(model, ids)
+    assert float(true[0] - true[3]) == 0
+    found = await eigenpairs(backend, operator, EigshSpec(k=6, which="LA", tol=tol))
+    assert found.outcome == "CONVERGED"
+    assert found.completeness.shown
+    errors = torch.tensor(found.eigenvalues).flip(0) - true[:6]
+    assert float(errors.abs().max()) <= found.completeness.margin
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-2])
+async def test_the_smallest_of_a_gauss_newton_matrix_are_k_zeros(
+    backend: Backend, tmp_path: Path, tol: float
+) -> None:
+    attention.register()
+    model = LlamaForCausalLM(llama_config())
+    scatter(model)
+    operator = written(model, tmp_path, ragged_tokens()[0], "float64", kind="ggn")
+    found = await eigenpairs(backend, operator, EigshSpec(k=4, which="SA", tol=tol))
+    largest = (await eigenpairs(backend, operator, EigshSpec(k=1, which="LA"))).eigenvalues[0]
+    # Where the budget ends before a tolerance of rounding, that none is negative still tells.
+    assert found.outcome == ("CONVERGED" if tol else "MAX_PRODUCTS")
+    assert found.completeness.shown
+    assert found.completeness.margin <= 2e-2 * largest if tol else 1e-3 * largest
+    assert max(map(abs, found.eigenvalues)) <= found.completeness.margin
+
+
+async def test_a_coarse_precision_is_named_as_the_limit_and_its_intervals_hold(
+    backend: Backend, tmp_path: Path
+) -> None:
+    attention.register()
+    model = LlamaForCausalLM(llama_config())
+    scatter(model)
+    operator = written(model, tmp_path, ragged_tokens()[0], "float32", precision="bfloat16")
+    found = await eigenpairs(backend, operator, EigshSpec(k=6, which="BE"))
+    assert found.outcome == "NOISE_LIMIT"
+    assert found.provenance["verified_in"] == "float64"
+    exact = written(model, tmp_path, ragged_tokens()[0], "float64")
+    true = torch.tensor((await eigenpairs(backend, exact, EigshSpec(k=60, which="BE"))).eigenvalues)
+    for value, bound in zip(found.eigenvalues, found.error_bounds, strict=True):
+        assert float((true - value).abs().min()) <= bound
+    assert max(found.residuals) > 1e-3 * max(map(abs, found.eigenvalues))
+    assert found.num_products < 60
+    loose = await eigenpairs(backend, operator, EigshSpec(k=6, which="BE", tol=0.1))
+    assert loose.outcome == "CONVERGED"
+
+
+async def test_in_float32_pairs_meet_a_tolerance_that_float64_confirms(
+    backend: Backend, tmp_path: Path
+) -> None:
+    attention.register()
+    model = LlamaForCausalLM(llama_config())
+    scatter(model)
+    operator = written(model, tmp_path, ragged_tokens()[0], "float32")
+    found = await eigenpairs(backend, operator, EigshSpec(k=4, which="LA", tol=1e-4))
+    assert found.outcome == "CONVERGED"
+    wide = written(model, tmp_path, ragged_tokens()[0], "float64")
+    true = (await eigenpairs(backend, wide, EigshSpec(k=4, which="LA"))).eigenvalues
+    for value, bound, other in zip(found.eigenvalues, found.error_bounds, true, strict=True):
+        assert abs(value - other) <= min(bound, found.completeness.margin)
+
+
+# What follows searches in one arithmetic and verifies in another, on many small operators.
+
+
+def tiny() -> tuple[Chain, MicroBatch, int]:
+    """A chain of a Llama with few enough parameters for dense Hessians, and a batch."""
+    problem = llama_problem(torch.float32)
+    return problem.chain, problem.batch, problem.flat.numel()
+
+
+def curvatures(chain: Chain, batch: MicroBatch) -> Iterator[Curvature]:
+    """In bfloat16, and in float64 throughout: of one space."""
+    layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
+    space = CoreSpace(layout, Alone(), torch.float32, CPU)
+    for precision in ("bfloat16", "float64"):
+        yield Curvature(
+            chain,
+            space,
+            space.zeros(),
+            batch,
+            5,
+            Policy(precision=precision),
+        )
+
+
+def search(coarse: Curvature, fine: Curvature, n: int, k: int, seed: int) -> Eigenpairs:
+    space = coarse.space
+    steps = eigsh(
+        lambda v: coarse.product("hessian", [v])[0],
+        space.random(seed, "gaussian"),
+        n,
+        Plan(k=k, which="BE", tol=0, max_products=100, num_vectors=40, noise=2**-8),
+        dots=space.dots,
+        random=lambda i: space.random(10_000 * seed + i, "gaussian"),
+        verifier=lambda: lambda v: fine.product("hessian", [v])[0],
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            found: Eigenpairs = stop.value
+            return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(4))
+def test_every_interval_of_a_run_in_bfloat16_holds_an_eigenvalue_of_the_exact_hessian(
+    part: int,
+) -> None:
+    chain, batch, n = tiny()
+    coarse, fine = curvatures(chain, batch)
+    exact_layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
+    exact_space = CoreSpace(exact_layout, Alone(), torch.float64, CPU)
+    noise_limited = 0
+    for seed in range(50 * part, 50 * part + 50):
+        theta = fine.space.random(seed + 1, "gaussian") * 0.3
+        coarse.parameters, fine.parameters = theta, theta
+        pairs = search(coarse, fine, n, 6, seed)
+        truth = Curvature(chain, exact_space, theta.double(), batch, 5)
+        identity = torch.eye(exact_space.layout.shard_numel, dtype=torch.float64)
+        rows = [
+            row
+            for start in range(0, n, 82)
+            for row in truth.hvp(list(identity[start : start + 82]))
+        ]
+        true = torch.linalg.eigvalsh(torch.stack(rows)[:n, :n])
+        for value, bound in zip(
+            pairs.eigenvalues.tolist(), pairs.error_bounds.tolist(), strict=True
+        ):
+            assert float((true - value).abs().min()) <= bound
+        assert pairs.outcome in ("NOISE_LIMIT", "MAX_PRODUCTS", "CONVERGED")
+        noise_limited += pairs.outcome == "NOISE_LIMIT"
+        assert math.isfinite(pairs.completeness.margin)
+    assert noise_limited > 25
