@@ -75,9 +75,7 @@ def closed_form(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     comes V - 1 times.
     """
     with torch.no_grad(), exact():  # its norms stay in float64
-        for parameter in model.parameters():  # its tables of angles stay in float32, as anywhere
-            parameter.data = parameter.data.double()
-        h = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        h = model.double().model(ids).last_hidden_state[:, :-1].flatten(0, 1)
     values: Tensor = torch.linalg.eigvalsh(h.T @ h / len(h)).flip(0) / model.config.vocab_size
     return values.repeat_interleave(model.config.vocab_size - 1)
 
@@ -95,7 +93,8 @@ async def test_each_largest_eigenvalue_of_a_gauss_newton_matrix_comes_as_often_a
     assert found.outcome == "CONVERGED"
     assert found.completeness.shown
     errors = torch.tensor(found.eigenvalues).flip(0) - true[:6]
-    assert float(errors.abs().max()) <= found.completeness.margin
+    # Angles of positions are rounded to float32, here and there in other places.
+    assert float(errors.abs().max()) <= found.completeness.margin + 1e-7 * float(true[0])
 
 
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
