@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from hvp_core.lanczos import Eigenpairs, Plan, Progress, Which, eigsh
+from hvp_core.eigenpairs import Eigenpairs, Plan, Progress, Which
+from hvp_core.lanczos import eigsh
 from torch import Tensor
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hvp_core.eigenpairs import Plan, Which, wanted
 from hvp_core.errors import CurvatureError
-from hvp_core.lanczos import Plan, Which, wanted
 from torch import Tensor
 
 from tests.core.spectra import matrix, random, run

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
-from hvp_core.lanczos import Which, wanted
+from hvp_core.eigenpairs import Which, wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from hvp_core.collective import Alone, Collective, Distributed, open_collective
 from hvp_core.data import token_batch
-from hvp_core.lanczos import Plan, eigsh
+from hvp_core.eigenpairs import Plan
+from hvp_core.lanczos import eigsh
 from torch.multiprocessing.spawn import spawn
 
 from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem, ragged_tokens

@@ -11,7 +11,8 @@ import torch
 from hvp_core import attention
 from hvp_core.chain import Chain, MicroBatch
 from hvp_core.collective import Alone
-from hvp_core.lanczos import Eigenpairs, Plan, eigsh
+from hvp_core.eigenpairs import Eigenpairs, Plan
+from hvp_core.lanczos import eigsh
 from hvp_core.layout import Layout
 from hvp_core.policy import Policy
 from hvp_core.precision import exact

@@ -17,8 +17,9 @@ from typing import Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
 from hvp_core.collective import Collective
+from hvp_core.eigenpairs import Eigenpairs, Plan, Progress
 from hvp_core.errors import CurvatureError, is_out_of_memory
-from hvp_core.lanczos import Eigenpairs, Plan, Progress, eigsh
+from hvp_core.lanczos import eigsh
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory

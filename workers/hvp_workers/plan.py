@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hvp_core.eigenpairs import Plan
 from hvp_core.errors import CurvatureError
-from hvp_core.lanczos import Plan
 from hvp_core.policy import Policy
 
 from hvp_workers.backend import EigshSpec, Precision, Tuning

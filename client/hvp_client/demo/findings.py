@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,6 +121,10 @@ class Row:
 def to_json(findings: Findings) -> str:
     """The record as JSON."""
     fields = dataclasses.asdict(findings)
+    # JSON has no infinity: null is an end that is not known.
+    fields["intervals"] = [
+        [end if math.isfinite(end) else None for end in interval] for interval in findings.intervals
+    ]
     fields["symmetry_gap"] = findings.symmetry_gap
     return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 

@@ -25,8 +25,9 @@ from hvp_client.demo.text import python_reference, token_batch
 _SEED_V = 1
 _SEED_U = 2
 # The demo is to end within ten minutes on two cores; everything but the spectrum takes up to three.
-_SPECTRUM_S = 330.0
-_ENOUGH_PRODUCTS = 36
+_SPECTRUM_S = 390.0
+_ENOUGH_PRODUCTS = 48
+_VERIFYING = 2.5  # times a product's time: verifying products are in float64
 
 
 @final
@@ -108,7 +109,8 @@ def affordable(product_s: float, k: int) -> int:
     begin to settle.
     """
     least = 2 * k + 8  # k of them are for the true residuals
-    return max(least, min(_ENOUGH_PRODUCTS, int(_SPECTRUM_S / product_s)))
+    search_s = _SPECTRUM_S - k * _VERIFYING * product_s
+    return max(least, min(_ENOUGH_PRODUCTS, k + int(search_s / product_s)))
 
 
 def _explore(
