@@ -71,7 +71,8 @@ class CheckpointServiceServicer:
         that did not come, or a tensor that stands twice; metadata names the file.
         INVALID_ARGUMENT `PICKLE_REFUSED`: a pickle file; convert it to safetensors.
         INVALID_ARGUMENT `SAFETENSORS_INVALID`: metadata gives file and byte offset.
-        INVALID_ARGUMENT `CONFIG_INVALID`: config.json is not a JSON object with sane values.
+        INVALID_ARGUMENT `CONFIG_INVALID`: config.json is not a JSON object with sane values, or the model takes
+        too much memory or time to lay out before a weight is read (metadata `limit`).
         INVALID_ARGUMENT `QUANTIZATION_UNSUPPORTED`: the config says that the weights are stored quantised;
         metadata names the scheme; load them dequantised and save that.
         INVALID_ARGUMENT `ARCHITECTURE_UNKNOWN`: no causal language model of that `model_type`.

@@ -36,13 +36,16 @@ class OperatorServiceStub:
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
-    derivative; metadata names the block.
-    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
-    the mean cross-entropy of its logits; another architecture is needed.
+    derivative; metadata names block and operation.
+    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model's own code raises (metadata: block, operation;
+    the message names the line), its loss is not the mean cross-entropy of its logits row by row,
+    or a part of it is not in eval mode.
     FAILED_PRECONDITION `SESSION_EXPIRED`: the session named has ended; open another.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
-    RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
+    UNAVAILABLE `STATE_DIR_BUSY`: the server's disk is slow or locked; call again.
+    RESOURCE_EXHAUSTED `OUT_OF_MEMORY` (metadata: block, operation, where known): use a smaller
+    micro-batch, float32 or more workers.
     """
 
     def __init__(self, channel):
@@ -89,13 +92,16 @@ class OperatorServiceServicer:
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
-    derivative; metadata names the block.
-    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
-    the mean cross-entropy of its logits; another architecture is needed.
+    derivative; metadata names block and operation.
+    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model's own code raises (metadata: block, operation;
+    the message names the line), its loss is not the mean cross-entropy of its logits row by row,
+    or a part of it is not in eval mode.
     FAILED_PRECONDITION `SESSION_EXPIRED`: the session named has ended; open another.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
-    RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
+    UNAVAILABLE `STATE_DIR_BUSY`: the server's disk is slow or locked; call again.
+    RESOURCE_EXHAUSTED `OUT_OF_MEMORY` (metadata: block, operation, where known): use a smaller
+    micro-batch, float32 or more workers.
     """
 
     def DescribeOperator(self, request, context):
@@ -186,13 +192,16 @@ class OperatorService:
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
-    derivative; metadata names the block.
-    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model cannot be taken apart, or its own loss is not
-    the mean cross-entropy of its logits; another architecture is needed.
+    derivative; metadata names block and operation.
+    FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model's own code raises (metadata: block, operation;
+    the message names the line), its loss is not the mean cross-entropy of its logits row by row,
+    or a part of it is not in eval mode.
     FAILED_PRECONDITION `SESSION_EXPIRED`: the session named has ended; open another.
     OUT_OF_RANGE `NON_FINITE`: loss or product is not finite; metadata names the first block.
     UNAVAILABLE `WORKER_GROUP_LOST`: a rank died; the group restarts, call again.
-    RESOURCE_EXHAUSTED `OUT_OF_MEMORY`: use a smaller micro-batch, float32 or more workers.
+    UNAVAILABLE `STATE_DIR_BUSY`: the server's disk is slow or locked; call again.
+    RESOURCE_EXHAUSTED `OUT_OF_MEMORY` (metadata: block, operation, where known): use a smaller
+    micro-batch, float32 or more workers.
     """
 
     @staticmethod
