@@ -182,9 +182,9 @@ class Operator(OperatorFields):
             which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end
                 and the odd one from the high end.
             tol: Stop when every wanted pair's estimated residual is at most tol times the largest
-                Ritz value's magnitude; 0 means the dtype's rounding.
-            max_products: Upper bound on products, those of the final residuals included; None
-                lets the server choose.
+                Ritz value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
+            max_products: Upper bound on products, those that show completeness and those of the
+                final residuals included; None lets the server choose.
             seed: Of the starting vector.
             num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
             labels: Kept with the job.

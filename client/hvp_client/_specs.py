@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -155,8 +154,11 @@ def _which(which: str) -> job_pb2.EigshSpec.Which.ValueType:
 
 
 def _tolerance(tol: float) -> float:
-    if not (math.isfinite(tol) and tol >= 0):
+    if not 0 <= tol < 1:
         raise InvalidArgumentError(
-            f"tol must be finite and not negative, not {tol}", reason="TOL_INVALID", field="tol"
+            f"tol is {tol}; 0 <= tol < 1 is possible. It is relative to the largest eigenvalue's "
+            "magnitude: with 1, any vector would do",
+            reason="TOL_INVALID",
+            field="tol",
         )
     return float(tol)

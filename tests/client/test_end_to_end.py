@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import uuid
 from pathlib import Path
@@ -209,6 +210,8 @@ def test_vectors_of_different_spaces_do_not_mix(
         ({"k": 10**6}, "K_INVALID"),
         ({"k": 2, "which": "SM"}, "WHICH_UNSUPPORTED"),
         ({"k": 2, "tol": -1.0}, "TOL_INVALID"),
+        ({"k": 2, "tol": 1.0}, "TOL_INVALID"),
+        ({"k": 2, "tol": math.nan}, "TOL_INVALID"),
         ({"k": 2, "seed": -1}, "SEED_INVALID"),
         ({"k": 2, "max_products": 0}, "MAX_PRODUCTS_INVALID"),
         ({"k": 2, "max_products": 1}, "MAX_PRODUCTS_INVALID"),

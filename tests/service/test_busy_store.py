@@ -98,7 +98,7 @@ async def test_a_database_that_is_busy_once_at_any_moment_of_a_run_costs_nothing
     ref = await make_operator(deps, n=3)  # few products, few moments
     await deps.dispatcher.stop(1.0)
     busy = BusyOnce(deps.database)
-    for store in (deps.jobs, deps.vectors, deps.checkpoints, deps.batches):
+    for store in (deps.jobs, deps.vectors._rows, deps.checkpoints, deps.batches):
         assert isinstance(vars(store)["_database"], Database)
     # The runner has its own way to the same rows; the test looks at them past the fault.
     runner = Dispatcher(
@@ -106,7 +106,7 @@ async def test_a_database_that_is_busy_once_at_any_moment_of_a_run_costs_nothing
         _beside(deps.jobs, busy),
         deps.group,
         _operators_beside(deps, busy),
-        _beside(deps.vectors, busy),
+        _vectors_beside(deps, busy),
     )
     runner.start()
     try:
@@ -132,6 +132,12 @@ def _beside(store: Any, database: Any) -> Any:
     """The same store, its rows reached through another object."""
     twin = object.__new__(type(store))
     vars(twin).update(vars(store) | {"_database": database})
+    return twin
+
+
+def _vectors_beside(deps: Dependencies, database: Any) -> Any:
+    twin = object.__new__(type(deps.vectors))
+    vars(twin).update(vars(deps.vectors) | {"_rows": _beside(deps.vectors._rows, database)})
     return twin
 
 

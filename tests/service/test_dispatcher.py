@@ -450,6 +450,7 @@ async def test_only_checking_a_job_queues_nothing(deps: Dependencies) -> None:
         ({"tol": -1.0}, "TOL_INVALID"),
         ({"tol": float("nan")}, "TOL_INVALID"),
         ({"tol": float("inf")}, "TOL_INVALID"),
+        ({"tol": 1.0}, "TOL_INVALID"),
         ({"max_products": -1}, "MAX_PRODUCTS_INVALID"),
         ({"max_products": 3}, "MAX_PRODUCTS_INVALID"),
         ({"num_lanczos_vectors": -1}, "NUM_LANCZOS_VECTORS_INVALID"),

@@ -105,10 +105,11 @@ def test_nothing_of_a_running_server_is_open_to_others(
 def test_what_an_earlier_version_left_open_is_closed_at_the_start(tmp_path: Path) -> None:
     root = tmp_path / "state"
     (root / "compile-cache" / "inductor").mkdir(parents=True)
-    (root / "compile-cache" / "inductor" / "kernel.so").touch(mode=0o755)
-    (root / "hvp.sqlite3").touch(mode=0o644)
     outside = tmp_path / "outside"
-    outside.touch(mode=0o644)
+    kernel = root / "compile-cache" / "inductor" / "kernel.so"
+    for file, mode in ((kernel, 0o755), (root / "hvp.sqlite3", 0o644), (outside, 0o644)):
+        file.touch()
+        file.chmod(mode)  # whatever this process's umask is
     (root / "link").symlink_to(outside)
     for folder in (root, root / "compile-cache", root / "compile-cache" / "inductor"):
         folder.chmod(0o755)
@@ -116,7 +117,7 @@ def test_what_an_earlier_version_left_open_is_closed_at_the_start(tmp_path: Path
     with sole_use(root):
         assert open_to_others(root) == []
 
-    assert mode_of(root / "compile-cache" / "inductor" / "kernel.so") == 0o700
+    assert mode_of(kernel) == 0o700
     assert mode_of(outside) == 0o644
 
 

@@ -162,7 +162,9 @@ def eigsh(
     ],
     k: Annotated[int, typer.Option("--k", "-k", help="How many eigenpairs.")] = 6,
     which: Annotated[Which, typer.Option(help="Which end of the spectrum.")] = Which.LM,
-    tol: Annotated[float, typer.Option(help="Relative residual; 0: the dtype's rounding.")] = 0.0,
+    tol: Annotated[
+        float, typer.Option(help="Relative residual, below 1; 0: the dtype's rounding.")
+    ] = 0.0,
     max_products: Annotated[
         int | None, typer.Option(help="Bound on products.", show_default="the server's choice")
     ] = None,
