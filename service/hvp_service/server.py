@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 import structlog
-from hvp_workers.backend import BackendError, Tuning, open_backend
+from hvp_workers.backend import BackendError, Tuning
+from hvp_workers.opening import open_backend
 from hvp_workers.surroundings import lost_current_folder
 from pydantic import ValidationError
 

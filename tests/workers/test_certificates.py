@@ -18,7 +18,8 @@ from hvp_core.policy import Policy
 from hvp_core.precision import exact
 from hvp_core.space import Space as CoreSpace
 from hvp_core.walk import Curvature
-from hvp_workers.backend import Backend, EigshResult, EigshSpec, Operator, Space, open_backend
+from hvp_workers.backend import Backend, EigshResult, EigshSpec, Operator, Space
+from hvp_workers.opening import open_backend
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM

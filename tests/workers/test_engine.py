@@ -22,8 +22,8 @@ from hvp_workers.backend import (
     Seeded,
     Space,
     Zeros,
-    open_backend,
 )
+from hvp_workers.opening import open_backend
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
