@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +50,40 @@ def test_a_package_imports_only_what_the_architecture_allows(package: str) -> No
     loaded = set(json.loads(answer.stdout.splitlines()[-1]))
     assert package in loaded
     assert not loaded & FORBIDDEN[package]
+
+
+def test_no_modules_import_one_another_in_a_circle_at_any_time() -> None:
+    files = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts): path
+        for package in FORBIDDEN
+        for folder in ROOT.glob(f"*/{package}")
+        for path in folder.rglob("*.py")
+        if "_pb2" not in path.name
+    }
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {
+        # A package that a module lies in is there before it.
+        name: {
+            each for each in _imported(path) & files.keys() if not f"{name}.".startswith(f"{each}.")
+        }
+        for name, path in files.items()
+    }
+    assert len(graph) > 100
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules that a file names in imports, those inside functions too, but for types alone."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body.clear()
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def test_generated_code_is_what_the_protos_generate(tmp_path: Path) -> None:
