@@ -7,6 +7,8 @@ import re
 
 from hvp_client._exceptions import InvalidArgumentError
 
+_LAST_PORT = (1 << 16) - 1
+
 
 def refuse_clear_text(address: str) -> None:
     """Refuse an address to which models, data and results would travel for all to read.
@@ -15,8 +17,15 @@ def refuse_clear_text(address: str) -> None:
         address: HOST:PORT, or any other that gRPC takes.
 
     Raises:
-        InvalidArgumentError: `CLEARTEXT_REFUSED`.
+        InvalidArgumentError: `CLEARTEXT_REFUSED`; `ADDRESS_INVALID` for a port that there is not.
     """
+    port = re.search(r":(\d+)$", address)
+    if port is not None and int(port[1]) > _LAST_PORT and is_on_this_machine(address):
+        raise InvalidArgumentError(
+            f"{address} has a port beyond {_LAST_PORT}; give HOST:PORT as the server printed it",
+            reason="ADDRESS_INVALID",
+            field="address",
+        )
     if not is_on_this_machine(address):
         raise InvalidArgumentError(
             f"{address} is not this machine, and there is no TLS yet: models and data would travel "

@@ -22,6 +22,8 @@ from hvp_client._times import from_timestamp
 
 VectorT = TypeVar("VectorT")
 
+_TELLING = 0.2  # a margin of this part of the largest value, or less, tells something
+
 ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
 
@@ -177,7 +179,14 @@ class EigshResult(Generic[VectorT]):
         return (held,)
 
     def _completeness_claim(self) -> str:
-        known = self.completeness
+        known, count = self.completeness, len(self.residuals)
+        size = float(np.abs(self.eigenvalues).max())
+        if known.shown and known.margin > _TELLING * size:
+            return (
+                f"Where the eigenvalues of their places lie is shown only to {known.margin:.1e}, "
+                "which is of the size of these values: use a smaller tolerance or a wider "
+                "precision."
+            )
         if known.shown:
             sure = (
                 ""
@@ -185,8 +194,9 @@ class EigshResult(Generic[VectorT]):
                 else f", with a probability of at least {1 - known.failure_probability:.4g}"
             )
             return (
-                f"None was missed{sure}: counted from its end, each of these {len(self.residuals)} "
-                f"is the eigenvalue of its place, to {known.margin:.1e}."
+                f"None was missed{sure}: counted from its end, "
+                f"{f'each of these {count}' if count > 1 else 'this one'} is the eigenvalue of its "
+                f"place, to {known.margin:.1e}."
             )
         if self.outcome == "MULTIPLICITY_UNCERTAIN":
             return (

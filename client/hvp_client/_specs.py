@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -154,11 +155,15 @@ def _which(which: str) -> job_pb2.EigshSpec.Which.ValueType:
 
 
 def _tolerance(tol: float) -> float:
-    if not 0 <= tol < 1:
+    try:
+        number = float(tol)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < 1:
         raise InvalidArgumentError(
             f"tol is {tol}; 0 <= tol < 1 is possible. It is relative to the largest eigenvalue's "
             "magnitude: with 1, any vector would do",
             reason="TOL_INVALID",
             field="tol",
         )
-    return float(tol)
+    return number

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 from hvp_folders.weights import CONFIG
 from hvp_workers.backend import CheckpointDescription, ParameterTensor
 
@@ -26,6 +27,8 @@ from hvp_service.lifetimes import Holds
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,12 @@ class CheckpointStore:
                 scope=f"{project}/checkpoints",
                 where=[checkpoints.c.project == project],
             )
-        found = [await self._find(Name(project, "checkpoints", row.id)) for row in rows]
+        found = []
+        for row in rows:
+            try:
+                found.append(await self._find(Name(project, "checkpoints", row.id)))
+            except ServiceError as error:
+                log.warning("a checkpoint is left out of a list", error=error.message)
         return [checkpoint for checkpoint in found if checkpoint is not None], token
 
     async def delete(self, name: Name) -> None:
@@ -267,7 +275,15 @@ class CheckpointStore:
                     .order_by(checkpoint_files.c.path)
                 )
             ).all()
-        return _from_rows(name, row, files)
+        try:
+            return _from_rows(name, row, files)
+        except (TypeError, ValueError):
+            raise ServiceError(
+                "CHECKPOINT_UNREADABLE",
+                f"The row of {name} is another version's, or damaged; delete the checkpoint and "
+                "upload it again.",
+                resource=str(name),
+            ) from None
 
 
 def _from_rows(name: Name, row: sa.Row[Any], files: Sequence[sa.Row[Any]]) -> Checkpoint:

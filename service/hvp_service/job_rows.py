@@ -29,6 +29,10 @@ RESULT: Final = TypeAdapter(JobResult)
 ERROR: Final = TypeAdapter(JobError)
 STATE_CHANGE: Final = TypeAdapter(StateChange)
 
+_NUMBERS = (
+    *("attempt", "max_attempts", "last_sequence"),
+    *("create_time", "start_time", "end_time"),
+)
 _STATES: frozenset[str] = frozenset(get_args(JobState))
 
 
@@ -40,7 +44,11 @@ def read_job(row: sa.Row[Any]) -> Job:
     ended keeps its state, without a spec where that cannot be read.
     """
     name = Name(row.project, "jobs", row.id)
-    spec = _read_spec(row.spec)
+    numbers = {column: getattr(row, column) for column in _NUMBERS}
+    # SQLite keeps text in a column of numbers, if someone put it there.
+    whole = {column: value for column, value in numbers.items() if isinstance(value, int)}
+    damaged = any(column not in whole and numbers[column] is not None for column in numbers)
+    spec = None if damaged else _read_spec(row.spec)
     state, result, error = row.state, _read(RESULT, row.result), _read(ERROR, row.error)
     ended_unread = state in FINAL_STATES and (
         (state == "SUCCEEDED" and (spec is None or result is None))
@@ -53,15 +61,15 @@ def read_job(row: sa.Row[Any]) -> Job:
         spec=spec,
         labels=row.labels if isinstance(row.labels, dict) else {},
         state=state,
-        attempt=row.attempt,
-        max_attempts=row.max_attempts,
+        attempt=whole.get("attempt", 0),
+        max_attempts=whole.get("max_attempts", 0),
         progress=_read(PROGRESS, row.progress),
         result=result,
         error=error,
-        last_sequence=row.last_sequence,
-        create_time=row.create_time,
-        start_time=row.start_time,
-        end_time=row.end_time,
+        last_sequence=whole.get("last_sequence", 0),
+        create_time=whole.get("create_time", 0),
+        start_time=whole.get("start_time"),
+        end_time=whole.get("end_time"),
     )
 
 
@@ -80,7 +88,11 @@ def read_event(row: sa.Row[Any]) -> JobEvent:
 def _read_spec(stored: Any) -> EigshJob | None:
     """A spec, when this version knows all it says: what is overlooked would be another question."""
     spec = _read(SPEC, stored)
-    return spec if spec is not None and _names_all(SPEC.dump_python(spec), stored) else None
+    if spec is None or not _names_all(SPEC.dump_python(spec), stored):
+        return None
+    rows = spec.operator.micro_batch_size
+    small = max(map(abs, (spec.k, spec.max_products, spec.num_lanczos_vectors, rows)))
+    return spec if small < 1 << 31 and 0 <= spec.seed < 1 << 64 else None
 
 
 def _names_all(known: Any, stored: Any) -> bool:

@@ -55,5 +55,6 @@ class Reaper:
             except Exception:
                 log.exception("sessions were not looked through; trying again")
                 due = None
-            left_s = _LONGEST_PAUSE_S if due is None else (due - now_us()) / SECOND
+            # A damaged row's time is no number.
+            left_s = (due - now_us()) / SECOND if isinstance(due, int) else _LONGEST_PAUSE_S
             pause_s = min(max(left_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)

@@ -346,7 +346,11 @@ class SqliteJobStore(JobStore):
     async def _append(
         self, connection: AsyncConnection, job: Job, body: dict[str, Any], **columns: Any
     ) -> Job:
-        sequence = job.last_sequence + 1
+        # Asked of the events themselves: a damaged row does not know.
+        latest = sa.select(sa.func.max(job_events.c.sequence)).where(
+            job_events.c.project == job.name.project, job_events.c.job_id == job.name.id
+        )
+        sequence = ((await connection.execute(latest)).scalar() or 0) + 1
         await connection.execute(
             job_events.insert().values(
                 project=job.name.project,

@@ -32,6 +32,11 @@ POISON: dict[str, tuple[dict[str, Any], str]] = {
     "a-field-more-within": ({"spec": "+operator.selection"}, "FAILED"),
     "another-which": ({"spec": "which=BOTH"}, "FAILED"),
     "no-json": ({"spec": "{damaged"}, "FAILED"),
+    "a-k-beyond-the-wire": ({"spec": "+k=1000000000000000000000000000000"}, "FAILED"),
+    "words-for-an-attempt": ({"attempt": "abc"}, "FAILED"),
+    "words-for-a-sequence": ({"last_sequence": "soon"}, "FAILED"),
+    "words-for-a-time": ({"create_time": "soon"}, "FAILED"),
+    "words-for-a-bound": ({"max_attempts": "soon"}, "FAILED"),
     "a-state-to-come": ({"state": "PAUSED"}, "FAILED"),
     "a-result-to-come": ({"state": "SUCCEEDED", "result": {"density": [1]}}, "FAILED"),
     "no-result": ({"state": "SUCCEEDED"}, "FAILED"),
@@ -61,7 +66,10 @@ def spec_of(ref: OperatorRef, change: Any) -> str:
     )
     if isinstance(change, dict):
         return json.dumps(change)
-    if change.startswith("+"):
+    if change.startswith("+") and "=" in change:
+        name, _, value = change[1:].partition("=")
+        usual[name] = int(value)
+    elif change.startswith("+"):
         place, _, name = change[1:].rpartition(".")
         (usual[place] if place else usual)[name] = 3
     elif "=" in change:

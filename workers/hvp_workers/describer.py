@@ -142,7 +142,8 @@ class _Child:
         self._start_s = time.monotonic()
         self.num_answers = 0
         self._process = subprocess.Popen(  # noqa: S603 - this project's own program
-            [sys.executable, "-m", "hvp_workers.describing", str(limits.memory_bytes)],
+            # -P: what lies in the folder that the server was started in is nobody's module.
+            [sys.executable, "-P", "-m", "hvp_workers.describing", str(limits.memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=rank_environment(os.environ) | {"CUDA_VISIBLE_DEVICES": ""},

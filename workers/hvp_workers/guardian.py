@@ -25,7 +25,7 @@ class Guardian:
 
     def __init__(self, run_dir: Path):
         self._process = subprocess.Popen(  # noqa: S603 - this project's own program
-            [sys.executable, "-m", "hvp_workers.guardian", str(run_dir.resolve())],
+            [sys.executable, "-P", "-m", "hvp_workers.guardian", str(run_dir.resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=rank_environment(os.environ),

@@ -194,7 +194,14 @@ def _require_cluster(address: str) -> None:
     """
     # Not a public interface of Ray's, which has none that keeps a time limit.
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check"),
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "ray.scripts.scripts",
+            "health-check",
+            "--skip-version-check",
+        ),
         *("--address", address),
     ]
     try:

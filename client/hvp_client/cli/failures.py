@@ -57,4 +57,6 @@ def usage_error(message: str) -> NoReturn:
 
 
 def _print(line: str) -> None:
+    # What a server hands on of a file may hold signs that a terminal obeys.
+    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
     Console(stderr=True, soft_wrap=True, highlight=False).print(line)

@@ -119,6 +119,14 @@ def serve(
             "for the next product; auto: the fastest that memory allows."
         ),
     ] = Schedule.auto,
+    grace_s: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Seconds for running calls and products after SIGTERM; then the ranks are ended.",
+            show_default="HVP_GRACE_S, else the server's own",
+        ),
+    ] = None,
 ) -> None:
     """Start a server; SIGTERM or Ctrl-C lets it finish its calls and ends it."""
     from hvp_client.cli.serving import run_server
@@ -132,6 +140,7 @@ def serve(
             f"--backend={backend}",
             f"--compile={compile_}",
             f"--schedule={schedule}",
+            *([] if grace_s is None else [f"--grace-s={grace_s}"]),
         ]
     )
 

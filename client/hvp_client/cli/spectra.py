@@ -111,7 +111,7 @@ def read_batch(path: Path) -> Mapping[str, Any]:
             return tensors
         with np.load(path) as archive:  # refuses pickled objects by default
             return dict(archive)
-    except (SafetensorError, BadZipFile, ValueError, OSError) as error:
+    except (SafetensorError, BadZipFile, TypeError, ValueError, OSError) as error:
         usage_error(f"{path} cannot be read: {error}")
 
 
