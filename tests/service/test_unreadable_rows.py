@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -12,10 +13,12 @@ from hvp_service.clock import now_us
 from hvp_service.config import ServerConfig
 from hvp_service.database import job_events
 from hvp_service.dependencies import Dependencies, open_dependencies
+from hvp_service.errors import ServiceError
 from hvp_service.handlers import checkpoints, jobs, system
 from hvp_service.job_store import EigshJob, Job
 from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import OperatorRef
+from hvp_service.paging import PageRequest
 from hvp_service.servicers.job import JobServicer
 from hvp_service.state_dir import StateDir
 from pydantic import TypeAdapter
@@ -204,3 +207,38 @@ async def test_an_operator_kind_to_come_is_listed_as_unspecified(
         pb.ListJobsRequest(parent=f"projects/{PROJECT}"), CONTEXT
     )
     assert listed.jobs[0].spec.eigsh.operator.kind == 0
+
+
+async def test_a_damaged_checkpoint_row_is_named_and_the_others_are_listed(
+    deps: Dependencies,
+) -> None:
+    damaged, sound = await make_operator(deps, n=4), await make_operator(deps, n=5)
+    async with deps.database.writing() as connection:
+        await connection.execute(
+            sa.text("UPDATE checkpoints SET parameters='{bad' WHERE id=:id"),
+            {"id": parse(damaged.checkpoint, "checkpoints").id},
+        )
+    listed, _ = await deps.checkpoints.list_page(PROJECT, PageRequest(size=10, token=""))
+    assert [str(each.name) for each in listed] == [sound.checkpoint]
+    with pytest.raises(ServiceError, match="upload it again") as caught:
+        await deps.checkpoints.get(parse(damaged.checkpoint, "checkpoints"))
+    assert caught.value.reason == "CHECKPOINT_UNREADABLE"
+
+
+async def test_a_damaged_session_row_keeps_no_other_session_alive(deps: Dependencies) -> None:
+    async with deps.database.writing() as connection:
+        for identifier, expires in (("damaged", "never"), ("over", 1)):
+            await connection.execute(
+                sa.text("INSERT INTO sessions VALUES ('default', :id, 1, 0, :expires)"),
+                {"id": identifier, "expires": expires},
+            )
+    await deps.reaper.stop()
+    deps.reaper.start()
+    for _ in range(200):
+        async with deps.database.reading() as connection:
+            left = (await connection.scalars(sa.text("SELECT id FROM sessions"))).all()
+        if "over" not in left:
+            break
+        await asyncio.sleep(0.05)
+    assert "over" not in left
+    await deps.reaper.stop()  # it is alive: what had ended it would be raised here
