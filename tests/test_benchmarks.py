@@ -29,6 +29,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in result["rows"]}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_result_with_every_quantity_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,7 +119,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: Path) -> None:
     session = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
