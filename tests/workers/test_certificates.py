@@ -212,13 +212,14 @@ def test_every_interval_of_a_run_in_bfloat16_holds_an_eigenvalue_of_the_exact_he
     coarse, fine = curvatures(chain, batch)
     exact_layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
     exact_space = CoreSpace(exact_layout, Alone(), torch.float64, CPU)
+    truth = Curvature(chain, exact_space, exact_space.zeros(), batch, 5)
+    identity = torch.eye(exact_space.layout.shard_numel, dtype=torch.float64)
     noise_limited = 0
     for seed in range(50 * part, 50 * part + 50):
         theta = fine.space.random(seed + 1, "gaussian") * 0.3
         coarse.parameters, fine.parameters = theta, theta
         pairs = search(coarse, fine, n, 6, seed)
-        truth = Curvature(chain, exact_space, theta.double(), batch, 5)
-        identity = torch.eye(exact_space.layout.shard_numel, dtype=torch.float64)
+        truth.parameters = theta.double()
         rows = [
             row
             for start in range(0, n, 64)
