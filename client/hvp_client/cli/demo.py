@@ -23,7 +23,7 @@ def demo(
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Eigenpairs to find.")] = 6,
     tol: Annotated[
         float, typer.Option(min=0.0, help="Residuals to reach, relative to the largest.")
-    ] = 1e-4,
+    ] = 1e-3,
     max_products: Annotated[
         int | None,
         typer.Option(
