@@ -33,7 +33,8 @@ def claims_are_true(a: Tensor, k: int, which: Which, tol: float, seed: int) -> s
         if which == "LM":  # a tie in magnitude may go either way
             expected, values = expected.abs().sort().values, values.abs().sort().values
         assert float((values - expected).abs().max()) <= pairs.completeness.margin
-        assert pairs.completeness.margin <= 2 * max(tol, 1e-5 if n else 0) * scale or tol == 0
+        if tol:  # with none a run that ends in rounding tells only from far more than that
+            assert pairs.completeness.margin <= 2.01 * tol * scale
     assert found.count <= min(10 * n, 300 + k)
     return pairs.outcome
 
@@ -243,15 +244,13 @@ def test_an_inner_product_that_is_not_finite_ends_the_run(bad: float, at: int) -
 
 
 def test_a_basis_is_rotated_exactly_whatever_the_host_has_set() -> None:
-    seen = []
     a = matrix(torch.cat((torch.linspace(-1, 1, 200), torch.tensor([3.0, 5]))).double()).float()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         pairs = run(a, 2, "LA", num_vectors=12, tol=1e-5).pairs
-        seen.append(torch.get_float32_matmul_precision())
+        assert torch.get_float32_matmul_precision() == "medium"  # and it is the host's again
     finally:
         torch.set_float32_matmul_precision(before)
     y = pairs.eigenvectors.double()
     assert float((y @ y.T - torch.eye(2)).abs().max()) < 1e-6
-    assert seen == ["medium"]

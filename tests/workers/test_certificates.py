@@ -114,7 +114,7 @@ async def test_the_smallest_of_a_gauss_newton_matrix_are_k_zeros(
     # Where the budget ends before a tolerance of rounding, that none is negative still tells.
     assert found.outcome == ("CONVERGED" if tol else "MAX_PRODUCTS")
     assert found.completeness.shown
-    assert found.completeness.margin <= 2e-2 * largest if tol else 1e-3 * largest
+    assert found.completeness.margin <= (2e-2 if tol else 1e-3) * largest
     assert max(map(abs, found.eigenvalues)) <= found.completeness.margin
 
 
