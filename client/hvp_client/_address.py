@@ -7,22 +7,31 @@ import re
 
 from hvp_client._exceptions import InvalidArgumentError
 
+_SOCKETS = ("unix:", "unix-abstract:")
+DEFAULT_PORT = 8471
 _LAST_PORT = (1 << 16) - 1
 
 
-def refuse_clear_text(address: str) -> None:
-    """Refuse an address to which models, data and results would travel for all to read.
+def reachable_address(address: str) -> str:
+    """Write an address as gRPC takes it, and refuse one to which data would travel for all to read.
 
     Args:
-        address: HOST:PORT, or any other that gRPC takes.
+        address: HOST:PORT, or any other that gRPC takes; as people have it, `http://` may stand
+            before it, and this machine's needs no port, which is then the default one.
+
+    Returns:
+        The address.
 
     Raises:
-        InvalidArgumentError: `CLEARTEXT_REFUSED`; `ADDRESS_INVALID` for a port that there is not.
+        InvalidArgumentError: `ADDRESS_INVALID`: it has not the form of one, or a port that there is
+            not; `CLEARTEXT_REFUSED`.
     """
-    port = re.search(r":(\d+)$", address)
-    if port is not None and int(port[1]) > _LAST_PORT and is_on_this_machine(address):
+    address = address.removeprefix("http://").removesuffix("/")
+    if ":" not in address.rpartition("]")[2] and is_on_this_machine(address):
+        address = f"{address}:{DEFAULT_PORT}"
+    if not _is_well_formed(address):
         raise InvalidArgumentError(
-            f"{address} has a port beyond {_LAST_PORT}; give HOST:PORT as the server printed it",
+            f"{address!r} is no address; give HOST:PORT as the server printed it",
             reason="ADDRESS_INVALID",
             field="address",
         )
@@ -35,13 +44,26 @@ def refuse_clear_text(address: str) -> None:
             field="address",
             metadata={"address": address},
         )
+    return address
+
+
+def _is_well_formed(address: str) -> bool:
+    """Whether it is HOST:PORT, or the path of a socket."""
+    if address.startswith(_SOCKETS):
+        return True
+    found = re.fullmatch(r"(?:\[[^\]\s]+\]|[^\[\]:/\s]+):(\d{1,5})", _without_scheme(address))
+    return found is not None and int(found[1]) <= _LAST_PORT
+
+
+def _without_scheme(address: str) -> str:
+    return re.sub(r"^(dns:(//[^/]*/)?|ipv4:|ipv6:)", "", address)
 
 
 def is_on_this_machine(address: str) -> bool:
     """Whether what is sent to an address stays on this machine."""
-    if address.startswith(("unix:", "unix-abstract:")):
+    if address.startswith(_SOCKETS):
         return True
-    plain = re.sub(r"^(dns:(//[^/]*/)?|ipv4:|ipv6:)", "", address)
+    plain = _without_scheme(address)
     bracketed = re.fullmatch(r"\[([^\]]*)\](:\d+)?", plain)
     host = bracketed[1] if bracketed else plain.partition(":")[0]
     if plain.count(":") > 1 and not bracketed:

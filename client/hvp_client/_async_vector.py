@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hvp_client._bulk import read_elements
 from hvp_client._exceptions import InvalidArgumentError
-from hvp_client._handles import VectorFields
+from hvp_client._handles import VectorFields, require_handle
 from hvp_client._session import Session, new_request_id
 from hvp_client._specs import check_seed
 
@@ -38,12 +38,11 @@ class AsyncVector(VectorFields):
 
     async def dot(self, other: AsyncVector) -> float:
         """As Vector.dot."""
+        right = require_handle(other, AsyncVector, "other").name
         answer = await self._session.wire.unary(
             "VectorService/ReduceVectors",
             vector_pb2.ReduceVectorsRequest(
-                inner_products=[
-                    vector_pb2.ReduceVectorsRequest.Pair(left=self.name, right=other.name)
-                ]
+                inner_products=[vector_pb2.ReduceVectorsRequest.Pair(left=self.name, right=right)]
             ),
             vector_pb2.ReduceVectorsResponse,
             timeout_s=self._session.wire.timeout.compute_s,
@@ -177,7 +176,8 @@ async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) 
             raise InvalidArgumentError(
                 f"a coefficient is {coefficient}", reason="NON_FINITE", field="coefficient"
             )
-        combination.terms.add(coefficient=coefficient, vector=vector.name)
+        name = require_handle(vector, AsyncVector, "other").name
+        combination.terms.add(coefficient=coefficient, vector=name)
     first = terms[0][1]
     source = vector_pb2.VectorSource(combination=combination)
     return await create_vector(session, first.checkpoint, first.dtype.name, source)

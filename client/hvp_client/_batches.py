@@ -64,6 +64,12 @@ def encode_batch(batch: Mapping[str, Any]) -> bytes:
         InvalidArgumentError: `BATCH_FIELD_INVALID`, `SHAPE_MISMATCH` or `BATCH_EMPTY`; `field` is
             the entry at fault.
     """
+    if not isinstance(batch, Mapping):
+        raise _invalid(
+            f"a batch is a mapping with input_ids, such as a dict, not {type(batch).__name__}; "
+            "np.load reads one of a file",
+            "batch",
+        )
     for name in batch:
         if name not in _FIELDS:
             raise _invalid(f"a batch has no {name!r}; it has {', '.join(_FIELDS)}", str(name))

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 from hvp_protos.v1 import operator_pb2, vector_pb2
 
+from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._specs import kind_name
 from hvp_client._times import from_timestamp
 
@@ -111,6 +112,30 @@ class VectorFields(ABC):  # noqa: B024 (as above)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.shape} {self.dtype}>"
+
+
+def require_handle(value: Any, handle: type[Handle], field: str) -> Handle:
+    """Refuse what is no handle of this class, with what to do where it is numbers.
+
+    Args:
+        value: What the caller gave.
+        handle: `Vector` or `AsyncVector`.
+        field: The argument's name.
+
+    Returns:
+        The value.
+
+    Raises:
+        InvalidArgumentError: `VECTOR_EXPECTED`.
+    """
+    if isinstance(value, handle):
+        return value
+    raise InvalidArgumentError(
+        f"{field} must be a {handle.__name__}, not {type(value).__name__}; H.vector(array) makes "
+        "one of numbers",
+        reason="VECTOR_EXPECTED",
+        field=field,
+    )
 
 
 def is_sequence_of(value: Any, handle: type[Handle]) -> TypeGuard[Sequence[Handle]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_client._async_vector import AsyncVector
-from hvp_client._handles import VectorFields
+from hvp_client._handles import VectorFields, require_handle
 from hvp_client._portal import Portal
 
 
@@ -40,10 +40,10 @@ class Vector(VectorFields):
             The inner product; only this number travels.
 
         Raises:
-            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`.
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
-        return self._portal.run(self._twin.dot(other._twin))
+        return self._portal.run(self._twin.dot(require_handle(other, Vector, "other")._twin))
 
     def norm(self) -> float:
         """‖v‖₂, accumulated in float64 on the ranks."""
@@ -71,9 +71,11 @@ class Vector(VectorFields):
             A new vector.
 
         Raises:
-            InvalidArgumentError: `VECTOR_SPACE_MISMATCH` or `NON_FINITE`.
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
         """
-        return self._wrap(self._portal.run(self._twin.axpy(scale, other._twin)))
+        return self._wrap(
+            self._portal.run(self._twin.axpy(scale, require_handle(other, Vector, "other")._twin))
+        )
 
     def keep(self) -> None:
         """Let it stay on the server until somebody deletes it: for another process, or tomorrow.

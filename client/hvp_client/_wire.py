@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar, final
 import grpc
 from google.protobuf.message import Message
 
-from hvp_client._address import refuse_clear_text
+from hvp_client._address import reachable_address
 from hvp_client._exceptions import (
     AbortedError,
     FailedPreconditionError,
@@ -77,8 +77,7 @@ class Wire:
     _inherited: ClassVar[bool] = False
 
     def __init__(self, address: str, timeout: Timeout, retry: Retry):
-        refuse_clear_text(address)
-        self.address = address
+        self.address = reachable_address(address)
         self.timeout = timeout
         self.retry = retry
         # The first channel is for small calls, so that bulk data cannot delay them.

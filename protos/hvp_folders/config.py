@@ -86,8 +86,8 @@ def _check_sizes(section: Mapping[str, Any]) -> None:
         sizes = value if isinstance(value, list) else [value]  # some have one for every layer
         if value is not None and not all(_is_size(size, largest) for size in sizes):
             raise config_invalid(
-                f"config.json has {key} = {str(value)[:40]}, a whole number of 1 to {largest} is "
-                "possible; take the config.json that the model came with",
+                f"config.json has {key} = {repr(value)[:40]}; possible is a whole number of 1 to "
+                f"{largest}. Take the config.json that the model came with",
                 key,
             )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +19,7 @@ from hvp_workers.opening import open_backend
 from hvp_workers.surroundings import lost_current_folder
 from pydantic import ValidationError
 
-from hvp_service.config import ServerConfig
+from hvp_service.config import ServerConfig, split_address
 from hvp_service.database import SchemaVersionError
 from hvp_service.dependencies import open_dependencies
 from hvp_service.errors import ServiceError
@@ -40,6 +42,7 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
         OSError: The address cannot be had.
     """
     stop = stop or asyncio.Event()
+    require_free(config.address)
     with sole_use(config.state_dir) as state_dir:
         backend = open_backend(
             kind=config.backend,
@@ -78,6 +81,31 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
         finally:
             await deps.close()
     log.info("stopped")
+
+
+def require_free(address: str) -> None:
+    """Refuse an address that another program listens at, before the ranks take time to start.
+
+    Args:
+        address: HOST:PORT.
+
+    Raises:
+        OSError: It cannot be had.
+    """
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            problem = (
+                "another program listens there: stop it, or give another --address; port 0 takes "
+                "a free one"
+                if error.errno == errno.EADDRINUSE
+                else error.strerror
+            )
+            raise OSError(f"cannot listen on {address}: {problem}") from None
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
@@ -139,8 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _parse(sys.argv[1:] if argv is None else argv)
     except ValidationError as error:
         for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"])
-            print(f"error: {where}: {problem['msg']}", file=sys.stderr)
+            where = "".join(f"{part}: " for part in problem["loc"])
+            message = problem["msg"].removeprefix("Value error, ")
+            print(f"error: {where}{message}", file=sys.stderr)
         return 2
     if lost := lost_current_folder():  # in which libraries end the process as they are imported
         print(f"error: {lost}", file=sys.stderr)

@@ -80,10 +80,16 @@ def sole_use(root: Path) -> Iterator[StateDir]:
     """Hold the state directory for this process; the kernel frees it however the process ends.
 
     Raises:
+        StateDirectoryError: There is a file of that name.
         StateDirectoryBusyError: Another process holds it; the message names its pid.
         StateDirectoryForeignError: Another user owns it.
     """
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (FileExistsError, NotADirectoryError):
+        raise StateDirectoryError(
+            f"the state directory {root} is a file, or lies below one; choose another --state-dir"
+        ) from None
     root = root.resolve()
     _require_own(root)
     _close_to_others(root)

@@ -47,16 +47,26 @@ class Sweeper:
         self._task: asyncio.Task[None] | None = None
 
     async def sweep(self) -> None:
-        """Sweep once."""
-        await self._uploads.expire()
-        await self._blobs.collect()
-        await self._blobs.sweep()
-        await self._checkpoints.sweep()
-        await self._request_log.forget(now_us() - int(self._config.request_id_ttl_s * SECOND))
-        await self._forget_jobs(now_us() - int(self._config.job_retention_s * SECOND))
-        await self._database.shrink()
+        """Sweep once; what fails keeps nothing else from being swept."""
+        for step in (
+            self._uploads.expire,
+            self._blobs.collect,
+            self._blobs.sweep,
+            self._checkpoints.sweep,
+            self._forget_request_ids,
+            self._forget_jobs,
+            self._database.shrink,
+        ):
+            try:
+                await step()
+            except Exception:
+                log.exception("a step of a sweep failed; the next sweep tries again")
 
-    async def _forget_jobs(self, before_us: int) -> None:
+    async def _forget_request_ids(self) -> None:
+        await self._request_log.forget(now_us() - int(self._config.request_id_ttl_s * SECOND))
+
+    async def _forget_jobs(self) -> None:
+        before_us = now_us() - int(self._config.job_retention_s * SECOND)
         while names := await self._jobs.ended_before(before_us):
             for name in names:
                 await self._vectors.delete_of_job(name)
@@ -76,7 +86,4 @@ class Sweeper:
     async def _loop(self, interval_s: float) -> None:
         while True:
             await asyncio.sleep(interval_s)
-            try:
-                await self.sweep()
-            except Exception:
-                log.exception("a sweep failed; the next one tries again")
+            await self.sweep()

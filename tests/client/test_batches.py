@@ -66,3 +66,10 @@ def test_what_cannot_be_a_batch_is_refused_before_it_is_sent(
     with pytest.raises(InvalidArgumentError) as caught:
         encode_batch(batch)
     assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+@pytest.mark.parametrize("given", [None, "batch.npz", [IDS], IDS], ids=str)
+def test_what_is_no_mapping_is_refused_with_what_a_batch_is(given: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="a mapping with input_ids") as refusal:
+        encode_batch(given)
+    assert refusal.value.field == "batch"

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hvp_client import EigshResult
-from hvp_client._address import refuse_clear_text
-from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._results import certificate
 from hvp_protos.v1 import job_pb2
 
@@ -96,9 +94,3 @@ def test_of_an_older_server_or_an_unverified_run_nothing_is_claimed(known: dict[
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert document["intervals"] == [[None, None], [None, None]]
     assert document["completeness"]["margin"] is None
-
-
-def test_a_port_that_there_is_not_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="65535"):
-        refuse_clear_text("localhost:99999")
-    refuse_clear_text("localhost:65535")

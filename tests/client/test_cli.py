@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hvp_client import Client
+from hvp_client import Client, Event, Progress
+from hvp_client.cli.display import plain_line
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -215,3 +217,43 @@ def test_another_machine_is_refused_because_nothing_is_encrypted() -> None:
     assert done.returncode == 1
     assert "CLEARTEXT_REFUSED" in done.stderr
     assert "ssh -L" in done.stderr
+
+
+def test_a_doctor_does_not_spend_seconds_on_importing_torch_where_it_tells_nothing() -> None:
+    program = (
+        "import sys; from pathlib import Path; from hvp_client.cli.doctor import examine;"
+        "examine(None, '127.0.0.1:9', state_dir=Path(), as_json=True);"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stderr.split()[-1] == "False"
+    (devices,) = [one for one in json.loads(done.stdout) if one["what"] == "devices"]
+    assert devices["found"] == "CPU only (torch without CUDA)"
+
+
+def test_of_thousands_of_pairs_a_line_shows_those_furthest_from_done() -> None:
+    progress = Progress(
+        stage="iterating",
+        num_products=9,
+        max_products=99,
+        num_restarts=0,
+        ritz_values=tuple(range(64)),
+        residual_estimates=(*(1e-3,) * 60, 0.5, *(1e-3,) * 3),
+        seconds_per_product=0.1,
+    )
+    event = Event(type="progress", sequence=1, time=datetime.now(UTC), progress=progress)
+    line = plain_line(event)
+    assert "60 (residual 5.0e-01)" in line
+    assert line.endswith("and 56 more")
+    assert len(line) < 300
+
+
+def test_no_jobs_are_said_to_be_none(server: Server) -> None:
+    done = hvp("jobs", "--state", "FAILED", "--address", server.address)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "no jobs FAILED\n")

@@ -9,7 +9,16 @@ import time
 
 import numpy as np
 import pytest
-from hvp_client import Batch, Checkpoint, Client, NotFoundError, Operator, Timeout, Vector
+from hvp_client import (
+    Batch,
+    Checkpoint,
+    Client,
+    InvalidArgumentError,
+    NotFoundError,
+    Operator,
+    Timeout,
+    Vector,
+)
 
 from tests.client.conftest import Server
 
@@ -83,3 +92,24 @@ def test_a_vector_that_was_kept_is_there_after_its_client(
     found.delete()
     with pytest.raises(NotFoundError):
         found.keep()
+
+
+def test_what_is_no_vector_is_refused_with_how_to_make_one(
+    client: Client, checkpoint: Checkpoint, batch: Batch
+) -> None:
+    v = client.operator(checkpoint, batch).random_vector(seed=1)
+    for call in (lambda: v.dot(np.ones(3)), lambda: v.axpy(1.0, None)):  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match=r"H\.vector\(array\)") as refusal:
+            call()
+        assert (refusal.value.reason, refusal.value.field) == ("VECTOR_EXPECTED", "other")
+
+
+def test_a_resource_is_named_by_itself_as_well_as_by_its_name(client: Client, batch: Batch) -> None:
+    other = client.upload_batch({"input_ids": np.array([[3, 1, 2]])})
+    client.delete_batch(other)
+    with pytest.raises(NotFoundError):
+        client.batch(other.name)
+    with pytest.raises(InvalidArgumentError, match="as a Checkpoint has, not int") as refusal:
+        client.checkpoint(7)  # type: ignore[arg-type]
+    assert refusal.value.reason == "RESOURCE_NAME_INVALID"
+    assert client.batch(batch.name) == batch

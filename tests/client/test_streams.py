@@ -31,9 +31,9 @@ def test_what_stays_on_this_machine_is_told(address: str) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        *("10.1.2.3:8471", "0.0.0.0:1", "example.org:8471", "localhost.example.org:1", ":1", ""),
-        *("[2001:db8::1]:1", "2001:db8::1", "dns:///example.org:1", "ipv4:10.0.0.1:1"),
-        *("dns://127.0.0.1/example.org:1", "xds:///127.0.0.1", "ipv4:127.0.0.1:1,10.0.0.1:1"),
+        *("10.1.2.3:8471", "0.0.0.0:1", "example.org:8471", "localhost.example.org:1"),
+        *("[2001:db8::1]:1", "dns:///example.org:1", "ipv4:10.0.0.1:1"),
+        "dns://127.0.0.1/example.org:1",
     ],
 )
 def test_an_address_elsewhere_is_refused_before_anything_is_sent(address: str) -> None:
@@ -42,6 +42,33 @@ def test_an_address_elsewhere_is_refused_before_anything_is_sent(address: str) -
         with pytest.raises(InvalidArgumentError, match="ssh -L") as refusal:
             kind(address)
         assert (refusal.value.reason, refusal.value.field) == ("CLEARTEXT_REFUSED", "address")
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("http://127.0.0.1:8471/", "127.0.0.1:8471"),
+        ("localhost", "localhost:8471"),
+        ("127.0.0.1", "127.0.0.1:8471"),
+        ("[::1]", "[::1]:8471"),
+    ],
+)
+def test_an_address_as_people_have_it_is_read(given: str, address: str) -> None:
+    with Client(given) as client:
+        assert client.address == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", ":1", "8471", "nonsense", "local host:1", "127.0.0.1:", "localhost:99999"),
+        *("2001:db8::1", "https://127.0.0.1:1", "xds:///127.0.0.1", "ipv4:127.0.0.1:1,10.0.0.1:1"),
+    ],
+)
+def test_what_is_no_address_is_called_so(address: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="HOST:PORT") as refusal:
+        Client(address)
+    assert (refusal.value.reason, refusal.value.field) == ("ADDRESS_INVALID", "address")
 
 
 class Sink(grpc.GenericRpcHandler):  # type: ignore[type-arg] # generic in its stubs alone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,26 @@ def test_neither_torch_nor_ray_nor_grpc_is_imported_before_the_ranks_are_up() ->
 
 def test_the_transport_needs_neither_torch_nor_ray() -> None:
     assert imported("hvp_service.transport", ("torch", "ray", "transformers")) == "[]"
+
+
+def test_a_file_in_the_place_of_the_state_directory_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "state").write_text("")
+    for folder in (tmp_path / "state", tmp_path / "state" / "below"):
+        assert main(["--address", "127.0.0.1:0", "--state-dir", str(folder)]) == 1
+        told = capsys.readouterr().err
+        assert f"the state directory {folder} is a file" in told
+        assert "Errno" not in told
+
+
+def test_an_address_in_use_is_refused_before_the_ranks_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert main(["--address", address, "--state-dir", str(tmp_path / "state")]) == 1
+    told = capsys.readouterr().err
+    assert f"cannot listen on {address}: another program listens there" in told
+    assert "--address" in told
+    assert not (tmp_path / "state").exists()

@@ -118,3 +118,15 @@ async def test_sweeps_come_again_and_drop_expired_uploads_and_old_answers(
     assert state_dir.upload(session.name.id).exists()
     async with deps.database.reading() as connection:
         assert (await connection.execute(sa.select(requests))).all() == []
+
+
+async def test_a_step_that_fails_keeps_no_other_from_being_swept(
+    deps: Dependencies, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        raise OSError("the disk does not answer")
+
+    monkeypatch.setattr(deps.uploads, "expire", fail)
+    state_dir.checkpoint("f" * 32).mkdir()
+    await deps.sweeper.sweep()
+    assert not state_dir.checkpoint("f" * 32).exists()

@@ -124,3 +124,28 @@ def test_the_environment_is_as_before_behind_its_limits(monkeypatch: pytest.Monk
         os.environ["HVP_NOTE"] = "left"
     assert dict(os.environ) == before | {"HVP_NOTE": "left"}
     del os.environ["HVP_NOTE"]
+
+
+def test_gpus_that_are_not_there_are_missed_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(surroundings, "_GPU_DEVICES", ("no-such-device",))
+    monkeypatch.setattr(surroundings, "torch_accelerator", lambda: "CUDA 13.0")
+    with pytest.raises(GroupLostError, match=r"finds no GPU .* or use --device cpu") as refusal:
+        RayCluster(num_ranks=1, device="cuda", run_dir=None).open()
+    assert refusal.value.reason == "WORKER_GROUP_START_FAILED"
+
+
+def test_a_torch_for_cpus_is_told_without_importing_it() -> None:
+    program = (
+        "import sys; from hvp_workers import surroundings;"
+        "print(surroundings.torch_accelerator() or 'none', 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    import torch
+
+    told, imported = done.stdout.rsplit(maxsplit=1)
+    assert imported == "False"
+    assert told == (f"CUDA {torch.version.cuda}" if torch.version.cuda else "none")

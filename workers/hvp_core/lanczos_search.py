@@ -98,13 +98,14 @@ class LanczosSearch:
         return self.tolerance(self.blur * self.basis.rounding)
 
     def progress(self, stage: Stage) -> Progress:
-        """Where the run stands."""
+        """Where the run stands; no estimate is below what its products can show."""
+        estimates = self.estimates.clamp(min=self.basis.eps * self.scale)
         return Progress(
             stage=stage,
             num_products=self.num_products,
             num_restarts=self.num_restarts,
             ritz_values=tuple(self.values[self.index].tolist()),
-            residual_estimates=tuple(self.estimates.tolist()),
+            residual_estimates=tuple(estimates.tolist()),
         )
 
     # Searching ----------------------------------------------------------------------------------

@@ -82,7 +82,10 @@ class RayCluster:
             )
         if not address:
             _prepare_environment()
-            if found := surroundings.obstacles():
+            found = surroundings.obstacles()
+            if self._device == "cuda" and (lack := surroundings.no_gpu()):
+                found.append(lack)
+            if found:
                 raise GroupLostError("WORKER_GROUP_START_FAILED", " ".join(map(str, found)))
         import ray
 
@@ -142,6 +145,19 @@ class RayCluster:
             # A start that fails half-way leaves processes that Ray itself has lost sight of.
             self._roots = [mark for mark in orphans.children() if mark not in before]
         self.note()
+        if self._device == "cuda":
+            self._require_gpus(int(ray.cluster_resources().get("GPU", 0)))
+
+    def _require_gpus(self, present: int) -> None:
+        """Refuse at once what no waiting would bring: this cluster never gets another machine."""
+        if present < self._num_ranks:
+            self.close()
+            raise GroupLostError(
+                "WORKER_GROUP_START_FAILED",
+                f"{self._num_ranks} workers take a GPU each, and this machine has {present}. Use "
+                "fewer --workers, or --device cpu.",
+                {"num_gpus": str(present)},
+            )
 
     def note(self, session: str | None = None) -> None:
         """Put what runs now on record, and the name of a group's shared memory."""

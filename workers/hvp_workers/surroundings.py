@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from hvp_workers import orphans
@@ -13,6 +15,8 @@ from hvp_workers import orphans
 # The path of a Unix socket holds 107 characters, and Ray puts 62 to 65 after its folder's.
 _LONGEST_TEMP_ROOT = 107 - 65 - len(f"/{orphans.TEMP_PREFIX}") - 8 - len(f"/{orphans.RAY_FOLDER}")
 _ELSE = Path("/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
+# NVIDIA's, the same under Windows' Linux, AMD's.
+_GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's own name for it
 
 
@@ -52,6 +56,45 @@ def unused_temporary() -> Path | None:
 def is_fit_for_sockets(folder: Path) -> bool:
     """Whether Ray can put its sockets there: short enough, and in ASCII."""
     return len(os.fsencode(folder)) <= _LONGEST_TEMP_ROOT and str(folder).isascii()
+
+
+def has_gpu_driver() -> bool:
+    """Whether the driver of a GPU has left its devices on this machine, without asking torch."""
+    return any(any(Path("/dev").glob(device)) for device in _GPU_DEVICES)
+
+
+def torch_accelerator() -> str | None:
+    """What the installed torch was built for, without the seconds that importing it takes.
+
+    Returns:
+        As in `CUDA 13.0`; "" for CPUs alone; None where there is no torch.
+    """
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    text = Path(found.origin).with_name("version.py").read_text()
+    for name, title in (("cuda", "CUDA"), ("hip", "ROCm")):
+        if version := re.search(rf"^{name}\b[^=]*=\s*['\"](.+)['\"]", text, re.MULTILINE):
+            return f"{title} {version[1]}"
+    return ""
+
+
+def no_gpu() -> Obstacle | None:
+    """What to say where ranks are to compute on GPUs, and this machine has none for torch."""
+    if (built_for := torch_accelerator()) == "":
+        return Obstacle(
+            what="devices",
+            problem="The installed torch was built for CPUs alone.",
+            fix="Install a build for your GPU, or use --device cpu.",
+        )
+    if not has_gpu_driver():
+        return Obstacle(
+            what="devices",
+            problem=f"torch for {built_for} finds no GPU on this machine: there is no device of a "
+            f"driver's ({', '.join(f'/dev/{device}' for device in _GPU_DEVICES)}).",
+            fix="Check `nvidia-smi`, give a container its GPUs (--gpus all), or use --device cpu.",
+        )
+    return None
 
 
 def lost_current_folder() -> Obstacle | None:

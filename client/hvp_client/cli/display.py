@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import final
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hvp_client import EigshResult, Event, Progress, Vector
 
+_SHOWN = 8  # pairs of a search that is under way
 _COLOURS = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "CANCELLING": "yellow"}
 
 
@@ -48,9 +49,16 @@ def plain_line(event: Event) -> str:
     if event.progress is None:
         line = f"{_state(event)} attempt {event.attempt}"
         return f"{line} {event.error}" if event.error else line
-    pairs = zip(event.ritz_values, event.residual_estimates, strict=False)
-    values = "  ".join(f"{value:.6g} ± {residual:.1e}" for value, residual in pairs)
-    return f"{event.progress.stage} {pace(event.progress)}  {values}".rstrip()
+    pairs = list(zip(event.ritz_values, event.residual_estimates, strict=False))
+    values = "  ".join(f"{value:.6g} (residual {residual:.1e})" for value, residual in _few(pairs))
+    more = f"  and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
+    return f"{event.progress.stage} {pace(event.progress)}  {values}".rstrip() + more
+
+
+def _few(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those furthest from done, in their order: they decide when a search ends."""
+    worst = sorted(range(len(pairs)), key=lambda index: -pairs[index][1])[:_SHOWN]
+    return [pairs[index] for index in sorted(worst)]
 
 
 def _state(event: Event) -> str:
@@ -89,18 +97,25 @@ def result_table(result: EigshResult[Vector]) -> Table:
             (
                 *result.claims,
                 f"{_operator(result)}symmetry defect {result.symmetry_defect:.1e}",
+                f"eigenvectors: {_span([vector.name for vector in result.eigenvectors])}",
             )
         ),
         caption_justify="left",
     )
-    for heading in ("#", "eigenvalue", "residual ‖Hy - λy‖", "± holds one"):
+    for heading in ("#", "eigenvalue", "± (certified)", "residual ‖Hy - λy‖"):
         table.add_column(heading, justify="right")
-    table.add_column("eigenvector", overflow="fold")
     radii = (result.intervals[:, 1] - result.intervals[:, 0]) / 2
-    rows = zip(result.eigenvalues, result.residuals, radii, result.eigenvectors, strict=True)
-    for index, (value, residual, radius, vector) in enumerate(rows):
-        table.add_row(str(index), f"{value:.8g}", f"{residual:.2e}", f"{radius:.1e}", vector.name)
+    rows = zip(result.eigenvalues, radii, result.residuals, strict=True)
+    for index, (value, radius, residual) in enumerate(rows):
+        table.add_row(str(index), f"{value:.8g}", f"{radius:.1e}", f"{residual:.2e}")
     return table
+
+
+def _span(names: Sequence[str]) -> str:
+    """The first name whole and of the last what differs; one name alone."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{names[0]} to -{names[-1].rpartition('-')[2]}"
 
 
 def _operator(result: EigshResult[Vector]) -> str:
@@ -133,9 +148,13 @@ class _Screen:
         if self._progress is None:
             return heading
         table = Table("Ritz value", "residual estimate", box=None, padding=(0, 2))
-        pairs = zip(self._progress.ritz_values, self._progress.residual_estimates, strict=False)
-        for value, residual in pairs:
+        pairs = list(
+            zip(self._progress.ritz_values, self._progress.residual_estimates, strict=False)
+        )
+        for value, residual in _few(pairs):
             table.add_row(f"{value:.8g}", f"{residual:.1e}")
+        if len(pairs) > _SHOWN:
+            table.add_row(f"and {len(pairs) - _SHOWN} more", "smaller")
         bar = ProgressBar(
             total=max(1, self._progress.max_products),
             completed=self._progress.num_products,

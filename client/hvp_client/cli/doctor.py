@@ -50,7 +50,7 @@ def examine(address: str | None, default_address: str, *, state_dir: Path, as_js
     findings = list(_current_folder()) or [
         *_python(),
         *_packages(),
-        *_torch(),
+        *_devices(),
         *_memory(),
         *_surroundings(),
         *_disk(state_dir),
@@ -111,23 +111,34 @@ def _packages() -> Iterator[Finding]:
         )
 
 
-def _torch() -> Iterator[Finding]:
+def _devices() -> Iterator[Finding]:
+    """What ranks could compute on.
+
+    Importing torch takes seconds, so that is done only where there is a GPU that it may see.
+    """
     try:
-        import torch
-    except ImportError:
+        from hvp_workers import surroundings
+    except ImportError:  # a machine that only calls a server
         return
-    if torch.cuda.is_available():
+    if (built_for := surroundings.torch_accelerator()) is None:
+        return
+    if not built_for:
+        yield Finding(what="devices", verdict="ok", found="CPU only (torch without CUDA)")
+        return
+    names = []
+    if surroundings.has_gpu_driver():
+        import torch
+
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if names:
         yield Finding(what="devices", verdict="ok", found=", ".join(names))
-    elif torch.version.cuda:
+    else:
         yield Finding(
             what="devices",
             verdict="note",
-            found=f"torch for CUDA {torch.version.cuda} sees no GPU",
+            found=f"torch for {built_for} sees no GPU",
             fix="check `nvidia-smi`, or use --device cpu",
         )
-    else:
-        yield Finding(what="devices", verdict="ok", found="CPU only (torch without CUDA)")
 
 
 def _memory() -> Iterator[Finding]:

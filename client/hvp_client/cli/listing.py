@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +26,7 @@ def job_name(text: str) -> str:
     return text if "/" in text else f"projects/default/jobs/{text}"
 
 
-_TABLE_COLUMNS = 132  # characters that the widest row takes
+_UNBROKEN = 200  # characters of a line where nobody looks on: one job, one line
 
 
 def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> None:
@@ -42,23 +42,37 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
     if as_json:
         print(json.dumps([_record(job) for job in jobs], indent=2))
         return
-    headings = ("job", "state", "attempt", "work", "of", "dtype", "products", "created (UTC)")
-    table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+    console = Console(stderr=not jobs)
+    if not jobs:
+        console.print(f"no jobs {' or '.join(states)}" if states else "no jobs", highlight=False)
+        return
+    table = Table("job", box=None, padding=(0, 2, 0, 0))
+    # A name that is cut is of no use, so what a job does gives way in a narrow terminal.
+    for heading in ("state", "products", "created"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("work")
+    table.columns[0].no_wrap = True
     for job in jobs:
         record = _record(job)
         table.add_row(
             job.name.rpartition("/")[2],
             "CANCELLING" if job.cancelling else job.state,
-            str(job.attempt),
-            # A job of another version's, of which the server shows what it can.
-            f"{record['kind']} {record['which']} k={record['k']}" if record["kind"] else "?",
-            record["operator"] if record["kind"] else "?",
-            record["dtype"],
             f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
-            f"{job.create_time:%Y-%m-%d %H:%M:%S}",
+            f"{job.create_time.astimezone():%m-%d %H:%M}",
+            _work(record),
         )
-    # A name that is cut is of no use; a narrow terminal wraps lines by itself.
-    Console(width=max(Console().width, _TABLE_COLUMNS)).print(table)
+    (console if console.is_terminal else Console(width=_UNBROKEN)).print(table)
+
+
+def _work(record: Mapping[str, Any]) -> str:
+    """What a job does, in a line."""
+    if not record["kind"]:
+        return "?"  # a job of another version's, of which the server shows what it can
+    again = f", attempt {record['attempt']}" if record["attempt"] > 1 else ""
+    return (
+        f"{record['kind']} {record['which']} k={record['k']} of {record['operator']} "
+        f"{record['dtype']}{again}"
+    )
 
 
 async def _jobs(address: str, states: Sequence[str] | None) -> list[AsyncJob]:
