@@ -6,7 +6,7 @@
         checkpoint = client.upload_checkpoint("model")
         batch = client.upload_batch({"input_ids": ids})
         H = client.operator(checkpoint, batch)
-        result = H.eigsh(k=4, which="BE").result()
+        result = H.density(num_probes=4).result()
 
 `Client` blocks; `AsyncClient` offers the same names to be awaited.
 """
@@ -14,6 +14,8 @@
 # ruff: noqa: F403, F405  the names are those of _surface, and a test compares the two lists
 
 from typing import TYPE_CHECKING, Any
+
+from hvp_client import _records
 
 if TYPE_CHECKING:
     from hvp_client._surface import *
@@ -32,7 +34,6 @@ __all__ = [
     "Client",
     "DataLossError",
     "DeadlineExceededError",
-    "EigshResult",
     "Event",
     "FailedPreconditionError",
     "HvpError",
@@ -60,6 +61,7 @@ __all__ = [
     "Vector",
     "WorkerGroup",
 ]
+__all__ += _records.__all__
 
 
 def __getattr__(name: str) -> Any:

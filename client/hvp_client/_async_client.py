@@ -17,6 +17,7 @@ from hvp_client._batches import Batch, batch_from_proto, upload_batch
 from hvp_client._blobs import Blob, ProgressCallback, blob_from_proto
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, upload_checkpoint
 from hvp_client._exceptions import HvpError
+from hvp_client._names import name_of
 from hvp_client._results import state_values
 from hvp_client._session import Session
 from hvp_client._settings import Retry, Timeout
@@ -104,7 +105,7 @@ class AsyncClient:
         """As Client.checkpoint."""
         answer = await self._session.wire.unary(
             "CheckpointService/GetCheckpoint",
-            checkpoint_pb2.GetCheckpointRequest(name=name),
+            checkpoint_pb2.GetCheckpointRequest(name=name_of(name, "name")),
             checkpoint_pb2.GetCheckpointResponse,
         )
         return checkpoint_from_proto(answer.checkpoint)
@@ -120,11 +121,11 @@ class AsyncClient:
         )
         return [checkpoint_from_proto(message) for page in pages for message in page.checkpoints]
 
-    async def delete_checkpoint(self, name: str) -> None:
+    async def delete_checkpoint(self, name: Checkpoint | str) -> None:
         """As Client.delete_checkpoint."""
         await self._session.wire.unary(
             "CheckpointService/DeleteCheckpoint",
-            checkpoint_pb2.DeleteCheckpointRequest(name=name),
+            checkpoint_pb2.DeleteCheckpointRequest(name=name_of(name, "name")),
             checkpoint_pb2.DeleteCheckpointResponse,
         )
 
@@ -132,7 +133,7 @@ class AsyncClient:
         """As Client.batch."""
         answer = await self._session.wire.unary(
             "DataBatchService/GetDataBatch",
-            data_batch_pb2.GetDataBatchRequest(name=name),
+            data_batch_pb2.GetDataBatchRequest(name=name_of(name, "name")),
             data_batch_pb2.GetDataBatchResponse,
         )
         return batch_from_proto(answer.data_batch)
@@ -148,11 +149,11 @@ class AsyncClient:
         )
         return [batch_from_proto(message) for page in pages for message in page.data_batches]
 
-    async def delete_batch(self, name: str) -> None:
+    async def delete_batch(self, name: Batch | str) -> None:
         """As Client.delete_batch."""
         await self._session.wire.unary(
             "DataBatchService/DeleteDataBatch",
-            data_batch_pb2.DeleteDataBatchRequest(name=name),
+            data_batch_pb2.DeleteDataBatchRequest(name=name_of(name, "name")),
             data_batch_pb2.DeleteDataBatchResponse,
         )
 
@@ -165,11 +166,11 @@ class AsyncClient:
         )
         return [blob_from_proto(message) for page in pages for message in page.blobs]
 
-    async def delete_blob(self, name: str) -> None:
+    async def delete_blob(self, name: Blob | str) -> None:
         """As Client.delete_blob."""
         await self._session.wire.unary(
             "BlobService/DeleteBlob",
-            blob_pb2.DeleteBlobRequest(name=name),
+            blob_pb2.DeleteBlobRequest(name=name_of(name, "name")),
             blob_pb2.DeleteBlobResponse,
         )
 
@@ -177,7 +178,7 @@ class AsyncClient:
         """As Client.vector."""
         answer = await self._session.wire.unary(
             "VectorService/GetVector",
-            vector_pb2.GetVectorRequest(name=name),
+            vector_pb2.GetVectorRequest(name=name_of(name, "name")),
             vector_pb2.GetVectorResponse,
         )
         return AsyncVector(self._session, answer.vector, temporary=False)
@@ -197,14 +198,16 @@ class AsyncClient:
             for message in page.vectors
         ]
 
-    async def job(self, name: str) -> AsyncJob:
+    async def job(self, name: str) -> AsyncJob[Any]:
         """As Client.job."""
         answer = await self._session.wire.unary(
-            "JobService/GetJob", job_pb2.GetJobRequest(name=name), job_pb2.GetJobResponse
+            "JobService/GetJob",
+            job_pb2.GetJobRequest(name=name_of(name, "name")),
+            job_pb2.GetJobResponse,
         )
         return AsyncJob(self._session, answer.job)
 
-    async def jobs(self, states: Iterable[str] | None = None) -> list[AsyncJob]:
+    async def jobs(self, states: Iterable[str] | None = None) -> list[AsyncJob[Any]]:
         """As Client.jobs."""
         wanted = [value for state in states or () for value in state_values(state)]
         pages = await self._pages(

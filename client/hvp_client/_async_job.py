@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import datetime
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
-import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from hvp_operations.codec import to_values
+from hvp_operations.operation import Operation
+from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2
 
 from hvp_client._async_vector import AsyncVector
-from hvp_client._enums import plain_name
 from hvp_client._exceptions import (
     DeadlineExceededError,
     HvpError,
@@ -24,13 +25,12 @@ from hvp_client._exceptions import (
 )
 from hvp_client._results import (
     ENDED_STATES,
-    EigshResult,
     Event,
     Progress,
-    certificate,
     error_from_proto,
     event_from_proto,
     progress_from_proto,
+    result_from_proto,
     state_name,
 )
 from hvp_client._session import Session
@@ -38,11 +38,13 @@ from hvp_client._specs import kind_name
 from hvp_client._times import from_timestamp
 from hvp_client._wire import Pauses, is_transient
 
+ResultT = TypeVar("ResultT")
+
 _WAIT_S = 30.0  # one long poll; the server allows 60
 
 
 @final
-class AsyncJob:
+class AsyncJob(Generic[ResultT]):
     """A job as it was when last heard of; the awaitable twin of Job.
 
     The properties tell what this object knows: `await refresh()` brings it up to date, and so does
@@ -100,18 +102,33 @@ class AsyncJob:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was asked for: kind, operator, checkpoint, batch, dtype, precision, k, which."""
-        spec = self._message.spec.eigsh
+        """What was asked for: `operation`, what the operator is, and the operation's own values."""
+        declared = self._declared
+        if declared is None:  # of a newer server's, this client can say no more
+            return {"operation": self._message.spec.WhichOneof("spec") or ""}
+        message = getattr(self._message.spec, declared.name)
         return {
-            "kind": self._message.spec.WhichOneof("spec") or "",
-            "operator": kind_name(spec.operator.kind),
-            "checkpoint": spec.operator.checkpoint,
-            "batch": spec.operator.data_batch,
-            "dtype": spec.operator.dtype,
-            "precision": spec.operator.precision,
-            "k": spec.k,
-            "which": plain_name(job_pb2.EigshSpec.Which, spec.which, "WHICH_"),
+            "operation": declared.name,
+            "operator": kind_name(message.operator.kind),
+            "checkpoint": message.operator.checkpoint,
+            "batch": message.operator.data_batch,
+            "dtype": message.operator.dtype,
+            "precision": message.operator.precision,
+            **to_values(message, declared.spec),
         }
+
+    @property
+    def headline(self) -> str:
+        """What was asked for, in a few words; "" of an operation that is new to this client."""
+        declared = self._declared
+        if declared is None:
+            return ""
+        values = to_values(getattr(self._message.spec, declared.name), declared.spec)
+        return declared.headline(declared.spec(**values))
+
+    @property
+    def _declared(self) -> Operation[Any] | None:
+        return operations().get(self._message.spec.WhichOneof("spec") or "")
 
     @property
     def create_time(self) -> datetime:
@@ -130,7 +147,7 @@ class AsyncJob:
         known = self._message.HasField("end_time")
         return from_timestamp(self._message.end_time) if known else None
 
-    async def refresh(self) -> AsyncJob:
+    async def refresh(self) -> AsyncJob[ResultT]:
         """As Job.refresh."""
         answer = await self._session.wire.unary(
             "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
@@ -155,7 +172,7 @@ class AsyncJob:
             job_pb2.DeleteJobResponse,
         )
 
-    async def result(self, timeout_s: float | None = None) -> EigshResult[AsyncVector]:
+    async def result(self, timeout_s: float | None = None) -> ResultT:
         """As Job.result."""
         loop = asyncio.get_running_loop()
         end_s = None if timeout_s is None else loop.time() + timeout_s
@@ -179,14 +196,18 @@ class AsyncJob:
             )
         if not self._message.HasField("result"):
             await self.refresh()  # lists leave results out
-        if self._message.result.WhichOneof("result") != "eigsh":
+        found: ResultT | None = result_from_proto(
+            self._message.result,
+            lambda message: AsyncVector(self._session, message, temporary=False),
+        )
+        if found is None:
             raise UnimplementedError(
                 f"{self.name} is {self.state} with a result that this client cannot read; install "
                 "the server's version of it",
                 reason="RESULT_UNREADABLE",
                 metadata={"job": self.name, "state": self.state},
             )
-        return self._eigsh_result()
+        return found
 
     async def _wait(self, wait_s: float) -> None:
         """Ask once for the job's end."""
@@ -200,27 +221,6 @@ class AsyncJob:
             patience_s=self._session.wire.retry.job_patience_s,
         )
         self._message = answer.job
-
-    def _eigsh_result(self) -> EigshResult[AsyncVector]:
-        message = self._message.result.eigsh
-        intervals, completeness = certificate(message)
-        return EigshResult(
-            eigenvalues=np.array(message.eigenvalues, np.float64),
-            residuals=np.array(message.residuals, np.float64),
-            intervals=intervals,
-            completeness=completeness,
-            eigenvectors=[
-                AsyncVector(self._session, vector, temporary=False)
-                for vector in message.eigenvectors
-            ],
-            num_products=message.num_products,
-            outcome=plain_name(job_pb2.EigshResult.Outcome, message.outcome, "OUTCOME_"),
-            symmetry_defect=message.symmetry_defect,
-            ritz_values=np.array(message.ritz_values, np.float64),
-            ritz_weights=np.array(message.ritz_weights, np.float64),
-            loss=message.loss,
-            provenance=dict(message.provenance),
-        )
 
     async def watch(self, after_sequence: int = 0) -> AsyncGenerator[Event, None]:
         """As Job.watch."""

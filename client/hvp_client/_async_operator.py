@@ -15,8 +15,9 @@ from hvp_client._async_vector import AsyncVector, create_vector, source_seeded
 from hvp_client._bulk import as_elements, as_real, write_elements
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._handles import OperatorFields, is_sequence_of
+from hvp_client._questions import Questions
 from hvp_client._session import Session, gather_bounded, new_request_id
-from hvp_client._specs import eigsh_spec
+from hvp_client._specs import job_spec
 
 _STREAMS = 4  # vectors sent or fetched at once
 
@@ -33,7 +34,7 @@ async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> As
 
 
 @final
-class AsyncOperator(OperatorFields):
+class AsyncOperator(OperatorFields, Questions):
     """A symmetric operator on parameter space; the awaitable twin of Operator.
 
     `H @ v` gives a coroutine: `w = await (H @ v)`.
@@ -121,34 +122,15 @@ class AsyncOperator(OperatorFields):
         elements = as_elements(array, self.shape[0], self.dtype, "array")
         return await _kept(await self._write(elements), keep)
 
-    async def eigsh(
-        self,
-        k: int,
-        which: str = "LM",
-        *,
-        tol: float = 0.0,
-        max_products: int | None = None,
-        seed: int = 0,
-        num_lanczos_vectors: int | None = None,
-        labels: Mapping[str, str] | None = None,
-    ) -> AsyncJob:
-        """As Operator.eigsh."""
-        spec = eigsh_spec(
-            self._spec,
-            self.shape[0],
-            k,
-            which,
-            tol=tol,
-            max_products=max_products,
-            seed=seed,
-            num_lanczos_vectors=num_lanczos_vectors,
-        )
+    async def _ask(
+        self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
+    ) -> AsyncJob[Any]:
         answer = await self._session.wire.unary(
             "JobService/CreateJob",
             job_pb2.CreateJobRequest(
                 parent=self._session.parent,
                 request_id=new_request_id(),
-                spec=job_pb2.JobSpec(eigsh=spec),
+                spec=job_spec(operation, self._spec, self.shape[0], values),
                 labels=labels,
             ),
             job_pb2.CreateJobResponse,

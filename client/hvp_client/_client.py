@@ -160,7 +160,7 @@ class Client:
         """All checkpoints of the project, without their parameters."""
         return self._portal.run(self._twin.checkpoints())
 
-    def delete_checkpoint(self, name: str) -> None:
+    def delete_checkpoint(self, name: Checkpoint | str) -> None:
         """Delete a checkpoint, its vectors, and its files, which leave the server's disk.
 
         FailedPreconditionError `RESOURCE_IN_USE` while a job uses it.
@@ -175,7 +175,7 @@ class Client:
         """All batches of the project."""
         return self._portal.run(self._twin.batches())
 
-    def delete_batch(self, name: str) -> None:
+    def delete_batch(self, name: Batch | str) -> None:
         """Delete a batch and its file; FailedPreconditionError while a job uses it."""
         self._portal.run(self._twin.delete_batch(name))
 
@@ -183,7 +183,7 @@ class Client:
         """All blobs of the project: what checkpoints and batches are made of, and what may be."""
         return self._portal.run(self._twin.blobs())
 
-    def delete_blob(self, name: str) -> None:
+    def delete_blob(self, name: Blob | str) -> None:
         """Delete bytes of which no checkpoint and no batch is made.
 
         The server does so by itself when nobody has asked for them for a day.
@@ -202,11 +202,11 @@ class Client:
         """All vectors of the project."""
         return [Vector(self._portal, twin) for twin in self._portal.run(self._twin.vectors())]
 
-    def job(self, name: str) -> Job:
+    def job(self, name: str) -> Job[Any]:
         """Look up a job; NotFoundError if there is none of that name."""
         return Job(self._portal, self._portal.run(self._twin.job(name)))
 
-    def jobs(self, states: Iterable[str] | None = None) -> list[Job]:
+    def jobs(self, states: Iterable[str] | None = None) -> list[Job[Any]]:
         """All jobs of the project, newest first.
 
         Args:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 from hvp_client._async_job import AsyncJob
 from hvp_client._exceptions import HvpError
 from hvp_client._portal import Portal
-from hvp_client._results import EigshResult, Event, Progress
+from hvp_client._results import Event, Progress, with_vectors
 from hvp_client._vector import Vector
+
+ResultT = TypeVar("ResultT")
 
 
 @final
-class Job:
+class Job(Generic[ResultT]):
     """Long work on the server: a row that outlives this client and the server's own restarts.
 
     `state`, `cancelling`, `attempt`, `progress` and `error` are asked for when they are read, until
     the job is known to have ended.
     """
 
-    def __init__(self, portal: Portal, twin: AsyncJob):
+    def __init__(self, portal: Portal, twin: AsyncJob[Any]):
         self._portal = portal
         self._twin = twin
 
@@ -68,8 +69,13 @@ class Job:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was asked for: kind, operator, checkpoint, batch, dtype, precision, k, which."""
+        """What was asked for: `operation`, what the operator is, and the operation's own values."""
         return self._twin.spec
+
+    @property
+    def headline(self) -> str:
+        """What was asked for, in a few words; "" of an operation that is new to this client."""
+        return self._twin.headline
 
     @property
     def create_time(self) -> datetime:
@@ -86,7 +92,7 @@ class Job:
         """When it ended, UTC."""
         return self._current().end_time
 
-    def refresh(self) -> Job:
+    def refresh(self) -> Job[ResultT]:
         """Ask the server for everything anew.
 
         Returns:
@@ -98,7 +104,7 @@ class Job:
         self._portal.run(self._twin.refresh())
         return self
 
-    def result(self, timeout_s: float | None = None) -> EigshResult[Vector]:
+    def result(self, timeout_s: float | None = None) -> ResultT:
         """Wait for the end and give the result; a restart of the server is waited out.
 
         Args:
@@ -113,9 +119,8 @@ class Job:
             JobCancelledError: The job was cancelled.
             UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
         """
-        result = self._portal.run(self._twin.result(timeout_s))
-        vectors = [Vector(self._portal, twin) for twin in result.eigenvectors]
-        return replace(result, eigenvectors=vectors)  # type: ignore[arg-type, return-value]
+        found = self._portal.run(self._twin.result(timeout_s))
+        return with_vectors(found, lambda twin: Vector(self._portal, twin))
 
     def watch(self, after_sequence: int = 0) -> Iterator[Event]:
         """Give what has happened to the job, then what happens, until it ends.
@@ -145,7 +150,7 @@ class Job:
         """
         self._portal.run(self._twin.delete())
 
-    def _current(self) -> AsyncJob:
+    def _current(self) -> AsyncJob[Any]:
         return self._twin if self._twin.ended else self._portal.run(self._twin.refresh())
 
     def __repr__(self) -> str:

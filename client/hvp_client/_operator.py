@@ -12,6 +12,7 @@ from hvp_client._async_vector import AsyncVector
 from hvp_client._handles import OperatorFields, is_sequence_of
 from hvp_client._job import Job
 from hvp_client._portal import Portal
+from hvp_client._questions import BlockingQuestions
 from hvp_client._vector import Vector
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 
 @final
-class Operator(OperatorFields):
+class Operator(OperatorFields, BlockingQuestions):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`.
 
-    It has what SciPy asks of an operator, so `scipy.sparse.linalg.eigsh(H)` runs on this side with
-    every product travelling; `eigsh` below runs where the vectors are.
+    It has what SciPy asks of an operator, so SciPy's own solvers run on this side with every product
+    travelling; the questions of the same names, which give a job, run where the vectors are.
     """
 
     def __init__(self, portal: Portal, twin: AsyncOperator):
@@ -164,50 +165,10 @@ class Operator(OperatorFields):
         """θ, the model's own parameters; `keep` as `Vector.keep`."""
         return self._wrap(self._portal.run(self._twin.parameters(keep=keep)))
 
-    def eigsh(
-        self,
-        k: int,
-        which: str = "LM",
-        *,
-        tol: float = 0.0,
-        max_products: int | None = None,
-        seed: int = 0,
-        num_lanczos_vectors: int | None = None,
-        labels: Mapping[str, str] | None = None,
-    ) -> Job:
-        """Queue a search for k extremal eigenpairs by thick-restart Lanczos.
-
-        Args:
-            k: How many, 1 ≤ k < n.
-            which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end
-                and the odd one from the high end.
-            tol: Stop when every wanted pair's estimated residual is at most tol times the largest
-                Ritz value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
-            max_products: Upper bound on products, those that show completeness and those of the
-                final residuals included; None lets the server choose.
-            seed: Of the starting vector.
-            num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
-            labels: Kept with the job.
-
-        Returns:
-            The job; `result()` waits for it.
-
-        Raises:
-            InvalidArgumentError: `K_INVALID`, `WHICH_UNSUPPORTED`, `TOL_INVALID`,
-                `MAX_PRODUCTS_INVALID`, `NUM_LANCZOS_VECTORS_INVALID` or `SEED_INVALID`.
-            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
-            ResourceExhaustedError: `QUEUE_FULL`.
-        """
-        coroutine = self._twin.eigsh(
-            k,
-            which,
-            tol=tol,
-            max_products=max_products,
-            seed=seed,
-            num_lanczos_vectors=num_lanczos_vectors,
-            labels=labels,
-        )
-        return Job(self._portal, self._portal.run(coroutine))
+    def _ask(
+        self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
+    ) -> Job[Any]:
+        return Job(self._portal, self._portal.run(self._twin._ask(operation, values, labels)))
 
     def as_linear_operator(self) -> LinearOperator:
         """Make a `scipy.sparse.linalg.LinearOperator` of it.

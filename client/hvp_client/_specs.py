@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from hvp_operations.checking import checked
+from hvp_operations.codec import to_message
+from hvp_operations.operation import Facts, SpecError
+from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2, operator_pb2
 
 from hvp_client._batches import Batch
 from hvp_client._checkpoints import Checkpoint
 from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._names import name_of
 
 
 def operator_spec(
@@ -54,8 +59,8 @@ def operator_spec(
             field="micro_batch_size",
         )
     return operator_pb2.OperatorSpec(
-        checkpoint=checkpoint if isinstance(checkpoint, str) else checkpoint.name,
-        data_batch=batch if isinstance(batch, str) else batch.name,
+        checkpoint=name_of(checkpoint, "checkpoint"),
+        data_batch=name_of(batch, "batch"),
         kind=wire_kind,
         dtype=_dtype_name(dtype),
         micro_batch_size=micro_batch_size or 0,
@@ -68,44 +73,38 @@ def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
     return plain_name(operator_pb2.OperatorSpec.Kind, kind, "KIND_").lower()
 
 
-def eigsh_spec(
+def job_spec(
+    operation: str,
     operator: operator_pb2.OperatorSpec,
     num_parameters: int,
-    k: int,
-    which: str,
-    *,
-    tol: float,
-    max_products: int | None,
-    seed: int,
-    num_lanczos_vectors: int | None,
-) -> job_pb2.EigshSpec:
-    """The message of a search for eigenpairs; see Operator.eigsh.
+    values: Mapping[str, Any],
+) -> job_pb2.JobSpec:
+    """The message of a question about an operator.
 
     Args:
-        operator: Whose.
+        operation: What is asked.
+        operator: Of what.
         num_parameters: It is n by n.
-        k: As there, like the following.
-        which: See there.
-        tol: See there.
-        max_products: See there.
-        seed: See there.
-        num_lanczos_vectors: See there.
+        values: The question's own, by name.
 
     Returns:
         The message.
 
     Raises:
-        InvalidArgumentError: As there.
+        InvalidArgumentError: The operation's own reasons; `field` is the value at fault.
     """
-    return job_pb2.EigshSpec(
-        operator=operator,
-        k=_count("k", k, num_parameters - 1, "K_INVALID"),
-        which=_which(which),
-        tol=_tolerance(tol),
-        max_products=_optional_count("max_products", max_products),
-        seed=check_seed(seed),
-        num_lanczos_vectors=_optional_count("num_lanczos_vectors", num_lanczos_vectors),
-    )
+    facts = Facts(num_parameters=num_parameters, kind=kind_name(operator.kind))
+    try:
+        spec = checked(operations()[operation], values, facts)
+    except SpecError as error:
+        raise InvalidArgumentError(
+            error.message, reason=error.reason, field=error.field, metadata=error.metadata
+        ) from None
+    message = job_pb2.JobSpec()
+    part = getattr(message, operation)
+    part.operator.CopyFrom(operator)
+    to_message(spec, part)
+    return message
 
 
 def check_seed(seed: int) -> int:
@@ -127,43 +126,3 @@ def _dtype_name(dtype: Any) -> str:
     except TypeError:
         name = str(dtype).removeprefix("torch.")
     return name
-
-
-def _count(field: str, value: int, largest: int, reason: str) -> int:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or not 1 <= value <= largest:
-        raise InvalidArgumentError(
-            f"{field} must be an integer from 1 to {largest}, not {value!r}",
-            reason=reason,
-            field=field,
-        )
-    return int(value)
-
-
-def _optional_count(field: str, value: int | None) -> int:
-    return 0 if value is None else _count(field, value, 2**31 - 1, f"{field.upper()}_INVALID")
-
-
-def _which(which: str) -> job_pb2.EigshSpec.Which.ValueType:
-    if which not in ("LA", "SA", "LM", "BE"):
-        raise InvalidArgumentError(
-            f"no which={which!r}; there are LA, SA, LM and BE",
-            reason="WHICH_UNSUPPORTED",
-            field="which",
-        )
-    return job_pb2.EigshSpec.Which.Value(f"WHICH_{which}")
-
-
-def _tolerance(tol: float) -> float:
-    try:
-        number = float(tol)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < 1:
-        raise InvalidArgumentError(
-            f"tol is {tol}; 0 <= tol < 1 is possible. It is relative to the largest eigenvalue's "
-            "magnitude: with 1, any vector would do",
-            reason="TOL_INVALID",
-            field="tol",
-        )
-    return number

@@ -9,19 +9,15 @@ from collections.abc import AsyncGenerator
 from typing import cast
 
 import structlog
-from hvp_workers.backend import (
-    BackendError,
-    EigshProgress,
-    EigshResult,
-    GroupLostError,
-)
+from hvp_operations.operation import Result
+from hvp_workers.backend import BackendError, GroupLostError, RunProgress
 
 from hvp_service.clock import now_us
 from hvp_service.config import ServerConfig
 from hvp_service.database import DatabaseBusyError
-from hvp_service.eigsh_limits import backend_spec, check_fits
 from hvp_service.errors import ServiceError, code_of, fault_message, is_fault
 from hvp_service.group_supervisor import GroupSupervisor
+from hvp_service.job_room import check_fits
 from hvp_service.job_store import (
     Job,
     JobError,
@@ -151,7 +147,7 @@ class Dispatcher:
                 self._cancelled = True  # between the claim and now
             if self._cancelled or self._stopping:
                 raise _InterruptedError
-            end = await self._eigsh(job)
+            end = await self._answer(job)
         except StaleLeaseError:
             raise
         except _InterruptedError:
@@ -182,7 +178,7 @@ class Dispatcher:
             if not isinstance(end, JobResult):
                 raise
             failure = self._failure(job, error)  # a result that no row can hold
-            await self._withdraw([parse(name, "vectors").id for name in end.eigenvectors])
+            await self._withdraw([parse(name, "vectors").id for name in end.vectors])
             return await until_done(lambda: self._jobs.finish(job.lease, failure))
 
     def _failure(self, job: Job, error: Exception) -> JobError:
@@ -201,21 +197,26 @@ class Dispatcher:
             code=code_of("INTERNAL"), reason="INTERNAL", message=fault_message(str(job.name))
         )
 
-    async def _eigsh(self, job: Job) -> JobResult:
-        spec = job.spec
-        assert spec is not None  # the store claims no other
-        resolved = await until_done(lambda: self._operators.resolve(spec.operator))
-        # Before anything is made for each pair: the row may be older than the check at its making.
-        await check_fits(self._group, spec, resolved)
-        outputs = [f"{job.name.id}-{index}" for index in range(spec.k)]
-        run = self._group.backend.eigsh(resolved.operator, backend_spec(spec), outputs)
+    async def _answer(self, job: Job) -> JobResult:
+        asked = job.spec
+        assert asked is not None  # the store claims no other
+        resolved = await until_done(lambda: self._operators.resolve(asked.operator))
+        # Before anything is made for its vectors: the row may be older than the check at its making.
+        cost = await check_fits(self._group, asked, resolved)
+        outputs = [f"{job.name.id}-{index}" for index in range(cost.results)]
+        run = self._group.backend.run(resolved.operator, asked.operation, asked.spec, outputs)
         try:
             # Every implementation is an async generator; the interface promises `aclose`.
             async with contextlib.aclosing(
-                cast("AsyncGenerator[EigshProgress | EigshResult, None]", run)
+                cast("AsyncGenerator[RunProgress | Result, None]", run)
             ) as items:
                 result = await self._follow(job.lease, items)
-            log.info("eigenpairs found", job=str(job.name), provenance=dict(result.provenance))
+            log.info(
+                "answer found",
+                job=str(job.name),
+                operation=asked.operation,
+                provenance=dict(result.provenance),
+            )
             made = await self._keep(job, resolved, outputs)
             if self._cancelled:
                 raise _InterruptedError
@@ -225,19 +226,19 @@ class Dispatcher:
             await self._withdraw(outputs)
             raise
         return JobResult(
-            eigsh=result,
-            eigenvectors=tuple(str(vector.name) for vector in made),
+            result=result,
+            vectors=tuple(str(vector.name) for vector in made),
             num_elements=resolved.num_parameters,
-            eigenvector_time=made[0].create_time,
+            vector_time=made[0].create_time if made else 0,
         )
 
     async def _follow(
-        self, lease: Lease, items: AsyncGenerator[EigshProgress | EigshResult, None]
-    ) -> EigshResult:
+        self, lease: Lease, items: AsyncGenerator[RunProgress | Result, None]
+    ) -> Result:
         stored_at, stored_stage = -float("inf"), ""
-        latest: EigshProgress | None = None
+        latest: RunProgress | None = None
         async for item in items:
-            if isinstance(item, EigshResult):
+            if isinstance(item, Result):
                 if self._cancelled:
                     raise _InterruptedError
                 if latest is not None:
@@ -256,7 +257,7 @@ class Dispatcher:
                 raise _InterruptedError
         raise RuntimeError("the backend's run ended without a result")
 
-    async def _report(self, lease: Lease, progress: EigshProgress) -> bool:
+    async def _report(self, lease: Lease, progress: RunProgress) -> bool:
         """Whether progress has been stored; that it has not is no reason to stop a run."""
         try:
             await self._jobs.report(lease, progress)
@@ -281,6 +282,8 @@ class Dispatcher:
             )
             for output in outputs
         ]
+        if not made:
+            return []
         created = now_us()
         for vector in made:
             await self._vectors.keep(vector)
@@ -288,14 +291,14 @@ class Dispatcher:
         with contextlib.suppress(ServiceError):  # ranks that are lost just now are as good
             await self._vectors.free(outputs)
         await until_done(lambda: self._vectors.add(made, resident=False))
-        log.debug("eigenvectors kept", job=str(job.name), microseconds=now_us() - created)
+        log.debug("vectors kept", job=str(job.name), microseconds=now_us() - created)
         return made
 
     async def _withdraw(self, outputs: list[str]) -> None:
         try:
             await until_done(lambda: self._vectors.withdraw(outputs))
         except Exception:
-            log.exception("a job's eigenvectors were not cleared away")
+            log.exception("a job's vectors were not cleared away")
 
     async def _give_back(self, lease: Lease) -> None:
         try:

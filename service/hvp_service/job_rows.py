@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, TypeVar, get_args
 
 import sqlalchemy as sa
-from hvp_workers.backend import EigshProgress
+from hvp_operations.checking import typed
+from hvp_operations.operation import Detail, Result, SpecError
+from hvp_operations.registry import operations
+from hvp_workers.backend import RunProgress
 from pydantic import TypeAdapter, ValidationError
 
 from hvp_service.job_store import (
     FINAL_STATES,
-    EigshJob,
     Job,
     JobError,
     JobEvent,
     JobResult,
+    JobSpec,
     JobState,
     StateChange,
     unreadable,
 )
 from hvp_service.names import Name
+from hvp_service.operator_resolver import OperatorRef
 
 Value = TypeVar("Value")
 
-SPEC: Final = TypeAdapter(EigshJob)
-PROGRESS: Final = TypeAdapter(EigshProgress)
-RESULT: Final = TypeAdapter(JobResult)
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """What a result's column holds beside the operation's own."""
+
+    vectors: tuple[str, ...] = ()
+    num_elements: int = 0
+    vector_time: int = 0
+
+
+_OPERATOR: Final = TypeAdapter(OperatorRef)
+_PROGRESS: Final = TypeAdapter(RunProgress)
+_FRAME: Final = TypeAdapter(_Frame)
 ERROR: Final = TypeAdapter(JobError)
 STATE_CHANGE: Final = TypeAdapter(StateChange)
 
@@ -49,7 +64,8 @@ def read_job(row: sa.Row[Any]) -> Job:
     whole = {column: value for column, value in numbers.items() if isinstance(value, int)}
     damaged = any(column not in whole and numbers[column] is not None for column in numbers)
     spec = None if damaged else _read_spec(row.spec)
-    state, result, error = row.state, _read(RESULT, row.result), _read(ERROR, row.error)
+    state, error = row.state, _read(ERROR, row.error)
+    result = None if spec is None else _read_result(spec.operation, row.result)
     ended_unread = state in FINAL_STATES and (
         (state == "SUCCEEDED" and (spec is None or result is None))
         or (state == "FAILED" and error is None)
@@ -63,7 +79,7 @@ def read_job(row: sa.Row[Any]) -> Job:
         state=state,
         attempt=whole.get("attempt", 0),
         max_attempts=whole.get("max_attempts", 0),
-        progress=_read(PROGRESS, row.progress),
+        progress=_read_progress(row.progress),
         result=result,
         error=error,
         last_sequence=whole.get("last_sequence", 0),
@@ -76,23 +92,86 @@ def read_job(row: sa.Row[Any]) -> Job:
 def read_event(row: sa.Row[Any]) -> JobEvent:
     """An event of its row; one of a kind or state that this version does not know has no body."""
     stored = row.body if isinstance(row.body, dict) else {}
-    body: StateChange | EigshProgress | None = None
+    body: StateChange | RunProgress | None = None
     match stored.get("kind"):
         case "progress":
-            body = _read(PROGRESS, stored.get("value"))
+            body = _read_progress(stored.get("value"))
         case "state_change":
             body = _read(STATE_CHANGE, stored.get("value"))
     return JobEvent(sequence=row.sequence, time=row.time, body=body)
 
 
-def _read_spec(stored: Any) -> EigshJob | None:
+def spec_row(spec: JobSpec) -> dict[str, Any]:
+    """A spec as its column has it."""
+    return {
+        "operation": spec.operation,
+        "operator": _OPERATOR.dump_python(spec.operator, mode="json"),
+        "spec": asdict(spec.spec),
+    }
+
+
+def progress_row(progress: RunProgress) -> dict[str, Any]:
+    """Progress as its column has it."""
+    return asdict(progress)
+
+
+def result_row(result: JobResult) -> dict[str, Any]:
+    """A result as its column has it.
+
+    Raises:
+        TypeError: It is not of the operation's type.
+    """
+    row = asdict(result)
+    row["result"] = TypeAdapter(type(result.result)).dump_python(result.result, mode="json")
+    return row
+
+
+@functools.cache
+def _details(operation: str) -> TypeAdapter[Detail]:
+    return TypeAdapter(operations()[operation].progress)
+
+
+@functools.cache
+def _results(operation: str) -> TypeAdapter[Result]:
+    return TypeAdapter(operations()[operation].result)
+
+
+def _read_spec(stored: Any) -> JobSpec | None:
     """A spec, when this version knows all it says: what is overlooked would be another question."""
-    spec = _read(SPEC, stored)
-    if spec is None or not _names_all(SPEC.dump_python(spec), stored):
+    if not (isinstance(stored, dict) and stored.keys() == {"operation", "operator", "spec"}):
         return None
-    rows = spec.operator.micro_batch_size
-    small = max(map(abs, (spec.k, spec.max_products, spec.num_lanczos_vectors, rows)))
-    return spec if small < 1 << 31 and 0 <= spec.seed < 1 << 64 else None
+    declared = operations().get(stored["operation"])
+    operator = _read(_OPERATOR, stored["operator"])
+    if declared is None or operator is None:
+        return None
+    if not _names_all(_OPERATOR.dump_python(operator), stored["operator"]):
+        return None
+    if abs(operator.micro_batch_size) >= 1 << 31 or not isinstance(stored["spec"], dict):
+        return None
+    try:
+        spec = typed(declared, stored["spec"])
+    except SpecError:
+        return None
+    return JobSpec(operation=declared.name, operator=operator, spec=spec)
+
+
+def _read_progress(stored: Any) -> RunProgress | None:
+    """Progress, without its detail where that is another version's."""
+    if not isinstance(stored, dict):
+        return None
+    progress = _read(_PROGRESS, {**stored, "detail": None})
+    if progress is None or progress.operation not in operations():
+        return None
+    return replace(progress, detail=_read(_details(progress.operation), stored.get("detail")))
+
+
+def _read_result(operation: str, stored: Any) -> JobResult | None:
+    if not isinstance(stored, dict):
+        return None
+    result = _read(_results(operation), stored.get("result"))
+    rest = {name: value for name, value in stored.items() if name != "result"}
+    frame = _read(_FRAME, rest)
+    return None if result is None or frame is None else JobResult(result=result, **asdict(frame))
 
 
 def _names_all(known: Any, stored: Any) -> bool:

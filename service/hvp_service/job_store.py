@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from hvp_workers.backend import EigshProgress, EigshResult, Which
+from hvp_operations.operation import Operation, Result
+from hvp_operations.registry import operations
+from hvp_workers.backend import RunProgress
 
 from hvp_service.errors import code_of
 from hvp_service.names import Name
@@ -25,16 +27,23 @@ class StaleLeaseError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EigshJob:
-    """k extremal eigenpairs; the proto's EigshSpec."""
+class JobSpec:
+    """A question about an operator.
 
+    Attributes:
+        operation: Its name.
+        operator: What it is asked of.
+        spec: The operation's own, checked.
+    """
+
+    operation: str
     operator: OperatorRef
-    k: int
-    which: Which
-    tol: float
-    max_products: int
-    seed: int
-    num_lanczos_vectors: int
+    spec: Any
+
+    @property
+    def declared(self) -> Operation[Any]:
+        """What is declared of the operation."""
+        return operations()[self.operation]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +58,19 @@ class JobError:
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What a job found."""
+    """What a job found.
 
-    eigsh: EigshResult
-    eigenvectors: tuple[str, ...]  # names
-    num_elements: int
-    eigenvector_time: int  # microseconds
+    Attributes:
+        result: The operation's own.
+        vectors: Names of those that belong to it, in the result's order.
+        num_elements: Of each vector.
+        vector_time: When they were made, in microseconds.
+    """
+
+    result: Result
+    vectors: tuple[str, ...] = ()
+    num_elements: int = 0
+    vector_time: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +78,12 @@ class Job:
     """One job as its row has it, as far as this version can read the row."""
 
     name: Name
-    spec: EigshJob | None  # None: another version's
+    spec: JobSpec | None  # None: another version's
     labels: Mapping[str, str]
     state: JobState = "QUEUED"
     attempt: int = 0
     max_attempts: int
-    progress: EigshProgress | None = None
+    progress: RunProgress | None = None
     result: JobResult | None = None
     error: JobError | None = None
     last_sequence: int = 0
@@ -111,7 +127,7 @@ class JobEvent:
 
     sequence: int  # dense from 1
     time: int  # microseconds
-    body: StateChange | EigshProgress | None  # None: of a kind that this version does not know
+    body: StateChange | RunProgress | None  # None: of a kind that this version does not know
 
 
 class JobStore(ABC):
@@ -188,7 +204,7 @@ class JobStore(ABC):
         """
 
     @abstractmethod
-    async def report(self, lease: Lease, progress: EigshProgress) -> None:
+    async def report(self, lease: Lease, progress: RunProgress) -> None:
         """Store where an attempt stands, as an event and as the job's progress.
 
         Raises:

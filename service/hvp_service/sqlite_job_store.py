@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
-from hvp_workers.backend import EigshProgress
+from hvp_workers.backend import RunProgress
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.clock import SECOND, now_us
@@ -18,12 +18,12 @@ from hvp_service.database import Database, job_events, jobs
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.job_rows import (
     ERROR,
-    PROGRESS,
-    RESULT,
-    SPEC,
     STATE_CHANGE,
+    progress_row,
     read_event,
     read_job,
+    result_row,
+    spec_row,
 )
 from hvp_service.job_store import (
     EVENTS_PER_PAGE,
@@ -81,7 +81,7 @@ class SqliteJobStore(JobStore):
                 jobs.insert().values(
                     project=job.name.project,
                     id=job.name.id,
-                    spec=SPEC.dump_python(job.spec, mode="json"),
+                    spec=spec_row(job.spec),
                     labels=dict(job.labels),
                     state="QUEUED",
                     attempt=0,
@@ -193,10 +193,10 @@ class SqliteJobStore(JobStore):
                 .values(lease_expire=now_us() + self._lease_us)
             )
 
-    async def report(self, lease: Lease, progress: EigshProgress) -> None:
+    async def report(self, lease: Lease, progress: RunProgress) -> None:
         async with self._database.writing() as connection:
             job = await self._held(connection, lease)
-            body = PROGRESS.dump_python(progress, mode="json")
+            body = progress_row(progress)
             await self._append(
                 connection,
                 job,
@@ -321,7 +321,7 @@ class SqliteJobStore(JobStore):
     ) -> Job:
         columns: dict[str, Any] = {"end_time": now_us(), "lease_owner": "", "lease_expire": 0}
         if isinstance(end, JobResult):
-            columns["result"] = RESULT.dump_python(end, mode="json")
+            columns["result"] = result_row(end)
             return await self._change(connection, job, state="SUCCEEDED", **columns)
         if isinstance(end, JobError):
             columns["error"] = ERROR.dump_python(end, mode="json")
@@ -384,5 +384,5 @@ def _listed(job: Job) -> Job:
     """A job without what can be long: a page holds many."""
     progress = job.progress
     if progress is not None:
-        progress = replace(progress, ritz_values=(), residual_estimates=())
+        progress = replace(progress, detail=None)
     return replace(job, result=None, progress=progress)

@@ -8,13 +8,24 @@ until none of the wanted can be missing, and `verification` says what may be cla
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from hvp_operations.eigsh import (
+    WORKING_VECTORS,
+    Completeness,
+    EigshProgress,
+    EigshResult,
+    EigshSpec,
+)
 from torch import Tensor
+
+from hvp_core.algorithm import Advance, Algorithm, Budget, Found
 
 from hvp_core.eigenpairs import Eigenpairs, Plan, Progress
 from hvp_core.krylov_basis import Dots
 from hvp_core.lanczos_search import LanczosSearch, Matvec
+from hvp_core.linear_operator import LinearOperator
 from hvp_core.verification import verify
 
 
@@ -66,3 +77,116 @@ def eigsh(
     yield from search.iterate()
     exact = matvec if verifier is None else verifier()
     return (yield from verify(search, exact))
+
+
+_PAIRS_TOLD = 64  # of a search that is under way
+
+
+@dataclass
+class EigshState:
+    """A search under way."""
+
+    steps: Generator[Progress, None, Eigenpairs]
+    pairs: Eigenpairs | None = None
+
+
+@dataclass(frozen=True)
+class Eigsh(Algorithm[EigshState]):
+    """The search as an algorithm."""
+
+    plan: Plan
+    seed: int
+
+    @classmethod
+    def configure(cls, spec: EigshSpec, operator: LinearOperator, budget: Budget) -> Eigsh:
+        """See Algorithm."""
+        room = budget.num_vectors - WORKING_VECTORS - spec.k
+        return cls(
+            Plan(
+                k=spec.k,
+                which=spec.which,
+                tol=spec.tol,
+                max_products=budget.max_products,
+                num_vectors=min(room, operator.domain.dimension),
+                semidefinite=operator.semidefinite,
+                noise=operator.noise,
+            ),
+            spec.seed,
+        )
+
+    def begin(self, operator: LinearOperator) -> EigshState:
+        """See Algorithm."""
+        space = operator.domain
+
+        def random(index: int) -> Tensor:
+            # Far from the seeds that people choose, and different for each index.
+            return space.random((self.seed + index * 0x9E3779B97F4A7C15) % 2**64, "gaussian")
+
+        def exact() -> Matvec | None:
+            exact = operator.exact()
+            return exact and (lambda v: exact.apply([v], borrow=True)[0])
+
+        return EigshState(
+            eigsh(
+                lambda v: operator.apply([v], borrow=True)[0],
+                random(0),
+                space.dimension,
+                self.plan,
+                dots=space.dots,
+                random=random,
+                agree=space.agree,
+                verifier=exact,
+            )
+        )
+
+    def step(self, operator: LinearOperator, state: EigshState) -> Advance | None:
+        """See Algorithm."""
+        try:
+            progress = next(state.steps)
+        except StopIteration as stop:
+            state.pairs = stop.value
+            return None
+        values, estimates = _furthest_from_done(progress)
+        return Advance(
+            stage=progress.stage,
+            num_products=progress.num_products,
+            detail=EigshProgress(
+                num_restarts=progress.num_restarts,
+                ritz_values=values,
+                residual_estimates=estimates,
+            ),
+        )
+
+    def result(self, operator: LinearOperator, state: EigshState) -> Found:
+        """See Algorithm."""
+        pairs = state.pairs
+        assert pairs is not None
+        return Found(
+            result=EigshResult(
+                eigenvalues=tuple(pairs.eigenvalues.tolist()),
+                residuals=tuple(pairs.residuals.tolist()),
+                num_products=pairs.num_products,
+                outcome=pairs.outcome,
+                error_bounds=tuple(pairs.error_bounds.tolist()),
+                completeness=Completeness(**asdict(pairs.completeness)),
+                symmetry_defect=pairs.symmetry_defect,
+                ritz_values=tuple(pairs.ritz_values.tolist()),
+                ritz_weights=tuple(pairs.ritz_weights.tolist()),
+                provenance={
+                    "num_lanczos_vectors": str(self.plan.num_vectors),
+                    "seed": str(self.seed),
+                    "verified_in": "float64" if len(pairs.error_bounds) else "not verified",
+                },
+            ),
+            vectors=tuple(pairs.eigenvectors),
+        )
+
+
+def _furthest_from_done(progress: Progress) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Some pairs, in their order: an event is stored for each product, and k may be thousands."""
+    estimates = progress.residual_estimates
+    worst = sorted(range(len(estimates)), key=lambda index: -estimates[index])[:_PAIRS_TOLD]
+    return (
+        tuple(progress.ritz_values[index] for index in sorted(worst)),
+        tuple(estimates[index] for index in sorted(worst)),
+    )

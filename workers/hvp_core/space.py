@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import psutil
 import torch
@@ -14,6 +14,7 @@ import torch
 from hvp_core.collective import Collective
 from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
+from hvp_core.linear_operator import VectorSpace
 from hvp_core.precision import exact_products
 from hvp_core.probes import Distribution, fill
 
@@ -45,7 +46,7 @@ def _refused(reason: str) -> Callable[[Exception], CurvatureError]:
 
 
 @final
-class Space:
+class Space(VectorSpace):
     """The parameter space of one model in one dtype, cut over the ranks.
 
     A vector is a tensor (shard_numel,) on each rank, zero in the padding. Sums of vectors are
@@ -60,6 +61,15 @@ class Space:
         self.dtype = dtype
         self.device = device
         self._runs = layout.runs(collective.rank)
+
+    @property
+    def dimension(self) -> int:
+        """n, the number of parameters."""
+        return self.layout.numel
+
+    def agree(self, found: Any) -> Any:
+        """Rank 0's answer, on every rank."""
+        return self.collective.gather_objects(found)[0]
 
     @property
     def vector_bytes(self) -> int:

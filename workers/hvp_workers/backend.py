@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
 Kind = Literal["hessian", "ggn"]
@@ -19,11 +21,6 @@ Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]
 Distribution = Literal["rademacher", "gaussian", "sphere"]
-Which = Literal["LA", "SA", "LM", "BE"]
-Stage = Literal["loading", "iterating", "completeness", "verifying", "saving"]
-Outcome = Literal[
-    "CONVERGED", "MAX_PRODUCTS", "MULTIPLICITY_UNCERTAIN", "NOISE_LIMIT", "UNVERIFIED"
-]
 
 
 class BackendError(Exception):
@@ -133,62 +130,24 @@ Source = Seeded | RawFile | Combination | Zeros | Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class EigshSpec:
-    """k extremal eigenpairs; field names are SciPy's where it has them."""
-
-    k: int
-    which: Which = "LM"
-    tol: float = 0.0
-    max_products: int = 0
-    seed: int = 0
-    num_lanczos_vectors: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class EigshProgress:
-    """Where a run stands, after each product."""
-
-    stage: Stage
-    num_products: int
-    max_products: int
-    num_restarts: int = 0
-    ritz_values: tuple[float, ...] = ()  # at the wanted ends, ascending
-    residual_estimates: tuple[float, ...] = ()
-    seconds_per_product: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completeness:
-    """Whether eigenvalues beyond the pairs may have been missed.
+class RunProgress:
+    """Where a run stands, after each step.
 
     Attributes:
-        shown: The i-th eigenvalue lies at most `margin` beyond the i-th of the pairs.
-        margin: In units of the eigenvalues.
-        failure_probability: That `shown` is wrong, by bad luck of the random starts.
-        num_products: Spent on it.
+        operation: Name of what runs.
+        stage: `loading`, then what the operation calls it, and `saving`.
+        num_products: Operator products done.
+        max_products: Their upper bound.
+        seconds_per_product: Median so far.
+        detail: What only the operation can tell; None before the first step.
     """
 
-    shown: bool = False
-    margin: float = float("inf")
-    failure_probability: float = 1.0
-    num_products: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class EigshResult:
-    """k eigenpairs, ascending; the eigenvectors are on the ranks under the names asked for."""
-
-    eigenvalues: tuple[float, ...]
-    residuals: tuple[float, ...]  # true norms from fresh products, in float64 where affordable
+    operation: str
+    stage: str
     num_products: int
-    outcome: Outcome
-    error_bounds: tuple[float, ...] = ()  # [λ - bound, λ + bound] holds one; (): nothing is claimed
-    completeness: Completeness = field(default_factory=Completeness)
-    symmetry_defect: float
-    ritz_values: tuple[float, ...]
-    ritz_weights: tuple[float, ...]
-    loss: float
-    provenance: Mapping[str, str] = field(default_factory=dict)
+    max_products: int
+    seconds_per_product: float = 0.0
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,13 +285,19 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def eigsh(
-        self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]
-    ) -> AsyncIterator[EigshProgress | EigshResult]:
-        """Run Lanczos, giving progress after each product and the result last.
+    def run(
+        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+    ) -> AsyncIterator[RunProgress | Result]:
+        """Answer a question about an operator, giving progress after each step and the result last.
 
-        Other calls may run between two products. Closing the iterator (`aclose`) ends the run
-        and frees its basis. `outputs` names the k eigenvectors.
+        Other calls may run between two steps. Closing the iterator (`aclose`) ends the run and
+        frees what it holds.
+
+        Args:
+            operator: What it is asked of.
+            operation: Name of the question, as in `hvp_operations.registry`.
+            spec: Of the operation, checked.
+            outputs: Names of the vectors that belong to the result.
 
         Raises:
             BackendError: INSUFFICIENT_CLUSTER_MEMORY, NON_FINITE, DOUBLE_BACKWARD_UNSUPPORTED.

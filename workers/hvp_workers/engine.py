@@ -9,23 +9,24 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar, cast, final
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
+from hvp_core.algorithm import Advance, Algorithm, Budget
 from hvp_core.collective import Collective
-from hvp_core.eigenpairs import Eigenpairs, Plan, Progress
 from hvp_core.errors import CurvatureError, is_out_of_memory
-from hvp_core.lanczos import eigsh
+from hvp_operations.operation import Facts, Result, load
+from hvp_operations.registry import operations
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
-from hvp_workers.operators import LoadedOperator
-from hvp_workers.plan import plan_eigsh
+from hvp_workers.operators import CurvatureOperator, LoadedOperator
+from hvp_workers.plan import room_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,15 +69,37 @@ class _Vector:
 @final
 @dataclass
 class _Run:
-    """A Lanczos run between two products."""
+    """A run between two steps.
 
-    steps: Generator[Progress, None, Eigenpairs]
+    Attributes:
+        operation: Its name.
+        operator: What is asked.
+        algorithm: How.
+        space: Of its vectors.
+        loss: L(θ).
+        max_products: Bound on its products.
+        provenance: What the answer will rest on.
+        state: What the algorithm knows; None before the first step, with which its memory is taken.
+        num_products: Products so far.
+        seconds: Of each product, by steps.
+    """
+
+    operation: str
+    operator: CurvatureOperator
+    algorithm: Algorithm[Any]
     space: api.Space
-    loaded: LoadedOperator
     loss: float
     max_products: int
     provenance: dict[str, str]
+    state: Any = None
+    num_products: int = 0
     seconds: list[float] = field(default_factory=list)
+
+    def step(self) -> Advance | None:
+        """Go on by one step, allocating first what the run holds."""
+        if self.state is None:
+            self.state = self.algorithm.begin(self.operator)
+        return self.algorithm.step(self.operator, self.state)
 
 
 @final
@@ -209,106 +232,78 @@ class RankEngine:
     # Runs ---------------------------------------------------------------------------------------
 
     @command
-    def eigsh_start(self, run: str, operator: api.Operator, spec: api.EigshSpec) -> None:
+    def run_start(self, run: str, operator: api.Operator, operation: str, spec: Any) -> None:
         """Plan a run and evaluate the loss; no product yet."""
+        declared = operations()[operation]
         loaded = self._operator(operator)
         space = loaded.curvature.space
-        # What the first product will keep has to fit beside the basis.
+        facts = Facts(num_parameters=space.dimension, kind=operator.kind)
+        cost = declared.cost(spec, facts)
+        # What the first product will keep has to fit beside the run's own vectors.
         promised = 0 if loaded.has_products else loaded.budget_bytes
-        plan = plan_eigsh(
-            spec,
-            dimension=space.layout.numel,
-            vector_bytes=space.vector_bytes,
-            available_bytes=self._memory.least_available() - promised,
-            semidefinite=operator.kind == "ggn",
-            precision=operator.precision,
+        budget = Budget(
+            max_products=cost.max_products,
+            num_vectors=room_for(
+                cost,
+                vector_bytes=space.vector_bytes,
+                available_bytes=self._memory.least_available() - promised,
+            ),
         )
+        linear = CurvatureOperator(loaded, operator.kind, operator.precision)
         self._runs[run] = _Run(
-            steps=self._steps(loaded, operator.kind, plan, spec.seed),
+            operation=operation,
+            operator=linear,
+            algorithm=load(declared.algorithm).configure(spec, linear, budget),
             space=operator.space,
-            loaded=loaded,
             loss=loaded.curvature.loss(),
-            max_products=plan.max_products,
-            provenance=self._provenance(operator, loaded, plan, spec.seed),
-        )
-
-    def _steps(
-        self, loaded: LoadedOperator, kind: api.Kind, plan: Plan, seed: int
-    ) -> Generator[Progress, None, Eigenpairs]:
-        """The run, not begun: the basis is allocated with the first product."""
-        space = loaded.curvature.space
-
-        def random(index: int) -> torch.Tensor:
-            # Far from the seeds that people choose, and different for each index.
-            return space.random((seed + index * 0x9E3779B97F4A7C15) % 2**64, "gaussian")
-
-        return (
-            yield from eigsh(
-                # Lanczos has read a product before it asks for the next.
-                lambda v: loaded.product(kind, [v], borrow=True)[0],
-                random(0),
-                space.layout.numel,
-                plan,
-                dots=space.dots,
-                random=random,
-                agree=lambda found: self.collective.gather_objects(found)[0],
-                verifier=lambda: loaded.exact(kind),
-            )
+            max_products=cost.max_products,
+            provenance=self._provenance(operator, loaded),
         )
 
     @command
-    def eigsh_step(self, run: str, outputs: Sequence[str]) -> api.EigshProgress | api.EigshResult:
-        """One more product; the result, its vectors stored under `outputs`, after the last."""
+    def run_step(self, run: str, outputs: Sequence[str]) -> api.RunProgress | Result:
+        """One step more; the result, its vectors stored under `outputs`, after the last."""
         state = self._runs[run]
         began = time.perf_counter()
-        try:
-            progress = next(state.steps)
-        except StopIteration as stop:
-            return self._finish(run, stop.value, outputs)
-        state.seconds.append(time.perf_counter() - began)
-        return api.EigshProgress(
-            stage=progress.stage,
-            num_products=progress.num_products,
+        advance = state.step()
+        if advance is None:
+            return self._finish(run, outputs)
+        state.seconds.append(
+            (time.perf_counter() - began) / max(1, advance.num_products - state.num_products)
+        )
+        state.num_products = advance.num_products
+        return api.RunProgress(
+            operation=state.operation,
+            stage=advance.stage,
+            num_products=advance.num_products,
             max_products=state.max_products,
-            num_restarts=progress.num_restarts,
-            ritz_values=progress.ritz_values,
-            residual_estimates=progress.residual_estimates,
             seconds_per_product=statistics.median(state.seconds),
+            detail=advance.detail,
         )
 
-    def _finish(self, run: str, pairs: Eigenpairs, outputs: Sequence[str]) -> api.EigshResult:
+    def _finish(self, run: str, outputs: Sequence[str]) -> Result:
         state = self._runs.pop(run)
-        for name, row in zip(outputs, pairs.eigenvectors, strict=True):
-            self._vectors[name] = _Vector(state.space, row.clone())
-        return api.EigshResult(
-            eigenvalues=tuple(pairs.eigenvalues.tolist()),
-            residuals=tuple(pairs.residuals.tolist()),
-            num_products=pairs.num_products,
-            outcome=pairs.outcome,
-            error_bounds=tuple(pairs.error_bounds.tolist()),
-            completeness=api.Completeness(**asdict(pairs.completeness)),
-            symmetry_defect=pairs.symmetry_defect,
-            ritz_values=tuple(pairs.ritz_values.tolist()),
-            ritz_weights=tuple(pairs.ritz_weights.tolist()),
+        found = state.algorithm.result(state.operator, state.state)
+        for name, vector in zip(outputs, found.vectors, strict=True):
+            self._vectors[name] = _Vector(state.space, vector.clone())
+        result: Result = replace(
+            found.result,
             loss=state.loss,
             provenance={
                 **state.provenance,
-                **state.loaded.curvature.notes(),
-                "verified_in": "float64" if len(pairs.error_bounds) else "not verified",
+                **found.result.provenance,
+                **state.operator.notes(),
             },
         )
+        return result
 
     @command
-    def eigsh_end(self, run: str) -> None:
-        """Drop a run and its basis; unknown runs are ignored."""
-        state = self._runs.pop(run, None)
-        if state is not None:
-            state.steps.close()
+    def run_end(self, run: str) -> None:
+        """Drop a run and what it holds; unknown runs are ignored."""
+        self._runs.pop(run, None)
         self._memory.give_back()
 
-    def _provenance(
-        self, operator: api.Operator, loaded: LoadedOperator, plan: Plan, seed: int
-    ) -> dict[str, str]:
+    def _provenance(self, operator: api.Operator, loaded: LoadedOperator) -> dict[str, str]:
         curvature = loaded.curvature
         return {
             "hvp": version("hvp"),
@@ -320,9 +315,7 @@ class RankEngine:
             "device": self.device.type,
             "num_ranks": str(self.collective.world_size),
             "num_targets": str(curvature.num_targets),
-            "num_parameters": str(curvature.space.layout.numel),
-            "num_lanczos_vectors": str(plan.num_vectors),
-            "seed": str(seed),
+            "num_parameters": str(curvature.space.dimension),
             "probe": "Philox4x32-10 by flat index, Box-Muller",
             "blocks": str(len(curvature.chain.blocks)),
         }

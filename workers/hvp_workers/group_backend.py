@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from hvp_operations.operation import Result
+
 from hvp_workers.backend import (
     Backend,
     CheckpointDescription,
-    EigshProgress,
-    EigshResult,
-    EigshSpec,
     GroupLostError,
     Operator,
     RankInfo,
+    RunProgress,
     Source,
     Space,
 )
@@ -109,24 +109,22 @@ class GroupBackend(Backend):
         """See Backend."""
         await self._call("save_vector", name, path, start, stop)
 
-    async def eigsh(
-        self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]
-    ) -> AsyncIterator[EigshProgress | EigshResult]:
+    async def run(
+        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+    ) -> AsyncIterator[RunProgress | Result]:
         """See Backend; the ranks hold the run between two calls, so others fit in between."""
         run = uuid.uuid4().hex
-        yield EigshProgress(stage="loading", num_products=0, max_products=spec.max_products)
+        yield RunProgress(operation=operation, stage="loading", num_products=0, max_products=0)
         try:
-            await self._group.run("eigsh_start", run, operator, spec)
+            await self._group.run("run_start", run, operator, operation, spec)
             while True:
-                step: EigshProgress | EigshResult = await self._call(
-                    "eigsh_step", run, tuple(outputs)
-                )
+                step: RunProgress | Result = await self._call("run_step", run, tuple(outputs))
                 yield step
-                if isinstance(step, EigshResult):
+                if isinstance(step, Result):
                     return
         except GroupLostError:
             run = ""  # it went with the ranks
             raise
         finally:
             if run:
-                await self._group.run("eigsh_end", run)
+                await self._group.run("run_end", run)

@@ -12,6 +12,7 @@ import torch
 from hvp_core.chain import Chain, MicroBatch
 from hvp_core.data import read_token_batch
 from hvp_core.errors import CurvatureError
+from hvp_core.linear_operator import LinearOperator
 from hvp_core.policy import Policy
 from hvp_core.space import Space
 from hvp_core.walk import Curvature
@@ -21,6 +22,8 @@ from hvp_workers.memory import Memory
 from hvp_workers.micro_batch import default_micro_batch
 from hvp_workers.plan import EXACT, exact_bytes, policy
 
+#: Unit roundoff of the operands of matrix products, where it is more than the vectors' own.
+_NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
 _KEPT = 4  # an older one's batch is read again when it is needed
 
 
@@ -41,8 +44,8 @@ class LoadedOperator:
     """A loss at a point, with products of every kind.
 
     Attributes:
-        curvature: It.
-        budget_bytes: That it may keep for the next product from the first one on.
+        curvature: Computes the products.
+        budget_bytes: Memory it may hold between products, from the first product on.
         has_products: Whether there has been one, and it keeps what it keeps.
     """
 
@@ -60,18 +63,18 @@ class LoadedOperator:
         self.has_products = True
         return products
 
-    def exact(self, kind: api.Kind) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Products in float64 throughout, rounded to the vectors' type when they are added up.
+    def exact(self) -> LoadedOperator | None:
+        """The same with products in float64, rounded to the vectors' type when they are added up.
 
         What was kept for other products is given back first.
 
         Returns:
-            v -> the product, this rank's shards; None where there is no memory for it.
+            The loss at the same point; None where there is no memory for it.
         """
         self.curvature.release()
         self.has_products = False
         curvature = self._widest()
-        return curvature and (lambda v: curvature.product(kind, [v], borrow=True)[0])
+        return curvature and LoadedOperator(curvature, 0, self._widest)
 
     def news(self) -> Mapping[str, str]:
         """How products are computed; nothing when that was told before."""
@@ -80,6 +83,39 @@ class LoadedOperator:
             return {}
         self._told = notes
         return notes
+
+
+@final
+class CurvatureOperator(LinearOperator):
+    """One kind of product of a loaded operator, for algorithms.
+
+    Args:
+        loaded: The loss at a point.
+        kind: Which matrix.
+        precision: Of the operands of its matrix products.
+    """
+
+    symmetric = True
+
+    def __init__(self, loaded: LoadedOperator, kind: api.Kind, precision: api.Precision):
+        self.domain = self.codomain = loaded.curvature.space
+        self.semidefinite = kind == "ggn"
+        self.noise = _NOISE[precision]
+        self._loaded = loaded
+        self._kind = kind
+
+    def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
+        """See LinearOperator."""
+        return self._loaded.product(self._kind, vectors, borrow=borrow)
+
+    def exact(self) -> LinearOperator | None:
+        """Products in float64 throughout; what was kept for others is given back first."""
+        exact = self._loaded.exact()
+        return exact and CurvatureOperator(exact, self._kind, "full")
+
+    def notes(self) -> Mapping[str, str]:
+        """How products were computed."""
+        return self._loaded.curvature.notes()
 
 
 class _Key(NamedTuple):

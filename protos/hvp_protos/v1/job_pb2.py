@@ -24,99 +24,75 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
-from hvp_protos.v1 import operator_pb2 as hvp__protos_dot_v1_dot_operator__pb2
-from hvp_protos.v1 import vector_pb2 as hvp__protos_dot_v1_dot_vector__pb2
+from hvp_protos.v1 import density_pb2 as hvp__protos_dot_v1_dot_density__pb2
+from hvp_protos.v1 import eigsh_pb2 as hvp__protos_dot_v1_dot_eigsh__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvp_protos/v1/job.proto\x12\x06hvp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1chvp_protos/v1/operator.proto\x1a\x1ahvp_protos/v1/vector.proto\"\x8c\x02\n\tEigshSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\t\n\x01k\x18\x02 \x01(\x05\x12&\n\x05which\x18\x03 \x01(\x0e\x32\x17.hvp.v1.EigshSpec.Which\x12\x0b\n\x03tol\x18\x04 \x01(\x01\x12\x14\n\x0cmax_products\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x1b\n\x13num_lanczos_vectors\x18\x07 \x01(\x05\"V\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x0c\n\x08WHICH_LA\x10\x01\x12\x0c\n\x08WHICH_SA\x10\x02\x12\x0c\n\x08WHICH_LM\x10\x03\x12\x0c\n\x08WHICH_BE\x10\x04\"j\n\x0b\x44\x65nsitySpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nnum_probes\x18\x02 \x01(\x05\x12\x11\n\tnum_steps\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\xf7\x01\n\tTraceSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12(\n\x06method\x18\x02 \x01(\x0e\x32\x18.hvp.v1.TraceSpec.Method\x12\x12\n\nnum_probes\x18\x03 \x01(\x05\x12\x16\n\x0erelative_error\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"^\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x15\n\x11METHOD_HUTCHINSON\x10\x01\x12\x12\n\x0eMETHOD_HUTCHPP\x10\x02\x12\x11\n\rMETHOD_XTRACE\x10\x03\"\xee\x01\n\tSolveSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12(\n\x06method\x18\x02 \x01(\x0e\x32\x18.hvp.v1.SolveSpec.Method\x12\x17\n\x0fright_hand_side\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x61mping\x18\x04 \x01(\x01\x12\x0b\n\x03tol\x18\x05 \x01(\x01\x12\x14\n\x0cmax_products\x18\x06 \x01(\x05\"B\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\r\n\tMETHOD_CG\x10\x01\x12\x11\n\rMETHOD_MINRES\x10\x02\"\xa5\x01\n\x07JobSpec\x12\"\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x11.hvp.v1.EigshSpecH\x00\x12&\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x13.hvp.v1.DensitySpecH\x00\x12\"\n\x05trace\x18\x03 \x01(\x0b\x32\x11.hvp.v1.TraceSpecH\x00\x12\"\n\x05solve\x18\x04 \x01(\x0b\x32\x11.hvp.v1.SolveSpecH\x00\x42\x06\n\x04spec\"\xb8\x05\n\x0b\x45igshResult\x12\x13\n\x0b\x65igenvalues\x18\x01 \x03(\x01\x12\x11\n\tresiduals\x18\x02 \x03(\x01\x12$\n\x0c\x65igenvectors\x18\x03 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.hvp.v1.EigshResult.Outcome\x12\x17\n\x0fsymmetry_defect\x18\x06 \x01(\x01\x12\x13\n\x0britz_values\x18\x07 \x03(\x01\x12\x14\n\x0critz_weights\x18\x08 \x03(\x01\x12\x0c\n\x04loss\x18\t \x01(\x01\x12\x37\n\nprovenance\x18\n \x03(\x0b\x32#.hvp.v1.EigshResult.ProvenanceEntry\x12\x14\n\x0c\x65rror_bounds\x18\x0b \x03(\x01\x12\x36\n\x0c\x63ompleteness\x18\x0c \x01(\x0b\x32 .hvp.v1.EigshResult.Completeness\x1a`\n\x0c\x43ompleteness\x12\r\n\x05shown\x18\x01 \x01(\x08\x12\x0e\n\x06margin\x18\x02 \x01(\x01\x12\x1b\n\x13\x66\x61ilure_probability\x18\x03 \x01(\x01\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa8\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x03\x12\"\n\x1eOUTCOME_MULTIPLICITY_UNCERTAIN\x10\x04\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x05\";\n\tJobResult\x12$\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x13.hvp.v1.EigshResultH\x00\x42\x08\n\x06result\"\x9c\x01\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x30\n\x08metadata\x18\x04 \x03(\x0b\x32\x1e.hvp.v1.JobError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xac\x01\n\x0bJobProgress\x12\x14\n\x0cnum_products\x18\x01 \x01(\x05\x12\x14\n\x0cmax_products\x18\x02 \x01(\x05\x12\x13\n\x0britz_values\x18\x03 \x03(\x01\x12\x1a\n\x12residual_estimates\x18\x04 \x03(\x01\x12\x14\n\x0cnum_restarts\x18\x05 \x01(\x05\x12\r\n\x05stage\x18\x06 \x01(\t\x12\x1b\n\x13seconds_per_product\x18\x07 \x01(\x01\"\xe5\x04\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04spec\x18\x02 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.hvp.v1.JobError\x12!\n\x06result\x18\x05 \x01(\x0b\x32\x11.hvp.v1.JobResult\x12%\n\x08progress\x18\x06 \x01(\x0b\x32\x13.hvp.v1.JobProgress\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x05\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06labels\x18\x0c \x03(\x0b\x32\x17.hvp.v1.Job.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x95\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x14\n\x10STATE_CANCELLING\x10\x03\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\x12\x13\n\x0fSTATE_CANCELLED\x10\x06\"\xcf\x02\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0cstate_change\x18\x03 \x01(\x0b\x32\x1c.hvp.v1.JobEvent.StateChangeH\x00\x12\'\n\x08progress\x18\x04 \x01(\x0b\x32\x13.hvp.v1.JobProgressH\x00\x12/\n\theartbeat\x18\x05 \x01(\x0b\x32\x1a.hvp.v1.JobEvent.HeartbeatH\x00\x1a\x61\n\x0bStateChange\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.hvp.v1.JobError\x1a\x0b\n\tHeartbeatB\x07\n\x05\x65vent\"\xd1\x01\n\x10\x43reateJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1d\n\x04spec\x18\x03 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12\x34\n\x06labels\x18\x04 \x03(\x0b\x32$.hvp.v1.CreateJobRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x11\x43reateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0eGetJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"k\n\x0fListJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12!\n\x06states\x18\x04 \x03(\x0e\x32\x11.hvp.v1.Job.State\"F\n\x10ListJobsResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.hvp.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x11\x43\x61ncelJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"J\n\x0eWaitJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x0fWaitJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"3\n\x10WatchJobResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.hvp.v1.JobEvent2\xc7\x03\n\nJobService\x12@\n\tCreateJob\x12\x18.hvp.v1.CreateJobRequest\x1a\x19.hvp.v1.CreateJobResponse\x12\x37\n\x06GetJob\x12\x15.hvp.v1.GetJobRequest\x1a\x16.hvp.v1.GetJobResponse\x12=\n\x08ListJobs\x12\x17.hvp.v1.ListJobsRequest\x1a\x18.hvp.v1.ListJobsResponse\x12@\n\tCancelJob\x12\x18.hvp.v1.CancelJobRequest\x1a\x19.hvp.v1.CancelJobResponse\x12@\n\tDeleteJob\x12\x18.hvp.v1.DeleteJobRequest\x1a\x19.hvp.v1.DeleteJobResponse\x12:\n\x07WaitJob\x12\x16.hvp.v1.WaitJobRequest\x1a\x17.hvp.v1.WaitJobResponse\x12?\n\x08WatchJob\x12\x17.hvp.v1.WatchJobRequest\x1a\x18.hvp.v1.WatchJobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvp_protos/v1/job.proto\x12\x06hvp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bhvp_protos/v1/density.proto\x1a\x19hvp_protos/v1/eigsh.proto\"]\n\x07JobSpec\x12\"\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x11.hvp.v1.EigshSpecH\x00\x12&\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x13.hvp.v1.DensitySpecH\x00\x42\x06\n\x04spec\"e\n\tJobResult\x12$\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x13.hvp.v1.EigshResultH\x00\x12(\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x15.hvp.v1.DensityResultH\x00\x42\x08\n\x06result\"\x9c\x01\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x30\n\x08metadata\x18\x04 \x03(\x0b\x32\x1e.hvp.v1.JobError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc3\x01\n\x0bJobProgress\x12\x14\n\x0cnum_products\x18\x01 \x01(\x05\x12\x14\n\x0cmax_products\x18\x02 \x01(\x05\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x1b\n\x13seconds_per_product\x18\x04 \x01(\x01\x12&\n\x05\x65igsh\x18\x10 \x01(\x0b\x32\x15.hvp.v1.EigshProgressH\x00\x12*\n\x07\x64\x65nsity\x18\x11 \x01(\x0b\x32\x17.hvp.v1.DensityProgressH\x00\x42\x08\n\x06\x64\x65tail\"\xe5\x04\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04spec\x18\x02 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.hvp.v1.JobError\x12!\n\x06result\x18\x05 \x01(\x0b\x32\x11.hvp.v1.JobResult\x12%\n\x08progress\x18\x06 \x01(\x0b\x32\x13.hvp.v1.JobProgress\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x05\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06labels\x18\x0c \x03(\x0b\x32\x17.hvp.v1.Job.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x95\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x14\n\x10STATE_CANCELLING\x10\x03\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\x12\x13\n\x0fSTATE_CANCELLED\x10\x06\"\xcf\x02\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0cstate_change\x18\x03 \x01(\x0b\x32\x1c.hvp.v1.JobEvent.StateChangeH\x00\x12\'\n\x08progress\x18\x04 \x01(\x0b\x32\x13.hvp.v1.JobProgressH\x00\x12/\n\theartbeat\x18\x05 \x01(\x0b\x32\x1a.hvp.v1.JobEvent.HeartbeatH\x00\x1a\x61\n\x0bStateChange\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.hvp.v1.JobError\x1a\x0b\n\tHeartbeatB\x07\n\x05\x65vent\"\xd1\x01\n\x10\x43reateJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1d\n\x04spec\x18\x03 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12\x34\n\x06labels\x18\x04 \x03(\x0b\x32$.hvp.v1.CreateJobRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x11\x43reateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0eGetJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"k\n\x0fListJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12!\n\x06states\x18\x04 \x03(\x0e\x32\x11.hvp.v1.Job.State\"F\n\x10ListJobsResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.hvp.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x11\x43\x61ncelJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"J\n\x0eWaitJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x0fWaitJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"3\n\x10WatchJobResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.hvp.v1.JobEvent2\xc7\x03\n\nJobService\x12@\n\tCreateJob\x12\x18.hvp.v1.CreateJobRequest\x1a\x19.hvp.v1.CreateJobResponse\x12\x37\n\x06GetJob\x12\x15.hvp.v1.GetJobRequest\x1a\x16.hvp.v1.GetJobResponse\x12=\n\x08ListJobs\x12\x17.hvp.v1.ListJobsRequest\x1a\x18.hvp.v1.ListJobsResponse\x12@\n\tCancelJob\x12\x18.hvp.v1.CancelJobRequest\x1a\x19.hvp.v1.CancelJobResponse\x12@\n\tDeleteJob\x12\x18.hvp.v1.DeleteJobRequest\x1a\x19.hvp.v1.DeleteJobResponse\x12:\n\x07WaitJob\x12\x16.hvp.v1.WaitJobRequest\x1a\x17.hvp.v1.WaitJobResponse\x12?\n\x08WatchJob\x12\x17.hvp.v1.WatchJobRequest\x1a\x18.hvp.v1.WatchJobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hvp_protos.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EIGSHRESULT_PROVENANCEENTRY']._loaded_options = None
-  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_options = b'8\001'
   _globals['_JOBERROR_METADATAENTRY']._loaded_options = None
   _globals['_JOBERROR_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_JOB_LABELSENTRY']._loaded_options = None
   _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CREATEJOBREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_EIGSHSPEC']._serialized_start=159
-  _globals['_EIGSHSPEC']._serialized_end=427
-  _globals['_EIGSHSPEC_WHICH']._serialized_start=341
-  _globals['_EIGSHSPEC_WHICH']._serialized_end=427
-  _globals['_DENSITYSPEC']._serialized_start=429
-  _globals['_DENSITYSPEC']._serialized_end=535
-  _globals['_TRACESPEC']._serialized_start=538
-  _globals['_TRACESPEC']._serialized_end=785
-  _globals['_TRACESPEC_METHOD']._serialized_start=691
-  _globals['_TRACESPEC_METHOD']._serialized_end=785
-  _globals['_SOLVESPEC']._serialized_start=788
-  _globals['_SOLVESPEC']._serialized_end=1026
-  _globals['_SOLVESPEC_METHOD']._serialized_start=960
-  _globals['_SOLVESPEC_METHOD']._serialized_end=1026
-  _globals['_JOBSPEC']._serialized_start=1029
-  _globals['_JOBSPEC']._serialized_end=1194
-  _globals['_EIGSHRESULT']._serialized_start=1197
-  _globals['_EIGSHRESULT']._serialized_end=1893
-  _globals['_EIGSHRESULT_COMPLETENESS']._serialized_start=1575
-  _globals['_EIGSHRESULT_COMPLETENESS']._serialized_end=1671
-  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_start=1673
-  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_end=1722
-  _globals['_EIGSHRESULT_OUTCOME']._serialized_start=1725
-  _globals['_EIGSHRESULT_OUTCOME']._serialized_end=1893
-  _globals['_JOBRESULT']._serialized_start=1895
-  _globals['_JOBRESULT']._serialized_end=1954
-  _globals['_JOBERROR']._serialized_start=1957
-  _globals['_JOBERROR']._serialized_end=2113
-  _globals['_JOBERROR_METADATAENTRY']._serialized_start=2066
-  _globals['_JOBERROR_METADATAENTRY']._serialized_end=2113
-  _globals['_JOBPROGRESS']._serialized_start=2116
-  _globals['_JOBPROGRESS']._serialized_end=2288
-  _globals['_JOB']._serialized_start=2291
-  _globals['_JOB']._serialized_end=2904
-  _globals['_JOB_LABELSENTRY']._serialized_start=2707
-  _globals['_JOB_LABELSENTRY']._serialized_end=2752
-  _globals['_JOB_STATE']._serialized_start=2755
-  _globals['_JOB_STATE']._serialized_end=2904
-  _globals['_JOBEVENT']._serialized_start=2907
-  _globals['_JOBEVENT']._serialized_end=3242
-  _globals['_JOBEVENT_STATECHANGE']._serialized_start=3123
-  _globals['_JOBEVENT_STATECHANGE']._serialized_end=3220
-  _globals['_JOBEVENT_HEARTBEAT']._serialized_start=3222
-  _globals['_JOBEVENT_HEARTBEAT']._serialized_end=3233
-  _globals['_CREATEJOBREQUEST']._serialized_start=3245
-  _globals['_CREATEJOBREQUEST']._serialized_end=3454
-  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_start=2707
-  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_end=2752
-  _globals['_CREATEJOBRESPONSE']._serialized_start=3456
-  _globals['_CREATEJOBRESPONSE']._serialized_end=3501
-  _globals['_GETJOBREQUEST']._serialized_start=3503
-  _globals['_GETJOBREQUEST']._serialized_end=3532
-  _globals['_GETJOBRESPONSE']._serialized_start=3534
-  _globals['_GETJOBRESPONSE']._serialized_end=3576
-  _globals['_LISTJOBSREQUEST']._serialized_start=3578
-  _globals['_LISTJOBSREQUEST']._serialized_end=3685
-  _globals['_LISTJOBSRESPONSE']._serialized_start=3687
-  _globals['_LISTJOBSRESPONSE']._serialized_end=3757
-  _globals['_CANCELJOBREQUEST']._serialized_start=3759
-  _globals['_CANCELJOBREQUEST']._serialized_end=3791
-  _globals['_CANCELJOBRESPONSE']._serialized_start=3793
-  _globals['_CANCELJOBRESPONSE']._serialized_end=3838
-  _globals['_DELETEJOBREQUEST']._serialized_start=3840
-  _globals['_DELETEJOBREQUEST']._serialized_end=3872
-  _globals['_DELETEJOBRESPONSE']._serialized_start=3874
-  _globals['_DELETEJOBRESPONSE']._serialized_end=3893
-  _globals['_WAITJOBREQUEST']._serialized_start=3895
-  _globals['_WAITJOBREQUEST']._serialized_end=3969
-  _globals['_WAITJOBRESPONSE']._serialized_start=3971
-  _globals['_WAITJOBRESPONSE']._serialized_end=4014
-  _globals['_WATCHJOBREQUEST']._serialized_start=4016
-  _globals['_WATCHJOBREQUEST']._serialized_end=4071
-  _globals['_WATCHJOBRESPONSE']._serialized_start=4073
-  _globals['_WATCHJOBRESPONSE']._serialized_end=4124
-  _globals['_JOBSERVICE']._serialized_start=4127
-  _globals['_JOBSERVICE']._serialized_end=4582
+  _globals['_JOBSPEC']._serialized_start=156
+  _globals['_JOBSPEC']._serialized_end=249
+  _globals['_JOBRESULT']._serialized_start=251
+  _globals['_JOBRESULT']._serialized_end=352
+  _globals['_JOBERROR']._serialized_start=355
+  _globals['_JOBERROR']._serialized_end=511
+  _globals['_JOBERROR_METADATAENTRY']._serialized_start=464
+  _globals['_JOBERROR_METADATAENTRY']._serialized_end=511
+  _globals['_JOBPROGRESS']._serialized_start=514
+  _globals['_JOBPROGRESS']._serialized_end=709
+  _globals['_JOB']._serialized_start=712
+  _globals['_JOB']._serialized_end=1325
+  _globals['_JOB_LABELSENTRY']._serialized_start=1128
+  _globals['_JOB_LABELSENTRY']._serialized_end=1173
+  _globals['_JOB_STATE']._serialized_start=1176
+  _globals['_JOB_STATE']._serialized_end=1325
+  _globals['_JOBEVENT']._serialized_start=1328
+  _globals['_JOBEVENT']._serialized_end=1663
+  _globals['_JOBEVENT_STATECHANGE']._serialized_start=1544
+  _globals['_JOBEVENT_STATECHANGE']._serialized_end=1641
+  _globals['_JOBEVENT_HEARTBEAT']._serialized_start=1643
+  _globals['_JOBEVENT_HEARTBEAT']._serialized_end=1654
+  _globals['_CREATEJOBREQUEST']._serialized_start=1666
+  _globals['_CREATEJOBREQUEST']._serialized_end=1875
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_start=1128
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_end=1173
+  _globals['_CREATEJOBRESPONSE']._serialized_start=1877
+  _globals['_CREATEJOBRESPONSE']._serialized_end=1922
+  _globals['_GETJOBREQUEST']._serialized_start=1924
+  _globals['_GETJOBREQUEST']._serialized_end=1953
+  _globals['_GETJOBRESPONSE']._serialized_start=1955
+  _globals['_GETJOBRESPONSE']._serialized_end=1997
+  _globals['_LISTJOBSREQUEST']._serialized_start=1999
+  _globals['_LISTJOBSREQUEST']._serialized_end=2106
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2108
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2178
+  _globals['_CANCELJOBREQUEST']._serialized_start=2180
+  _globals['_CANCELJOBREQUEST']._serialized_end=2212
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2214
+  _globals['_CANCELJOBRESPONSE']._serialized_end=2259
+  _globals['_DELETEJOBREQUEST']._serialized_start=2261
+  _globals['_DELETEJOBREQUEST']._serialized_end=2293
+  _globals['_DELETEJOBRESPONSE']._serialized_start=2295
+  _globals['_DELETEJOBRESPONSE']._serialized_end=2314
+  _globals['_WAITJOBREQUEST']._serialized_start=2316
+  _globals['_WAITJOBREQUEST']._serialized_end=2390
+  _globals['_WAITJOBRESPONSE']._serialized_start=2392
+  _globals['_WAITJOBRESPONSE']._serialized_end=2435
+  _globals['_WATCHJOBREQUEST']._serialized_start=2437
+  _globals['_WATCHJOBREQUEST']._serialized_end=2492
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2494
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2545
+  _globals['_JOBSERVICE']._serialized_start=2548
+  _globals['_JOBSERVICE']._serialized_end=3003
 # @@protoc_insertion_point(module_scope)

@@ -13,8 +13,8 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
-from hvp_protos.v1 import operator_pb2 as _operator_pb2
-from hvp_protos.v1 import vector_pb2 as _vector_pb2
+from hvp_protos.v1 import density_pb2 as _density_pb2
+from hvp_protos.v1 import eigsh_pb2 as _eigsh_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -27,447 +27,54 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class EigshSpec(_message.Message):
-    """k extremal eigenpairs by thick-restart Lanczos with full reorthogonalisation, verified in float64,
-    and a search from fresh random vectors for what the first one may have missed.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    class _Which:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _WhichEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EigshSpec._Which.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        WHICH_UNSPECIFIED: EigshSpec._Which.ValueType  # 0
-        WHICH_LA: EigshSpec._Which.ValueType  # 1
-        """Largest algebraic."""
-        WHICH_SA: EigshSpec._Which.ValueType  # 2
-        """Smallest algebraic."""
-        WHICH_LM: EigshSpec._Which.ValueType  # 3
-        """Largest magnitude."""
-        WHICH_BE: EigshSpec._Which.ValueType  # 4
-        """Half from each end, the odd one from the high end."""
-
-    class Which(_Which, metaclass=_WhichEnumTypeWrapper): ...
-    WHICH_UNSPECIFIED: EigshSpec.Which.ValueType  # 0
-    WHICH_LA: EigshSpec.Which.ValueType  # 1
-    """Largest algebraic."""
-    WHICH_SA: EigshSpec.Which.ValueType  # 2
-    """Smallest algebraic."""
-    WHICH_LM: EigshSpec.Which.ValueType  # 3
-    """Largest magnitude."""
-    WHICH_BE: EigshSpec.Which.ValueType  # 4
-    """Half from each end, the odd one from the high end."""
-
-    OPERATOR_FIELD_NUMBER: _builtins.int
-    K_FIELD_NUMBER: _builtins.int
-    WHICH_FIELD_NUMBER: _builtins.int
-    TOL_FIELD_NUMBER: _builtins.int
-    MAX_PRODUCTS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    NUM_LANCZOS_VECTORS_FIELD_NUMBER: _builtins.int
-    k: _builtins.int
-    """Number of eigenpairs, 1 <= k < n."""
-    which: Global___EigshSpec.Which.ValueType
-    tol: _builtins.float
-    """Stop when every wanted pair's estimated residual is at most tol times the largest Ritz value's
-    magnitude, 0 <= tol < 1; 0 means the dtype's rounding.
-    """
-    max_products: _builtins.int
-    """Upper bound on operator products, those that show completeness and the k of the final residuals
-    included; 0 means 10 n or 300 + k, whichever is less.
-    """
-    seed: _builtins.int
-    """Seed of the starting vector."""
-    num_lanczos_vectors: _builtins.int
-    """Rows of the Krylov basis; 0 lets the server choose by memory."""
-    @_builtins.property
-    def operator(self) -> _operator_pb2.OperatorSpec: ...
-    def __init__(
-        self,
-        *,
-        operator: _operator_pb2.OperatorSpec | None = ...,
-        k: _builtins.int = ...,
-        which: Global___EigshSpec.Which.ValueType = ...,
-        tol: _builtins.float = ...,
-        max_products: _builtins.int = ...,
-        seed: _builtins.int = ...,
-        num_lanczos_vectors: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "max_products", b"max_products", "num_lanczos_vectors", b"num_lanczos_vectors", "operator", b"operator", "seed", b"seed", "tol", b"tol", "which", b"which"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___EigshSpec: _TypeAlias = EigshSpec  # noqa: Y015
-
-@_typing.final
-class DensitySpec(_message.Message):
-    """Spectral density by stochastic Lanczos quadrature."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OPERATOR_FIELD_NUMBER: _builtins.int
-    NUM_PROBES_FIELD_NUMBER: _builtins.int
-    NUM_STEPS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    num_probes: _builtins.int
-    num_steps: _builtins.int
-    seed: _builtins.int
-    @_builtins.property
-    def operator(self) -> _operator_pb2.OperatorSpec: ...
-    def __init__(
-        self,
-        *,
-        operator: _operator_pb2.OperatorSpec | None = ...,
-        num_probes: _builtins.int = ...,
-        num_steps: _builtins.int = ...,
-        seed: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_probes", b"num_probes", "num_steps", b"num_steps", "operator", b"operator", "seed", b"seed"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DensitySpec: _TypeAlias = DensitySpec  # noqa: Y015
-
-@_typing.final
-class TraceSpec(_message.Message):
-    """tr(A)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    class _Method:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TraceSpec._Method.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        METHOD_UNSPECIFIED: TraceSpec._Method.ValueType  # 0
-        METHOD_HUTCHINSON: TraceSpec._Method.ValueType  # 1
-        METHOD_HUTCHPP: TraceSpec._Method.ValueType  # 2
-        METHOD_XTRACE: TraceSpec._Method.ValueType  # 3
-
-    class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
-    METHOD_UNSPECIFIED: TraceSpec.Method.ValueType  # 0
-    METHOD_HUTCHINSON: TraceSpec.Method.ValueType  # 1
-    METHOD_HUTCHPP: TraceSpec.Method.ValueType  # 2
-    METHOD_XTRACE: TraceSpec.Method.ValueType  # 3
-
-    OPERATOR_FIELD_NUMBER: _builtins.int
-    METHOD_FIELD_NUMBER: _builtins.int
-    NUM_PROBES_FIELD_NUMBER: _builtins.int
-    RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    method: Global___TraceSpec.Method.ValueType
-    num_probes: _builtins.int
-    relative_error: _builtins.float
-    """Stop when the standard error is below this fraction of the mean."""
-    seed: _builtins.int
-    @_builtins.property
-    def operator(self) -> _operator_pb2.OperatorSpec: ...
-    def __init__(
-        self,
-        *,
-        operator: _operator_pb2.OperatorSpec | None = ...,
-        method: Global___TraceSpec.Method.ValueType = ...,
-        num_probes: _builtins.int = ...,
-        relative_error: _builtins.float = ...,
-        seed: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "num_probes", b"num_probes", "operator", b"operator", "relative_error", b"relative_error", "seed", b"seed"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TraceSpec: _TypeAlias = TraceSpec  # noqa: Y015
-
-@_typing.final
-class SolveSpec(_message.Message):
-    """x with (A + damping I) x = b."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    class _Method:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SolveSpec._Method.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        METHOD_UNSPECIFIED: SolveSpec._Method.ValueType  # 0
-        METHOD_CG: SolveSpec._Method.ValueType  # 1
-        METHOD_MINRES: SolveSpec._Method.ValueType  # 2
-
-    class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
-    METHOD_UNSPECIFIED: SolveSpec.Method.ValueType  # 0
-    METHOD_CG: SolveSpec.Method.ValueType  # 1
-    METHOD_MINRES: SolveSpec.Method.ValueType  # 2
-
-    OPERATOR_FIELD_NUMBER: _builtins.int
-    METHOD_FIELD_NUMBER: _builtins.int
-    RIGHT_HAND_SIDE_FIELD_NUMBER: _builtins.int
-    DAMPING_FIELD_NUMBER: _builtins.int
-    TOL_FIELD_NUMBER: _builtins.int
-    MAX_PRODUCTS_FIELD_NUMBER: _builtins.int
-    method: Global___SolveSpec.Method.ValueType
-    right_hand_side: _builtins.str
-    damping: _builtins.float
-    tol: _builtins.float
-    max_products: _builtins.int
-    @_builtins.property
-    def operator(self) -> _operator_pb2.OperatorSpec: ...
-    def __init__(
-        self,
-        *,
-        operator: _operator_pb2.OperatorSpec | None = ...,
-        method: Global___SolveSpec.Method.ValueType = ...,
-        right_hand_side: _builtins.str = ...,
-        damping: _builtins.float = ...,
-        tol: _builtins.float = ...,
-        max_products: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["damping", b"damping", "max_products", b"max_products", "method", b"method", "operator", b"operator", "right_hand_side", b"right_hand_side", "tol", b"tol"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SolveSpec: _TypeAlias = SolveSpec  # noqa: Y015
-
-@_typing.final
 class JobSpec(_message.Message):
+    """What a job asks, one field for each operation; every spec has an operator."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EIGSH_FIELD_NUMBER: _builtins.int
     DENSITY_FIELD_NUMBER: _builtins.int
-    TRACE_FIELD_NUMBER: _builtins.int
-    SOLVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def eigsh(self) -> Global___EigshSpec: ...
+    def eigsh(self) -> _eigsh_pb2.EigshSpec: ...
     @_builtins.property
-    def density(self) -> Global___DensitySpec: ...
-    @_builtins.property
-    def trace(self) -> Global___TraceSpec: ...
-    @_builtins.property
-    def solve(self) -> Global___SolveSpec: ...
+    def density(self) -> _density_pb2.DensitySpec: ...
     def __init__(
         self,
         *,
-        eigsh: Global___EigshSpec | None = ...,
-        density: Global___DensitySpec | None = ...,
-        trace: Global___TraceSpec | None = ...,
-        solve: Global___SolveSpec | None = ...,
+        eigsh: _eigsh_pb2.EigshSpec | None = ...,
+        density: _density_pb2.DensitySpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "trace", "solve"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
 
 @_typing.final
-class EigshResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    class _Outcome:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EigshResult._Outcome.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        OUTCOME_UNSPECIFIED: EigshResult._Outcome.ValueType  # 0
-        OUTCOME_CONVERGED: EigshResult._Outcome.ValueType  # 1
-        """Every pair meets the tolerance, and none of the wanted was missed: see `completeness`."""
-        OUTCOME_MAX_PRODUCTS: EigshResult._Outcome.ValueType  # 2
-        """The budget of products ran out; the pairs are the best so far, and `residuals` say how good."""
-        OUTCOME_NOISE_LIMIT: EigshResult._Outcome.ValueType  # 3
-        """The search converged and the verifying products do not confirm it: the search's products are
-        too coarse for the tolerance, and more of them would not help. Use a wider precision.
-        """
-        OUTCOME_MULTIPLICITY_UNCERTAIN: EigshResult._Outcome.ValueType  # 4
-        """Every pair meets the tolerance, and the budget ran out before it could be shown that none was
-        missed: copies of a repeated eigenvalue, for example. Give more products.
-        """
-        OUTCOME_UNVERIFIED: EigshResult._Outcome.ValueType  # 5
-        """The search converged and there was no memory to verify the pairs in float64: nothing is
-        claimed of the exact operator. Use more workers or fewer Lanczos vectors.
-        """
-
-    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
-    OUTCOME_UNSPECIFIED: EigshResult.Outcome.ValueType  # 0
-    OUTCOME_CONVERGED: EigshResult.Outcome.ValueType  # 1
-    """Every pair meets the tolerance, and none of the wanted was missed: see `completeness`."""
-    OUTCOME_MAX_PRODUCTS: EigshResult.Outcome.ValueType  # 2
-    """The budget of products ran out; the pairs are the best so far, and `residuals` say how good."""
-    OUTCOME_NOISE_LIMIT: EigshResult.Outcome.ValueType  # 3
-    """The search converged and the verifying products do not confirm it: the search's products are
-    too coarse for the tolerance, and more of them would not help. Use a wider precision.
-    """
-    OUTCOME_MULTIPLICITY_UNCERTAIN: EigshResult.Outcome.ValueType  # 4
-    """Every pair meets the tolerance, and the budget ran out before it could be shown that none was
-    missed: copies of a repeated eigenvalue, for example. Give more products.
-    """
-    OUTCOME_UNVERIFIED: EigshResult.Outcome.ValueType  # 5
-    """The search converged and there was no memory to verify the pairs in float64: nothing is
-    claimed of the exact operator. Use more workers or fewer Lanczos vectors.
-    """
-
-    @_typing.final
-    class Completeness(_message.Message):
-        """What is known of eigenvalues beyond the k pairs."""
-
-        DESCRIPTOR: _descriptor.Descriptor
-
-        SHOWN_FIELD_NUMBER: _builtins.int
-        MARGIN_FIELD_NUMBER: _builtins.int
-        FAILURE_PROBABILITY_FIELD_NUMBER: _builtins.int
-        NUM_PRODUCTS_FIELD_NUMBER: _builtins.int
-        shown: _builtins.bool
-        """Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most `margin` further
-        out than the i-th of the pairs.
-        """
-        margin: _builtins.float
-        """In units of the eigenvalues: the tolerance, and the noise of the search; infinite where
-        nothing is known.
-        """
-        failure_probability: _builtins.float
-        """Probability, over the random starting vectors, that `shown` is wrong. 0 where the basis spans
-        the whole space.
-        """
-        num_products: _builtins.int
-        """Products spent on it."""
-        def __init__(
-            self,
-            *,
-            shown: _builtins.bool = ...,
-            margin: _builtins.float = ...,
-            failure_probability: _builtins.float = ...,
-            num_products: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_probability", b"failure_probability", "margin", b"margin", "num_products", b"num_products", "shown", b"shown"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    @_typing.final
-    class ProvenanceEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.str
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.str = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    EIGENVALUES_FIELD_NUMBER: _builtins.int
-    RESIDUALS_FIELD_NUMBER: _builtins.int
-    EIGENVECTORS_FIELD_NUMBER: _builtins.int
-    NUM_PRODUCTS_FIELD_NUMBER: _builtins.int
-    OUTCOME_FIELD_NUMBER: _builtins.int
-    SYMMETRY_DEFECT_FIELD_NUMBER: _builtins.int
-    RITZ_VALUES_FIELD_NUMBER: _builtins.int
-    RITZ_WEIGHTS_FIELD_NUMBER: _builtins.int
-    LOSS_FIELD_NUMBER: _builtins.int
-    PROVENANCE_FIELD_NUMBER: _builtins.int
-    ERROR_BOUNDS_FIELD_NUMBER: _builtins.int
-    COMPLETENESS_FIELD_NUMBER: _builtins.int
-    num_products: _builtins.int
-    outcome: Global___EigshResult.Outcome.ValueType
-    symmetry_defect: _builtins.float
-    """|u.Av - v.Au| / (||Au|| ||v||) over the run's own vectors: rounding shows here first."""
-    loss: _builtins.float
-    @_builtins.property
-    def eigenvalues(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Ascending, k of them."""
-
-    @_builtins.property
-    def residuals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """||A y - lambda y|| / ||y||, each from a fresh product in float64."""
-
-    @_builtins.property
-    def eigenvectors(self) -> _containers.RepeatedCompositeFieldContainer[_vector_pb2.Vector]:
-        """Orthonormal, in the order of `eigenvalues`."""
-
-    @_builtins.property
-    def ritz_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Ritz values of the last basis, with `ritz_weights` (squared first components of T's
-        eigenvectors, before any restart): the picture of the density.
-        """
-
-    @_builtins.property
-    def ritz_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
-    def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What the figures rest on: versions, digests, dtype, seed."""
-
-    @_builtins.property
-    def error_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One for each pair: [eigenvalue - bound, eigenvalue + bound] holds an eigenvalue of the exact
-        operator, whatever precision the search ran in. Empty where nothing is claimed.
-        """
-
-    @_builtins.property
-    def completeness(self) -> Global___EigshResult.Completeness: ...
-    def __init__(
-        self,
-        *,
-        eigenvalues: _abc.Iterable[_builtins.float] | None = ...,
-        residuals: _abc.Iterable[_builtins.float] | None = ...,
-        eigenvectors: _abc.Iterable[_vector_pb2.Vector] | None = ...,
-        num_products: _builtins.int = ...,
-        outcome: Global___EigshResult.Outcome.ValueType = ...,
-        symmetry_defect: _builtins.float = ...,
-        ritz_values: _abc.Iterable[_builtins.float] | None = ...,
-        ritz_weights: _abc.Iterable[_builtins.float] | None = ...,
-        loss: _builtins.float = ...,
-        provenance: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        error_bounds: _abc.Iterable[_builtins.float] | None = ...,
-        completeness: Global___EigshResult.Completeness | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["completeness", b"completeness"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completeness", b"completeness", "eigenvalues", b"eigenvalues", "eigenvectors", b"eigenvectors", "error_bounds", b"error_bounds", "loss", b"loss", "num_products", b"num_products", "outcome", b"outcome", "provenance", b"provenance", "residuals", b"residuals", "ritz_values", b"ritz_values", "ritz_weights", b"ritz_weights", "symmetry_defect", b"symmetry_defect"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___EigshResult: _TypeAlias = EigshResult  # noqa: Y015
-
-@_typing.final
 class JobResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EIGSH_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def eigsh(self) -> Global___EigshResult: ...
+    def eigsh(self) -> _eigsh_pb2.EigshResult: ...
+    @_builtins.property
+    def density(self) -> _density_pb2.DensityResult: ...
     def __init__(
         self,
         *,
-        eigsh: Global___EigshResult | None = ...,
+        eigsh: _eigsh_pb2.EigshResult | None = ...,
+        density: _density_pb2.DensityResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eigsh", b"eigsh", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eigsh", b"eigsh", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -531,42 +138,40 @@ class JobProgress(_message.Message):
 
     NUM_PRODUCTS_FIELD_NUMBER: _builtins.int
     MAX_PRODUCTS_FIELD_NUMBER: _builtins.int
-    RITZ_VALUES_FIELD_NUMBER: _builtins.int
-    RESIDUAL_ESTIMATES_FIELD_NUMBER: _builtins.int
-    NUM_RESTARTS_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     SECONDS_PER_PRODUCT_FIELD_NUMBER: _builtins.int
+    EIGSH_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
-    """Operator products done in this attempt."""
+    """Operator products done in this attempt, and their upper bound."""
     max_products: _builtins.int
-    num_restarts: _builtins.int
-    """Times the basis was compressed."""
     stage: _builtins.str
-    """`loading`, `iterating`, `completeness` (looking for what was missed), `verifying` or `saving`."""
+    """`loading`, `saving`, or what the operation calls it: of eigsh `iterating`, `completeness`
+    (looking for what was missed) and `verifying`; of density `iterating`.
+    """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
     @_builtins.property
-    def ritz_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Current Ritz values at the wanted end or ends, ascending, and their estimated residuals."""
-
+    def eigsh(self) -> _eigsh_pb2.EigshProgress: ...
     @_builtins.property
-    def residual_estimates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def density(self) -> _density_pb2.DensityProgress: ...
     def __init__(
         self,
         *,
         num_products: _builtins.int = ...,
         max_products: _builtins.int = ...,
-        ritz_values: _abc.Iterable[_builtins.float] | None = ...,
-        residual_estimates: _abc.Iterable[_builtins.float] | None = ...,
-        num_restarts: _builtins.int = ...,
         stage: _builtins.str = ...,
         seconds_per_product: _builtins.float = ...,
+        eigsh: _eigsh_pb2.EigshProgress | None = ...,
+        density: _density_pb2.DensityProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "eigsh", b"eigsh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_products", b"max_products", "num_products", b"num_products", "num_restarts", b"num_restarts", "residual_estimates", b"residual_estimates", "ritz_values", b"ritz_values", "seconds_per_product", b"seconds_per_product", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "eigsh", b"eigsh", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density"]  # noqa: Y015
+    _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 
 Global___JobProgress: _TypeAlias = JobProgress  # noqa: Y015
 
@@ -914,7 +519,7 @@ class ListJobsResponse(_message.Message):
     next_page_token: _builtins.str
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
-        """Newest first. Without `result`, which can be long, and without the arrays of `progress`: GetJob
+        """Newest first. Without `result`, which can be long, and without the detail of `progress`: GetJob
         has them.
         """
 

@@ -84,9 +84,8 @@ class JobServiceServicer:
 
     def CreateJob(self, request, context):
         """Queues a job. Checks the operator as OperatorService does, and
-        INVALID_ARGUMENT `K_INVALID` (at most 10000 pairs a job), `WHICH_UNSUPPORTED`, `TOL_INVALID`, `MAX_PRODUCTS_INVALID`,
-        `NUM_LANCZOS_VECTORS_INVALID`, `SPEC_MISSING`.
-        UNIMPLEMENTED `KIND_UNSUPPORTED`: density, trace and solve are not served yet.
+        INVALID_ARGUMENT `SPEC_MISSING`; `<FIELD>_INVALID`, as in `K_INVALID`, for a value that the
+        operation does not take, `<FIELD>_UNSUPPORTED` for an enum's value; metadata: the value.
         FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: not even the smallest basis fits; metadata
         `needed_bytes`, `available_bytes`.
         RESOURCE_EXHAUSTED `QUEUE_FULL`: retry later.
@@ -118,7 +117,7 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Its eigenvectors go with it, unless they are kept.
+        """Its vectors go with it, unless they are kept.
 
         FAILED_PRECONDITION `JOB_NOT_ENDED`: cancel it first.
         """

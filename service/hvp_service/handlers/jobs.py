@@ -6,28 +6,23 @@ import hashlib
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from typing import Any
 
-from hvp_workers.backend import Which
+from hvp_operations.checking import checked
+from hvp_operations.operation import SpecError
+from hvp_operations.registry import operations
 
 from hvp_service.clock import now_us
 from hvp_service.dependencies import Dependencies
-from hvp_service.eigsh_limits import MAX_EIGENPAIRS, check_fits
 from hvp_service.errors import ServiceError
-from hvp_service.job_store import FINAL_STATES, EigshJob, Job, JobEvent, StateChange
+from hvp_service.job_room import check_fits, facts_of
+from hvp_service.job_store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
 from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorRef
 
 MAX_WAIT_S = 60.0
 MAX_LABELS = 64
 MAX_LABEL_LENGTH = 256
-
-WHICHES: dict[str, Which] = {
-    "WHICH_LA": "LA",
-    "WHICH_SA": "SA",
-    "WHICH_LM": "LM",
-    "WHICH_BE": "BE",
-}
-
 
 def job_id(project: str, request_id: str) -> str:
     """The id that a request id always leads to: a retry after a crash finds the row."""
@@ -36,160 +31,80 @@ def job_id(project: str, request_id: str) -> str:
     return hashlib.sha256(f"{project}\0{request_id}".encode()).hexdigest()[:32]
 
 
-def check_served(spec: str | None) -> None:
-    """Refuse jobs of a kind that is not served.
-
-    Args:
-        spec: Field of the proto's JobSpec that is set.
-
-    Raises:
-        ServiceError: SPEC_MISSING, KIND_UNSUPPORTED.
-    """
-    if spec is None:
-        raise ServiceError("SPEC_MISSING", "Say what the job does: eigsh.", field="spec")
-    if spec != "eigsh":
-        raise ServiceError(
-            "KIND_UNSUPPORTED", f"{spec} jobs are not served yet; eigsh is.", field="spec"
-        )
-
-
-def check_eigsh(
-    *,
-    operator: OperatorRef,
-    k: int,
-    which: str,
-    tol: float,
-    max_products: int,
-    seed: int,
-    num_lanczos_vectors: int,
-    num_parameters: int,
-) -> EigshJob:
-    """An eigenpair job that can run.
-
-    Raises:
-        ServiceError: K_INVALID, WHICH_UNSUPPORTED, TOL_INVALID, MAX_PRODUCTS_INVALID,
-            NUM_LANCZOS_VECTORS_INVALID.
-    """
-    largest = min(num_parameters - 1, MAX_EIGENPAIRS)
-    if not 1 <= k <= largest:
-        raise ServiceError(
-            "K_INVALID",
-            f"k is {k}; of an operator of order {num_parameters}, 1 to {largest} eigenpairs can be "
-            "asked in one job.",
-            field="spec.eigsh.k",
-            metadata={"k": str(k), "num_parameters": str(num_parameters)},
-        )
-    if which not in WHICHES:
-        raise ServiceError(
-            "WHICH_UNSUPPORTED",
-            f"Say which eigenvalues: {', '.join(WHICHES)}.",
-            field="spec.eigsh.which",
-        )
-    if not 0 <= tol < 1:
-        raise ServiceError(
-            "TOL_INVALID",
-            f"tol is {tol}; 0 <= tol < 1 is possible. It is relative to the largest eigenvalue's "
-            "magnitude: with 1, any vector would do.",
-            field="spec.eigsh.tol",
-        )
-    if max_products < 0 or 0 < max_products < 2 * k:
-        raise ServiceError(
-            "MAX_PRODUCTS_INVALID",
-            f"max_products is {max_products}; a basis of k = {k} and the k residuals take "
-            f"{2 * k}, and 0 lets the server choose.",
-            field="spec.eigsh.max_products",
-        )
-    if num_lanczos_vectors and not k < num_lanczos_vectors <= num_parameters:
-        raise ServiceError(
-            "NUM_LANCZOS_VECTORS_INVALID",
-            f"num_lanczos_vectors is {num_lanczos_vectors}; {k + 1} to {num_parameters} are "
-            "possible, and 0 lets the server choose.",
-            field="spec.eigsh.num_lanczos_vectors",
-        )
-    return EigshJob(
-        operator=operator,
-        k=k,
-        which=WHICHES[which],
-        tol=tol,
-        max_products=max_products,
-        seed=seed,
-        num_lanczos_vectors=num_lanczos_vectors,
-    )
-
-
 async def create(
     deps: Dependencies,
     name: Name,
     *,
+    operation: str | None,
     operator: OperatorRef,
-    k: int,
-    which: str,
-    tol: float,
-    max_products: int,
-    seed: int,
-    num_lanczos_vectors: int,
+    values: Mapping[str, Any],
     labels: Mapping[str, str],
     validate_only: bool,
 ) -> Job:
-    """Check an eigenpair job and queue it.
+    """Check a question about an operator and queue it.
 
     Args:
         deps: Dependencies.
         name: Of the job; a job of this name and the same spec is answered as it stands.
-        operator: As in `EigshJob`, like the following.
-        k: See there.
-        which: The enum value's name.
-        tol: See there.
-        max_products: See there.
-        seed: See there.
-        num_lanczos_vectors: See there.
+        operation: What is asked; None: nothing that this version knows.
+        operator: What it is asked of.
+        values: Of the operation's spec, by field, unchecked.
         labels: The caller's own.
         validate_only: Check and answer without queueing.
 
     Raises:
-        ServiceError: As `check_eigsh` and `OperatorResolver.resolve`, LABELS_INVALID, QUEUE_FULL,
-            REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
+        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
+            LABELS_INVALID, QUEUE_FULL, REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
     """
-    resolved = await deps.operators.resolve(operator, "spec.eigsh.operator")
-    spec = check_eigsh(
-        operator=replace(
-            operator,
-            dtype=resolved.operator.space.dtype,
-            precision=resolved.operator.precision,
-        ),
-        k=k,
-        which=which,
-        tol=tol,
-        max_products=max_products,
-        seed=seed,
-        num_lanczos_vectors=num_lanczos_vectors,
-        num_parameters=resolved.num_parameters,
-    )
-    if len(labels) > MAX_LABELS or any(
-        len(text) > MAX_LABEL_LENGTH for item in labels.items() for text in item
-    ):
+    if operation is None:
         raise ServiceError(
-            "LABELS_INVALID",
-            f"A job has at most {MAX_LABELS} labels of {MAX_LABEL_LENGTH} characters.",
-            field="labels",
+            "SPEC_MISSING", f"Say what the job does: {', '.join(operations())}.", field="spec"
         )
-    await check_fits(deps.group, spec, resolved)
-    job = Job(
-        name=name,
-        spec=spec,
-        labels=labels,
-        max_attempts=deps.config.max_attempts,
-        create_time=now_us(),
-    )
-    if validate_only:
-        return job
-    created = await deps.jobs.create(job, deps.config.max_queued_jobs)
-    if created.spec != spec:
-        raise ServiceError(
-            "REQUEST_ID_REUSED",
-            "This request id came before with another job; use a new one.",
-            field="request_id",
+    where = f"spec.{operation}"
+    async with deps.operators.using(operator, f"{where}.operator") as resolved:
+        try:
+            spec = checked(operations()[operation], values, facts_of(resolved))
+        except SpecError as error:
+            raise ServiceError(
+                error.reason,
+                f"{error.message}.",
+                field=f"{where}.{error.field}",
+                metadata=error.metadata,
+            ) from None
+        asked = JobSpec(
+            operation=operation,
+            operator=replace(
+                operator,
+                dtype=resolved.operator.space.dtype,
+                precision=resolved.operator.precision,
+            ),
+            spec=spec,
         )
+        if len(labels) > MAX_LABELS or any(
+            len(text) > MAX_LABEL_LENGTH for item in labels.items() for text in item
+        ):
+            raise ServiceError(
+                "LABELS_INVALID",
+                f"A job has at most {MAX_LABELS} labels of {MAX_LABEL_LENGTH} characters.",
+                field="labels",
+            )
+        await check_fits(deps.group, asked, resolved)
+        job = Job(
+            name=name,
+            spec=asked,
+            labels=labels,
+            max_attempts=deps.config.max_attempts,
+            create_time=now_us(),
+        )
+        if validate_only:
+            return job
+        created = await deps.jobs.create(job, deps.config.max_queued_jobs)
+        if created.spec != asked:
+            raise ServiceError(
+                "REQUEST_ID_REUSED",
+                "This request id came before with another job; use a new one.",
+                field="request_id",
+            )
     deps.dispatcher.notice_work()
     return created
 
@@ -206,7 +121,7 @@ async def cancel(deps: Dependencies, name: Name) -> Job:
 
 
 async def delete(deps: Dependencies, name: Name) -> None:
-    """Forget an ended job, its events, and its eigenvectors but for those that are kept.
+    """Forget an ended job, its events, and its vectors but for those that are kept.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, JOB_NOT_ENDED.

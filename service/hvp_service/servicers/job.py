@@ -15,7 +15,7 @@ from hvp_service.handlers import jobs
 from hvp_service.job_store import JobState
 from hvp_service.names import Name, parse, parse_parent
 from hvp_service.servicers import messages
-from hvp_service.servicers.job_messages import event_message, job_message
+from hvp_service.servicers.job_messages import asked_values, event_message, job_message
 
 
 class JobServicer(job_pb2_grpc.JobServiceServicer):
@@ -26,18 +26,13 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.CreateJobResponse:
         project = parse_parent(request.parent)
-        jobs.check_served(request.spec.WhichOneof("spec"))
-        spec = request.spec.eigsh
+        operation, operator, values = asked_values(request.spec)
         job = await jobs.create(
             self._deps,
             Name(project, "jobs", jobs.job_id(project, request.request_id)),
-            operator=messages.operator_value(spec.operator),
-            k=spec.k,
-            which=messages.enum_name(pb.EigshSpec.Which, spec.which),
-            tol=spec.tol,
-            max_products=spec.max_products,
-            seed=spec.seed,
-            num_lanczos_vectors=spec.num_lanczos_vectors,
+            operation=operation,
+            operator=operator,
+            values=values,
             labels=dict(request.labels),
             validate_only=request.validate_only,
         )

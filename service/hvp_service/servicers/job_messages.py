@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from typing import Any
 
+from hvp_operations.codec import to_message, to_values
+from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2 as pb
-from hvp_protos.v1 import vector_pb2
-from hvp_workers.backend import EigshProgress
+from hvp_protos.v1 import operator_pb2, vector_pb2
+from hvp_workers.backend import RunProgress
 
-from hvp_service.job_store import EigshJob, Job, JobError, JobEvent, JobResult, StateChange
-from hvp_service.servicers.messages import operator_message, timestamp
+from hvp_service.job_store import Job, JobError, JobEvent, JobResult, JobSpec, StateChange
+from hvp_service.operator_resolver import OperatorRef
+from hvp_service.servicers.messages import operator_message, operator_value, timestamp
 
 
-def spec_message(spec: EigshJob) -> pb.JobSpec:
+def asked_values(message: pb.JobSpec) -> tuple[str | None, OperatorRef, Mapping[str, Any]]:
+    """What a caller asks: the operation, if it is one that is known, of what, and its values."""
+    name = message.WhichOneof("spec")
+    if name is None:
+        return None, operator_value(operator_pb2.OperatorSpec()), {}
+    spec = getattr(message, name)
+    return name, operator_value(spec.operator), to_values(spec, operations()[name].spec)
+
+
+def spec_message(asked: JobSpec) -> pb.JobSpec:
     """What a job does."""
-    return pb.JobSpec(
-        eigsh=pb.EigshSpec(
-            operator=operator_message(spec.operator),
-            k=spec.k,
-            which=pb.EigshSpec.Which.Value(f"WHICH_{spec.which}"),
-            tol=spec.tol,
-            max_products=spec.max_products,
-            seed=spec.seed,
-            num_lanczos_vectors=spec.num_lanczos_vectors,
-        )
-    )
+    message = pb.JobSpec()
+    spec = getattr(message, asked.operation)
+    spec.operator.CopyFrom(operator_message(asked.operator))
+    to_message(asked.spec, spec)
+    return message
 
 
-def progress_message(progress: EigshProgress) -> pb.JobProgress:
+def progress_message(progress: RunProgress) -> pb.JobProgress:
     """Where a job stands."""
-    return pb.JobProgress(
+    message = pb.JobProgress(
+        stage=progress.stage,
         num_products=progress.num_products,
         max_products=progress.max_products,
-        ritz_values=progress.ritz_values,
-        residual_estimates=progress.residual_estimates,
-        num_restarts=progress.num_restarts,
-        stage=progress.stage,
         seconds_per_product=progress.seconds_per_product,
     )
+    if progress.detail is not None:
+        detail = getattr(message, progress.operation)
+        detail.SetInParent()
+        to_message(progress.detail, detail)
+    return message
 
 
 def error_message(error: JobError) -> pb.JobError:
@@ -47,35 +56,25 @@ def error_message(error: JobError) -> pb.JobError:
     )
 
 
-def result_message(spec: EigshJob, result: JobResult) -> pb.JobResult:
+def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
     """What a job found."""
-    found = result.eigsh
-    return pb.JobResult(
-        eigsh=pb.EigshResult(
-            eigenvalues=found.eigenvalues,
-            residuals=found.residuals,
-            eigenvectors=[
-                vector_pb2.Vector(
-                    name=name,
-                    checkpoint=spec.operator.checkpoint,
-                    dtype=spec.operator.dtype,
-                    num_elements=result.num_elements,
-                    durable=True,
-                    create_time=timestamp(result.eigenvector_time),
-                )
-                for name in result.eigenvectors
-            ],
-            num_products=found.num_products,
-            outcome=pb.EigshResult.Outcome.Value(f"OUTCOME_{found.outcome}"),
-            symmetry_defect=found.symmetry_defect,
-            ritz_values=found.ritz_values,
-            ritz_weights=found.ritz_weights,
-            loss=found.loss,
-            provenance=found.provenance,
-            error_bounds=found.error_bounds,
-            completeness=pb.EigshResult.Completeness(**asdict(found.completeness)),
+    message = pb.JobResult()
+    result = getattr(message, asked.operation)
+    result.SetInParent()
+    to_message(found.result, result)
+    if found.vectors:
+        getattr(result, found.result.vectors).extend(
+            vector_pb2.Vector(
+                name=name,
+                checkpoint=asked.operator.checkpoint,
+                dtype=asked.operator.dtype,
+                num_elements=found.num_elements,
+                durable=True,
+                create_time=timestamp(found.vector_time),
+            )
+            for name in found.vectors
         )
-    )
+    return message
 
 
 def job_message(job: Job) -> pb.Job:

@@ -1,0 +1,23 @@
+"""What the SDK gives of each question: made from their declarations by `make sdk`, not by hand."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hvp_operations.density.record import DensityResult as DensityResult
+    from hvp_operations.eigsh.record import EigshResult as EigshResult
+
+__all__ = ["DensityResult", "EigshResult"]
+
+_WHERE = {
+    "DensityResult": "hvp_operations.density.record",
+    "EigshResult": "hvp_operations.eigsh.record",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # numpy takes its time to import, which `hvp --help` need not spend.
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

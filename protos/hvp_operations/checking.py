@@ -1,0 +1,134 @@
+"""A spec of values that anybody may have sent: types and ranges first, then the operation's rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar
+
+from hvp_operations.operation import Facts, Operation, SpecError
+
+SpecT = TypeVar("SpecT")
+
+#: A field of this type is an unsigned number of 64 bits; other integers have 31.
+Seed = typing.NewType("Seed", int)
+
+_BITS = {int: 31, Seed: 64}
+
+
+def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts) -> SpecT:
+    """Make a spec that can be run.
+
+    Args:
+        operation: Of what.
+        values: By field; what is left out has its default.
+        facts: Of the operator.
+
+    Returns:
+        The spec.
+
+    Raises:
+        SpecError: As `typed`, or a rule's reason.
+    """
+    spec = typed(operation, values)
+    for rule in operation.rules:
+        if not rule.holds(spec, facts):
+            given = getattr(spec, rule.field)
+            raise SpecError(
+                rule.reason,
+                f"{rule.field} is {given}; {rule.allowed(spec, facts)}",
+                rule.field,
+                {rule.field: str(given), "num_parameters": str(facts.num_parameters)},
+            )
+    return spec
+
+
+def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
+    """Make a spec of values of the right types, whatever the operation's rules say.
+
+    Args:
+        operation: Of what.
+        values: By field; what is left out has its default.
+
+    Returns:
+        The spec.
+
+    Raises:
+        SpecError: `FIELD_UNKNOWN`, `<FIELD>_INVALID` for a value of the wrong type,
+            `<FIELD>_UNSUPPORTED` for a word that there is not.
+    """
+    types = field_types(operation.spec)
+    if unknown := sorted(values.keys() - types.keys()):
+        raise SpecError(
+            "FIELD_UNKNOWN",
+            f"{operation.name} has no {unknown[0]}; it has {', '.join(types)}",
+            unknown[0],
+        )
+    return operation.spec(
+        **{name: _typed_value(name, types[name], given) for name, given in values.items()}
+    )
+
+
+@functools.cache
+def field_types(spec: type) -> Mapping[str, Any]:
+    """Types of a dataclass' fields by name, in order."""
+    hints = typing.get_type_hints(spec)
+    return {field.name: hints[field.name] for field in dataclasses.fields(spec)}
+
+
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """A type and whether None is one of its values."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType]
+        return kinds[0], len(kinds) < len(typing.get_args(hint))
+    return hint, False
+
+
+def _typed_value(name: str, hint: Any, given: Any) -> Any:
+    """The value as its field's type has it."""
+    kind, may_be_none = without_none(hint)
+    if given is None and may_be_none:
+        return None
+    if typing.get_origin(kind) is Literal:
+        return _word(name, typing.get_args(kind), given)
+    if kind in _BITS:
+        return _whole(name, given, 1 << _BITS[kind])
+    if kind is float:
+        return _number(name, given)
+    raise TypeError(f"no spec has a field of {kind}")
+
+
+def _word(name: str, words: tuple[str, ...], given: Any) -> str:
+    if given not in words:
+        raise SpecError(
+            f"{name.upper()}_UNSUPPORTED",
+            f"{name} is {given!r}; possible are {', '.join(words)}",
+            name,
+        )
+    return str(given)
+
+
+def _whole(name: str, given: Any, end: int) -> int:
+    # numpy's integers are whole numbers too; True is not meant as one.
+    is_whole = hasattr(given, "__index__") and not isinstance(given, bool)
+    if not is_whole or not -end < given.__index__() < end:
+        raise _invalid(name, given, f"a whole number below {end} is possible")
+    return int(given)
+
+
+def _number(name: str, given: Any) -> float:
+    try:
+        number = math.nan if isinstance(given, (str, bool)) else float(given)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _invalid(name, given, "a finite number is possible")
+    return number
+
+
+def _invalid(name: str, given: Any, possible: str) -> SpecError:
+    return SpecError(f"{name.upper()}_INVALID", f"{name} is {given!r}; {possible}", name)

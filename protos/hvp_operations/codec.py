@@ -1,0 +1,129 @@
+"""Dataclasses as messages and back, by the names of their fields.
+
+An enum's value is a word without the enum's prefix; a number that this version does not know reads as
+`UNKNOWN_7`. A field that may be None is None where its message has no value or zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from hvp_operations.checking import field_types, without_none
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+def to_message(value: Any, message: MessageT) -> MessageT:
+    """Fill a message with the fields of a dataclass that it has too.
+
+    Args:
+        value: A dataclass.
+        message: An empty one.
+
+    Returns:
+        The message.
+    """
+    for field in message.DESCRIPTOR.fields:
+        given = getattr(value, field.name, None)
+        if given is None:
+            continue
+        if field.message_type is None:
+            _set_scalars(message, field, given)
+        elif field.message_type.GetOptions().map_entry:
+            getattr(message, field.name).update(given)
+        elif field.is_repeated:
+            for item in given:
+                to_message(item, getattr(message, field.name).add())
+        else:
+            to_message(given, getattr(message, field.name))
+    return message
+
+
+def _set_scalars(message: Message, field: FieldDescriptor, given: Any) -> None:
+    if field.enum_type is not None:
+        given = field.enum_type.values_by_name[f"{prefix(field.enum_type)}{given}"].number
+    if field.is_repeated:
+        getattr(message, field.name).extend(given)
+    else:
+        setattr(message, field.name, given)
+
+
+def to_values(
+    message: Message, kind: type, *, numbers: Callable[[Sequence[float]], Any] = tuple
+) -> dict[str, Any]:
+    """The fields of a dataclass, unchecked, as a message has them.
+
+    Args:
+        message: With fields of the same names; others are left out.
+        kind: The dataclass.
+        numbers: What to make of a field of many numbers.
+
+    Returns:
+        Values by field.
+    """
+    known = message.DESCRIPTOR.fields_by_name
+    return {
+        name: _value(message, known[name], *without_none(hint), numbers)
+        for name, hint in field_types(kind).items()
+        if name in known and _is_told(message, known[name])
+    }
+
+
+def _is_told(message: Message, field: FieldDescriptor) -> bool:
+    """False where a message within is not there: then the dataclass' default says so."""
+    within = field.message_type is not None and not field.is_repeated
+    return not within or message.HasField(field.name)
+
+
+def _value(
+    message: Message,
+    field: FieldDescriptor,
+    hint: Any,
+    may_be_none: bool,
+    numbers: Callable[[Sequence[float]], Any],
+) -> Any:
+    value = getattr(message, field.name)
+    if field.message_type is not None:
+        if field.message_type.GetOptions().map_entry:
+            return dict(value)
+        inner = typing.get_args(hint)[0] if field.is_repeated else hint
+        if not dataclasses.is_dataclass(inner):
+            return tuple(value)
+        kind = typing.cast("type", inner)
+        if field.is_repeated:
+            return tuple(kind(**to_values(item, kind, numbers=numbers)) for item in value)
+        return kind(**to_values(value, kind, numbers=numbers))
+    if field.enum_type is not None:
+        return word(field.enum_type, value)
+    if field.is_repeated:
+        return numbers(value)
+    return None if may_be_none and not value else value
+
+
+def word(enum: EnumDescriptor, number: int) -> str:
+    """A value of an enum without the enum's prefix; `UNKNOWN_7` where there is none for 7."""
+    known = enum.values_by_number.get(number)
+    return f"UNKNOWN_{number}" if known is None else known.name.removeprefix(prefix(enum))
+
+
+def prefix(enum: EnumDescriptor) -> str:
+    """What the names of an enum's values begin with, as in `WHICH_`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"
+
+
+def differences(kind: type, message: type[Message], *, beside: Mapping[str, str] = {}) -> set[str]:
+    """Names that only one of a dataclass and its message has.
+
+    Args:
+        kind: The dataclass.
+        message: The message.
+        beside: Fields that the message alone has, by name, with what they are.
+    """
+    return set(field_types(kind)) ^ (set(message.DESCRIPTOR.fields_by_name) - set(beside))

@@ -1,0 +1,135 @@
+"""The spectral density by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from hvp_operations.checking import Seed
+from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+
+# Nodes and weights travel as one message of 4 MiB, 16 bytes each pair.
+MAX_NODES = 200_000
+#: Vectors that each probe holds beside its basis: the newest, the one before, and the product.
+WORKING_VECTORS = 3
+
+
+@dataclass(frozen=True)
+class DensitySpec:
+    """Estimate the spectral density by Lanczos quadrature from random probes.
+
+    Attributes:
+        num_probes: K random probes, each an independent estimate of the whole spectrum; the error of
+            their mean falls as 1/√K.
+        num_steps: m steps of Lanczos for each: moments of the spectrum are exact for each probe up
+            to degree 2m − 1, and features narrower than the spectrum's width over m are smeared.
+        seed: Of the probes.
+    """
+
+    _: KW_ONLY
+    num_probes: int = 8
+    num_steps: int = 80
+    seed: Seed = Seed(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityProgress(Detail):
+    """Where the quadrature stands.
+
+    Attributes:
+        num_probes_done: Probes that have all their steps.
+        num_steps: Steps of Lanczos of the probes at hand.
+        smallest: Smallest Ritz value so far.
+        largest: Largest Ritz value so far.
+    """
+
+    num_probes_done: int = 0
+    num_steps: int = 0
+    smallest: float = 0.0
+    largest: float = 0.0
+
+    def table(self) -> Table:
+        """How far the probes are, and the ends of the spectrum that they have seen."""
+        return Table(
+            headings=("probes done", "steps of the others", "smallest Ritz value", "largest"),
+            rows=(
+                (
+                    str(self.num_probes_done),
+                    str(self.num_steps),
+                    f"{self.smallest:.6g}",
+                    f"{self.largest:.6g}",
+                ),
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadrature:
+    """Gauss quadrature of the spectral measure that one probe sees.
+
+    Attributes:
+        nodes: Ritz values, ascending; fewer than asked for where the probe's Krylov space ended.
+        weights: Squared first components of T's eigenvectors; they sum to one.
+    """
+
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityResult(Result):
+    """The quadratures, from which every density, moment and count is made.
+
+    Attributes:
+        quadratures: One for each probe.
+        orthogonality_defect: Largest entry of |QᵀQ − I| over the bases that were kept orthogonal; 1
+            where memory was short and they were not, so that outliers may appear more than once,
+            with their weight divided among the copies.
+    """
+
+    quadratures: tuple[Quadrature, ...]
+    orthogonality_defect: float
+
+
+def _cost(spec: DensitySpec, facts: Facts) -> Cost:
+    steps = min(spec.num_steps, facts.num_parameters)
+    return Cost(
+        max_products=spec.num_probes * steps,
+        least_vectors=WORKING_VECTORS,
+        wished_vectors=spec.num_probes * (steps + WORKING_VECTORS),
+    )
+
+
+_RULES: tuple[Rule[DensitySpec], ...] = (
+    Rule(
+        field="num_probes",
+        reason="NUM_PROBES_INVALID",
+        holds=lambda spec, facts: spec.num_probes >= 1,
+        allowed=lambda spec, facts: "1 or more are possible; 2 or more for a standard error",
+    ),
+    Rule(
+        field="num_steps",
+        reason="NUM_STEPS_INVALID",
+        holds=lambda spec, facts: 1 <= spec.num_steps <= MAX_NODES // spec.num_probes,
+        allowed=lambda spec, facts: f"with {spec.num_probes} probes 1 to "
+        f"{MAX_NODES // spec.num_probes} are possible",
+    ),
+    Rule(
+        field="seed",
+        reason="SEED_INVALID",
+        holds=lambda spec, facts: spec.seed >= 0,
+        allowed=lambda spec, facts: "a seed is 0 or more",
+    ),
+)
+
+OPERATION = Operation(
+    name="density",
+    summary="Estimate the spectral density by stochastic Lanczos quadrature.",
+    spec=DensitySpec,
+    progress=DensityProgress,
+    result=DensityResult,
+    rules=_RULES,
+    cost=_cost,
+    headline=lambda spec: f"density {spec.num_probes} probes x {spec.num_steps} steps",
+    algorithm="hvp_core.density:Density",
+    record="hvp_operations.density.record:DensityResult",
+)

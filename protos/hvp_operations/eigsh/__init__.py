@@ -1,0 +1,199 @@
+"""k extremal eigenpairs, verified, and whether any of the wanted was missed."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar, Literal
+
+from hvp_operations.checking import Seed
+from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+
+Which = Literal["LA", "SA", "LM", "BE"]
+Outcome = Literal[
+    "CONVERGED", "MAX_PRODUCTS", "MULTIPLICITY_UNCERTAIN", "NOISE_LIMIT", "UNVERIFIED"
+]
+
+# About 220 bytes of a result are one pair's, and a result travels as one message of 4 MiB.
+MAX_EIGENPAIRS = 10_000
+#: Vectors that a run holds beside its basis and its eigenvectors: the product, its vector, a random
+#: restart, and one to make eigenvectors of the basis.
+WORKING_VECTORS = 4
+
+
+@dataclass(frozen=True)
+class EigshSpec:
+    """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
+
+    Attributes:
+        k: How many, 1 ≤ k < n.
+        which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and the
+            odd one from the high end.
+        tol: Stop when every wanted pair's estimated residual is at most tol times the largest Ritz
+            value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
+        max_products: Upper bound on products, those that show completeness and those of the final
+            residuals included; None lets the server choose.
+        seed: Of the starting vector.
+        num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
+    """
+
+    k: int = 6
+    which: Which = "LM"
+    _: KW_ONLY
+    tol: float = 0.0
+    max_products: int | None = None
+    seed: Seed = Seed(0)
+    num_lanczos_vectors: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshProgress(Detail):
+    """Where a search stands.
+
+    Attributes:
+        num_restarts: Times the Krylov basis was compressed.
+        ritz_values: At the wanted end or ends, ascending; of many, the 64 furthest from converged.
+        residual_estimates: One for each Ritz value, at least the rounding of the products.
+    """
+
+    num_restarts: int = 0
+    ritz_values: tuple[float, ...] = ()
+    residual_estimates: tuple[float, ...] = ()
+
+    def table(self) -> Table:
+        """Ritz values with the estimates of their residuals."""
+        pairs = zip(self.ritz_values, self.residual_estimates, strict=False)
+        return Table(
+            headings=("Ritz value", "residual estimate"),
+            rows=tuple((f"{value:.8g}", f"{estimate:.1e}") for value, estimate in pairs),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completeness:
+    """What is known of eigenvalues that a search for k of them does not show.
+
+    Attributes:
+        shown: Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most `margin`
+            further out than the i-th of the pairs: none was missed, copies of repeated ones included.
+        margin: In units of the eigenvalues: the tolerance, and the noise of the search; infinite
+            where nothing is known.
+        failure_probability: That `shown` is wrong, over the random starting vectors of the search
+            for what was missed; 0 where the basis spanned the whole space.
+        num_products: Operator products spent on it.
+    """
+
+    shown: bool = False
+    margin: float = float("inf")
+    failure_probability: float = 1.0
+    num_products: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigshResult(Result):
+    """What a search has found; the eigenvectors are on the server.
+
+    Attributes:
+        eigenvalues: Ascending: the Rayleigh quotients of the verifying products.
+        residuals: ‖A y − λ y‖ / ‖y‖, each from a fresh product in float64.
+        outcome: How it ended.
+        symmetry_defect: |u·Av − v·Au| / (‖Au‖ ‖v‖) over the run's own vectors.
+        ritz_values: Of the first basis, before any restart.
+        ritz_weights: Squared first components of T's eigenvectors.
+        error_bounds: [λ − bound, λ + bound] holds an eigenvalue of the exact operator; empty where
+            nothing is claimed.
+        completeness: Whether any of the wanted may have been missed.
+    """
+
+    eigenvalues: tuple[float, ...]
+    residuals: tuple[float, ...]
+    outcome: Outcome
+    symmetry_defect: float
+    ritz_values: tuple[float, ...]
+    ritz_weights: tuple[float, ...]
+    error_bounds: tuple[float, ...] = ()
+    completeness: Completeness = field(default_factory=Completeness)
+
+    vectors: ClassVar[str] = "eigenvectors"
+
+
+def default_max_products(spec: EigshSpec, dimension: int) -> int:
+    """The budget of products, asked for or chosen."""
+    return spec.max_products or min(10 * dimension, max(300 + spec.k, 3 * spec.k))
+
+
+def basis_sizes(spec: EigshSpec, dimension: int) -> tuple[int, int]:
+    """The smallest basis that will do, and the one to have where memory allows.
+
+    Args:
+        spec: What was asked for.
+        dimension: n.
+    """
+    asked, k = spec.num_lanczos_vectors, spec.k
+    if asked:
+        return asked, asked
+    max_products = default_max_products(spec, dimension)
+    wish = min(max(2 * k + 16, 40), dimension, max(max_products - k, k + 1))
+    return min(k + 8, wish), wish
+
+
+def _cost(spec: EigshSpec, facts: Facts) -> Cost:
+    least, wish = basis_sizes(spec, facts.num_parameters)
+    beside = WORKING_VECTORS + spec.k
+    return Cost(
+        max_products=default_max_products(spec, facts.num_parameters),
+        least_vectors=least + beside,
+        wished_vectors=wish + beside,
+        results=spec.k,
+    )
+
+
+_RULES: tuple[Rule[EigshSpec], ...] = (
+    Rule(
+        field="k",
+        reason="K_INVALID",
+        holds=lambda spec, facts: 1 <= spec.k <= min(facts.num_parameters - 1, MAX_EIGENPAIRS),
+        allowed=lambda spec, facts: f"of an operator of order {facts.num_parameters}, 1 to "
+        f"{min(facts.num_parameters - 1, MAX_EIGENPAIRS)} eigenpairs can be asked in one job",
+    ),
+    Rule(
+        field="tol",
+        reason="TOL_INVALID",
+        holds=lambda spec, facts: 0 <= spec.tol < 1,
+        allowed=lambda spec, facts: "0 <= tol < 1 is possible. It is relative to the largest "
+        "eigenvalue's magnitude: with 1, any vector would do",
+    ),
+    Rule(
+        field="max_products",
+        reason="MAX_PRODUCTS_INVALID",
+        holds=lambda spec, facts: spec.max_products is None or spec.max_products >= 2 * spec.k,
+        allowed=lambda spec, facts: f"a basis of k = {spec.k} and the k residuals take "
+        f"{2 * spec.k}; left out, the server chooses",
+    ),
+    Rule(
+        field="num_lanczos_vectors",
+        reason="NUM_LANCZOS_VECTORS_INVALID",
+        holds=lambda spec, facts: spec.num_lanczos_vectors is None
+        or spec.k < spec.num_lanczos_vectors <= facts.num_parameters,
+        allowed=lambda spec, facts: f"{spec.k + 1} to {facts.num_parameters} are possible; left "
+        "out, the server chooses",
+    ),
+    Rule(
+        field="seed",
+        reason="SEED_INVALID",
+        holds=lambda spec, facts: spec.seed >= 0,
+        allowed=lambda spec, facts: "a seed is 0 or more",
+    ),
+)
+
+OPERATION = Operation(
+    name="eigsh",
+    summary="Compute k extremal eigenpairs of the Hessian, or the GGN, of a checkpoint's loss.",
+    spec=EigshSpec,
+    progress=EigshProgress,
+    result=EigshResult,
+    rules=_RULES,
+    cost=_cost,
+    headline=lambda spec: f"eigsh {spec.which} k={spec.k}",
+    algorithm="hvp_core.lanczos:Eigsh",
+    record="hvp_operations.eigsh.record:EigshResult",
+)
