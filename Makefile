@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .NOTPARALLEL:
-.PHONY: setup demo test test-slow lint types proto bench
+.PHONY: setup demo test test-slow lint types proto sdk bench
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ types: setup
 # protoc finds its mypy plugin on PATH.
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+
+# The SDK's methods, one for each operation.
+sdk: setup
+	$(BIN)/python client/generate.py
 
 # What this machine can measure; `make bench ARGS="--shape tiny"` for something else.
 bench: setup

@@ -1,4 +1,4 @@
-"""Write the SDK's method for each operation from its declaration: `python client/generate.py [FOLDER]`.
+"""Write the SDK's methods from the declarations: `python client/generate.py [FOLDER]`.
 
 The blocking methods wait for the awaited ones; both have the signature of the spec and its words.
 """
@@ -22,7 +22,7 @@ from hvp_operations.registry import operations
 
 TARGET = Path(__file__).parent / "hvp_client"
 
-_HEAD = '''"""The questions that an operator answers: made from their declarations by `make sdk`, not by hand."""
+_HEAD = '''"""The questions that an operator answers: made from their declarations by `make sdk`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def module() -> str:
     records = sorted(each.record.split(":") for each in declared)
     parts = [
         _HEAD.format(imports="\n".join(f"from {where} import {what}" for where, what in records)),
-        _CLASS.format(name="Questions", what="a job to be awaited", definition="async def", job="AsyncJob"),
+        _CLASS.format(
+            name="Questions", what="a job to be awaited", definition="async def", job="AsyncJob"
+        ),
         *(_method(each, blocking=False) for each in declared),
         _CLASS.format(name="BlockingQuestions", what="a job", definition="def", job="Job"),
         *(_method(each, blocking=True) for each in declared),
@@ -76,7 +78,9 @@ def _method(operation: Operation[Any], *, blocking: bool) -> str:
     names.append("labels: Mapping[str, str] | None = None")
     record = load(operation.record)
     vector = "Vector" if blocking else "AsyncVector"
-    found = f"{record.__name__}[{vector}]" if getattr(record, "__parameters__", ()) else record.__name__
+    found = (
+        f"{record.__name__}[{vector}]" if getattr(record, "__parameters__", ()) else record.__name__
+    )
     job = f"{'Job' if blocking else 'AsyncJob'}[{found}]"
     lines = [
         f"{'def' if blocking else 'async def'} {operation.name}(",
@@ -111,11 +115,14 @@ def _hint(hint: Any) -> str:
 def _docstring(operation: Operation[Any]) -> str:
     told = attributes(operation.spec)
     told["labels"] = "Kept with the job."
-    reasons = sorted({rule.reason for rule in operation.rules} | {
-        f"{field.name.upper()}_UNSUPPORTED"
-        for field in dataclasses.fields(operation.spec)
-        if typing.get_origin(typing.get_type_hints(operation.spec)[field.name]) is Literal
-    })
+    reasons = sorted(
+        {rule.reason for rule in operation.rules}
+        | {
+            f"{field.name.upper()}_UNSUPPORTED"
+            for field in dataclasses.fields(operation.spec)
+            if typing.get_origin(typing.get_type_hints(operation.spec)[field.name]) is Literal
+        }
+    )
     sections = {
         "Args": [f"{name}: {text}" for name, text in told.items()],
         "Returns": ["The job, queued; `result()` waits for it."],
@@ -133,13 +140,16 @@ def _docstring(operation: Operation[Any]) -> str:
         lines.append(f"{title}:")
         for entry in entries:
             lines += textwrap.wrap(
-                entry, 88, initial_indent="    ", subsequent_indent="        " if title != "Returns" else "    "
+                entry,
+                88,
+                initial_indent="    ",
+                subsequent_indent="        " if title != "Returns" else "    ",
             )
         lines.append("")
     return "\n".join([*lines[:-1], '"""'])
 
 
-_RECORDS = '''"""What the SDK gives of each question: made from their declarations by `make sdk`, not by hand."""
+_RECORDS = '''"""What the SDK gives of each question: made from their declarations by `make sdk`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +188,8 @@ def generate(folder: Path) -> None:
         (folder / name).write_text(text)
     ruff = [str(Path(sys.executable).with_name("ruff")), "format", "--quiet"]
     configuration = ["--config", str(Path(__file__).parent.parent / "pyproject.toml")]
-    subprocess.run([*ruff, *configuration, *(folder / name for name in files)], check=True)
+    command = [*ruff, *configuration, *(str(folder / name) for name in files)]
+    subprocess.run(command, check=True)  # noqa: S603 - the project's own tool
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ FORBIDDEN = {
         *("torch", "ray", "grpc", "google", "numpy", "safetensors", "transformers"),
         *("hvp_protos", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"),
     },
+    "hvp_operations": {
+        *("torch", "ray", "grpc", "transformers"),
+        *("hvp_folders", "hvp_protos", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"),
+    },
     "hvp_protos": {"torch", "ray", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"},
     "hvp_client": {"torch", "ray", "transformers", "hvp_service", "hvp_workers", "hvp_core"},
     "hvp_service": {"torch", "ray", "transformers", "hvp_client", "hvp_core"},

@@ -62,6 +62,7 @@ __all__ = [
     "WorkerGroup",
 ]
 __all__ += _records.__all__
+__all__.sort()
 
 
 def __getattr__(name: str) -> Any:

@@ -120,7 +120,8 @@ class Job(Generic[ResultT]):
             UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
         """
         found = self._portal.run(self._twin.result(timeout_s))
-        return with_vectors(found, lambda twin: Vector(self._portal, twin))
+        result: ResultT = with_vectors(found, lambda twin: Vector(self._portal, twin))
+        return result
 
     def watch(self, after_sequence: int = 0) -> Iterator[Event]:
         """Give what has happened to the job, then what happens, until it ends.

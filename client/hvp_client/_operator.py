@@ -25,8 +25,9 @@ class Operator(OperatorFields, BlockingQuestions):
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`.
 
-    It has what SciPy asks of an operator, so SciPy's own solvers run on this side with every product
-    travelling; the questions of the same names, which give a job, run where the vectors are.
+    It has what SciPy asks of an operator, so SciPy's own solvers run on this side with every
+    product travelling; the questions of the same names, which give a job, run where the vectors
+    are.
     """
 
     def __init__(self, portal: Portal, twin: AsyncOperator):

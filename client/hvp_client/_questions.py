@@ -1,4 +1,4 @@
-"""The questions that an operator answers: made from their declarations by `make sdk`, not by hand."""
+"""The questions that an operator answers: made from their declarations by `make sdk`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ class Questions(ABC):
         seed: int = 0,
         labels: Mapping[str, str] | None = None,
     ) -> AsyncJob[DensityResult]:
-        """Estimate the spectral density by Lanczos quadrature from random probes.
+        """Estimate the spectral density by stochastic Lanczos quadrature.
+
+        Each of K random probes gives an independent estimate of the whole spectrum, and the
+        error of their mean falls as 1/√K. With m steps of Lanczos the moments of what a probe
+        sees are exact up to degree 2m − 1, and features narrower than the spectrum's width over
+        m are smeared.
 
         Args:
-            num_probes: K random probes, each an independent estimate of the whole spectrum; the
-                error of their mean falls as 1/√K.
-            num_steps: m steps of Lanczos for each: moments of the spectrum are exact for each
-                probe up to degree 2m − 1, and features narrower than the spectrum's width over
-                m are smeared.
+            num_probes: K, the random probes.
+            num_steps: m, the steps of Lanczos of each probe.
             seed: Of the probes.
             labels: Kept with the job.
 
@@ -122,14 +124,16 @@ class BlockingQuestions(ABC):
         seed: int = 0,
         labels: Mapping[str, str] | None = None,
     ) -> Job[DensityResult]:
-        """Estimate the spectral density by Lanczos quadrature from random probes.
+        """Estimate the spectral density by stochastic Lanczos quadrature.
+
+        Each of K random probes gives an independent estimate of the whole spectrum, and the
+        error of their mean falls as 1/√K. With m steps of Lanczos the moments of what a probe
+        sees are exact up to degree 2m − 1, and features narrower than the spectrum's width over
+        m are smeared.
 
         Args:
-            num_probes: K random probes, each an independent estimate of the whole spectrum; the
-                error of their mean falls as 1/√K.
-            num_steps: m steps of Lanczos for each: moments of the spectrum are exact for each
-                probe up to degree 2m − 1, and features narrower than the spectrum's width over
-                m are smeared.
+            num_probes: K, the random probes.
+            num_steps: m, the steps of Lanczos of each probe.
             seed: Of the probes.
             labels: Kept with the job.
 

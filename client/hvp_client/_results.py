@@ -34,8 +34,8 @@ class Progress:
         num_products: Operator products done in this attempt.
         max_products: Their upper bound; 0 while it loads.
         seconds_per_product: Median so far.
-        detail: What only the operation can tell, such as Ritz values; None before the first product,
-            and of an operation that is new to this client.
+        detail: What only the operation can tell, such as Ritz values; None before the first
+            product, and of an operation that is new to this client.
     """
 
     stage: str
@@ -69,6 +69,11 @@ class Event:
     attempt: int = 0
     error: HvpError | None = None
     progress: Progress | None = None
+
+    @property
+    def num_products(self) -> int:
+        """The progress's; 0 on a `state` event."""
+        return self.progress.num_products if self.progress else 0
 
 
 def state_name(state: job_pb2.Job.State.ValueType) -> str:

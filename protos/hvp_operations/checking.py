@@ -1,9 +1,8 @@
-"""A spec of values that anybody may have sent: types and ranges first, then the operation's rules."""
+"""A spec of values that anybody may have sent: types first, then the operation's rules."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ SpecT = TypeVar("SpecT")
 
 #: A field of this type is an unsigned number of 64 bits; other integers have 31.
 Seed = typing.NewType("Seed", int)
+FIRST_SEED = Seed(0)
 
 _BITS = {int: 31, Seed: 64}
 
@@ -73,7 +73,6 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
     )
 
 
-@functools.cache
 def field_types(spec: type) -> Mapping[str, Any]:
     """Types of a dataclass' fields by name, in order."""
     hints = typing.get_type_hints(spec)

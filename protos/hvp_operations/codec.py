@@ -1,7 +1,7 @@
 """Dataclasses as messages and back, by the names of their fields.
 
-An enum's value is a word without the enum's prefix; a number that this version does not know reads as
-`UNKNOWN_7`. A field that may be None is None where its message has no value or zero.
+An enum's value is a word without the enum's prefix; a number that this version does not know reads
+as `UNKNOWN_7`. A field that may be None is None where its message has no value or zero.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from hvp_operations.checking import field_types, without_none
@@ -46,7 +45,7 @@ def to_message(value: Any, message: MessageT) -> MessageT:
     return message
 
 
-def _set_scalars(message: Message, field: FieldDescriptor, given: Any) -> None:
+def _set_scalars(message: Message, field: Any, given: Any) -> None:
     if field.enum_type is not None:
         given = field.enum_type.values_by_name[f"{prefix(field.enum_type)}{given}"].number
     if field.is_repeated:
@@ -76,7 +75,7 @@ def to_values(
     }
 
 
-def _is_told(message: Message, field: FieldDescriptor) -> bool:
+def _is_told(message: Message, field: Any) -> bool:
     """False where a message within is not there: then the dataclass' default says so."""
     within = field.message_type is not None and not field.is_repeated
     return not within or message.HasField(field.name)
@@ -84,7 +83,7 @@ def _is_told(message: Message, field: FieldDescriptor) -> bool:
 
 def _value(
     message: Message,
-    field: FieldDescriptor,
+    field: Any,
     hint: Any,
     may_be_none: bool,
     numbers: Callable[[Sequence[float]], Any],
@@ -107,23 +106,12 @@ def _value(
     return None if may_be_none and not value else value
 
 
-def word(enum: EnumDescriptor, number: int) -> str:
+def word(enum: Any, number: int) -> str:
     """A value of an enum without the enum's prefix; `UNKNOWN_7` where there is none for 7."""
     known = enum.values_by_number.get(number)
     return f"UNKNOWN_{number}" if known is None else known.name.removeprefix(prefix(enum))
 
 
-def prefix(enum: EnumDescriptor) -> str:
+def prefix(enum: Any) -> str:
     """What the names of an enum's values begin with, as in `WHICH_`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"
-
-
-def differences(kind: type, message: type[Message], *, beside: Mapping[str, str] = {}) -> set[str]:
-    """Names that only one of a dataclass and its message has.
-
-    Args:
-        kind: The dataclass.
-        message: The message.
-        beside: Fields that the message alone has, by name, with what they are.
-    """
-    return set(field_types(kind)) ^ (set(message.DESCRIPTOR.fields_by_name) - set(beside))

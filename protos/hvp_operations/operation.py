@@ -1,4 +1,4 @@
-"""What an operation is: a question about an operator, and everything the parts of the service ask of it."""
+"""What an operation is: a question about an operator, and what the service asks of it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Cost:
 
     Attributes:
         max_products: Products with the operator.
-        least_vectors: Vectors that every rank must have room for, in shards; with fewer the run does
-            not begin.
+        least_vectors: Vectors that every rank must have room for, in shards; with fewer the run
+            does not begin.
         wished_vectors: Vectors to have room for where memory allows; more would be of no use.
         results: Vectors that stay when the run has ended.
     """
@@ -128,7 +128,8 @@ class Result:
 class Operation(Generic[SpecT]):
     """A question about an operator.
 
-    Law: `spec`, `progress` and `result` have the fields of their messages, but for `operator`, which
+    Law: `spec`, `progress` and `result` have the fields of their messages, but for `operator`,
+        which
     every spec's message has, and for the vectors of a result.
 
     Attributes:
@@ -143,6 +144,7 @@ class Operation(Generic[SpecT]):
         headline: What was asked, in a few words for a list of jobs.
         algorithm: `module:class` of `hvp_core.algorithm.Algorithm`; imported on ranks alone.
         record: `module:class` of what the SDK gives; imported by clients alone.
+        has_picture: Whether the record has `plot(path)`.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Operation(Generic[SpecT]):
     headline: Callable[[SpecT], str]
     algorithm: str
     record: str
+    has_picture: bool = False
 
 
 def load(reference: str) -> Any:

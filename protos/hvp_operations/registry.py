@@ -15,6 +15,8 @@ from hvp_operations.operation import Operation
 @functools.cache
 def operations() -> Mapping[str, Operation[Any]]:
     """The operations in the order of their names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(hvp_operations.__path__) if module.ispkg)
+    names = sorted(
+        module.name for module in pkgutil.iter_modules(hvp_operations.__path__) if module.ispkg
+    )
     found = [importlib.import_module(f"hvp_operations.{name}").OPERATION for name in names]
     return {operation.name: operation for operation in found}

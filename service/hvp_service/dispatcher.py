@@ -201,7 +201,7 @@ class Dispatcher:
         asked = job.spec
         assert asked is not None  # the store claims no other
         resolved = await until_done(lambda: self._operators.resolve(asked.operator))
-        # Before anything is made for its vectors: the row may be older than the check at its making.
+        # Before anything is made for its vectors: the row may be older than the first check.
         cost = await check_fits(self._group, asked, resolved)
         outputs = [f"{job.name.id}-{index}" for index in range(cost.results)]
         run = self._group.backend.run(resolved.operator, asked.operation, asked.spec, outputs)

@@ -29,6 +29,7 @@ from hvp_service.operator_resolver import OperatorRef
 
 Value = TypeVar("Value")
 
+
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
     """What a result's column holds beside the operation's own."""

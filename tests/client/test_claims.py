@@ -9,36 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 from hvp_client import EigshResult
-from hvp_client._results import certificate
-from hvp_protos.v1 import job_pb2
-
-Outcome = job_pb2.EigshResult.Outcome
+from hvp_client._results import result_from_proto
+from hvp_protos.v1 import eigsh_pb2, job_pb2
 
 
 def result(
     outcome: str, *, bounds: tuple[float, ...] = (0.1, 0.2), **known: Any
 ) -> EigshResult[Any]:
-    message = job_pb2.EigshResult(
-        eigenvalues=[-3.0, 5.0],
-        residuals=[0.05, 0.1],
-        error_bounds=bounds,
-        completeness=job_pb2.EigshResult.Completeness(**known) if known else None,
+    message = job_pb2.JobResult(
+        eigsh=eigsh_pb2.EigshResult(
+            eigenvalues=[-3.0, 5.0],
+            residuals=[0.05, 0.1],
+            outcome=eigsh_pb2.EigshResult.Outcome.Value(f"OUTCOME_{outcome}"),
+            error_bounds=bounds,
+            completeness=eigsh_pb2.EigshResult.Completeness(**known) if known else None,
+            num_products=9,
+            ritz_values=[0.0],
+            ritz_weights=[1.0],
+            loss=1.0,
+        )
     )
-    intervals, completeness = certificate(message)
-    return EigshResult(
-        eigenvalues=np.array(message.eigenvalues),
-        residuals=np.array(message.residuals),
-        intervals=intervals,
-        completeness=completeness,
-        eigenvectors=[],
-        num_products=9,
-        outcome=outcome,
-        symmetry_defect=0.0,
-        ritz_values=np.zeros(1),
-        ritz_weights=np.ones(1),
-        loss=1.0,
-        provenance={},
-    )
+    found = result_from_proto(message, lambda vector: vector)
+    assert isinstance(found, EigshResult)
+    return found
 
 
 SHOWN: dict[str, Any] = {

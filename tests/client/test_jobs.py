@@ -18,7 +18,7 @@ from hvp_client import AsyncClient, InvalidArgumentError, UnimplementedError
 from hvp_client._checkpoints import checkpoint_from_proto
 from hvp_client._system import worker_group_from_proto
 from hvp_client.cli.display import plain_line, show_events
-from hvp_protos.v1 import checkpoint_pb2, job_pb2, job_pb2_grpc, system_pb2
+from hvp_protos.v1 import checkpoint_pb2, eigsh_pb2, job_pb2, job_pb2_grpc, system_pb2
 from rich.console import Console
 
 NAME = "projects/default/jobs/1"
@@ -45,8 +45,8 @@ class Jobs(job_pb2_grpc.JobServiceServicer):
         self.events: Events = []
         self.change = job_pb2.Job()
         self.result = job_pb2.JobResult(
-            eigsh=job_pb2.EigshResult(
-                eigenvalues=[2.5], outcome=job_pb2.EigshResult.OUTCOME_CONVERGED
+            eigsh=eigsh_pb2.EigshResult(
+                eigenvalues=[2.5], outcome=eigsh_pb2.EigshResult.OUTCOME_CONVERGED
             )
         )
 
@@ -151,7 +151,7 @@ async def test_a_state_and_an_event_of_a_newer_server_neither_end_a_watch_nor_ra
         event(sequence=2, state_change=change(state=PAUSED, attempt=1)),  # type: ignore[arg-type]
         event.FromString(of_a_server_to_come(event(sequence=3))),
         event(heartbeat=event.Heartbeat()),
-        event(sequence=4, progress=job_pb2.JobProgress(stage="resting", ritz_values=[1.0])),
+        event(sequence=4, progress=job_pb2.JobProgress(stage="resting", num_products=1)),
         event(sequence=5, state_change=change(state=State.STATE_CANCELLED, attempt=1)),
     ]
     seen = [event async for event in (await client.job(NAME)).watch()]
@@ -191,7 +191,7 @@ async def test_a_job_of_a_kind_of_a_newer_server_is_listed_and_its_result_says_w
     spec = job_pb2.JobSpec.FromString(of_a_server_to_come(job_pb2.JobSpec()))
     jobs.change, jobs.result = job_pb2.Job(spec=spec), job_pb2.JobResult()
     await job.refresh()
-    assert (job.spec["kind"], job.spec["k"]) == ("", 0)
+    assert (job.spec, job.headline) == ({"operation": ""}, "")
     with pytest.raises(UnimplementedError) as caught:
         await job.result()
     assert caught.value.reason == "RESULT_UNREADABLE"

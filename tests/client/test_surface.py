@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import hvp_client
 import pytest
 from hvp_client import _surface
 
 PUBLIC = """
-AbortedError AlreadyExistsError AsyncClient AsyncJob AsyncOperator AsyncVector Batch
-Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError EigshResult Event
-FailedPreconditionError HvpError InternalError InvalidArgumentError Job JobCancelledError
-JobFailedError NotFoundError Operator OutOfRangeError ParameterTensor PermissionDeniedError
-Progress Rank ResourceExhaustedError Retry ServerInfo ServerUnreachableError Timeout
-UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector WorkerGroup
+AbortedError AlreadyExistsError AsyncClient AsyncJob AsyncOperator AsyncVector Batch Blob
+CallCancelledError Checkpoint Client DataLossError DeadlineExceededError DensityResult
+EigshResult Event FailedPreconditionError HvpError InternalError InvalidArgumentError Job
+JobCancelledError JobFailedError NotFoundError Operator OutOfRangeError ParameterTensor
+PermissionDeniedError Progress Rank ResourceExhaustedError Retry ServerInfo
+ServerUnreachableError Timeout UnauthenticatedError UnavailableError UnimplementedError
+UnknownError Vector WorkerGroup
 """
 
 
@@ -63,3 +65,10 @@ print("grpc" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_methods_of_operators_are_those_of_the_declarations(tmp_path: Path) -> None:
+    client = Path(hvp_client.__file__).parent
+    subprocess.run([sys.executable, client.parent / "generate.py", tmp_path], check=True)
+    for made in tmp_path.iterdir():
+        assert made.read_text() == (client / made.name).read_text(), "run `make sdk`"

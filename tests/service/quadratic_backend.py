@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from hvp_operations.eigsh import EigshProgress, EigshResult
+from hvp_operations.operation import Result
 from hvp_workers.backend import (
     Backend,
     BackendError,
     CheckpointDescription,
     Combination,
-    EigshProgress,
-    EigshResult,
-    EigshSpec,
     GroupLostError,
     Operator,
     Parameters,
     ParameterTensor,
     RankInfo,
     RawFile,
+    RunProgress,
     Seeded,
     Source,
     Space,
@@ -50,8 +50,8 @@ class QuadraticBackend(Backend):
     Attributes:
         lose_after: Number of calls on the ranks until they are lost, or None.
         lose_each_time: What `lose_after` is after each start anew.
-        gate: A product of `eigsh` waits for it.
-        num_products: Products of `eigsh` since the beginning.
+        gate: A product of a run waits for it.
+        num_products: Products of runs since the beginning.
         num_starts: Times the ranks were started.
         start_errors: What the next starts raise, one after another.
         memory_bytes: What its rank says it has in all.
@@ -214,13 +214,14 @@ class QuadraticBackend(Backend):
         self._reach_ranks()
         self._held(name)[start:stop].tofile(path)
 
-    async def eigsh(
-        self, operator: Operator, spec: EigshSpec, outputs: Sequence[str]
-    ) -> AsyncIterator[EigshProgress | EigshResult]:
+    async def run(
+        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+    ) -> AsyncIterator[RunProgress | Result]:
+        assert operation == "eigsh"
         self.asked.append(operator)
         matrix = _matrix(operator.space)
         n = matrix.shape[0]
-        yield EigshProgress(stage="loading", num_products=0, max_products=n)
+        yield RunProgress(operation=operation, stage="loading", num_products=0, max_products=n)
         basis = [_probe(spec.seed, "sphere", n)]
         for step in range(n):
             self._reach_ranks()
@@ -229,11 +230,12 @@ class QuadraticBackend(Backend):
             product = matrix @ basis[-1]
             rows = np.array(basis)
             ritz = np.linalg.eigvalsh(rows @ matrix @ rows.T)
-            yield EigshProgress(
+            yield RunProgress(
+                operation=operation,
                 stage="iterating",
                 num_products=step + 1,
                 max_products=n,
-                ritz_values=tuple(ritz[-spec.k :]),
+                detail=EigshProgress(ritz_values=tuple(ritz[-spec.k :])),
             )
             for _ in range(2):
                 product -= rows.T @ (rows @ product)

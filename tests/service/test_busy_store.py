@@ -15,32 +15,20 @@ from hvp_service.database import Database, DatabaseBusyError
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.dispatcher import Dispatcher
 from hvp_service.handlers import jobs
-from hvp_service.job_store import Job, Lease
+from hvp_service.job_store import Job, JobResult, Lease
 from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
-from hvp_workers.backend import EigshProgress
+from hvp_workers.backend import RunProgress
 
 from tests.service.quadratic_backend import QuadraticBackend
-from tests.service.world import PROJECT, make_operator
+from tests.service.world import PROJECT, create_job, make_operator
 
 
 async def queue(deps: Dependencies, ref: OperatorRef) -> Job:
     """A job with every default."""
-    return await jobs.create(
-        deps,
-        Name(PROJECT, "jobs", jobs.job_id(PROJECT, "")),
-        operator=ref,
-        k=2,
-        which="WHICH_BE",
-        tol=0.0,
-        max_products=0,
-        seed=1,
-        num_lanczos_vectors=0,
-        labels={},
-        validate_only=False,
-    )
+    return await create_job(deps, ref)
 
 
 @final
@@ -118,7 +106,7 @@ async def test_a_database_that_is_busy_once_at_any_moment_of_a_run_costs_nothing
             done = await end_of(deps, job.name)
             assert (done.state, done.attempt) == ("SUCCEEDED", 1), (moments, done.error)
             assert done.result is not None
-            assert len(done.result.eigenvectors) == 2
+            assert len(done.result.vectors) == 2
             if busy.calls <= moments:
                 break
             moments += 1
@@ -186,7 +174,7 @@ async def test_progress_that_cannot_be_stored_for_any_reason_does_not_end_a_run(
     ref = await make_operator(deps)
     report, failures = deps.jobs.report, [OSError("no space"), KeyError("anything")]
 
-    async def fail(lease: Lease, progress: EigshProgress) -> None:
+    async def fail(lease: Lease, progress: RunProgress) -> None:
         if failures:
             raise failures.pop()
         await report(lease, progress)
@@ -204,7 +192,7 @@ async def test_a_result_that_no_row_can_hold_fails_its_job_and_leaves_no_eigenve
     finish = store.finish
 
     async def picky(lease: Lease, end: Any) -> Job:
-        if hasattr(end, "eigsh"):
+        if isinstance(end, JobResult):
             raise TypeError("not JSON")
         return await finish(lease, end)
 

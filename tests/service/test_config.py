@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hvp_client.cli.main import DEFAULT_ADDRESS
+from hvp_client.cli.options import DEFAULT_ADDRESS
 from hvp_service.config import ServerConfig
 from hvp_service.server import main
 from hvp_service.state_dir import StateDirectoryBusyError, sole_use
@@ -83,24 +83,30 @@ def test_the_transport_needs_neither_torch_nor_ray() -> None:
     assert imported("hvp_service.transport", ("torch", "ray", "transformers")) == "[]"
 
 
-def test_a_file_in_the_place_of_the_state_directory_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def refusal_of(*arguments: str) -> str:
+    """What a server says that does not start; in a process of its own, whose logs it sets up."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hvp_service.server", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Errno" not in done.stderr
+    return done.stderr
+
+
+def test_a_file_in_the_place_of_the_state_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     for folder in (tmp_path / "state", tmp_path / "state" / "below"):
-        assert main(["--address", "127.0.0.1:0", "--state-dir", str(folder)]) == 1
-        told = capsys.readouterr().err
+        told = refusal_of("--address", "127.0.0.1:0", "--state-dir", str(folder))
         assert f"the state directory {folder} is a file" in told
-        assert "Errno" not in told
 
 
-def test_an_address_in_use_is_refused_before_the_ranks_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_address_in_use_is_refused_before_the_ranks_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        assert main(["--address", address, "--state-dir", str(tmp_path / "state")]) == 1
-    told = capsys.readouterr().err
+        told = refusal_of("--address", address, "--state-dir", str(tmp_path / "state"))
     assert f"cannot listen on {address}: another program listens there" in told
     assert "--address" in told
     assert not (tmp_path / "state").exists()

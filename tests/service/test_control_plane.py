@@ -30,7 +30,7 @@ from hvp_workers.inprocess import InProcessGroup
 from hvp_workers.ray_group import RayGroup
 
 from tests.client.conftest import save_llama
-from tests.service.world import PROJECT, checkpoint_files, make_batch
+from tests.service.world import PROJECT, checkpoint_files, create_job, make_batch
 from tests.workers.gated_engine import gate, waiting
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,17 +51,12 @@ class Busy:
     product: asyncio.Task[list[Vector]]
 
     async def create_job(self, *, validate_only: bool) -> Job:
-        return await jobs.create(
+        return await create_job(
             self.deps,
-            Name(PROJECT, "jobs", "0" * 32),
-            operator=self.ref,
-            k=2,
-            which="WHICH_LA",
-            tol=0.0,
-            max_products=0,
+            self.ref,
+            name=Name(PROJECT, "jobs", "0" * 32),
+            which="LA",
             seed=0,
-            num_lanczos_vectors=0,
-            labels={},
             validate_only=validate_only,
         )
 

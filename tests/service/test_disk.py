@@ -28,6 +28,7 @@ from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import (
     CONFIG,
     PROJECT,
+    create_job,
     make_batch,
     make_checkpoint,
     make_operator,
@@ -207,22 +208,10 @@ async def ended_job(deps: Dependencies) -> tuple[Name, list[Name]]:
     """A job with two eigenvectors."""
     ref = await make_operator(deps)
     name = Name(PROJECT, "jobs", jobs.job_id(PROJECT, ""))
-    await jobs.create(
-        deps,
-        name,
-        operator=ref,
-        k=2,
-        which="WHICH_BE",
-        tol=0.0,
-        max_products=0,
-        seed=1,
-        num_lanczos_vectors=0,
-        labels={},
-        validate_only=False,
-    )
+    await create_job(deps, ref, name=name)
     job = await jobs.wait(deps, name, 30.0)
     assert job.result is not None
-    return name, [parse(vector, "vectors") for vector in job.result.eigenvectors]
+    return name, [parse(vector, "vectors") for vector in job.result.vectors]
 
 
 async def test_the_eigenvectors_of_a_job_go_with_it_unless_they_are_kept(

@@ -10,40 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
+from hvp_operations.checking import checked
+from hvp_operations.eigsh import OPERATION, EigshResult
+from hvp_operations.operation import Facts, SpecError
 from hvp_service.config import ServerConfig
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
 from hvp_service.handlers import checkpoints, jobs, operators, vectors
 from hvp_service.job_store import Job, JobError, JobEvent, JobResult, Lease, StateChange
 from hvp_service.names import Name, parse
-from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.state_dir import StateDir
 from hvp_service.vector_rows import Vector
-from hvp_workers.backend import BackendError, EigshProgress
+from hvp_workers.backend import BackendError, RunProgress
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
-from tests.service.world import CONFIG, PROJECT, checkpoint_files, make_operator
+from tests.service.world import CONFIG, PROJECT, checkpoint_files, create_job, make_operator
 
-Arguments = dict[str, Any]
-
-
-async def create(deps: Dependencies, ref: OperatorRef, **change: Any) -> Job:
-    request_id = change.pop("request_id", "")
-    arguments: Arguments = {
-        "operator": ref,
-        "k": 2,
-        "which": "WHICH_BE",
-        "tol": 0.0,
-        "max_products": 0,
-        "seed": 1,
-        "num_lanczos_vectors": 0,
-        "labels": {},
-        "validate_only": False,
-    }
-    name = Name(PROJECT, "jobs", jobs.job_id(PROJECT, request_id))
-    return await jobs.create(deps, name, **(arguments | change))
+create = create_job
 
 
 async def follow(deps: Dependencies, name: Name, after: int = 0) -> list[JobEvent]:
@@ -69,12 +54,14 @@ async def test_a_job_finds_the_eigenvalues_and_keeps_the_eigenvectors(deps: Depe
     events = await follow(deps, job.name)
     assert states(events) == ["QUEUED", "RUNNING", "SUCCEEDED"]
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
-    products = [e.body.num_products for e in events if isinstance(e.body, EigshProgress)]
+    products = [e.body.num_products for e in events if isinstance(e.body, RunProgress)]
     assert products == sorted(products)
     done = await jobs.wait(deps, job.name, 1.0)
     assert done.result is not None
-    np.testing.assert_allclose(done.result.eigsh.eigenvalues, [1, 5, 6], rtol=1e-10)
-    for value, name in zip(done.result.eigsh.eigenvalues, done.result.eigenvectors, strict=True):
+    found = done.result.result
+    assert isinstance(found, EigshResult)
+    np.testing.assert_allclose(found.eigenvalues, [1, 5, 6], rtol=1e-10)
+    for value, name in zip(found.eigenvalues, done.result.vectors, strict=True):
         (product,) = await operators.apply(deps, ref, [name])
         pairs = [(name, name), (name, str(product.name))]
         assert await vectors.inner_products(deps, pairs) == [
@@ -103,7 +90,7 @@ async def test_eigenvectors_in_files_leave_the_ranks_until_they_are_used(
     done = await until(deps, (await create(deps, ref)).name, "SUCCEEDED")
     assert not backend.resident
     assert done.result is not None
-    (first, _) = done.result.eigenvectors
+    (first, _) = done.result.vectors
     assert await vectors.inner_products(deps, [(first, first)]) == [pytest.approx(1.0)]
     assert set(backend.resident) == {parse(first, "vectors").id}
 
@@ -218,7 +205,7 @@ async def test_eigenvectors_survive_the_ranks_and_a_restart(
         done = await again.jobs.get(job.name)
         assert done.state == "SUCCEEDED"
         assert done.result is not None
-        (name, _) = done.result.eigenvectors
+        (name, _) = done.result.vectors
         assert await vectors.inner_products(again, [(name, name)]) == [pytest.approx(1.0)]
         found = await again.vectors.get(parse(name, "vectors"))
         pieces = [p async for p in vectors.read(again, found.name, 0, 0)]
@@ -446,7 +433,7 @@ async def test_only_checking_a_job_queues_nothing(deps: Dependencies) -> None:
         ({"k": -1}, "K_INVALID"),
         ({"k": 6}, "K_INVALID"),
         ({"k": 7}, "K_INVALID"),
-        ({"which": "WHICH_UNSPECIFIED"}, "WHICH_UNSUPPORTED"),
+        ({"which": "UNSPECIFIED"}, "WHICH_UNSUPPORTED"),
         ({"tol": -1.0}, "TOL_INVALID"),
         ({"tol": float("nan")}, "TOL_INVALID"),
         ({"tol": float("inf")}, "TOL_INVALID"),
@@ -461,7 +448,7 @@ async def test_only_checking_a_job_queues_nothing(deps: Dependencies) -> None:
     ],
 )
 async def test_a_job_that_cannot_run_is_refused_with_the_field(
-    deps: Dependencies, change: Arguments, reason: str
+    deps: Dependencies, change: dict[str, Any], reason: str
 ) -> None:
     ref = await make_operator(deps)
     with pytest.raises(ServiceError) as caught:
@@ -480,7 +467,7 @@ async def test_pairs_for_which_the_ranks_have_no_room_are_refused_before_they_ar
             await create(deps, ref, k=39, validate_only=validate_only)
         assert (caught.value.reason, caught.value.field) == (
             "INSUFFICIENT_CLUSTER_MEMORY",
-            "spec.eigsh.k",
+            "spec.eigsh",
         )
         assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
         assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
@@ -508,19 +495,12 @@ async def test_a_job_that_was_queued_without_the_check_fails_by_it_and_the_next_
     await until(deps, after.name, "SUCCEEDED")
 
 
-async def test_a_job_lists_no_more_pairs_than_one_message_holds() -> None:
-    arguments: Arguments = {
-        "operator": OperatorRef(checkpoint="", data_batch="", kind="", dtype=""),
-        "which": "WHICH_LA",
-        "tol": 0.0,
-        "max_products": 0,
-        "seed": 0,
-        "num_lanczos_vectors": 0,
-        "num_parameters": 10**8,
-    }
-    assert jobs.check_eigsh(k=10_000, **arguments).k == 10_000
-    with pytest.raises(ServiceError, match=r"K_INVALID.*1 to 10000"):
-        jobs.check_eigsh(k=10_001, **arguments)
+def test_a_job_lists_no_more_pairs_than_one_message_holds() -> None:
+    facts = Facts(num_parameters=10**8, kind="hessian")
+    assert checked(OPERATION, {"k": 10_000}, facts).k == 10_000
+    with pytest.raises(SpecError, match="1 to 10000") as refusal:
+        checked(OPERATION, {"k": 10_001}, facts)
+    assert refusal.value.reason == "K_INVALID"
 
 
 async def test_a_full_queue_refuses_with_a_delay(
@@ -602,7 +582,7 @@ async def test_a_fault_of_a_rank_is_internal_to_its_caller_and_told_to_the_log(
         raise BackendError("INTERNAL", "KeyError: 'secret'", {"exception": "KeyError"}, "line 7")
         yield
 
-    monkeypatch.setattr(backend, "eigsh", fail)
+    monkeypatch.setattr(backend, "run", fail)
     with structlog.testing.capture_logs() as lines:
         failed = await until(deps, (await create(deps, ref)).name, "FAILED")
     assert failed.error is not None

@@ -15,12 +15,11 @@ from hvp_service import group_supervisor, server
 from hvp_service.dependencies import Dependencies
 from hvp_service.group_supervisor import GroupSupervisor
 from hvp_service.handlers import jobs
-from hvp_service.names import Name
 from hvp_service.transport import start_transport
 from hvp_workers.backend import GroupLostError
 
 from tests.service.quadratic_backend import QuadraticBackend
-from tests.service.world import PROJECT, make_operator
+from tests.service.world import create_job, make_operator
 
 LOSS = GroupLostError("WORKER_GROUP_LOST", "rank 0 died", {}, "rank 0:\nTraceback: KeyError")
 
@@ -79,19 +78,7 @@ async def test_health_follows_the_ranks_and_the_queue_goes_on_behind_a_failing_s
 
     await shown(health_pb2.HealthCheckResponse.SERVING)
     backend.gate.clear()
-    job = await jobs.create(
-        deps,
-        Name(PROJECT, "jobs", jobs.job_id(PROJECT, "")),
-        operator=await make_operator(deps),
-        k=1,
-        which="WHICH_LA",
-        tol=0.0,
-        max_products=0,
-        seed=1,
-        num_lanczos_vectors=0,
-        labels={},
-        validate_only=False,
-    )
+    job = await create_job(deps, await make_operator(deps), k=1, which="LA")
     while (await deps.jobs.get(job.name)).progress is None:  # it waits before a product then
         await deps.jobs.events_after(job.name, job.last_sequence, 1.0)
     backend.start_errors = [OSError("no space left on device")]

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from hvp_operations.checking import Seed
+from hvp_operations.eigsh import EigshProgress, EigshResult, EigshSpec
 from hvp_service.clock import now_us
 from hvp_service.database import open_database
 from hvp_service.errors import ServiceError
 from hvp_service.job_store import (
-    EigshJob,
     Job,
     JobError,
     JobEvent,
     JobResult,
+    JobSpec,
     JobState,
     JobStore,
     StaleLeaseError,
@@ -27,21 +29,23 @@ from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.sqlite_job_store import SqliteJobStore
-from hvp_workers.backend import EigshProgress, EigshResult
+from hvp_workers.backend import RunProgress
 
-SPEC = EigshJob(
+SPEC = JobSpec(
+    operation="eigsh",
     operator=OperatorRef(checkpoint="c", data_batch="b", kind="KIND_HESSIAN", dtype="float32"),
-    k=2,
-    which="BE",
-    tol=1e-3,
-    max_products=0,
-    seed=2**64 - 1,
-    num_lanczos_vectors=0,
+    spec=EigshSpec(k=2, which="BE", tol=1e-3, seed=Seed(2**64 - 1)),
 )
-PROGRESS = EigshProgress(stage="iterating", num_products=3, max_products=9, ritz_values=(1.0, 2.5))
+PROGRESS = RunProgress(
+    operation="eigsh",
+    stage="iterating",
+    num_products=3,
+    max_products=9,
+    detail=EigshProgress(ritz_values=(1.0, 2.5)),
+)
 ERROR = JobError(code=13, reason="INTERNAL", message="no", metadata={"a": "b"})
 RESULT = JobResult(
-    eigsh=EigshResult(
+    result=EigshResult(
         eigenvalues=(1.0, 2.0),
         residuals=(0.0, 1e-9),
         num_products=9,
@@ -52,9 +56,9 @@ RESULT = JobResult(
         loss=3.0,
         provenance={"seed": "1"},
     ),
-    eigenvectors=("v1", "v2"),
+    vectors=("v1", "v2"),
     num_elements=5,
-    eigenvector_time=7,
+    vector_time=7,
 )
 
 Open = Callable[[str, float], JobStore]
@@ -114,7 +118,8 @@ async def test_a_job_comes_back_as_it_was_put_in(store: JobStore) -> None:
 
 async def test_creating_a_job_twice_makes_one(store: JobStore) -> None:
     (made,) = await queue(store, "j1")
-    assert await store.create(replace(job("j1"), spec=replace(SPEC, k=1)), 100) == made
+    other = replace(SPEC, spec=EigshSpec(k=1))
+    assert await store.create(replace(job("j1"), spec=other), 100) == made
     assert await states(store, made.name) == ["QUEUED"]
 
 
@@ -141,7 +146,7 @@ async def test_a_finished_job_holds_its_result(store: JobStore) -> None:
     assert done.end_time is not None
     assert await states(store, done.name) == ["QUEUED", "RUNNING", "SUCCEEDED"]
     events = await store.events_after(done.name, 0, 0)
-    assert [event.body for event in events if isinstance(event.body, EigshProgress)] == [PROGRESS]
+    assert [event.body for event in events if isinstance(event.body, RunProgress)] == [PROGRESS]
     assert await store.events_after(done.name, 3, 0) == events[3:]
 
 
@@ -219,7 +224,7 @@ async def test_a_list_leaves_the_arrays_of_progress_out(store: JobStore) -> None
     await store.report(claimed.lease, PROGRESS)
     (listed,), _ = await store.list_page("p", [], PageRequest())
     assert (await store.get(claimed.name)).progress == PROGRESS
-    assert listed.progress == replace(PROGRESS, ritz_values=())
+    assert listed.progress == replace(PROGRESS, detail=None)
 
 
 async def test_a_lease_that_ran_out_is_settled_like_the_job_of_a_dead_server(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from hvp_operations.checking import Seed
+from hvp_operations.eigsh import EigshSpec
 from hvp_protos.v1 import job_pb2 as pb
 from hvp_service.clock import now_us
 from hvp_service.config import ServerConfig
@@ -15,22 +17,26 @@ from hvp_service.database import job_events
 from hvp_service.dependencies import Dependencies, open_dependencies
 from hvp_service.errors import ServiceError
 from hvp_service.handlers import checkpoints, jobs, system
-from hvp_service.job_store import EigshJob, Job
+from hvp_service.job_rows import spec_row
+from hvp_service.job_store import Job, JobSpec
 from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.servicers.job import JobServicer
 from hvp_service.state_dir import StateDir
-from pydantic import TypeAdapter
 
 from tests.service.quadratic_backend import QuadraticBackend
-from tests.service.world import PROJECT, make_batch, make_operator
+from tests.service.world import PROJECT, create_job, make_batch, make_operator
 
 CONTEXT: Any = None  # of gRPC; the servicer does not look at it
 
 # Columns of a row that this version cannot read, and the state that it shows.
 POISON: dict[str, tuple[dict[str, Any], str]] = {
-    "another-operation": ({"spec": {"operation": "density", "version": 7}}, "FAILED"),
+    "another-operation": (
+        {"spec": {"operation": "trace", "operator": {}, "spec": {}}},
+        "FAILED",
+    ),
+    "an-earlier-version": ({"spec": {"k": 2, "which": "BE", "operator": {}}}, "FAILED"),
     "a-field-more": ({"spec": "+block_size"}, "FAILED"),
     "a-field-more-within": ({"spec": "+operator.selection"}, "FAILED"),
     "another-which": ({"spec": "which=BOTH"}, "FAILED"),
@@ -55,29 +61,20 @@ POISON: dict[str, tuple[dict[str, Any], str]] = {
 
 def spec_of(ref: OperatorRef, change: Any) -> str:
     """A spec as a row has it: whole text, a document, or the usual one with a change."""
-    usual: dict[str, Any] = TypeAdapter(EigshJob).dump_python(
-        EigshJob(
-            operator=ref,
-            k=2,
-            which="BE",
-            tol=0.0,
-            max_products=0,
-            seed=1,
-            num_lanczos_vectors=0,
-        ),
-        mode="json",
+    usual = spec_row(
+        JobSpec(operation="eigsh", operator=ref, spec=EigshSpec(k=2, which="BE", seed=Seed(1)))
     )
     if isinstance(change, dict):
         return json.dumps(change)
     if change.startswith("+") and "=" in change:
         name, _, value = change[1:].partition("=")
-        usual[name] = int(value)
+        usual["spec"][name] = int(value)
     elif change.startswith("+"):
         place, _, name = change[1:].rpartition(".")
-        (usual[place] if place else usual)[name] = 3
+        usual[place or "spec"][name] = 3
     elif "=" in change:
         name, _, value = change.partition("=")
-        usual[name] = value
+        usual["spec"][name] = value
     else:
         return str(change)
     return json.dumps(usual)
@@ -142,19 +139,7 @@ async def test_rows_that_this_version_cannot_read_stop_neither_the_queue_nor_the
     deps = await open_dependencies(config, state_dir, QuadraticBackend())
     servicer = JobServicer(deps)
     try:
-        sound = await jobs.create(
-            deps,
-            Name(PROJECT, "jobs", "sound"),
-            operator=ref,
-            k=2,
-            which="WHICH_BE",
-            tol=0.0,
-            max_products=0,
-            seed=1,
-            num_lanczos_vectors=0,
-            labels={},
-            validate_only=False,
-        )
+        sound = await create_job(deps, ref, name=Name(PROJECT, "jobs", "sound"))
         while (found := await jobs.wait(deps, sound.name, 10.0)).state == "QUEUED":
             pass
         assert found.state == "SUCCEEDED"

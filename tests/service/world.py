@@ -13,6 +13,9 @@ from hvp_service.batch_store import DataBatch
 from hvp_service.blob_store import Digest
 from hvp_service.checkpoint_store import Checkpoint, CheckpointFile
 from hvp_service.dependencies import Dependencies
+from hvp_service.handlers import jobs
+from hvp_service.job_store import Job
+from hvp_service.names import Name
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.upload_chunks import Chunk
 from hvp_service.upload_rows import Upload
@@ -90,4 +93,28 @@ async def make_operator(deps: Dependencies, n: int = 6) -> OperatorRef:
         data_batch=str(batch.name),
         kind="KIND_HESSIAN",
         dtype="float64",
+    )
+
+
+async def create_job(
+    deps: Dependencies,
+    ref: OperatorRef,
+    *,
+    request_id: str = "",
+    name: Name | None = None,
+    operation: str | None = "eigsh",
+    labels: Mapping[str, str] | None = None,
+    validate_only: bool = False,
+    **values: Any,
+) -> Job:
+    """Queue a job: two eigenvalues from both ends unless the values say otherwise."""
+    usual = {"k": 2, "which": "BE", "seed": 1} if operation == "eigsh" else {}
+    return await jobs.create(
+        deps,
+        name or Name(PROJECT, "jobs", jobs.job_id(PROJECT, request_id)),
+        operation=operation,
+        operator=ref,
+        values={**usual, **values},
+        labels=labels or {},
+        validate_only=validate_only,
     )

@@ -9,16 +9,17 @@ import psutil
 import pytest
 import torch
 from hvp_core import attention
+from hvp_operations.checking import Seed
+from hvp_operations.eigsh import EigshResult, EigshSpec
+from hvp_operations.operation import Result
 from hvp_workers.backend import (
     Backend,
     BackendError,
     Combination,
-    EigshProgress,
-    EigshResult,
-    EigshSpec,
     Operator,
     Parameters,
     RawFile,
+    RunProgress,
     Seeded,
     Space,
     Zeros,
@@ -53,7 +54,7 @@ async def backend() -> AsyncIterator[Backend]:
     await opened.close()
 
 
-async def finish(run: AsyncIterator[EigshProgress | EigshResult]) -> EigshResult:
+async def finish(run: AsyncIterator[RunProgress | Result]) -> EigshResult:
     async for step in run:
         if isinstance(step, EigshResult):
             return step
@@ -113,7 +114,7 @@ async def test_products_and_other_calls_fit_between_the_products_of_a_run(
     backend: Backend, operator: Operator
 ) -> None:
     await backend.create_vector("v", operator.space, Seeded(4, "gaussian"))
-    run = backend.eigsh(operator, EigshSpec(k=2, which="BE"), ["e0", "e1"])
+    run = backend.run(operator, "eigsh", EigshSpec(k=2, which="BE"), ["e0", "e1"])
     seen = 0
     async for step in run:
         if isinstance(step, EigshResult):
@@ -131,7 +132,7 @@ async def test_products_and_other_calls_fit_between_the_products_of_a_run(
 
 
 async def test_a_run_that_is_closed_frees_its_basis(backend: Backend, operator: Operator) -> None:
-    run = backend.eigsh(operator, EigshSpec(k=2), ["e0", "e1"])
+    run = backend.run(operator, "eigsh", EigshSpec(k=2), ["e0", "e1"])
     for _ in range(4):
         await anext(run)
     await run.aclose()  # type: ignore[attr-defined]
@@ -140,9 +141,9 @@ async def test_a_run_that_is_closed_frees_its_basis(backend: Backend, operator: 
 
 
 async def test_the_same_seed_gives_the_same_run(backend: Backend, operator: Operator) -> None:
-    spec = EigshSpec(k=3, which="LA", seed=9, max_products=20)
-    first = await finish(backend.eigsh(operator, spec, ["a0", "a1", "a2"]))
-    second = await finish(backend.eigsh(operator, spec, ["b0", "b1", "b2"]))
+    spec = EigshSpec(k=3, which="LA", seed=Seed(9), max_products=20)
+    first = await finish(backend.run(operator, "eigsh", spec, ["a0", "a1", "a2"]))
+    second = await finish(backend.run(operator, "eigsh", spec, ["b0", "b1", "b2"]))
     assert first.eigenvalues == pytest.approx(second.eigenvalues, rel=1e-9)
     assert first.outcome == "MAX_PRODUCTS"
 
@@ -153,14 +154,14 @@ async def test_the_same_seed_gives_the_same_run(backend: Backend, operator: Oper
         (lambda b, o: b.apply(o, ["nothing"], ["x"]), "INPUT_MISSING"),
         (lambda b, o: b.inner_products([("nothing", "nothing")]), "INPUT_MISSING"),
         (lambda b, o: b.save_vector("nothing", Path("x")), "INPUT_MISSING"),
-        (lambda b, o: finish(b.eigsh(o, EigshSpec(k=0), [])), "K_INVALID"),
-        (lambda b, o: finish(b.eigsh(o, EigshSpec(k=10**9), [])), "K_INVALID"),
+        (lambda b, o: finish(b.run(o, "eigsh", EigshSpec(k=0), [])), "K_INVALID"),
+        (lambda b, o: finish(b.run(o, "eigsh", EigshSpec(k=10**9), [])), "K_INVALID"),
         (
-            lambda b, o: finish(b.eigsh(o, EigshSpec(k=3, max_products=5), [])),
+            lambda b, o: finish(b.run(o, "eigsh", EigshSpec(k=3, max_products=5), [])),
             "MAX_PRODUCTS_INVALID",
         ),
         (
-            lambda b, o: finish(b.eigsh(o, EigshSpec(k=3, num_lanczos_vectors=3), [])),
+            lambda b, o: finish(b.run(o, "eigsh", EigshSpec(k=3, num_lanczos_vectors=3), [])),
             "NUM_LANCZOS_VECTORS_INVALID",
         ),
     ],

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
-from hvp_workers.backend import EigshSpec, Tuning
-from hvp_workers.eigsh_size import least_bytes
+from hvp_operations.eigsh import OPERATION, EigshSpec
+from hvp_operations.operation import Cost, Facts
+from hvp_workers.backend import Tuning
 from hvp_workers.micro_batch import default_micro_batch
-from hvp_workers.plan import plan_eigsh, policy
+from hvp_workers.plan import policy, room_for
+from hvp_workers.room import least_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -37,26 +39,27 @@ def test_the_precision_is_the_operators() -> None:
     assert policy("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
 
 
+def cost(spec: EigshSpec, dimension: int) -> Cost:
+    return OPERATION.cost(spec, Facts(num_parameters=dimension, kind="hessian"))
+
+
 @pytest.mark.parametrize("k", [1, 300, 535])
 def test_the_servers_own_budget_finds_and_certifies_as_many_pairs_as_were_asked_for(k: int) -> None:
-    spec = EigshSpec(k=k, which="LA")
-    plan = plan_eigsh(spec, dimension=536, vector_bytes=1, available_bytes=10**6)
-    assert plan.max_products >= 2 * k
+    assert cost(EigshSpec(k=k, which="LA"), 536).max_products >= 2 * k
 
 
 def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
-    spec = EigshSpec(k=6, which="BE")
-    assert plan_eigsh(spec, dimension=1000, vector_bytes=1, available_bytes=10**6).num_vectors == 40
-    less = plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=4000)
-    assert less.num_vectors == 32 - 10
-    with pytest.raises(Exception, match="INSUFFICIENT_CLUSTER_MEMORY"):
-        plan_eigsh(spec, dimension=1000, vector_bytes=100, available_bytes=2900)
+    asked = cost(EigshSpec(k=6, which="BE"), 1000)
+    assert room_for(asked, vector_bytes=1, available_bytes=10**6) == 40 + 10
+    assert room_for(asked, vector_bytes=100, available_bytes=4000) == 32
+    with pytest.raises(CurvatureError, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        room_for(asked, vector_bytes=100, available_bytes=2900)
 
 
 @given(
     k=st.integers(1, 400),
-    num_lanczos_vectors=st.integers(0, 500),
-    max_products=st.integers(0, 900),
+    num_lanczos_vectors=st.none() | st.integers(1, 500),
+    max_products=st.none() | st.integers(1, 900),
     dimension=st.integers(2, 500),
     num_ranks=st.integers(1, 4),
     padding=st.integers(0, 9),
@@ -65,8 +68,8 @@ def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
 )
 def test_what_is_refused_before_it_is_queued_no_rank_would_run(
     k: int,
-    num_lanczos_vectors: int,
-    max_products: int,
+    num_lanczos_vectors: int | None,
+    max_products: int | None,
     dimension: int,
     num_ranks: int,
     padding: int,
@@ -74,12 +77,11 @@ def test_what_is_refused_before_it_is_queued_no_rank_would_run(
     used: float,
 ) -> None:
     spec = EigshSpec(k=k, num_lanczos_vectors=num_lanczos_vectors, max_products=max_products)
-    needed = least_bytes(spec, dimension=dimension, vector_bytes=4 * dimension / num_ranks)
-    assume(total_bytes < needed)
+    asked = cost(spec, dimension)
+    assume(total_bytes < least_bytes(asked, 4 * dimension / num_ranks))
     with pytest.raises(CurvatureError):
-        plan_eigsh(
-            spec,
-            dimension=dimension,
+        room_for(
+            asked,
             vector_bytes=4 * (-(-dimension // num_ranks) + padding),
             available_bytes=int(total_bytes * (1 - used)),
         )

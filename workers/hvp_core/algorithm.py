@@ -1,4 +1,4 @@
-"""Algorithms that ask an operator for products: configured first, run in steps, stopped at any of them."""
+"""Algorithms that ask an operator for products: configured first, run in steps."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Found:
 
     Attributes:
         result: The operation's own, without loss; `provenance` holds what the algorithm adds.
-        vectors: Vectors that belong to it, (local,) each, in the result's order. They may be views of
-            the run's own memory: copy them before the state goes.
+        vectors: Vectors that belong to it, (local,) each, in the result's order. They may be views
+            of the run's own memory: copy them before the state goes.
     """
 
     result: Any

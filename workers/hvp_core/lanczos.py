@@ -21,7 +21,6 @@ from hvp_operations.eigsh import (
 from torch import Tensor
 
 from hvp_core.algorithm import Advance, Algorithm, Budget, Found
-
 from hvp_core.eigenpairs import Eigenpairs, Plan, Progress
 from hvp_core.krylov_basis import Dots
 from hvp_core.lanczos_search import LanczosSearch, Matvec
@@ -124,7 +123,7 @@ class Eigsh(Algorithm[EigshState]):
 
         def exact() -> Matvec | None:
             exact = operator.exact()
-            return exact and (lambda v: exact.apply([v], borrow=True)[0])
+            return None if exact is None else lambda v: exact.apply([v], borrow=True)[0]
 
         return EigshState(
             eigsh(

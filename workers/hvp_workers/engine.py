@@ -19,7 +19,8 @@ import torch
 from hvp_core.algorithm import Advance, Algorithm, Budget
 from hvp_core.collective import Collective
 from hvp_core.errors import CurvatureError, is_out_of_memory
-from hvp_operations.operation import Facts, Result, load
+from hvp_operations.checking import checked
+from hvp_operations.operation import Facts, Result, SpecError, load
 from hvp_operations.registry import operations
 
 from hvp_workers import backend as api
@@ -238,6 +239,11 @@ class RankEngine:
         loaded = self._operator(operator)
         space = loaded.curvature.space
         facts = Facts(num_parameters=space.dimension, kind=operator.kind)
+        # Once more: the row that the spec comes from may have been damaged.
+        try:
+            spec = checked(declared, vars(spec), facts)
+        except SpecError as error:
+            raise CurvatureError(error.reason, error.message, error.metadata) from None
         cost = declared.cost(spec, facts)
         # What the first product will keep has to fit beside the run's own vectors.
         promised = 0 if loaded.has_products else loaded.budget_bytes

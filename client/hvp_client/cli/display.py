@@ -1,20 +1,22 @@
-"""A job as it runs: a live table in a terminal, plain lines anywhere else."""
+"""A job as it runs: a live table in a terminal, plain lines anywhere else; and its result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import final
 
+import rich.table
+from hvp_operations.operation import Table
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from hvp_client import EigshResult, Event, Progress, Vector
+from hvp_client import Event, Progress
 
-_SHOWN = 8  # pairs of a search that is under way
+_SHOWN = 8  # rows of what is under way
 _COLOURS = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "CANCELLING": "yellow"}
 
 
@@ -46,19 +48,25 @@ def plain_line(event: Event) -> str:
     Returns:
         The line, without its end.
     """
-    if event.progress is None:
+    progress = event.progress
+    if progress is None:
         line = f"{_state(event)} attempt {event.attempt}"
         return f"{line} {event.error}" if event.error else line
-    pairs = list(zip(event.ritz_values, event.residual_estimates, strict=False))
-    values = "  ".join(f"{value:.6g} (residual {residual:.1e})" for value, residual in _few(pairs))
-    more = f"  and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
-    return f"{event.progress.stage} {pace(event.progress)}  {values}".rstrip() + more
+    line = f"{progress.stage} {pace(progress)}"
+    if progress.detail is None:
+        return line
+    shown, more = _few(progress.detail.table())
+    cells = "; ".join(
+        ", ".join(f"{name} {cell}" for name, cell in zip(shown.headings, row, strict=True))
+        for row in shown.rows
+    )
+    return f"{line}  {cells}{f'; and {more} more' if more else ''}".rstrip()
 
 
-def _few(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those furthest from done, in their order: they decide when a search ends."""
-    worst = sorted(range(len(pairs)), key=lambda index: -pairs[index][1])[:_SHOWN]
-    return [pairs[index] for index in sorted(worst)]
+def _few(table: Table) -> tuple[Table, int]:
+    """The first rows of a table, and how many are left out."""
+    shown = Table(headings=table.headings, rows=table.rows[:_SHOWN])
+    return shown, len(table.rows) - len(shown.rows)
 
 
 def _state(event: Event) -> str:
@@ -74,6 +82,8 @@ def pace(progress: Progress) -> str:
     Returns:
         A phrase.
     """
+    if not progress.max_products:
+        return "..."
     done = f"{progress.num_products}/{progress.max_products} products"
     if progress.seconds_per_product <= 0:
         return done
@@ -82,46 +92,27 @@ def pace(progress: Progress) -> str:
     return f"{done}, {progress.seconds_per_product:.3g} s each, at most {at_most} left"
 
 
-def result_table(result: EigshResult[Vector]) -> Table:
-    """Lay out eigenvalues with their intervals, and what is certified of them.
+def drawn(table: Table) -> rich.table.Table:
+    """Lay out a table for a terminal.
 
     Args:
-        result: A job's.
+        table: Texts.
 
     Returns:
         The table.
     """
-    table = Table(
-        title=f"{result.outcome} after {result.num_products} products, loss {result.loss:.6g} nats",
-        caption="\n".join(
-            (
-                *result.claims,
-                f"{_operator(result)}symmetry defect {result.symmetry_defect:.1e}",
-                f"eigenvectors: {_span([vector.name for vector in result.eigenvectors])}",
-            )
-        ),
+    laid_out = rich.table.Table(
+        title=table.title or None,
+        caption="\n".join(table.notes) or None,
         caption_justify="left",
+        box=box.HEAVY_HEAD if table.title else None,
+        padding=(0, 1) if table.title else (0, 2),
     )
-    for heading in ("#", "eigenvalue", "± (certified)", "residual ‖Hy - λy‖"):
-        table.add_column(heading, justify="right")
-    radii = (result.intervals[:, 1] - result.intervals[:, 0]) / 2
-    rows = zip(result.eigenvalues, radii, result.residuals, strict=True)
-    for index, (value, radius, residual) in enumerate(rows):
-        table.add_row(str(index), f"{value:.8g}", f"{radius:.1e}", f"{residual:.2e}")
-    return table
-
-
-def _span(names: Sequence[str]) -> str:
-    """The first name whole and of the last what differs; one name alone."""
-    if len(names) < 2:
-        return "".join(names)
-    return f"{names[0]} to -{names[-1].rpartition('-')[2]}"
-
-
-def _operator(result: EigshResult[Vector]) -> str:
-    """What the eigenvalues are of, as far as the server told."""
-    told = (result.provenance.get(key) for key in ("operator", "dtype", "precision"))
-    return "".join(f"{each}, " for each in told if each)
+    for heading in table.headings:
+        laid_out.add_column(heading, justify="right")
+    for row in table.rows:
+        laid_out.add_row(*row)
+    return laid_out
 
 
 @final
@@ -145,19 +136,16 @@ class _Screen:
         heading.append(self._state, _COLOURS.get(self._state, "cyan"))
         if self._attempt > 1:
             heading.append(f"  attempt {self._attempt}")
-        if self._progress is None:
+        progress = self._progress
+        if progress is None:
             return heading
-        table = Table("Ritz value", "residual estimate", box=None, padding=(0, 2))
-        pairs = list(
-            zip(self._progress.ritz_values, self._progress.residual_estimates, strict=False)
-        )
-        for value, residual in _few(pairs):
-            table.add_row(f"{value:.8g}", f"{residual:.1e}")
-        if len(pairs) > _SHOWN:
-            table.add_row(f"and {len(pairs) - _SHOWN} more", "smaller")
         bar = ProgressBar(
-            total=max(1, self._progress.max_products),
-            completed=self._progress.num_products,
-            width=40,
+            total=max(1, progress.max_products), completed=progress.num_products, width=40
         )
-        return Group(heading, bar, f"{self._progress.stage}: {pace(self._progress)}", table)
+        parts: list[RenderableType] = [heading, bar, f"{progress.stage}: {pace(progress)}"]
+        if progress.detail is not None:
+            shown, more = _few(progress.detail.table())
+            parts.append(drawn(shown))
+            if more:
+                parts.append(f"  and {more} more")
+        return Group(*parts)

@@ -66,27 +66,25 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
 
 def _work(record: Mapping[str, Any]) -> str:
     """What a job does, in a line."""
-    if not record["kind"]:
+    if not record["headline"]:
         return "?"  # a job of another version's, of which the server shows what it can
     again = f", attempt {record['attempt']}" if record["attempt"] > 1 else ""
-    return (
-        f"{record['kind']} {record['which']} k={record['k']} of {record['operator']} "
-        f"{record['dtype']}{again}"
-    )
+    return f"{record['headline']} of {record['operator']} {record['dtype']}{again}"
 
 
-async def _jobs(address: str, states: Sequence[str] | None) -> list[AsyncJob]:
+async def _jobs(address: str, states: Sequence[str] | None) -> list[AsyncJob[Any]]:
     async with AsyncClient(address) as client:
         return await client.jobs(states)
 
 
-def _record(job: AsyncJob) -> dict[str, Any]:
+def _record(job: AsyncJob[Any]) -> dict[str, Any]:
     progress = job.progress
     return {
         "name": job.name,
         "state": job.state,
         "cancelling": job.cancelling,
         "attempt": job.attempt,
+        "headline": job.headline,
         **job.spec,
         "num_products": progress.num_products if progress else 0,
         "max_products": progress.max_products if progress else 0,

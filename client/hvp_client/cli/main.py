@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from hvp_operations.registry import operations
 
-DEFAULT_ADDRESS = "127.0.0.1:8471"
+from hvp_client.cli.options import DEFAULT_ADDRESS, Address, Format, FormatOption
+from hvp_client.cli.questions import command
 
 app = typer.Typer(
     name="hvp",
@@ -18,44 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Format(StrEnum):
-    """How results are printed."""
-
-    table = "table"
-    json = "json"
-
-
-class Which(StrEnum):
-    """Ends of the spectrum, by SciPy's names."""
-
-    LA = "LA"
-    SA = "SA"
-    LM = "LM"
-    BE = "BE"
-
-
-class Dtype(StrEnum):
-    """What products are computed in."""
-
-    float32 = "float32"
-    float64 = "float64"
-
-
-class Kind(StrEnum):
-    """Which matrix."""
-
-    hessian = "hessian"
-    ggn = "ggn"
-
-
-class Precision(StrEnum):
-    """Of the operands of matrix products."""
-
-    full = "full"
-    tf32 = "tf32"
-    bfloat16 = "bfloat16"
 
 
 class Device(StrEnum):
@@ -89,10 +53,6 @@ class BackendKind(StrEnum):
     inprocess = "inprocess"
 
 
-Address = Annotated[
-    str, typer.Option(envvar="HVP_ADDRESS", help="The server, HOST:PORT.", show_envvar=True)
-]
-FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
 JobArgument = Annotated[str, typer.Argument(help="The job's name, or its id alone.")]
 
 
@@ -157,64 +117,8 @@ def upload(
     upload_checkpoint(address, directory, as_json=format_ is Format.json)
 
 
-@app.command()
-def eigsh(
-    checkpoint: Annotated[
-        str, typer.Option(help="Name of an uploaded checkpoint, or a folder to upload.")
-    ],
-    ids: Annotated[
-        str,
-        typer.Option(
-            help="Name of an uploaded batch, or a .safetensors or .npz file of input_ids (n, s), "
-            "and optionally labels and attention_mask."
-        ),
-    ],
-    k: Annotated[int, typer.Option("--k", "-k", help="How many eigenpairs.")] = 6,
-    which: Annotated[Which, typer.Option(help="Which end of the spectrum.")] = Which.LM,
-    tol: Annotated[
-        float, typer.Option(help="Relative residual, below 1; 0: the dtype's rounding.")
-    ] = 0.0,
-    max_products: Annotated[
-        int | None, typer.Option(help="Bound on products.", show_default="the server's choice")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the starting vector.")] = 0,
-    operator: Annotated[
-        Kind, typer.Option(help="Of which matrix: hessian, or ggn for Gauss-Newton.")
-    ] = Kind.hessian,
-    dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = Dtype.float32,
-    precision: Annotated[
-        Precision | None,
-        typer.Option(
-            help="Of the operands of matrix products; full: the dtype's own.",
-            show_default="bfloat16 for float32 on GPUs, else full",
-        ),
-    ] = None,
-    micro_batch_size: Annotated[
-        int | None,
-        typer.Option(help="Sequences a rank takes at once.", show_default="by memory"),
-    ] = None,
-    watch: Annotated[bool, typer.Option(help="Stay and show progress and the result.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
-    address: Address = DEFAULT_ADDRESS,
-    format_: FormatOption = Format.table,
-) -> None:
-    """Compute k extremal eigenpairs of the Hessian, or the GGN, of a checkpoint's loss."""
-    from hvp_client.cli.spectra import EigshOrder, run_eigsh
-
-    order = EigshOrder(
-        checkpoint=checkpoint,
-        ids=ids,
-        k=k,
-        which=which.value,
-        tol=tol,
-        max_products=max_products,
-        seed=seed,
-        operator=operator.value,
-        dtype=dtype.value,
-        precision=None if precision is None else precision.value,
-        micro_batch_size=micro_batch_size,
-    )
-    run_eigsh(address, order, watch=watch, output=output, as_json=format_ is Format.json)
+for _operation in operations().values():
+    app.command(_operation.name, help=_operation.summary)(command(_operation))
 
 
 @app.command()
@@ -236,7 +140,7 @@ def watch(
     job: JobArgument, address: Address = DEFAULT_ADDRESS, format_: FormatOption = Format.table
 ) -> None:
     """Follow a job to its end and print its result."""
-    from hvp_client.cli.spectra import follow_job
+    from hvp_client.cli.asking import follow_job
 
     follow_job(address, job, as_json=format_ is Format.json)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from hvp_operations.eigsh import EigshProgress
 from rich.console import Console
 
 from hvp_client import Client, Event, Operator
@@ -226,12 +227,15 @@ def _recorded(events: Iterable[Event], history: list[Snapshot]) -> Iterator[Even
     for event in events:
         if event.type == "state" and event.state == "RUNNING":
             history.clear()  # a new attempt begins with its first product
-        if event.progress is not None and event.progress.stage in ("iterating", "completeness"):
+        progress = event.progress
+        if progress is not None and progress.stage in ("iterating", "completeness"):
+            detail = progress.detail
+            assert isinstance(detail, EigshProgress)
             history.append(
                 Snapshot(
-                    num_products=event.num_products,
-                    ritz_values=event.ritz_values,
-                    residual_estimates=event.residual_estimates,
+                    num_products=progress.num_products,
+                    ritz_values=detail.ritz_values,
+                    residual_estimates=detail.residual_estimates,
                 )
             )
         yield event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from hvp_operations.checking import Seed
+from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
 
 # Nodes and weights travel as one message of 4 MiB, 16 bytes each pair.
@@ -15,20 +15,22 @@ WORKING_VECTORS = 3
 
 @dataclass(frozen=True)
 class DensitySpec:
-    """Estimate the spectral density by Lanczos quadrature from random probes.
+    """Estimate the spectral density by stochastic Lanczos quadrature.
+
+    Each of K random probes gives an independent estimate of the whole spectrum, and the error of
+    their mean falls as 1/√K. With m steps of Lanczos the moments of what a probe sees are exact up
+    to degree 2m − 1, and features narrower than the spectrum's width over m are smeared.
 
     Attributes:
-        num_probes: K random probes, each an independent estimate of the whole spectrum; the error of
-            their mean falls as 1/√K.
-        num_steps: m steps of Lanczos for each: moments of the spectrum are exact for each probe up
-            to degree 2m − 1, and features narrower than the spectrum's width over m are smeared.
+        num_probes: K, the random probes.
+        num_steps: m, the steps of Lanczos of each probe.
         seed: Of the probes.
     """
 
     _: KW_ONLY
     num_probes: int = 8
     num_steps: int = 80
-    seed: Seed = Seed(0)
+    seed: Seed = FIRST_SEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,9 @@ _RULES: tuple[Rule[DensitySpec], ...] = (
         field="num_steps",
         reason="NUM_STEPS_INVALID",
         holds=lambda spec, facts: 1 <= spec.num_steps <= MAX_NODES // spec.num_probes,
-        allowed=lambda spec, facts: f"with {spec.num_probes} probes 1 to "
-        f"{MAX_NODES // spec.num_probes} are possible",
+        allowed=lambda spec, facts: (
+            f"with {spec.num_probes} probes 1 to {MAX_NODES // spec.num_probes} are possible"
+        ),
     ),
     Rule(
         field="seed",
@@ -132,4 +135,5 @@ OPERATION = Operation(
     headline=lambda spec: f"density {spec.num_probes} probes x {spec.num_steps} steps",
     algorithm="hvp_core.density:Density",
     record="hvp_operations.density.record:DensityResult",
+    has_picture=True,
 )

@@ -1,4 +1,4 @@
-"""What the SDK gives of a spectral density: the quadratures, and everything that is made of them."""
+"""What the SDK gives of a spectral density: the quadratures, and what is made of them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class Estimate(NamedTuple):
 class DensityResult:
     """Spectral density of an operator of order n, as K quadratures.
 
-    Each probe x of norm 1 sees the spectral measure Σ (x·uᵢ)² δ(λ − λᵢ); its mean over random probes
-    is the density, (1/n) Σ δ(λ − λᵢ). Lanczos gives the Gauss quadrature of each probe's measure. What
-    is said of errors is the spread over the probes; the smearing by a finite number of steps comes on
-    top where the kernel is narrower than the spectrum's width over the number of steps.
+    Each probe x of norm 1 sees the spectral measure Σ (x·uᵢ)² δ(λ − λᵢ); its mean over random
+    probes is the density, (1/n) Σ δ(λ − λᵢ). Lanczos gives the Gauss quadrature of each probe's
+    measure. What is said of errors is the spread over the probes; the smearing by a finite number
+    of steps comes on top where the kernel is narrower than the spectrum's width over the number of
+    steps.
 
     Attributes:
         quadratures: One for each probe: nodes and weights, which sum to one.
@@ -68,7 +69,7 @@ class DensityResult:
         """(K, m) weights of `nodes`; each row sums to one, and what is repeated weighs nothing."""
         return self._rows([quadrature.weights for quadrature in self.quadratures], "constant")
 
-    def expectation(self, values: NDArray[np.float64]) -> Estimate:
+    def expectation(self, values: NDArray[Any]) -> Estimate:
         """Mean of f(λ) over the spectrum, (1/n) Σ f(λᵢ).
 
         Args:
@@ -112,7 +113,7 @@ class DensityResult:
         return self.expectation(self.nodes[None] ** powers)
 
     def trace(self) -> Estimate:
-        """tr A, with its standard error over the probes."""
+        """Tr A, with its standard error over the probes."""
         mean = self.expectation(self.nodes)
         return Estimate(*(self.num_parameters * part for part in mean))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
-from hvp_operations.checking import Seed
+from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
 
 Which = Literal["LA", "SA", "LM", "BE"]
@@ -26,8 +26,8 @@ class EigshSpec:
 
     Attributes:
         k: How many, 1 ≤ k < n.
-        which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and the
-            odd one from the high end.
+        which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and
+            the odd one from the high end.
         tol: Stop when every wanted pair's estimated residual is at most tol times the largest Ritz
             value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
         max_products: Upper bound on products, those that show completeness and those of the final
@@ -41,7 +41,7 @@ class EigshSpec:
     _: KW_ONLY
     tol: float = 0.0
     max_products: int | None = None
-    seed: Seed = Seed(0)
+    seed: Seed = FIRST_SEED
     num_lanczos_vectors: int | None = None
 
 
@@ -60,8 +60,11 @@ class EigshProgress(Detail):
     residual_estimates: tuple[float, ...] = ()
 
     def table(self) -> Table:
-        """Ritz values with the estimates of their residuals."""
-        pairs = zip(self.ritz_values, self.residual_estimates, strict=False)
+        """Ritz values with the estimates of their residuals, the furthest from converged first."""
+        pairs = sorted(
+            zip(self.ritz_values, self.residual_estimates, strict=False),
+            key=lambda pair: -pair[1],
+        )
         return Table(
             headings=("Ritz value", "residual estimate"),
             rows=tuple((f"{value:.8g}", f"{estimate:.1e}") for value, estimate in pairs),
@@ -73,8 +76,9 @@ class Completeness:
     """What is known of eigenvalues that a search for k of them does not show.
 
     Attributes:
-        shown: Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most `margin`
-            further out than the i-th of the pairs: none was missed, copies of repeated ones included.
+        shown: Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most
+            `margin` further out than the i-th of the pairs: none was missed, copies of repeated
+            ones included.
         margin: In units of the eigenvalues: the tolerance, and the noise of the search; infinite
             where nothing is known.
         failure_probability: That `shown` is wrong, over the random starting vectors of the search
@@ -152,30 +156,39 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
         field="k",
         reason="K_INVALID",
         holds=lambda spec, facts: 1 <= spec.k <= min(facts.num_parameters - 1, MAX_EIGENPAIRS),
-        allowed=lambda spec, facts: f"of an operator of order {facts.num_parameters}, 1 to "
-        f"{min(facts.num_parameters - 1, MAX_EIGENPAIRS)} eigenpairs can be asked in one job",
+        allowed=lambda spec, facts: (
+            f"of an operator of order {facts.num_parameters}, 1 to "
+            f"{min(facts.num_parameters - 1, MAX_EIGENPAIRS)} eigenpairs can be asked in one job"
+        ),
     ),
     Rule(
         field="tol",
         reason="TOL_INVALID",
         holds=lambda spec, facts: 0 <= spec.tol < 1,
-        allowed=lambda spec, facts: "0 <= tol < 1 is possible. It is relative to the largest "
-        "eigenvalue's magnitude: with 1, any vector would do",
+        allowed=lambda spec, facts: (
+            "0 <= tol < 1 is possible. It is relative to the largest "
+            "eigenvalue's magnitude: with 1, any vector would do"
+        ),
     ),
     Rule(
         field="max_products",
         reason="MAX_PRODUCTS_INVALID",
         holds=lambda spec, facts: spec.max_products is None or spec.max_products >= 2 * spec.k,
-        allowed=lambda spec, facts: f"a basis of k = {spec.k} and the k residuals take "
-        f"{2 * spec.k}; left out, the server chooses",
+        allowed=lambda spec, facts: (
+            f"a basis of k = {spec.k} and the k residuals take "
+            f"{2 * spec.k}; left out, the server chooses"
+        ),
     ),
     Rule(
         field="num_lanczos_vectors",
         reason="NUM_LANCZOS_VECTORS_INVALID",
-        holds=lambda spec, facts: spec.num_lanczos_vectors is None
-        or spec.k < spec.num_lanczos_vectors <= facts.num_parameters,
-        allowed=lambda spec, facts: f"{spec.k + 1} to {facts.num_parameters} are possible; left "
-        "out, the server chooses",
+        holds=lambda spec, facts: (
+            spec.num_lanczos_vectors is None
+            or spec.k < spec.num_lanczos_vectors <= facts.num_parameters
+        ),
+        allowed=lambda spec, facts: (
+            f"{spec.k + 1} to {facts.num_parameters} are possible; left out, the server chooses"
+        ),
     ),
     Rule(
         field="seed",

@@ -24,7 +24,8 @@ class EigshResult(Generic[VectorT]):
     Attributes:
         eigenvalues: (k,) float64, ascending: the Rayleigh quotients of the verifying products.
         residuals: (k,) float64, the norms ‖A y − λ y‖ / ‖y‖, each from a fresh product in float64.
-        error_bounds: (k,) float64, half the width of `intervals`; infinite where nothing is claimed.
+        error_bounds: (k,) float64, half the width of `intervals`; infinite where nothing is
+            claimed.
         completeness: Whether these are the k wanted ones, and how sure that is.
         eigenvectors: k orthonormal vectors on the server, in the order of `eigenvalues`. They are
             the job's and stay when their handles go.
@@ -65,8 +66,8 @@ class EigshResult(Generic[VectorT]):
     def intervals(self) -> NDArray[np.float64]:
         """(k, 2) float64, each of which holds an eigenvalue of the exact operator.
 
-        That is so whatever precision the search ran in; where nothing is claimed they are infinitely
-        wide. That none of the wanted was missed is `completeness`.
+        That is so whatever precision the search ran in; where nothing is claimed they are
+        infinitely wide. That none of the wanted was missed is `completeness`.
         """
         return np.stack(
             (self.eigenvalues - self.error_bounds, self.eigenvalues + self.error_bounds), axis=1

@@ -24,6 +24,7 @@ MAX_WAIT_S = 60.0
 MAX_LABELS = 64
 MAX_LABEL_LENGTH = 256
 
+
 def job_id(project: str, request_id: str) -> str:
     """The id that a request id always leads to: a retry after a crash finds the row."""
     if not request_id:

@@ -1,4 +1,4 @@
-"""`hvp eigsh` and `hvp watch`."""
+"""What the commands that ask a question do, and `hvp watch`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,46 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hvp_client import Client, EigshResult, Job, Vector
-from hvp_client.cli.display import result_table, show_events
+from hvp_client import Client, Job
+from hvp_client.cli.display import drawn, show_events
 from hvp_client.cli.failures import EXIT_INTERRUPTED, failures_reported, usage_error
 from hvp_client.cli.listing import job_name
 from hvp_client.cli.uploading import upload_with_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class EigshOrder:
-    """What `hvp eigsh` was asked for, as typed."""
+class Order:
+    """What a command was asked for, as typed.
 
+    Attributes:
+        operation: What is asked.
+        values: Its own options, by field.
+        checkpoint: Name or folder.
+        ids: Name or file of a batch.
+        operator: Which matrix.
+        dtype: To compute in.
+        precision: Of the operands of matrix products.
+        micro_batch_size: Sequences a rank takes at once.
+    """
+
+    operation: str
+    values: Mapping[str, Any]
     checkpoint: str
     ids: str
-    k: int
-    which: str
-    tol: float
-    max_products: int | None
-    seed: int
     operator: str
     dtype: str
     precision: str | None
     micro_batch_size: int | None
 
 
-def run_eigsh(
-    address: str, order: EigshOrder, *, watch: bool, output: Path | None, as_json: bool
+def ask(
+    address: str,
+    order: Order,
+    *,
+    watch: bool,
+    output: Path | None,
+    picture: Path | None,
+    as_json: bool,
 ) -> None:
     """Upload what is not there yet, queue the job, and stay until it ends or go at once.
 
@@ -49,10 +63,14 @@ def run_eigsh(
         order: What to compute.
         watch: Whether to stay.
         output: File for the result.
+        picture: File for the result's picture.
         as_json: Print JSON.
     """
-    if output is not None and not watch:
-        usage_error("--output needs the result; leave out --no-watch")
+    for option, path in (("--output", output), ("--plot", picture)):
+        if path is not None and not watch:
+            usage_error(f"{option} needs the result; leave out --no-watch")
+        if path is not None and not path.absolute().parent.is_dir():
+            usage_error(f"{option} {path} is in no folder that there is")
     tensors = None if order.ids.startswith("projects/") else read_batch(Path(order.ids))
     with failures_reported(), Client(address) as client:
         if order.checkpoint.startswith("projects/"):
@@ -68,11 +86,9 @@ def run_eigsh(
             micro_batch_size=order.micro_batch_size,
             precision=order.precision,
         )
-        job = H.eigsh(
-            order.k, order.which, tol=order.tol, max_products=order.max_products, seed=order.seed
-        )
+        job = H._ask(order.operation, order.values, None)
         if watch:
-            _stay(job, output=output, as_json=as_json)
+            _stay(job, output=output, picture=picture, as_json=as_json)
         else:
             print(json.dumps({"job": job.name}) if as_json else job.name)
 
@@ -86,7 +102,7 @@ def follow_job(address: str, job: str, *, as_json: bool) -> None:
         as_json: Print JSON.
     """
     with failures_reported(), Client(address) as client:
-        _stay(client.job(job_name(job)), output=None, as_json=as_json)
+        _stay(client.job(job_name(job)), output=None, picture=None, as_json=as_json)
 
 
 def read_batch(path: Path) -> Mapping[str, Any]:
@@ -115,7 +131,7 @@ def read_batch(path: Path) -> Mapping[str, Any]:
         usage_error(f"{path} cannot be read: {error}")
 
 
-def _stay(job: Job, *, output: Path | None, as_json: bool) -> None:
+def _stay(job: Job[Any], *, output: Path | None, picture: Path | None, as_json: bool) -> None:
     console = Console(stderr=True)
     try:
         show_events(job.watch(), job.name, console)
@@ -131,11 +147,18 @@ def _stay(job: Job, *, output: Path | None, as_json: bool) -> None:
     document = json.dumps({"job": job.name, **result.to_json()}, indent=2)
     if output is not None:
         output.write_text(document + "\n")
-    _print_result(result, document if as_json else None)
-
-
-def _print_result(result: EigshResult[Vector], document: str | None) -> None:
-    if document is not None:
+    if as_json:
         print(document)
     else:
-        Console().print(result_table(result))
+        Console().print(drawn(result.table()))
+    if picture is not None:
+        _draw(result, picture)
+
+
+def _draw(result: Any, picture: Path) -> None:
+    try:
+        result.plot(picture)
+    except ImportError:
+        usage_error("--plot needs matplotlib: pip install matplotlib")
+    except ValueError as error:  # a suffix that is no format's
+        usage_error(f"--plot {picture}: {error}")

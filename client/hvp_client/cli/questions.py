@@ -1,0 +1,161 @@
+"""One command for each operation, made from its declaration; and `hvp watch`."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from hvp_operations.checking import Seed, field_types, without_none
+from hvp_operations.documentation import attributes, paragraphs
+from hvp_operations.operation import Operation
+
+from hvp_client.cli.options import (
+    DEFAULT_ADDRESS,
+    Address,
+    Dtype,
+    Format,
+    FormatOption,
+    Kind,
+    Precision,
+)
+
+
+def command(operation: Operation[Any]) -> Callable[..., None]:
+    """Make the command of an operation.
+
+    Args:
+        operation: Its declaration.
+
+    Returns:
+        A function whose signature is what typer reads.
+    """
+
+    def run(**typed: Any) -> None:
+        from hvp_client.cli.asking import Order, ask
+
+        order = Order(
+            operation=operation.name,
+            values={name: _plain(typed[name]) for name in field_types(operation.spec)},
+            checkpoint=typed["checkpoint"],
+            ids=typed["ids"],
+            operator=typed["operator"].value,
+            dtype=typed["dtype"].value,
+            precision=_plain(typed["precision"]),
+            micro_batch_size=typed["micro_batch_size"],
+        )
+        ask(
+            typed["address"],
+            order,
+            watch=typed["watch"],
+            output=typed["output"],
+            picture=typed.get("plot"),
+            as_json=typed["format_"] is Format.json,
+        )
+
+    first, last = _common(operation)
+    parameters = [*first, *_own(operation), *last]
+    run.__doc__ = "\n\n".join([operation.summary, *paragraphs(operation.spec)[1:]])
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any = ...) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is ... else default,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
+    """The options that are the operation's alone."""
+    told = attributes(operation.spec)
+    defaults = inspect.signature(operation.spec).parameters
+    made = []
+    for name, hint in field_types(operation.spec).items():
+        kind, may_be_none = without_none(hint)
+        default: Any = defaults[name].default
+        if typing.get_origin(kind) is Literal:
+            kind = _words(typing.get_args(kind))
+            default = kind(default)
+        elif kind is Seed:
+            kind = int
+        flags = [f"--{name.replace('_', '-')}", *([f"-{name}"] if len(name) == 1 else [])]
+        shown = "the server's choice" if may_be_none else True
+        option = typer.Option(*flags, help=told[name], show_default=shown)
+        made.append(_parameter(name, kind | None if may_be_none else kind, option, default))
+    return made
+
+
+def _words(words: tuple[str, ...]) -> Any:
+    """A choice of words, as typer takes it."""
+    return StrEnum("Words", {word: word for word in words})
+
+
+def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+    """The options that every question has: before its own, and behind them."""
+    first = [
+        _parameter(
+            "checkpoint",
+            str,
+            typer.Option(help="Name of an uploaded checkpoint, or a folder to upload."),
+        ),
+        _parameter(
+            "ids",
+            str,
+            typer.Option(
+                help="Name of an uploaded batch, or a .safetensors or .npz file of "
+                "input_ids (n, s), and optionally labels and attention_mask."
+            ),
+        ),
+    ]
+    last = [
+        _parameter(
+            "operator",
+            Kind,
+            typer.Option(help="Of which matrix: hessian, or ggn for Gauss-Newton."),
+            Kind.hessian,
+        ),
+        _parameter("dtype", Dtype, typer.Option(help="To compute in."), Dtype.float32),
+        _parameter(
+            "precision",
+            Precision | None,
+            typer.Option(
+                help="Of the operands of matrix products; full: the dtype's own.",
+                show_default="bfloat16 for float32 on GPUs, else full",
+            ),
+            None,
+        ),
+        _parameter(
+            "micro_batch_size",
+            int | None,
+            typer.Option(help="Sequences a rank takes at once.", show_default="by memory"),
+            None,
+        ),
+        _parameter(
+            "watch", bool, typer.Option(help="Stay and show progress and the result."), True
+        ),
+        _parameter(
+            "output", Path | None, typer.Option(help="Write the result here as JSON."), None
+        ),
+    ]
+    if operation.has_picture:
+        option = typer.Option(help="Draw the result here, as .png, .svg or .pdf.")
+        last.append(_parameter("plot", Path | None, option, None))
+    plain = inspect.Parameter.KEYWORD_ONLY
+    last += [
+        inspect.Parameter("address", plain, default=DEFAULT_ADDRESS, annotation=Address),
+        inspect.Parameter("format_", plain, default=Format.table, annotation=FormatOption),
+    ]
+    return first, last

@@ -1,0 +1,108 @@
+"""Every operation keeps to what its declaration promises to all who read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+from hvp_operations.checking import checked, field_types, typed
+from hvp_operations.codec import to_message, to_values
+from hvp_operations.documentation import attributes, paragraphs
+from hvp_operations.eigsh import OPERATION, EigshSpec
+from hvp_operations.operation import Facts, Operation, SpecError, load
+from hvp_operations.registry import operations
+from hvp_protos.v1 import job_pb2
+
+FACTS = Facts(num_parameters=100, kind="hessian")
+
+
+def message_of(wrapper: type[Message], name: str) -> Message:
+    """An empty message of an operation's, as the field of that name holds it."""
+    found: Message = getattr(wrapper(), name)
+    return found
+
+
+def names(message: Message) -> set[str]:
+    return set(message.DESCRIPTOR.fields_by_name)
+
+
+def test_an_operation_is_a_field_of_each_oneof_and_there_is_no_other() -> None:
+    for wrapper, oneof in (
+        (job_pb2.JobSpec, "spec"),
+        (job_pb2.JobProgress, "detail"),
+        (job_pb2.JobResult, "result"),
+    ):
+        fields = wrapper.DESCRIPTOR.oneofs_by_name[oneof].fields
+        assert {field.name for field in fields} == set(operations())
+
+
+@pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
+def test_a_declaration_has_the_fields_of_its_messages(operation: Operation[Any]) -> None:
+    spec = message_of(job_pb2.JobSpec, operation.name)
+    assert names(spec) == {*field_types(operation.spec), "operator"}
+    progress = message_of(job_pb2.JobProgress, operation.name)
+    assert names(progress) == set(field_types(operation.progress))
+    result = message_of(job_pb2.JobResult, operation.name)
+    vectors = {operation.result.vectors} - {""}
+    assert names(result) == {*field_types(operation.result), *vectors}
+    assert names(result) == {field.name for field in dataclasses.fields(load(operation.record))}
+
+
+@pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
+def test_every_field_of_a_spec_is_described_and_its_defaults_can_be_run(
+    operation: Operation[Any],
+) -> None:
+    assert set(attributes(operation.spec)) == set(field_types(operation.spec))
+    assert all(text.endswith(".") for text in attributes(operation.spec).values())
+    assert paragraphs(operation.spec)[0].endswith(".")
+    assert checked(operation, {}, FACTS) == operation.spec()
+    cost = operation.cost(operation.spec(), FACTS)
+    assert 0 < cost.least_vectors <= cost.wished_vectors
+    assert cost.max_products > 0
+    assert hasattr(load(operation.record), "plot") == operation.has_picture
+
+
+@pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
+def test_a_spec_survives_the_wire(operation: Operation[Any]) -> None:
+    message = message_of(job_pb2.JobSpec, operation.name)
+    to_message(operation.spec(), message)
+    read = type(message).FromString(message.SerializeToString())
+    assert typed(operation, to_values(read, operation.spec)) == operation.spec()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"k": "3"}, "K_INVALID"),
+        ({"k": 2.0}, "K_INVALID"),
+        ({"k": True}, "K_INVALID"),
+        ({"k": 1 << 31}, "K_INVALID"),
+        ({"k": None}, "K_INVALID"),
+        ({"which": "la"}, "WHICH_UNSUPPORTED"),
+        ({"which": 3}, "WHICH_UNSUPPORTED"),
+        ({"tol": "small"}, "TOL_INVALID"),
+        ({"tol": math.nan}, "TOL_INVALID"),
+        ({"tol": None}, "TOL_INVALID"),
+        ({"seed": 1 << 64}, "SEED_INVALID"),
+        ({"seed": -1}, "SEED_INVALID"),
+        ({"num_probes": 3}, "FIELD_UNKNOWN"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_is_refused_by_its_fields_name(
+    value: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(SpecError) as refusal:
+        checked(OPERATION, value, FACTS)
+    assert (refusal.value.reason, refusal.value.field) == (reason, next(iter(value)))
+    assert refusal.value.message.startswith(("eigsh has no", f"{refusal.value.field} is "))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    values = {"k": np.int64(3), "tol": np.float32(0.5), "seed": np.uint64(2**64 - 1)}
+    spec = checked(OPERATION, values, FACTS)
+    assert spec == EigshSpec(k=3, tol=0.5, seed=checked(OPERATION, values, FACTS).seed)
+    assert int(spec.seed) == 2**64 - 1
