@@ -5,7 +5,6 @@ The blocking methods wait for the awaited ones; both have the signature of the s
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
-from hvp_operations.checking import Seed
+from hvp_operations.checking import Seed, reasons
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Operation, load
 from hvp_operations.registry import operations
@@ -115,19 +114,11 @@ def _hint(hint: Any) -> str:
 def _docstring(operation: Operation[Any]) -> str:
     told = attributes(operation.spec)
     told["labels"] = "Kept with the job."
-    reasons = sorted(
-        {rule.reason for rule in operation.rules}
-        | {
-            f"{field.name.upper()}_UNSUPPORTED"
-            for field in dataclasses.fields(operation.spec)
-            if typing.get_origin(typing.get_type_hints(operation.spec)[field.name]) is Literal
-        }
-    )
     sections = {
         "Args": [f"{name}: {text}" for name, text in told.items()],
         "Returns": ["The job, queued; `result()` waits for it."],
         "Raises": [
-            f"InvalidArgumentError: {', '.join(f'`{reason}`' for reason in reasons)}.",
+            f"InvalidArgumentError: {', '.join(f'`{reason}`' for reason in sorted(reasons(operation)))}.",
             "FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.",
             "ResourceExhaustedError: `QUEUE_FULL`.",
         ],

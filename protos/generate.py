@@ -1,11 +1,18 @@
-"""Compile the protos: `python protos/generate.py [OUTPUT_DIR]`, by default beside their sources."""
+"""Compile the protos: `python protos/generate.py [OUTPUT_DIR]`, by default beside their sources.
 
+What is on the wire lies under `hvp/v1`; the Python made of it is the package `hvp_protos.v1`, so that
+no other distribution's `hvp` is in its way.
+"""
+
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
+SOURCE, PACKAGE = Path("hvp/v1"), Path("hvp_protos/v1")
 
 
 def generate(output: Path) -> None:
@@ -14,11 +21,18 @@ def generate(output: Path) -> None:
     Raises:
         RuntimeError: protoc refused a file; its words are on standard error.
     """
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("hvp_protos/v1/*.proto"))
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCE).glob("*.proto"))
     well_known = Path(protoc.__file__).parent / "_proto"
-    options = [f"--{kind}={output}" for kind in ("python_out", "mypy_out", "grpc_python_out")]
-    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *options, *sources]) != 0:
-        raise RuntimeError("protoc failed")
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"--{kind}={folder}" for kind in ("python_out", "mypy_out", "grpc_python_out")]
+        if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *options, *sources]) != 0:
+            raise RuntimeError("protoc failed")
+        (output / PACKAGE).mkdir(parents=True, exist_ok=True)
+        for made in (Path(folder) / SOURCE).iterdir():
+            text = made.read_text().replace("from hvp.v1 import", "from hvp_protos.v1 import")
+            text = re.sub(r"'hvp\.v1\.(\w+_pb2)'", r"'hvp_protos.v1.\1'", text)
+            (output / PACKAGE / made.name).write_text(text)
+
 
 
 if __name__ == "__main__":

@@ -73,6 +73,15 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
     )
 
 
+def reasons(operation: Operation[Any]) -> set[str]:
+    """Every reason for which a spec of an operation may be refused, but `FIELD_UNKNOWN`."""
+    found = {rule.reason for rule in operation.rules}
+    for name, hint in field_types(operation.spec).items():
+        is_word = typing.get_origin(without_none(hint)[0]) is Literal
+        found.add(f"{name.upper()}_{'UNSUPPORTED' if is_word else 'INVALID'}")
+    return found
+
+
 def field_types(spec: type) -> Mapping[str, Any]:
     """Types of a dataclass' fields by name, in order."""
     hints = typing.get_type_hints(spec)

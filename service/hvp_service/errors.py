@@ -5,83 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from google.rpc import code_pb2 as code
+from hvp_operations.checking import reasons
+from hvp_operations.registry import operations
+from hvp_protos.v1 import errors_pb2
 
 DOMAIN = "hvp.dev"
 
-# Every reason that leaves this server, and its google.rpc.Code.
-CODES: dict[str, int] = {
-    "ARCHITECTURE_UNKNOWN": code.INVALID_ARGUMENT,
-    "ATTEMPTS_EXHAUSTED": code.UNAVAILABLE,
-    "BATCH_EMPTY": code.INVALID_ARGUMENT,
-    "BATCH_FIELD_INVALID": code.INVALID_ARGUMENT,
-    "BLOB_DIGEST_MISMATCH": code.FAILED_PRECONDITION,
-    "CHECKPOINT_FILES_INVALID": code.INVALID_ARGUMENT,
-    "CHUNK_CHECKSUM_MISMATCH": code.ABORTED,
-    "CHUNK_TOO_LARGE": code.INVALID_ARGUMENT,
-    "CONFIG_INVALID": code.INVALID_ARGUMENT,
-    "DIGEST_MALFORMED": code.INVALID_ARGUMENT,
-    "DISK_FULL": code.RESOURCE_EXHAUSTED,
-    "DISTRIBUTION_UNSPECIFIED": code.INVALID_ARGUMENT,
-    "DOUBLE_BACKWARD_UNSUPPORTED": code.FAILED_PRECONDITION,
-    "DTYPE_UNSUPPORTED": code.INVALID_ARGUMENT,
-    "INPUT_MISSING": code.FAILED_PRECONDITION,
-    "INSUFFICIENT_CLUSTER_MEMORY": code.FAILED_PRECONDITION,
-    "INTERNAL": code.INTERNAL,
-    "JOB_NOT_ENDED": code.FAILED_PRECONDITION,
-    "JOB_UNREADABLE": code.FAILED_PRECONDITION,
-    "CHECKPOINT_UNREADABLE": code.FAILED_PRECONDITION,
-    "KIND_UNSPECIFIED": code.INVALID_ARGUMENT,
-    "KIND_UNSUPPORTED": code.UNIMPLEMENTED,
-    "K_INVALID": code.INVALID_ARGUMENT,
-    "LABELS_INVALID": code.INVALID_ARGUMENT,
-    "MAX_PRODUCTS_INVALID": code.INVALID_ARGUMENT,
-    "METHOD_NOT_SERVED": code.UNIMPLEMENTED,
-    "MICRO_BATCH_INVALID": code.INVALID_ARGUMENT,
-    "MODEL_UNSUPPORTED": code.FAILED_PRECONDITION,
-    "NON_FINITE": code.OUT_OF_RANGE,
-    "NO_TARGETS": code.INVALID_ARGUMENT,
-    "NUM_LANCZOS_VECTORS_INVALID": code.INVALID_ARGUMENT,
-    "OUT_OF_MEMORY": code.RESOURCE_EXHAUSTED,
-    "PAGE_SIZE_INVALID": code.INVALID_ARGUMENT,
-    "PAGE_TOKEN_INVALID": code.INVALID_ARGUMENT,
-    "PARENT_INVALID": code.INVALID_ARGUMENT,
-    "PICKLE_REFUSED": code.INVALID_ARGUMENT,
-    "PRECISION_UNSUPPORTED": code.INVALID_ARGUMENT,
-    "QUANTIZATION_UNSUPPORTED": code.INVALID_ARGUMENT,
-    "QUEUE_FULL": code.RESOURCE_EXHAUSTED,
-    "READ_RANGE_INVALID": code.OUT_OF_RANGE,
-    "REMOTE_CODE_REFUSED": code.INVALID_ARGUMENT,
-    "REQUEST_ID_INVALID": code.INVALID_ARGUMENT,
-    "REQUEST_ID_REUSED": code.ALREADY_EXISTS,
-    "RESOURCE_IN_USE": code.FAILED_PRECONDITION,
-    "RESOURCE_NOT_FOUND": code.NOT_FOUND,
-    "SAFETENSORS_INVALID": code.INVALID_ARGUMENT,
-    "SEQUENCE_TOO_LONG": code.INVALID_ARGUMENT,
-    "SERVER_DRAINING": code.UNAVAILABLE,
-    "SESSION_EXPIRED": code.FAILED_PRECONDITION,
-    "SHAPE_MISMATCH": code.INVALID_ARGUMENT,
-    "SIZE_EXCEEDED": code.INVALID_ARGUMENT,
-    "SIZE_INVALID": code.INVALID_ARGUMENT,
-    "SOURCE_MISSING": code.INVALID_ARGUMENT,
-    "SPEC_MISSING": code.INVALID_ARGUMENT,
-    "STATE_DIR_BUSY": code.UNAVAILABLE,
-    "TASK_UNSUPPORTED": code.INVALID_ARGUMENT,
-    "TENSOR_MISSING": code.INVALID_ARGUMENT,
-    "TENSOR_SHAPE_MISMATCH": code.INVALID_ARGUMENT,
-    "TIMEOUT_INVALID": code.INVALID_ARGUMENT,
-    "TOKEN_ID_OUT_OF_RANGE": code.INVALID_ARGUMENT,
-    "TOL_INVALID": code.INVALID_ARGUMENT,
-    "TOO_MANY_CALLS": code.RESOURCE_EXHAUSTED,
-    "TTL_INVALID": code.INVALID_ARGUMENT,
-    "UPLOAD_SUPERSEDED": code.ABORTED,
-    "VECTORS_MISSING": code.INVALID_ARGUMENT,
-    "VECTOR_MEMORY": code.RESOURCE_EXHAUSTED,
-    "VECTOR_SPACE_MISMATCH": code.INVALID_ARGUMENT,
-    "WHICH_UNSUPPORTED": code.INVALID_ARGUMENT,
-    "WORKER_GROUP_LOST": code.UNAVAILABLE,
-    "WORKER_GROUP_START_FAILED": code.UNAVAILABLE,
-    "WRITE_OFFSET_GAP": code.OUT_OF_RANGE,
-}
+def _codes() -> dict[str, int]:
+    """Every reason that leaves this server, and its google.rpc.Code."""
+    own = {
+        value.name.removeprefix("ERROR_REASON_"): code.Code.Value(
+            value.GetOptions().Extensions[errors_pb2.status]
+        )
+        for value in errors_pb2.ErrorReason.DESCRIPTOR.values
+        if value.number
+    }
+    specs = {reason for each in operations().values() for reason in reasons(each)}
+    return own | dict.fromkeys(sorted(specs), code.INVALID_ARGUMENT)
+
+
+CODES = _codes()
 
 # A number that is not finite is the caller's mistake where it stands in a field of the request,
 # and the model's everywhere else.
@@ -177,13 +120,3 @@ def session_expired(session: str) -> ServiceError:
         "vectors are deleted; open another session and make them again.",
         resource=session,
     )
-
-
-def not_served(method: str, instead: str) -> ServiceError:
-    """A method of the protos that this version does not serve.
-
-    Args:
-        method: Its name.
-        instead: Why, or what to do.
-    """
-    return ServiceError("METHOD_NOT_SERVED", f"{method} is not served yet: {instead}.")

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import blob_pb2 as hvp__protos_dot_v1_dot_blob__pb2
+from hvp_protos.v1 import blob_pb2 as hvp_dot_v1_dot_blob__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/blob_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/blob_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -40,48 +40,48 @@ class BlobServiceStub:
         """
         self.FindMissingBlobs = channel.unary_unary(
                 '/hvp.v1.BlobService/FindMissingBlobs',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.FindMissingBlobsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.FindMissingBlobsResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.FindMissingBlobsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.FindMissingBlobsResponse.FromString,
                 _registered_method=True)
         self.StartUpload = channel.unary_unary(
                 '/hvp.v1.BlobService/StartUpload',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.StartUploadRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.StartUploadResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.StartUploadRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.StartUploadResponse.FromString,
                 _registered_method=True)
         self.UploadBlob = channel.stream_unary(
                 '/hvp.v1.BlobService/UploadBlob',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.UploadBlobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.UploadBlobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.UploadBlobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.UploadBlobResponse.FromString,
                 _registered_method=True)
         self.GetUpload = channel.unary_unary(
                 '/hvp.v1.BlobService/GetUpload',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.GetUploadRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.GetUploadResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.GetUploadResponse.FromString,
                 _registered_method=True)
         self.CancelUpload = channel.unary_unary(
                 '/hvp.v1.BlobService/CancelUpload',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.CancelUploadRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.CancelUploadResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.CancelUploadRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.CancelUploadResponse.FromString,
                 _registered_method=True)
         self.DownloadBlob = channel.unary_stream(
                 '/hvp.v1.BlobService/DownloadBlob',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.DownloadBlobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.DownloadBlobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.DownloadBlobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.DownloadBlobResponse.FromString,
                 _registered_method=True)
         self.GetBlob = channel.unary_unary(
                 '/hvp.v1.BlobService/GetBlob',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.GetBlobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.GetBlobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.GetBlobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.GetBlobResponse.FromString,
                 _registered_method=True)
         self.ListBlobs = channel.unary_unary(
                 '/hvp.v1.BlobService/ListBlobs',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.ListBlobsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.ListBlobsResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.ListBlobsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.ListBlobsResponse.FromString,
                 _registered_method=True)
         self.DeleteBlob = channel.unary_unary(
                 '/hvp.v1.BlobService/DeleteBlob',
-                request_serializer=hvp__protos_dot_v1_dot_blob__pb2.DeleteBlobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_blob__pb2.DeleteBlobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_blob__pb2.DeleteBlobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_blob__pb2.DeleteBlobResponse.FromString,
                 _registered_method=True)
 
 
@@ -185,48 +185,48 @@ def add_BlobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'FindMissingBlobs': grpc.unary_unary_rpc_method_handler(
                     servicer.FindMissingBlobs,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.FindMissingBlobsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.FindMissingBlobsResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.FindMissingBlobsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.FindMissingBlobsResponse.SerializeToString,
             ),
             'StartUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.StartUpload,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.StartUploadRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.StartUploadResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.StartUploadRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.StartUploadResponse.SerializeToString,
             ),
             'UploadBlob': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadBlob,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.UploadBlobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.UploadBlobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.UploadBlobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.UploadBlobResponse.SerializeToString,
             ),
             'GetUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUpload,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.GetUploadRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.GetUploadResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.GetUploadRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.GetUploadResponse.SerializeToString,
             ),
             'CancelUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelUpload,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.CancelUploadRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.CancelUploadResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.CancelUploadRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.CancelUploadResponse.SerializeToString,
             ),
             'DownloadBlob': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadBlob,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.DownloadBlobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.DownloadBlobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.DownloadBlobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.DownloadBlobResponse.SerializeToString,
             ),
             'GetBlob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetBlob,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.GetBlobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.GetBlobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.GetBlobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.GetBlobResponse.SerializeToString,
             ),
             'ListBlobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListBlobs,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.ListBlobsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.ListBlobsResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.ListBlobsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.ListBlobsResponse.SerializeToString,
             ),
             'DeleteBlob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteBlob,
-                    request_deserializer=hvp__protos_dot_v1_dot_blob__pb2.DeleteBlobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_blob__pb2.DeleteBlobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_blob__pb2.DeleteBlobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_blob__pb2.DeleteBlobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,8 +258,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/FindMissingBlobs',
-            hvp__protos_dot_v1_dot_blob__pb2.FindMissingBlobsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.FindMissingBlobsResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.FindMissingBlobsRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.FindMissingBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -285,8 +285,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/StartUpload',
-            hvp__protos_dot_v1_dot_blob__pb2.StartUploadRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.StartUploadResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.StartUploadRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.StartUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -312,8 +312,8 @@ class BlobService:
             request_iterator,
             target,
             '/hvp.v1.BlobService/UploadBlob',
-            hvp__protos_dot_v1_dot_blob__pb2.UploadBlobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.UploadBlobResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.UploadBlobRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.UploadBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -339,8 +339,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/GetUpload',
-            hvp__protos_dot_v1_dot_blob__pb2.GetUploadRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.GetUploadResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.GetUploadRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.GetUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -366,8 +366,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/CancelUpload',
-            hvp__protos_dot_v1_dot_blob__pb2.CancelUploadRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.CancelUploadResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.CancelUploadRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.CancelUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -393,8 +393,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/DownloadBlob',
-            hvp__protos_dot_v1_dot_blob__pb2.DownloadBlobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.DownloadBlobResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.DownloadBlobRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.DownloadBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -420,8 +420,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/GetBlob',
-            hvp__protos_dot_v1_dot_blob__pb2.GetBlobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.GetBlobResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.GetBlobRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.GetBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -447,8 +447,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/ListBlobs',
-            hvp__protos_dot_v1_dot_blob__pb2.ListBlobsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.ListBlobsResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.ListBlobsRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.ListBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -474,8 +474,8 @@ class BlobService:
             request,
             target,
             '/hvp.v1.BlobService/DeleteBlob',
-            hvp__protos_dot_v1_dot_blob__pb2.DeleteBlobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_blob__pb2.DeleteBlobResponse.FromString,
+            hvp_dot_v1_dot_blob__pb2.DeleteBlobRequest.SerializeToString,
+            hvp_dot_v1_dot_blob__pb2.DeleteBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import checkpoint_pb2 as hvp__protos_dot_v1_dot_checkpoint__pb2
+from hvp_protos.v1 import checkpoint_pb2 as hvp_dot_v1_dot_checkpoint__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/checkpoint_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/checkpoint_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,23 +36,23 @@ class CheckpointServiceStub:
         """
         self.CreateCheckpoint = channel.unary_unary(
                 '/hvp.v1.CheckpointService/CreateCheckpoint',
-                request_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.CreateCheckpointRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.CreateCheckpointResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_checkpoint__pb2.CreateCheckpointRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_checkpoint__pb2.CreateCheckpointResponse.FromString,
                 _registered_method=True)
         self.GetCheckpoint = channel.unary_unary(
                 '/hvp.v1.CheckpointService/GetCheckpoint',
-                request_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.GetCheckpointRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.GetCheckpointResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_checkpoint__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_checkpoint__pb2.GetCheckpointResponse.FromString,
                 _registered_method=True)
         self.ListCheckpoints = channel.unary_unary(
                 '/hvp.v1.CheckpointService/ListCheckpoints',
-                request_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
         self.DeleteCheckpoint = channel.unary_unary(
                 '/hvp.v1.CheckpointService/DeleteCheckpoint',
-                request_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.DeleteCheckpointResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointResponse.FromString,
                 _registered_method=True)
 
 
@@ -117,23 +117,23 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'CreateCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateCheckpoint,
-                    request_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.CreateCheckpointRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.CreateCheckpointResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_checkpoint__pb2.CreateCheckpointRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_checkpoint__pb2.CreateCheckpointResponse.SerializeToString,
             ),
             'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCheckpoint,
-                    request_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.GetCheckpointRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.GetCheckpointResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_checkpoint__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_checkpoint__pb2.GetCheckpointResponse.SerializeToString,
             ),
             'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCheckpoints,
-                    request_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.SerializeToString,
             ),
             'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCheckpoint,
-                    request_deserializer=hvp__protos_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_checkpoint__pb2.DeleteCheckpointResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -161,8 +161,8 @@ class CheckpointService:
             request,
             target,
             '/hvp.v1.CheckpointService/CreateCheckpoint',
-            hvp__protos_dot_v1_dot_checkpoint__pb2.CreateCheckpointRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_checkpoint__pb2.CreateCheckpointResponse.FromString,
+            hvp_dot_v1_dot_checkpoint__pb2.CreateCheckpointRequest.SerializeToString,
+            hvp_dot_v1_dot_checkpoint__pb2.CreateCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -188,8 +188,8 @@ class CheckpointService:
             request,
             target,
             '/hvp.v1.CheckpointService/GetCheckpoint',
-            hvp__protos_dot_v1_dot_checkpoint__pb2.GetCheckpointRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_checkpoint__pb2.GetCheckpointResponse.FromString,
+            hvp_dot_v1_dot_checkpoint__pb2.GetCheckpointRequest.SerializeToString,
+            hvp_dot_v1_dot_checkpoint__pb2.GetCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -215,8 +215,8 @@ class CheckpointService:
             request,
             target,
             '/hvp.v1.CheckpointService/ListCheckpoints',
-            hvp__protos_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.FromString,
+            hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.SerializeToString,
+            hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -242,8 +242,8 @@ class CheckpointService:
             request,
             target,
             '/hvp.v1.CheckpointService/DeleteCheckpoint',
-            hvp__protos_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_checkpoint__pb2.DeleteCheckpointResponse.FromString,
+            hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.SerializeToString,
+            hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

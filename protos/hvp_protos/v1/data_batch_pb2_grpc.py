@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import data_batch_pb2 as hvp__protos_dot_v1_dot_data__batch__pb2
+from hvp_protos.v1 import data_batch_pb2 as hvp_dot_v1_dot_data__batch__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/data_batch_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/data_batch_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,23 +36,23 @@ class DataBatchServiceStub:
         """
         self.CreateDataBatch = channel.unary_unary(
                 '/hvp.v1.DataBatchService/CreateDataBatch',
-                request_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.CreateDataBatchRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.CreateDataBatchResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_data__batch__pb2.CreateDataBatchRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_data__batch__pb2.CreateDataBatchResponse.FromString,
                 _registered_method=True)
         self.GetDataBatch = channel.unary_unary(
                 '/hvp.v1.DataBatchService/GetDataBatch',
-                request_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.GetDataBatchRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.GetDataBatchResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_data__batch__pb2.GetDataBatchRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_data__batch__pb2.GetDataBatchResponse.FromString,
                 _registered_method=True)
         self.ListDataBatches = channel.unary_unary(
                 '/hvp.v1.DataBatchService/ListDataBatches',
-                request_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.ListDataBatchesRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.ListDataBatchesResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_data__batch__pb2.ListDataBatchesRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_data__batch__pb2.ListDataBatchesResponse.FromString,
                 _registered_method=True)
         self.DeleteDataBatch = channel.unary_unary(
                 '/hvp.v1.DataBatchService/DeleteDataBatch',
-                request_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.DeleteDataBatchRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.DeleteDataBatchResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_data__batch__pb2.DeleteDataBatchRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_data__batch__pb2.DeleteDataBatchResponse.FromString,
                 _registered_method=True)
 
 
@@ -100,23 +100,23 @@ def add_DataBatchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'CreateDataBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateDataBatch,
-                    request_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.CreateDataBatchRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.CreateDataBatchResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_data__batch__pb2.CreateDataBatchRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_data__batch__pb2.CreateDataBatchResponse.SerializeToString,
             ),
             'GetDataBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDataBatch,
-                    request_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.GetDataBatchRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.GetDataBatchResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_data__batch__pb2.GetDataBatchRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_data__batch__pb2.GetDataBatchResponse.SerializeToString,
             ),
             'ListDataBatches': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDataBatches,
-                    request_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.ListDataBatchesRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.ListDataBatchesResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_data__batch__pb2.ListDataBatchesRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_data__batch__pb2.ListDataBatchesResponse.SerializeToString,
             ),
             'DeleteDataBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDataBatch,
-                    request_deserializer=hvp__protos_dot_v1_dot_data__batch__pb2.DeleteDataBatchRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_data__batch__pb2.DeleteDataBatchResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_data__batch__pb2.DeleteDataBatchRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_data__batch__pb2.DeleteDataBatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -144,8 +144,8 @@ class DataBatchService:
             request,
             target,
             '/hvp.v1.DataBatchService/CreateDataBatch',
-            hvp__protos_dot_v1_dot_data__batch__pb2.CreateDataBatchRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_data__batch__pb2.CreateDataBatchResponse.FromString,
+            hvp_dot_v1_dot_data__batch__pb2.CreateDataBatchRequest.SerializeToString,
+            hvp_dot_v1_dot_data__batch__pb2.CreateDataBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -171,8 +171,8 @@ class DataBatchService:
             request,
             target,
             '/hvp.v1.DataBatchService/GetDataBatch',
-            hvp__protos_dot_v1_dot_data__batch__pb2.GetDataBatchRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_data__batch__pb2.GetDataBatchResponse.FromString,
+            hvp_dot_v1_dot_data__batch__pb2.GetDataBatchRequest.SerializeToString,
+            hvp_dot_v1_dot_data__batch__pb2.GetDataBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -198,8 +198,8 @@ class DataBatchService:
             request,
             target,
             '/hvp.v1.DataBatchService/ListDataBatches',
-            hvp__protos_dot_v1_dot_data__batch__pb2.ListDataBatchesRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_data__batch__pb2.ListDataBatchesResponse.FromString,
+            hvp_dot_v1_dot_data__batch__pb2.ListDataBatchesRequest.SerializeToString,
+            hvp_dot_v1_dot_data__batch__pb2.ListDataBatchesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -225,8 +225,8 @@ class DataBatchService:
             request,
             target,
             '/hvp.v1.DataBatchService/DeleteDataBatch',
-            hvp__protos_dot_v1_dot_data__batch__pb2.DeleteDataBatchRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_data__batch__pb2.DeleteDataBatchResponse.FromString,
+            hvp_dot_v1_dot_data__batch__pb2.DeleteDataBatchRequest.SerializeToString,
+            hvp_dot_v1_dot_data__batch__pb2.DeleteDataBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import job_pb2 as hvp__protos_dot_v1_dot_job__pb2
+from hvp_protos.v1 import job_pb2 as hvp_dot_v1_dot_job__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/job_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/job_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -40,38 +40,38 @@ class JobServiceStub:
         """
         self.CreateJob = channel.unary_unary(
                 '/hvp.v1.JobService/CreateJob',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/hvp.v1.JobService/GetJob',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.GetJobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.GetJobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.GetJobResponse.FromString,
                 _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/hvp.v1.JobService/ListJobs',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.ListJobsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.ListJobsResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/hvp.v1.JobService/CancelJob',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.CancelJobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/hvp.v1.JobService/DeleteJob',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
                 _registered_method=True)
         self.WaitJob = channel.unary_unary(
                 '/hvp.v1.JobService/WaitJob',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.WaitJobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.WaitJobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.WaitJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.WaitJobResponse.FromString,
                 _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/hvp.v1.JobService/WatchJob',
-                request_serializer=hvp__protos_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_job__pb2.WatchJobResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
 
 
@@ -150,38 +150,38 @@ def add_JobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'CreateJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateJob,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.CreateJobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.CreateJobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.CreateJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.CreateJobResponse.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.GetJobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.GetJobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.GetJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.GetJobResponse.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.ListJobsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.ListJobsResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.ListJobsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.ListJobsResponse.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.CancelJobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.CancelJobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.CancelJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.CancelJobResponse.SerializeToString,
             ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.DeleteJobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.DeleteJobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.DeleteJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.DeleteJobResponse.SerializeToString,
             ),
             'WaitJob': grpc.unary_unary_rpc_method_handler(
                     servicer.WaitJob,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.WaitJobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.WaitJobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.WaitJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.WaitJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
-                    request_deserializer=hvp__protos_dot_v1_dot_job__pb2.WatchJobRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_job__pb2.WatchJobResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.WatchJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.WatchJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -213,8 +213,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/CreateJob',
-            hvp__protos_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -240,8 +240,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/GetJob',
-            hvp__protos_dot_v1_dot_job__pb2.GetJobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.GetJobResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.GetJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.GetJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -267,8 +267,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/ListJobs',
-            hvp__protos_dot_v1_dot_job__pb2.ListJobsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.ListJobsResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.ListJobsRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.ListJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -294,8 +294,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/CancelJob',
-            hvp__protos_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.CancelJobResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.CancelJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -321,8 +321,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/DeleteJob',
-            hvp__protos_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -348,8 +348,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/WaitJob',
-            hvp__protos_dot_v1_dot_job__pb2.WaitJobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.WaitJobResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.WaitJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.WaitJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -375,8 +375,8 @@ class JobService:
             request,
             target,
             '/hvp.v1.JobService/WatchJob',
-            hvp__protos_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_job__pb2.WatchJobResponse.FromString,
+            hvp_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.WatchJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import operator_pb2 as hvp__protos_dot_v1_dot_operator__pb2
+from hvp_protos.v1 import operator_pb2 as hvp_dot_v1_dot_operator__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/operator_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/operator_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -56,28 +56,23 @@ class OperatorServiceStub:
         """
         self.DescribeOperator = channel.unary_unary(
                 '/hvp.v1.OperatorService/DescribeOperator',
-                request_serializer=hvp__protos_dot_v1_dot_operator__pb2.DescribeOperatorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_operator__pb2.DescribeOperatorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_operator__pb2.DescribeOperatorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_operator__pb2.DescribeOperatorResponse.FromString,
                 _registered_method=True)
         self.EvaluateLoss = channel.unary_unary(
                 '/hvp.v1.OperatorService/EvaluateLoss',
-                request_serializer=hvp__protos_dot_v1_dot_operator__pb2.EvaluateLossRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_operator__pb2.EvaluateLossResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossResponse.FromString,
                 _registered_method=True)
         self.ComputeGradient = channel.unary_unary(
                 '/hvp.v1.OperatorService/ComputeGradient',
-                request_serializer=hvp__protos_dot_v1_dot_operator__pb2.ComputeGradientRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_operator__pb2.ComputeGradientResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientResponse.FromString,
                 _registered_method=True)
         self.ApplyOperator = channel.unary_unary(
                 '/hvp.v1.OperatorService/ApplyOperator',
-                request_serializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorResponse.FromString,
-                _registered_method=True)
-        self.ApplyOperatorStream = channel.stream_stream(
-                '/hvp.v1.OperatorService/ApplyOperatorStream',
-                request_serializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorStreamRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorStreamResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_operator__pb2.ApplyOperatorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_operator__pb2.ApplyOperatorResponse.FromString,
                 _registered_method=True)
 
 
@@ -136,42 +131,28 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ApplyOperatorStream(self, request_iterator, context):
-        """The same, pipelined over one stream.
-
-        UNIMPLEMENTED: not served yet.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'DescribeOperator': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeOperator,
-                    request_deserializer=hvp__protos_dot_v1_dot_operator__pb2.DescribeOperatorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_operator__pb2.DescribeOperatorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_operator__pb2.DescribeOperatorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_operator__pb2.DescribeOperatorResponse.SerializeToString,
             ),
             'EvaluateLoss': grpc.unary_unary_rpc_method_handler(
                     servicer.EvaluateLoss,
-                    request_deserializer=hvp__protos_dot_v1_dot_operator__pb2.EvaluateLossRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_operator__pb2.EvaluateLossResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossResponse.SerializeToString,
             ),
             'ComputeGradient': grpc.unary_unary_rpc_method_handler(
                     servicer.ComputeGradient,
-                    request_deserializer=hvp__protos_dot_v1_dot_operator__pb2.ComputeGradientRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_operator__pb2.ComputeGradientResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientResponse.SerializeToString,
             ),
             'ApplyOperator': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyOperator,
-                    request_deserializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorResponse.SerializeToString,
-            ),
-            'ApplyOperatorStream': grpc.stream_stream_rpc_method_handler(
-                    servicer.ApplyOperatorStream,
-                    request_deserializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorStreamRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorStreamResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_operator__pb2.ApplyOperatorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_operator__pb2.ApplyOperatorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,8 +200,8 @@ class OperatorService:
             request,
             target,
             '/hvp.v1.OperatorService/DescribeOperator',
-            hvp__protos_dot_v1_dot_operator__pb2.DescribeOperatorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_operator__pb2.DescribeOperatorResponse.FromString,
+            hvp_dot_v1_dot_operator__pb2.DescribeOperatorRequest.SerializeToString,
+            hvp_dot_v1_dot_operator__pb2.DescribeOperatorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -246,8 +227,8 @@ class OperatorService:
             request,
             target,
             '/hvp.v1.OperatorService/EvaluateLoss',
-            hvp__protos_dot_v1_dot_operator__pb2.EvaluateLossRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_operator__pb2.EvaluateLossResponse.FromString,
+            hvp_dot_v1_dot_operator__pb2.EvaluateLossRequest.SerializeToString,
+            hvp_dot_v1_dot_operator__pb2.EvaluateLossResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -273,8 +254,8 @@ class OperatorService:
             request,
             target,
             '/hvp.v1.OperatorService/ComputeGradient',
-            hvp__protos_dot_v1_dot_operator__pb2.ComputeGradientRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_operator__pb2.ComputeGradientResponse.FromString,
+            hvp_dot_v1_dot_operator__pb2.ComputeGradientRequest.SerializeToString,
+            hvp_dot_v1_dot_operator__pb2.ComputeGradientResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -300,35 +281,8 @@ class OperatorService:
             request,
             target,
             '/hvp.v1.OperatorService/ApplyOperator',
-            hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ApplyOperatorStream(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/hvp.v1.OperatorService/ApplyOperatorStream',
-            hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorStreamRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_operator__pb2.ApplyOperatorStreamResponse.FromString,
+            hvp_dot_v1_dot_operator__pb2.ApplyOperatorRequest.SerializeToString,
+            hvp_dot_v1_dot_operator__pb2.ApplyOperatorResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import session_pb2 as hvp__protos_dot_v1_dot_session__pb2
+from hvp_protos.v1 import session_pb2 as hvp_dot_v1_dot_session__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/session_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/session_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -37,18 +37,18 @@ class SessionServiceStub:
         """
         self.CreateSession = channel.unary_unary(
                 '/hvp.v1.SessionService/CreateSession',
-                request_serializer=hvp__protos_dot_v1_dot_session__pb2.CreateSessionRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_session__pb2.CreateSessionResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_session__pb2.CreateSessionRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_session__pb2.CreateSessionResponse.FromString,
                 _registered_method=True)
         self.RenewSession = channel.unary_unary(
                 '/hvp.v1.SessionService/RenewSession',
-                request_serializer=hvp__protos_dot_v1_dot_session__pb2.RenewSessionRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_session__pb2.RenewSessionResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_session__pb2.RenewSessionRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_session__pb2.RenewSessionResponse.FromString,
                 _registered_method=True)
         self.EndSession = channel.unary_unary(
                 '/hvp.v1.SessionService/EndSession',
-                request_serializer=hvp__protos_dot_v1_dot_session__pb2.EndSessionRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_session__pb2.EndSessionResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_session__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_session__pb2.EndSessionResponse.FromString,
                 _registered_method=True)
 
 
@@ -88,18 +88,18 @@ def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'CreateSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSession,
-                    request_deserializer=hvp__protos_dot_v1_dot_session__pb2.CreateSessionRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_session__pb2.CreateSessionResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_session__pb2.CreateSessionRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_session__pb2.CreateSessionResponse.SerializeToString,
             ),
             'RenewSession': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewSession,
-                    request_deserializer=hvp__protos_dot_v1_dot_session__pb2.RenewSessionRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_session__pb2.RenewSessionResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_session__pb2.RenewSessionRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_session__pb2.RenewSessionResponse.SerializeToString,
             ),
             'EndSession': grpc.unary_unary_rpc_method_handler(
                     servicer.EndSession,
-                    request_deserializer=hvp__protos_dot_v1_dot_session__pb2.EndSessionRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_session__pb2.EndSessionResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_session__pb2.EndSessionRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_session__pb2.EndSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -128,8 +128,8 @@ class SessionService:
             request,
             target,
             '/hvp.v1.SessionService/CreateSession',
-            hvp__protos_dot_v1_dot_session__pb2.CreateSessionRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_session__pb2.CreateSessionResponse.FromString,
+            hvp_dot_v1_dot_session__pb2.CreateSessionRequest.SerializeToString,
+            hvp_dot_v1_dot_session__pb2.CreateSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -155,8 +155,8 @@ class SessionService:
             request,
             target,
             '/hvp.v1.SessionService/RenewSession',
-            hvp__protos_dot_v1_dot_session__pb2.RenewSessionRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_session__pb2.RenewSessionResponse.FromString,
+            hvp_dot_v1_dot_session__pb2.RenewSessionRequest.SerializeToString,
+            hvp_dot_v1_dot_session__pb2.RenewSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -182,8 +182,8 @@ class SessionService:
             request,
             target,
             '/hvp.v1.SessionService/EndSession',
-            hvp__protos_dot_v1_dot_session__pb2.EndSessionRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_session__pb2.EndSessionResponse.FromString,
+            hvp_dot_v1_dot_session__pb2.EndSessionRequest.SerializeToString,
+            hvp_dot_v1_dot_session__pb2.EndSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import system_pb2 as hvp__protos_dot_v1_dot_system__pb2
+from hvp_protos.v1 import system_pb2 as hvp_dot_v1_dot_system__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/system_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/system_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,33 +36,18 @@ class SystemServiceStub:
         """
         self.GetServerInfo = channel.unary_unary(
                 '/hvp.v1.SystemService/GetServerInfo',
-                request_serializer=hvp__protos_dot_v1_dot_system__pb2.GetServerInfoRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_system__pb2.GetServerInfoResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_system__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_system__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
         self.ListWorkerGroups = channel.unary_unary(
                 '/hvp.v1.SystemService/ListWorkerGroups',
-                request_serializer=hvp__protos_dot_v1_dot_system__pb2.ListWorkerGroupsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_system__pb2.ListWorkerGroupsResponse.FromString,
-                _registered_method=True)
-        self.DrainWorkerGroup = channel.unary_unary(
-                '/hvp.v1.SystemService/DrainWorkerGroup',
-                request_serializer=hvp__protos_dot_v1_dot_system__pb2.DrainWorkerGroupRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_system__pb2.DrainWorkerGroupResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_system__pb2.ListWorkerGroupsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_system__pb2.ListWorkerGroupsResponse.FromString,
                 _registered_method=True)
         self.GetQueue = channel.unary_unary(
                 '/hvp.v1.SystemService/GetQueue',
-                request_serializer=hvp__protos_dot_v1_dot_system__pb2.GetQueueRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_system__pb2.GetQueueResponse.FromString,
-                _registered_method=True)
-        self.WhoAmI = channel.unary_unary(
-                '/hvp.v1.SystemService/WhoAmI',
-                request_serializer=hvp__protos_dot_v1_dot_system__pb2.WhoAmIRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_system__pb2.WhoAmIResponse.FromString,
-                _registered_method=True)
-        self.GetQuota = channel.unary_unary(
-                '/hvp.v1.SystemService/GetQuota',
-                request_serializer=hvp__protos_dot_v1_dot_system__pb2.GetQuotaRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_system__pb2.GetQuotaResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_system__pb2.GetQueueRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_system__pb2.GetQueueResponse.FromString,
                 _registered_method=True)
 
 
@@ -82,28 +67,8 @@ class SystemServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def DrainWorkerGroup(self, request, context):
-        """UNIMPLEMENTED: not served yet.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def GetQueue(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def WhoAmI(self, request, context):
-        """UNIMPLEMENTED: there are no tenants yet.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetQuota(self, request, context):
-        """UNIMPLEMENTED: there are no quotas yet.
+        """Jobs that wait and that run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,33 +79,18 @@ def add_SystemServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
-                    request_deserializer=hvp__protos_dot_v1_dot_system__pb2.GetServerInfoRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_system__pb2.GetServerInfoResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_system__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_system__pb2.GetServerInfoResponse.SerializeToString,
             ),
             'ListWorkerGroups': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkerGroups,
-                    request_deserializer=hvp__protos_dot_v1_dot_system__pb2.ListWorkerGroupsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_system__pb2.ListWorkerGroupsResponse.SerializeToString,
-            ),
-            'DrainWorkerGroup': grpc.unary_unary_rpc_method_handler(
-                    servicer.DrainWorkerGroup,
-                    request_deserializer=hvp__protos_dot_v1_dot_system__pb2.DrainWorkerGroupRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_system__pb2.DrainWorkerGroupResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_system__pb2.ListWorkerGroupsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_system__pb2.ListWorkerGroupsResponse.SerializeToString,
             ),
             'GetQueue': grpc.unary_unary_rpc_method_handler(
                     servicer.GetQueue,
-                    request_deserializer=hvp__protos_dot_v1_dot_system__pb2.GetQueueRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_system__pb2.GetQueueResponse.SerializeToString,
-            ),
-            'WhoAmI': grpc.unary_unary_rpc_method_handler(
-                    servicer.WhoAmI,
-                    request_deserializer=hvp__protos_dot_v1_dot_system__pb2.WhoAmIRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_system__pb2.WhoAmIResponse.SerializeToString,
-            ),
-            'GetQuota': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetQuota,
-                    request_deserializer=hvp__protos_dot_v1_dot_system__pb2.GetQuotaRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_system__pb2.GetQuotaResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_system__pb2.GetQueueRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_system__pb2.GetQueueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -168,8 +118,8 @@ class SystemService:
             request,
             target,
             '/hvp.v1.SystemService/GetServerInfo',
-            hvp__protos_dot_v1_dot_system__pb2.GetServerInfoRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_system__pb2.GetServerInfoResponse.FromString,
+            hvp_dot_v1_dot_system__pb2.GetServerInfoRequest.SerializeToString,
+            hvp_dot_v1_dot_system__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -195,35 +145,8 @@ class SystemService:
             request,
             target,
             '/hvp.v1.SystemService/ListWorkerGroups',
-            hvp__protos_dot_v1_dot_system__pb2.ListWorkerGroupsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_system__pb2.ListWorkerGroupsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def DrainWorkerGroup(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hvp.v1.SystemService/DrainWorkerGroup',
-            hvp__protos_dot_v1_dot_system__pb2.DrainWorkerGroupRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_system__pb2.DrainWorkerGroupResponse.FromString,
+            hvp_dot_v1_dot_system__pb2.ListWorkerGroupsRequest.SerializeToString,
+            hvp_dot_v1_dot_system__pb2.ListWorkerGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -249,62 +172,8 @@ class SystemService:
             request,
             target,
             '/hvp.v1.SystemService/GetQueue',
-            hvp__protos_dot_v1_dot_system__pb2.GetQueueRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_system__pb2.GetQueueResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WhoAmI(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hvp.v1.SystemService/WhoAmI',
-            hvp__protos_dot_v1_dot_system__pb2.WhoAmIRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_system__pb2.WhoAmIResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetQuota(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hvp.v1.SystemService/GetQuota',
-            hvp__protos_dot_v1_dot_system__pb2.GetQuotaRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_system__pb2.GetQuotaResponse.FromString,
+            hvp_dot_v1_dot_system__pb2.GetQueueRequest.SerializeToString,
+            hvp_dot_v1_dot_system__pb2.GetQueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from hvp_protos.v1 import vector_pb2 as hvp__protos_dot_v1_dot_vector__pb2
+from hvp_protos.v1 import vector_pb2 as hvp_dot_v1_dot_vector__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in hvp_protos/v1/vector_pb2_grpc.py depends on'
+        + ' but the generated code in hvp/v1/vector_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -40,43 +40,43 @@ class VectorServiceStub:
         """
         self.CreateVector = channel.unary_unary(
                 '/hvp.v1.VectorService/CreateVector',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.CreateVectorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.CreateVectorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.CreateVectorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.CreateVectorResponse.FromString,
                 _registered_method=True)
         self.GetVector = channel.unary_unary(
                 '/hvp.v1.VectorService/GetVector',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.GetVectorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.GetVectorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.GetVectorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.GetVectorResponse.FromString,
                 _registered_method=True)
         self.ListVectors = channel.unary_unary(
                 '/hvp.v1.VectorService/ListVectors',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.ListVectorsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ListVectorsResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.ListVectorsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.ListVectorsResponse.FromString,
                 _registered_method=True)
         self.DeleteVector = channel.unary_unary(
                 '/hvp.v1.VectorService/DeleteVector',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.DeleteVectorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.DeleteVectorResponse.FromString,
                 _registered_method=True)
         self.KeepVector = channel.unary_unary(
                 '/hvp.v1.VectorService/KeepVector',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.KeepVectorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.KeepVectorResponse.FromString,
                 _registered_method=True)
         self.ReduceVectors = channel.unary_unary(
                 '/hvp.v1.VectorService/ReduceVectors',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.ReduceVectorsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.ReduceVectorsResponse.FromString,
                 _registered_method=True)
         self.ReadVector = channel.unary_stream(
                 '/hvp.v1.VectorService/ReadVector',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.ReadVectorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ReadVectorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.ReadVectorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.ReadVectorResponse.FromString,
                 _registered_method=True)
         self.WriteVector = channel.stream_unary(
                 '/hvp.v1.VectorService/WriteVector',
-                request_serializer=hvp__protos_dot_v1_dot_vector__pb2.WriteVectorRequest.SerializeToString,
-                response_deserializer=hvp__protos_dot_v1_dot_vector__pb2.WriteVectorResponse.FromString,
+                request_serializer=hvp_dot_v1_dot_vector__pb2.WriteVectorRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_vector__pb2.WriteVectorResponse.FromString,
                 _registered_method=True)
 
 
@@ -159,43 +159,43 @@ def add_VectorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'CreateVector': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateVector,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.CreateVectorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.CreateVectorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.CreateVectorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.CreateVectorResponse.SerializeToString,
             ),
             'GetVector': grpc.unary_unary_rpc_method_handler(
                     servicer.GetVector,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.GetVectorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.GetVectorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.GetVectorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.GetVectorResponse.SerializeToString,
             ),
             'ListVectors': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVectors,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ListVectorsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.ListVectorsResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.ListVectorsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.ListVectorsResponse.SerializeToString,
             ),
             'DeleteVector': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteVector,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.DeleteVectorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.DeleteVectorResponse.SerializeToString,
             ),
             'KeepVector': grpc.unary_unary_rpc_method_handler(
                     servicer.KeepVector,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.KeepVectorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.KeepVectorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.KeepVectorResponse.SerializeToString,
             ),
             'ReduceVectors': grpc.unary_unary_rpc_method_handler(
                     servicer.ReduceVectors,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.ReduceVectorsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.ReduceVectorsResponse.SerializeToString,
             ),
             'ReadVector': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadVector,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.ReadVectorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.ReadVectorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.ReadVectorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.ReadVectorResponse.SerializeToString,
             ),
             'WriteVector': grpc.stream_unary_rpc_method_handler(
                     servicer.WriteVector,
-                    request_deserializer=hvp__protos_dot_v1_dot_vector__pb2.WriteVectorRequest.FromString,
-                    response_serializer=hvp__protos_dot_v1_dot_vector__pb2.WriteVectorResponse.SerializeToString,
+                    request_deserializer=hvp_dot_v1_dot_vector__pb2.WriteVectorRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_vector__pb2.WriteVectorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,8 +227,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/CreateVector',
-            hvp__protos_dot_v1_dot_vector__pb2.CreateVectorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.CreateVectorResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.CreateVectorRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.CreateVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -254,8 +254,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/GetVector',
-            hvp__protos_dot_v1_dot_vector__pb2.GetVectorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.GetVectorResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.GetVectorRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.GetVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -281,8 +281,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/ListVectors',
-            hvp__protos_dot_v1_dot_vector__pb2.ListVectorsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.ListVectorsResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.ListVectorsRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.ListVectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -308,8 +308,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/DeleteVector',
-            hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.DeleteVectorResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.DeleteVectorRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.DeleteVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -335,8 +335,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/KeepVector',
-            hvp__protos_dot_v1_dot_vector__pb2.KeepVectorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.KeepVectorResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.KeepVectorRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.KeepVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -362,8 +362,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/ReduceVectors',
-            hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.ReduceVectorsResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.ReduceVectorsRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.ReduceVectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -389,8 +389,8 @@ class VectorService:
             request,
             target,
             '/hvp.v1.VectorService/ReadVector',
-            hvp__protos_dot_v1_dot_vector__pb2.ReadVectorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.ReadVectorResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.ReadVectorRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.ReadVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -416,8 +416,8 @@ class VectorService:
             request_iterator,
             target,
             '/hvp.v1.VectorService/WriteVector',
-            hvp__protos_dot_v1_dot_vector__pb2.WriteVectorRequest.SerializeToString,
-            hvp__protos_dot_v1_dot_vector__pb2.WriteVectorResponse.FromString,
+            hvp_dot_v1_dot_vector__pb2.WriteVectorRequest.SerializeToString,
+            hvp_dot_v1_dot_vector__pb2.WriteVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,

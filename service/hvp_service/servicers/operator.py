@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ from hvp_protos.v1 import operator_pb2 as pb
 from hvp_protos.v1 import operator_pb2_grpc
 
 from hvp_service.dependencies import Dependencies
-from hvp_service.errors import not_served
 from hvp_service.handlers import operators
 from hvp_service.servicers import messages
 
@@ -61,9 +59,3 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         return pb.ApplyOperatorResponse(
             products=[messages.vector_message(product) for product in products]
         )
-
-    async def ApplyOperatorStream(
-        self, request_iterator: AsyncIterator[pb.ApplyOperatorStreamRequest], context: Any
-    ) -> AsyncIterator[pb.ApplyOperatorStreamResponse]:
-        raise not_served("ApplyOperatorStream", "call ApplyOperator for each vector")
-        yield  # gRPC wants an async generator

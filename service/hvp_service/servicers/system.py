@@ -10,7 +10,6 @@ from hvp_protos.v1 import system_pb2 as pb
 from hvp_protos.v1 import system_pb2_grpc
 
 from hvp_service.dependencies import Dependencies
-from hvp_service.errors import not_served
 from hvp_service.handlers import system
 from hvp_service.names import parse_parent
 from hvp_service.operator_resolver import DTYPES, KINDS, PRECISIONS
@@ -62,17 +61,6 @@ class SystemServicer(system_pb2_grpc.SystemServiceServicer):
             ]
         )
 
-    async def DrainWorkerGroup(
-        self, request: pb.DrainWorkerGroupRequest, context: Any
-    ) -> pb.DrainWorkerGroupResponse:
-        raise not_served("DrainWorkerGroup", "stop the server with SIGTERM, which drains it")
-
     async def GetQueue(self, request: pb.GetQueueRequest, context: Any) -> pb.GetQueueResponse:
         queued, running = await system.queue(self._deps, parse_parent(request.parent))
         return pb.GetQueueResponse(num_queued=queued, num_running=running)
-
-    async def WhoAmI(self, request: pb.WhoAmIRequest, context: Any) -> pb.WhoAmIResponse:
-        raise not_served("WhoAmI", "there are no tenants yet")
-
-    async def GetQuota(self, request: pb.GetQuotaRequest, context: Any) -> pb.GetQuotaResponse:
-        raise not_served("GetQuota", "there are no quotas yet")
