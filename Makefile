@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .NOTPARALLEL:
-.PHONY: setup demo test test-slow lint types proto sdk bench
+.PHONY: setup demo test test-slow lint types proto proto-baseline sdk bench
 
 setup: $(STAMP)
 
@@ -37,7 +37,7 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against baseline.binpb.gz
 
 types: setup
 	$(BIN)/mypy
@@ -45,6 +45,10 @@ types: setup
 # protoc finds its mypy plugin on PATH.
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+
+# What `make lint` holds the protos against: made anew with a release, or on purpose before one.
+proto-baseline: setup
+	cd protos && ../$(BIN)/buf build --output baseline.binpb.gz
 
 # The SDK's methods, one for each operation.
 sdk: setup

@@ -114,11 +114,12 @@ def _hint(hint: Any) -> str:
 def _docstring(operation: Operation[Any]) -> str:
     told = attributes(operation.spec)
     told["labels"] = "Kept with the job."
+    refused = ", ".join(f"`{reason}`" for reason in sorted(reasons(operation)))
     sections = {
         "Args": [f"{name}: {text}" for name, text in told.items()],
         "Returns": ["The job, queued; `result()` waits for it."],
         "Raises": [
-            f"InvalidArgumentError: {', '.join(f'`{reason}`' for reason in sorted(reasons(operation)))}.",
+            f"InvalidArgumentError: {refused}.",
             "FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.",
             "ResourceExhaustedError: `QUEUE_FULL`.",
         ],

@@ -1,7 +1,7 @@
 """Compile the protos: `python protos/generate.py [OUTPUT_DIR]`, by default beside their sources.
 
-What is on the wire lies under `hvp/v1`; the Python made of it is the package `hvp_protos.v1`, so that
-no other distribution's `hvp` is in its way.
+What is on the wire lies under `hvp/v1`; the Python made of it is the package `hvp_protos.v1`, so
+that no other distribution's `hvp` is in its way.
 """
 
 import re
@@ -34,6 +34,33 @@ def generate(output: Path) -> None:
             (output / PACKAGE / made.name).write_text(text)
 
 
+def error_table() -> str:
+    """The page of every reason, from the enum and its comments."""
+    text = (ROOT / SOURCE / "errors.proto").read_text()
+    entry = re.compile(r"((?:  // .*\n)+)  ERROR_REASON_(\w+) = \d+ \[\(status\) = \"(\w+)\"\];")
+    rows = [
+        f"| `{name}` | {status} | {' '.join(told.replace('//', ' ').split())} |"
+        for told, name, status in entry.findall(text)
+    ]
+    return "\n".join(
+        [
+            "# Reasons",
+            "",
+            "Every refusal carries one of these in its `google.rpc.ErrorInfo`, in the domain",
+            "`hvp.dev`; in Python it is `error.reason`. Beside them an operation refuses a value of",
+            "its spec as `<FIELD>_INVALID`, and a word that there is not as `<FIELD>_UNSUPPORTED`,",
+            "with the status INVALID_ARGUMENT. Made from `protos/hvp/v1/errors.proto` by `make proto`.",
+            "",
+            "| reason | status | what happened, and what to do |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
 
 if __name__ == "__main__":
     generate(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "docs"
+    target.mkdir(exist_ok=True)
+    (target / "errors.md").write_text(error_table())

@@ -104,6 +104,8 @@ def test_generated_code_is_what_the_protos_generate(tmp_path: Path) -> None:
     assert generated.keys() == committed.keys()
     for name, path in generated.items():
         assert path.read_text() == committed[name].read_text(), f"run `make proto`: {name} is old"
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert (tmp_path / "errors.md").read_text() == page, "run `make proto`"
 
 
 def snippets(language: str) -> list[str]:

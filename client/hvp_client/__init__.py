@@ -47,6 +47,7 @@ __all__ = [
     "OutOfRangeError",
     "ParameterTensor",
     "PermissionDeniedError",
+    "Plan",
     "Progress",
     "Rank",
     "ResourceExhaustedError",

@@ -16,6 +16,7 @@ from hvp_client._bulk import as_elements, as_real, write_elements
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._handles import OperatorFields, is_sequence_of
 from hvp_client._questions import Questions
+from hvp_client._results import Plan, plan_from_proto
 from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._specs import job_spec
 
@@ -137,6 +138,18 @@ class AsyncOperator(OperatorFields, Questions):
             timeout_s=self._session.wire.timeout.compute_s,
         )
         return AsyncJob(self._session, answer.job)
+
+    async def plan(self, operation: str, **values: Any) -> Plan:
+        """As Operator.plan."""
+        answer = await self._session.wire.unary(
+            "JobService/PlanJob",
+            job_pb2.PlanJobRequest(
+                parent=self._session.parent,
+                spec=job_spec(operation, self._spec, self.shape[0], values),
+            ),
+            job_pb2.PlanJobResponse,
+        )
+        return plan_from_proto(answer.plan)
 
     async def _create(self, source: vector_pb2.VectorSource, *, keep: bool) -> AsyncVector:
         made = await create_vector(self._session, self.checkpoint, self._spec.dtype, source)

@@ -13,6 +13,7 @@ from hvp_client._handles import OperatorFields, is_sequence_of
 from hvp_client._job import Job
 from hvp_client._portal import Portal
 from hvp_client._questions import BlockingQuestions
+from hvp_client._results import Plan
 from hvp_client._vector import Vector
 
 if TYPE_CHECKING:
@@ -170,6 +171,21 @@ class Operator(OperatorFields, BlockingQuestions):
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> Job[Any]:
         return Job(self._portal, self._portal.run(self._twin._ask(operation, values, labels)))
+
+    def plan(self, operation: str, **values: Any) -> Plan:
+        """Tell what a question would take, without queueing anything.
+
+        Args:
+            operation: Name of the question, which is a method of this class.
+            values: As that method takes them, by name.
+
+        Returns:
+            Products, bytes on each rank, seconds where the pace is known, and whether it fits.
+
+        Raises:
+            InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
+        """
+        return self._portal.run(self._twin.plan(operation, **values))
 
     def as_linear_operator(self) -> LinearOperator:
         """Make a `scipy.sparse.linalg.LinearOperator` of it.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import numpy as np
 from hvp_operations.codec import to_values
-from hvp_operations.operation import Detail, load
+from hvp_operations.operation import Detail, Table, load
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2
 
@@ -21,6 +21,8 @@ from hvp_client._exceptions import (
     UnknownError,
 )
 from hvp_client._times import from_timestamp
+
+_KIBI = 1024
 
 ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
@@ -43,6 +45,65 @@ class Progress:
     max_products: int
     seconds_per_product: float
     detail: Detail | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a question would take.
+
+    Attributes:
+        max_products: Upper bound on products with the operator.
+        seconds_per_product: Of the latest job on the same operator; None where there was none.
+        max_seconds: Upper bound of the products' time; None where the pace is not known.
+        num_ranks: That share each vector.
+        least_bytes_per_rank: Of vectors, without which the job does not begin.
+        wished_bytes_per_rank: Of vectors, where memory allows.
+        available_bytes_per_rank: Of the rank that has least, whether free or not; None: not known.
+        fits: Whether there is room for the least.
+        problem: Why there is none and what would help; "" where there is.
+    """
+
+    max_products: int
+    seconds_per_product: float | None
+    max_seconds: float | None
+    num_ranks: int
+    least_bytes_per_rank: int
+    wished_bytes_per_rank: int
+    available_bytes_per_rank: int | None
+    fits: bool
+    problem: str
+
+    def table(self) -> Table:
+        """The figures, for people."""
+        room = "not known"
+        if self.available_bytes_per_rank is not None:
+            room = _bytes(self.available_bytes_per_rank)
+        pace = "not known before a first job on this operator"
+        if self.max_seconds is not None and self.seconds_per_product is not None:
+            longest = timedelta(seconds=round(self.max_seconds))
+            pace = f"at most {longest}, {self.seconds_per_product:.3g} s a product"
+        return Table(
+            title="it fits" if self.fits else "it does not fit",
+            headings=("", ""),
+            rows=(
+                ("products", f"at most {self.max_products}"),
+                ("time", pace),
+                ("vectors on each rank, at least", _bytes(self.least_bytes_per_rank)),
+                ("vectors on each rank, where memory allows", _bytes(self.wished_bytes_per_rank)),
+                (f"memory of the least of {self.num_ranks} ranks", room),
+            ),
+            notes=(self.problem,) if self.problem else (),
+        )
+
+
+def _bytes(count: int) -> str:
+    """A size in the unit that suits it."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < _KIBI:
+            break
+        size, unit = size / _KIBI, larger
+    return f"{size:.3g} {unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +217,21 @@ def with_vectors(result: Any, handle: Callable[[Any], Any]) -> Any:
         if field and isinstance(result, load(declared.record)):
             return replace(result, **{field: [handle(each) for each in getattr(result, field)]})
     return result
+
+
+def plan_from_proto(message: job_pb2.JobPlan) -> Plan:
+    """Make the record of a message."""
+    return Plan(
+        max_products=message.max_products,
+        seconds_per_product=message.seconds_per_product or None,
+        max_seconds=message.max_seconds or None,
+        num_ranks=message.num_ranks,
+        least_bytes_per_rank=message.least_bytes_per_rank,
+        wished_bytes_per_rank=message.wished_bytes_per_rank,
+        available_bytes_per_rank=message.available_bytes_per_rank or None,
+        fits=message.fits,
+        problem=message.problem,
+    )
 
 
 def error_from_proto(

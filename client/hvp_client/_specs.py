@@ -91,8 +91,15 @@ def job_spec(
         The message.
 
     Raises:
-        InvalidArgumentError: The operation's own reasons; `field` is the value at fault.
+        InvalidArgumentError: `OPERATION_UNKNOWN`; the operation's own reasons; `field` is the value
+            at fault.
     """
+    if operation not in operations():
+        raise InvalidArgumentError(
+            f"no operation {operation!r}; there are {', '.join(operations())}",
+            reason="OPERATION_UNKNOWN",
+            field="operation",
+        )
     facts = Facts(num_parameters=num_parameters, kind=kind_name(operator.kind))
     try:
         spec = checked(operations()[operation], values, facts)

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hvp_service.clock import now_us
 from hvp_service.database import Database, checkpoint_files, checkpoints
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.group_supervisor import GroupSupervisor
+from hvp_service.labels import check_etag
 from hvp_service.lifetimes import Holds
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
@@ -47,6 +48,7 @@ class Checkpoint:
     files: tuple[CheckpointFile, ...]
     description: CheckpointDescription
     create_time: int  # microseconds
+    labels: Mapping[str, str] = field(default_factory=dict)
     ignored_files: tuple[str, ...] = ()  # of the call that made it, and no part of the model
 
     @property
@@ -161,6 +163,25 @@ class CheckpointStore:
                 log.warning("a checkpoint is left out of a list", error=error.message)
         return [checkpoint for checkpoint in found if checkpoint is not None], token
 
+    async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Checkpoint:
+        """Give a checkpoint other labels, if it has the tag, or if that is empty.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, ETAG_MISMATCH.
+        """
+        where = checkpoints.c.project == name.project, checkpoints.c.id == name.id
+        async with self._database.writing() as connection:
+            known = (
+                await connection.execute(sa.select(checkpoints.c.labels).where(*where))
+            ).one_or_none()
+            if known is None:
+                raise not_found(str(name), "checkpoint")
+            check_etag(etag, known.labels if isinstance(known.labels, dict) else {}, str(name))
+            await connection.execute(
+                sa.update(checkpoints).where(*where).values(labels=dict(labels))
+            )
+        return await self.get(name)
+
     async def delete(self, name: Name) -> None:
         """Delete a checkpoint; its blobs are for `BlobStore.release`.
 
@@ -233,6 +254,7 @@ class CheckpointStore:
                     size_bytes=checkpoint.size_bytes,
                     parameters=[[p.name, list(p.shape), p.offset] for p in description.parameters],
                     create_time=checkpoint.create_time,
+                    labels={},
                 )
             )
             await connection.execute(
@@ -307,6 +329,7 @@ def _from_rows(name: Name, row: sa.Row[Any], files: Sequence[sa.Row[Any]]) -> Ch
             ),
         ),
         create_time=row.create_time,
+        labels=row.labels if isinstance(row.labels, dict) else {},
     )
 
 

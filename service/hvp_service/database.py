@@ -61,6 +61,7 @@ checkpoints = sa.Table(
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("parameters", sa.JSON, nullable=False),  # [[name, shape, offset], ...]
     sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("labels", sa.JSON, nullable=False, server_default="{}"),
 )
 
 checkpoint_files = sa.Table(

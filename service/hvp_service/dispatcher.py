@@ -17,7 +17,7 @@ from hvp_service.config import ServerConfig
 from hvp_service.database import DatabaseBusyError
 from hvp_service.errors import ServiceError, code_of, fault_message, is_fault
 from hvp_service.group_supervisor import GroupSupervisor
-from hvp_service.job_room import check_fits
+from hvp_service.job_room import require_room
 from hvp_service.job_store import (
     Job,
     JobError,
@@ -202,7 +202,7 @@ class Dispatcher:
         assert asked is not None  # the store claims no other
         resolved = await until_done(lambda: self._operators.resolve(asked.operator))
         # Before anything is made for its vectors: the row may be older than the first check.
-        cost = await check_fits(self._group, asked, resolved)
+        cost = await require_room(self._group, asked, resolved)
         outputs = [f"{job.name.id}-{index}" for index in range(cost.results)]
         run = self._group.backend.run(resolved.operator, asked.operation, asked.spec, outputs)
         try:

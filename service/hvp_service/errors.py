@@ -11,6 +11,7 @@ from hvp_protos.v1 import errors_pb2
 
 DOMAIN = "hvp.dev"
 
+
 def _codes() -> dict[str, int]:
     """Every reason that leaves this server, and its google.rpc.Code."""
     own = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hvp_operations.operation import Cost, Facts
-from hvp_workers.room import least_bytes
+from hvp_workers.room import needed_bytes
 
 from hvp_service.errors import ServiceError
 from hvp_service.group_supervisor import GroupSupervisor
@@ -17,11 +19,59 @@ def facts_of(resolved: ResolvedOperator) -> Facts:
     return Facts(num_parameters=resolved.num_parameters, kind=resolved.operator.kind)
 
 
-async def check_fits(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOperator) -> Cost:
-    """Refuse what the ranks would have no room for if all their memory were free.
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a job takes of the ranks, and what they have.
 
-    The bound is an optimistic one: whatever it refuses, the ranks' own plan would refuse too,
+    Attributes:
+        cost: Products and vectors.
+        num_ranks: That share each vector.
+        least_bytes: On each rank, without which the job does not begin.
+        wished_bytes: On each rank, where memory allows.
+        available_bytes: Of the rank that has least, whether free or not; 0: the ranks do not tell.
+        problem: Why the job does not fit and what would; "" where it may fit.
+    """
+
+    cost: Cost
+    num_ranks: int
+    least_bytes: int
+    wished_bytes: int
+    available_bytes: int
+    problem: str
+
+
+async def room_of(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOperator) -> Room:
+    """Compare what a job takes with what the ranks would have if all their memory were free.
+
+    The bound is an optimistic one: whatever does not fit, the ranks' own plan would refuse too,
     which also knows what is in use.
+
+    Raises:
+        ServiceError: WORKER_GROUP_LOST.
+    """
+    cost = asked.declared.cost(asked.spec, facts_of(resolved))
+    ranks = await group.call(lambda backend: backend.ranks())
+    available = min((rank.memory_bytes for rank in ranks), default=0)
+    dimension, dtype = resolved.num_parameters, resolved.operator.space.dtype
+    vector_bytes = dimension * ITEM_BYTES[dtype] / max(1, len(ranks))
+    needed = needed_bytes(cost.least_vectors, vector_bytes)
+    problem = (
+        f"{asked.declared.headline(asked.spec)} of an operator of order {dimension} in {dtype} "
+        f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} in "
+        "all; ask for less, or use more workers or float32."
+    )
+    return Room(
+        cost=cost,
+        num_ranks=len(ranks),
+        least_bytes=needed,
+        wished_bytes=needed_bytes(cost.wished_vectors, vector_bytes),
+        available_bytes=available,
+        problem=problem if 0 < available < needed else "",
+    )
+
+
+async def require_room(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOperator) -> Cost:
+    """Refuse what does not fit.
 
     Returns:
         What the job takes.
@@ -30,18 +80,15 @@ async def check_fits(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedO
         ServiceError: INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes, of the rank
             that has least), WORKER_GROUP_LOST.
     """
-    cost = asked.declared.cost(asked.spec, facts_of(resolved))
-    ranks = await group.call(lambda backend: backend.ranks())
-    available = min((rank.memory_bytes for rank in ranks), default=0)
-    dimension, dtype = resolved.num_parameters, resolved.operator.space.dtype
-    needed = least_bytes(cost, dimension * ITEM_BYTES[dtype] / max(1, len(ranks)))
-    if 0 < available < needed:  # 0: the ranks do not tell
+    room = await room_of(group, asked, resolved)
+    if room.problem:
         raise ServiceError(
             "INSUFFICIENT_CLUSTER_MEMORY",
-            f"{asked.declared.headline(asked.spec)} of an operator of order {dimension} in {dtype} "
-            f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} "
-            "in all; ask for less, or use more workers or float32.",
+            room.problem,
             field=f"spec.{asked.operation}",
-            metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
+            metadata={
+                "needed_bytes": str(room.least_bytes),
+                "available_bytes": str(room.available_bytes),
+            },
         )
-    return cost
+    return room.cost

@@ -64,7 +64,7 @@ def read_job(row: sa.Row[Any]) -> Job:
     # SQLite keeps text in a column of numbers, if someone put it there.
     whole = {column: value for column, value in numbers.items() if isinstance(value, int)}
     damaged = any(column not in whole and numbers[column] is not None for column in numbers)
-    spec = None if damaged else _read_spec(row.spec)
+    spec = None if damaged else read_spec(row.spec)
     state, error = row.state, _read(ERROR, row.error)
     result = None if spec is None else _read_result(spec.operation, row.result)
     ended_unread = state in FINAL_STATES and (
@@ -80,7 +80,7 @@ def read_job(row: sa.Row[Any]) -> Job:
         state=state,
         attempt=whole.get("attempt", 0),
         max_attempts=whole.get("max_attempts", 0),
-        progress=_read_progress(row.progress),
+        progress=read_progress(row.progress),
         result=result,
         error=error,
         last_sequence=whole.get("last_sequence", 0),
@@ -96,7 +96,7 @@ def read_event(row: sa.Row[Any]) -> JobEvent:
     body: StateChange | RunProgress | None = None
     match stored.get("kind"):
         case "progress":
-            body = _read_progress(stored.get("value"))
+            body = read_progress(stored.get("value"))
         case "state_change":
             body = _read(STATE_CHANGE, stored.get("value"))
     return JobEvent(sequence=row.sequence, time=row.time, body=body)
@@ -137,7 +137,7 @@ def _results(operation: str) -> TypeAdapter[Result]:
     return TypeAdapter(operations()[operation].result)
 
 
-def _read_spec(stored: Any) -> JobSpec | None:
+def read_spec(stored: Any) -> JobSpec | None:
     """A spec, when this version knows all it says: what is overlooked would be another question."""
     if not (isinstance(stored, dict) and stored.keys() == {"operation", "operator", "spec"}):
         return None
@@ -156,7 +156,7 @@ def _read_spec(stored: Any) -> JobSpec | None:
     return JobSpec(operation=declared.name, operator=operator, spec=spec)
 
 
-def _read_progress(stored: Any) -> RunProgress | None:
+def read_progress(stored: Any) -> RunProgress | None:
     """Progress, without its detail where that is another version's."""
     if not isinstance(stored, dict):
         return None

@@ -189,6 +189,10 @@ class JobStore(ABC):
         """Jobs of a project that have not ended."""
 
     @abstractmethod
+    async def pace(self, project: str, operator: OperatorRef) -> float:
+        """Seconds per product of the latest job on this very operator; 0 where there was none."""
+
+    @abstractmethod
     async def claim(self) -> Job | None:
         """Begin the next attempt of the oldest queued job, or None.
 
@@ -237,6 +241,14 @@ class JobStore(ABC):
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+    @abstractmethod
+    async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Job:
+        """Give a job other labels, if it has the tag, or if that is empty.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, ETAG_MISMATCH.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from hvp_service.job_rows import (
     progress_row,
     read_event,
     read_job,
+    read_progress,
+    read_spec,
     result_row,
     spec_row,
 )
@@ -41,10 +43,13 @@ from hvp_service.job_store import (
     attempts_exhausted,
     unreadable,
 )
+from hvp_service.labels import check_etag
 from hvp_service.names import Name
+from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import Pager, PageRequest
 
 _NAMES_PER_PAGE = 1000
+_JOBS_LOOKED_AT = 100  # the latest ones, for the pace of products
 
 
 class SqliteJobStore(JobStore):
@@ -152,6 +157,18 @@ class SqliteJobStore(JobStore):
             found = [read_job(row) for row in rows]
         return [job for job in found if job.state not in FINAL_STATES]
 
+    async def pace(self, project: str, operator: OperatorRef) -> float:
+        latest = sa.select(jobs.c.spec, jobs.c.progress)
+        latest = latest.where(jobs.c.project == project, jobs.c.progress.is_not(None))
+        latest = latest.order_by(jobs.c.create_time.desc()).limit(_JOBS_LOOKED_AT)
+        async with self._database.reading() as connection:
+            rows = (await connection.execute(latest)).all()
+        for row in rows:
+            spec, progress = read_spec(row.spec), read_progress(row.progress)
+            if spec and progress and spec.operator == operator and progress.seconds_per_product:
+                return progress.seconds_per_product
+        return 0.0
+
     async def claim(self) -> Job | None:
         now = now_us()
         async with self._database.writing() as connection:
@@ -239,6 +256,13 @@ class SqliteJobStore(JobStore):
                 job = await self._change(connection, job, state="CANCELLING")
         self._notify(name)
         return job
+
+    async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Job:
+        async with self._database.writing() as connection:
+            job = await self._get(connection, name)
+            check_etag(etag, job.labels, str(name))
+            change = sa.update(jobs).where(*_is(name)).values(labels=dict(labels)).returning(jobs)
+            return read_job((await connection.execute(change)).one())
 
     async def recover(self) -> list[Job]:
         async with self._database.writing() as connection:

@@ -15,7 +15,7 @@ AbortedError AlreadyExistsError AsyncClient AsyncJob AsyncOperator AsyncVector B
 CallCancelledError Checkpoint Client DataLossError DeadlineExceededError DensityResult
 EigshResult Event FailedPreconditionError HvpError InternalError InvalidArgumentError Job
 JobCancelledError JobFailedError NotFoundError Operator OutOfRangeError ParameterTensor
-PermissionDeniedError Progress Rank ResourceExhaustedError Retry ServerInfo
+PermissionDeniedError Plan Progress Rank ResourceExhaustedError Retry ServerInfo
 ServerUnreachableError Timeout UnauthenticatedError UnavailableError UnimplementedError
 UnknownError Vector WorkerGroup
 """

@@ -235,6 +235,7 @@ class QuadraticBackend(Backend):
                 stage="iterating",
                 num_products=step + 1,
                 max_products=n,
+                seconds_per_product=0.25,
                 detail=EigshProgress(ritz_values=tuple(ritz[-spec.k :])),
             )
             for _ in range(2):

@@ -6,9 +6,10 @@ from pathlib import Path
 import hvp_protos.v1
 import pytest
 from google.rpc import code_pb2
+from hvp_protos.v1 import errors_pb2
 from hvp_service.errors import CODES, ServiceError, code_of
 
-PROTOS = sorted(Path(hvp_protos.v1.__path__[0]).glob("*.proto"))
+PROTOS = sorted((Path(hvp_protos.v1.__path__[0]).parent.parent / "hvp/v1").glob("*.proto"))
 STATUS = re.compile("|".join(name for name, number in code_pb2.Code.items() if number))
 
 
@@ -51,3 +52,21 @@ def test_a_reason_outside_the_table_cannot_be_raised() -> None:
 
 def test_a_reason_that_only_workers_know_is_internal() -> None:
     assert code_of("SOMETHING_NEW") == code_pb2.INTERNAL
+
+
+def test_every_reason_of_the_enum_is_raised_somewhere_and_has_a_status() -> None:
+    root = Path(__file__).parent.parent.parent
+    source = "".join(
+        path.read_text()
+        for folder in ("service", "workers", "protos/hvp_folders", "protos/hvp_operations")
+        for path in (root / folder).rglob("*.py")
+    )
+    for value in errors_pb2.ErrorReason.DESCRIPTOR.values[1:]:
+        reason = value.name.removeprefix("ERROR_REASON_")
+        assert CODES[reason] > 0
+        assert f'"{reason}"' in source, reason
+
+
+def test_what_an_operation_refuses_is_the_callers_mistake() -> None:
+    for reason in ("NUM_PROBES_INVALID", "WHICH_UNSUPPORTED"):
+        assert code_of(reason) == code_pb2.INVALID_ARGUMENT

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -541,27 +542,104 @@ async def test_a_message_beyond_the_limit_is_refused_and_the_server_goes_on(wire
     assert await serving(wire)
 
 
-async def test_methods_that_are_not_served_say_so(wire: Wire) -> None:
-    stream = wire.operators.ApplyOperatorStream(
-        iter([operator_pb2.ApplyOperatorStreamRequest(sequence=1)])
+async def test_a_job_of_an_operation_that_this_server_does_not_know_is_refused(wire: Wire) -> None:
+    newer = job_pb2.JobSpec.FromString(b"\x9a\x06\x00")  # a field of a client to come
+    for spec in (newer, job_pb2.JobSpec()):
+        _, details = await refusal(
+            wire.jobs.CreateJob(job_pb2.CreateJobRequest(parent=PARENT, spec=spec))
+        )
+        assert details["ErrorInfo"].reason == "SPEC_MISSING"
+
+
+async def test_a_plan_tells_what_a_job_takes_and_queues_nothing(
+    wire: Wire, deps: Dependencies
+) -> None:
+    operator = await spec(deps)
+    request = job_pb2.PlanJobRequest(parent=PARENT, spec=eigsh(operator))
+    answer = await wire.jobs.PlanJob(request)
+    plan = answer.plan
+    assert (plan.fits, plan.problem, plan.num_ranks) == (True, "", 1)
+    assert plan.max_products == 60  # ten times the operator's order
+    # A basis of six rows, and beside it two eigenvectors and four vectors to work with, in four
+    # fifths of what is free.
+    assert plan.wished_bytes_per_rank == (6 + 2 + 4) * 6 * 8 * 5 // 4
+    assert (plan.seconds_per_product, plan.max_seconds) == (0, 0)
+    assert answer.spec.eigsh.operator.precision == "full"
+    assert await deps.jobs.unfinished("default") == []
+
+    create = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator))
+    created = await wire.jobs.CreateJob(create)
+    await wire.jobs.WaitJob(
+        job_pb2.WaitJobRequest(name=created.job.name, timeout=Duration(seconds=30))
     )
-    for call in (
-        wire.system.WhoAmI(system_pb2.WhoAmIRequest()),
-        wire.system.GetQuota(system_pb2.GetQuotaRequest()),
-        wire.system.DrainWorkerGroup(system_pb2.DrainWorkerGroupRequest()),
-        stream.read(),
+    plan = (await wire.jobs.PlanJob(request)).plan
+    assert plan.seconds_per_product == 0.25  # of the job before
+    assert plan.max_seconds == 60 * 0.25
+
+    bad = job_pb2.PlanJobRequest(parent=PARENT, spec=eigsh(operator, k=6))
+    _, details = await refusal(wire.jobs.PlanJob(bad))
+    assert details["ErrorInfo"].reason == "K_INVALID"
+    assert details["BadRequest"].field_violations[0].field == "spec.eigsh.k"
+
+
+async def test_what_has_no_room_is_planned_with_the_reason_and_not_queued(
+    wire: Wire, deps: Dependencies, backend: QuadraticBackend
+) -> None:
+    backend.memory_bytes = 64
+    operator = await spec(deps)
+    plan = (
+        await wire.jobs.PlanJob(job_pb2.PlanJobRequest(parent=PARENT, spec=eigsh(operator)))
+    ).plan
+    assert not plan.fits
+    assert plan.least_bytes_per_rank > plan.available_bytes_per_rank == 64
+    assert "use more workers or float32" in plan.problem
+
+
+async def test_labels_alone_can_be_changed_and_an_old_etag_changes_nothing(
+    wire: Wire, deps: Dependencies
+) -> None:
+    operator = await spec(deps)
+    create = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator), labels={"who": "me"})
+    job = (await wire.jobs.CreateJob(create)).job
+    checkpoint = (
+        await wire.checkpoints.GetCheckpoint(
+            checkpoint_pb2.GetCheckpointRequest(name=operator.checkpoint)
+        )
+    ).checkpoint
+    mask = FieldMask(paths=["labels"])
+
+    def update_job(etag: str, mask: FieldMask = mask, **labels: str) -> Any:
+        changed = job_pb2.Job(name=job.name, labels=labels)
+        request = job_pb2.UpdateJobRequest(job=changed, update_mask=mask, etag=etag)
+        return wire.jobs.UpdateJob(request)
+
+    def update_checkpoint(etag: str, mask: FieldMask = mask, **labels: str) -> Any:
+        changed = checkpoint_pb2.Checkpoint(name=checkpoint.name, labels=labels)
+        request = checkpoint_pb2.UpdateCheckpointRequest(
+            checkpoint=changed, update_mask=mask, etag=etag
+        )
+        return wire.checkpoints.UpdateCheckpoint(request)
+
+    for update, before, field in (
+        (update_job, job, "job"),
+        (update_checkpoint, checkpoint, "checkpoint"),
     ):
-        code, details = await refusal(call)
-        assert code == grpc.StatusCode.UNIMPLEMENTED
-        assert details["ErrorInfo"].reason == "METHOD_NOT_SERVED"
-    # An operation of a newer client's is a field that this server does not know.
-    newer = job_pb2.JobSpec.FromString(b"\x9a\x06\x00")
-    _, details = await refusal(
-        wire.jobs.CreateJob(job_pb2.CreateJobRequest(parent=PARENT, spec=newer))
+        changed = getattr(await update(before.etag, run="7"), field)
+        assert dict(changed.labels) == {"run": "7"}
+        assert changed.etag != before.etag
+        code, details = await refusal(update(before.etag, run="8"))
+        assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
+        assert dict(getattr(await update("", run="9"), field).labels) == {"run": "9"}
+        for paths in ([], ["state"], ["labels", "state"]):
+            _, details = await refusal(update("", FieldMask(paths=paths), run="1"))
+            assert details["ErrorInfo"].reason == "FIELD_MASK_INVALID"
+        _, details = await refusal(update("", run="x" * 257))
+        assert details["ErrorInfo"].reason == "LABELS_INVALID"
+        assert details["BadRequest"].field_violations[0].field == f"{field}.labels"
+    read = await wire.checkpoints.GetCheckpoint(
+        checkpoint_pb2.GetCheckpointRequest(name=checkpoint.name)
     )
-    assert details["ErrorInfo"].reason == "SPEC_MISSING"
-    _, details = await refusal(wire.jobs.CreateJob(job_pb2.CreateJobRequest(parent=PARENT)))
-    assert details["ErrorInfo"].reason == "SPEC_MISSING"
+    assert dict(read.checkpoint.labels) == {"run": "9"}
 
 
 async def test_the_server_tells_what_it_is(wire: Wire, deps: Dependencies) -> None:

@@ -12,7 +12,7 @@ from hvp_operations.operation import Cost, Facts
 from hvp_workers.backend import Tuning
 from hvp_workers.micro_batch import default_micro_batch
 from hvp_workers.plan import policy, room_for
-from hvp_workers.room import least_bytes
+from hvp_workers.room import needed_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def test_what_is_refused_before_it_is_queued_no_rank_would_run(
 ) -> None:
     spec = EigshSpec(k=k, num_lanczos_vectors=num_lanczos_vectors, max_products=max_products)
     asked = cost(spec, dimension)
-    assume(total_bytes < least_bytes(asked, 4 * dimension / num_ranks))
+    assume(total_bytes < needed_bytes(asked.least_vectors, 4 * dimension / num_ranks))
     with pytest.raises(CurvatureError):
         room_for(
             asked,

@@ -7,7 +7,7 @@ from hvp_core.policy import Policy
 from hvp_operations.operation import Cost
 
 from hvp_workers.backend import Precision, Tuning
-from hvp_workers.room import USABLE, least_bytes
+from hvp_workers.room import USABLE, needed_bytes
 
 _EXACT_WORKING = 1.5  # blocks and activations in float64, beside the vectors
 _KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
@@ -57,7 +57,7 @@ def room_for(cost: Cost, *, vector_bytes: int, available_bytes: int) -> int:
     """
     room = int(available_bytes * USABLE) // vector_bytes
     if room < cost.least_vectors:
-        needed = least_bytes(cost, vector_bytes)
+        needed = needed_bytes(cost.least_vectors, vector_bytes)
         raise CurvatureError(
             "INSUFFICIENT_CLUSTER_MEMORY",
             f"{cost.least_vectors} vectors at the least need {needed} bytes on a rank that has "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from hvp_operations.operation import Cost
-
 USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 
 
-def least_bytes(cost: Cost, vector_bytes: float) -> int:
-    """Free memory without which a rank does not begin.
+def needed_bytes(num_vectors: int, vector_bytes: float) -> int:
+    """Free memory for which a rank has room for vectors beside its work.
 
     Args:
-        cost: What the run takes.
+        num_vectors: That the run holds.
         vector_bytes: Of one vector on the rank.
     """
-    return int(cost.least_vectors * vector_bytes / USABLE)
+    return int(num_vectors * vector_bytes / USABLE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from hvp_client import Client, Job
 from hvp_client.cli.display import drawn, show_events
-from hvp_client.cli.failures import EXIT_INTERRUPTED, failures_reported, usage_error
+from hvp_client.cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, failures_reported, usage_error
 from hvp_client.cli.listing import job_name
 from hvp_client.cli.uploading import upload_with_bar
 
@@ -52,6 +52,7 @@ def ask(
     order: Order,
     *,
     watch: bool,
+    plan: bool,
     output: Path | None,
     picture: Path | None,
     as_json: bool,
@@ -62,6 +63,7 @@ def ask(
         address: Of the server.
         order: What to compute.
         watch: Whether to stay.
+        plan: Tell what it would take instead.
         output: File for the result.
         picture: File for the result's picture.
         as_json: Print JSON.
@@ -86,6 +88,13 @@ def ask(
             micro_batch_size=order.micro_batch_size,
             precision=order.precision,
         )
+        if plan:
+            told = H.plan(order.operation, **order.values)
+            if as_json:
+                print(json.dumps(asdict(told), indent=2))
+            else:
+                Console().print(drawn(told.table()))
+            raise typer.Exit(0 if told.fits else EXIT_FAILURE)
         job = H._ask(order.operation, order.values, None)
         if watch:
             _stay(job, output=output, picture=picture, as_json=as_json)

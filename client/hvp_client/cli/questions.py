@@ -52,6 +52,7 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
             typed["address"],
             order,
             watch=typed["watch"],
+            plan=typed["plan"],
             output=typed["output"],
             picture=typed.get("plot"),
             as_json=typed["format_"] is Format.json,
@@ -145,6 +146,9 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
         ),
         _parameter(
             "watch", bool, typer.Option(help="Stay and show progress and the result."), True
+        ),
+        _parameter(
+            "plan", bool, typer.Option("--plan", help="Tell what it would take, and go."), False
         ),
         _parameter(
             "output", Path | None, typer.Option(help="Write the result here as JSON."), None

@@ -49,6 +49,11 @@ class CheckpointServiceStub:
                 request_serializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.UpdateCheckpoint = channel.unary_unary(
+                '/hvp.v1.CheckpointService/UpdateCheckpoint',
+                request_serializer=hvp_dot_v1_dot_checkpoint__pb2.UpdateCheckpointRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_checkpoint__pb2.UpdateCheckpointResponse.FromString,
+                _registered_method=True)
         self.DeleteCheckpoint = channel.unary_unary(
                 '/hvp.v1.CheckpointService/DeleteCheckpoint',
                 request_serializer=hvp_dot_v1_dot_checkpoint__pb2.DeleteCheckpointRequest.SerializeToString,
@@ -102,6 +107,16 @@ class CheckpointServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateCheckpoint(self, request, context):
+        """Changes a checkpoint's labels.
+
+        NOT_FOUND `RESOURCE_NOT_FOUND`; INVALID_ARGUMENT `FIELD_MASK_INVALID`, `LABELS_INVALID`.
+        ABORTED `ETAG_MISMATCH`: read the checkpoint again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteCheckpoint(self, request, context):
         """NOT_FOUND `RESOURCE_NOT_FOUND`; FAILED_PRECONDITION `RESOURCE_IN_USE`: a job that has not
         ended uses it; cancel the job first.
@@ -129,6 +144,11 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'UpdateCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateCheckpoint,
+                    request_deserializer=hvp_dot_v1_dot_checkpoint__pb2.UpdateCheckpointRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_checkpoint__pb2.UpdateCheckpointResponse.SerializeToString,
             ),
             'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCheckpoint,
@@ -217,6 +237,33 @@ class CheckpointService:
             '/hvp.v1.CheckpointService/ListCheckpoints',
             hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsRequest.SerializeToString,
             hvp_dot_v1_dot_checkpoint__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.CheckpointService/UpdateCheckpoint',
+            hvp_dot_v1_dot_checkpoint__pb2.UpdateCheckpointRequest.SerializeToString,
+            hvp_dot_v1_dot_checkpoint__pb2.UpdateCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,16 @@ class JobServiceStub:
                 request_serializer=hvp_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=hvp_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
+        self.PlanJob = channel.unary_unary(
+                '/hvp.v1.JobService/PlanJob',
+                request_serializer=hvp_dot_v1_dot_job__pb2.PlanJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.PlanJobResponse.FromString,
+                _registered_method=True)
+        self.UpdateJob = channel.unary_unary(
+                '/hvp.v1.JobService/UpdateJob',
+                request_serializer=hvp_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_job__pb2.UpdateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/hvp.v1.JobService/GetJob',
                 request_serializer=hvp_dot_v1_dot_job__pb2.GetJobRequest.SerializeToString,
@@ -90,6 +100,23 @@ class JobServiceServicer:
         `needed_bytes`, `available_bytes`.
         RESOURCE_EXHAUSTED `QUEUE_FULL`: retry later.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanJob(self, request, context):
+        """Checks a job as CreateJob does, but for its room, and tells what it would take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateJob(self, request, context):
+        """Changes a job's labels.
+
+        INVALID_ARGUMENT `FIELD_MASK_INVALID`, `LABELS_INVALID`.
+        ABORTED `ETAG_MISMATCH`: read the job again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,6 +180,16 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=hvp_dot_v1_dot_job__pb2.CreateJobRequest.FromString,
                     response_serializer=hvp_dot_v1_dot_job__pb2.CreateJobResponse.SerializeToString,
             ),
+            'PlanJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanJob,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.PlanJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.PlanJobResponse.SerializeToString,
+            ),
+            'UpdateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateJob,
+                    request_deserializer=hvp_dot_v1_dot_job__pb2.UpdateJobRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_job__pb2.UpdateJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=hvp_dot_v1_dot_job__pb2.GetJobRequest.FromString,
@@ -215,6 +252,60 @@ class JobService:
             '/hvp.v1.JobService/CreateJob',
             hvp_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
             hvp_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.JobService/PlanJob',
+            hvp_dot_v1_dot_job__pb2.PlanJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.PlanJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.JobService/UpdateJob',
+            hvp_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
+            hvp_dot_v1_dot_job__pb2.UpdateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

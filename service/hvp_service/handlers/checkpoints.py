@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from hvp_service.checkpoint_store import require_unused
+from collections.abc import Mapping, Sequence
+
+from hvp_service.checkpoint_store import Checkpoint, require_unused
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
+from hvp_service.labels import check_labels, check_mask
 from hvp_service.names import Name
+
+
+async def update_checkpoint(
+    deps: Dependencies, name: Name, labels: Mapping[str, str], mask: Sequence[str], etag: str
+) -> Checkpoint:
+    """Change a checkpoint's labels.
+
+    Args:
+        deps: Dependencies.
+        name: Of the checkpoint.
+        labels: That it is to have.
+        mask: Names of the fields to change.
+        etag: Of the version to change; "" for whatever there is.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, FIELD_MASK_INVALID, LABELS_INVALID, ETAG_MISMATCH.
+    """
+    check_mask(mask)
+    check_labels(labels, "checkpoint.labels")
+    return await deps.checkpoints.relabel(name, labels, etag)
 
 
 async def delete_checkpoint(deps: Dependencies, name: Name) -> None:

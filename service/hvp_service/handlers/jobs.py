@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,13 @@ from hvp_operations.registry import operations
 from hvp_service.clock import now_us
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
-from hvp_service.job_room import check_fits, facts_of
+from hvp_service.job_room import Room, facts_of, require_room, room_of
 from hvp_service.job_store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
+from hvp_service.labels import check_labels, check_mask
 from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
+from hvp_service.operator_resolver import OperatorRef, ResolvedOperator
 
 MAX_WAIT_S = 60.0
-MAX_LABELS = 64
-MAX_LABEL_LENGTH = 256
 
 
 def job_id(project: str, request_id: str) -> str:
@@ -30,6 +30,67 @@ def job_id(project: str, request_id: str) -> str:
     if not request_id:
         return uuid.uuid4().hex
     return hashlib.sha256(f"{project}\0{request_id}".encode()).hexdigest()[:32]
+
+
+@contextlib.asynccontextmanager
+async def _asked(
+    deps: Dependencies, operation: str | None, operator: OperatorRef, values: Mapping[str, Any]
+) -> AsyncIterator[tuple[JobSpec, ResolvedOperator]]:
+    """A question that can be asked, for a block in which its operator's files stay.
+
+    Raises:
+        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`.
+    """
+    if operation is None:
+        raise ServiceError(
+            "SPEC_MISSING", f"Say what the job does: {', '.join(operations())}.", field="spec"
+        )
+    where = f"spec.{operation}"
+    async with deps.operators.using(operator, f"{where}.operator") as resolved:
+        try:
+            spec = checked(operations()[operation], values, facts_of(resolved))
+        except SpecError as error:
+            raise ServiceError(
+                error.reason,
+                f"{error.message}.",
+                field=f"{where}.{error.field}",
+                metadata=error.metadata,
+            ) from None
+        filled_in = replace(
+            operator,
+            dtype=resolved.operator.space.dtype,
+            precision=resolved.operator.precision,
+        )
+        yield JobSpec(operation=operation, operator=filled_in, spec=spec), resolved
+
+
+async def plan(
+    deps: Dependencies,
+    project: str,
+    *,
+    operation: str | None,
+    operator: OperatorRef,
+    values: Mapping[str, Any],
+) -> tuple[JobSpec, Room, float]:
+    """What a job would take; nothing is queued.
+
+    Args:
+        deps: Dependencies.
+        project: Whose jobs tell the pace.
+        operation: As for `create`, like the following.
+        operator: See there.
+        values: See there.
+
+    Returns:
+        The question with its defaults, its room, and seconds per product of the latest job on the
+        same operator, 0 where there was none.
+
+    Raises:
+        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`.
+    """
+    async with _asked(deps, operation, operator, values) as (asked, resolved):
+        room = await room_of(deps.group, asked, resolved)
+        return asked, room, await deps.jobs.pace(project, asked.operator)
 
 
 async def create(
@@ -57,39 +118,9 @@ async def create(
         ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
             LABELS_INVALID, QUEUE_FULL, REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
     """
-    if operation is None:
-        raise ServiceError(
-            "SPEC_MISSING", f"Say what the job does: {', '.join(operations())}.", field="spec"
-        )
-    where = f"spec.{operation}"
-    async with deps.operators.using(operator, f"{where}.operator") as resolved:
-        try:
-            spec = checked(operations()[operation], values, facts_of(resolved))
-        except SpecError as error:
-            raise ServiceError(
-                error.reason,
-                f"{error.message}.",
-                field=f"{where}.{error.field}",
-                metadata=error.metadata,
-            ) from None
-        asked = JobSpec(
-            operation=operation,
-            operator=replace(
-                operator,
-                dtype=resolved.operator.space.dtype,
-                precision=resolved.operator.precision,
-            ),
-            spec=spec,
-        )
-        if len(labels) > MAX_LABELS or any(
-            len(text) > MAX_LABEL_LENGTH for item in labels.items() for text in item
-        ):
-            raise ServiceError(
-                "LABELS_INVALID",
-                f"A job has at most {MAX_LABELS} labels of {MAX_LABEL_LENGTH} characters.",
-                field="labels",
-            )
-        await check_fits(deps.group, asked, resolved)
+    async with _asked(deps, operation, operator, values) as (asked, resolved):
+        check_labels(labels)
+        await require_room(deps.group, asked, resolved)
         job = Job(
             name=name,
             spec=asked,
@@ -108,6 +139,26 @@ async def create(
             )
     deps.dispatcher.notice_work()
     return created
+
+
+async def update(
+    deps: Dependencies, name: Name, labels: Mapping[str, str], mask: Sequence[str], etag: str
+) -> Job:
+    """Change a job's labels.
+
+    Args:
+        deps: Dependencies.
+        name: Of the job.
+        labels: That it is to have.
+        mask: Names of the fields to change.
+        etag: Of the version to change; "" for whatever there is.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, FIELD_MASK_INVALID, LABELS_INVALID, ETAG_MISMATCH.
+    """
+    check_mask(mask)
+    check_labels(labels, "job.labels")
+    return await deps.jobs.relabel(name, labels, etag)
 
 
 async def cancel(deps: Dependencies, name: Name) -> Job:

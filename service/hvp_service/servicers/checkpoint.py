@@ -51,6 +51,20 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             next_page_token=token,
         )
 
+    async def UpdateCheckpoint(
+        self, request: pb.UpdateCheckpointRequest, context: Any
+    ) -> pb.UpdateCheckpointResponse:
+        changed = await checkpoints.update_checkpoint(
+            self._deps,
+            parse(request.checkpoint.name, "checkpoints"),
+            dict(request.checkpoint.labels),
+            request.update_mask.paths,
+            request.etag,
+        )
+        return pb.UpdateCheckpointResponse(
+            checkpoint=messages.checkpoint_message(changed, parameters=False)
+        )
+
     async def DeleteCheckpoint(
         self, request: pb.DeleteCheckpointRequest, context: Any
     ) -> pb.DeleteCheckpointResponse:

@@ -15,7 +15,13 @@ from hvp_service.handlers import jobs
 from hvp_service.job_store import JobState
 from hvp_service.names import Name, parse, parse_parent
 from hvp_service.servicers import messages
-from hvp_service.servicers.job_messages import asked_values, event_message, job_message
+from hvp_service.servicers.job_messages import (
+    asked_values,
+    event_message,
+    job_message,
+    plan_message,
+    spec_message,
+)
 
 
 class JobServicer(job_pb2_grpc.JobServiceServicer):
@@ -37,6 +43,27 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
             validate_only=request.validate_only,
         )
         return pb.CreateJobResponse(job=job_message(job))
+
+    async def PlanJob(self, request: pb.PlanJobRequest, context: Any) -> pb.PlanJobResponse:
+        operation, operator, values = asked_values(request.spec)
+        asked, room, seconds = await jobs.plan(
+            self._deps,
+            parse_parent(request.parent),
+            operation=operation,
+            operator=operator,
+            values=values,
+        )
+        return pb.PlanJobResponse(spec=spec_message(asked), plan=plan_message(room, seconds))
+
+    async def UpdateJob(self, request: pb.UpdateJobRequest, context: Any) -> pb.UpdateJobResponse:
+        job = await jobs.update(
+            self._deps,
+            parse(request.job.name, "jobs"),
+            dict(request.job.labels),
+            request.update_mask.paths,
+            request.etag,
+        )
+        return pb.UpdateJobResponse(job=job_message(job))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:
         job = await self._deps.jobs.get(parse(request.name, "jobs"))

@@ -11,7 +11,9 @@ from hvp_protos.v1 import job_pb2 as pb
 from hvp_protos.v1 import operator_pb2, vector_pb2
 from hvp_workers.backend import RunProgress
 
+from hvp_service.job_room import Room
 from hvp_service.job_store import Job, JobError, JobEvent, JobResult, JobSpec, StateChange
+from hvp_service.labels import etag_of
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.servicers.messages import operator_message, operator_value, timestamp
 
@@ -32,6 +34,21 @@ def spec_message(asked: JobSpec) -> pb.JobSpec:
     spec.operator.CopyFrom(operator_message(asked.operator))
     to_message(asked.spec, spec)
     return message
+
+
+def plan_message(room: Room, seconds_per_product: float) -> pb.JobPlan:
+    """What a job would take."""
+    return pb.JobPlan(
+        max_products=room.cost.max_products,
+        seconds_per_product=seconds_per_product,
+        max_seconds=seconds_per_product * room.cost.max_products,
+        num_ranks=room.num_ranks,
+        least_bytes_per_rank=room.least_bytes,
+        wished_bytes_per_rank=room.wished_bytes,
+        available_bytes_per_rank=room.available_bytes,
+        fits=not room.problem,
+        problem=room.problem,
+    )
 
 
 def progress_message(progress: RunProgress) -> pb.JobProgress:
@@ -94,6 +111,7 @@ def job_message(job: Job) -> pb.Job:
         start_time=timestamp(job.start_time),
         end_time=timestamp(job.end_time),
         labels=job.labels,
+        etag=etag_of(job.labels),
     )
 
 

@@ -11,6 +11,7 @@ from hvp_service.batch_store import DataBatch
 from hvp_service.blob_store import Blob, Digest
 from hvp_service.checkpoint_store import Checkpoint
 from hvp_service.config import ServerConfig
+from hvp_service.labels import etag_of
 from hvp_service.operator_resolver import OperatorRef
 from hvp_service.paging import PageRequest
 from hvp_service.upload_rows import Upload
@@ -98,6 +99,8 @@ def checkpoint_message(
             )
             for tensor in (description.parameters if parameters else ())
         ],
+        labels=checkpoint.labels,
+        etag=etag_of(checkpoint.labels),
     )
 
 
