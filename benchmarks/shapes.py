@@ -50,7 +50,7 @@ class Shape:
         if not self.checkpoint:
             return None
         try:
-            demo = importlib.import_module("hvp_client.demo.checkpoint")
+            demo = importlib.import_module("hvp_demo.checkpoint")
             found: Path = demo.ensure_checkpoint(demo.find_gguf(), demo.cache_dir())
         except Exception:  # the SDK's own imports may be absent or of other versions here
             return None

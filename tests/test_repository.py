@@ -28,6 +28,7 @@ FORBIDDEN = {
     },
     "hvp_protos": {"torch", "ray", "hvp_client", "hvp_service", "hvp_workers", "hvp_core"},
     "hvp_client": {"torch", "ray", "transformers", "hvp_service", "hvp_workers", "hvp_core"},
+    "hvp_demo": {"ray", "hvp_core", "hvp_workers"},
     "hvp_service": {"torch", "ray", "transformers", "hvp_client", "hvp_core"},
     "hvp_core": {"ray", "grpc", "hvp_protos", "hvp_client", "hvp_service", "hvp_workers"},
     "hvp_workers": {"hvp_protos", "hvp_client", "hvp_service"},

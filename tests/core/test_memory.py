@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from hvp_client.demo.checkpoint import cache_dir, ensure_checkpoint, find_gguf
+from hvp_demo.checkpoint import cache_dir, ensure_checkpoint, find_gguf
 
 from hvp_core.checkpoint import build_empty, load_shard, locate
 from hvp_core.collective import Alone

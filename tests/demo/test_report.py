@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hvp_client.demo.findings import Findings, to_json, to_table
-from hvp_client.demo.picture import (
+from hvp_demo.findings import Findings, to_json, to_table
+from hvp_demo.picture import (
     DARK,
     DOTS_PER_INCH,
     HEIGHT_INCHES,
@@ -24,7 +24,7 @@ from hvp_client.demo.picture import (
     round_ticks,
     smoothed_counts,
 )
-from hvp_client.demo.report import duration, write_report
+from hvp_demo.report import duration, write_report
 
 from tests.demo import examples
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvp_client.demo.run import affordable
+from hvp_demo.run import affordable
 
 
 def test_a_slow_machine_gets_fewer_products_but_enough_to_begin() -> None:

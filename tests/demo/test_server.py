@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hvp_client import Client
-from hvp_client.demo.server import ServerFailedError, running_server
+from hvp_demo.server import ServerFailedError, running_server
 
 
 @pytest.mark.ray

@@ -48,6 +48,8 @@ def demo(
 
     from hvp_client.cli.failures import EXIT_FAILURE, failures_reported, usage_error
 
+    if importlib.util.find_spec("hvp_demo") is None:
+        usage_error("the demo comes with a checkout of the project, not with the package")
     for module in ("hvp_service", "torch", "ray", "transformers", "gguf", "jinja2", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             usage_error(
@@ -57,11 +59,10 @@ def demo(
     # As Ctrl-C: the server that runs below has to be ended first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
+    from hvp_demo.checkpoint import CheckpointUnavailableError
+    from hvp_demo.run import Settings, run_demo
+    from hvp_demo.server import ServerFailedError
     from rich.console import Console
-
-    from hvp_client.demo.checkpoint import CheckpointUnavailableError
-    from hvp_client.demo.run import Settings, run_demo
-    from hvp_client.demo.server import ServerFailedError
 
     console = Console()
     settings = Settings(

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
-from hvp_client.demo.findings import Findings, to_json, to_table
-from hvp_client.demo.picture import DARK, LIGHT, draw
+from hvp_demo.findings import Findings, to_json, to_table
+from hvp_demo.picture import DARK, LIGHT, draw
 
 JSON_NAME = "eigenvalues.json"
 TABLE_NAME = "eigenvalues.txt"
@@ -52,7 +52,7 @@ def to_html(findings: Findings, light: bytes, dark: bytes) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["data_uri"] = _data_uri
     environment.filters["duration"] = duration
-    source = files("hvp_client.demo").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    source = files("hvp_demo").joinpath("report.html.jinja").read_text(encoding="utf-8")
     total_s = sum(findings.stage_s.values())
     longest_s = max(findings.stage_s.values(), default=0.0) or 1.0
     return environment.from_string(source).render(

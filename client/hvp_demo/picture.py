@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hvp_client.demo.findings import Findings
+from hvp_demo.findings import Findings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from hvp_operations.eigsh import EigshProgress
-from rich.console import Console
-
 from hvp_client import Client, Event, Operator
 from hvp_client.cli.display import show_events
 from hvp_client.cli.uploading import upload_with_bar
-from hvp_client.demo.checkpoint import MODEL_NAME, cache_dir, ensure_checkpoint, find_gguf
-from hvp_client.demo.findings import Findings, Snapshot, to_table
-from hvp_client.demo.report import duration, write_report
-from hvp_client.demo.server import running_server
-from hvp_client.demo.text import python_reference, token_batch
+from hvp_operations.eigsh import EigshProgress
+from rich.console import Console
+
+from hvp_demo.checkpoint import MODEL_NAME, cache_dir, ensure_checkpoint, find_gguf
+from hvp_demo.findings import Findings, Snapshot, to_table
+from hvp_demo.report import duration, write_report
+from hvp_demo.server import running_server
+from hvp_demo.text import python_reference, token_batch
 
 _SEED_V = 1
 _SEED_U = 2
