@@ -14,8 +14,8 @@ from hvp_core.probes import Distribution
 class VectorSpace(ABC):
     """Vectors of one length and dtype, of which this process holds a part.
 
-    Law: `dots` is an inner product of whole vectors, the same number on every process; what `random`
-    gives for a seed does not depend on how many processes there are.
+    Law: `dots` is an inner product of whole vectors, the same number on every process; what
+    `random` gives for a seed does not depend on how many processes there are.
     """
 
     dtype: dtype
@@ -31,7 +31,7 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products (m,) float64 on the CPU of the vectors in `rows` (m, local) with `vector`."""
+        """Inner products (m,) float64, on the CPU, of the `rows` (m, local) with `vector` (local,)."""
 
     @abstractmethod
     def random(self, seed: int, distribution: Distribution) -> Tensor:
@@ -49,8 +49,8 @@ class VectorSpace(ABC):
 class LinearOperator(ABC):
     """A linear operator from one space to another, known by its products alone.
 
-    Laws, each to `noise` relative to the operator's norm: A(au + bv) = aAu + bAv; where `symmetric`,
-    u·Av = v·Au; where `semidefinite`, v·Av ≥ 0.
+    Laws, each to `noise` relative to the operator's norm: A(au + bv) = aAu + bAv; where
+    `symmetric`, u·Av = v·Au; where `semidefinite`, v·Av ≥ 0.
 
     Attributes:
         domain: The space of its arguments.
@@ -82,6 +82,8 @@ class LinearOperator(ABC):
 
     def exact(self) -> LinearOperator | None:
         """The same operator, as exact as the vectors' dtype can hold its products.
+
+        It is asked for before each product that needs it, so what is made the first time is kept.
 
         Returns:
             An operator; None where there is no memory for it. By default this one is exact.
