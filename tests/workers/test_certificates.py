@@ -20,7 +20,9 @@ from hvp_core.policy import Policy
 from hvp_core.precision import exact
 from hvp_core.space import Space as CoreSpace
 from hvp_core.walk import Curvature
-from hvp_workers.backend import Backend, EigshResult, EigshSpec, Operator, Space
+from hvp_operations.checking import Seed
+from hvp_operations.eigsh import EigshResult, EigshSpec
+from hvp_workers.backend import Backend, Operator, Space
 from hvp_workers.opening import open_backend
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +43,7 @@ async def backend() -> AsyncIterator[Backend]:
 
 async def eigenpairs(backend: Backend, operator: Operator, spec: EigshSpec) -> EigshResult:
     outputs = [f"e{index}" for index in range(spec.k)]
-    async for step in backend.eigsh(operator, spec, outputs):
+    async for step in backend.run(operator, "eigsh", spec, outputs):
         if isinstance(step, EigshResult):
             return step
     raise AssertionError("the run gave no result")
@@ -191,7 +193,9 @@ def search(coarse: Curvature, fine: Curvature, k: int, seed: int) -> EigshResult
         noise=2**-8,
         exact=lambda v: fine.product("hessian", [v])[0],
     )
-    algorithm = Eigsh(spec=EigshSpec(k=k, which="BE", seed=seed), max_products=100, num_vectors=40)
+    algorithm = Eigsh(
+        spec=EigshSpec(k=k, which="BE", seed=Seed(seed)), max_products=100, num_vectors=40
+    )
     result: EigshResult = drive(algorithm, operator).result
     return result
 

@@ -31,7 +31,7 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products (m,) float64, on the CPU, of the `rows` (m, local) with `vector` (local,)."""
+        """Inner products (m,) of `rows` (m, local) with `vector` (local,): float64, on the CPU."""
 
     @abstractmethod
     def random(self, seed: int, distribution: Distribution) -> Tensor:
