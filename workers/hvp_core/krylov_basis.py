@@ -59,6 +59,30 @@ def finite_norm(space: VectorSpace, vector: Tensor) -> float:
     return math.sqrt(float(finite_dots(space, vector.unsqueeze(0), vector)[0]))
 
 
+def orthogonalise(
+    space: VectorSpace, known: Tensor, w: Tensor, *, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take a vector's parts along orthonormal ones out of it, twice.
+
+    Args:
+        space: Of the vectors.
+        known: The orthonormal ones, (m, local).
+        w: The vector, (local,); read only.
+        out: Where what is left goes, (local,).
+
+    Returns:
+        The coefficients (m,) float64 of the first pass, and of the second.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    first = finite_dots(space, known, w)
+    torch.addmv(w, known.T, first.to(w), alpha=-1, out=out)
+    second = finite_dots(space, known, out)
+    out.addmv_(known.T, second.to(w), alpha=-1)
+    return first, second
+
+
 @final
 @dataclass
 class KrylovBasis:
@@ -168,11 +192,8 @@ class KrylovBasis:
         """
         j = self.size
         known, following = self.rows[: j + 1], self.rows[j + 1]
-        first = finite_dots(space, known, w)
         norm = finite_norm(space, w)
-        torch.addmv(w, known.T, first.to(w), alpha=-1, out=following)
-        second = finite_dots(space, known, following)
-        following.addmv_(known.T, second.to(w), alpha=-1)
+        first, second = orthogonalise(space, known, w, out=following)
         found = first + second
         self.T[j, j] = found[j]
         if len(self.leaks):  # the rows before the origin have parts along this one
