@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from hvp_core.eigenpairs import Eigenpairs, Plan, Progress, Which
-from hvp_core.lanczos import eigsh
+from hvp_core.algorithm import Advance, drive
+from hvp_core.lanczos import Eigsh
+from hvp_operations.checking import Seed
+from hvp_operations.eigsh import Completeness, EigshResult, EigshSpec, Outcome, Which
 from torch import Tensor
+
+from tests.core.dense import DenseOperator, DenseSpace
 
 
 def matrix(spectrum: Tensor, seed: int = 0) -> Tensor:
@@ -20,8 +24,37 @@ def matrix(spectrum: Tensor, seed: int = 0) -> Tensor:
 
 
 def random(n: int, dtype: torch.dtype = torch.float64, seed: int = 7) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
+    return DenseSpace(n, dtype).random(seed, "gaussian")
+
+
+class Pairs:
+    """What a run has found, as tensors.
+
+    Attributes:
+        eigenvectors: (k, n) rows.
+        result: The rest, as it is declared.
+    """
+
+    def __init__(self, result: EigshResult, eigenvectors: Tensor):
+        self.result, self.eigenvectors = result, eigenvectors
+        self.outcome: Outcome = result.outcome
+        self.completeness: Completeness = result.completeness
+        self.num_products, self.symmetry_defect = result.num_products, result.symmetry_defect
+        self.eigenvalues, self.residuals, self.error_bounds, self.ritz_values, self.ritz_weights = (
+            torch.tensor(each, dtype=torch.float64)
+            for each in (
+                result.eigenvalues,
+                result.residuals,
+                result.error_bounds,
+                result.ritz_values,
+                result.ritz_weights,
+            )
+        )
+
+    @property
+    def converged(self) -> bool:
+        """Every pair meets the tolerance and none was missed."""
+        return self.outcome == "CONVERGED"
 
 
 @dataclass(frozen=True)
@@ -31,11 +64,11 @@ class Run:
     Attributes:
         pairs: What it found.
         reported: After each product.
-        count: Of products, from outside.
+        count: Of products with the operator, from outside.
     """
 
-    pairs: Eigenpairs
-    reported: list[Progress]
+    pairs: Pairs
+    reported: list[Advance]
     count: int
 
 
@@ -51,37 +84,17 @@ def run(
     num_vectors: int = 40,
     semidefinite: bool = False,
     seed: int = 7,
-    exact: Callable[[Tensor], Tensor] | None = None,
+    exact: Callable[[Tensor], Tensor] | str | None = "itself",
 ) -> Run:
     """Find eigenpairs of a matrix, or of a function on vectors of length n."""
-    count = 0
-    if isinstance(a, Tensor):
-        n, dtype = len(a), a.dtype
-
-    def matvec(v: Tensor) -> Tensor:
-        nonlocal count
-        count += 1
-        return a @ v if isinstance(a, Tensor) else a(v)
-
-    steps = eigsh(
-        matvec,
-        random(n, dtype, seed),
-        n,
-        Plan(
-            k=k,
-            which=which,
-            tol=tol,
-            max_products=max_products,
-            num_vectors=min(num_vectors, n),
-            semidefinite=semidefinite,
-        ),
-        dots=lambda rows, v: rows.double() @ v.double(),
-        random=lambda i: random(n, dtype, 1000 * seed + i),
-        verifier=None if exact is None else lambda: exact,
+    space = DenseSpace(len(a), a.dtype) if isinstance(a, Tensor) else DenseSpace(n, dtype)
+    operator = DenseOperator(a, space, semidefinite=semidefinite, exact=exact)
+    algorithm = Eigsh(
+        spec=EigshSpec(k=k, which=which, tol=tol, seed=Seed(seed)),
+        max_products=max_products,
+        num_vectors=min(num_vectors, space.n),
     )
-    reported = []
-    while True:
-        try:
-            reported.append(next(steps))
-        except StopIteration as stop:
-            return Run(stop.value, reported, count)
+    reported: list[Advance] = []
+    found = drive(algorithm, operator, reported.append)
+    pairs = Pairs(found.result, torch.stack(list(found.vectors)))
+    return Run(pairs, reported, operator.count)

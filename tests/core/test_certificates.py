@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hvp_core.eigenpairs import Plan, Which, wanted
 from hvp_core.errors import CurvatureError
+from hvp_core.lanczos import Eigsh
+from hvp_core.lanczos_state import wanted
+from hvp_operations.eigsh import EigshSpec, Which
 from torch import Tensor
 
 from tests.core.spectra import matrix, random, run
@@ -172,39 +174,18 @@ def test_noise_is_an_outcome_and_intervals_are_those_of_the_exact_operator() -> 
 
 def test_without_exact_products_nothing_is_claimed() -> None:
     a = matrix(torch.cat((torch.linspace(-1, 1, 100), torch.tensor([3.0, 5]))).double())
-    pairs = run(a, 2, "LA", exact=None).pairs
-    assert pairs.outcome == "CONVERGED"
-    steps = _unverified(a)
-    assert steps.outcome == "UNVERIFIED"
-    assert len(steps.error_bounds) == 0
-    assert not steps.completeness.shown
-    assert steps.completeness.margin == math.inf
-
-
-def _unverified(a: Tensor):  # type: ignore[no-untyped-def]
-    from hvp_core.lanczos import eigsh
-
-    n = len(a)
-    steps = eigsh(
-        lambda v: a @ v,
-        random(n),
-        n,
-        Plan(k=2, which="LA", tol=1e-6, max_products=300, num_vectors=40),
-        dots=lambda rows, v: rows @ v,
-        random=lambda i: random(n, seed=i),
-        verifier=lambda: None,
-    )
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
+    assert run(a, 2, "LA").pairs.outcome == "CONVERGED"
+    pairs = run(a, 2, "LA", tol=1e-6, max_products=300, exact=None).pairs
+    assert pairs.outcome == "UNVERIFIED"
+    assert len(pairs.error_bounds) == 0
+    assert not pairs.completeness.shown
+    assert pairs.completeness.margin == math.inf
 
 
 @pytest.mark.parametrize("tol", [-1e-9, 1.0, 10.0, math.nan, math.inf])
 def test_a_tolerance_that_any_vector_meets_is_refused(tol: float) -> None:
     with pytest.raises(ValueError, match="0 <= tol < 1"):
-        Plan(k=1, which="LA", tol=tol, max_products=10, num_vectors=5)
+        Eigsh(spec=EigshSpec(k=1, which="LA", tol=tol), max_products=10, num_vectors=5)
 
 
 def test_what_a_product_returns_is_not_written_to() -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hvp_core.algorithm import drive
 from hvp_core.collective import Alone, Collective, Distributed, open_collective
 from hvp_core.data import token_batch
-from hvp_core.eigenpairs import Plan
-from hvp_core.lanczos import eigsh
+from hvp_core.lanczos import Eigsh
+from hvp_operations.checking import Seed
+from hvp_operations.eigsh import EigshSpec
 from torch.multiprocessing.spawn import spawn
 
+from tests.core.dense import DenseOperator
 from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem, ragged_tokens
 from tests.core.references import relative_error
 from tests.core.test_unused_parameters import with_a_tower
@@ -29,21 +32,9 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
     space = curvature.space
     u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
     hu, hv = curvature.hvp([u, v])
-    plan = Plan(k=4, which="BE", tol=0, max_products=12, num_vectors=10)
-    steps = eigsh(
-        lambda x: curvature.hvp([x])[0],
-        space.random(3, "sphere"),
-        space.layout.numel,
-        plan,
-        dots=space.dots,
-        random=lambda i: space.random(i, "gaussian"),
-    )
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            pairs = stop.value
-            break
+    search = Eigsh(spec=EigshSpec(k=4, which="BE", seed=Seed(3)), max_products=12, num_vectors=10)
+    operator = DenseOperator(lambda x: curvature.hvp([x])[0], space)
+    pairs = drive(search, operator).result
     return {
         "loss": torch.tensor(curvature.loss(), dtype=torch.float64),
         "gradient": space.to_flat(curvature.gradient()),
@@ -52,7 +43,7 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
         "hv": space.to_flat(hv),
         "narrow": space.to_flat(curvature.hvp([v.bfloat16()])[0]),
         "uhv": torch.tensor([space.dot(u, hv), space.dot(v, hu)], dtype=torch.float64),
-        "eigenvalues": pairs.eigenvalues,
+        "eigenvalues": torch.tensor(pairs.eigenvalues, dtype=torch.float64),
         "shard": torch.tensor(space.layout.shard_numel),
     }
 

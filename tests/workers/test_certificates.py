@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from hvp_core import attention
+from hvp_core.algorithm import drive
 from hvp_core.chain import Chain, MicroBatch
 from hvp_core.collective import Alone
 from hvp_core.data import token_batch
 from hvp_core.decoder import DecoderChain
-from hvp_core.eigenpairs import Eigenpairs, Plan
-from hvp_core.lanczos import eigsh
+from hvp_core.lanczos import Eigsh
 from hvp_core.layout import Layout
 from hvp_core.policy import Policy
 from hvp_core.precision import exact
 from hvp_core.space import Space as CoreSpace
 from hvp_core.walk import Curvature
+from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_workers.backend import Backend, Operator, Space
 from hvp_workers.opening import open_backend
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.core.dense import DenseOperator
 from tests.core.problems import CPU, llama_config, ragged_tokens, scatter
 from tests.core.test_checkpoint import save
 
@@ -184,23 +186,18 @@ def curvatures(chain: Chain, batch: MicroBatch) -> Iterator[Curvature]:
         )
 
 
-def search(coarse: Curvature, fine: Curvature, n: int, k: int, seed: int) -> Eigenpairs:
-    space = coarse.space
-    steps = eigsh(
+def search(coarse: Curvature, fine: Curvature, k: int, seed: int) -> EigshResult:
+    operator = DenseOperator(
         lambda v: coarse.product("hessian", [v])[0],
-        space.random(seed, "gaussian"),
-        n,
-        Plan(k=k, which="BE", tol=0, max_products=100, num_vectors=40, noise=2**-8),
-        dots=space.dots,
-        random=lambda i: space.random(10_000 * seed + i, "gaussian"),
-        verifier=lambda: lambda v: fine.product("hessian", [v])[0],
+        coarse.space,
+        noise=2**-8,
+        exact=lambda v: fine.product("hessian", [v])[0],
     )
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            found: Eigenpairs = stop.value
-            return found
+    algorithm = Eigsh(
+        spec=EigshSpec(k=k, which="BE", seed=Seed(seed)), max_products=100, num_vectors=40
+    )
+    result: EigshResult = drive(algorithm, operator).result
+    return result
 
 
 @pytest.mark.slow
@@ -219,7 +216,7 @@ def test_every_interval_of_a_run_in_bfloat16_holds_an_eigenvalue_of_the_exact_he
     for seed in range(50 * part, 50 * part + 50):
         theta = fine.space.random(seed + 1, "gaussian") * 0.3
         coarse.parameters, fine.parameters = theta, theta
-        pairs = search(coarse, fine, n, 6, seed)
+        pairs = search(coarse, fine, 6, seed)
         truth.parameters = theta.double()
         rows = [
             row
@@ -227,9 +224,7 @@ def test_every_interval_of_a_run_in_bfloat16_holds_an_eigenvalue_of_the_exact_he
             for row in truth.hvp(list(identity[start : start + 64]))
         ]
         true = torch.linalg.eigvalsh(torch.stack(rows)[:n, :n])
-        for value, bound in zip(
-            pairs.eigenvalues.tolist(), pairs.error_bounds.tolist(), strict=True
-        ):
+        for value, bound in zip(pairs.eigenvalues, pairs.error_bounds, strict=True):
             assert float((true - value).abs().min()) <= bound
         assert pairs.outcome in ("NOISE_LIMIT", "MAX_PRODUCTS", "CONVERGED")
         noise_limited += pairs.outcome == "NOISE_LIMIT"

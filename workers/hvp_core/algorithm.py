@@ -1,9 +1,9 @@
-"""Algorithms that ask an operator for products: configured first, run in steps."""
+"""Algorithms that ask an operator for products: configured, run in steps, stopped at any step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, final
 
@@ -60,12 +60,18 @@ class Found:
     vectors: Sequence[Tensor] = ()
 
 
+def derived_seed(seed: int, index: int) -> int:
+    """A seed of 64 bits, different for each index and far from those that people choose."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**64
+
+
 class Algorithm(ABC, Generic[StateT]):
     """A question and how it is answered; frozen.
 
-    Laws: everything that a run knows is in its state, a dataclass; a step makes a bounded number of
-    products; the same state and operator give the same next state, bit for bit; what depends on one
-    process alone is agreed on (`VectorSpace.agree`) before it decides anything.
+    Laws: everything that a run knows is in its state, a dataclass that `hvp_core.snapshot` can
+    write down after any step; a step makes a bounded number of products; the same state and
+    operator give the same next state, bit for bit; what depends on one process alone is agreed on
+    (`VectorSpace.agree`) before it decides anything.
     """
 
     @classmethod
@@ -97,3 +103,27 @@ class Algorithm(ABC, Generic[StateT]):
     @abstractmethod
     def result(self, operator: LinearOperator, state: StateT) -> Found:
         """The answer of a finished run."""
+
+
+def drive(
+    algorithm: Algorithm[StateT],
+    operator: LinearOperator,
+    tell: Callable[[Advance], None] = lambda advance: None,
+) -> Found:
+    """Run an algorithm from its beginning to its end.
+
+    Args:
+        algorithm: Configured for the operator.
+        operator: What it is asked of.
+        tell: Called with where the run stands, after every step.
+
+    Returns:
+        The answer.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    state = algorithm.begin(operator)
+    while (advance := algorithm.step(operator, state)) is not None:
+        tell(advance)
+    return algorithm.result(operator, state)

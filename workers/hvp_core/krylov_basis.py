@@ -9,14 +9,17 @@ operator's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
+from hvp_core.algorithm import derived_seed
 from hvp_core.errors import CurvatureError
+from hvp_core.linear_operator import VectorSpace
 from hvp_core.precision import exact_products
+from hvp_core.snapshot import vectors_of_the_space
 
 _ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
 #: eps to this power is what rounding leaves of a vector that should vanish, relative to ‖T‖: 1e-6
@@ -25,15 +28,63 @@ _ROUNDING_POWER = 0.85
 _PASSES = 3  # of a random vector against the basis
 _MOST_STARTS = 20  # random vectors looked at before one keeps its length
 
-Dots = Callable[[Tensor, Tensor], Tensor]
-
 
 def rounding(eps: float) -> float:
     """What errors of eps leave of a vector that should vanish, relative to the operator's norm."""
     return float(eps**_ROUNDING_POWER)
 
 
+def finite_dots(space: VectorSpace, rows: Tensor, vector: Tensor) -> Tensor:
+    """Inner products (m,) float64 of the vectors in `rows` (m, local) with `vector` (local,).
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    found = space.dots(rows, vector)
+    if not bool(found.isfinite().all()):
+        raise CurvatureError(
+            "NON_FINITE",
+            "an inner product of the Krylov basis is not finite: a product with the operator "
+            "overflows or is NaN; use float64 or full precision",
+        )
+    return found
+
+
+def finite_norm(space: VectorSpace, vector: Tensor) -> float:
+    """Euclidean norm of a whole vector.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    return math.sqrt(float(finite_dots(space, vector.unsqueeze(0), vector)[0]))
+
+
+def orthogonalise(
+    space: VectorSpace, known: Tensor, w: Tensor, *, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take a vector's parts along orthonormal ones out of it, twice.
+
+    Args:
+        space: Of the vectors.
+        known: The orthonormal ones, (m, local).
+        w: The vector, (local,); read only.
+        out: Where what is left goes, (local,).
+
+    Returns:
+        The coefficients (m,) float64 of the first pass, and of the second.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    first = finite_dots(space, known, w)
+    torch.addmv(w, known.T, first.to(w), alpha=-1, out=out)
+    second = finite_dots(space, known, out)
+    out.addmv_(known.T, second.to(w), alpha=-1)
+    return first, second
+
+
 @final
+@dataclass
 class KrylovBasis:
     """Rows V of a basis with A Vᵀ = Vᵀ T + v_next cᵀ + Σ vᵢ gᵢᵀ.
 
@@ -41,55 +92,66 @@ class KrylovBasis:
     operator projected to them. The row `T[size, :size]` is c; `leaks` are the gᵢ, of directions
     vᵢ, unit vectors orthogonal to the rows they leak from, that were given up for a fresh start.
 
-    Args:
-        start: Vector (local,), not zero.
-        capacity: Rows whose products can be known at a time; one more is allocated.
+    Attributes:
+        rows: The vectors, (capacity + 1, local); those from `num_rows` on hold nothing yet.
+        T: The projected operator, (capacity + 1, capacity + 1) float64 on the CPU.
+        leaks: The gᵢ, (c, size) float64.
         dimension: n, the length of a whole vector.
-        dots: (rows (m, local), vector (local,)) -> inner products (m,) float64 of whole vectors.
-        random: seed -> a random vector (local,).
-        noise: Relative error of a product, where that is more than the rounding of the dtype.
+        seed: What the random vectors are derived from.
+        eps: Relative error of a product: the rounding of the dtype, or more.
+        size: How many rows have a known product.
+        origin: How many rows were known before the present run of the recurrence began.
+        num_starts: How many random vectors were taken after the first one.
+        symmetry_defect: Largest |u·Av − v·Au| / ‖Av‖ met between rows.
     """
 
-    def __init__(
-        self,
-        start: Tensor,
-        capacity: int,
-        dimension: int,
-        dots: Dots,
-        random: Callable[[int], Tensor],
-        noise: float = 0.0,
-    ):
-        self.rows = start.new_empty(capacity + 1, start.numel())
-        self.T = torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64)
-        self.leaks = torch.zeros(0, 0, dtype=torch.float64)  # (c, size)
-        self.size = 0  # rows whose products are known
-        self.origin = 0  # rows known before the present run of the recurrence began
-        self.capacity, self.dimension = capacity, dimension
-        self.eps = max(torch.finfo(start.dtype).eps, noise)
-        self.rounding = rounding(self.eps)
-        self.symmetry_defect = 0.0
-        self._dots, self._random = dots, random
-        self._num_starts = 0
-        torch.div(start, self.norm(start), out=self.rows[0])
+    rows: Tensor = field(metadata=vectors_of_the_space("num_rows"))
+    T: Tensor
+    leaks: Tensor
+    dimension: int
+    seed: int
+    eps: float
+    size: int = 0
+    origin: int = 0
+    num_starts: int = 0
+    symmetry_defect: float = 0.0
 
-    def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products (m,) float64.
+    @classmethod
+    def begin(cls, space: VectorSpace, capacity: int, seed: int, noise: float = 0.0) -> KrylovBasis:
+        """A basis of which only the first vector is known: a random one, Gaussian.
 
-        Raises:
-            CurvatureError: NON_FINITE.
+        Args:
+            space: Of the vectors.
+            capacity: Rows whose products can be known at a time; one more is allocated.
+            seed: Of the vector, and of fresh starts.
+            noise: Relative error of a product, where that is more than the rounding of the dtype.
         """
-        found = self._dots(rows, vector)
-        if not bool(found.isfinite().all()):
-            raise CurvatureError(
-                "NON_FINITE",
-                "an inner product of the Krylov basis is not finite: a product with the operator "
-                "overflows or is NaN; use float64 or full precision",
-            )
-        return found
+        start = space.random(derived_seed(seed, 0), "gaussian")
+        basis = cls(
+            rows=start.new_empty(capacity + 1, start.numel()),
+            T=torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64),
+            leaks=torch.zeros(0, 0, dtype=torch.float64),
+            dimension=space.dimension,
+            seed=seed,
+            eps=max(torch.finfo(start.dtype).eps, noise),
+        )
+        torch.div(start, finite_norm(space, start), out=basis.rows[0])
+        return basis
 
-    def norm(self, vector: Tensor) -> float:
-        """Euclidean norm of a whole vector."""
-        return math.sqrt(float(self.dots(vector.unsqueeze(0), vector)[0]))
+    @property
+    def capacity(self) -> int:
+        """The most rows whose products can be known at a time."""
+        return len(self.T) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows hold something: those with a known product, and the next vector."""
+        return self.size + 1
+
+    @property
+    def rounding(self) -> float:
+        """What rounding leaves of a vector that should vanish, relative to the operator's norm."""
+        return rounding(self.eps)
 
     @property
     def full(self) -> bool:
@@ -112,23 +174,26 @@ class KrylovBasis:
         own = (self.coupling @ vectors).abs()
         return own + (self.leaks @ vectors).abs().sum(0)
 
-    def extend(self, matvec: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """One product more.
+    @property
+    def newest(self) -> Tensor:
+        """The row (local,) whose product comes next."""
+        return self.rows[self.size]
 
-        What `matvec` returns is read, not written to: it may be its argument, or be kept.
+    def extend(self, space: VectorSpace, w: Tensor) -> tuple[float, float]:
+        """Take in one product more.
+
+        Args:
+            space: Of the vectors.
+            w: The product with `newest`, (local,); read, not written to: it may be `newest` itself.
 
         Returns:
             α and β of the recurrence; β is zero where rounding is all that is left, and the next
             row then is not yet chosen (see `start_afresh`).
         """
         j = self.size
-        w = matvec(self.rows[j])
         known, following = self.rows[: j + 1], self.rows[j + 1]
-        first = self.dots(known, w)
-        norm = self.norm(w)
-        torch.addmv(w, known.T, first.to(w), alpha=-1, out=following)
-        second = self.dots(known, following)
-        following.addmv_(known.T, second.to(w), alpha=-1)
+        norm = finite_norm(space, w)
+        first, second = orthogonalise(space, known, w, out=following)
         found = first + second
         self.T[j, j] = found[j]
         if len(self.leaks):  # the rows before the origin have parts along this one
@@ -137,7 +202,7 @@ class KrylovBasis:
         if norm > 0 and j > 0:
             self.symmetry_defect = max(self.symmetry_defect, float(predicted.abs().max()) / norm)
         self.size = j + 1
-        beta = self.norm(following)
+        beta = finite_norm(space, following)
         known_norm = float(self.T[: j + 1, : j + 1].abs().sum(0).max())
         size = max(known_norm, beta)  # at least ‖T‖
         if beta <= self.rounding * size or self.whole:
@@ -148,8 +213,11 @@ class KrylovBasis:
         self.leaks = torch.cat((self.leaks, self.leaks.new_zeros(len(self.leaks), 1)), 1)
         return float(found[j]), beta
 
-    def start_afresh(self) -> None:
+    def start_afresh(self, space: VectorSpace) -> None:
         """Give up the next vector and take a random one, orthogonal to all rows, in its place.
+
+        Args:
+            space: Of the vectors.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -161,12 +229,12 @@ class KrylovBasis:
         self.origin = self.size
         known = self.rows[: self.size]
         for _ in range(_MOST_STARTS):
-            self._num_starts += 1
-            w = self._random(self._num_starts)
+            self.num_starts += 1
+            w = space.random(derived_seed(self.seed, self.num_starts), "gaussian")
             for _ in range(_PASSES):
-                w = w / self.norm(w)
-                w.addmv_(known.T, self.dots(known, w).to(w), alpha=-1)
-            norm = self.norm(w)
+                w = w / finite_norm(space, w)
+                w.addmv_(known.T, finite_dots(space, known, w).to(w), alpha=-1)
+            norm = finite_norm(space, w)
             if norm > 0.5:  # it kept its length through the last pass: orthogonal to rounding
                 torch.div(w, norm, out=self.rows[self.size])
                 return

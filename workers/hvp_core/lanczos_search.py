@@ -9,17 +9,16 @@ until it has found something that belongs to the wanted, which then has to conve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, final
+from typing import final
 
 import torch
+from hvp_operations.eigsh import EigshProgress, EigshSpec
 from torch import Tensor
 
+from hvp_core.algorithm import Advance
 from hvp_core.completeness import Claim, Deflated, Recurrence, hold
-from hvp_core.eigenpairs import Plan, Progress, Stage, wanted
-from hvp_core.krylov_basis import Dots, KrylovBasis
-
-Matvec = Callable[[Tensor], Tensor]
+from hvp_core.lanczos_state import EigshState, Stage, Verification, wanted
+from hvp_core.linear_operator import LinearOperator
 
 #: Probability with which one fresh start may overlook something.
 FAILURE = 1e-3
@@ -27,61 +26,38 @@ FAILURE = 1e-3
 _BLUR = 2000
 #: Others are taken out with the wanted pairs if their residuals are this part of what may leak.
 _SETTLED = 0.1
+_PAIRS_TOLD = 64  # of a search that is under way
 _ROOM = 4  # rows that a fresh run has at least, where there are so many
 
 
 @final
 class LanczosSearch:
-    """Thick-restart Lanczos, and the fresh runs that look for what it missed.
+    """A step of thick-restart Lanczos, and of the fresh runs that look for what it missed.
 
-    Law: what `fresh` is set against (`deflated`, the first `basis.origin` rows) stays as it is for
-    as long as the fresh run lasts, and holds the wanted pairs.
+    What lasts is in the state alone; this object is made for a step and has its Ritz values.
 
     Args:
-        matvec: See `hvp_core.lanczos.eigsh`, like the following.
-        start: See there.
-        dimension: See there.
-        plan: See there.
-        dots: See there.
-        random: See there.
-        agree: See there.
+        spec: What to find.
+        max_products: Upper bound on products, those of the verification included.
+        operator: Whose eigenpairs are sought.
+        state: Where the search stands; each step changes it.
     """
 
     def __init__(
-        self,
-        matvec: Matvec,
-        start: Tensor,
-        dimension: int,
-        plan: Plan,
-        dots: Dots,
-        random: Callable[[int], Tensor],
-        agree: Callable[[Any], Any],
+        self, spec: EigshSpec, max_products: int, operator: LinearOperator, state: EigshState
     ):
-        self.matvec, self.agree, self.plan = matvec, agree, plan
-        # A fresh run has to have room for two vectors beside the wanted ones.
-        capacity = min(max(plan.num_vectors, plan.k + 2), dimension)
-        self.basis = KrylovBasis(start, capacity, dimension, dots, random, plan.noise)
-        self.scale = 0.0  # max |θ| met: the operator's norm as far as it is known
-        self.num_products = self.num_restarts = 0
-        self.first_ritz: tuple[Tensor, Tensor] | None = None
-        # The fresh run that looks for what was missed:
-        self.fresh: Recurrence | None = None
-        self.deflated: Deflated | None = None
-        self.reference = torch.zeros(0, dtype=torch.float64)  # wanted values when it began
-        self.has_slid = False  # the basis has lost some of its vectors
-        self.must_move = False  # it has seen something that the basis does not show yet
-        self.blur = 1
-        self.num_rounds = 0
-        self.num_fresh_products = 0
-        self.is_complete = self.has_converged = False
-        self._solve()
+        self.spec, self.max_products = spec, max_products
+        self.operator, self.space = operator, operator.domain
+        self.state, self.basis = state, state.basis
 
     def _solve(self) -> None:
         """Ritz values and T's eigenvectors for the current size."""
-        size = self.basis.size
-        self.values, self.vectors = self.agree(tuple(torch.linalg.eigh(self.basis.T[:size, :size])))
-        self.index = wanted(self.values, self.plan.k, self.plan.which)
-        self.scale = max(self.scale, float(self.values.abs().max()) if size else 0.0)
+        state, size = self.state, self.basis.size
+        self.values, self.vectors = self.space.agree(
+            tuple(torch.linalg.eigh(self.basis.T[:size, :size]))
+        )
+        self.index = wanted(self.values, self.spec.k, self.spec.which)
+        state.scale = max(state.scale, float(self.values.abs().max()) if size else 0.0)
 
     @property
     def estimates(self) -> Tensor:
@@ -90,85 +66,109 @@ class LanczosSearch:
 
     def tolerance(self, least: float) -> float:
         """The largest residual that counts as converged; `least` relative to max |θ|."""
-        return max(self.plan.tol, least) * self.scale
+        return max(self.spec.tol, least) * self.state.scale
 
     @property
     def margin(self) -> float:
         """How far beyond the i-th wanted value the i-th eigenvalue may lie."""
-        return self.tolerance(self.blur * self.basis.rounding)
+        return self.tolerance(self.state.blur * self.basis.rounding)
 
-    def progress(self, stage: Stage) -> Progress:
-        """Where the run stands; no estimate is below what its products can show."""
-        estimates = self.estimates.clamp(min=self.basis.eps * self.scale)
-        return Progress(
-            stage=stage,
-            num_products=self.num_products,
-            num_restarts=self.num_restarts,
-            ritz_values=tuple(self.values[self.index].tolist()),
-            residual_estimates=tuple(estimates.tolist()),
+    def _progress(self) -> EigshProgress:
+        """Where the search stands; no estimate is below what its products can show.
+
+        Of many pairs it tells the furthest from done, in their order: an event is stored for each
+        product, and k may be thousands.
+        """
+        values = self.values[self.index].tolist()
+        estimates = self.estimates.clamp(min=self.basis.eps * self.state.scale).tolist()
+        worst = sorted(range(len(estimates)), key=lambda index: -estimates[index])[:_PAIRS_TOLD]
+        return EigshProgress(
+            num_restarts=self.state.num_restarts,
+            ritz_values=tuple(values[index] for index in sorted(worst)),
+            residual_estimates=tuple(estimates[index] for index in sorted(worst)),
         )
 
     # Searching ----------------------------------------------------------------------------------
 
-    def iterate(self) -> Generator[Progress, None, None]:
-        """Extend and restart until the wanted pairs are complete or the budget is spent."""
-        basis, budget = self.basis, self.plan.max_products - self.plan.k
-        while True:
-            exhausted = self._extend()
-            is_searching = self.fresh is None or self._moved()
-            yield self.progress("iterating" if is_searching else "completeness")
-            if basis.whole:
-                self.has_converged = self.is_complete = True
-            elif is_searching:
-                self.has_converged = self._converged()
-            else:
-                self.is_complete = self.agree(self._complete(exhausted))
-            if self.is_complete or self.num_products >= budget:
-                break
-            if is_searching and self.has_converged and not self._ends():
-                self.is_complete = True  # nothing can lie beyond
-                break
-            if is_searching and self.has_converged and self.agree(self._is_ready()):
-                self._look_for_missed()
-            elif exhausted:
-                self._start_afresh()
-            elif basis.full:
-                self._make_room()
-        self._keep_first_ritz()
-        if self.fresh is not None and not basis.whole and not self._moved():
-            self._take_back()
+    def step(self) -> Advance:
+        """One product, and what follows from it: more of the same, a restart, a fresh run, the end.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        exhausted = self._extend()
+        is_searching = self.state.fresh is None or self._moved()
+        stage: Stage = "iterating" if is_searching else "completeness"
+        advance = Advance(
+            stage=stage, num_products=self.state.num_products, detail=self._progress()
+        )
+        if self._is_over(is_searching, exhausted):
+            self._end()
+        elif is_searching and self.state.has_converged and self.space.agree(self._is_ready()):
+            self._look_for_missed()
+        elif exhausted:
+            self._start_afresh()
+        elif self.basis.full:
+            self._make_room()
+        return advance
 
     def _extend(self) -> bool:
         """One product and one new basis vector; true when the Krylov space was exhausted."""
-        alpha, beta = self.basis.extend(self.matvec)
-        self.num_products += 1
-        if self.fresh is not None:
-            self.fresh.append(alpha, beta)
-            self.num_fresh_products += 1
+        state, basis = self.state, self.basis
+        (product,) = self.operator.apply([basis.newest], borrow=True)
+        alpha, beta = basis.extend(self.space, product)
+        state.num_products += 1
+        if state.fresh is not None:
+            state.fresh.append(alpha, beta)
+            state.num_fresh_products += 1
         self._solve()
-        return beta == 0 and not self.basis.whole
+        return beta == 0 and not basis.whole
+
+    def _is_over(self, is_searching: bool, exhausted: bool) -> bool:
+        """Whether the wanted pairs are complete or the budget is spent."""
+        state = self.state
+        if self.basis.whole:
+            state.has_converged = state.is_complete = True
+        elif is_searching:
+            state.has_converged = self._converged()
+        else:
+            state.is_complete = self.space.agree(self._complete(exhausted))
+        if state.is_complete or state.num_products >= self.max_products - self.spec.k:
+            return True
+        if is_searching and state.has_converged and not self._ends():
+            state.is_complete = True  # nothing can lie beyond
+        return state.is_complete
+
+    def _end(self) -> None:
+        """Make the first rows of the basis the wanted Ritz vectors."""
+        self._keep_first_ritz()
+        if self.state.fresh is not None and not self.basis.whole and not self._moved():
+            self._take_back()
+        self.state.verification = Verification(self._progress())
+        self.basis.rotate(self.vectors[:, self.index])
 
     def _converged(self) -> bool:
         """Whether the wanted pairs are those of the tolerance."""
-        enough = self.basis.size >= self.plan.k and (self._moved() or not self.must_move)
+        enough = self.basis.size >= self.spec.k and (self._moved() or not self.state.must_move)
         return enough and bool((self.estimates <= self.tolerance(4 * self.basis.eps)).all())
 
     def _moved(self) -> bool:
         """Whether the fresh run has found something beyond what was wanted when it began."""
-        if not len(self.reference) or self.has_slid:
+        if not len(self.state.reference) or self.state.has_slid:
             return False
-        gap = (self.values[self.index] - self.reference).abs().max()
+        gap = (self.values[self.index] - self.state.reference).abs().max()
         return float(gap) > self.margin
 
     def _keep_first_ritz(self) -> None:
-        if self.first_ritz is None:
-            self.first_ritz = (self.values.clone(), self.vectors[0].square())
+        if not len(self.state.ritz_values):
+            self.state.ritz_values = self.values
+            self.state.ritz_weights = self.vectors[0].square()
 
     def _make_room(self) -> None:
         """A full basis: restart it, or let a fresh run that has found nothing yet go on."""
-        if self.fresh is None or self._moved():
+        if self.state.fresh is None or self._moved():
             self._restart()
-        elif not self.has_slid and len(self._settled()) > self.basis.origin:
+        elif not self.state.has_slid and len(self._settled()) > self.basis.origin:
             # Something lies at the edge of the wanted: once it is known as well, without it.
             if self._converged() and self._is_ready():
                 self._look_for_missed()
@@ -176,40 +176,40 @@ class LanczosSearch:
                 self._restart()
         elif not self._sees_more():
             self.basis.slide()
-            self.has_slid = True
+            self.state.has_slid = True
         else:
             self._take_back()
-            self.basis.start_afresh()
-            self.must_move = True
+            self.basis.start_afresh(self.space)
+            self.state.must_move = True
 
     def _take_back(self) -> None:
         """Forget the fresh run, and go back to what it was set against."""
-        assert self.deflated is not None
+        assert self.state.deflated is not None
         self.basis.size = self.basis.origin
-        self.basis.leaks = self.deflated.leaks
+        self.basis.leaks = self.state.deflated.leaks.clone()
         self.basis.T[self.basis.size, :] = self.basis.T[:, self.basis.size] = 0
-        self.fresh, self.has_slid = None, False
+        self.state.fresh, self.state.has_slid = None, False
         self._solve()
 
     def _start_afresh(self) -> None:
         """The Krylov space is exhausted: search on from a random vector."""
         self._keep_first_ritz()
-        if self.has_slid:
+        if self.state.has_slid:
             self._take_back()
-        self.fresh = None
+        self.state.fresh = None
         if self.basis.full:
             self._restart()
-        self.basis.start_afresh()
+        self.basis.start_afresh(self.space)
 
     def _restart(self) -> None:
         """Compress the basis to the wanted Ritz vectors and as many more as half the rest."""
         self._keep_first_ritz()
-        capacity, k = self.basis.capacity, self.plan.k
+        capacity, k = self.basis.capacity, self.spec.k
         keep = min(k + (capacity - k) // 2, capacity - 1)
-        index = wanted(self.values, keep, self.plan.which)
+        index = wanted(self.values, keep, self.spec.which)
         self.basis.compress(self.values[index], self.vectors[:, index])
-        self.fresh = None
-        self.num_restarts += 1
+        self.state.fresh = None
+        self.state.num_restarts += 1
 
     # Looking for what was missed ----------------------------------------------------------------
 
@@ -225,19 +225,21 @@ class LanczosSearch:
 
     @property
     def _leak(self) -> float:
-        return self.margin * 0.5 ** (self.num_rounds + 2)
+        return self.margin * 0.5 ** (self.state.num_rounds + 2)
 
     def _look_for_missed(self) -> None:
         """Take the wanted pairs, and what has settled beside them, out; start a fresh run."""
         self._keep_first_ritz()
         basis, index = self.basis, self._settled()
         basis.compress(self.values[index], self.vectors[:, index])
-        basis.start_afresh()
-        self.reference = self.values[self.index]
-        self.deflated = Deflated(basis.T[: basis.size, : basis.size].clone(), basis.leaks.clone())
-        self.fresh = Recurrence(basis.dimension - basis.size, basis.rounding)
-        self.must_move, self.has_slid, self.blur = False, False, 1
-        self.num_rounds += 1
+        basis.start_afresh(self.space)
+        self.state.reference = self.values[self.index]
+        self.state.deflated = Deflated(
+            basis.T[: basis.size, : basis.size].clone(), basis.leaks.clone()
+        )
+        self.state.fresh = Recurrence(basis.dimension - basis.size, basis.rounding)
+        self.state.must_move, self.state.has_slid, self.state.blur = False, False, 1
+        self.state.num_rounds += 1
 
     def _settled(self) -> Tensor:
         """Indices of the wanted Ritz pairs and of others that are known even better."""
@@ -245,8 +247,8 @@ class LanczosSearch:
         distance = (self.values[:, None] - ends).abs().amin(1)
         settled = self.basis.residuals(self.vectors) <= _SETTLED * self._leak
         settled[self.index] = True
-        room = self.basis.capacity - self.plan.k
-        most = self.plan.k + max(0, min(room // 2, room - _ROOM))
+        room = self.basis.capacity - self.spec.k
+        most = self.spec.k + max(0, min(room // 2, room - _ROOM))
         # The nearest to the wanted ends first; these themselves have distance zero.
         nearest = distance.argsort(stable=True)
         found: Tensor = nearest[settled[nearest]][:most].sort().values
@@ -258,9 +260,9 @@ class LanczosSearch:
         Returns:
             The sign of an end and, of the operator times it, what has to hold upwards.
         """
-        known = self.fresh is not None and not self._moved()
-        values = self.reference if known else self.values[self.index]
-        k, which, margin = self.plan.k, self.plan.which, self.margin
+        known = self.state.fresh is not None and not self._moved()
+        values = self.state.reference if known else self.values[self.index]
+        k, which, margin = self.spec.k, self.spec.which, self.margin
         num_low = {"LA": 0, "SA": k, "BE": k // 2, "LM": int((values < 0).sum())}[which]
         low, high = (-values[:num_low]).tolist(), values[num_low:].flip(0).tolist()
         up, down = (
@@ -270,18 +272,18 @@ class LanczosSearch:
             least = float(values.abs().min()) + margin
             up.append(Claim(least, k - num_low))
             down.append(Claim(least, num_low))
-        if self.plan.semidefinite:  # nothing lies below zero
+        if self.operator.semidefinite:  # nothing lies below zero
             down = [claim for claim in down if claim.t < 0]
         return [(sign, end) for sign, end in ((1, up), (-1, down)) if end]
 
     def _complete(self, exhausted: bool) -> bool:
         """Whether the fresh run has shown that nothing was missed."""
-        assert self.fresh is not None
-        assert self.deflated is not None
-        self.blur = _BLUR if exhausted else 1
+        assert self.state.fresh is not None
+        assert self.state.deflated is not None
+        self.state.blur = _BLUR if exhausted else 1
         ends = self._ends()
         for sign, claims in ends:
-            run, deflated = self.fresh, self.deflated
+            run, deflated = self.state.fresh, self.state.deflated
             if sign < 0:
                 run, deflated = run.mirrored(), deflated.mirrored()
             if not hold(claims, deflated, run.bound(FAILURE / len(ends))):
@@ -290,11 +292,11 @@ class LanczosSearch:
 
     def _sees_more(self) -> bool:
         """Whether the fresh run has values beyond the wanted ones that its basis has lost."""
-        assert self.fresh is not None
+        assert self.state.fresh is not None
         return bool(
-            self.agree(
+            self.space.agree(
                 any(
-                    (self.fresh if sign > 0 else self.fresh.mirrored()).has_beyond(
+                    (self.state.fresh if sign > 0 else self.state.fresh.mirrored()).has_beyond(
                         min(claim.t for claim in claims)
                     )
                     for sign, claims in self._ends()

@@ -15,8 +15,7 @@ class VectorSpace(ABC):
     """Vectors of one length and dtype, of which this process holds a part.
 
     Law: `dots` is an inner product of whole vectors, the same number on every process; what
-        `random`
-    gives for a seed does not depend on how many processes there are.
+    `random` gives for a seed does not depend on how many processes there are.
     """
 
     dtype: dtype
@@ -32,7 +31,7 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products (m,) float64, on the CPU, of the rows (m, local) with a vector."""
+        """Inner products (m,) of `rows` (m, local) with `vector` (local,): float64, on the CPU."""
 
     @abstractmethod
     def random(self, seed: int, distribution: Distribution) -> Tensor:
@@ -83,6 +82,8 @@ class LinearOperator(ABC):
 
     def exact(self) -> LinearOperator | None:
         """The same operator, as exact as the vectors' dtype can hold its products.
+
+        It is asked for before each product that needs it, so what is made the first time is kept.
 
         Returns:
             An operator; None where there is no memory for it. By default this one is exact.

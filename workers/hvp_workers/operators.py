@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,10 @@ class CurvatureOperator(LinearOperator):
 
     def exact(self) -> LinearOperator | None:
         """Products in float64 throughout; what was kept for others is given back first."""
+        return self._exact
+
+    @functools.cached_property
+    def _exact(self) -> CurvatureOperator | None:
         exact = self._loaded.exact()
         return exact and CurvatureOperator(exact, self._kind, "full")
 

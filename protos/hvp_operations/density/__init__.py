@@ -9,6 +9,8 @@ from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rul
 
 # Nodes and weights travel as one message of 4 MiB, 16 bytes each pair.
 MAX_NODES = 200_000
+#: T's eigenproblem takes the cube of the steps: of so many, a second or two for each probe.
+MAX_STEPS = 2000
 #: Vectors that each probe holds beside its basis: the newest, the one before, and the product.
 WORKING_VECTORS = 3
 
@@ -101,6 +103,10 @@ def _cost(spec: DensitySpec, facts: Facts) -> Cost:
     )
 
 
+def _most_steps(spec: DensitySpec) -> int:
+    return min(MAX_STEPS, MAX_NODES // spec.num_probes)
+
+
 _RULES: tuple[Rule[DensitySpec], ...] = (
     Rule(
         field="num_probes",
@@ -111,9 +117,9 @@ _RULES: tuple[Rule[DensitySpec], ...] = (
     Rule(
         field="num_steps",
         reason="NUM_STEPS_INVALID",
-        holds=lambda spec, facts: 1 <= spec.num_steps <= MAX_NODES // spec.num_probes,
+        holds=lambda spec, facts: 1 <= spec.num_steps <= _most_steps(spec),
         allowed=lambda spec, facts: (
-            f"with {spec.num_probes} probes 1 to {MAX_NODES // spec.num_probes} are possible"
+            f"with {spec.num_probes} probes 1 to {_most_steps(spec)} are possible"
         ),
     ),
     Rule(

@@ -1,0 +1,83 @@
+"""Operators that are small dense matrices or functions, and the space of their vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hvp_core.linear_operator import LinearOperator, VectorSpace
+from hvp_core.probes import Distribution, fill
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseSpace(VectorSpace):
+    """Vectors of length n that lie whole in this process."""
+
+    n: int
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def dimension(self) -> int:
+        return self.n
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.n, dtype=self.dtype)
+
+    def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
+        return rows.double() @ vector.double()
+
+    def random(self, seed: int, distribution: Distribution) -> Tensor:
+        vector = self.zeros()
+        fill(vector, 0, seed, "rademacher" if distribution == "rademacher" else "gaussian")
+        return vector / vector.norm() if distribution == "sphere" else vector
+
+    def agree(self, found: Any) -> Any:
+        return found
+
+
+class DenseOperator(LinearOperator):
+    """A matrix, or a function on vectors.
+
+    Args:
+        a: The matrix (n, n), or the function.
+        space: Of its vectors; that of a matrix is its own.
+        semidefinite: Whether it is known to have no negative eigenvalue.
+        noise: Relative error of a product that is more than rounding.
+        exact: The function without that noise; None where there is none. By default it has none.
+
+    Attributes:
+        count: Products so far.
+    """
+
+    symmetric = True
+
+    def __init__(
+        self,
+        a: Tensor | Callable[[Tensor], Tensor],
+        space: VectorSpace | None = None,
+        *,
+        semidefinite: bool = False,
+        noise: float = 0.0,
+        exact: Callable[[Tensor], Tensor] | str | None = "itself",
+    ):
+        if isinstance(a, Tensor):
+            self._product: Callable[[Tensor], Tensor] = a.__matmul__
+            space = space or DenseSpace(len(a), a.dtype)
+        else:
+            self._product = a
+        assert space is not None
+        self.domain = self.codomain = space
+        self.semidefinite, self.noise, self._exact = semidefinite, noise, exact
+        self.count = 0
+
+    def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        self.count += len(vectors)
+        return [self._product(vector) for vector in vectors]
+
+    def exact(self) -> LinearOperator | None:
+        if isinstance(self._exact, str):
+            return self
+        return self._exact and DenseOperator(self._exact, self.domain)

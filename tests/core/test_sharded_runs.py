@@ -1,0 +1,111 @@
+"""Runs on vectors in shards, of two and three processes, give what one gives."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hvp_core.algorithm import Budget, drive
+from hvp_core.collective import Alone, Collective, Distributed
+from hvp_core.density import Density
+from hvp_core.lanczos import Eigsh
+from hvp_core.layout import Layout
+from hvp_core.linear_operator import LinearOperator
+from hvp_core.space import Space
+from hvp_operations.checking import Seed
+from hvp_operations.density import DensityResult, DensitySpec
+from hvp_operations.eigsh import EigshSpec
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from tests.core.references import relative_error
+from tests.core.spectra import matrix
+from tests.core.written import is_same, run
+
+CPU = torch.device("cpu")
+SPECTRUM = torch.cat(
+    (torch.tensor([-3.0, -3.0]), torch.linspace(-1, 1, 85), torch.tensor([1.05, 1.1, 1.1, 4.0]))
+).double()
+SHAPES = {"first": (5, 7), "second": (11,), "third": (9, 5)}  # 91 parameters
+
+
+class ShardedMatrix(LinearOperator):
+    """A dense matrix, the same on every rank, on vectors in shards."""
+
+    symmetric = True
+
+    def __init__(self, a: Tensor, collective: Collective):
+        layout = Layout(SHAPES, [["first", "second"], ["second", "third"]], collective.world_size)
+        self.domain = self.codomain = self.space = Space(layout, collective, a.dtype, CPU)
+        self._a = a
+
+    def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        return [self.space.from_flat(self._a @ self.space.to_flat(v)) for v in vectors]
+
+
+def numbers(collective: Collective) -> dict[str, Tensor]:
+    """What must not depend on the number of ranks; on each of them, written states are checked."""
+    operator = ShardedMatrix(matrix(SPECTRUM), collective)
+    spec = DensitySpec(num_probes=5, num_steps=12, seed=Seed(2))
+    found: dict[str, Tensor] = {}
+    for name, num_vectors in (("all", 10**6), ("groups", 31), ("two rows", 6)):
+        budget = Budget(max_products=60, num_vectors=num_vectors)
+        result: DensityResult = drive(Density.configure(spec, operator, budget), operator).result
+        for index, quadrature in enumerate(result.quadratures):
+            found[f"nodes {index}, {name}"] = torch.tensor(quadrature.nodes).double()
+            found[f"weights {index}, {name}"] = torch.tensor(quadrature.weights).double()
+    search = Eigsh(spec=EigshSpec(k=4, which="BE", tol=1e-6), max_products=300, num_vectors=12)
+    pairs = drive(search, operator).result
+    found["eigenvalues"] = torch.tensor(pairs.eigenvalues, dtype=torch.float64)
+    assert pairs.outcome == "CONVERGED"
+    for dtype in (torch.float64, torch.float32):
+        check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
+    return found
+
+
+def check_written(operator: ShardedMatrix) -> None:
+    """A state that goes through bytes after every step, on every rank, changes nothing."""
+    search = Eigsh(spec=EigshSpec(k=3, which="LA", tol=1e-4), max_products=120, num_vectors=8)
+    density = Density.configure(
+        DensitySpec(num_probes=3, num_steps=6), operator, Budget(max_products=18, num_vectors=18)
+    )
+    for algorithm in (search, density):
+        reported, found, _ = run(algorithm, operator, interrupted=False)
+        others, again, _ = run(algorithm, operator, interrupted=True)
+        assert is_same(reported, others)
+        assert is_same(found.result, again.result)
+        assert is_same(list(found.vectors), list(again.vectors))
+
+
+def rank_main(rank: int, world_size: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    torch.save(numbers(Distributed(CPU)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
+    world_size: int, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
+    alone = numbers(Alone())
+    assert len(alone) == 31
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    for name, expected in alone.items():
+        assert relative_error(of_ranks[0][name], expected) < 1e-11, name
+        assert all(torch.equal(found[name], of_ranks[0][name]) for found in of_ranks), name
