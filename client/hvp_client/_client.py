@@ -128,8 +128,10 @@ class Client:
         Args:
             checkpoint: A checkpoint or its name.
             batch: A batch or its name.
-            kind: `hessian`, or `ggn` for the generalised Gauss-Newton matrix Jᵀ H_out J;
-                `empirical_fisher` where the server has it.
+            kind: `hessian`; `ggn`, the generalised Gauss-Newton matrix Jᵀ H_out J;
+                `empirical_fisher_token` or `empirical_fisher_sequence`, the sum of the outer
+                products of the gradients of targets or of whole sequences, over the number of
+                targets.
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.

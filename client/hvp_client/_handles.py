@@ -41,7 +41,7 @@ class OperatorFields(ABC):  # noqa: B024 (what takes a call differs)
 
     @property
     def kind(self) -> str:
-        """`hessian`, `ggn` or `empirical_fisher`."""
+        """Such as `hessian`, `ggn` or `empirical_fisher_token`."""
         return kind_name(self._spec.kind)
 
     @property

@@ -19,6 +19,18 @@ from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._names import name_of
 
 
+def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
+    """Plain name of a kind of operator, as in `ggn`."""
+    return plain_name(operator_pb2.OperatorSpec.Kind, kind, "KIND_").lower()
+
+
+_KINDS = [
+    kind_name(kind)
+    for kind in operator_pb2.OperatorSpec.Kind.values()
+    if kind != operator_pb2.OperatorSpec.KIND_UNSPECIFIED
+]
+
+
 def operator_spec(
     checkpoint: Checkpoint | str,
     batch: Batch | str,
@@ -47,7 +59,7 @@ def operator_spec(
         wire_kind = operator_pb2.OperatorSpec.Kind.Value(f"KIND_{str(kind).upper()}")
     except ValueError:
         raise InvalidArgumentError(
-            f"no operator kind {kind!r}; there are hessian, ggn and empirical_fisher",
+            f"no operator kind {kind!r}; there are {', '.join(_KINDS)}",
             reason="KIND_UNSPECIFIED",
             field="kind",
         ) from None
@@ -66,11 +78,6 @@ def operator_spec(
         micro_batch_size=micro_batch_size or 0,
         precision="" if precision is None else str(precision),
     )
-
-
-def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
-    """Plain name of a kind of operator, as in `ggn`."""
-    return plain_name(operator_pb2.OperatorSpec.Kind, kind, "KIND_").lower()
 
 
 def job_spec(

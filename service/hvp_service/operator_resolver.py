@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import get_args
 
 from hvp_workers.backend import Dtype, Kind, Operator, Precision, Space
 
@@ -15,7 +16,7 @@ from hvp_service.names import parse
 from hvp_service.state_dir import StateDir
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
-KINDS: dict[str, Kind] = {"KIND_HESSIAN": "hessian", "KIND_GGN": "ggn"}
+KINDS: dict[str, Kind] = {f"KIND_{kind.upper()}": kind for kind in get_args(Kind)}
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
     "cpu": ("full", "bfloat16"),
     "cuda": ("bfloat16", "full", "tf32"),

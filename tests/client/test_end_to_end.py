@@ -21,7 +21,6 @@ from hvp_client import (
     JobCancelledError,
     NotFoundError,
     Operator,
-    UnimplementedError,
     Vector,
 )
 from numpy.typing import NDArray
@@ -227,8 +226,6 @@ def test_senseless_jobs_are_refused(H: Operator, arguments: dict[str, object], r
 def test_operators_are_checked_when_they_are_made(
     client: Client, checkpoint: Checkpoint, batch: Batch
 ) -> None:
-    with pytest.raises(UnimplementedError):
-        client.operator(checkpoint, batch, kind="empirical_fisher")
     for arguments, reason in (
         ({"kind": "hess"}, "KIND_UNSPECIFIED"),
         ({"dtype": "bfloat16"}, "DTYPE_UNSUPPORTED"),

@@ -646,7 +646,10 @@ async def test_the_server_tells_what_it_is(wire: Wire, deps: Dependencies) -> No
     info = await wire.system.GetServerInfo(system_pb2.GetServerInfoRequest())
     assert info.version == deps.version
     assert list(info.dtypes) == ["float32", "float64"]
-    assert list(info.operator_kinds) == ["KIND_HESSIAN", "KIND_GGN"]
+    assert list(info.operator_kinds) == [
+        *("KIND_HESSIAN", "KIND_GGN"),
+        *("KIND_EMPIRICAL_FISHER_TOKEN", "KIND_EMPIRICAL_FISHER_SEQUENCE"),
+    ]
     assert list(info.precisions) == ["bfloat16", "full"]
     groups = await wire.system.ListWorkerGroups(system_pb2.ListWorkerGroupsRequest(parent=PARENT))
     (group,) = groups.worker_groups

@@ -307,7 +307,7 @@ async def test_requests_that_make_no_sense_are_refused(deps: Dependencies) -> No
         (vectors.inner_products(deps, [(name, alien)]), "VECTOR_SPACE_MISMATCH"),
         (vectors.inner_products(deps, [(name, unknown)]), "RESOURCE_NOT_FOUND"),
         (apply(kind="KIND_UNSPECIFIED"), "KIND_UNSPECIFIED"),
-        (apply(kind="KIND_EMPIRICAL_FISHER"), "KIND_UNSUPPORTED"),
+        (apply(kind="KIND_FISHER_TO_COME"), "KIND_UNSUPPORTED"),
         (apply(precision="bfloat16"), "PRECISION_UNSUPPORTED"),
         (apply(precision="tf32"), "PRECISION_UNSUPPORTED"),
         (apply(precision="float8", dtype="float32"), "PRECISION_UNSUPPORTED"),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
-Kind = Literal["hessian", "ggn"]
+Kind = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
 Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]

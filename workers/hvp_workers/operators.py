@@ -100,7 +100,7 @@ class CurvatureOperator(LinearOperator):
 
     def __init__(self, loaded: LoadedOperator, kind: api.Kind, precision: api.Precision):
         self.domain = self.codomain = loaded.curvature.space
-        self.semidefinite = kind == "ggn"
+        self.semidefinite = kind != "hessian"
         self.noise = _NOISE[precision]
         self._loaded = loaded
         self._kind = kind

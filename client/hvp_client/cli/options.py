@@ -29,6 +29,8 @@ class Kind(StrEnum):
 
     hessian = "hessian"
     ggn = "ggn"
+    empirical_fisher_token = "empirical_fisher_token"
+    empirical_fisher_sequence = "empirical_fisher_sequence"
 
 
 class Precision(StrEnum):

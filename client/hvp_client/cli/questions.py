@@ -125,7 +125,7 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
         _parameter(
             "operator",
             Kind,
-            typer.Option(help="Of which matrix: hessian, or ggn for Gauss-Newton."),
+            typer.Option(help="Of which matrix; ggn is the Gauss-Newton matrix."),
             Kind.hessian,
         ),
         _parameter("dtype", Dtype, typer.Option(help="To compute in."), Dtype.float32),

@@ -39,8 +39,12 @@ class OperatorSpec(_message.Message):
         """The generalised Gauss-Newton matrix G = J^T H_out J of the same L: J is the Jacobian of the
         model's outputs, H_out the Hessian of L in them. Symmetric, with no negative eigenvalue.
         """
-        KIND_EMPIRICAL_FISHER: OperatorSpec._Kind.ValueType  # 3
-        """Sum of outer products of per-example gradients. Not served yet."""
+        KIND_EMPIRICAL_FISHER_TOKEN: OperatorSpec._Kind.ValueType  # 3
+        """The empirical Fisher matrix F = (1/W) sum_u g_u g_u^T: W counts the targets of the batch, as in
+        the mean loss, and g_u is the gradient of the summed loss of one unit u. Units are targets:
+        """
+        KIND_EMPIRICAL_FISHER_SEQUENCE: OperatorSpec._Kind.ValueType  # 4
+        """or all targets of one sequence of the batch. Symmetric, with no negative eigenvalue, both."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: OperatorSpec.Kind.ValueType  # 0
@@ -50,8 +54,12 @@ class OperatorSpec(_message.Message):
     """The generalised Gauss-Newton matrix G = J^T H_out J of the same L: J is the Jacobian of the
     model's outputs, H_out the Hessian of L in them. Symmetric, with no negative eigenvalue.
     """
-    KIND_EMPIRICAL_FISHER: OperatorSpec.Kind.ValueType  # 3
-    """Sum of outer products of per-example gradients. Not served yet."""
+    KIND_EMPIRICAL_FISHER_TOKEN: OperatorSpec.Kind.ValueType  # 3
+    """The empirical Fisher matrix F = (1/W) sum_u g_u g_u^T: W counts the targets of the batch, as in
+    the mean loss, and g_u is the gradient of the summed loss of one unit u. Units are targets:
+    """
+    KIND_EMPIRICAL_FISHER_SEQUENCE: OperatorSpec.Kind.ValueType  # 4
+    """or all targets of one sequence of the batch. Symmetric, with no negative eigenvalue, both."""
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int

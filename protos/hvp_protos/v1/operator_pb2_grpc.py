@@ -33,7 +33,7 @@ class OperatorServiceStub:
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
     INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
     server's device does not have; leave it empty.
-    UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
+    UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
@@ -84,7 +84,7 @@ class OperatorServiceServicer:
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
     INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
     server's device does not have; leave it empty.
-    UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
+    UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
@@ -122,7 +122,7 @@ class OperatorServiceServicer:
 
     def ApplyOperator(self, request, context):
         """Products with vectors that the server holds. Cost in GEMM passes each: a Hessian 8, or 11 where
-        memory is short; a GGN 5 or 6.
+        memory is short; a GGN or Fisher 5 or 6.
 
         INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: a vector of another checkpoint or dtype.
         FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held a vector are gone; make it again.
@@ -170,7 +170,7 @@ class OperatorService:
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
     INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
     server's device does not have; leave it empty.
-    UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind this server does not serve yet.
+    UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
