@@ -29,7 +29,7 @@ class Kind(StrEnum):
 
     hessian = "hessian"
     ggn = "ggn"
-    empirical_fisher_token = "empirical_fisher_token"
+    empirical_fisher_token = "empirical_fisher_token"  # noqa: S105 - the name of a matrix
     empirical_fisher_sequence = "empirical_fisher_sequence"
 
 
