@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.blame import working_on
-from hvp_core.block_dual import Mode, Way
+from hvp_core.block_dual import Way
 from hvp_core.chain import Body, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing
 from hvp_core.compiler import COMPILER
@@ -17,6 +17,7 @@ from hvp_core.dual import Params
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import exact_products, listening
+from hvp_core.product_spec import Passes, ProductSpec
 from hvp_core.route import Eager, Route, Traced
 from hvp_core.routes import Routes, function_of
 from hvp_core.rows import RowCheck
@@ -25,12 +26,6 @@ from hvp_core.shards import gathered
 from hvp_core.space import Space
 from hvp_core.verify import Verifier
 
-_PRODUCT: dict[Mode, str] = {
-    "loss": "loss",
-    "gradient": "gradient",
-    "hessian": "Hessian's product",
-    "ggn": "Gauss-Newton product",
-}
 _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
 
 
@@ -73,28 +68,30 @@ class Itinerary:
         self._pair = pair
         #: By block and micro-batch.
         self.route_of: dict[tuple[int, int], Route] = {}
-        self._closing_of: dict[tuple[int, int], Closing] = {}
+        self._closing_of: dict[tuple[ProductSpec, int, int], Closing] = {}
         self._traces_closing = True
-        self._prepared: set[Mode] = set()
-        self._choices: dict[tuple[Mode, int], list[Choice]] = {}
+        self._prepared: set[ProductSpec] = set()
+        self._choices: dict[tuple[ProductSpec, int], list[Choice]] = {}
         self._compile_seconds_before = COMPILER.seconds
 
-    def prepare(self, mode: Mode, theta: Tensor) -> None:
+    def prepare(self, spec: ProductSpec, theta: Tensor) -> None:
         """Find the route of every block, and see that it is right, before the first walk.
 
         Only shapes are walked: no block is computed at full size.
 
         Args:
-            mode: What is going to be computed.
+            spec: What is going to be computed.
             theta: θ, this rank's shard.
 
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block, on
                 all ranks: also on those that have no micro-batch and would never have met it.
         """
-        if mode in self._prepared:
+        if spec in self._prepared:
             return
-        verifier = None if mode == "loss" else Verifier(self._chain, self._batches[:1], mode)
+        verifier = None
+        if spec.passes.backward != "none":
+            verifier = Verifier(self._chain, self._batches[:1], spec)
         last = len(self._chain.blocks) - 1
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
@@ -102,7 +99,7 @@ class Itinerary:
             with (
                 gathered(self._space, index, block, [theta]) as (p,),
                 self._space.collective.same_fate(_never),
-                working_on(block.name, f"its preparation for the {_PRODUCT[mode]}"),
+                working_on(block.name, f"its preparation for the {spec.title}"),
                 listening() as remarks,
             ):
                 takes_rows(block, p)
@@ -112,7 +109,7 @@ class Itinerary:
                 if verifier is not None:
                     self._verify(verifier, index, p)
                 self._routes.remark(block.name, remarks)
-        self._prepared.add(mode)
+        self._prepared.add(spec)
 
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
@@ -128,7 +125,7 @@ class Itinerary:
         )
         if closing:
             self._traces_closing = False
-            self._closing_of.clear()  # what another mode has made of that trace too
+            self._closing_of.clear()  # what another product has made of that trace too
             return
         for batch in range(len(self._batches)):
             body = self.body(index, batch, True)
@@ -152,34 +149,39 @@ class Itinerary:
             )
         return self.route_of[index, batch]
 
-    def closing(self, batch: int, piece: int, p: Params, x: Tensor, target: Tensor) -> Closing:
-        """Of the last block and the loss, with one piece of a micro-batch."""
-        if (batch, piece) not in self._closing_of:
-            self._closing_of[batch, piece] = self._close(batch, p, x, target)
-        return self._closing_of[batch, piece]
+    def closing(
+        self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
+    ) -> Closing:
+        """Of the last block and a product's rule, with one piece of a micro-batch."""
+        key = spec, batch, piece
+        if key not in self._closing_of:
+            self._closing_of[key] = self._close(spec, batch, p, x, target)
+        return self._closing_of[key]
 
-    def _close(self, batch: int, p: Params, x: Tensor, target: Tensor) -> Closing:
+    def _close(
+        self, spec: ProductSpec, batch: int, p: Params, x: Tensor, target: Tensor
+    ) -> Closing:
         last = len(self._chain.blocks) - 1
         block, loss, scale = self._chain.blocks[last], self._chain.loss, 1 / self._num_targets
         body = self.body(last, batch, True)
         if not self._traces_closing:
-            return EagerClosing(function_of(body), loss, target, scale)
+            return EagerClosing(function_of(body), spec, loss, target, scale)
         return self._routes.closing(
-            block.name, block.parameters, body, loss, p, x, last == 0, target, scale
+            spec, block.name, block.parameters, body, loss, p, x, last == 0, target, scale
         )
 
-    def choose(self, mode: Mode, num_probes: int) -> list[Choice]:
+    def choose(self, spec: ProductSpec, num_probes: int) -> list[Choice]:
         """The way of every block but the last."""
         blocks = range(len(self._chain.blocks) - 1)
-        if mode == "gradient":
+        if not spec.passes.keeps:
             way: Way = "lean" if self._policy.schedule == "lean" else "fast"
             return [Choice(way, False) for _ in blocks]
-        key = mode, num_probes
+        key = spec, num_probes
         if key not in self._choices:
             sizes = []
             for index in blocks:
                 each = [
-                    _sizes(self.route_of[index, batch], mode, num_probes)
+                    _sizes(self.route_of[index, batch], spec.passes, num_probes)
                     for batch in range(len(self._batches))
                 ]
                 sizes.append(
@@ -208,10 +210,10 @@ class Itinerary:
             found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
             if COMPILER.refused:
                 found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
-        for (mode, num_probes), choices in self._choices.items():
+        for (spec, num_probes), choices in self._choices.items():
             names = ["cached" if each.cached else each.way for each in choices]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
-            key = f"schedule_{mode}{f'_of_{num_probes}' if num_probes > 1 else ''}"
+            key = f"schedule_{spec.name}{f'_of_{num_probes}' if num_probes > 1 else ''}"
             found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
         for name, why in self._routes.fallbacks.items():
             found[f"fallback_{name}"] = why
@@ -220,15 +222,15 @@ class Itinerary:
         return found
 
 
-def _sizes(route: Route, mode: Mode, num_probes: int) -> Bytes:
+def _sizes(route: Route, passes: Passes, num_probes: int) -> Bytes:
     """What a route would keep of one micro-batch."""
     if not isinstance(route, Traced):
         return Bytes(0, 0, 0, 0)
     dual = route.dual
-    shared, cached = dual.kept_bytes(mode, "shared"), dual.shared_bytes(mode)
+    shared, cached = dual.kept_bytes(passes, "shared"), dual.shared_bytes(passes)
     return Bytes(
-        dual.kept_bytes(mode, "lean") * num_probes,
-        dual.kept_bytes(mode, "fast"),
+        dual.kept_bytes(passes, "lean") * num_probes,
+        dual.kept_bytes(passes, "fast"),
         shared * num_probes,
         cached,
     )

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hvp_core.blame import InStep, raise_first
-from hvp_core.block_dual import Mode
 from hvp_core.chain import Chain, MicroBatch, rows, to_device
 from hvp_core.closing import joined
 from hvp_core.errors import CurvatureError
@@ -23,6 +22,7 @@ from hvp_core.loss import at_least_float32
 from hvp_core.nonfinite import first_non_finite_block
 from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, matmuls
+from hvp_core.product_spec import GGN, GRADIENT, HESSIAN, LOSS, MATRICES, Passes, ProductSpec
 from hvp_core.replay import Replay
 from hvp_core.route import Bars, Tape, Weights
 from hvp_core.routes import function_of
@@ -89,7 +89,7 @@ class Curvature:
             self.policy,
             None if pair is None else to_device(pair, space.device),
         )
-        self._kept_mode: Mode | None = None
+        self._kept_passes: Passes | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
         self._closing_bars: list[Bars] = []
         self._probes: dict[int, list[Tensor]] = {}
@@ -110,7 +110,7 @@ class Curvature:
 
     def _drop(self) -> None:
         """Forget what was kept for later products."""
-        self._kept_mode, self._kept, self._closing_bars = None, {}, []
+        self._kept_passes, self._kept, self._closing_bars = None, {}, []
         self._graphs, self._walked = {}, set()
 
     def release(self) -> None:
@@ -128,7 +128,7 @@ class Curvature:
         total, last, step = 0.0, len(self.chain.blocks) - 1, InStep()
         block = self.chain.blocks[last]
         with matmuls(self.policy.precision):
-            self._itinerary.prepare("loss", self._theta)
+            self._itinerary.prepare(LOSS, self._theta)
             xs = self._values(last, step)
             with gathered(self.space, last, block, [self._theta]) as (p,):
                 for batch, x in enumerate(step.live(xs)):
@@ -151,7 +151,7 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE.
         """
-        return self._product("gradient", [])[0]
+        return self._product(GRADIENT, [])[0]
 
     def product(
         self, kind: Kind, vectors: Sequence[Tensor], *, borrow: bool = False
@@ -171,7 +171,7 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
         """
-        return self._product(kind, vectors, borrow=borrow)
+        return self._product(MATRICES[kind], vectors, borrow=borrow)
 
     def probes(self, count: int) -> list[Tensor]:
         """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
@@ -188,11 +188,11 @@ class Curvature:
 
     def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
-        return self._product("hessian", vectors)
+        return self._product(HESSIAN, vectors)
 
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G v for each v, G = Jᵀ H_out J. Cost in GEMM passes: 6, 5 or 4 each by schedule."""
-        return self._product("ggn", vectors)
+        return self._product(GGN, vectors)
 
     def notes(self) -> dict[str, str]:
         """How products were computed, for whoever wants to reproduce or explain them.
@@ -205,28 +205,28 @@ class Curvature:
     # The walk -----------------------------------------------------------------------------------
 
     def _product(
-        self, mode: Mode, vectors: Sequence[Tensor], *, borrow: bool = False
+        self, spec: ProductSpec, vectors: Sequence[Tensor], *, borrow: bool = False
     ) -> list[Tensor]:
         """The gradient (no vectors), or a product with each vector."""
-        if mode != "gradient" and not vectors:
+        if spec.passes.forward == "tangent" and not vectors:
             return []
-        if self._kept_mode not in (None, mode) and mode != "gradient":
+        if spec.passes.keeps and self._kept_passes not in (None, spec.passes):
             self._drop()
         step = InStep()
         with matmuls(self.policy.precision):
-            self._itinerary.prepare(mode, self._theta)
-            choices = self._itinerary.choose(mode, len(vectors))
-            results = self._replayed(mode, choices, vectors, borrow)
+            self._itinerary.prepare(spec, self._theta)
+            choices = self._itinerary.choose(spec, len(vectors))
+            results = self._replayed(spec, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
                 results = self._walk(
-                    mode, choices, tangents, Results(self.space, self._dtypes(vectors)), step
+                    spec, choices, tangents, Results(self.space, self._dtypes(vectors)), step
                 )
-        self._agree(results, "the gradient" if mode == "gradient" else "the product", step)
+        self._agree(results, f"the {spec.title}", step)
         return results
 
     def _replayed(
-        self, mode: Mode, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
+        self, spec: ProductSpec, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
     ) -> list[Tensor] | None:
         """The product by a CUDA graph; None where there is none, or not yet."""
         alone = self.space.collective.world_size == 1
@@ -235,14 +235,14 @@ class Curvature:
         probes = self._probes.get(len(vectors), [])
         in_place = bool(probes) and all(a is b for a, b in zip(vectors, probes, strict=True))
         dtypes = self._dtypes(vectors)
-        key = mode, tuple(dtypes), in_place
+        key = spec, tuple(dtypes), in_place
         if key not in self._walked:  # kernels are compiled, tapes are kept
             self._walked.add(key)
             return None
         if key not in self._graphs:
             self._graphs[key] = Replay.capture(
                 lambda inputs, outputs: self._walk(
-                    mode, choices, inputs, Results(self.space, dtypes, outputs), InStep(alone=True)
+                    spec, choices, inputs, Results(self.space, dtypes, outputs), InStep(alone=True)
                 ),
                 probes if in_place else [self.space.zeros(self._dtype) for _ in vectors],
                 [self.space.zeros(dtype) for dtype in dtypes],
@@ -258,7 +258,7 @@ class Curvature:
 
     def _walk(
         self,
-        mode: Mode,
+        spec: ProductSpec,
         choices: Sequence[Choice],
         tangents: Sequence[Tensor],
         results: Results,
@@ -266,7 +266,7 @@ class Curvature:
     ) -> list[Tensor]:
         """Forward, through the loss, and backward."""
         shards = [self._theta, *tangents]
-        bars, tapes = self._forward(mode, choices, shards, results, step)
+        bars, tapes = self._forward(spec, choices, shards, results, step)
         for index in reversed(range(len(self.chain.blocks) - 1)):
             block, choice = self.chain.blocks[index], choices[index]
             with (
@@ -278,16 +278,16 @@ class Curvature:
                 for batch, bar in enumerate(step.live(bars)):
                     tape = tapes.pop((index, batch))
                     route = self._itinerary.route_of[index, batch]
-                    bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
+                    bars[batch] = route.backward(spec.passes, choice.way, weights, tape, bar, sums)
                     if choice.cached:
                         tape.complete, tape.tangents = True, []
                         self._kept[index, batch] = tape
-                        self._kept_mode = mode
+                        self._kept_passes = spec.passes
         return results.finish()
 
     def _forward(
         self,
-        mode: Mode,
+        spec: ProductSpec,
         choices: Sequence[Choice],
         shards: Sequence[Tensor],
         results: Results,
@@ -298,7 +298,7 @@ class Curvature:
         xs = [self.chain.first_input(batch) for batch in self._batches]
         dots: list[list[Tensor | None]] = [[None for _ in shards[1:]] for _ in xs]
         tapes: dict[tuple[int, int], Tape] = {}
-        kept = self._kept if mode == self._kept_mode else {}
+        kept = self._kept if spec.passes == self._kept_passes else {}
         for index in range(last):
             block, way = self.chain.blocks[index], choices[index].way
             with (
@@ -309,9 +309,10 @@ class Curvature:
                 for batch, x in enumerate(step.live(xs)):
                     route = self._itinerary.route(index, batch, p, x)
                     xs[batch], dots[batch], tapes[index, batch] = route.forward(
-                        mode, way, weights, x, dots[batch], kept.get((index, batch))
+                        spec.passes, way, weights, x, dots[batch], kept.get((index, batch))
                     )
-        known = bool(self._closing_bars) and mode == "hessian"
+        pair = spec.passes.backward == "pair"
+        known = pair and bool(self._closing_bars)
         bars: list[Bars] = []
         with (
             gathered(self.space, last, self.chain.blocks[last], shards) as (p, *vs),
@@ -319,15 +320,15 @@ class Curvature:
             step.on(self.chain.blocks[last].name, "its derivatives and the loss's"),
         ):
             for batch, x in enumerate(step.live(xs)):
-                found = self._close(mode, Weights(p, vs), batch, x, dots[batch], sums, not known)
+                found = self._close(spec, Weights(p, vs), batch, x, dots[batch], sums, not known)
                 bars.append(Bars(self._closing_bars[batch].primal, found.dots) if known else found)
-        if mode == "hessian" and any(each.cached for each in choices):
+        if pair and any(each.cached for each in choices):
             self._closing_bars = [Bars(each.primal, []) for each in bars]
         return bars, tapes
 
     def _close(
         self,
-        mode: Mode,
+        spec: ProductSpec,
         weights: Weights,
         batch: int,
         x: Tensor,
@@ -345,9 +346,9 @@ class Curvature:
         ]
         found = []
         for index, (piece, target) in enumerate(pieces):
-            closing = self._itinerary.closing(batch, index, weights.p, piece, target)
+            closing = self._itinerary.closing(spec, batch, index, weights.p, piece, target)
             dots = [each[index] for each in tangents]
-            found.append(closing.run(mode, weights, piece, dots, sums, wants_primal=wants_primal))
+            found.append(closing.run(weights, piece, dots, sums, wants_primal=wants_primal))
         return joined(found)
 
     def _values(self, stop: int, step: InStep) -> list[Tensor]:
