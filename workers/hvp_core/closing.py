@@ -21,10 +21,20 @@ from hvp_core.trace import Env, Stage, Trace, is_parameters
 
 
 class Closing(ABC):
-    """Takes one piece of a micro-batch through the last block, a product's output rule, and back.
+    """Takes one piece of a micro-batch through the last block and a product's rules.
 
     Law: all closings of one product give the same numbers, to rounding.
     """
+
+    @abstractmethod
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """What the product measures of the piece, for each probe: float64 (rows,), or like y.
+
+        Args:
+            weights: The block's.
+            x: Input of the piece.
+            x_dots: Its tangent in each probe.
+        """
 
     @abstractmethod
     def run(
@@ -35,6 +45,7 @@ class Closing(ABC):
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
         """Cotangents of x; adds the parameters' derivatives to `sums`.
 
@@ -44,6 +55,7 @@ class Closing(ABC):
             x_dots: Its tangent in each probe.
             sums: One for each probe.
             wants_primal: Of a pair x̄ is needed too; it does not change from product to product.
+            given: For each probe what its cotangents are made of, where the product is given that.
         """
 
 
@@ -72,28 +84,39 @@ class ClosingDual:
         self.remarks = frozenset(remarks)
         self.key = key
         self._prepare = prepare
-        self._parts: dict[tuple[bool, bool], list[Part]] = {}
+        self._parts: dict[tuple[bool, tuple[str, ...], tuple[str, ...]], list[Part]] = {}
 
     @property
     def suffix(self) -> str:
         """Of the names of what a probe's cotangents pull back to."""
         return "bar_dot" if self.spec.passes.backward == "pair" else "bar"
 
+    @property
+    def given_dtype(self) -> torch.dtype:
+        """Of what the product is given."""
+        dtype: torch.dtype = self._trace.arguments["given_dot"].meta["val"].dtype
+        return dtype
+
+    def measuring(self, shared: bool) -> list[Part]:
+        """Parts that measure: one; or, `shared`, a primal one and one for each probe."""
+        return self._split(shared, (), ("measure",))
+
     def parts(self, shared: bool, wants_primal: bool) -> list[Part]:
-        """One part; or, `shared`, a primal one and one for each probe."""
-        key = shared, wants_primal
+        """Parts that go back: one; or, `shared`, a primal one and one for each probe."""
+        names = [
+            name
+            for name in self._trace.outputs
+            if name == f"x_{self.suffix}" or name.partition("/")[0] == f"p_{self.suffix}"
+        ]
+        return self._split(shared, ("x_bar",) if wants_primal else (), tuple(names))
+
+    def _split(self, shared: bool, primal: tuple[str, ...], rest: tuple[str, ...]) -> list[Part]:
+        key = shared, primal, rest
         if key not in self._parts:
-            primal = ("x_bar",) if wants_primal else ()
-            suffix = self.suffix
-            rest = [
-                name
-                for name in self._trace.outputs
-                if name == f"x_{suffix}" or name.partition("/")[0] == f"p_{suffix}"
-            ]
             first, second = frozenset([Stage(0, False)]), frozenset([Stage(0, True)])
             wanted = tuple(dict.fromkeys([*primal, *rest]))
             groups = (
-                [Group(first, primal), Group(second, tuple(rest))]
+                [Group(first, primal), Group(second, rest)]
                 if shared
                 else [Group(first | second, wanted)]
             )
@@ -111,7 +134,7 @@ class ClosingDual:
 
 @final
 class TracedClosing(Closing):
-    """By the trace of block and loss.
+    """By the trace of block and rules.
 
     Args:
         dual: Of both, at this shape.
@@ -122,6 +145,17 @@ class TracedClosing(Closing):
     def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
         self.dual, self._names, self._constants = dual, tuple(names), constants
 
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts that measure."""
+        shared = len(x_dots) > 1
+        parts, env = self.dual.measuring(shared), self._primal(weights, x)
+        if shared:
+            env |= parts[0](env)
+        return [
+            parts[-1](env | self._along(weights, probe, x_dot))["measure"]
+            for probe, x_dot in enumerate(x_dots)
+        ]
+
     def run(
         self,
         weights: Weights,
@@ -130,18 +164,18 @@ class TracedClosing(Closing):
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
         """The parts one after the other."""
         passes = self.dual.spec.passes
         wants_primal = wants_primal and passes.backward == "pair"
         shared = len(x_dots) > 1
-        parts = self.dual.parts(shared, wants_primal)
-        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
-        env |= self._constants
-        if X_DATA not in self._constants:
-            env["x"] = x
+        parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)
+        more: list[Env] = [{} for _ in sums]
+        if given:
+            more = [{"given_dot": each.to(self.dual.given_dtype)} for each in given]
         if passes.forward == "value":
-            found = self._step(parts[0], env, sums[0])
+            found = self._step(parts[0], env | more[0], sums[0])
             return Bars(found.get("x_bar"), [])
         x_bar = None
         if shared:
@@ -149,15 +183,25 @@ class TracedClosing(Closing):
             x_bar = kept.get("x_bar")
             env |= kept
         dots: list[Tensor | None] = []
-        for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
-            along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
-            if x_dot is not None and "x" in env:
-                along["x_dot"] = x_dot
+        for probe, (x_dot, sum_) in enumerate(zip(x_dots, sums, strict=True)):
+            along = self._along(weights, probe, x_dot) | more[probe]
             found = self._step(parts[-1], env | along, sum_)
             if wants_primal:
                 x_bar = found.get("x_bar", x_bar)
             dots.append(found.get(f"x_{self.dual.suffix}"))
         return Bars(x_bar, dots)
+
+    def _primal(self, weights: Weights, x: Tensor) -> Env:
+        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        env |= self._constants
+        return env if X_DATA in self._constants else {**env, "x": x}
+
+    def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
+        v = weights.v[probe]
+        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+        if x_dot is not None and X_DATA not in self._constants:
+            along["x_dot"] = x_dot
+        return along
 
     def _step(self, part: Part, env: Env, sum_: Sums) -> Env:
         found = part(env)
@@ -174,7 +218,7 @@ class EagerClosing(Closing):
         spec: The product.
         loss: Behind the block.
         target: Of the piece.
-        scale: What the loss is multiplied by.
+        scale: What the cotangents are multiplied by.
     """
 
     def __init__(
@@ -188,6 +232,14 @@ class EagerClosing(Closing):
         self._f, self._spec, self._loss, self._target = f, spec, loss, target
         self._scale = scale
 
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """A forward dual for each probe."""
+        assert self._spec.measure is not None
+        return [
+            self._spec.measure(self._at(*forward_dual(self._f, weights.p, v, x, x_dot)))
+            for v, x_dot in zip(weights.v, x_dots, strict=True)
+        ]
+
     def run(
         self,
         weights: Weights,
@@ -196,34 +248,45 @@ class EagerClosing(Closing):
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
         """A backward dual for each probe, or a plain one."""
+        more: list[Tensor | None] = [*given] or [None for _ in sums]
         if self._spec.passes.forward == "value":
             found = pull_back(
-                self._f, weights.p, x, lambda y: self._cotangents(y, torch.zeros_like(y))[0]
+                self._f,
+                weights.p,
+                x,
+                lambda y: self._cotangents(y, torch.zeros_like(y), more[0])[0],
             )
             sums[0].add_dense(found.p_bar)
             return Bars(found.x_bar, [])
         pair = self._spec.passes.backward == "pair"
         x_bar, dots = None, []
-        for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
+        for x_dot, v, sum_, known in zip(x_dots, weights.v, sums, more, strict=True):
             if pair:
                 found = backward_dual(self._f, weights.p, v, x, x_dot, self._pair)
                 x_bar = found.x_bar
             else:
-                found = self._pull_back(weights.p, v, x, x_dot)
+                found = self._pull_back(weights.p, v, x, x_dot, known)
             sum_.add_dense(found.p_bar)
             dots.append(found.x_bar_dot if pair else found.x_bar)
         return Bars(x_bar, dots)
 
-    def _pull_back(self, p: Params, v: Params, x: Tensor, x_dot: Tensor | None) -> Backward:
+    def _pull_back(
+        self, p: Params, v: Params, x: Tensor, x_dot: Tensor | None, given: Tensor | None
+    ) -> Backward:
         y_dot = forward_dual(self._f, p, v, x, x_dot)[1]
-        return pull_back(self._f, p, x, lambda y: self._cotangents(y, y_dot)[0])
+        return pull_back(self._f, p, x, lambda y: self._cotangents(y, y_dot, given)[0])
 
-    def _cotangents(self, y: Tensor, y_dot: Tensor) -> list[Tensor]:
+    def _at(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> AtOutput:
+        y, y_dot = at_least_float32(y), at_least_float32(y_dot)
+        return AtOutput(self._loss, y, y_dot, self._target, given)
+
+    def _cotangents(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> list[Tensor]:
         assert self._spec.cotangents is not None
-        at = AtOutput(self._loss, at_least_float32(y), at_least_float32(y_dot), self._target)
-        return [(each * self._scale).to(y.dtype) for each in self._spec.cotangents(at)]
+        found = self._spec.cotangents(self._at(y, y_dot, given))
+        return [(each * self._scale).to(y.dtype) for each in found]
 
     def _pair(self, y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
         y_bar, y_bar_dot = self._cotangents(y, y_dot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import final
 
 import torch
@@ -10,20 +11,21 @@ from torch import Tensor
 
 from hvp_core.blame import working_on
 from hvp_core.block_dual import Way
-from hvp_core.chain import Body, Chain, MicroBatch
+from hvp_core.chain import Block, Body, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing
 from hvp_core.compiler import COMPILER
 from hvp_core.dual import Params
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import exact_products, listening
-from hvp_core.product_spec import Passes, ProductSpec
-from hvp_core.route import Eager, Route, Traced
+from hvp_core.product_spec import LOSS, Passes, ProductSpec
+from hvp_core.route import Eager, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.rows import RowCheck
 from hvp_core.schedule import Bytes, Choice, choose
-from hvp_core.shards import gathered
+from hvp_core.shards import Sums
 from hvp_core.space import Space
+from hvp_core.sweep import ParameterFeed, sweep
 from hvp_core.verify import Verifier
 
 _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
@@ -68,20 +70,22 @@ class Itinerary:
         self._pair = pair
         #: By block and micro-batch.
         self.route_of: dict[tuple[int, int], Route] = {}
+        #: Of a row of the output, once a product has asked for it; None on ranks without rows.
+        self.output_shape: tuple[int, ...] | None = None
         self._closing_of: dict[tuple[ProductSpec, int, int], Closing] = {}
         self._traces_closing = True
         self._prepared: set[ProductSpec] = set()
         self._choices: dict[tuple[ProductSpec, int], list[Choice]] = {}
         self._compile_seconds_before = COMPILER.seconds
 
-    def prepare(self, spec: ProductSpec, theta: Tensor) -> None:
+    def prepare(self, spec: ProductSpec, feed: ParameterFeed) -> None:
         """Find the route of every block, and see that it is right, before the first walk.
 
         Only shapes are walked: no block is computed at full size.
 
         Args:
             spec: What is going to be computed.
-            theta: θ, this rank's shard.
+            feed: Of the parameters.
 
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block, on
@@ -90,26 +94,42 @@ class Itinerary:
         if spec in self._prepared:
             return
         verifier = None
-        if spec.passes.backward != "none":
+        if spec is not LOSS:
             verifier = Verifier(self._chain, self._batches[:1], spec)
-        last = len(self._chain.blocks) - 1
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
-        for index, block in enumerate(self._chain.blocks):
-            with (
-                gathered(self._space, index, block, [theta]) as (p,),
-                self._space.collective.same_fate(_never),
-                working_on(block.name, f"its preparation for the {spec.title}"),
-                listening() as remarks,
-            ):
+        last = len(self._chain.blocks) - 1
+
+        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            block, p = self._chain.blocks[index], weights.p
+            with listening() as remarks:
                 takes_rows(block, p)
                 if index < last:
                     for batch, x in enumerate(xs):
                         xs[batch] = self.route(index, batch, p, x).like(p, x)
+                elif "outputs" in (spec.given, spec.measured) and xs:
+                    self._look_at_output(p, xs[0])
                 if verifier is not None:
                     self._verify(verifier, index, p)
                 self._routes.remark(block.name, remarks)
+
+        def guard(block: Block) -> AbstractContextManager[object]:
+            stack = ExitStack()
+            stack.enter_context(self._space.collective.same_fate(_never))
+            stack.enter_context(working_on(block.name, f"its preparation for the {spec.title}"))
+            return stack
+
+        sweep(feed, range(last + 1), visit, guard)
         self._prepared.add(spec)
+
+    @torch.no_grad()
+    def _look_at_output(self, p: Params, x: Tensor) -> None:
+        """Learn the shape of a row of the output from a piece of the last block's input."""
+        pieces = list(self.pieces(0, x))
+        y = function_of(self.body(len(self._chain.blocks) - 1, 0, True))(p, pieces[0][0])
+        self.output_shape = tuple(y.shape[1:])
+        if len(pieces) > 1:
+            self.output_shape = (x.shape[1], *y.shape[2:])
 
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
@@ -163,6 +183,8 @@ class Itinerary:
     ) -> Closing:
         last = len(self._chain.blocks) - 1
         block, loss, scale = self._chain.blocks[last], self._chain.loss, 1 / self._num_targets
+        if spec.given == "outputs":
+            scale = 1.0
         body = self.body(last, batch, True)
         if not self._traces_closing:
             return EagerClosing(function_of(body), spec, loss, target, scale)
@@ -175,6 +197,8 @@ class Itinerary:
         blocks = range(len(self._chain.blocks) - 1)
         if not spec.passes.keeps:
             way: Way = "lean" if self._policy.schedule == "lean" else "fast"
+            if spec.passes.forward == "tangent" and num_probes > 1:
+                way = "shared"  # keeps nothing, for nothing goes back
             return [Choice(way, False) for _ in blocks]
         key = spec, num_probes
         if key not in self._choices:

@@ -52,7 +52,17 @@ class Stage:
     dotted: bool
 
 
-_TIMES = {"x": 0, "p": 0, "c": 0, "o": 1, "y_bar": 2, "q_bar": 3, "k_bar": 3, "v_bar": 3}
+_TIMES = {
+    "x": 0,
+    "p": 0,
+    "c": 0,
+    "given": 0,
+    "o": 1,
+    "y_bar": 2,
+    "q_bar": 3,
+    "k_bar": 3,
+    "v_bar": 3,
+}
 
 PRIMAL = tuple(Stage(time, False) for time in range(4))
 TANGENT = tuple(Stage(time, True) for time in range(4))
@@ -175,26 +185,37 @@ def trace_closing(
 
     Its outputs are named as those of any block: `x_bar` and `p_bar` are what the product's
     cotangent pulls back to, or the primal half of a pair, whose tangents are `x_bar_dot` and
-    `p_bar_dot`.
+    `p_bar_dot`. `measure` is what the product measures.
 
     Args:
         f: The block.
         loss: A sum over targets.
-        spec: The product, which goes back.
+        spec: The product. What it is given is `given_dot`: like a tangent, it is another one for
+            each probe.
         p: Parameters by name.
         inputs: `x`, or nothing where the whole model is one block.
         constants: The block's, `c/target`, and `c/scale`: what the sum is multiplied by.
     """
     at = _flat("p", p) | inputs
     arguments = at | {dotted(name): each for name, each in at.items()} | constants
+    if spec.given == "rows":
+        target = constants["c/target"]
+        arguments["given_dot"] = target.new_empty(len(target), dtype=torch.float64)
+    if spec.given == "outputs":
+        with torch.no_grad():
+            arguments["given_dot"] = f(p, inputs, constants)["y"].contiguous()
 
     def program(env: Env) -> Env:
         value, value_dot = _dual(f, p, inputs, constants, env)
         y, y_dot = at_least_float32(value["y"]), at_least_float32(value_dot["y"])
+        at_output = AtOutput(loss, y, y_dot, env["c/target"], env.get("given_dot"))
+        measured = {} if spec.measure is None else {"measure": spec.measure(at_output)}
+        return measured | ({} if spec.cotangents is None else back(env, value["y"], at_output))
+
+    def back(env: Env, y: Tensor, at_output: AtOutput) -> Env:
         assert spec.cotangents is not None
         y_bar, *y_bar_dot = (
-            {"y": (each * env["c/scale"]).to(value["y"].dtype)}
-            for each in spec.cotangents(AtOutput(loss, y, y_dot, env["c/target"]))
+            {"y": (each * env["c/scale"]).to(y.dtype)} for each in spec.cotangents(at_output)
         )
         if spec.passes.backward == "cotangent":
             _, pullback = _vjp(f, p, inputs, constants, env)

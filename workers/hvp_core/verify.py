@@ -85,8 +85,7 @@ class Verifier:
             f = function_of(block.body(context, dense=True).cast(dtype))
             x = _in(dtype, x)
             if key is not None and key not in _verified:
-                answer = self._block(block, context, f, p, x, is_data)
-                right = _remembered(key, answer)
+                right = _remembered(key, self._block(block, context, f, p, x, is_data))
             if not right and self._passes.backward == "pair":
                 _try(block, f, p, x, is_data)
             with torch.no_grad():
@@ -107,16 +106,13 @@ class Verifier:
         for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
             body = block.body(context, dense=True).cast(dtype)
             x = _in(dtype, x)
-            loss = self._chain.loss
-            traced = self._routes.closing(
-                self._spec, block.name, block.parameters, body, loss, p, x, is_data, target, 1.0
-            )
+            at = self._spec, block.name, block.parameters, body, self._chain.loss
+            traced = self._routes.closing(*at, p, x, is_data, target, 1.0)
             f = function_of(body)
             if isinstance(traced, TracedClosing):
                 key = _key(traced.dual.key, p, is_data, self._passes)
-                if key in _verified:
-                    continue
-                if _remembered(key, self._closing(traced, f, p, x, is_data, target)):
+                known = key in _verified
+                if known or _remembered(key, self._closing(traced, f, p, x, is_data, target)):
                     continue
             if self._passes.backward == "pair":
                 _try(block, f, p, x, is_data)
@@ -145,6 +141,8 @@ class Verifier:
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
                 y, y_dots, tape = route.forward(self._passes, "fast", weights, x, dots, None)
+                if self._passes.backward == "none":
+                    return [y, *_there(y_dots)], []
                 bars = Bars(y_bar, [y_bar_dot for _ in weights.v])
                 found = route.backward(self._passes, "fast", weights, tape, bars, [sums])
                 return [y, *_there(y_dots)], self._wanted(found)
@@ -152,10 +150,10 @@ class Verifier:
             return run
 
         other = by(Eager(f))
-        given: tuple[Tensor, ...] = (y_bar, y_bar_dot)
-        if self._passes.backward == "cotangent":
-            given = (y_bar if self._passes.forward == "value" else y_bar_dot,)
-        return self._matches(by(traced), other, f, p, x, is_data, lambda *_: given)
+        one = y_bar if self._passes.forward == "value" else y_bar_dot
+        seeds = {"none": (), "cotangent": (one,), "pair": (y_bar, y_bar_dot)}
+        back = seeds[self._passes.backward]
+        return self._matches(by(traced), other, f, p, x, is_data, lambda *ys: (ys, back))
 
     def _closing(
         self,
@@ -166,26 +164,39 @@ class Verifier:
         is_data: bool,
         target: Tensor,
     ) -> bool | None:
-        loss = self._chain.loss
+        loss, spec = self._chain.loss, self._spec
+        given = None
+        if spec.given is not None:
+            with torch.no_grad():
+                y = f(p, x)
+            given = _noise(
+                y if spec.given == "outputs" else y.reshape(len(y), -1)[:, 0].double(), 4
+            )
 
         def by(closing: Closing) -> _Run:
             def run(
                 weights: Weights, x_dot: Tensor | None, sums: Sums
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
-                bars = closing.run(weights, x, dots, [sums], wants_primal=True)
-                return [], self._wanted(bars)
+                measured = [] if spec.measure is None else closing.measure(weights, x, dots)
+                values = [each.to(_dtype(p)) for each in measured]
+                if spec.cotangents is None:
+                    return values, []
+                shares = [] if given is None else [given]
+                bars = closing.run(weights, x, dots, [sums], wants_primal=True, given=shares)
+                return values, self._wanted(bars)
 
             return run
 
-        rule = self._spec.cotangents
-        assert rule is not None
+        def at_output(y: Tensor, y_dot: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            at = AtOutput(loss, at_least_float32(y), at_least_float32(y_dot), target, given)
+            return (
+                [] if spec.measure is None else [spec.measure(at)],
+                () if spec.cotangents is None else spec.cotangents(at),
+            )
 
-        def cotangents(y: Tensor, y_dot: Tensor) -> Sequence[Tensor]:
-            return rule(AtOutput(loss, at_least_float32(y), at_least_float32(y_dot), target))
-
-        other = by(EagerClosing(f, self._spec, loss, target, 1.0))
-        return self._matches(by(traced), other, f, p, x, is_data, cotangents)
+        other = by(EagerClosing(f, spec, loss, target, 1.0))
+        return self._matches(by(traced), other, f, p, x, is_data, at_output)
 
     def _wanted(self, bars: Bars) -> list[Tensor | None]:
         """Cotangents that the block below is given."""
@@ -200,7 +211,7 @@ class Verifier:
         p: Params,
         x: Tensor,
         is_data: bool,
-        cotangents: Callable[[Tensor, Tensor], Sequence[Tensor]],
+        at_output: Callable[[Tensor, Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]],
     ) -> bool | None:
         """Whether a trace finds what torch finds; None where that is no number or nothing.
 
@@ -211,7 +222,7 @@ class Verifier:
             p: Its parameters.
             x: Its input.
             is_data: It has no tangent.
-            cotangents: ȳ, or the pair (ȳ, ȳ̇), of (y, ẏ).
+            at_output: Of (y, ẏ): the values there, and ȳ, the pair (ȳ, ȳ̇), or nothing.
         """
         some, pair = self._passes.forward == "tangent", self._passes.backward == "pair"
         p = _own(p)
@@ -235,11 +246,14 @@ class Verifier:
             u = dict(zip(p, directions, strict=False))
             u_x, *u_gradient = [*directions[len(p) :], None]
             y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot), pair)
-            y_bar, *y_bar_dot = cotangents(y, y_t)
-            truth = y_bar_dot[0] * y_s + y_bar * y_ts if pair else y_bar * y_s
+            expected, bars = at_output(y, y_t)
+            if not bars:
+                return expected, 0.0
+            y_bar = bars[0]
+            truth = bars[1] * y_s + y_bar * y_ts if pair else y_bar * y_s
             for each in _there(u_gradient):
                 truth = truth + y_bar * value_and_tangent(lambda x: f(p, x), (x,), (each,))[1]
-            return [y, y_t], float(truth.sum())
+            return expected, float(truth.sum())
 
         def backward() -> tuple[Sequence[Tensor], float]:
             values, truth, _ = found_by(other)
@@ -257,7 +271,8 @@ class Verifier:
             # No number on either side is the data's fault.
             undecided = not math.isfinite(truth) and not math.isfinite(product)
             if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
-                return True if any(map(_size, found)) else None
+                seen = values if self._passes.backward == "none" else found
+                return True if any(map(_size, seen)) else None
         return None if undecided else False
 
 
