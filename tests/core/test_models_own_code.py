@@ -13,6 +13,7 @@ from hvp_core.chain import ModuleChain
 from hvp_core.closing import EagerClosing
 from hvp_core.errors import CurvatureError
 from hvp_core.loss import CrossEntropy, SquaredError
+from hvp_core.product_spec import GRADIENT
 from hvp_core.route import Eager
 from hvp_core.walk import Curvature
 from torch import Tensor, nn
@@ -159,8 +160,9 @@ def test_an_error_is_the_models_if_a_line_of_the_models_raised_it() -> None:
     problem = in_a_row(nn.Tanh())
     target = TARGETS + 100
     weights = routes.function_of(problem.chain.blocks[2].body(None, dense=True))
-    closing = EagerClosing(weights, CrossEntropy(), target, 1.0)
-    assert blamed(lambda: closing._gradient(torch.ones(5, 3))) == "model"
+    closing = EagerClosing(weights, GRADIENT, CrossEntropy(), target, 1.0)
+    y = torch.ones(5, 3)
+    assert blamed(lambda: closing._cotangents(y, y)) == "model"
     assert blamed(lambda: Eager(None).value({}, X)) == "ours"  # type: ignore[arg-type]
 
 

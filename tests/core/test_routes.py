@@ -150,10 +150,10 @@ def test_a_closing_whose_trace_is_wrong_is_never_used(
     expected = {kind: curvature_of(problem).product(kind, v) for kind in KINDS}
     right = TracedClosing.run
 
-    def wrong(self: TracedClosing, mode: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrong(self: TracedClosing, *args: Any, **kwargs: Any) -> Any:
         for each in args[3][0]._views.values():
             each.add_(shift)
-        return right(self, mode, *args, **kwargs)
+        return right(self, *args, **kwargs)
 
     monkeypatch.setattr(TracedClosing, "run", wrong)
     monkeypatch.setattr(verify, "_verified", set())

@@ -16,6 +16,7 @@ from hvp_core.errors import CurvatureError
 from hvp_core.layout import Layout
 from hvp_core.parts import Term
 from hvp_core.policy import Policy, Schedule
+from hvp_core.product_spec import HESSIAN
 from hvp_core.schedule import Bytes, Choice, choose
 from hvp_core.shards import Sums
 from hvp_core.space import Space
@@ -179,7 +180,7 @@ def test_several_probes_do_not_meet_what_was_kept_for_one() -> None:
     for exponent in range(30, 100):  # until some block is cached for one probe, lean for four
         itinerary._policy = Policy(budget_bytes=int(1.15**exponent))
         itinerary._choices.clear()
-        pairs = list(zip(*(itinerary.choose("hessian", n) for n in (1, 4)), strict=True))
+        pairs = list(zip(*(itinerary.choose(HESSIAN, n) for n in (1, 4)), strict=True))
         if any(one.cached and several.way == "lean" for one, several in pairs):
             break
     else:

@@ -1,13 +1,13 @@
 """One block's products, by schedule: which stages run when, and what is kept between.
 
-A product takes a block through *legs*: forward and backward, each for the primal half, the tangent
-half, or both at once. Between the two parts of a leg the attention is called.
+A product's passes take a block through *legs*: forward and backward, each for the primal half, the
+tangent half, or both at once. Between the two parts of a leg the attention is called.
 
-    hessian   fast      forward both │ backward both
-              lean      forward both ┆ again both, backward both
-              shared    forward primal, tangent │ backward primal, tangent
-    ggn       fast      forward both │ backward primal, of the cotangent H_out J v
-    gradient  fast      forward primal │ backward primal
+    tangent, pair        fast      forward both │ backward both
+                         lean      forward both ┆ again both, backward both
+                         shared    forward primal, tangent │ backward primal, tangent
+    tangent, cotangent   fast      forward both │ backward primal, of the cotangent H_out J v, say
+    value, cotangent     fast      forward primal │ backward primal
 
 What crosses │ is kept; what crosses ┆ is not, but for the block's input and its attention's
 output. In `shared`, primal legs run once for any number of tangents: of several probes, whose
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.parts import Group, Part, split
+from hvp_core.product_spec import Passes
 from hvp_core.trace import Env, Stage, Trace
 
-Mode = Literal["loss", "gradient", "hessian", "ggn"]
 Way = Literal["fast", "lean", "shared"]
 Half = Literal["primal", "tangent"]
 Collect = Callable[[Part, Env], None]
@@ -51,25 +51,24 @@ class LegSpec:
 _BOTH: tuple[Half, ...] = ("primal", "tangent")
 
 
-def _legs(mode: Mode, way: Way) -> list[list[LegSpec]]:
+def _legs(passes: Passes, way: Way) -> list[list[LegSpec]]:
     """The legs of a product, in runs: nothing is kept from one run for the next."""
-    if mode == "loss":
-        return [[LegSpec(False, ("primal",))]]
-    if mode == "gradient":
-        forward = [LegSpec(False, ("primal",))]
-        backward = LegSpec(True, ("primal",), "p_bar", again=way == "lean")
-    elif way == "shared":
-        forward = [LegSpec(False, ("primal",)), LegSpec(False, ("tangent",))]
-        if mode == "hessian":
-            return [
-                [*forward, LegSpec(True, ("primal",)), LegSpec(True, ("tangent",), "p_bar_dot")]
-            ]
-        backward = LegSpec(True, ("primal",), "p_bar")
+    primal, tangent = LegSpec(False, ("primal",)), LegSpec(False, ("tangent",))
+    if passes.forward == "value":
+        forward = [primal]
     else:
-        forward = [LegSpec(False, _BOTH)]
-        halves, parameters = (_BOTH, "p_bar_dot") if mode == "hessian" else (("primal",), "p_bar")
-        backward = LegSpec(True, halves, parameters, again=way == "lean")
-    return [forward, [backward]] if way == "lean" else [[*forward, backward]]
+        forward = [primal, tangent] if way == "shared" else [LegSpec(False, _BOTH)]
+    if passes.backward == "none":
+        return [forward]
+    if way == "shared" and passes.backward == "pair":
+        return [[*forward, LegSpec(True, ("primal",)), LegSpec(True, ("tangent",), "p_bar_dot")]]
+    again = way == "lean"
+    backward = (
+        LegSpec(True, _BOTH, "p_bar_dot", again)
+        if passes.backward == "pair"
+        else LegSpec(True, ("primal",), "p_bar", again)
+    )
+    return [forward, [backward]] if again else [[*forward, backward]]
 
 
 @final
@@ -222,7 +221,7 @@ class BlockDual:
         self.key = key
         self.is_cut = "o" in trace.arguments
         self._prepare = prepare
-        self._plans: dict[tuple[Mode, Way], Plan] = {}
+        self._plans: dict[tuple[Passes, Way], Plan] = {}
 
     @property
     def output(self) -> tuple[torch.Size, torch.dtype]:
@@ -230,11 +229,11 @@ class BlockDual:
         value = self._trace.outputs["y"].meta["val"]
         return value.shape, value.dtype
 
-    def plan(self, mode: Mode, way: Way) -> Plan:
-        """The legs of one kind of product."""
-        if (mode, way) not in self._plans:
+    def plan(self, passes: Passes, way: Way) -> Plan:
+        """The legs of the products of these passes."""
+        if (passes, way) not in self._plans:
             legs: list[Leg] = []
-            for run in _legs(mode, way):
+            for run in _legs(passes, way):
                 groups = [self._groups(spec) for spec in run]
                 parts = split(self._trace, [each for pair in groups for each in pair])
                 for spec, pair in zip(run, groups, strict=True):
@@ -243,8 +242,8 @@ class BlockDual:
                         if self._prepare is not None:
                             self._prepare(part)
                     legs.append(Leg(spec, mine, self._needs(spec, mine)))
-            self._plans[mode, way] = Plan(tuple(legs))
-        return self._plans[mode, way]
+            self._plans[passes, way] = Plan(tuple(legs))
+        return self._plans[passes, way]
 
     def _groups(self, spec: LegSpec) -> list[Group]:
         """The parts of a leg: before and behind the attention, or one."""
@@ -302,15 +301,15 @@ class BlockDual:
             f"{name}_dot" if half == "tangent" else name for half in spec.halves for name in names
         }
 
-    def kept_bytes(self, mode: Mode, way: Way) -> int:
+    def kept_bytes(self, passes: Passes, way: Way) -> int:
         """Memory between the forward and the backward legs of one product."""
-        plan = self.plan(mode, way)
+        plan = self.plan(passes, way)
         forward = [leg for leg in plan.legs if not leg.spec.backward]
         return self._bytes(plan, plan.kept(forward[-1]))
 
-    def shared_bytes(self, mode: Mode) -> int:
+    def shared_bytes(self, passes: Passes) -> int:
         """Memory that a shared plan keeps from one product to the next."""
-        plan = self.plan(mode, "shared")
+        plan = self.plan(passes, "shared")
         names = frozenset[str]().union(*[leg.needs for leg in plan.legs])
         return self._bytes(plan, frozenset(name for name in names if not self.is_tangent(name)))
 

@@ -10,54 +10,63 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.block_dual import Mode
 from hvp_core.dual import Backward, Function, Params, backward_dual, forward_dual, pull_back
 from hvp_core.loss import Loss, at_least_float32
+from hvp_core.output_rules import AtOutput
 from hvp_core.parts import Group, Part, split
+from hvp_core.product_spec import ProductSpec
 from hvp_core.route import X_DATA, Bars, Weights, adder
 from hvp_core.shards import Sums
 from hvp_core.trace import Env, Stage, Trace, is_parameters
 
-#: What a mode takes from the trace of a closing block.
-_SUFFIX: dict[Mode, str] = {"gradient": "bar", "hessian": "bar_dot", "ggn": "curve"}
-
 
 class Closing(ABC):
-    """Takes one piece of a micro-batch through the last block, the loss, and back.
+    """Takes one piece of a micro-batch through the last block and a product's rules.
 
-    Law: all closings give the same numbers, to rounding.
+    Law: all closings of one product give the same numbers, to rounding.
     """
+
+    @abstractmethod
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """What the product measures of the piece, for each probe: float64 (rows,), or like y.
+
+        Args:
+            weights: The block's.
+            x: Input of the piece.
+            x_dots: Its tangent in each probe.
+        """
 
     @abstractmethod
     def run(
         self,
-        mode: Mode,
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
         """Cotangents of x; adds the parameters' derivatives to `sums`.
 
         Args:
-            mode: The product.
             weights: The block's.
             x: Input of the piece.
             x_dots: Its tangent in each probe.
             sums: One for each probe.
-            wants_primal: A Hessian product needs x̄ of the gradient, and does not have it yet.
+            wants_primal: Of a pair x̄ is needed too; it does not change from product to product.
+            given: For each probe what its cotangents are made of, where the product is given that.
         """
 
 
 @final
 class ClosingDual:
-    """The parts of a closing block at one shape.
+    """The parts of a closing block at one shape, for one product.
 
     Args:
         trace: Of `trace_closing`.
-        key: What it was traced from: the block's program and the loss, with its settings.
+        spec: The product that is traced.
+        key: What it was traced from: the block's program, the loss with its settings, the product.
         remarks: What is to be said of the block's code.
         prepare: Called once with each new part; may replace how it runs.
     """
@@ -65,31 +74,49 @@ class ClosingDual:
     def __init__(
         self,
         trace: Trace,
+        spec: ProductSpec,
         key: Hashable,
         remarks: AbstractSet[str] = frozenset(),
         prepare: Callable[[Part], None] | None = None,
     ):
         self._trace = trace
+        self.spec = spec
         self.remarks = frozenset(remarks)
         self.key = key
         self._prepare = prepare
-        self._parts: dict[tuple[Mode, bool, bool], list[Part]] = {}
+        self._parts: dict[tuple[bool, tuple[str, ...], tuple[str, ...]], list[Part]] = {}
 
-    def parts(self, mode: Mode, shared: bool, wants_primal: bool) -> list[Part]:
-        """One part; or, `shared`, a primal one and one for each probe."""
-        key = mode, shared, wants_primal
+    @property
+    def suffix(self) -> str:
+        """Of the names of what a probe's cotangents pull back to."""
+        return "bar_dot" if self.spec.passes.backward == "pair" else "bar"
+
+    @property
+    def given_dtype(self) -> torch.dtype:
+        """Of what the product is given."""
+        dtype: torch.dtype = self._trace.arguments["given_dot"].meta["val"].dtype
+        return dtype
+
+    def measuring(self, shared: bool) -> list[Part]:
+        """Parts that measure: one; or, `shared`, a primal one and one for each probe."""
+        return self._split(shared, (), ("measure",))
+
+    def parts(self, shared: bool, wants_primal: bool) -> list[Part]:
+        """Parts that go back: one; or, `shared`, a primal one and one for each probe."""
+        names = [
+            name
+            for name in self._trace.outputs
+            if name == f"x_{self.suffix}" or name.partition("/")[0] == f"p_{self.suffix}"
+        ]
+        return self._split(shared, ("x_bar",) if wants_primal else (), tuple(names))
+
+    def _split(self, shared: bool, primal: tuple[str, ...], rest: tuple[str, ...]) -> list[Part]:
+        key = shared, primal, rest
         if key not in self._parts:
-            primal = ("x_bar",) if wants_primal else ()
-            suffix = _SUFFIX[mode]
-            rest = [
-                name
-                for name in self._trace.outputs
-                if name == f"x_{suffix}" or name.partition("/")[0] == f"p_{suffix}"
-            ]
             first, second = frozenset([Stage(0, False)]), frozenset([Stage(0, True)])
             wanted = tuple(dict.fromkeys([*primal, *rest]))
             groups = (
-                [Group(first, primal), Group(second, tuple(rest))]
+                [Group(first, primal), Group(second, rest)]
                 if shared
                 else [Group(first | second, wanted)]
             )
@@ -107,7 +134,7 @@ class ClosingDual:
 
 @final
 class TracedClosing(Closing):
-    """By the trace of block and loss.
+    """By the trace of block and rules.
 
     Args:
         dual: Of both, at this shape.
@@ -118,26 +145,37 @@ class TracedClosing(Closing):
     def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
         self.dual, self._names, self._constants = dual, tuple(names), constants
 
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts that measure."""
+        shared = len(x_dots) > 1
+        parts, env = self.dual.measuring(shared), self._primal(weights, x)
+        if shared:
+            env |= parts[0](env)
+        return [
+            parts[-1](env | self._along(weights, probe, x_dot))["measure"]
+            for probe, x_dot in enumerate(x_dots)
+        ]
+
     def run(
         self,
-        mode: Mode,
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
         """The parts one after the other."""
-        wants_primal = wants_primal and mode == "hessian"
+        passes = self.dual.spec.passes
+        wants_primal = wants_primal and passes.backward == "pair"
         shared = len(x_dots) > 1
-        parts = self.dual.parts(mode, shared, wants_primal)
-        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
-        env |= self._constants
-        if X_DATA not in self._constants:
-            env["x"] = x
-        if mode == "gradient":
-            found = self._step(parts[0], env, sums[0])
+        parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)
+        more: list[Env] = [{} for _ in sums]
+        if given:
+            more = [{"given_dot": each.to(self.dual.given_dtype)} for each in given]
+        if passes.forward == "value":
+            found = self._step(parts[0], env | more[0], sums[0])
             return Bars(found.get("x_bar"), [])
         x_bar = None
         if shared:
@@ -145,14 +183,25 @@ class TracedClosing(Closing):
             x_bar = kept.get("x_bar")
             env |= kept
         dots: list[Tensor | None] = []
-        for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
-            along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
-            if x_dot is not None and "x" in env:
-                along["x_dot"] = x_dot
+        for probe, (x_dot, sum_) in enumerate(zip(x_dots, sums, strict=True)):
+            along = self._along(weights, probe, x_dot) | more[probe]
             found = self._step(parts[-1], env | along, sum_)
-            x_bar = found.get("x_bar", x_bar)
-            dots.append(found.get(f"x_{_SUFFIX[mode]}"))
+            if wants_primal:
+                x_bar = found.get("x_bar", x_bar)
+            dots.append(found.get(f"x_{self.dual.suffix}"))
         return Bars(x_bar, dots)
+
+    def _primal(self, weights: Weights, x: Tensor) -> Env:
+        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        env |= self._constants
+        return env if X_DATA in self._constants else {**env, "x": x}
+
+    def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
+        v = weights.v[probe]
+        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+        if x_dot is not None and X_DATA not in self._constants:
+            along["x_dot"] = x_dot
+        return along
 
     def _step(self, part: Part, env: Env, sum_: Sums) -> Env:
         found = part(env)
@@ -166,62 +215,82 @@ class EagerClosing(Closing):
 
     Args:
         f: The block.
-        loss: Behind it.
+        spec: The product.
+        loss: Behind the block.
         target: Of the piece.
-        scale: What the loss is multiplied by.
+        scale: What the cotangents are multiplied by.
     """
 
     def __init__(
         self,
         f: Function,
+        spec: ProductSpec,
         loss: Loss,
         target: Tensor,
         scale: float,
     ):
-        self._f, self._loss, self._target = f, loss, target
+        self._f, self._spec, self._loss, self._target = f, spec, loss, target
         self._scale = scale
+
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """A forward dual for each probe."""
+        assert self._spec.measure is not None
+        return [
+            self._spec.measure(self._at(*forward_dual(self._f, weights.p, v, x, x_dot)))
+            for v, x_dot in zip(weights.v, x_dots, strict=True)
+        ]
 
     def run(
         self,
-        mode: Mode,
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
         """A backward dual for each probe, or a plain one."""
-        if mode == "gradient":
-            found = pull_back(self._f, weights.p, x, self._gradient)
+        more: list[Tensor | None] = [*given] or [None for _ in sums]
+        if self._spec.passes.forward == "value":
+            found = pull_back(
+                self._f,
+                weights.p,
+                x,
+                lambda y: self._cotangents(y, torch.zeros_like(y), more[0])[0],
+            )
             sums[0].add_dense(found.p_bar)
             return Bars(found.x_bar, [])
+        pair = self._spec.passes.backward == "pair"
         x_bar, dots = None, []
-        for x_dot, v, sum_ in zip(x_dots, weights.v, sums, strict=True):
-            found = (
-                backward_dual(self._f, weights.p, v, x, x_dot, self._pair)
-                if mode == "hessian"
-                else self._ggn(weights, v, x, x_dot)
-            )
+        for x_dot, v, sum_, known in zip(x_dots, weights.v, sums, more, strict=True):
+            if pair:
+                found = backward_dual(self._f, weights.p, v, x, x_dot, self._pair)
+                x_bar = found.x_bar
+            else:
+                found = self._pull_back(weights.p, v, x, x_dot, known)
             sum_.add_dense(found.p_bar)
-            x_bar = found.x_bar if mode == "hessian" else None
-            dots.append(found.x_bar_dot if mode == "hessian" else found.x_bar)
+            dots.append(found.x_bar_dot if pair else found.x_bar)
         return Bars(x_bar, dots)
 
-    def _ggn(self, weights: Weights, v: Params, x: Tensor, x_dot: Tensor | None) -> Backward:
-        y_dot = forward_dual(self._f, weights.p, v, x, x_dot)[1]
-        return pull_back(self._f, weights.p, x, lambda y: self._curve(y, y_dot))
+    def _pull_back(
+        self, p: Params, v: Params, x: Tensor, x_dot: Tensor | None, given: Tensor | None
+    ) -> Backward:
+        y_dot = forward_dual(self._f, p, v, x, x_dot)[1]
+        return pull_back(self._f, p, x, lambda y: self._cotangents(y, y_dot, given)[0])
 
-    def _gradient(self, y: Tensor) -> Tensor:
-        found = self._loss.gradient(at_least_float32(y), self._target)
-        return (found * self._scale).to(y.dtype)
+    def _at(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> AtOutput:
+        y, y_dot = at_least_float32(y), at_least_float32(y_dot)
+        return AtOutput(self._loss, y, y_dot, self._target, given)
 
-    def _curve(self, y: Tensor, y_dot: Tensor) -> Tensor:
-        found = self._loss.curve(at_least_float32(y), at_least_float32(y_dot), self._target)
-        return (found * self._scale).to(y.dtype)
+    def _cotangents(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> list[Tensor]:
+        assert self._spec.cotangents is not None
+        found = self._spec.cotangents(self._at(y, y_dot, given))
+        return [(each * self._scale).to(y.dtype) for each in found]
 
     def _pair(self, y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
-        return self._gradient(y), self._curve(y, y_dot)
+        y_bar, y_bar_dot = self._cotangents(y, y_dot)
+        return y_bar, y_bar_dot
 
 
 def joined(bars: Sequence[Bars]) -> Bars:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import final
 
 import torch
 from torch import Tensor
 
 from hvp_core.blame import working_on
-from hvp_core.block_dual import Mode, Way
-from hvp_core.chain import Body, Chain, MicroBatch
+from hvp_core.block_dual import Way
+from hvp_core.chain import Block, Body, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing
 from hvp_core.compiler import COMPILER
 from hvp_core.dual import Params
 from hvp_core.errors import CurvatureError
 from hvp_core.policy import Policy
 from hvp_core.precision import exact_products, listening
-from hvp_core.route import Eager, Route, Traced
+from hvp_core.product_spec import LOSS, Passes, ProductSpec
+from hvp_core.route import Eager, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.rows import RowCheck
 from hvp_core.schedule import Bytes, Choice, choose
-from hvp_core.shards import gathered
+from hvp_core.shards import Sums
 from hvp_core.space import Space
+from hvp_core.sweep import ParameterFeed, sweep
 from hvp_core.verify import Verifier
 
-_PRODUCT: dict[Mode, str] = {
-    "loss": "loss",
-    "gradient": "gradient",
-    "hessian": "Hessian's product",
-    "ggn": "Gauss-Newton product",
-}
 _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
 
 
@@ -73,46 +70,66 @@ class Itinerary:
         self._pair = pair
         #: By block and micro-batch.
         self.route_of: dict[tuple[int, int], Route] = {}
-        self._closing_of: dict[tuple[int, int], Closing] = {}
+        #: Of a row of the output, once a product has asked for it; None on ranks without rows.
+        self.output_shape: tuple[int, ...] | None = None
+        self._closing_of: dict[tuple[ProductSpec, int, int], Closing] = {}
         self._traces_closing = True
-        self._prepared: set[Mode] = set()
-        self._choices: dict[tuple[Mode, int], list[Choice]] = {}
+        self._prepared: set[ProductSpec] = set()
+        self._choices: dict[tuple[ProductSpec, int], list[Choice]] = {}
         self._compile_seconds_before = COMPILER.seconds
 
-    def prepare(self, mode: Mode, theta: Tensor) -> None:
+    def prepare(self, spec: ProductSpec, feed: ParameterFeed) -> None:
         """Find the route of every block, and see that it is right, before the first walk.
 
         Only shapes are walked: no block is computed at full size.
 
         Args:
-            mode: What is going to be computed.
-            theta: θ, this rank's shard.
+            spec: What is going to be computed.
+            feed: Of the parameters.
 
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block, on
                 all ranks: also on those that have no micro-batch and would never have met it.
         """
-        if mode in self._prepared:
+        if spec in self._prepared:
             return
-        verifier = None if mode == "loss" else Verifier(self._chain, self._batches[:1], mode)
-        last = len(self._chain.blocks) - 1
+        verifier = None
+        if spec is not LOSS:
+            verifier = Verifier(self._chain, self._batches[:1], spec)
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
-        for index, block in enumerate(self._chain.blocks):
-            with (
-                gathered(self._space, index, block, [theta]) as (p,),
-                self._space.collective.same_fate(_never),
-                working_on(block.name, f"its preparation for the {_PRODUCT[mode]}"),
-                listening() as remarks,
-            ):
+        last = len(self._chain.blocks) - 1
+
+        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            block, p = self._chain.blocks[index], weights.p
+            with listening() as remarks:
                 takes_rows(block, p)
                 if index < last:
                     for batch, x in enumerate(xs):
                         xs[batch] = self.route(index, batch, p, x).like(p, x)
+                elif "outputs" in (spec.given, spec.measured) and xs:
+                    self._look_at_output(p, xs[0])
                 if verifier is not None:
                     self._verify(verifier, index, p)
                 self._routes.remark(block.name, remarks)
-        self._prepared.add(mode)
+
+        def guard(block: Block) -> AbstractContextManager[object]:
+            stack = ExitStack()
+            stack.enter_context(self._space.collective.same_fate(_never))
+            stack.enter_context(working_on(block.name, f"its preparation for the {spec.title}"))
+            return stack
+
+        sweep(feed, range(last + 1), visit, guard)
+        self._prepared.add(spec)
+
+    @torch.no_grad()
+    def _look_at_output(self, p: Params, x: Tensor) -> None:
+        """Learn the shape of a row of the output from a piece of the last block's input."""
+        pieces = list(self.pieces(0, x))
+        y = function_of(self.body(len(self._chain.blocks) - 1, 0, True))(p, pieces[0][0])
+        self.output_shape = tuple(y.shape[1:])
+        if len(pieces) > 1:
+            self.output_shape = (x.shape[1], *y.shape[2:])
 
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
@@ -128,7 +145,7 @@ class Itinerary:
         )
         if closing:
             self._traces_closing = False
-            self._closing_of.clear()  # what another mode has made of that trace too
+            self._closing_of.clear()  # what another product has made of that trace too
             return
         for batch in range(len(self._batches)):
             body = self.body(index, batch, True)
@@ -152,34 +169,43 @@ class Itinerary:
             )
         return self.route_of[index, batch]
 
-    def closing(self, batch: int, piece: int, p: Params, x: Tensor, target: Tensor) -> Closing:
-        """Of the last block and the loss, with one piece of a micro-batch."""
-        if (batch, piece) not in self._closing_of:
-            self._closing_of[batch, piece] = self._close(batch, p, x, target)
-        return self._closing_of[batch, piece]
+    def closing(
+        self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
+    ) -> Closing:
+        """Of the last block and a product's rule, with one piece of a micro-batch."""
+        key = spec, batch, piece
+        if key not in self._closing_of:
+            self._closing_of[key] = self._close(spec, batch, p, x, target)
+        return self._closing_of[key]
 
-    def _close(self, batch: int, p: Params, x: Tensor, target: Tensor) -> Closing:
+    def _close(
+        self, spec: ProductSpec, batch: int, p: Params, x: Tensor, target: Tensor
+    ) -> Closing:
         last = len(self._chain.blocks) - 1
         block, loss, scale = self._chain.blocks[last], self._chain.loss, 1 / self._num_targets
+        if spec.given == "outputs":
+            scale = 1.0
         body = self.body(last, batch, True)
         if not self._traces_closing:
-            return EagerClosing(function_of(body), loss, target, scale)
+            return EagerClosing(function_of(body), spec, loss, target, scale)
         return self._routes.closing(
-            block.name, block.parameters, body, loss, p, x, last == 0, target, scale
+            spec, block.name, block.parameters, body, loss, p, x, last == 0, target, scale
         )
 
-    def choose(self, mode: Mode, num_probes: int) -> list[Choice]:
+    def choose(self, spec: ProductSpec, num_probes: int) -> list[Choice]:
         """The way of every block but the last."""
         blocks = range(len(self._chain.blocks) - 1)
-        if mode == "gradient":
+        if not spec.passes.keeps:
             way: Way = "lean" if self._policy.schedule == "lean" else "fast"
+            if spec.passes.forward == "tangent" and num_probes > 1:
+                way = "shared"  # keeps nothing, for nothing goes back
             return [Choice(way, False) for _ in blocks]
-        key = mode, num_probes
+        key = spec, num_probes
         if key not in self._choices:
             sizes = []
             for index in blocks:
                 each = [
-                    _sizes(self.route_of[index, batch], mode, num_probes)
+                    _sizes(self.route_of[index, batch], spec.passes, num_probes)
                     for batch in range(len(self._batches))
                 ]
                 sizes.append(
@@ -208,10 +234,10 @@ class Itinerary:
             found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
             if COMPILER.refused:
                 found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
-        for (mode, num_probes), choices in self._choices.items():
+        for (spec, num_probes), choices in self._choices.items():
             names = ["cached" if each.cached else each.way for each in choices]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
-            key = f"schedule_{mode}{f'_of_{num_probes}' if num_probes > 1 else ''}"
+            key = f"schedule_{spec.name}{f'_of_{num_probes}' if num_probes > 1 else ''}"
             found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
         for name, why in self._routes.fallbacks.items():
             found[f"fallback_{name}"] = why
@@ -220,15 +246,15 @@ class Itinerary:
         return found
 
 
-def _sizes(route: Route, mode: Mode, num_probes: int) -> Bytes:
+def _sizes(route: Route, passes: Passes, num_probes: int) -> Bytes:
     """What a route would keep of one micro-batch."""
     if not isinstance(route, Traced):
         return Bytes(0, 0, 0, 0)
     dual = route.dual
-    shared, cached = dual.kept_bytes(mode, "shared"), dual.shared_bytes(mode)
+    shared, cached = dual.kept_bytes(passes, "shared"), dual.shared_bytes(passes)
     return Bytes(
-        dual.kept_bytes(mode, "lean") * num_probes,
-        dual.kept_bytes(mode, "fast"),
+        dual.kept_bytes(passes, "lean") * num_probes,
+        dual.kept_bytes(passes, "fast"),
         shared * num_probes,
         cached,
     )

@@ -47,6 +47,14 @@ class Loss(ABC):
     ) -> torch.Tensor:
         """Ġ = H_out ż, shaped as the output."""
 
+    @abstractmethod
+    def by_target(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums of a tensor like the output over what belongs to each single target.
+
+        Returns:
+            What it sums over is of size one: the sums broadcast against the output.
+        """
+
 
 @final
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class CrossEntropy(Loss):
         mean = (probability * tangent).sum(-1, keepdim=True)
         return probability.mul_(tangent - mean).mul_((target != IGNORED).unsqueeze(-1))
 
+    def by_target(self, values: torch.Tensor) -> torch.Tensor:
+        """Over the classes."""
+        return values.sum(-1, keepdim=True)
+
 
 @final
 @dataclass(frozen=True)
@@ -106,6 +118,12 @@ class SquaredError(Loss):
     ) -> torch.Tensor:
         """ż."""
         return tangent
+
+    def by_target(self, values: torch.Tensor) -> torch.Tensor:
+        """Over all of a row."""
+        return (
+            values.sum(list(range(1, values.dim())), keepdim=True) if values.dim() > 1 else values
+        )
 
 
 @final
@@ -132,3 +150,7 @@ class Logistic(Loss):
         """σ(z)(1 − σ(z)) ż."""
         probability = output.sigmoid()
         return probability * (1 - probability) * tangent
+
+    def by_target(self, values: torch.Tensor) -> torch.Tensor:
+        """Each number of the output has a target of its own."""
+        return values

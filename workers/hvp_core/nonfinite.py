@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from contextlib import nullcontext
 
 from hvp_core.chain import Chain, MicroBatch
 from hvp_core.errors import CurvatureError
 from hvp_core.itinerary import Itinerary
+from hvp_core.route import Weights
 from hvp_core.routes import function_of
-from hvp_core.shards import gathered
-from hvp_core.space import Space
+from hvp_core.shards import Sums
+from hvp_core.sweep import ParameterFeed, sweep
 
 
 def first_non_finite_block(
-    chain: Chain,
-    space: Space,
-    itinerary: Itinerary,
-    batches: Sequence[MicroBatch],
-    theta: Tensor,
+    chain: Chain, feed: ParameterFeed, itinerary: Itinerary, batches: Sequence[MicroBatch]
 ) -> CurvatureError:
     """Walk again, looking at every block; all ranks come to the same answer.
 
     Args:
         chain: The model.
-        space: Of its parameters.
+        feed: Of its parameters.
         itinerary: Prepared for the loss.
         batches: This rank's micro-batches.
-        theta: θ, this rank's shard.
 
     Returns:
         NON_FINITE, naming the block.
@@ -36,18 +31,20 @@ def first_non_finite_block(
     names = [block.name for block in chain.blocks]
     first = len(names)
     xs = [chain.first_input(batch) for batch in batches]
-    for index, block in enumerate(chain.blocks):
-        with gathered(space, index, block, [theta]) as (p,):
+
+    def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        nonlocal first
+        p = weights.p
+        for batch, x in enumerate(xs):
             if index < len(names) - 1:
-                xs = [itinerary.route(index, batch, p, x).value(p, x) for batch, x in enumerate(xs)]
+                xs[batch] = itinerary.route(index, batch, p, x).value(p, x)
             else:
-                xs = [
-                    function_of(itinerary.body(index, batch, True))(p, x)
-                    for batch, x in enumerate(xs)
-                ]
+                xs[batch] = function_of(itinerary.body(index, batch, True))(p, x)
         if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
             first = index
-    first = min(space.collective.gather_objects(first))
+
+    sweep(feed, range(len(names)), visit, lambda _: nullcontext())
+    first = min(feed.space.collective.gather_objects(first))
     name = names[first] if first < len(names) else "loss"
     return CurvatureError(
         "NON_FINITE",

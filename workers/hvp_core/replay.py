@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import final
 
 import torch
@@ -63,3 +63,37 @@ class Replay:
                 each.copy_(vector)
         self._graph.replay()
         return [each if borrow else each.clone() for each in self._outputs]
+
+
+@final
+class Graphs:
+    """Products as graphs, by what they are of; recorded at their second walk.
+
+    The first compiles kernels and keeps what later ones read.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Replay | None] = {}
+        self._walked: set[Hashable] = set()
+
+    def get(
+        self,
+        key: Hashable,
+        walk: Callable[[Sequence[Tensor], Sequence[Tensor]], object],
+        inputs: Callable[[], Sequence[Tensor]],
+        outputs: Callable[[], Sequence[Tensor]],
+    ) -> Replay | None:
+        """The graph of a product; None the first time, and where there can be none.
+
+        Args:
+            key: Of the product.
+            walk: What is recorded: (vectors, products to write).
+            inputs: Makes the vectors that it reads.
+            outputs: Makes the products that it writes.
+        """
+        if key not in self._walked:
+            self._walked.add(key)
+            return None
+        if key not in self._found:
+            self._found[key] = Replay.capture(walk, inputs(), outputs())
+        return self._found[key]

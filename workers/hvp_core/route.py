@@ -10,9 +10,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.block_dual import AttentionCall, BlockDual, Leg, Mode, Way
+from hvp_core.block_dual import AttentionCall, BlockDual, Leg, Way
 from hvp_core.dual import Function, Params, backward_dual, forward_dual, pull_back
 from hvp_core.parts import Part
+from hvp_core.product_spec import LOSS, Passes
 from hvp_core.shards import Sums
 from hvp_core.trace import Env
 
@@ -75,7 +76,7 @@ class Route(ABC):
     @abstractmethod
     def forward(
         self,
-        mode: Mode,
+        passes: Passes,
         way: Way,
         weights: Weights,
         x: Tensor,
@@ -86,7 +87,13 @@ class Route(ABC):
 
     @abstractmethod
     def backward(
-        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        tape: Tape,
+        bars: Bars,
+        sums: Sequence[Sums],
     ) -> Bars:
         """Cotangents of x; adds the parameters' derivatives to `sums`, one for each probe."""
 
@@ -122,7 +129,7 @@ class Traced(Route):
 
     def value(self, p: Params, x: Tensor) -> Tensor:
         """By the leg of the loss."""
-        leg = self.dual.plan("loss", "fast").legs[0]
+        leg = self.dual.plan(LOSS.passes, "fast").legs[0]
         return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ class Traced(Route):
 
     def forward(
         self,
-        mode: Mode,
+        passes: Passes,
         way: Way,
         weights: Weights,
         x: Tensor,
@@ -145,7 +152,7 @@ class Traced(Route):
         kept: Tape | None,
     ) -> tuple[Tensor, list[Tensor | None], Tape]:
         """Its forward legs."""
-        plan = self.dual.plan(mode, way)
+        plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if not leg.spec.backward]
         if "primal" in legs[0].spec.halves and legs[0].spec.halves != ("primal",):
             tape = Tape()  # this plan keeps nothing from product to product
@@ -185,15 +192,22 @@ class Traced(Route):
             yield range(first, min(first + size, count))
 
     def backward(
-        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        tape: Tape,
+        bars: Bars,
+        sums: Sequence[Sums],
     ) -> Bars:
         """Its backward legs."""
-        plan = self.dual.plan(mode, way)
+        plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if leg.spec.backward]
-        if mode == "gradient":
+        if passes.forward == "value":
             env = self._env(weights) | tape.primal | _bar(bars.primal)
             found = legs[0].run(env, self._attention, adder(sums[0], self._names))
             return Bars(found.get("x_bar"), [])
+        pair = passes.backward == "pair"
         x_bar = tape.primal.get("x_bar")
         if len(legs) == 2 and not tape.complete:
             env = self._env(weights) | tape.primal | _bar(bars.primal)
@@ -207,13 +221,13 @@ class Traced(Route):
             for probe in probes:
                 env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
                 y_bar_dot = bars.dots[probe]
-                env |= _bar(y_bar_dot) if mode == "ggn" else _bar(bars.primal, y_bar_dot)
+                env |= _bar(bars.primal, y_bar_dot) if pair else _bar(y_bar_dot)
                 envs.append(env)
                 tape.tangents[probe] = {}
             adders = [adder(sums[probe], self._names) for probe in probes]
             for found in legs[-1].run_all(envs, self._attention, adders):
-                dots.append(found.get("x_bar" if mode == "ggn" else "x_bar_dot"))
-                if mode == "hessian":
+                dots.append(found.get("x_bar_dot" if pair else "x_bar"))
+                if pair:
                     x_bar = found.get("x_bar", x_bar)
         return Bars(x_bar, dots)
 
@@ -259,7 +273,7 @@ class Eager(Route):
 
     def forward(
         self,
-        mode: Mode,
+        passes: Passes,
         way: Way,
         weights: Weights,
         x: Tensor,
@@ -268,7 +282,7 @@ class Eager(Route):
     ) -> tuple[Tensor, list[Tensor | None], Tape]:
         """The forward dual of each probe."""
         tape = Tape({"x": x})
-        if mode == "gradient":
+        if passes.forward == "value":
             return self.value(weights.p, x), [], tape
         y_dots: list[Tensor | None] = []
         for v, x_dot in zip(weights.v, x_dots, strict=True):
@@ -278,11 +292,17 @@ class Eager(Route):
         return y, y_dots, tape
 
     def backward(
-        self, mode: Mode, way: Way, weights: Weights, tape: Tape, bars: Bars, sums: Sequence[Sums]
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        tape: Tape,
+        bars: Bars,
+        sums: Sequence[Sums],
     ) -> Bars:
         """The backward dual of each probe, or a plain one."""
         x = tape.primal["x"]
-        if mode == "hessian":
+        if passes.backward == "pair":
             dots = []
             for v, tangent, y_bar_dot, sum_ in zip(
                 weights.v, tape.tangents, bars.dots, sums, strict=True
@@ -293,13 +313,14 @@ class Eager(Route):
                 sum_.add_dense(found.p_bar)
                 dots.append(found.x_bar_dot)
             return Bars(found.x_bar, dots)
-        outgoing = [bars.primal] if mode == "gradient" else bars.dots
+        alone = passes.forward == "value"
+        outgoing = [bars.primal] if alone else bars.dots
         cotangents = []
         for y_bar, sum_ in zip(outgoing, sums, strict=True):
             found = pull_back(self._f, weights.p, x, _constant(y_bar))
             sum_.add_dense(found.p_bar)
             cotangents.append(found.x_bar)
-        return Bars(cotangents[0], []) if mode == "gradient" else Bars(None, cotangents)
+        return Bars(cotangents[0], []) if alone else Bars(None, cotangents)
 
 
 def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -23,6 +23,7 @@ from hvp_core.errors import CurvatureError
 from hvp_core.loss import Loss
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
+from hvp_core.product_spec import ProductSpec
 from hvp_core.route import X_DATA, Eager, Route, Traced
 from hvp_core.trace import Env, trace_block, trace_closing, trace_graph
 
@@ -156,6 +157,7 @@ class Routes:
 
     def closing(
         self,
+        spec: ProductSpec,
         name: str,
         parameters: Sequence[str],
         body: Body,
@@ -166,7 +168,7 @@ class Routes:
         target: Tensor,
         scale: float,
     ) -> Closing:
-        """The route of the last block and the loss for one piece of a micro-batch."""
+        """The route of the last block and a product's rule for one piece of a micro-batch."""
         values = {str(place): p[each] for place, each in enumerate(parameters)}
         inputs, constants = _inputs(x, is_data, body.constants)
         factor = torch.tensor(scale, dtype=_loss_dtype(x, values), device=target.device)
@@ -174,19 +176,19 @@ class Routes:
         f = _placed(body, parameters)
         try:
             look = self._look(name, body, f, values, inputs, constants, False)
-            of = look.text, loss
+            of = look.text, loss, spec
 
             def make() -> ClosingDual:
                 with listening() as remarks:
-                    trace = trace_closing(f, loss, values, inputs, constants)
-                return ClosingDual(trace, of, remarks, self._prepare)
+                    trace = trace_closing(f, loss, spec, values, inputs, constants)
+                return ClosingDual(trace, spec, of, remarks, self._prepare)
 
             dual = _duals.get(
                 (of, _signature(values | inputs | constants), self._policy.compile), make
             )
         except Exception as error:
             self._untraced(name, error)
-            return EagerClosing(function_of(body), loss, target, scale)
+            return EagerClosing(function_of(body), spec, loss, target, scale)
         self.remark(name, dual.remarks)
         return TracedClosing(dual, parameters, constants)
 

@@ -31,6 +31,8 @@ from torch.func import functionalize, jvp, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_core.loss import Loss, at_least_float32
+from hvp_core.output_rules import AtOutput
+from hvp_core.product_spec import ProductSpec
 from hvp_core.products import merge_sums
 from hvp_core.terms import alike, sums_behind, terms_of
 
@@ -50,7 +52,17 @@ class Stage:
     dotted: bool
 
 
-_TIMES = {"x": 0, "p": 0, "c": 0, "o": 1, "y_bar": 2, "q_bar": 3, "k_bar": 3, "v_bar": 3}
+_TIMES = {
+    "x": 0,
+    "p": 0,
+    "c": 0,
+    "given": 0,
+    "o": 1,
+    "y_bar": 2,
+    "q_bar": 3,
+    "k_bar": 3,
+    "v_bar": 3,
+}
 
 PRIMAL = tuple(Stage(time, False) for time in range(4))
 TANGENT = tuple(Stage(time, True) for time in range(4))
@@ -166,32 +178,52 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     return Trace(program, arguments)
 
 
-def trace_closing(f: Block, loss: Loss, p: Env, inputs: Env, constants: Env) -> Trace:
-    """The trace of the last block and the loss behind it; everything is of stage 0.
+def trace_closing(
+    f: Block, loss: Loss, spec: ProductSpec, p: Env, inputs: Env, constants: Env
+) -> Trace:
+    """The trace of the last block with what a product does at its output; all is of stage 0.
 
-    `x_bar` and `p_bar` belong to the gradient, `x_bar_dot` and `p_bar_dot` to the Hessian–vector
-    product, `x_curve` and `p_curve` to the Gauss–Newton product.
+    Its outputs are named as those of any block: `x_bar` and `p_bar` are what the product's
+    cotangent pulls back to, or the primal half of a pair, whose tangents are `x_bar_dot` and
+    `p_bar_dot`. `measure` is what the product measures.
 
     Args:
         f: The block.
         loss: A sum over targets.
+        spec: The product. What it is given is `given_dot`: like a tangent, it is another one for
+            each probe.
         p: Parameters by name.
         inputs: `x`, or nothing where the whole model is one block.
         constants: The block's, `c/target`, and `c/scale`: what the sum is multiplied by.
     """
     at = _flat("p", p) | inputs
     arguments = at | {dotted(name): each for name, each in at.items()} | constants
+    if spec.given == "rows":
+        target = constants["c/target"]
+        arguments["given_dot"] = target.new_empty(len(target), dtype=torch.float64)
+    if spec.given == "outputs":
+        with torch.no_grad():
+            arguments["given_dot"] = f(p, inputs, constants)["y"].contiguous()
 
     def program(env: Env) -> Env:
         value, value_dot = _dual(f, p, inputs, constants, env)
         y, y_dot = at_least_float32(value["y"]), at_least_float32(value_dot["y"])
-        target, scale = env["c/target"], env["c/scale"]
-        y_bar = {"y": (loss.gradient(y, target) * scale).to(value["y"].dtype)}
-        curve = {"y": (loss.curve(y, y_dot, target) * scale).to(value["y"].dtype)}
-        (_, primal), (_, tangent) = _dual_and_back(f, p, inputs, constants, env, y_bar, curve)
-        _, pullback = _vjp(f, p, inputs, constants, env)
-        found = _named("bar", primal) | _named("bar_dot", tangent)
-        return found | _named("curve", pullback(curve))
+        at_output = AtOutput(loss, y, y_dot, env["c/target"], env.get("given_dot"))
+        measured = {} if spec.measure is None else {"measure": spec.measure(at_output)}
+        return measured | ({} if spec.cotangents is None else back(env, value["y"], at_output))
+
+    def back(env: Env, y: Tensor, at_output: AtOutput) -> Env:
+        assert spec.cotangents is not None
+        y_bar, *y_bar_dot = (
+            {"y": (each * env["c/scale"]).to(y.dtype)} for each in spec.cotangents(at_output)
+        )
+        if spec.passes.backward == "cotangent":
+            _, pullback = _vjp(f, p, inputs, constants, env)
+            return _named("bar", pullback(y_bar))
+        (_, primal), (_, tangent) = _dual_and_back(
+            f, p, inputs, constants, env, y_bar, y_bar_dot[0]
+        )
+        return _named("bar", primal) | _named("bar_dot", tangent)
 
     return Trace(program, arguments)
 
@@ -259,7 +291,7 @@ def dotted(name: str) -> str:
 
 def is_parameters(name: str) -> bool:
     """Whether an output is a derivative with respect to a parameter."""
-    return name.startswith(("p_bar", "p_curve"))
+    return name.startswith("p_bar")
 
 
 # Tracing ------------------------------------------------------------------------------------------

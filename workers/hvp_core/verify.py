@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from hvp_core.blame import explained, whose
-from hvp_core.block_dual import Mode
 from hvp_core.chain import Block, Chain, MicroBatch
 from hvp_core.closing import Closing, EagerClosing, TracedClosing
-from hvp_core.dual import Cotangents, Function, Params, backward_dual, value_and_tangent
+from hvp_core.dual import Function, Params, backward_dual, value_and_tangent
+from hvp_core.loss import at_least_float32
+from hvp_core.output_rules import AtOutput
 from hvp_core.policy import Policy
+from hvp_core.product_spec import Passes, ProductSpec
 from hvp_core.route import Bars, Eager, Route, Traced, Weights
 from hvp_core.routes import Routes, function_of
 from hvp_core.shards import Sums
@@ -37,7 +39,7 @@ from hvp_core.space import partial_products
 #: weighed as if it were not: rounding is of that size.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
-_verified: set[Hashable] = set()  # programs and modes, in this process
+_verified: set[Hashable] = set()  # programs and what they were taken through, in this process
 
 #: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
 _Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
@@ -50,12 +52,12 @@ class Verifier:
     Args:
         chain: The model.
         batches: This rank's first micro-batch, or none.
-        mode: What is going to be computed.
+        spec: What is going to be computed.
     """
 
-    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], mode: Mode):
+    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], spec: ProductSpec):
         self._chain = chain
-        self._mode = mode
+        self._spec, self._passes = spec, spec.passes
         self._routes = Routes(Policy())
         small = [chain.few(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
@@ -74,16 +76,17 @@ class Verifier:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
         block, dtype, is_data = self._chain.blocks[index], _dtype(p), index == 0
-        key = _key(route.dual.key, p, is_data, self._mode) if isinstance(route, Traced) else None
+        key = None
+        if isinstance(route, Traced):
+            key = _key(route.dual.key, p, is_data, self._passes)
         p = {name: each.to(dtype) for name, each in p.items()}
         right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
             f = function_of(block.body(context, dense=True).cast(dtype))
             x = _in(dtype, x)
             if key is not None and key not in _verified:
-                answer = self._block(block, context, f, p, x, is_data)
-                right = _remembered(key, answer)
-            if not right and self._mode == "hessian":
+                right = _remembered(key, self._block(block, context, f, p, x, is_data))
+            if not right and self._passes.backward == "pair":
                 _try(block, f, p, x, is_data)
             with torch.no_grad():
                 self._xs = [_in(torch.float64, f(p, x))]
@@ -103,18 +106,15 @@ class Verifier:
         for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
             body = block.body(context, dense=True).cast(dtype)
             x = _in(dtype, x)
-            loss = self._chain.loss
-            traced = self._routes.closing(
-                block.name, block.parameters, body, loss, p, x, is_data, target, 1.0
-            )
+            at = self._spec, block.name, block.parameters, body, self._chain.loss
+            traced = self._routes.closing(*at, p, x, is_data, target, 1.0)
             f = function_of(body)
             if isinstance(traced, TracedClosing):
-                key = _key(traced.dual.key, p, is_data, self._mode)
-                if key in _verified:
+                key = _key(traced.dual.key, p, is_data, self._passes)
+                known = key in _verified
+                if known or _remembered(key, self._closing(traced, f, p, x, is_data, target)):
                     continue
-                if _remembered(key, self._closing(traced, f, p, x, is_data, target)):
-                    continue
-            if self._mode == "hessian":
+            if self._passes.backward == "pair":
                 _try(block, f, p, x, is_data)
             return False
         return True
@@ -140,15 +140,20 @@ class Verifier:
                 weights: Weights, x_dot: Tensor | None, sums: Sums
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
-                y, y_dots, tape = route.forward(self._mode, "fast", weights, x, dots, None)
+                y, y_dots, tape = route.forward(self._passes, "fast", weights, x, dots, None)
+                if self._passes.backward == "none":
+                    return [y, *_there(y_dots)], []
                 bars = Bars(y_bar, [y_bar_dot for _ in weights.v])
-                found = route.backward(self._mode, "fast", weights, tape, bars, [sums])
+                found = route.backward(self._passes, "fast", weights, tape, bars, [sums])
                 return [y, *_there(y_dots)], self._wanted(found)
 
             return run
 
         other = by(Eager(f))
-        return self._matches(by(traced), other, f, p, x, is_data, lambda *_: (y_bar, y_bar_dot))
+        one = y_bar if self._passes.forward == "value" else y_bar_dot
+        seeds = {"none": (), "cotangent": (one,), "pair": (y_bar, y_bar_dot)}
+        back = seeds[self._passes.backward]
+        return self._matches(by(traced), other, f, p, x, is_data, lambda *ys: (ys, back))
 
     def _closing(
         self,
@@ -159,27 +164,44 @@ class Verifier:
         is_data: bool,
         target: Tensor,
     ) -> bool | None:
-        loss = self._chain.loss
+        loss, spec = self._chain.loss, self._spec
+        given = None
+        if spec.given is not None:
+            with torch.no_grad():
+                y = f(p, x)
+            given = _noise(
+                y if spec.given == "outputs" else y.reshape(len(y), -1)[:, 0].double(), 4
+            )
 
         def by(closing: Closing) -> _Run:
             def run(
                 weights: Weights, x_dot: Tensor | None, sums: Sums
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
-                bars = closing.run(self._mode, weights, x, dots, [sums], wants_primal=True)
-                return [], self._wanted(bars)
+                measured = [] if spec.measure is None else closing.measure(weights, x, dots)
+                values = [each.to(_dtype(p)) for each in measured]
+                if spec.cotangents is None:
+                    return values, []
+                shares = [] if given is None else [given]
+                bars = closing.run(weights, x, dots, [sums], wants_primal=True, given=shares)
+                return values, self._wanted(bars)
 
             return run
 
-        def cotangents(y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
-            return loss.gradient(y, target), loss.curve(y, y_dot, target)
+        def at_output(y: Tensor, y_dot: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            at = AtOutput(loss, at_least_float32(y), at_least_float32(y_dot), target, given)
+            return (
+                [] if spec.measure is None else [spec.measure(at)],
+                () if spec.cotangents is None else spec.cotangents(at),
+            )
 
-        other = by(EagerClosing(f, loss, target, 1.0))
-        return self._matches(by(traced), other, f, p, x, is_data, cotangents)
+        other = by(EagerClosing(f, spec, loss, target, 1.0))
+        return self._matches(by(traced), other, f, p, x, is_data, at_output)
 
     def _wanted(self, bars: Bars) -> list[Tensor | None]:
         """Cotangents that the block below is given."""
-        return bars.dots if self._mode == "ggn" else [*bars.dots, bars.primal]
+        below = {"value": [bars.primal], "tangent": bars.dots}[self._passes.forward]
+        return [*below, bars.primal] if self._passes.backward == "pair" else below
 
     def _matches(
         self,
@@ -189,7 +211,7 @@ class Verifier:
         p: Params,
         x: Tensor,
         is_data: bool,
-        cotangents: Cotangents,
+        at_output: Callable[[Tensor, Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]],
     ) -> bool | None:
         """Whether a trace finds what torch finds; None where that is no number or nothing.
 
@@ -200,9 +222,9 @@ class Verifier:
             p: Its parameters.
             x: Its input.
             is_data: It has no tangent.
-            cotangents: (ȳ, ȳ̇) of (y, ẏ).
+            at_output: Of (y, ẏ): the values there, and ȳ, the pair (ȳ, ȳ̇), or nothing.
         """
-        some = self._mode != "gradient"
+        some, pair = self._passes.forward == "tangent", self._passes.backward == "pair"
         p = _own(p)
         v = _direction(p, 1000) if some else None
         x_dot = _noise(x, 1) if some and not is_data else None
@@ -223,14 +245,15 @@ class Verifier:
         def forward() -> tuple[Sequence[Tensor], float]:
             u = dict(zip(p, directions, strict=False))
             u_x, *u_gradient = [*directions[len(p) :], None]
-            y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot), self._mode == "hessian")
-            y_bar, y_bar_dot = cotangents(y, y_t)
-            truth = (y_bar_dot if some else y_bar) * y_s
-            if self._mode == "hessian":
-                truth = truth + y_bar * y_ts
+            y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot), pair)
+            expected, bars = at_output(y, y_t)
+            if not bars:
+                return expected, 0.0
+            y_bar = bars[0]
+            truth = bars[1] * y_s + y_bar * y_ts if pair else y_bar * y_s
             for each in _there(u_gradient):
                 truth = truth + y_bar * value_and_tangent(lambda x: f(p, x), (x,), (each,))[1]
-            return [y, y_t], float(truth.sum())
+            return expected, float(truth.sum())
 
         def backward() -> tuple[Sequence[Tensor], float]:
             values, truth, _ = found_by(other)
@@ -248,7 +271,8 @@ class Verifier:
             # No number on either side is the data's fault.
             undecided = not math.isfinite(truth) and not math.isfinite(product)
             if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
-                return True if any(map(_size, found)) else None
+                seen = values if self._passes.backward == "none" else found
+                return True if any(map(_size, seen)) else None
         return None if undecided else False
 
 
@@ -355,9 +379,9 @@ def _remembered(key: Hashable, answer: bool | None) -> bool:
     return answer is not False
 
 
-def _key(traced: Hashable, p: Params, is_data: bool, mode: Mode) -> Hashable:
+def _key(traced: Hashable, p: Params, is_data: bool, passes: Passes) -> Hashable:
     """What is verified at once: a program says nothing of widths, nor of what is differentiated."""
-    return traced, tuple(tuple(each.shape) for each in p.values()), is_data, mode
+    return traced, tuple(tuple(each.shape) for each in p.values()), is_data, passes
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:

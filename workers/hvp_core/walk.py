@@ -7,30 +7,42 @@ summed over the ranks and cut into shards as soon as it is known.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from hvp_core.blame import InStep, raise_first
-from hvp_core.block_dual import Mode
 from hvp_core.chain import Chain, MicroBatch, rows, to_device
-from hvp_core.closing import joined
 from hvp_core.errors import CurvatureError
-from hvp_core.itinerary import Itinerary, merged, refuse_slower_ways
-from hvp_core.loss import at_least_float32
+from hvp_core.exchange import Exchange
+from hvp_core.itinerary import Itinerary, refuse_slower_ways
 from hvp_core.nonfinite import first_non_finite_block
+from hvp_core.output_space import OutputSpace
+from hvp_core.passage import Passage
 from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, matmuls
-from hvp_core.replay import Replay
-from hvp_core.route import Bars, Tape, Weights
-from hvp_core.routes import function_of
+from hvp_core.product_spec import (
+    GGN,
+    GRADIENT,
+    HESSIAN,
+    LOSS,
+    MATRICES,
+    OUTPUT_JVP,
+    OUTPUT_VJP,
+    QUADRATICS,
+    SLOPES,
+    ProductSpec,
+)
+from hvp_core.replay import Graphs
 from hvp_core.schedule import Choice
-from hvp_core.shards import Results, Sums, gathered
+from hvp_core.shards import Results
 from hvp_core.space import Space
+from hvp_core.sweep import ParameterFeed
 
-Kind = Literal["hessian", "ggn"]
+Kind = Literal["hessian", "ggn", "fisher_token", "fisher_sequence"]
+Unit = Literal["token", "sequence"]
 
 
 @final
@@ -71,13 +83,16 @@ class Curvature:
         if self.num_targets == 0:
             raise CurvatureError("NO_TARGETS", "no target of the batch counts")
         self._dtype = compute_dtype(space.dtype, self.policy.precision)
-        self.parameters = parameters
         count = len(batch.targets)
         starts = range(0, count, micro_batch_size)
         rank, world_size = space.collective.rank, space.collective.world_size
-        self._batches = [
-            to_device(rows(batch, start, min(start + micro_batch_size, count)), space.device)
+        self._num_rows = count
+        self._row_ranges = [
+            range(start, min(start + micro_batch_size, count))
             for start in list(starts)[rank::world_size]
+        ]
+        self._batches = [
+            to_device(rows(batch, each.start, each.stop), space.device) for each in self._row_ranges
         ]
         pair = chain.pair(batch)
         self._itinerary = Itinerary(
@@ -89,13 +104,11 @@ class Curvature:
             self.policy,
             None if pair is None else to_device(pair, space.device),
         )
-        self._kept_mode: Mode | None = None
-        self._kept: dict[tuple[int, int], Tape] = {}
-        self._closing_bars: list[Bars] = []
+        self._passage = Passage(chain, self._batches, self._itinerary)
+        self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
-        self._graphs: dict[Hashable, Replay | None] = {}
-        self._walked: set[Hashable] = set()
-        self._told: dict[int, Mapping[str, str]] = {}  # notes, by rank
+        self._exchange = Exchange(space.collective, self._itinerary)
+        self.parameters = parameters
 
     @property
     def parameters(self) -> Tensor:
@@ -105,13 +118,13 @@ class Curvature:
     @parameters.setter
     def parameters(self, parameters: Tensor) -> None:
         self._parameters = parameters
-        self._theta = parameters.to(self._dtype)
+        self._feed = ParameterFeed(self.space, self.chain.blocks, parameters.to(self._dtype))
         self._drop()
 
     def _drop(self) -> None:
         """Forget what was kept for later products."""
-        self._kept_mode, self._kept, self._closing_bars = None, {}, []
-        self._graphs, self._walked = {}, set()
+        self._passage.drop()
+        self._graphs = Graphs()
 
     def release(self) -> None:
         """Give back the memory of what was kept for later products."""
@@ -125,24 +138,15 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE, naming the first block with an infinite or undefined value.
         """
-        total, last, step = 0.0, len(self.chain.blocks) - 1, InStep()
-        block = self.chain.blocks[last]
+        step = InStep()
         with matmuls(self.policy.precision):
-            self._itinerary.prepare("loss", self._theta)
-            xs = self._values(last, step)
-            with gathered(self.space, last, block, [self._theta]) as (p,):
-                for batch, x in enumerate(step.live(xs)):
-                    with step.on(block.name, "the loss"):
-                        for piece, target in self._itinerary.pieces(batch, x):
-                            y = function_of(self._itinerary.body(last, batch, True))(p, piece)
-                            total += float(self.chain.loss.value(at_least_float32(y), target))
+            self._itinerary.prepare(LOSS, self._feed)
+            total = self._passage.loss(self._feed, step)
             answers = self.space.collective.gather_objects((total, step.failure))
             raise_first(failure for _, failure in answers)
             value: float = sum(part for part, _ in answers) / self.num_targets
             if value - value != 0:  # NaN or infinite, on every rank alike
-                raise first_non_finite_block(
-                    self.chain, self.space, self._itinerary, self._batches, self._theta
-                )
+                raise first_non_finite_block(self.chain, self._feed, self._itinerary, self._batches)
         return value
 
     def gradient(self) -> Tensor:
@@ -151,7 +155,7 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE.
         """
-        return self._product("gradient", [])[0]
+        return self._product(GRADIENT, [])[0]
 
     def product(
         self, kind: Kind, vectors: Sequence[Tensor], *, borrow: bool = False
@@ -159,7 +163,7 @@ class Curvature:
         """The curvature matrix times each vector.
 
         Args:
-            kind: `hessian` or `ggn`.
+            kind: `hessian`, `ggn`, `fisher_token` or `fisher_sequence`; see `product_spec.py`.
             vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
                 gave are read where they are.
             borrow: The products may be overwritten by the next call, which saves copying them.
@@ -171,7 +175,7 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
         """
-        return self._product(kind, vectors, borrow=borrow)
+        return self._product(MATRICES[kind], vectors, borrow=borrow)
 
     def probes(self, count: int) -> list[Tensor]:
         """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
@@ -188,45 +192,164 @@ class Curvature:
 
     def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
-        return self._product("hessian", vectors)
+        return self._product(HESSIAN, vectors)
 
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G v for each v, G = Jᵀ H_out J. Cost in GEMM passes: 6, 5 or 4 each by schedule."""
-        return self._product("ggn", vectors)
+        return self._product(GGN, vectors)
+
+    def fisher(self, vectors: Sequence[Tensor], unit: Unit) -> list[Tensor]:
+        """F v for each v, of the empirical Fisher matrix of tokens or of sequences.
+
+        F = (1/W) Σ_u g_u g_uᵀ, with g_u the gradient of the summed losses of a unit and W the
+        number of targets, whatever the unit (see `product_spec.py`). Cost in GEMM passes: as `ggn`;
+        of sequences the last block is gone through once more, before any piece of a row goes back.
+
+        Args:
+            vectors: As for `product`.
+            unit: What each g_u is of: a target, or a row of the batch with all its targets.
+        """
+        return self.product("fisher_token" if unit == "token" else "fisher_sequence", vectors)
+
+    def slopes(self, vectors: Sequence[Tensor]) -> list[float]:
+        """∇L·v for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
+
+        The same as inner products with `gradient`, which costs 3 once and nothing for each v.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        return self._numbers(SLOPES, 1, vectors)
+
+    def quadratic(self, kind: Kind, vectors: Sequence[Tensor]) -> list[float]:
+        """v·Av for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
+
+        Args:
+            kind: Of A, as for `product`; not `hessian`, which has no such rule here.
+            vectors: As for `product`.
+
+        Raises:
+            KeyError: There is no rule for this kind.
+            CurvatureError: NON_FINITE.
+        """
+        return self._numbers(*QUADRATICS[kind], vectors)
+
+    @property
+    def output_space(self) -> OutputSpace:
+        """The space of the model's outputs on the batch, cut by rows over the ranks.
+
+        Found at the first call, which all ranks make together.
+        """
+        if self._output_space is None:
+            with matmuls(self.policy.precision):
+                self._itinerary.prepare(OUTPUT_JVP, self._feed)
+            shapes = self.space.collective.gather_objects(self._itinerary.output_shape)
+            shape = next(each for each in shapes if each is not None)
+            self._output_space = OutputSpace(
+                self._num_rows,
+                shape,
+                self._row_ranges,
+                self.space.collective,
+                self.space.dtype,
+                self.space.device,
+            )
+        return self._output_space
+
+    def jvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """J v for each v, J = ∂(outputs)/∂θ, of every position, whether its label counts or not.
+
+        The outputs are what the loss is given: a language model's logits. Memory: the results, and
+        pieces of the last block. Cost in GEMM passes: 3; 1 + 2K for K.
+
+        Args:
+            vectors: As for `product`.
+
+        Returns:
+            Vectors of `output_space`, (local,): each rank has those of its own rows.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        outputs = self.output_space
+        found = [outputs.zeros() for _ in vectors]
+        self._measure(OUTPUT_JVP, vectors, [outputs.by_row(each) for each in found])
+        return found
+
+    def vjp(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Jᵀ u for each u of the `output_space`, J as for `jvp`. Cost in GEMM passes: 3 each.
+
+        Args:
+            outputs: Vectors (local,), this rank's rows.
+
+        Returns:
+            This rank's shards, (shard_numel,) of the parameter space's type.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        space = self.output_space
+        return [self._product(OUTPUT_VJP, [], given=[space.by_row(each)])[0] for each in outputs]
 
     def notes(self) -> dict[str, str]:
         """How products were computed, for whoever wants to reproduce or explain them.
 
         As of the last product, for all ranks; what only some did names them.
         """
-        told = {**self._told, self.space.collective.rank: self._itinerary.notes()}
-        return merged([told.get(rank, {}) for rank in range(self.space.collective.world_size)])
+        return self._exchange.notes()
 
     # The walk -----------------------------------------------------------------------------------
 
     def _product(
-        self, mode: Mode, vectors: Sequence[Tensor], *, borrow: bool = False
+        self,
+        spec: ProductSpec,
+        vectors: Sequence[Tensor],
+        *,
+        borrow: bool = False,
+        given: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """The gradient (no vectors), or a product with each vector."""
-        if mode != "gradient" and not vectors:
+        """A product that goes back: one without vectors, or one with each."""
+        if spec.passes.forward == "tangent" and not vectors:
             return []
-        if self._kept_mode not in (None, mode) and mode != "gradient":
+        if not self._passage.is_of_use_to(spec.passes):
             self._drop()
         step = InStep()
         with matmuls(self.policy.precision):
-            self._itinerary.prepare(mode, self._theta)
-            choices = self._itinerary.choose(mode, len(vectors))
-            results = self._replayed(mode, choices, vectors, borrow)
+            self._itinerary.prepare(spec, self._feed)
+            choices = self._itinerary.choose(spec, len(vectors))
+            results = None if given else self._replayed(spec, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
-                results = self._walk(
-                    mode, choices, tangents, Results(self.space, self._dtypes(vectors)), step
+                into = Results(self.space, self._dtypes(vectors))
+                results = self._passage.there_and_back(
+                    spec, choices, self._feed, tangents, into, step, given
                 )
-        self._agree(results, "the gradient" if mode == "gradient" else "the product", step)
+        self._agree(results, f"the {spec.title}", step)
         return results
 
+    def _measure(
+        self, spec: ProductSpec, vectors: Sequence[Tensor], into: Sequence[Tensor]
+    ) -> None:
+        """What a product that goes forward alone measures of this rank's rows."""
+        if not vectors:
+            return
+        step = InStep()
+        with matmuls(self.policy.precision):
+            self._itinerary.prepare(spec, self._feed)
+            choices = self._itinerary.choose(spec, len(vectors))
+            tangents = [vector.to(self._dtype) for vector in vectors]
+            self._passage.there(spec, choices, self._feed, tangents, into, step)
+        self._agree(into, f"the {spec.title}", step)
+
+    def _numbers(self, spec: ProductSpec, power: int, vectors: Sequence[Tensor]) -> list[float]:
+        """(1/W) Σ over all rows of this power of what is measured, for each vector."""
+        shape = len(vectors), sum(len(each) for each in self._row_ranges)
+        measured = torch.zeros(shape, dtype=torch.float64, device=self.space.device)
+        self._measure(spec, vectors, list(measured))
+        own = measured.pow(power).sum(1).cpu()
+        return [float(each) / self.num_targets for each in self.space.collective.sum(own)]
+
     def _replayed(
-        self, mode: Mode, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
+        self, spec: ProductSpec, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
     ) -> list[Tensor] | None:
         """The product by a CUDA graph; None where there is none, or not yet."""
         alone = self.space.collective.world_size == 1
@@ -235,19 +358,18 @@ class Curvature:
         probes = self._probes.get(len(vectors), [])
         in_place = bool(probes) and all(a is b for a, b in zip(vectors, probes, strict=True))
         dtypes = self._dtypes(vectors)
-        key = mode, tuple(dtypes), in_place
-        if key not in self._walked:  # kernels are compiled, tapes are kept
-            self._walked.add(key)
-            return None
-        if key not in self._graphs:
-            self._graphs[key] = Replay.capture(
-                lambda inputs, outputs: self._walk(
-                    mode, choices, inputs, Results(self.space, dtypes, outputs), InStep(alone=True)
-                ),
-                probes if in_place else [self.space.zeros(self._dtype) for _ in vectors],
-                [self.space.zeros(dtype) for dtype in dtypes],
-            )
-        replay = self._graphs[key]
+
+        def walk(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> object:
+            into = Results(self.space, dtypes, outputs)
+            step = InStep(alone=True)
+            return self._passage.there_and_back(spec, choices, self._feed, inputs, into, step)
+
+        replay = self._graphs.get(
+            (spec, tuple(dtypes), in_place),
+            walk,
+            lambda: probes if in_place else [self.space.zeros(self._dtype) for _ in vectors],
+            lambda: [self.space.zeros(dtype) for dtype in dtypes],
+        )
         return None if replay is None else replay(vectors, borrow=borrow)
 
     def _dtypes(self, vectors: Sequence[Tensor]) -> list[torch.dtype]:
@@ -256,135 +378,21 @@ class Curvature:
         found = [each.dtype if each.itemsize == 2 else space for each in vectors]
         return found or [space]
 
-    def _walk(
-        self,
-        mode: Mode,
-        choices: Sequence[Choice],
-        tangents: Sequence[Tensor],
-        results: Results,
-        step: InStep,
-    ) -> list[Tensor]:
-        """Forward, through the loss, and backward."""
-        shards = [self._theta, *tangents]
-        bars, tapes = self._forward(mode, choices, shards, results, step)
-        for index in reversed(range(len(self.chain.blocks) - 1)):
-            block, choice = self.chain.blocks[index], choices[index]
-            with (
-                gathered(self.space, index, block, shards) as (p, *vs),
-                results.block(index) as sums,
-                step.on(block.name, "the derivative backward"),
-            ):
-                weights = Weights(p, vs)
-                for batch, bar in enumerate(step.live(bars)):
-                    tape = tapes.pop((index, batch))
-                    route = self._itinerary.route_of[index, batch]
-                    bars[batch] = route.backward(mode, choice.way, weights, tape, bar, sums)
-                    if choice.cached:
-                        tape.complete, tape.tangents = True, []
-                        self._kept[index, batch] = tape
-                        self._kept_mode = mode
-        return results.finish()
-
-    def _forward(
-        self,
-        mode: Mode,
-        choices: Sequence[Choice],
-        shards: Sequence[Tensor],
-        results: Results,
-        step: InStep,
-    ) -> tuple[list[Bars], dict[tuple[int, int], Tape]]:
-        """Up to the loss and back through the last block: cotangents of its input, and tapes."""
-        last = len(self.chain.blocks) - 1
-        xs = [self.chain.first_input(batch) for batch in self._batches]
-        dots: list[list[Tensor | None]] = [[None for _ in shards[1:]] for _ in xs]
-        tapes: dict[tuple[int, int], Tape] = {}
-        kept = self._kept if mode == self._kept_mode else {}
-        for index in range(last):
-            block, way = self.chain.blocks[index], choices[index].way
-            with (
-                gathered(self.space, index, block, shards) as (p, *vs),
-                step.on(block.name, "the derivative forward"),
-            ):
-                weights = Weights(p, vs)
-                for batch, x in enumerate(step.live(xs)):
-                    route = self._itinerary.route(index, batch, p, x)
-                    xs[batch], dots[batch], tapes[index, batch] = route.forward(
-                        mode, way, weights, x, dots[batch], kept.get((index, batch))
-                    )
-        known = bool(self._closing_bars) and mode == "hessian"
-        bars: list[Bars] = []
-        with (
-            gathered(self.space, last, self.chain.blocks[last], shards) as (p, *vs),
-            results.block(last) as sums,
-            step.on(self.chain.blocks[last].name, "its derivatives and the loss's"),
-        ):
-            for batch, x in enumerate(step.live(xs)):
-                found = self._close(mode, Weights(p, vs), batch, x, dots[batch], sums, not known)
-                bars.append(Bars(self._closing_bars[batch].primal, found.dots) if known else found)
-        if mode == "hessian" and any(each.cached for each in choices):
-            self._closing_bars = [Bars(each.primal, []) for each in bars]
-        return bars, tapes
-
-    def _close(
-        self,
-        mode: Mode,
-        weights: Weights,
-        batch: int,
-        x: Tensor,
-        x_dots: Sequence[Tensor | None],
-        sums: Sequence[Sums],
-        wants_primal: bool,
-    ) -> Bars:
-        """The last block and the loss, piece by piece."""
-        pieces = list(self._itinerary.pieces(batch, x))
-        tangents = [
-            [None for _ in pieces]
-            if dot is None
-            else [each for each, _ in self._itinerary.pieces(batch, dot)]
-            for dot in x_dots
-        ]
-        found = []
-        for index, (piece, target) in enumerate(pieces):
-            closing = self._itinerary.closing(batch, index, weights.p, piece, target)
-            dots = [each[index] for each in tangents]
-            found.append(closing.run(mode, weights, piece, dots, sums, wants_primal=wants_primal))
-        return joined(found)
-
-    def _values(self, stop: int, step: InStep) -> list[Tensor]:
-        """The input of block `stop` for every micro-batch of this rank."""
-        xs = [self.chain.first_input(batch) for batch in self._batches]
-        for index, block in enumerate(self.chain.blocks[:stop]):
-            with (
-                gathered(self.space, index, block, [self._theta]) as (p,),
-                step.on(block.name, "its value"),
-            ):
-                for batch, x in enumerate(step.live(xs)):
-                    xs[batch] = self._itinerary.route(index, batch, p, x).value(p, x)
-        return xs
-
-    # Failure ------------------------------------------------------------------------------------
-
     def _agree(self, shards: Sequence[Tensor], what: str, step: InStep) -> None:
-        """Exchange, once a product, what a rank alone knows of it: is it one, and how was it made.
+        """See, with all ranks, that a product is one.
 
         Raises:
             CurvatureError: NON_FINITE; what was raised on a rank; under a strict policy
                 MODEL_UNSUPPORTED where a slower way was taken.
         """
-        # One pass: what is not finite leaves no finite sum. The converse needs a closer look.
-        fine = all(bool(shard.sum().isfinite()) or bool(shard.isfinite().all()) for shard in shards)
-        own, rank = self._itinerary.notes(), self.space.collective.rank
-        told = None if own == self._told.get(rank) else own
-        answers = self.space.collective.gather_objects((fine, step.failure, told))
-        self._told.update(
-            {rank: told for rank, (*_, told) in enumerate(answers) if told is not None}
-        )
-        if any(failure is not None for _, failure, _ in answers):
+        try:
+            fine = self._exchange(shards, step)
+        except CurvatureError:
             self._drop()
-            raise_first(failure for _, failure, _ in answers)
+            raise
         if self.policy.strict:
             refuse_slower_ways(self.notes())
-        if all(fine for fine, *_ in answers):
+        if fine:
             return
         self._drop()
         self.loss()  # says which block, if the loss itself is at fault
