@@ -20,8 +20,8 @@ class DensitySpec:
     """Estimate the spectral density by Lanczos quadrature from random probes.
 
     Attributes:
-        num_probes: K random probes, each an independent estimate of the whole spectrum; the error of
-            their mean falls as 1/√K.
+        num_probes: K random probes, each an independent estimate of the whole spectrum; the error
+            of their mean falls as 1/√K.
         num_steps: m steps of Lanczos for each: moments of the spectrum are exact for each probe up
             to degree 2m − 1, and features narrower than the spectrum's width over m are smeared.
         seed: Of the probes.
@@ -116,8 +116,9 @@ _RULES: tuple[Rule[DensitySpec], ...] = (
         field="num_steps",
         reason="NUM_STEPS_INVALID",
         holds=lambda spec, facts: 1 <= spec.num_steps <= _most_steps(spec),
-        allowed=lambda spec, facts: f"with {spec.num_probes} probes 1 to {_most_steps(spec)} are "
-        "possible",
+        allowed=lambda spec, facts: (
+            f"with {spec.num_probes} probes 1 to {_most_steps(spec)} are possible"
+        ),
     ),
     Rule(
         field="seed",
