@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -278,6 +280,33 @@ def test_standard_errors_cover_the_truth_as_often_as_they_say() -> None:
     # And the estimate has no bias.
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     assert abs(np.mean(values) - float(SPECTRUM.sum())) <= 3 * error
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10, 40])
+def test_a_count_is_off_by_no_more_than_its_resolution(num_steps: int) -> None:
+    a = matrix(SPECTRUM)
+    values, u = torch.linalg.eigh(a)
+    points = [-math.inf, -0.5, -1e-3, 0.0, 1e-3, 0.2, 0.999, 1.5, 2.05, 8.9, 9.1, math.inf]
+    result = density(a, 3, num_steps)
+    for index, quadrature in enumerate(result.quadratures):
+        seen = (u.T @ probe(N, index)).square()
+        one = as_given(replace(result, quadratures=(quadrature,)), N)
+        for low, high in itertools.combinations(points, 2):
+            true = N * float(seen[(values > low) & (values <= high)].sum())
+            found = one.count(low, high)
+            assert abs(found.value - true) <= found.resolution + 1e-9, (low, high)
+    # What says the order of everything has nothing to hide; a finer one has less.
+    assert one.count(-math.inf, math.inf).resolution == 0
+
+
+def test_more_steps_resolve_counts_better() -> None:
+    a = matrix(SPECTRUM)
+    resolutions = [
+        as_given(density(a, 3, num_steps), N).count(-math.inf, 0).resolution
+        for num_steps in (5, 20, 80)
+    ]
+    assert resolutions == sorted(resolutions, reverse=True)
+    assert resolutions[-1] < resolutions[0] / 4
 
 
 def test_probes_of_different_seeds_and_places_are_different() -> None:

@@ -5,8 +5,8 @@
     gradient          value      G                                          cotangent
     hessian           tangent    (G, H_out ẏ)                               pair
     ggn               tangent    H_out ẏ                                    cotangent
-    fisher_token      tangent    for each target G · slope                  cotangent
-    fisher_sequence   tangent    slope of each row; then G · slope          cotangent
+    fisher by token   tangent    for each target G · slope                  cotangent
+    ... by sequence   tangent    slope of each row; then G · slope          cotangent
     slopes            tangent    slope of each row                          none
     output_jvp        tangent    ẏ                                          none
     output_vjp        value      u, which is given                          cotangent
@@ -21,13 +21,13 @@ A new product is a row here and, where no rule fits, a rule in `output_rules.py`
 The empirical Fisher matrix
     is F = (1/W) Σ_u g_u g_uᵀ, with W the number of targets of the whole batch, the same that the
     mean loss L is divided by, and g_u the gradient of the *sum* of the losses of unit u: of one
-    target (`fisher_token`), or of all targets of one row of the batch (`fisher_sequence`). With
-    this one divisor both are in the units of L: where labels are distributed as the model says,
-    gradients of a row's targets are uncorrelated, each given those before it, and both have the
-    expectation of the Hessian and of the Gauss–Newton matrix of L. The mean over *rows* of
-    the same outer products is `fisher_sequence` times W / rows. A row without a target adds
-    nothing. It is not the square of the mean gradient, and its labels are those of the batch, not
-    drawn from the model.
+    target (`empirical_fisher_token`), or of all targets of one row of the batch
+    (`empirical_fisher_sequence`). With this one divisor both are in the units of L: where labels
+    are distributed as the model says, gradients of a row's targets are uncorrelated, each given
+    those before it, and both have the expectation of the Hessian and of the Gauss–Newton matrix of
+    L. The mean over *rows* of the same outer products is `empirical_fisher_sequence` times W /
+    rows. A row without a target adds nothing. It is not the square of the mean gradient, and its
+    labels are those of the batch, not drawn from the model.
 """
 
 from __future__ import annotations
@@ -110,13 +110,13 @@ HESSIAN = ProductSpec(
 )
 GGN = ProductSpec("ggn", "Gauss-Newton product", _GAUSS_NEWTON, rules.curve)
 FISHER_TOKEN = ProductSpec(
-    "fisher_token",
+    "empirical_fisher_token",
     "product with the empirical Fisher matrix of tokens",
     _GAUSS_NEWTON,
     rules.gradient_by_slopes_of_targets,
 )
 FISHER_SEQUENCE = ProductSpec(
-    "fisher_sequence",
+    "empirical_fisher_sequence",
     "product with the empirical Fisher matrix of sequences",
     _GAUSS_NEWTON,
     rules.gradient_by_given_rows,
@@ -142,7 +142,7 @@ GGN_QUADRATIC = ProductSpec(
     "ggn_quadratic", "Gauss-Newton form", _FORWARD, measure=rules.curvature_of_rows
 )
 FISHER_TOKEN_QUADRATIC = ProductSpec(
-    "fisher_token_quadratic",
+    "empirical_fisher_token_quadratic",
     "form of the empirical Fisher matrix of tokens",
     _FORWARD,
     measure=rules.squared_slopes_of_targets,

@@ -41,7 +41,7 @@ from hvp_core.shards import Results
 from hvp_core.space import Space
 from hvp_core.sweep import ParameterFeed
 
-Kind = Literal["hessian", "ggn", "fisher_token", "fisher_sequence"]
+Kind = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
 Unit = Literal["token", "sequence"]
 
 
@@ -163,7 +163,8 @@ class Curvature:
         """The curvature matrix times each vector.
 
         Args:
-            kind: `hessian`, `ggn`, `fisher_token` or `fisher_sequence`; see `product_spec.py`.
+            kind: `hessian`, `ggn`, `empirical_fisher_token` or
+                `empirical_fisher_sequence`; see `product_spec.py`.
             vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
                 gave are read where they are.
             borrow: The products may be overwritten by the next call, which saves copying them.
@@ -198,7 +199,7 @@ class Curvature:
         """G v for each v, G = Jᵀ H_out J. Cost in GEMM passes: 6, 5 or 4 each by schedule."""
         return self._product(GGN, vectors)
 
-    def fisher(self, vectors: Sequence[Tensor], unit: Unit) -> list[Tensor]:
+    def empirical_fisher(self, vectors: Sequence[Tensor], unit: Unit) -> list[Tensor]:
         """F v for each v, of the empirical Fisher matrix of tokens or of sequences.
 
         F = (1/W) Σ_u g_u g_uᵀ, with g_u the gradient of the summed losses of a unit and W the
@@ -209,7 +210,11 @@ class Curvature:
             vectors: As for `product`.
             unit: What each g_u is of: a target, or a row of the batch with all its targets.
         """
-        return self.product("fisher_token" if unit == "token" else "fisher_sequence", vectors)
+        kinds: dict[Unit, Kind] = {
+            "token": "empirical_fisher_token",
+            "sequence": "empirical_fisher_sequence",
+        }
+        return self.product(kinds[unit], vectors)
 
     def slopes(self, vectors: Sequence[Tensor]) -> list[float]:
         """∇L·v for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.

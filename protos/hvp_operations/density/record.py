@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from hvp_operations.density import Quadrature
 from hvp_operations.operation import Table
 
+_AT_ONCE = 1 << 21  # values of a kernel in memory: a few tens of MB
 _WIDTH = 1 / 50  # of the spectrum: the kernel's standard deviation where none is given
-_POINTS = 500  # of a picture
 
 
 class Estimate(NamedTuple):
@@ -30,15 +30,28 @@ class Estimate(NamedTuple):
     standard_error: NDArray[np.float64]
 
 
+class Count(NamedTuple):
+    """A number of eigenvalues, with what makes it uncertain.
+
+    Attributes:
+        value: The estimate.
+        standard_error: Over the probes; infinite for a single one.
+        resolution: How far the finite number of steps can have moved the value, at most.
+    """
+
+    value: float
+    standard_error: float
+    resolution: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DensityResult:
     """Spectral density of an operator of order n, as K quadratures.
 
     Each probe x of norm 1 sees the spectral measure Σ (x·uᵢ)² δ(λ − λᵢ); its mean over random
     probes is the density, (1/n) Σ δ(λ − λᵢ). Lanczos gives the Gauss quadrature of each probe's
-    measure. What is said of errors is the spread over the probes; the smearing by a finite number
-    of steps comes on top where the kernel is narrower than the spectrum's width over the number of
-    steps.
+    measure. Standard errors are the spread over the probes; the smearing by a finite number of
+    steps comes on top where the kernel is narrower than the distance between nodes.
 
     Attributes:
         quadratures: One for each probe: nodes and weights, which sum to one.
@@ -69,7 +82,7 @@ class DensityResult:
         """(K, m) weights of `nodes`; each row sums to one, and what is repeated weighs nothing."""
         return self._rows([quadrature.weights for quadrature in self.quadratures], "constant")
 
-    def expectation(self, values: NDArray[Any]) -> Estimate:
+    def expectation(self, values: NDArray[np.float64]) -> Estimate:
         """Mean of f(λ) over the spectrum, (1/n) Σ f(λᵢ).
 
         Args:
@@ -96,9 +109,15 @@ class DensityResult:
             Mean and standard error (p,) over the probes, of the smoothed density.
         """
         width = self._width(sigma)
-        points = np.asarray(x, np.float64)[..., None, None]
-        kernel = np.exp(-0.5 * ((points - self.nodes) / width) ** 2)
-        return self.expectation(kernel / (width * math.sqrt(2 * math.pi)))
+        points, nodes = np.asarray(x, np.float64), self.nodes
+        value, error = np.empty(points.size), np.empty(points.size)
+        step = max(1, _AT_ONCE // nodes.size)
+        for start in range(0, points.size, step):
+            here = slice(start, start + step)
+            distance = points.reshape(-1)[here, None, None] - nodes
+            kernel = np.exp(-0.5 * (distance / width) ** 2) / (width * math.sqrt(2 * math.pi))
+            value[here], error[here] = self.expectation(kernel)
+        return Estimate(value.reshape(points.shape), error.reshape(points.shape))
 
     def moments(self, degree: int) -> Estimate:
         """(1/n) tr Aʲ for j = 0, ..., degree: exact for each probe up to twice the steps less one.
@@ -113,24 +132,47 @@ class DensityResult:
         return self.expectation(self.nodes[None] ** powers)
 
     def trace(self) -> Estimate:
-        """Tr A, with its standard error over the probes."""
+        """The trace of A, with its standard error over the probes."""
         mean = self.expectation(self.nodes)
         return Estimate(*(self.num_parameters * part for part in mean))
 
-    def count(self, low: float, high: float) -> Estimate:
-        """How many eigenvalues lie in (low, high], as far as the quadratures resolve its ends."""
+    def count(self, low: float, high: float) -> Count:
+        """How many eigenvalues lie in (low, high].
+
+        A probe's quadrature puts what its measure has between two nodes on these nodes. The measure
+        up to a point differs from the quadrature's by at most the weight of the node below it one
+        way, and of the node above it the other (the inequalities of Chebyshev, Markov and
+        Stieltjes; Szegő, "Orthogonal Polynomials", section 3.41). So a value of which `resolution`
+        is a large part tells little: the number of negative eigenvalues, where many lie close to
+        zero.
+
+        Args:
+            low: May be minus infinity.
+            high: May be infinity.
+
+        Returns:
+            The estimate with both its errors.
+        """
         inside = (self.nodes > low) & (self.nodes <= high)
         share = self.expectation(inside.astype(np.float64))
-        return Estimate(*(self.num_parameters * part for part in share))
+        unknown = [_unresolved(quadrature, low, high) for quadrature in self.quadratures]
+        n = self.num_parameters
+        return Count(
+            n * float(share.value), n * float(share.standard_error), n * float(np.mean(unknown))
+        )
 
     def table(self) -> Table:
         """Trace, spread and ends of the spectrum."""
         trace, square = self.trace(), self.moments(2)
+        negative = [part / self.num_parameters for part in self.count(-math.inf, 0)]
         rows = (
             ("trace", _pair(trace)),
             ("mean eigenvalue", _pair(self.expectation(self.nodes))),
             ("mean square", _pair(Estimate(square.value[2], square.standard_error[2]))),
-            ("negative eigenvalues, of all", _pair(self.expectation((self.nodes < 0) * 1.0))),
+            (
+                "share of eigenvalues ≤ 0",
+                f"{negative[0]:.3g} ± {negative[1]:.2g}, resolved to {negative[2]:.2g}",
+            ),
             ("largest Ritz value", f"{self.nodes.max():.6g}"),
             ("smallest Ritz value", f"{self.nodes.min():.6g}"),
         )
@@ -141,8 +183,8 @@ class DensityResult:
             headings=("", "estimate ± standard error"),
             rows=rows,
             notes=(
-                "Standard errors are over the probes; they hold for the operator that was computed "
-                "with, and say nothing of what finitely many steps smear.",
+                "Standard errors are over the probes. What finitely many steps smear comes on top: "
+                "of a share, as much as it says.",
                 f"{''.join(f'{each}, ' for each in told if each)}orthogonality defect "
                 f"{self.orthogonality_defect:.1e}",
             ),
@@ -164,48 +206,19 @@ class DensityResult:
     def plot(self, path: str | Path, sigma: float | None = None) -> None:
         """Draw the density on a logarithmic scale, with the band of two standard errors.
 
+        Where nearly all eigenvalues lie in a small part of the spectrum, a second panel shows that
+        part, smoothed accordingly less.
+
         Args:
             path: Of the picture; its suffix says the format, as `.png` or `.svg`.
-            sigma: As for `density`.
+            sigma: As for `density`, for a single panel.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
+        from hvp_operations.density.picture import draw
 
-        width = self._width(sigma)
-        nodes = self.nodes
-        x = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, _POINTS)
-        mean, error = self.density(x, width)
-        floor = 1 / (self.num_parameters * width * math.sqrt(2 * math.pi))  # one eigenvalue's peak
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        axes = figure.add_subplot()
-        if np.isfinite(error).all():
-            axes.fill_between(
-                x,
-                np.maximum(mean - 2 * error, floor / 100),
-                mean + 2 * error,
-                alpha=0.25,
-                color="#1c5fd4",
-                linewidth=0,
-                label="± 2 standard errors over the probes",
-            )
-        axes.plot(x, mean, color="#1c5fd4", label=f"mean of {len(self.quadratures)} probes")
-        axes.axhline(
-            floor, color="#8a94a6", linewidth=0.8, linestyle=":", label="a single eigenvalue"
-        )
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=floor / 10)
-        kind = self.provenance.get("operator", "operator")
-        axes.set_xlabel(f"eigenvalue of the {kind}")
-        axes.set_ylabel(f"density, smoothed by {width:.3g}")
-        axes.set_title(
-            f"Spectral density, {self.num_parameters:,} parameters, {nodes.shape[1]} Lanczos steps",
-            loc="left",
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        figure.savefig(path, dpi=160)
+        draw(self, path, sigma)
 
     def _width(self, sigma: float | None) -> float:
         if sigma is None:
@@ -225,3 +238,15 @@ class DensityResult:
 
 def _pair(estimate: Estimate) -> str:
     return f"{float(estimate.value):.6g} ± {float(estimate.standard_error):.2g}"
+
+
+def _unresolved(quadrature: Quadrature, low: float, high: float) -> float:
+    """How far the measure of (low, high] may be from the quadrature's."""
+    nodes, weights = np.asarray(quadrature.nodes), (0.0, *quadrature.weights, 0.0)
+
+    def around(x: float) -> tuple[float, float]:
+        below = int(np.searchsorted(nodes, x, side="right"))
+        return (weights[below], weights[below + 1]) if math.isfinite(x) else (0.0, 0.0)
+
+    (low_below, low_above), (high_below, high_above) = around(low), around(high)
+    return max(high_below + low_above, high_above + low_below)

@@ -1,0 +1,110 @@
+"""The picture of a spectral density."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from hvp_operations.density.record import DensityResult
+
+_POINTS = (800, 20_000)  # of a curve, at least and at most
+_PER_KERNEL = 5  # of them within a kernel's standard deviation, so that no peak is overlooked
+_TAIL = 0.005  # of the eigenvalues, on either side of the panel that leaves outliers out
+_SMALL = 0.25  # of the spectrum: a bulk that takes less gets a panel of its own
+_FINE = 1 / 50  # of a panel: the kernel's standard deviation in it
+_COLOUR = "#1c5fd4"
+_NAMES = {"hessian": "the Hessian", "ggn": "the Gauss-Newton matrix"}
+
+
+def draw(result: DensityResult, path: str | Path, sigma: float | None) -> None:
+    """Draw the density into a file.
+
+    Args:
+        result: The density.
+        path: Of the file.
+        sigma: The kernel's standard deviation, for one panel; None for one or two as they serve.
+    """
+    nodes = result.nodes
+    ends = float(nodes.min()), float(nodes.max())
+    bulk = _bulk(result)
+    is_small = 0 < bulk[1] - bulk[0] < _SMALL * (ends[1] - ends[0])
+    panels = [ends, bulk] if is_small and sigma is None else [ends]
+    figure = Figure(figsize=(9, 4.4 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, (low, high) in zip(rows, panels, strict=True):
+        width = sigma or _FINE * (high - low) or 1.0
+        margin = max(4 * width, 0.02 * (high - low))
+        _panel(axes, result, low - margin, high + margin, width)
+    name = _NAMES.get(result.provenance.get("operator", ""), "the operator")
+    figure.suptitle(
+        f"Spectral density of {name}, {result.num_parameters:,} parameters",
+        x=0.01,
+        ha="left",
+        fontsize="x-large",
+    )
+    counts = f"{len(result.quadratures)} probes of {nodes.shape[1]} Lanczos steps each"
+    rows[0].set_title(f"The whole spectrum, from {counts}", loc="left", fontsize="medium")
+    for axes in rows[1:]:
+        rows[0].axvspan(*axes.get_xlim(), color="#8a94a6", alpha=0.15, linewidth=0)
+        axes.set_title(
+            f"The grey part of it: {1 - 2 * _TAIL:.0%} of all eigenvalues",
+            loc="left",
+            fontsize="medium",
+        )
+    rows[0].legend(frameon=False)
+    rows[-1].set_xlabel("eigenvalue")
+    figure.savefig(path, dpi=160)
+
+
+def _bulk(result: DensityResult) -> tuple[float, float]:
+    """Where nearly all eigenvalues are."""
+    nodes, weights = result.nodes.ravel(), result.weights.ravel()
+    order = nodes.argsort()
+    share = weights[order].cumsum() / weights.sum()
+    low, high = np.searchsorted(share, (_TAIL, 1 - _TAIL))
+    return float(nodes[order][low]), float(nodes[order][min(high, len(order) - 1)])
+
+
+def _panel(axes: Any, result: DensityResult, low: float, high: float, width: float) -> None:
+    """A part of the spectrum."""
+    least, most = _POINTS
+    x = np.linspace(low, high, min(most, max(least, int(_PER_KERNEL * (high - low) / width))))
+    mean, error = result.density(x, width)
+    peak = 1 / (result.num_parameters * width * math.sqrt(2 * math.pi))  # of one eigenvalue
+    top = float((mean + 2 * np.where(np.isfinite(error), error, 0)).max())
+    bottom = min(peak / 3, top / 100)
+    axes.plot(x, mean, color=_COLOUR, label="mean over the probes")
+    if np.isfinite(error).all():
+        axes.fill_between(
+            x,
+            np.maximum(mean - 2 * error, bottom / 10),
+            mean + 2 * error,
+            alpha=0.25,
+            color=_COLOUR,
+            linewidth=0,
+            label="± 2 standard errors",
+        )
+    axes.axhline(
+        peak, color="#8a94a6", linewidth=0.8, linestyle=":", label="peak of one eigenvalue"
+    )
+    ritz = np.asarray(result.quadratures[0].nodes)
+    axes.plot(
+        ritz,
+        np.full(len(ritz), 0.015),
+        "|",
+        transform=axes.get_xaxis_transform(),
+        color="#47536b",
+        markersize=6,
+        markeredgewidth=0.7,
+        label="nodes of the first probe",
+    )
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom, 2 * top)
+    axes.set_ylabel(f"density, smoothed by {width:.2g}")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,150 @@
+"""What the SDK makes of quadratures, against sums written out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hvp_operations.density import Quadrature
+from hvp_operations.density.record import Count, DensityResult
+from numpy.testing import assert_allclose
+
+N = 100
+
+
+def result(*quadratures: Quadrature, **provenance: str) -> DensityResult:
+    return DensityResult(
+        quadratures=quadratures,
+        orthogonality_defect=1e-15,
+        num_products=sum(len(each.nodes) for each in quadratures),
+        loss=1.25,
+        provenance={"num_parameters": str(N), **provenance},
+    )
+
+
+ONE = Quadrature(nodes=(-1.0, 2.0, 5.0), weights=(0.25, 0.5, 0.25))
+OTHER = Quadrature(nodes=(0.0, 4.0), weights=(0.5, 0.5))
+BOTH = result(ONE, OTHER, operator="hessian", dtype="float32", precision="tf32")
+
+
+def error(first: float, second: float) -> float:
+    """Standard error of the mean of two."""
+    mean = (first + second) / 2
+    return math.sqrt((first - mean) ** 2 + (second - mean) ** 2) / math.sqrt(2)
+
+
+def test_a_probe_that_ended_early_is_filled_up_with_what_weighs_nothing() -> None:
+    assert BOTH.nodes.tolist() == [[-1, 2, 5], [0, 4, 4]]
+    assert BOTH.weights.tolist() == [[0.25, 0.5, 0.25], [0.5, 0.5, 0]]
+
+
+def test_moments_are_weighted_sums_of_powers_with_their_standard_errors() -> None:
+    first = [1, -0.25 + 1 + 1.25, 0.25 + 2 + 6.25, -0.25 + 4 + 31.25]
+    second = [1, 2.0, 8.0, 32.0]
+    found = BOTH.moments(3)
+    assert_allclose(found.value, [(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert_allclose(found.standard_error, [error(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def test_the_trace_is_the_mean_node_times_the_order_of_the_operator() -> None:
+    found = BOTH.trace()
+    assert float(found.value) == pytest.approx(N * 2)
+    assert float(found.standard_error) == pytest.approx(N * error(2, 2))
+    shifted = result(ONE, Quadrature(nodes=(3.0,), weights=(1.0,))).trace()
+    assert float(shifted.value) == pytest.approx(N * 2.5)
+    assert float(shifted.standard_error) == pytest.approx(N * error(2, 3))
+
+
+def test_of_a_single_probe_the_standard_error_is_infinite() -> None:
+    assert math.isinf(float(result(ONE).trace().standard_error))
+    assert np.isinf(result(ONE).density([0.0, 1.0]).standard_error).all()
+
+
+def gauss(x: float, width: float) -> float:
+    return math.exp(-((x / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
+
+
+@pytest.mark.parametrize("x", [-1.0, 0.3, 4.0])
+def test_the_density_is_a_sum_of_gaussians(x: float) -> None:
+    first = 0.25 * gauss(x + 1, 0.5) + 0.5 * gauss(x - 2, 0.5) + 0.25 * gauss(x - 5, 0.5)
+    second = 0.5 * gauss(x, 0.5) + 0.5 * gauss(x - 4, 0.5)
+    found = BOTH.density(x, sigma=0.5)
+    assert float(found.value) == pytest.approx((first + second) / 2)
+    assert float(found.standard_error) == pytest.approx(error(first, second))
+
+
+def test_the_density_integrates_to_one_whatever_the_kernel() -> None:
+    x = np.linspace(-10, 15, 20_001)
+    for sigma in (None, 0.05, 1.0):
+        assert np.trapezoid(BOTH.density(x, sigma).value, x) == pytest.approx(1, abs=1e-6)
+    # By default a fiftieth of the spectrum, which here is 6 wide.
+    assert_allclose(BOTH.density(x).value, BOTH.density(x, 0.12).value)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
+def test_a_kernel_without_width_is_refused(sigma: float) -> None:
+    with pytest.raises(ValueError, match="a width above 0"):
+        BOTH.density(0.0, sigma)
+
+
+def test_counts_are_of_an_interval_open_below_and_closed_above() -> None:
+    assert BOTH.count(-1, 5).value == pytest.approx(N * (0.75 + 1) / 2)
+    assert BOTH.count(-2, 2).value == pytest.approx(N * (0.75 + 0.5) / 2)
+    assert BOTH.count(-2, 2).standard_error == pytest.approx(N * error(0.75, 0.5))
+
+
+def test_a_count_says_what_nodes_beside_its_ends_may_hide() -> None:
+    # Up to 1: of the first probe between -1 (0.25) and 2 (0.5), of the other 0 (0.5) and 4 (0.5).
+    assert BOTH.count(-math.inf, 1).resolution == pytest.approx(N * (0.5 + 0.5) / 2)
+    # Beyond the last node, only that one may hide something.
+    assert BOTH.count(-math.inf, 9).resolution == pytest.approx(N * (0.25 + 0.5) / 2)
+    assert BOTH.count(-math.inf, math.inf) == Count(N, 0, 0)
+    # Both ends: one way the node above 1 and that below 3 less, the other way more.
+    assert result(ONE).count(1, 3).resolution == pytest.approx(N * (0.5 + 0.5))
+
+
+def test_the_table_says_everything_with_its_error() -> None:
+    table = BOTH.table()
+    rows = {row[0]: row[1] for row in table.rows}
+    assert rows["trace"].startswith("200 ± ")
+    assert rows["share of eigenvalues ≤ 0"].startswith("0.375 ± 0.12, resolved to 0.5")
+    assert rows["smallest Ritz value"] == "-1"
+    assert rows["largest Ritz value"] == "5"
+    assert "2 probes, 3 steps, 5 products, loss 1.25 nats" in table.title
+    assert "hessian, float32, tf32, orthogonality defect 1.0e-15" in table.notes[-1]
+
+
+def test_json_holds_the_quadratures() -> None:
+    plain = json.loads(json.dumps(BOTH.to_json()))
+    assert plain["quadratures"][1] == {"nodes": [0, 4], "weights": [0.5, 0.5]}
+    assert plain["num_products"] == 5
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        BOTH,
+        result(ONE),
+        result(Quadrature(nodes=(0.0,), weights=(1.0,)), Quadrature(nodes=(0.0,), weights=(1.0,))),
+        # A bulk and an outlier: two panels.
+        result(
+            *[
+                Quadrature(
+                    nodes=(*np.linspace(-0.1, 0.1, 20).tolist(), top),
+                    weights=(*[0.9999 / 20] * 20, 0.0001),
+                )
+                for top in (9.0, 9.1)
+            ],
+            operator="ggn",
+        ),
+    ],
+    ids=["two probes", "one probe", "a null operator", "a bulk and an outlier"],
+)
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_it_can_be_drawn(density: DensityResult, suffix: str, tmp_path: Path) -> None:
+    density.plot(tmp_path / f"density{suffix}")
+    density.plot(tmp_path / f"smooth{suffix}", sigma=0.3)
+    assert (tmp_path / f"density{suffix}").stat().st_size > 5000
