@@ -6,6 +6,7 @@ import socket
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hvp_core.collective import Alone, Collective, Distributed, open_collective
 from hvp_core.data import token_batch
 from hvp_core.eigenpairs import Plan
 from hvp_core.lanczos import eigsh
+from hvp_core.walk import Unit
 from torch.multiprocessing.spawn import spawn
 
 from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem, ragged_tokens
@@ -29,6 +31,9 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
     space = curvature.space
     u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
     hu, hv = curvature.hvp([u, v])
+    outputs = curvature.output_space
+    (ju,) = curvature.jvp([u])
+    w = outputs.random(4, "gaussian")
     plan = Plan(k=4, which="BE", tol=0, max_products=12, num_vectors=10)
     steps = eigsh(
         lambda x: curvature.hvp([x])[0],
@@ -50,6 +55,25 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
         "u": space.to_flat(u),
         "hu": space.to_flat(hu),
         "hv": space.to_flat(hv),
+        "fisher": torch.stack(
+            [
+                space.to_flat(each)
+                for unit in get_args(Unit)
+                for each in (*curvature.fisher([u, v], unit), *curvature.fisher([v], unit))
+            ]
+        ),
+        "forward": torch.tensor(
+            [
+                *curvature.slopes([u, v]),
+                *curvature.quadratic("ggn", [u]),
+                *curvature.quadratic("fisher_token", [u]),
+                *curvature.quadratic("fisher_sequence", [u, v]),
+            ],
+            dtype=torch.float64,
+        ),
+        "jvp": outputs.to_whole(ju),
+        "vjp": space.to_flat(curvature.vjp([w])[0]),
+        "jvp and w": outputs.dots(ju.unsqueeze(0), w),
         "narrow": space.to_flat(curvature.hvp([v.bfloat16()])[0]),
         "uhv": torch.tensor([space.dot(u, hv), space.dot(v, hu)], dtype=torch.float64),
         "eigenvalues": pairs.eigenvalues,
@@ -137,7 +161,8 @@ def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: P
         alone = numbers(make(), Alone())
         found = torch.load(tmp_path / f"{name}.pt")
         assert torch.equal(found["u"], alone["u"])
-        for what in ("loss", "gradient", "hu", "hv", "uhv", "eigenvalues"):
+        same = ("loss", "gradient", "hu", "hv", "uhv", "eigenvalues")
+        for what in (*same, "fisher", "forward", "jvp", "vjp", "jvp and w"):
             assert relative_error(found[what], alone[what]) < 1e-11, (name, what)
         # v is exact in 16 bits: only the storing of the product rounds.
         assert relative_error(found["narrow"], alone["hv"]) < 4e-3
