@@ -158,27 +158,31 @@ def test_random_outputs_do_not_depend_on_the_micro_batches() -> None:
     assert spaces[0].dimension == whole[0].numel() == 5 * 6 * 24
 
 
-CALLS: dict[str, tuple[Callable[[Curvature, list[Tensor]], Any], int, int]] = {
-    "slopes": (lambda c, v: c.slopes(v), 1, 3),
-    "slopes of 4": (lambda c, v: c.slopes(v), 4, 1 + 2 * 4),
-    "form of 4": (lambda c, v: c.quadratic("ggn", v), 4, 1 + 2 * 4),
-    "jvp": (lambda c, v: c.jvp(v), 1, 3),
-    "vjp": (lambda c, v: c.vjp([c.output_space.zeros()]), 1, 3),
-    "fisher of tokens": (lambda c, v: c.fisher(v, "token"), 1, 5),
+#: What, of how many vectors, units of the blocks, units of the head.
+CALLS: dict[str, tuple[Callable[[Curvature, list[Tensor]], Any], int, int, int]] = {
+    "slopes": (lambda c, v: c.slopes(v), 1, 3, 3),
+    "slopes of 4": (lambda c, v: c.slopes(v), 4, 1 + 2 * 4, 1 + 2 * 4),
+    "form of 4": (lambda c, v: c.quadratic("ggn", v), 4, 1 + 2 * 4, 1 + 2 * 4),
+    "jvp": (lambda c, v: c.jvp(v), 1, 3, 2),  # the output's value is not asked for
+    "vjp": (lambda c, v: c.vjp([c.output_space.zeros()]), 1, 3, 2),
+    "fisher of tokens": (lambda c, v: c.fisher(v, "token"), 1, 5, 5),
+    "fisher of sequences": (lambda c, v: c.fisher(v, "sequence"), 1, 5, 6),
 }
 
 
 @pytest.mark.parametrize("what", CALLS)
 def test_each_takes_the_matrix_products_it_promises(what: str) -> None:
-    call, count, units = CALLS[what]
+    call, count, units, of_head = CALLS[what]
     problem = wide_llama(16)
+    sizes = {name: each.numel() for name, each in problem.parameters.items() if each.dim() == 2}
+    share = sizes["lm_head.weight"] / (sum(sizes.values()) - sizes["model.embed_tokens.weight"])
     curvature = curvature_of(problem, 1, schedule="fast")
     vectors = probes(problem, count)
     curvature.gradient()  # finds the routes, which takes work of its own
     gradient = gemm_flops(curvature.gradient)
     call(curvature, vectors)
     found = gemm_flops(lambda: call(curvature, vectors)) / gradient * 3
-    assert units - 0.01 <= found <= units + 0.01
+    assert found == pytest.approx(units + (of_head - units) * share, rel=1e-3)
 
 
 def test_no_tensor_of_tokens_by_vocabulary_is_made_for_numbers_and_fisher_products() -> None:
