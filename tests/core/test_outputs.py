@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import routes
+from hvp_core import routes, verify
+from hvp_core.closing import TracedClosing
 from hvp_core.loss import CrossEntropy, SquaredError
+from hvp_core.route import Traced
 from hvp_core.walk import Curvature
 from torch import Tensor, nn
 
@@ -156,6 +158,71 @@ def test_random_outputs_do_not_depend_on_the_micro_batches() -> None:
         assert relative_error(whole[2], whole[0]) < 1e-15
     assert float(whole[0].norm()) == pytest.approx(1)
     assert spaces[0].dimension == whole[0].numel() == 5 * 6 * 24
+
+
+ASKED: dict[str, Callable[[Curvature, list[Tensor]], list[Tensor]]] = {
+    "slopes": lambda c, v: [torch.tensor(c.slopes(v), dtype=torch.float64)],
+    "form": lambda c, v: [torch.tensor(c.quadratic("ggn", v), dtype=torch.float64)],
+    "jvp": lambda c, v: c.jvp(v),
+    "vjp": lambda c, v: c.vjp([c.output_space.random(1, "gaussian")]),
+    "fisher of tokens": lambda c, v: c.fisher(v, "token"),
+    "fisher of sequences": lambda c, v: c.fisher(v, "sequence"),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+@pytest.mark.parametrize("where", ["head", "block"])
+def test_a_trace_that_is_wrong_is_never_used(
+    monkeypatch: pytest.MonkeyPatch, what: str, where: str
+) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    problem = module_problem(module, CrossEntropy(), data(5, 3), torch.tensor([0, 1, 2, 1, 0]))
+    vectors = probes_of(problem, 2)
+    expected = ASKED[what](problem.curvature(2), vectors)
+    measure, run, forward, backward = (
+        *(TracedClosing.measure, TracedClosing.run),
+        *(Traced.forward, Traced.backward),
+    )
+
+    def wrong_measure(self: Any, *args: Any) -> Any:
+        return [each * 1.01 for each in measure(self, *args)]
+
+    def wrong_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for each in args[3][0]._views.values():
+            each.add_(1e-2)
+        return run(self, *args, **kwargs)
+
+    def wrong_forward(self: Any, *args: Any) -> Any:
+        y, y_dots, tape = forward(self, *args)
+        return y, [None if each is None else each * 1.01 for each in y_dots], tape
+
+    def wrong_backward(self: Any, *args: Any) -> Any:
+        for each in args[5][0]._views.values():
+            each.add_(1e-2)
+        return backward(self, *args)
+
+    if where == "head":
+        monkeypatch.setattr(TracedClosing, "measure", wrong_measure)
+        monkeypatch.setattr(TracedClosing, "run", wrong_run)
+    else:
+        monkeypatch.setattr(Traced, "forward", wrong_forward)
+        monkeypatch.setattr(Traced, "backward", wrong_backward)
+    monkeypatch.setattr(verify, "_verified", set())
+    curvature = problem.curvature(2, strict=False)
+    assert distance(ASKED[what](curvature, vectors), expected) < 1e-12
+    notes = [note for name, note in curvature.notes().items() if name.startswith("fallback")]
+    assert any("torch does not confirm its trace" in note for note in notes)
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_compiled_parts_give_the_same(what: str) -> None:
+    problem = llama_problem(torch.float32)
+    vectors = [each.float() for each in probes_of(llama_problem(), 2)]
+    expected = ASKED[what](curvature_of(problem), vectors)
+    compiled = curvature_of(problem, compile=True)
+    found = ASKED[what](compiled, vectors)
+    assert distance(found, expected) < 1e-4
+    assert "not_compiled" not in compiled.notes()
 
 
 #: What, of how many vectors, units of the blocks, units of the head.
