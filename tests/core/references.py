@@ -138,5 +138,23 @@ def gauss_newton(
     return torch.einsum("tvn,tvw,twm->nm", jacobian, h_out, jacobian) / counted.sum()
 
 
+def empirical_fisher(
+    logits: Callable[[Params], Tensor], labels: Tensor, like: Params, flat: Tensor, unit: str
+) -> Tensor:
+    """(n, n): Σ_u g_u g_uᵀ / W by the gradient of each unit's summed cross-entropy.
+
+    Units are labels that are not -100, or rows of labels; W is the number of such labels.
+    """
+    counted = labels[:, 1:] != -100
+
+    def losses(flat: Tensor) -> Tensor:
+        z = logits(unflatten(flat, like))[:, :-1].log_softmax(-1)
+        picked = -z.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return picked[counted] if unit == "token" else (picked * counted).sum(1)
+
+    gradients = torch.func.jacrev(losses)(flat)
+    return gradients.T @ gradients / counted.sum()
+
+
 def relative_error(found: Tensor, true: Tensor) -> float:
     return float(torch.linalg.vector_norm(found - true) / torch.linalg.vector_norm(true))

@@ -6,6 +6,7 @@ import socket
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hvp_core.algorithm import drive
 from hvp_core.collective import Alone, Collective, Distributed, open_collective
 from hvp_core.data import token_batch
 from hvp_core.lanczos import Eigsh
+from hvp_core.walk import Unit
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshSpec
 from torch.multiprocessing.spawn import spawn
@@ -46,6 +48,37 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
         "eigenvalues": torch.tensor(pairs.eigenvalues, dtype=torch.float64),
         "shard": torch.tensor(space.layout.shard_numel),
     }
+
+
+def of_outputs(collective: Collective) -> dict[str, torch.Tensor]:
+    """The same of products with the outputs, the empirical Fisher matrix, and passes forward."""
+    curvature = llama_problem().curvature(2, collective)
+    space, outputs = curvature.space, curvature.output_space
+    u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
+    (ju,), w = curvature.jvp([u]), outputs.random(4, "gaussian")
+    fisher = [each for unit in get_args(Unit) for each in curvature.empirical_fisher([u, v], unit)]
+    forms = [
+        *curvature.quadratic("ggn", [u]),
+        *curvature.quadratic("empirical_fisher_sequence", [u, v]),
+    ]
+    return {
+        "fisher": torch.stack([space.to_flat(each) for each in fisher]),
+        "slopes": torch.tensor(curvature.slopes([u, v]), dtype=torch.float64),
+        "forms": torch.tensor(forms, dtype=torch.float64),
+        "jvp": outputs.to_whole(ju),
+        "vjp": space.to_flat(curvature.vjp([w])[0]),
+        "inner": outputs.dots(ju.unsqueeze(0), w),
+        "rows": torch.tensor(outputs.local_rows),
+    }
+
+
+def rank_of_outputs(rank: int, world_size: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    torch.save(of_outputs(Distributed(CPU)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path) -> None:
@@ -135,3 +168,18 @@ def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: P
         segments = 4
         n = alone["u"].numel()
         assert int(found["shard"]) <= n // world_size + segments
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_products_with_outputs_do_not_depend_on_the_ranks_either(
+    world_size: int, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        spawn(rank_of_outputs, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
+    alone = of_outputs(Alone())
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    assert sum(int(each["rows"]) for each in found) == int(alone["rows"]) == 5
+    for each in found:  # every rank knows the same
+        for what in set(alone) - {"rows"}:
+            assert relative_error(each[what], alone[what]) < 1e-11, what

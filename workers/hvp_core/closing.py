@@ -28,7 +28,7 @@ class Closing(ABC):
 
     @abstractmethod
     def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
-        """What the product measures of the piece, for each probe: float64 (rows,), or like y.
+        """What the product measures of the piece, for each probe: (rows,), or like y.
 
         Args:
             weights: The block's.

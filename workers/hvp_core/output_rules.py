@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from hvp_core.loss import Loss
@@ -95,7 +94,7 @@ def given(at: AtOutput) -> tuple[Tensor, ...]:
 
 # Numbers ------------------------------------------------------------------------------------------
 
-#: Gives float64 (rows,), each a sum over what of a row is in the piece; or a tensor like y.
+#: Gives (rows,) of y's type, each a sum over what of a row is in the piece; or a tensor like y.
 MeasureRule = Callable[[AtOutput], Tensor]
 
 
@@ -120,4 +119,4 @@ def output_tangent(at: AtOutput) -> Tensor:
 
 
 def _over_rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1).sum(-1, dtype=torch.float64)
+    return x.reshape(x.shape[0], -1).sum(-1)

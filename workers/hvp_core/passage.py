@@ -98,6 +98,7 @@ class Passage:
         """
         xs, dots, tapes = self._forward(spec, choices, feed, tangents, step)
         bars = self._turn(spec, feed, tangents, results, step, xs, dots, given)
+        del xs, dots  # nobody reads them on the way back
         pair = spec.passes.backward == "pair"
         if pair and any(each.cached for each in choices):
             self._closing_bars = [Bars(each.primal, []) for each in bars]

@@ -67,7 +67,7 @@ class ProductSpec:
         passes: Through the blocks before the last.
         cotangents: What goes back from the output: one tensor, or two for a pair. None where
             nothing goes back.
-        measure: Numbers of the output, float64 (rows,), or a tensor like it. Where something goes
+        measure: Numbers of the output, (rows,), or a tensor like it. Where something goes
             back too, they are known of whole rows, in every piece of them, before it does.
         measured: What it measures: a number of each row, which pieces of the row add up to, or the
             output's tangent.

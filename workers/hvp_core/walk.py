@@ -219,8 +219,6 @@ class Curvature:
     def slopes(self, vectors: Sequence[Tensor]) -> list[float]:
         """∇L·v for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
 
-        The same as inner products with `gradient`, which costs 3 once and nothing for each v.
-
         Raises:
             CurvatureError: NON_FINITE.
         """
