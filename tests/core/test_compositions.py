@@ -188,6 +188,11 @@ def test_flags_follow_from_the_parts(make: Callable[[LinearOperator], LinearOper
     assert (semidefinite.symmetric, semidefinite.semidefinite) == (True, True)
     assert (indefinite.symmetric, indefinite.semidefinite) == (True, False)
     assert (general.symmetric, general.semidefinite) == (False, False)
+    assert semidefinite.most_together is None
+    bounded = [noisy(seed, 0.0) for seed in (1, 2)]
+    bounded[0].most_together, bounded[1].most_together = 5, 3
+    assert make(bounded[0]).most_together == 5
+    assert Sum(*map(make, bounded), semidefinite).most_together == 3
     assert Sum(semidefinite, semidefinite).semidefinite
     assert not Sum(semidefinite, indefinite).semidefinite
     assert not Sum(semidefinite, general).symmetric

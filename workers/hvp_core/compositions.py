@@ -35,6 +35,7 @@ class Scaled(LinearOperator):
         self.domain, self.codomain = operator.domain, operator.codomain
         self.symmetric, self.noise = operator.symmetric, operator.noise
         self.semidefinite = operator.semidefinite and factor >= 0
+        self.most_together = operator.most_together
         self._operator, self._factor = operator, factor
 
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
@@ -76,6 +77,8 @@ class Sum(LinearOperator):
         self.symmetric = all(each.symmetric for each in terms)
         self.semidefinite = all(each.semidefinite for each in terms)
         self.noise = sum(each.noise for each in terms)
+        bounds = [each.most_together for each in terms if each.most_together is not None]
+        self.most_together = min(bounds, default=None)
         self._terms = terms
 
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
@@ -118,6 +121,7 @@ class Shifted(LinearOperator):
         self.domain = self.codomain = operator.domain
         self.symmetric, self.noise = operator.symmetric, operator.noise
         self.semidefinite = operator.semidefinite and shift >= 0
+        self.most_together = operator.most_together
         self._operator, self._shift = operator, shift
 
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:

@@ -134,7 +134,7 @@ class Restricted(LinearOperator):
         square(operator)
         self.domain = self.codomain = SelectedSpace(operator.domain, selection)
         self.symmetric, self.semidefinite = operator.symmetric, operator.semidefinite
-        self.noise = operator.noise
+        self.noise, self.most_together = operator.noise, operator.most_together
         self._operator, self._selection = operator, selection
 
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
