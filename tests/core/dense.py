@@ -75,7 +75,8 @@ class DenseOperator(LinearOperator):
 
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
         self.count += len(vectors)
-        return [self._product(vector) for vector in vectors]
+        products = [self._product(vector) for vector in vectors]
+        return products if borrow else [product.clone() for product in products]
 
     def exact(self) -> LinearOperator | None:
         if isinstance(self._exact, str):

@@ -172,6 +172,19 @@ def test_noise_is_an_outcome_and_intervals_are_those_of_the_exact_operator() -> 
     assert enough.outcome == "CONVERGED"
 
 
+def test_pairs_come_in_the_order_of_the_values_that_verified_them() -> None:
+    spectrum = torch.cat((torch.linspace(-1, 1, 100), torch.tensor([3.0, 5, 7, 9]))).double()
+    other = spectrum.clone()
+    other[-4:] = torch.tensor([8.0, 4.0, 6.0, 2.0])
+    a, b = matrix(spectrum), matrix(other)  # of the same eigenvectors
+    pairs = run(a, 4, "LA", tol=1e-9, exact=lambda v: b @ v).pairs
+    assert pairs.eigenvalues.tolist() == pytest.approx([2, 4, 6, 8])
+    y = pairs.eigenvectors
+    residuals = (y @ b - pairs.eigenvalues[:, None] * y).norm(dim=1)
+    torch.testing.assert_close(pairs.residuals, residuals, rtol=1e-4, atol=1e-13)
+    assert float(residuals.max()) < 1e-7
+
+
 def test_without_exact_products_nothing_is_claimed() -> None:
     a = matrix(torch.cat((torch.linspace(-1, 1, 100), torch.tensor([3.0, 5]))).double())
     assert run(a, 2, "LA").pairs.outcome == "CONVERGED"

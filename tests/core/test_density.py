@@ -212,6 +212,15 @@ def test_probes_in_groups_give_the_same_numbers_as_all_at_once(
     assert 0 < parts.orthogonality_defect < 1e-14
 
 
+def test_an_operator_is_not_given_more_at_once_than_it_says() -> None:
+    for num_vectors in (PLENTY, 24):
+        operator = Counted(matrix(SPECTRUM))
+        operator.most_together = 3
+        result = density(operator, 7, 30, num_vectors=num_vectors)
+        assert operator.sizes == [3] * 60 + [1] * 30
+        assert (result.orthogonality_defect == 1) == (num_vectors == 24)
+
+
 def test_where_no_basis_fits_low_moments_hold_and_it_is_said() -> None:
     a = matrix(SPECTRUM)
     operator = Counted(a)

@@ -15,6 +15,7 @@ from hvp_core.density import Density
 from hvp_core.lanczos import Eigsh
 from hvp_core.layout import Layout
 from hvp_core.linear_operator import LinearOperator
+from hvp_core.selection import Restricted, Selection
 from hvp_core.space import Space
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
@@ -56,12 +57,18 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
         budget = Budget(max_products=27, num_vectors=num_vectors)
         result: DensityResult = drive(Density.configure(spec, operator, budget), operator).result
         for index, quadrature in enumerate(result.quadratures):
-            found[f"nodes {index}, {name}"] = torch.tensor(quadrature.nodes).double()
-            found[f"weights {index}, {name}"] = torch.tensor(quadrature.weights).double()
+            found[f"nodes {index}, {name}"] = torch.tensor(quadrature.nodes, dtype=torch.float64)
+            found[f"weights {index}, {name}"] = torch.tensor(
+                quadrature.weights, dtype=torch.float64
+            )
     search = Eigsh(spec=EigshSpec(k=4, which="BE", tol=1e-7), max_products=300, num_vectors=12)
     pairs = drive(search, operator).result
     found["eigenvalues"] = torch.tensor(pairs.eigenvalues, dtype=torch.float64)
     assert pairs.outcome == "CONVERGED"
+    runs = operator.space.layout.runs(collective.rank)
+    part = Restricted(operator, Selection(operator.space, runs, [(3, 40), (50, 80)]))
+    search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
+    found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
     return found
@@ -104,7 +111,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 19
+    assert len(alone) == 20
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         assert relative_error(of_ranks[0][name], expected) < 1e-11, name

@@ -86,11 +86,12 @@ class Density(Algorithm[DensityState]):
         kept = num_steps + WORKING_VECTORS
         is_kept = budget.num_vectors >= kept
         fitting = max(1, budget.num_vectors // (kept if is_kept else WORKING_VECTORS))
+        fitting = min(fitting, operator.most_together or fitting)
         num_groups = math.ceil(spec.num_probes / fitting)
         return cls(
             spec=spec,
             num_steps=num_steps,
-            num_together=math.ceil(spec.num_probes / num_groups),  # groups of like size
+            num_together=math.ceil(spec.num_probes / num_groups),  # no more than they need
             is_kept=is_kept,
         )
 

@@ -59,6 +59,8 @@ class LinearOperator(ABC):
         semidefinite: Whether it is known to be symmetric without a negative eigenvalue.
         noise: Relative error of one product where that is more than the rounding of the vectors'
             dtype; else 0.
+        most_together: How many vectors it should be given at once, for the memory that it takes for
+            each; None where any number will do.
     """
 
     domain: VectorSpace
@@ -66,6 +68,7 @@ class LinearOperator(ABC):
     symmetric: bool = False
     semidefinite: bool = False
     noise: float = 0.0
+    most_together: int | None = None
 
     @abstractmethod
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:

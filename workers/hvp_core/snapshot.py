@@ -37,7 +37,8 @@ class Snapshot:
     """A state without its types.
 
     Attributes:
-        shards: By the field's path: rows (r, local) of vectors, this process' part of each.
+        shards: By the field's path: rows (r, local) of vectors, this process' part of each, on the
+            device of the run's vectors.
         tensors: By the field's path: small tensors on the CPU, the same on every process.
         values: By the field's path: numbers, words and lists of these, the same on every process;
             JSON holds them exactly.

@@ -25,6 +25,9 @@ from hvp_workers.plan import EXACT, exact_bytes, policy
 
 #: Unit roundoff of the operands of matrix products, where it is more than the vectors' own.
 _NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
+#: Products at once: more would share little more, (2 + 6K) / K GEMM units each, and each takes
+#: activations of its own.
+_TOGETHER = 8
 _KEPT = 4  # an older one's batch is read again when it is needed
 
 
@@ -97,6 +100,7 @@ class CurvatureOperator(LinearOperator):
     """
 
     symmetric = True
+    most_together = _TOGETHER
 
     def __init__(self, loaded: LoadedOperator, kind: api.Kind, precision: api.Precision):
         self.domain = self.codomain = loaded.curvature.space
