@@ -32,9 +32,15 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
         The spec.
 
     Raises:
-        SpecError: As `typed`, or a rule's reason.
+        SpecError: As `typed`, `OPERATOR_NOT_SYMMETRIC`, or a rule's reason.
     """
     spec = typed(operation, values)
+    if facts.kind.startswith("jacobian"):
+        raise SpecError(
+            "OPERATOR_NOT_SYMMETRIC",
+            f"{operation.name} is asked of a symmetric matrix, which the {facts.kind} is not",
+            "operator",
+        )
     for rule in operation.rules:
         if not rule.holds(spec, facts):
             given = getattr(spec, rule.field)

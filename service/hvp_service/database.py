@@ -102,6 +102,8 @@ vectors = sa.Table(
     sa.Column("session", sa.String, nullable=False, server_default=""),  # id; "": of none
     sa.Column("expire_time", sa.BigInteger, nullable=True),  # unless it is used before
     sa.Column("kept", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("batch_id", sa.String, nullable=False, server_default=""),  # "": parameter space
+    sa.Column("shape", sa.JSON, nullable=False, server_default="[]"),  # of outputs
 )
 
 sessions = sa.Table(

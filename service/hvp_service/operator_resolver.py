@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from hvp_workers.backend import Dtype, Kind, Operator, Precision, Space
+from hvp_workers.backend import Dtype, Matrix, Operator, Precision, Space
 
 from hvp_service.batch_store import BatchStore, DataBatch
 from hvp_service.checkpoint_store import Checkpoint, CheckpointStore
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.names import parse
 from hvp_service.state_dir import StateDir
+from hvp_service.vector_rows import Outputs
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
-KINDS: dict[str, Kind] = {f"KIND_{kind.upper()}": kind for kind in get_args(Kind)}
+KINDS: dict[str, Matrix | Literal["jacobian"]] = {
+    **{f"KIND_{kind.upper()}": kind for kind in get_args(Matrix)},
+    "KIND_JACOBIAN": "jacobian",
+}
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
     "cpu": ("full", "bfloat16"),
     "cuda": ("bfloat16", "full", "tf32"),
@@ -46,8 +50,38 @@ class ResolvedOperator:
 
     @property
     def num_parameters(self) -> int:
-        """The operator is n by n."""
+        """n, the length of vectors of parameter space."""
         return self.checkpoint.description.num_parameters
+
+    @property
+    def outputs(self) -> Outputs:
+        """The space of the model's outputs on the batch."""
+        return outputs_of(self.checkpoint, self.batch)
+
+    @property
+    def transposed(self) -> ResolvedOperator:
+        """The transposed matrix; a symmetric one is its own."""
+        if self.operator.kind != "jacobian":
+            return self
+        return replace(self, operator=replace(self.operator, kind="jacobian_transposed"))
+
+    @property
+    def domain(self) -> Outputs | None:
+        """Of the vectors that it takes; None: parameter space."""
+        return self.outputs if self.operator.kind == "jacobian_transposed" else None
+
+    @property
+    def codomain(self) -> Outputs | None:
+        """Of its products; None: parameter space."""
+        return self.outputs if self.operator.kind == "jacobian" else None
+
+
+def outputs_of(checkpoint: Checkpoint, batch: DataBatch) -> Outputs:
+    """The space of a language model's outputs on a batch."""
+    statistics = batch.statistics
+    vocabulary = checkpoint.description.vocab_size
+    shape = (statistics.num_sequences, statistics.sequence_length, vocabulary)
+    return Outputs(batch=batch.name, shape=shape)
 
 
 def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
@@ -67,7 +101,7 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
     return dtype
 
 
-def check_kind(kind: str, field: str = "kind") -> Kind:
+def check_kind(kind: str, field: str = "kind") -> Matrix | Literal["jacobian"]:
     """A served kind by its enum value's name.
 
     Raises:
@@ -161,6 +195,13 @@ class OperatorResolver:
             raise ServiceError(
                 "MICRO_BATCH_INVALID",
                 "A micro-batch has at least one sequence; 0 lets the server choose.",
+                field=f"{field}.micro_batch_size",
+            )
+        if kind == "jacobian" and ref.micro_batch_size:
+            raise ServiceError(
+                "MICRO_BATCH_INVALID",
+                "Outputs lie on the ranks as the server cuts the batch; leave micro_batch_size of "
+                "a Jacobian 0.",
                 field=f"{field}.micro_batch_size",
             )
         checkpoint_name = parse(ref.checkpoint, "checkpoints")

@@ -11,13 +11,27 @@ from hvp_workers.backend import Dtype
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.clock import SECOND, now_us
-from hvp_service.database import Database, checkpoints, sessions, vectors
+from hvp_service.database import Database, checkpoints, data_batches, sessions, vectors
 from hvp_service.errors import ServiceError, not_found, session_expired
 from hvp_service.lifetimes import UNTIL_DELETED, Lifetime
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 
 Recipe = Mapping[str, Any]  # JSON; "kind" is seeded, file, zeros or parameters
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """The space of a model's outputs on a batch.
+
+    Attributes:
+        batch: Name of the batch.
+        shape: (sequences, positions, vocabulary).
+    """
+
+    batch: Name
+    shape: tuple[int, ...]
 
 
 @final
@@ -33,6 +47,23 @@ class Vector:
     generation: str
     create_time: int  # microseconds
     lifetime: Lifetime = UNTIL_DELETED
+    batch_id: str = ""  # "": parameter space
+    output_shape: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n,), or of outputs (sequences, positions, vocabulary)."""
+        return self.output_shape or (self.num_elements,)
+
+    @property
+    def batch(self) -> Name | None:
+        """On which it is the model's outputs; None of parameter space."""
+        return Name(self.name.project, "dataBatches", self.batch_id) if self.batch_id else None
+
+    @property
+    def space(self) -> tuple[Name, Dtype, Name | None]:
+        """What it can be added to."""
+        return self.checkpoint, self.dtype, self.batch
 
     @property
     def durable(self) -> bool:
@@ -80,6 +111,9 @@ class VectorRows:
             for space in {vector.checkpoint for vector in made}:
                 if not await _is_there(connection, checkpoints, space):
                     raise not_found(str(space), "checkpoint", "It was deleted meanwhile.")
+            for batch in {vector.batch for vector in made if vector.batch is not None}:
+                if not await _is_there(connection, data_batches, batch):
+                    raise not_found(str(batch), "data batch", "It was deleted meanwhile.")
             for owner in {vector.session for vector in made if vector.session is not None}:
                 if not await _is_there(connection, sessions, owner):
                     raise session_expired(str(owner))
@@ -99,6 +133,8 @@ class VectorRows:
                         "session": vector.lifetime.session,
                         "expire_time": None if vector.lifetime.expire_time is None else later,
                         "kept": vector.lifetime.kept,
+                        "batch_id": vector.batch_id,
+                        "shape": list(vector.output_shape),
                     }
                     for vector in made
                 ],
@@ -226,6 +262,13 @@ class VectorRows:
             return set((await connection.scalars(sa.select(vectors.c.id))).all())
 
 
+def words_of(space: tuple[Name, Dtype, Name | None]) -> str:
+    """A space of vectors in words."""
+    checkpoint, dtype, batch = space
+    where = f"of {checkpoint}" if batch is None else f"of the outputs of {checkpoint} on {batch}"
+    return f"{dtype} vector {where}"
+
+
 def gone(name: Name) -> ServiceError:
     """The refusal of a vector that has no row."""
     return not_found(
@@ -251,4 +294,6 @@ def _from_row(row: sa.Row[Any]) -> Vector:
         generation=row.generation,
         create_time=row.create_time,
         lifetime=Lifetime(session=row.session, expire_time=row.expire_time, kept=row.kept),
+        batch_id=row.batch_id,
+        output_shape=tuple(row.shape),
     )

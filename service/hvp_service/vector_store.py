@@ -31,7 +31,7 @@ from hvp_service.lifetimes import UNTIL_DELETED, Holds, Lifetime
 from hvp_service.names import Name
 from hvp_service.paging import Pager, PageRequest
 from hvp_service.state_dir import StateDir, sync_folder
-from hvp_service.vector_rows import Recipe, Vector, VectorRows, gone
+from hvp_service.vector_rows import Outputs, Recipe, Vector, VectorRows, gone
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8}
 
@@ -73,8 +73,19 @@ class VectorStore:
         recipe: Recipe | None,
         identifier: str = "",
         lifetime: Lifetime = UNTIL_DELETED,
+        outputs: Outputs | None = None,
     ) -> Vector:
-        """A vector of the ranks' present generation, not yet a row; by default with a new name."""
+        """A vector of the ranks' present generation, not yet a row.
+
+        Args:
+            checkpoint: Whose parameters, or outputs.
+            dtype: Of the elements.
+            num_elements: Their number.
+            recipe: How to make it again; None for a product.
+            identifier: Its id; by default a new one.
+            lifetime: How long it stays.
+            outputs: On what it is the model's outputs; None: it is of parameter space.
+        """
         return Vector(
             name=Name(checkpoint.project, "vectors", identifier or uuid.uuid4().hex),
             checkpoint_id=checkpoint.id,
@@ -84,12 +95,17 @@ class VectorStore:
             generation=self._group.backend.generation,
             create_time=now_us(),
             lifetime=lifetime,
+            batch_id="" if outputs is None else outputs.batch.id,
+            output_shape=() if outputs is None else outputs.shape,
         )
 
     def space(self, vector: Vector) -> Space:
         """The backend's name of the vector's space."""
         return Space(
-            checkpoint_dir=self._state_dir.checkpoint(vector.checkpoint_id), dtype=vector.dtype
+            checkpoint_dir=self._state_dir.checkpoint(vector.checkpoint_id),
+            dtype=vector.dtype,
+            # A batch's id is its blob's.
+            outputs_on=self._state_dir.blob(vector.batch_id) if vector.batch_id else None,
         )
 
     def file(self, vector: Vector) -> Path:
@@ -275,6 +291,14 @@ class VectorStore:
         await self._discard_deleted(
             await self._rows.delete(
                 vectors.c.project == checkpoint.project, vectors.c.checkpoint_id == checkpoint.id
+            )
+        )
+
+    async def delete_of_batch(self, batch: Name) -> None:
+        """Delete every vector of outputs on a batch."""
+        await self._discard_deleted(
+            await self._rows.delete(
+                vectors.c.project == batch.project, vectors.c.batch_id == batch.id
             )
         )
 

@@ -1,4 +1,4 @@
-"""Vectors of a parameter space, each held as one shard per rank."""
+"""Vectors that lie in parts on the ranks, and those of a parameter space among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from hvp_core.collective import Collective
 from hvp_core.errors import CurvatureError
-from hvp_core.layout import Layout
+from hvp_core.layout import Layout, Run
 from hvp_core.linear_operator import VectorSpace
 from hvp_core.precision import exact_products
 from hvp_core.probes import Distribution, fill
@@ -45,27 +45,41 @@ def _refused(reason: str) -> Callable[[Exception], CurvatureError]:
     return lambda error: CurvatureError(reason, f"a rank's file system refused: {error}")
 
 
-@final
-class Space(VectorSpace):
-    """The parameter space of one model in one dtype, cut over the ranks.
+class ShardedSpace(VectorSpace):
+    """Vectors with a canonical flat index, of which each rank holds some stretches.
 
-    A vector is a tensor (shard_numel,) on each rank, zero in the padding. Sums of vectors are
-    local; inner products are a local sum and one exchange of scalars.
+    A vector is a tensor (local,) on each rank, zero where a rank's part is padded. Sums of vectors
+    are local; inner products are a local sum and one exchange of scalars.
+
+    Args:
+        dimension: n, the length of a whole vector.
+        runs: The stretches of this rank's part.
+        local: Numbers of this rank's part, padding included.
+        collective: Of the ranks.
+        dtype: Of the vectors.
+        device: Where they are.
     """
 
     def __init__(
-        self, layout: Layout, collective: Collective, dtype: torch.dtype, device: torch.device
+        self,
+        dimension: int,
+        runs: Sequence[Run],
+        local: int,
+        collective: Collective,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
-        self.layout = layout
         self.collective = collective
         self.dtype = dtype
         self.device = device
-        self._runs = layout.runs(collective.rank)
+        self._dimension = dimension
+        self._runs = tuple(runs)
+        self._local = local
 
     @property
     def dimension(self) -> int:
-        """n, the number of parameters."""
-        return self.layout.numel
+        """n, the length of a whole vector."""
+        return self._dimension
 
     def agree(self, found: Any) -> Any:
         """Rank 0's answer, on every rank."""
@@ -74,7 +88,7 @@ class Space(VectorSpace):
     @property
     def vector_bytes(self) -> int:
         """Memory of one vector on this rank."""
-        return self.layout.shard_numel * self.dtype.itemsize
+        return self._local * self.dtype.itemsize
 
     def free_bytes(self) -> int:
         """Memory that is free where the vectors are, for all processes together."""
@@ -85,10 +99,10 @@ class Space(VectorSpace):
 
     def zeros(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The zero vector, of the space's type or another."""
-        return torch.zeros(self.layout.shard_numel, dtype=dtype or self.dtype, device=self.device)
+        return torch.zeros(self._local, dtype=dtype or self.dtype, device=self.device)
 
     def dots(self, rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        """Inner products (m,) float64 of the vectors in `rows` (m, shard_numel) with `vector`."""
+        """Inner products (m,) float64 of the vectors in `rows` (m, local) with `vector`."""
         return self.collective.sum(partial_products(rows, vector))
 
     def dot(self, left: torch.Tensor, right: torch.Tensor) -> float:
@@ -118,16 +132,16 @@ class Space(VectorSpace):
             CurvatureError: SHAPE_MISMATCH for a file of another length; NON_FINITE, with the first
                 index, for NaN or infinity. On all ranks alike.
         """
-        expected = self.layout.numel * self.dtype.itemsize
+        expected = self._dimension * self.dtype.itemsize
         size = path.stat().st_size
         if size != expected:
             raise CurvatureError(
                 "SHAPE_MISMATCH",
-                f"{size // self.dtype.itemsize} elements where the model has "
-                f"{self.layout.numel} parameters; give one for each",
+                f"{size // self.dtype.itemsize} elements where a vector of this space has "
+                f"{self._dimension}; give one for each",
             )
         vector = self.zeros()
-        first_bad = self.layout.numel
+        first_bad = self._dimension
         with self.collective.same_fate(_refused("INPUT_MISSING")), path.open("rb") as file:
             for flat, part in self._pieces(vector):
                 data = bytearray(
@@ -138,7 +152,7 @@ class Space(VectorSpace):
                 if len(bad):
                     first_bad = min(first_bad, flat + int(bad[0]))
         first_bad = min(self.collective.gather_objects(first_bad))
-        if first_bad < self.layout.numel:
+        if first_bad < self._dimension:
             raise CurvatureError(
                 "NON_FINITE",
                 f"element {first_bad} of the vector is not finite; products with it mean nothing",
@@ -152,7 +166,7 @@ class Space(VectorSpace):
         """Write elements of a vector; every rank writes its part of the one file.
 
         Args:
-            vector: Shard (shard_numel,).
+            vector: This rank's part (local,).
             path: Of a file that holds the range and nothing else; `read` takes one of all elements.
             start: First flat index.
             stop: Flat index behind the last; None for all that follow.
@@ -160,7 +174,7 @@ class Space(VectorSpace):
         Raises:
             CurvatureError: DISK_FULL, on all ranks alike.
         """
-        stop = self.layout.numel if stop is None else stop
+        stop = self._dimension if stop is None else stop
         with self.collective.same_fate(_refused("DISK_FULL")):
             file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
@@ -176,7 +190,7 @@ class Space(VectorSpace):
         self, vector: torch.Tensor, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(flat index, view) of stretches of a range that are contiguous in shard and file."""
-        stop = self.layout.numel if stop is None else stop
+        stop = self._dimension if stop is None else stop
         for run in self._runs:
             offset = run.shard_offset - run.flat_start
             first, last = max(start, run.flat_start), min(stop, run.flat_stop)
@@ -185,7 +199,7 @@ class Space(VectorSpace):
 
     def to_flat(self, vector: torch.Tensor) -> torch.Tensor:
         """The whole vector (n,) on every rank: for small models and tests."""
-        flat = torch.zeros(self.layout.numel, dtype=self.dtype)
+        flat = torch.zeros(self._dimension, dtype=self.dtype)
         for flat_start, part in self._pieces(vector):
             flat[flat_start : flat_start + part.numel()] = part.cpu()
         parts = self.collective.gather_objects(flat)
@@ -205,3 +219,21 @@ class Space(VectorSpace):
         for coefficient, vector in terms:
             total.add_(vector, alpha=coefficient)
         return total
+
+
+@final
+class Space(ShardedSpace):
+    """The parameter space of one model in one dtype, cut over the ranks as its layout says."""
+
+    def __init__(
+        self, layout: Layout, collective: Collective, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__(
+            layout.numel,
+            layout.runs(collective.rank),
+            layout.shard_numel,
+            collective,
+            dtype,
+            device,
+        )
+        self.layout = layout

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
-Kind = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
+Matrix = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
+Jacobian = Literal["jacobian", "jacobian_transposed"]
+Kind = Matrix | Jacobian
 Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]
@@ -77,21 +79,47 @@ class CheckpointDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A parameter space: vectors of one space can be added."""
+    """A space of vectors: those of one space can be added.
 
-    checkpoint_dir: Path  # config.json + *.safetensors
+    Attributes:
+        checkpoint_dir: Of config.json and *.safetensors.
+        dtype: Of the elements.
+        outputs_on: File of the batch on which the vectors are outputs of the model, for a language
+            model (sequences, positions, vocabulary); None: they are of parameter space.
+    """
+
+    checkpoint_dir: Path
     dtype: Dtype
+    outputs_on: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """The curvature of the mean loss of a checkpoint on a batch."""
+    """A matrix of the mean loss of a checkpoint on a batch, or the Jacobian of the outputs.
+
+    Law: `space` is the parameter space; a Jacobian takes its vectors to those of `outputs`.
+    """
 
     space: Space
     batch_path: Path  # safetensors: input_ids, labels?, attention_mask?
     kind: Kind = "hessian"
     micro_batch_size: int = 0  # 0: by memory
     precision: Precision = "full"  # of the operands of matrix products
+
+    @property
+    def outputs(self) -> Space:
+        """The space of the model's outputs on the batch."""
+        return replace(self.space, outputs_on=self.batch_path)
+
+    @property
+    def domain(self) -> Space:
+        """Of the vectors that it takes."""
+        return self.outputs if self.kind == "jacobian_transposed" else self.space
+
+    @property
+    def codomain(self) -> Space:
+        """Of its products."""
+        return self.outputs if self.kind == "jacobian" else self.space
 
 
 @dataclass(frozen=True)

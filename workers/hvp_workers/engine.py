@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final, get_args
 
 import torch
 from hvp_core.algorithm import Advance, Algorithm, Budget
 from hvp_core.collective import Collective
 from hvp_core.errors import CurvatureError, is_out_of_memory
+from hvp_core.space import ShardedSpace
 from hvp_operations.checking import checked
 from hvp_operations.operation import Facts, Result, SpecError, load
 from hvp_operations.registry import operations
@@ -127,6 +128,19 @@ class RankEngine:
     def _operator(self, operator: api.Operator) -> LoadedOperator:
         return self._models.get(operator.space).operators.get(operator)
 
+    def _space(self, space: api.Space) -> ShardedSpace:
+        """How vectors of a space lie on the ranks.
+
+        Outputs are cut as the batch is by default, which is why a Jacobian has no other cut.
+        """
+        model = self._models.get(replace(space, outputs_on=None))
+        if space.outputs_on is None:
+            return model.space
+        operator = api.Operator(
+            space=replace(space, outputs_on=None), batch_path=space.outputs_on, kind="jacobian"
+        )
+        return model.operators.get(operator).curvature.output_space
+
     # Products -----------------------------------------------------------------------------------
 
     @command
@@ -148,15 +162,17 @@ class RankEngine:
         """Store the product with each input; what is new about how they are computed."""
         vectors = [self._vector(name) for name in inputs]
         for name, vector in zip(inputs, vectors, strict=True):
-            if vector.space != operator.space:
+            if vector.space != operator.domain:
                 raise CurvatureError(
-                    "VECTOR_SPACE_MISMATCH", f"{name} belongs to another checkpoint or dtype"
+                    "VECTOR_SPACE_MISMATCH",
+                    f"{name} belongs to another checkpoint, batch or dtype than the operator's "
+                    "vectors",
                 )
-        self._reserve(operator.space, outputs)
+        self._reserve(operator.codomain, outputs)
         loaded = self._operator(operator)
         products = loaded.product(operator.kind, [vector.shard for vector in vectors])
         for name, product in zip(outputs, products, strict=True):
-            self._vectors[name] = _Vector(operator.space, product)
+            self._vectors[name] = _Vector(operator.codomain, product)
         return loaded.news()
 
     # Vectors ------------------------------------------------------------------------------------
@@ -170,7 +186,7 @@ class RankEngine:
 
     def _reserve(self, space: api.Space, names: Sequence[str]) -> None:
         """Refuse vectors that would leave no room for the work itself."""
-        numbers = self._models.get(space).space
+        numbers = self._space(space)
         held = sum(v.shard.nbytes for n, v in self._vectors.items() if n not in names)
         needed = held + len(names) * numbers.vector_bytes
         if needed > self._vector_budget:
@@ -185,8 +201,7 @@ class RankEngine:
     def create_vector(self, name: str, space: api.Space, source: api.Source) -> None:
         """Make a vector; replaces one of that name."""
         self._reserve(space, [name])
-        model = self._models.get(space)
-        numbers = model.space
+        numbers = self._space(space)
         match source:
             case api.Seeded(seed, distribution):
                 shard = numbers.random(seed, distribution)
@@ -202,7 +217,7 @@ class RankEngine:
             case api.Zeros():
                 shard = numbers.zeros()
             case api.Parameters():
-                shard = model.parameters.clone()
+                shard = self._models.get(space).parameters.clone()
         self._vectors[name] = _Vector(space, shard)
 
     @command
@@ -221,14 +236,14 @@ class RankEngine:
                 raise CurvatureError(
                     "VECTOR_SPACE_MISMATCH", f"{left} and {right} are of different spaces"
                 )
-            values.append(self._models.get(u.space).space.dot(u.shard, v.shard))
+            values.append(self._space(u.space).dot(u.shard, v.shard))
         return values
 
     @command
     def save_vector(self, name: str, path: Path, start: int = 0, stop: int | None = None) -> None:
         """Write a range of a vector as one file of raw elements."""
         vector = self._vector(name)
-        self._models.get(vector.space).space.write(vector.shard, path, start, stop)
+        self._space(vector.space).write(vector.shard, path, start, stop)
 
     # Runs ---------------------------------------------------------------------------------------
 
@@ -255,7 +270,9 @@ class RankEngine:
                 available_bytes=self._memory.least_available() - promised,
             ),
         )
-        linear = CurvatureOperator(loaded, operator.kind, operator.precision)
+        assert operator.kind not in get_args(api.Jacobian)  # the facts have refused it
+        matrix = cast("api.Matrix", operator.kind)
+        linear = CurvatureOperator(loaded, matrix, operator.precision)
         self._runs[run] = _Run(
             operation=operation,
             operator=linear,

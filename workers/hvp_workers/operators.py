@@ -62,8 +62,14 @@ class LoadedOperator:
     def product(
         self, kind: api.Kind, vectors: Sequence[torch.Tensor], *, borrow: bool = False
     ) -> list[torch.Tensor]:
-        """The product with each vector, this rank's shards; `borrow`: good until the next one."""
-        products = self.curvature.product(kind, vectors, borrow=borrow)
+        """The product with each vector, this rank's part; `borrow`: good until the next one."""
+        match kind:
+            case "jacobian":
+                products = self.curvature.jvp(vectors)
+            case "jacobian_transposed":
+                products = self.curvature.vjp(vectors)
+            case matrix:
+                products = self.curvature.product(matrix, vectors, borrow=borrow)
         self.has_products = True
         return products
 
@@ -102,7 +108,7 @@ class CurvatureOperator(LinearOperator):
     symmetric = True
     most_together = _TOGETHER
 
-    def __init__(self, loaded: LoadedOperator, kind: api.Kind, precision: api.Precision):
+    def __init__(self, loaded: LoadedOperator, kind: api.Matrix, precision: api.Precision):
         self.domain = self.codomain = loaded.curvature.space
         self.semidefinite = kind != "hessian"
         self.noise = _NOISE[precision]

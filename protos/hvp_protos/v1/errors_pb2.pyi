@@ -93,6 +93,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_NO_TARGETS: _ErrorReason.ValueType  # 30
     """No label of the batch counts."""
+    ERROR_REASON_OPERATOR_NOT_SYMMETRIC: _ErrorReason.ValueType  # 69
+    """The question is asked of a symmetric matrix, which a Jacobian is not."""
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 31
     """A rank ran out of memory; use a smaller micro-batch, float32 or more workers."""
     ERROR_REASON_PAGE_SIZE_INVALID: _ErrorReason.ValueType  # 32
@@ -238,6 +240,8 @@ field of the request.
 """
 ERROR_REASON_NO_TARGETS: ErrorReason.ValueType  # 30
 """No label of the batch counts."""
+ERROR_REASON_OPERATOR_NOT_SYMMETRIC: ErrorReason.ValueType  # 69
+"""The question is asked of a symmetric matrix, which a Jacobian is not."""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 31
 """A rank ran out of memory; use a smaller micro-batch, float32 or more workers."""
 ERROR_REASON_PAGE_SIZE_INVALID: ErrorReason.ValueType  # 32

@@ -45,6 +45,10 @@ class OperatorSpec(_message.Message):
         """
         KIND_EMPIRICAL_FISHER_SEQUENCE: OperatorSpec._Kind.ValueType  # 4
         """or all targets of one sequence of the batch. Symmetric, with no negative eigenvalue, both."""
+        KIND_JACOBIAN: OperatorSpec._Kind.ValueType  # 5
+        """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
+        whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
+        """
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: OperatorSpec.Kind.ValueType  # 0
@@ -60,6 +64,10 @@ class OperatorSpec(_message.Message):
     """
     KIND_EMPIRICAL_FISHER_SEQUENCE: OperatorSpec.Kind.ValueType  # 4
     """or all targets of one sequence of the batch. Symmetric, with no negative eigenvalue, both."""
+    KIND_JACOBIAN: OperatorSpec.Kind.ValueType  # 5
+    """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
+    whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
+    """
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
@@ -74,7 +82,7 @@ class OperatorSpec(_message.Message):
     """`float32` or `float64`; empty means float32."""
     micro_batch_size: _builtins.int
     """Sequences a rank pushes through a block at once; 0 lets the server choose by memory. Results
-    do not depend on it.
+    do not depend on it. Of a Jacobian it is 0: outputs lie on the ranks as the server cuts the batch.
     """
     precision: _builtins.str
     """Of the operands of matrix products: `full` is the dtype's own; `bfloat16`, and on CUDA devices
@@ -125,21 +133,33 @@ class DescribeOperatorResponse(_message.Message):
 
     OPERATOR_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    DOMAIN_SHAPE_FIELD_NUMBER: _builtins.int
+    CODOMAIN_SHAPE_FIELD_NUMBER: _builtins.int
     num_parameters: _builtins.int
-    """The operator is n by n."""
+    """n, the length of vectors of parameter space."""
     @_builtins.property
     def operator(self) -> Global___OperatorSpec:
         """With every default filled in."""
 
+    @_builtins.property
+    def domain_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shapes of the vectors that the operator takes and gives: (n) or, of outputs, (sequences,
+        positions, vocabulary).
+        """
+
+    @_builtins.property
+    def codomain_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         operator: Global___OperatorSpec | None = ...,
         num_parameters: _builtins.int = ...,
+        domain_shape: _abc.Iterable[_builtins.int] | None = ...,
+        codomain_shape: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_parameters", b"num_parameters", "operator", b"operator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codomain_shape", b"codomain_shape", "domain_shape", b"domain_shape", "num_parameters", b"num_parameters", "operator", b"operator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,9 +265,12 @@ class ApplyOperatorRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    TRANSPOSED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     session: _builtins.str
     """The session that the products are to belong to; empty for none."""
+    transposed: _builtins.bool
+    """Products with the transposed matrix; of a symmetric one it makes no difference."""
     @_builtins.property
     def operator(self) -> Global___OperatorSpec: ...
     @_builtins.property
@@ -261,10 +284,11 @@ class ApplyOperatorRequest(_message.Message):
         request_id: _builtins.str = ...,
         vectors: _abc.Iterable[_builtins.str] | None = ...,
         session: _builtins.str = ...,
+        transposed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "request_id", b"request_id", "session", b"session", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "request_id", b"request_id", "session", b"session", "transposed", b"transposed", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -122,9 +122,9 @@ class OperatorServiceServicer:
 
     def ApplyOperator(self, request, context):
         """Products with vectors that the server holds. Cost in GEMM passes each: a Hessian 8, or 11 where
-        memory is short; a GGN or Fisher 5 or 6.
+        memory is short; a GGN or Fisher 5 or 6; a Jacobian 3 either way.
 
-        INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: a vector of another checkpoint or dtype.
+        INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: a vector of another checkpoint, batch or dtype.
         FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held a vector are gone; make it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

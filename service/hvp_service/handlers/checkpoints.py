@@ -46,7 +46,7 @@ async def delete_checkpoint(deps: Dependencies, name: Name) -> None:
 
 
 async def delete_batch(deps: Dependencies, name: Name) -> None:
-    """Delete a data batch, and its blob unless something else is made of it.
+    """Delete a data batch, the outputs on it, and its blob unless something else is made of it.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
@@ -60,4 +60,5 @@ async def delete_batch(deps: Dependencies, name: Name) -> None:
                 resource=str(name),
             )
     await deps.batches.delete(name)
+    await deps.vectors.delete_of_batch(name)
     await deps.blobs.release(name.project, [batch.digest])

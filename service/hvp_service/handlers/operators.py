@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from hvp_service.errors import ServiceError
 from hvp_service.lifetimes import Lifetime
 from hvp_service.names import parse
 from hvp_service.operator_resolver import OperatorRef, ResolvedOperator
-from hvp_service.vector_rows import Vector
+from hvp_service.vector_rows import Outputs, Vector, words_of
 
 log = structlog.get_logger()
 
@@ -37,6 +38,8 @@ async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperat
     """
     resolved = await deps.operators.resolve(ref)
     batch = resolved.batch.statistics
+    if resolved.operator.kind == "jacobian":
+        return resolved, 0  # whose outputs have one cut alone
     return resolved, ref.micro_batch_size or deps.group.backend.default_micro_batch(
         batch.num_sequences, batch.sequence_length
     )
@@ -59,7 +62,7 @@ async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = 
         deps.operators.using(ref) as resolved,
         deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
     ):
-        (gradient,) = _products(deps, resolved, 1, lifetime)
+        (gradient,) = _products(deps, resolved, None, 1, lifetime)
 
         async def work(backend: Backend) -> None:
             await backend.gradient(resolved.operator, gradient.name.id)
@@ -68,9 +71,21 @@ async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = 
 
 
 async def apply(
-    deps: Dependencies, ref: OperatorRef, vectors: Sequence[str], session: str = ""
+    deps: Dependencies,
+    ref: OperatorRef,
+    vectors: Sequence[str],
+    session: str = "",
+    *,
+    transposed: bool = False,
 ) -> list[Vector]:
     """The product with each vector, left on the ranks, in a session or in none.
+
+    Args:
+        deps: Dependencies.
+        ref: The operator.
+        vectors: Names.
+        session: That the products are to belong to; "" for none.
+        transposed: Take the transposed matrix.
 
     Raises:
         ServiceError: VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, SESSION_EXPIRED, and
@@ -84,7 +99,8 @@ async def apply(
         deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
         deps.vectors.using(names) as inputs,
     ):
-        return await _apply(deps, ref, resolved, inputs, lifetime)
+        wanted = resolved.transposed if transposed else resolved
+        return await _apply(deps, ref, wanted, inputs, lifetime)
 
 
 async def _apply(
@@ -95,17 +111,20 @@ async def _apply(
     lifetime: Lifetime,
 ) -> list[Vector]:
     for index, vector in enumerate(inputs):
-        if (
-            vector.checkpoint != resolved.checkpoint.name
-            or vector.dtype != resolved.operator.space.dtype
-        ):
+        domain = resolved.domain
+        space = (
+            resolved.checkpoint.name,
+            resolved.operator.space.dtype,
+            None if domain is None else domain.batch,
+        )
+        if vector.space != space:
             raise ServiceError(
                 "VECTOR_SPACE_MISMATCH",
-                f"{vector.name} is a {vector.dtype} vector of {vector.checkpoint}; the operator is "
-                f"{resolved.operator.space.dtype} on {resolved.checkpoint.name}.",
+                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
+                f"{words_of(space)}.",
                 field=f"vectors[{index}]",
             )
-    outputs = _products(deps, resolved, len(inputs), lifetime)
+    outputs = _products(deps, resolved, resolved.codomain, len(inputs), lifetime)
 
     async def work(backend: Backend) -> None:
         await deps.vectors.ensure_resident(backend, inputs)
@@ -128,15 +147,20 @@ async def _apply(
 
 
 def _products(
-    deps: Dependencies, resolved: ResolvedOperator, count: int, lifetime: Lifetime
+    deps: Dependencies,
+    resolved: ResolvedOperator,
+    outputs: Outputs | None,
+    count: int,
+    lifetime: Lifetime,
 ) -> list[Vector]:
     return [
         deps.vectors.new(
             resolved.checkpoint.name,
             resolved.operator.space.dtype,
-            resolved.num_parameters,
+            resolved.num_parameters if outputs is None else math.prod(outputs.shape),
             None,
             lifetime=lifetime,
+            outputs=outputs,
         )
         for _ in range(count)
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from hvp_service.blob_store import Digest, Piece, read_range
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError, not_found
 from hvp_service.handlers.blobs import resolve_range
-from hvp_service.lifetimes import Lifetime
 from hvp_service.names import Name, parse
-from hvp_service.operator_resolver import check_dtype
+from hvp_service.operator_resolver import check_dtype, outputs_of
 from hvp_service.upload_file import UploadFile, disk_full
-from hvp_service.vector_rows import Recipe, Vector
+from hvp_service.vector_rows import Outputs, Recipe, Vector, words_of
 from hvp_service.vector_store import ITEM_BYTES
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -84,8 +84,18 @@ async def create(
     dtype: str,
     source: VectorSource,
     session: str = "",
+    data_batch: str = "",
 ) -> Vector:
     """Make a vector on the ranks, in a session or in none.
+
+    Args:
+        deps: Dependencies.
+        project: Whose.
+        checkpoint: Whose parameters, or outputs.
+        dtype: Of the elements.
+        source: What it is made of.
+        session: That it is to belong to; "" for none.
+        data_batch: On which it is the model's outputs; "": it is of parameter space.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
@@ -95,19 +105,47 @@ async def create(
     """
     name = _checkpoint_name(project, checkpoint)
     async with deps.sessions.using(project, session) as lifetime:
-        with deps.checkpoints.hold(name):
-            return await _create(deps, name, dtype, source, lifetime)
+        with contextlib.ExitStack() as held:
+            held.enter_context(deps.checkpoints.hold(name))
+            if data_batch:
+                held.enter_context(deps.batches.hold(parse(data_batch, "dataBatches")))
+            num_elements, outputs = await _space(deps, name, data_batch)
+            space_dtype = check_dtype(dtype)
+
+            def new(recipe: Recipe | None) -> Vector:
+                return deps.vectors.new(
+                    name, space_dtype, num_elements, recipe, lifetime=lifetime, outputs=outputs
+                )
+
+            return await _create(deps, name, new, source, of_outputs=outputs is not None)
+
+
+async def _space(
+    deps: Dependencies, checkpoint: Name, data_batch: str
+) -> tuple[int, Outputs | None]:
+    """Length of a space's vectors and, unless it is parameter space, what they are outputs on.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND.
+    """
+    found = await deps.checkpoints.get(checkpoint)
+    if not data_batch:
+        return found.description.num_parameters, None
+    name = parse(data_batch, "dataBatches")
+    if name.project != checkpoint.project:
+        raise not_found(data_batch, "data batch")
+    outputs = outputs_of(found, await deps.batches.get(name))
+    return math.prod(outputs.shape), outputs
 
 
 async def _create(
-    deps: Dependencies, name: Name, dtype: str, source: VectorSource, lifetime: Lifetime
+    deps: Dependencies,
+    name: Name,
+    new: Callable[[Recipe | None], Vector],
+    source: VectorSource,
+    *,
+    of_outputs: bool,
 ) -> Vector:
-    found = await deps.checkpoints.get(name)
-    space_dtype = check_dtype(dtype)
-    num_elements = found.description.num_parameters
-
-    def new(recipe: Recipe | None) -> Vector:
-        return deps.vectors.new(name, space_dtype, num_elements, recipe, lifetime=lifetime)
 
     match source:
         case None:
@@ -123,6 +161,12 @@ async def _create(
             return await _make_durable(deps, new(recipe))
         case ZerosSource():
             return await _make_durable(deps, new({"kind": "zeros"}))
+        case ParametersSource() if of_outputs:
+            raise ServiceError(
+                "SOURCE_MISSING",
+                "Parameters are no outputs; make the vector of something else.",
+                field="source.parameters",
+            )
         case ParametersSource():
             return await _make_durable(deps, new({"kind": "parameters"}))
         case Digest():
@@ -143,6 +187,7 @@ async def write(
     request_id: str,
     pieces: AsyncIterator[VectorPiece],
     session: str = "",
+    data_batch: str = "",
 ) -> Vector:
     """Make a vector from elements that come in one stream, in a session or in none.
 
@@ -151,8 +196,10 @@ async def write(
     """
     # The session is held from the first element on: it must not expire in a slow stream.
     async with deps.sessions.using(project, session):
-        source = await receive(deps, project, checkpoint, dtype, pieces)
-        return await _write(deps, project, checkpoint, dtype, request_id, source, session)
+        source = await receive(deps, project, checkpoint, dtype, pieces, data_batch)
+        return await _write(
+            deps, project, checkpoint, dtype, request_id, source, session, data_batch
+        )
 
 
 async def _write(
@@ -163,16 +210,17 @@ async def _write(
     request_id: str,
     source: FileSource,
     session: str,
+    data_batch: str,
 ) -> Vector:
     async def respond() -> bytes:
-        made = await create(deps, project, checkpoint, dtype, source, session)
+        made = await create(deps, project, checkpoint, dtype, source, session, data_batch)
         return str(made.name).encode()
 
     try:
         # The elements' digest stands for them: a stream cannot be kept to be compared.
         name = await deps.request_log.once(
             (project, "WriteVector", request_id),
-            f"{checkpoint}\0{dtype}\0{source.sha256}\0{session}".encode(),
+            f"{checkpoint}\0{dtype}\0{source.sha256}\0{session}\0{data_batch}".encode(),
             respond,
         )
     finally:
@@ -186,6 +234,7 @@ async def receive(
     checkpoint: str,
     dtype: str,
     pieces: AsyncIterator[VectorPiece],
+    data_batch: str = "",
 ) -> FileSource:
     """Take the elements of a vector that come in one stream into a temporary file.
 
@@ -195,9 +244,9 @@ async def receive(
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SHAPE_MISMATCH,
             CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL.
     """
-    found = await deps.checkpoints.get(_checkpoint_name(project, checkpoint))
+    num_elements, _ = await _space(deps, _checkpoint_name(project, checkpoint), data_batch)
     item = ITEM_BYTES[check_dtype(dtype)]
-    expected = found.description.num_parameters * item
+    expected = num_elements * item
     free = shutil.disk_usage(deps.state_dir.root).free
     if expected > free:
         raise disk_full(expected - free)
@@ -378,10 +427,9 @@ def _wrong_size(expected: int, size: int, field: str) -> ServiceError:
 
 
 def _check_same_space(one: Vector, other: Vector, field: str) -> None:
-    if (one.checkpoint, one.dtype) != (other.checkpoint, other.dtype):
+    if one.space != other.space:
         raise ServiceError(
             "VECTOR_SPACE_MISMATCH",
-            f"{other.name} is a {other.dtype} vector of {other.checkpoint}; expected was "
-            f"{one.dtype} of {one.checkpoint}.",
+            f"{other.name} is a {words_of(other.space)}; expected was a {words_of(one.space)}.",
             field=field,
         )

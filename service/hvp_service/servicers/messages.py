@@ -130,6 +130,8 @@ def vector_message(vector: Vector) -> vector_pb2.Vector:
         create_time=timestamp(vector.create_time),
         session="" if vector.session is None else str(vector.session),
         expire_time=timestamp(vector.lifetime.expire_time),
+        data_batch="" if vector.batch is None else str(vector.batch),
+        shape=vector.shape,
     )
 
 

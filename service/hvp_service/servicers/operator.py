@@ -12,7 +12,9 @@ from hvp_protos.v1 import operator_pb2_grpc
 
 from hvp_service.dependencies import Dependencies
 from hvp_service.handlers import operators
+from hvp_service.operator_resolver import ResolvedOperator
 from hvp_service.servicers import messages
+from hvp_service.vector_rows import Outputs
 
 
 class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
@@ -33,7 +35,10 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             precision=resolved.operator.precision,
         )
         return pb.DescribeOperatorResponse(
-            operator=messages.operator_message(filled), num_parameters=resolved.num_parameters
+            operator=messages.operator_message(filled),
+            num_parameters=resolved.num_parameters,
+            domain_shape=_shape(resolved, resolved.domain),
+            codomain_shape=_shape(resolved, resolved.codomain),
         )
 
     async def EvaluateLoss(
@@ -54,8 +59,16 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         self, request: pb.ApplyOperatorRequest, context: Any
     ) -> pb.ApplyOperatorResponse:
         products = await operators.apply(
-            self._deps, messages.operator_value(request.operator), request.vectors, request.session
+            self._deps,
+            messages.operator_value(request.operator),
+            request.vectors,
+            request.session,
+            transposed=request.transposed,
         )
         return pb.ApplyOperatorResponse(
             products=[messages.vector_message(product) for product in products]
         )
+
+
+def _shape(resolved: ResolvedOperator, space: Outputs | None) -> tuple[int, ...]:
+    return (resolved.num_parameters,) if space is None else space.shape

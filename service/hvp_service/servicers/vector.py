@@ -33,6 +33,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             request.dtype,
             _source(request.source),
             request.session,
+            request.data_batch,
         )
         return pb.CreateVectorResponse(vector=messages.vector_message(made))
 
@@ -96,6 +97,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             first.create.request_id,
             _pieces(first, request_iterator),
             first.create.session,
+            first.create.data_batch,
         )
         return pb.WriteVectorResponse(vector=messages.vector_message(made))
 
