@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, final, overload
+from typing import Any, final, overload
 
 from numpy.typing import NDArray
 
@@ -11,23 +11,22 @@ from hvp_client._async_operator import AsyncOperator
 from hvp_client._async_vector import AsyncVector
 from hvp_client._handles import OperatorFields, is_sequence_of
 from hvp_client._job import Job
+from hvp_client._linear_operator import SymmetricLinearOperator
 from hvp_client._portal import Portal
 from hvp_client._questions import BlockingQuestions
 from hvp_client._vector import Vector
 
-if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator
-
 
 @final
-class Operator(OperatorFields, BlockingQuestions):
+class Operator(OperatorFields, BlockingQuestions, SymmetricLinearOperator):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`.
 
-    It has what SciPy asks of an operator, so SciPy's own solvers run on this side with every
-    product travelling; the questions of the same names, which give a job, run where the vectors
-    are.
+    Where SciPy is installed it is a `scipy.sparse.linalg.LinearOperator`: SciPy's solvers take it
+    and run on this side, with every product travelling, and `H + 1e-3 * I`, `2 * H` or `H @ A` are
+    SciPy's operators. The questions of the same names as its solvers, which give a job, run where
+    the vectors are.
     """
 
     def __init__(self, portal: Portal, twin: AsyncOperator):
@@ -104,10 +103,6 @@ class Operator(OperatorFields, BlockingQuestions):
         numbers: NDArray[Any] = self._portal.run(self._twin.matmat(V))
         return numbers
 
-    # H is symmetric, so its adjoint is itself.
-    rmatvec = matvec
-    rmatmat = matmat
-
     @overload
     def __matmul__(self, other: Vector) -> Vector: ...
     @overload
@@ -170,26 +165,6 @@ class Operator(OperatorFields, BlockingQuestions):
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> Job[Any]:
         return Job(self._portal, self._portal.run(self._twin._ask(operation, values, labels)))
-
-    def as_linear_operator(self) -> LinearOperator:
-        """Make a `scipy.sparse.linalg.LinearOperator` of it.
-
-        Returns:
-            An operator on arrays; each product travels both ways.
-
-        Raises:
-            ImportError: SciPy is not installed.
-        """
-        from scipy.sparse.linalg import LinearOperator
-
-        return LinearOperator(
-            self.shape,
-            matvec=self.matvec,
-            rmatvec=self.rmatvec,
-            matmat=self.matmat,
-            rmatmat=self.rmatmat,
-            dtype=self.dtype,
-        )
 
     def _wrap(self, twin: AsyncVector) -> Vector:
         return Vector(self._portal, twin)
