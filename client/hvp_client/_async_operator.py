@@ -10,6 +10,7 @@ import numpy as np
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
 from numpy.typing import NDArray
 
+from hvp_client._arrays import like
 from hvp_client._async_job import AsyncJob
 from hvp_client._async_vector import AsyncVector, create_vector, source_seeded
 from hvp_client._bulk import as_elements, as_real, write_elements
@@ -73,33 +74,40 @@ class AsyncOperator(OperatorFields, Questions):
     @overload
     async def matvec(self, v: AsyncVector) -> AsyncVector: ...
     @overload
-    async def matvec(self, v: Any) -> NDArray[Any]: ...
-    async def matvec(self, v: Any) -> AsyncVector | NDArray[Any]:
+    async def matvec(self, v: Any) -> Any: ...
+    async def matvec(self, v: Any) -> Any:
         """As Operator.matvec."""
         if isinstance(v, AsyncVector):
             return (await self._apply([v]))[0]
         array = as_real(v, "v")
         if array.shape == (self.shape[0], 1):  # SciPy's solvers pass columns
-            return await self._apply_columns(array)
-        return (await self._apply_columns(array[..., np.newaxis]))[:, 0]
+            return like(v, await self._apply_columns(array))
+        return like(v, (await self._apply_columns(array[..., np.newaxis]))[:, 0])
 
     @overload
     async def matmat(self, V: Sequence[AsyncVector]) -> list[AsyncVector]: ...
     @overload
-    async def matmat(self, V: Any) -> NDArray[Any]: ...
-    async def matmat(self, V: Any) -> list[AsyncVector] | NDArray[Any]:
+    async def matmat(self, V: Any) -> Any: ...
+    async def matmat(self, V: Any) -> Any:
         """As Operator.matmat."""
         if is_sequence_of(V, AsyncVector):
             return await self._apply(list(V))
-        return await self._apply_columns(as_real(V, "V"))
+        return like(V, await self._apply_columns(as_real(V, "V")))
 
     async def __matmul__(self, other: Any) -> Any:
         if isinstance(other, AsyncVector):
             return await self.matvec(other)
         if is_sequence_of(other, AsyncVector):
             return await self.matmat(other)
-        array = as_real(other, "v")
-        return await (self.matmat(array) if array.ndim == 2 else self.matvec(array))
+        return await (self.matmat(other) if as_real(other, "v").ndim == 2 else self.matvec(other))
+
+    async def __rmatmul__(self, other: Any) -> Any:
+        # H is symmetric: vᵀH is (Hv)ᵀ, and rows (k, n) give rows.
+        if not is_sequence_of(other, AsyncVector) and not isinstance(other, AsyncVector):
+            array = as_real(other, "v")
+            if array.ndim == 2:
+                return like(other, (await self._apply_columns(array.T)).T)
+        return await (self @ other)
 
     async def random_vector(
         self, *, seed: int, distribution: str = "rademacher", keep: bool = False

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._handles import VectorFields, require_handle
 from hvp_client._session import Session, new_request_id
 from hvp_client._specs import check_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Distribution = Literal["rademacher", "gaussian", "sphere"]
 
@@ -56,6 +59,12 @@ class AsyncVector(VectorFields):
     async def numpy(self) -> NDArray[Any]:
         """As Vector.numpy."""
         return await read_elements(self._session, self.name, self._message.num_elements, self.dtype)
+
+    async def torch(self) -> Tensor:
+        """As Vector.torch."""
+        from torch import from_numpy
+
+        return from_numpy(await self.numpy())
 
     async def axpy(self, scale: float, other: AsyncVector) -> AsyncVector:
         """As Vector.axpy."""

@@ -102,8 +102,8 @@ class Client:
 
         Args:
             batch: `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
-                `input_ids`) and `attention_mask`; each integers (n, s), in numpy or anything
-                `np.asarray` takes.
+                `input_ids`) and `attention_mask`; each integers (n, s), in numpy, torch or
+                anything `np.asarray` takes.
 
         Returns:
             The batch, checked by the server.

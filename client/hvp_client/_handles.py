@@ -23,7 +23,7 @@ class OperatorFields(ABC):  # noqa: B024 (what takes a call differs)
     Law: nothing here changes while the handle lives.
     """
 
-    __array_ufunc__ = None  # `array @ H` is not a numpy product
+    __array_ufunc__ = None  # numpy leaves `array @ H` to this class
 
     def __init__(self, description: operator_pb2.DescribeOperatorResponse):
         self._description = description

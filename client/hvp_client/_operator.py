@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, final, overload
 
-from numpy.typing import NDArray
-
 from hvp_client._async_operator import AsyncOperator
 from hvp_client._async_vector import AsyncVector
 from hvp_client._handles import OperatorFields, is_sequence_of
@@ -59,16 +57,16 @@ class Operator(OperatorFields, BlockingQuestions, SymmetricLinearOperator):
     @overload
     def matvec(self, v: Vector) -> Vector: ...
     @overload
-    def matvec(self, v: Any) -> NDArray[Any]: ...
-    def matvec(self, v: Any) -> Vector | NDArray[Any]:
+    def matvec(self, v: Any) -> Any: ...
+    def matvec(self, v: Any) -> Any:
         """Hv.
 
         Args:
-            v: A vector, or real numbers (n,) or (n, 1).
+            v: A vector, or real numbers (n,) or (n, 1), in numpy, torch or lists.
 
         Returns:
-            A new vector for a vector; for numbers an array of their shape in `dtype`, for which v
-            and Hv travel. Cost: one product.
+            A new vector for a vector. For numbers an array of their shape in `dtype`, and for a
+            tensor a tensor on its device; v and Hv travel. Cost: one product.
 
         Raises:
             InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE`, `DTYPE_UNSUPPORTED` or
@@ -77,21 +75,21 @@ class Operator(OperatorFields, BlockingQuestions, SymmetricLinearOperator):
         """
         if isinstance(v, Vector):
             return self._wrap(self._portal.run(self._twin.matvec(v._twin)))
-        numbers: NDArray[Any] = self._portal.run(self._twin.matvec(v))
-        return numbers
+        return self._portal.run(self._twin.matvec(v))
 
     @overload
     def matmat(self, V: Sequence[Vector]) -> list[Vector]: ...
     @overload
-    def matmat(self, V: Any) -> NDArray[Any]: ...
-    def matmat(self, V: Any) -> list[Vector] | NDArray[Any]:
+    def matmat(self, V: Any) -> Any: ...
+    def matmat(self, V: Any) -> Any:
         """HV for k vectors at once, which share the gathering of the weights.
 
         Args:
-            V: A sequence of vectors, or real numbers (n, k).
+            V: A sequence of vectors, or real numbers (n, k), in numpy, torch or lists.
 
         Returns:
-            As many new vectors, or an array (n, k). Cost: k products; on the ranks 2k vectors.
+            As many new vectors, or an array or tensor (n, k). Cost: k products; on the ranks 2k
+            vectors.
 
         Raises:
             InvalidArgumentError: As for matvec.
@@ -100,22 +98,29 @@ class Operator(OperatorFields, BlockingQuestions, SymmetricLinearOperator):
         if is_sequence_of(V, Vector):
             twins = self._portal.run(self._twin.matmat([v._twin for v in V]))
             return [self._wrap(twin) for twin in twins]
-        numbers: NDArray[Any] = self._portal.run(self._twin.matmat(V))
-        return numbers
+        return self._portal.run(self._twin.matmat(V))
 
     @overload
     def __matmul__(self, other: Vector) -> Vector: ...
     @overload
     def __matmul__(self, other: list[Vector] | tuple[Vector, ...]) -> list[Vector]: ...
     @overload
-    def __matmul__(self, other: Any) -> NDArray[Any]: ...
-    def __matmul__(self, other: Any) -> Vector | list[Vector] | NDArray[Any]:
+    def __matmul__(self, other: Any) -> Any: ...
+    def __matmul__(self, other: Any) -> Any:
         if isinstance(other, Vector):
             return self.matvec(other)
         if is_sequence_of(other, Vector):
             return self.matmat(other)
-        product: NDArray[Any] = self._portal.run(self._twin @ other)
-        return product
+        return self._portal.run(self._twin @ other)
+
+    @overload
+    def __rmatmul__(self, other: Vector) -> Vector: ...
+    @overload
+    def __rmatmul__(self, other: Any) -> Any: ...
+    def __rmatmul__(self, other: Any) -> Any:
+        if isinstance(other, Vector) or is_sequence_of(other, Vector):
+            return self @ other
+        return self._portal.run(self._twin.__rmatmul__(other))
 
     def random_vector(
         self, *, seed: int, distribution: str = "rademacher", keep: bool = False
@@ -141,7 +146,7 @@ class Operator(OperatorFields, BlockingQuestions, SymmetricLinearOperator):
         """Bring an array to the ranks.
 
         Args:
-            array: Real finite numbers (n,): numpy, or anything `np.asarray` takes.
+            array: Real finite numbers (n,): numpy, torch, or anything `np.asarray` takes.
             keep: As `Vector.keep`.
 
         Returns:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvp_client._arrays import Fetched
 from hvp_client._async_vector import AsyncVector
 from hvp_client._handles import VectorFields, require_handle
 from hvp_client._portal import Portal
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @final
-class Vector(VectorFields):
+class Vector(VectorFields, Fetched):
     """A vector of parameter space that lives on the server's ranks, n elements under a name.
 
     Element order is the canonical flat index: parameters as in the model's `named_parameters()`, a
@@ -22,7 +26,7 @@ class Vector(VectorFields):
     that this client made is freed on the server some time after its last reference is gone, or at
     once by `delete()` or at the end of a `with` block, and at the latest when the client is closed
     or its process has ended, in whatever way. `keep()` lets it stay. One that was looked up by name
-    belongs to whoever made it, an eigenvector to its job.
+    belongs to whoever made it, an eigenvector to its job. `np.asarray(v)` fetches the elements.
     """
 
     def __init__(self, portal: Portal, twin: AsyncVector):
@@ -59,6 +63,18 @@ class Vector(VectorFields):
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
         return self._portal.run(self._twin.numpy())
+
+    def torch(self) -> Tensor:
+        """Fetch the elements as a torch tensor.
+
+        Returns:
+            A tensor (n,) of the vector's dtype on the CPU.
+
+        Raises:
+            ImportError: torch is not installed.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.torch())
 
     def axpy(self, scale: float, other: Vector) -> Vector:
         """Add a multiple of another: v + scale·other in one step.
