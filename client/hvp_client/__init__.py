@@ -42,6 +42,7 @@ __all__ = [
     "Job",
     "JobCancelledError",
     "JobFailedError",
+    "JobStatus",
     "NotFoundError",
     "Operator",
     "OutOfRangeError",

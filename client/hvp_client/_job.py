@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, final
 from hvp_client._async_job import AsyncJob
 from hvp_client._exceptions import HvpError
 from hvp_client._portal import Portal
-from hvp_client._results import Event, Progress, with_vectors
+from hvp_client._results import Event, JobStatus, Progress, with_vectors
 from hvp_client._vector import Vector
 
 ResultT = TypeVar("ResultT")
@@ -19,8 +19,8 @@ ResultT = TypeVar("ResultT")
 class Job(Generic[ResultT]):
     """Long work on the server: a row that outlives this client and the server's own restarts.
 
-    `state`, `cancelling`, `attempt`, `progress` and `error` are asked for when they are read, until
-    the job is known to have ended.
+    The properties tell what this object last heard, from `status()`, `result()`, `cancel()` or the
+    end of `watch()`, and never ask the server.
     """
 
     def __init__(self, portal: Portal, twin: AsyncJob[Any]):
@@ -35,32 +35,32 @@ class Job(Generic[ResultT]):
     @property
     def state(self) -> str:
         """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`."""
-        return self._current().state
+        return self._twin.state
 
     @property
     def cancelling(self) -> bool:
-        """Whether it was asked to stop and still runs, until the product at hand is done."""
-        return self._current().cancelling
+        """Whether it was asked to stop and still ran, until the product at hand was done."""
+        return self._twin.cancelling
 
     @property
     def ended(self) -> bool:
         """Whether the state is final."""
-        return self._current().ended
+        return self._twin.ended
 
     @property
     def attempt(self) -> int:
         """Which run this is, from 1; one more after each loss of the server or a rank."""
-        return self._current().attempt
+        return self._twin.attempt
 
     @property
     def progress(self) -> Progress | None:
-        """Where the run stands; None before the first product."""
-        return self._current().progress
+        """Where the run stood; None before the first product."""
+        return self._twin.progress
 
     @property
     def error(self) -> HvpError | None:
         """Why it failed, as an exception that is not raised; None unless it did."""
-        return self._current().error
+        return self._twin.error
 
     @property
     def labels(self) -> dict[str, str]:
@@ -85,24 +85,23 @@ class Job(Generic[ResultT]):
     @property
     def start_time(self) -> datetime | None:
         """When its latest attempt began, UTC."""
-        return self._current().start_time
+        return self._twin.start_time
 
     @property
     def end_time(self) -> datetime | None:
         """When it ended, UTC."""
-        return self._current().end_time
+        return self._twin.end_time
 
-    def refresh(self) -> Job[ResultT]:
-        """Ask the server for everything anew.
+    def status(self) -> JobStatus:
+        """Ask the server how the job is: one snapshot, in one call.
 
         Returns:
-            This job.
+            The snapshot, which the properties tell from then on.
 
         Raises:
             NotFoundError: It was deleted.
         """
-        self._portal.run(self._twin.refresh())
-        return self
+        return self._portal.run(self._twin.status())
 
     def result(self, timeout_s: float | None = None) -> ResultT:
         """Wait for the end and give the result; a restart of the server is waited out.
@@ -151,9 +150,5 @@ class Job(Generic[ResultT]):
         """
         self._portal.run(self._twin.delete())
 
-    def _current(self) -> AsyncJob[Any]:
-        return self._twin if self._twin.ended else self._portal.run(self._twin.refresh())
-
     def __repr__(self) -> str:
-        # Without a call: debuggers and notebooks show objects unasked.
         return f"<{type(self).__name__} {self.name} {self._twin.state}>"

@@ -33,6 +33,7 @@ from hvp_client._job import Job as Job
 from hvp_client._operator import Operator as Operator
 from hvp_client._records import *  # noqa: F403 - generated, with its own __all__
 from hvp_client._results import Event as Event
+from hvp_client._results import JobStatus as JobStatus
 from hvp_client._results import Progress as Progress
 from hvp_client._settings import Retry as Retry
 from hvp_client._settings import Timeout as Timeout

@@ -312,6 +312,7 @@ def test_waiting_for_a_job_may_be_cut_short_and_the_job_goes_on(H: Operator) -> 
         job.result(timeout_s=0.0)
     assert isinstance(caught.value, TimeoutError)
     assert job.state in ("QUEUED", "RUNNING")
+    assert job.status().state in ("QUEUED", "RUNNING")
     assert job.labels == {"why": "test"}
     job.cancel()
     job.cancel()
@@ -320,7 +321,7 @@ def test_waiting_for_a_job_may_be_cut_short_and_the_job_goes_on(H: Operator) -> 
     assert job.state == "CANCELLED"
     job.delete()
     with pytest.raises(NotFoundError):
-        job.refresh()
+        job.status()
 
 
 def test_jobs_are_listed_by_state(H: Operator, client: Client) -> None:

@@ -14,7 +14,7 @@ PUBLIC = """
 AbortedError AlreadyExistsError AsyncClient AsyncJob AsyncOperator AsyncVector Batch Blob
 CallCancelledError Checkpoint Client DataLossError DeadlineExceededError DensityResult
 EigshResult Event FailedPreconditionError HvpError InternalError InvalidArgumentError Job
-JobCancelledError JobFailedError NotFoundError Operator OutOfRangeError ParameterTensor
+JobCancelledError JobFailedError JobStatus NotFoundError Operator OutOfRangeError ParameterTensor
 PermissionDeniedError Progress Rank ResourceExhaustedError Retry ServerInfo
 ServerUnreachableError Timeout UnauthenticatedError UnavailableError UnimplementedError
 UnknownError Vector WorkerGroup
