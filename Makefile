@@ -46,7 +46,7 @@ types: setup
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
 
-# The SDK's methods, one for each operation.
+# What is generated of the SDK: a method for each operation, and the blocking side of the awaited one.
 sdk: setup
 	$(BIN)/python client/generate.py
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -58,19 +57,3 @@ def _is_tensor(value: Any) -> bool:
     # Who has a tensor has imported torch.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-class Fetched(ABC):
-    """What numpy takes for an array: its elements are fetched each time.
-
-    Law: np.asarray(v) == v.numpy().
-    """
-
-    @abstractmethod
-    def numpy(self) -> NDArray[Any]:
-        """Fetch the elements."""
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        if copy is False:
-            raise ValueError("the elements are on the server; what is fetched of them is a copy")
-        return np.asarray(self.numpy(), dtype)

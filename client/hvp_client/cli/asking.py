@@ -86,7 +86,7 @@ def ask(
             micro_batch_size=order.micro_batch_size,
             precision=order.precision,
         )
-        job = H._ask(order.operation, order.values, None)
+        job = getattr(H, order.operation)(**order.values)
         if watch:
             _stay(job, output=output, picture=picture, as_json=as_json)
         else:

@@ -1,4 +1,4 @@
-"""What makes a blocking operator one of SciPy's, where SciPy is installed."""
+"""What numpy and SciPy ask of blocking handles."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
+
+
+class Fetched(ABC):
+    """What numpy takes for an array: its elements are fetched each time.
+
+    Law: np.asarray(v) == v.numpy().
+    """
+
+    @abstractmethod
+    def numpy(self) -> NDArray[Any]:
+        """Fetch the elements."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("the elements are on the server; what is fetched of them is a copy")
+        return np.asarray(self.numpy(), dtype)
 
 
 class SymmetricLinearOperator(ABC):
@@ -35,7 +52,8 @@ class SymmetricLinearOperator(ABC):
         def __truediv__(self, other: float) -> Any: ...
         def __pow__(self, power: int) -> Any: ...
         def __neg__(self) -> Any: ...
-        def dot(self, other: Any) -> Any: ...
+        def dot(self, other: Any) -> Any:
+            """Multiply by a number, an operator, an array or a vector."""
 
     @property
     def T(self) -> Self:  # noqa: N802 (numpy's name)

@@ -14,7 +14,6 @@ from hvp_operations.operation import Operation
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2
 
-from hvp_client._async_vector import AsyncVector
 from hvp_client._exceptions import (
     DeadlineExceededError,
     HvpError,
@@ -35,6 +34,7 @@ from hvp_client._results import (
 from hvp_client._session import Session
 from hvp_client._specs import kind_name
 from hvp_client._wire import Pauses, is_transient
+from hvp_client.awaited.vector import AsyncVector
 
 ResultT = TypeVar("ResultT")
 
@@ -43,9 +43,10 @@ _WAIT_S = 30.0  # one long poll; the server allows 60
 
 @final
 class AsyncJob(Generic[ResultT]):
-    """A job as it was when last heard of; the awaitable twin of Job.
+    """Long work on the server: a row that outlives this client and the server's own restarts.
 
-    The properties tell what this object last heard and never ask: `await status()` asks.
+    The properties tell what this object last heard, from `status()`, `result()`, `cancel()` or the
+    end of `watch()`, and never ask the server.
     """
 
     def __init__(self, session: Session, message: job_pb2.Job):
@@ -143,14 +144,21 @@ class AsyncJob(Generic[ResultT]):
         return self._known.end_time
 
     async def status(self) -> JobStatus:
-        """As Job.status."""
+        """Ask the server how the job is: one snapshot, in one call.
+
+        Returns:
+            The snapshot, which the properties tell from then on.
+
+        Raises:
+            NotFoundError: It was deleted.
+        """
         answer = await self._session.wire.unary(
             "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
         )
         return self._learn(answer.job)
 
     async def cancel(self) -> None:
-        """As Job.cancel."""
+        """Ask the job to stop between two products; of no effect once it has ended."""
         answer = await self._session.wire.unary(
             "JobService/CancelJob",
             job_pb2.CancelJobRequest(name=self.name),
@@ -159,7 +167,11 @@ class AsyncJob(Generic[ResultT]):
         self._learn(answer.job)
 
     async def delete(self) -> None:
-        """As Job.delete."""
+        """Forget the job.
+
+        Raises:
+            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
+        """
         await self._session.wire.unary(
             "JobService/DeleteJob",
             job_pb2.DeleteJobRequest(name=self.name),
@@ -167,7 +179,20 @@ class AsyncJob(Generic[ResultT]):
         )
 
     async def result(self, timeout_s: float | None = None) -> ResultT:
-        """As Job.result."""
+        """Wait for the end and give the result; a restart of the server is waited out.
+
+        Args:
+            timeout_s: Longest wait, seconds; None waits for as long as it takes.
+
+        Returns:
+            The result.
+
+        Raises:
+            DeadlineExceededError: `JOB_NOT_ENDED`: the time is over and the job goes on.
+            JobFailedError: The job failed; code, reason and metadata are its run's.
+            JobCancelledError: The job was cancelled.
+            UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
+        """
         loop = asyncio.get_running_loop()
         end_s = None if timeout_s is None else loop.time() + timeout_s
         while not self.ended:
@@ -217,7 +242,19 @@ class AsyncJob(Generic[ResultT]):
         self._learn(answer.job)
 
     async def watch(self, after_sequence: int = 0) -> AsyncGenerator[Event, None]:
-        """As Job.watch."""
+        """Give what has happened to the job, then what happens, until it ends.
+
+        Args:
+            after_sequence: Begin after the event of this number; 0 means with the first.
+
+        Yields:
+            Events in order, each once. The connection is made again by itself when it breaks or the
+            server is started anew.
+
+        Raises:
+            NotFoundError: No such job.
+            UnavailableError: The server stayed away for longer than `Retry.job_patience_s`.
+        """
         wire = self._session.wire
         pauses = Pauses(wire.retry, wire.retry.job_patience_s)
         while True:
@@ -249,4 +286,6 @@ class AsyncJob(Generic[ResultT]):
                 await pauses.after(error)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self.state}>"
+        asked = self.spec
+        what = " ".join(filter(None, map(asked.get, ("operation", "operator", "dtype"))))
+        return f"<{type(self).__name__} {what or 'of a newer server'} {self.state} {self.name}>"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, final
 
+import numpy as np
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
 from hvp_client._bulk import read_elements
 from hvp_client._exceptions import InvalidArgumentError
-from hvp_client._handles import VectorFields, require_handle
+from hvp_client._handles import require_handle
 from hvp_client._session import Session, new_request_id
 from hvp_client._specs import check_seed
+from hvp_client._times import from_timestamp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,23 +27,77 @@ Distribution = Literal["rademacher", "gaussian", "sphere"]
 
 
 @final
-class AsyncVector(VectorFields):
-    """A vector on the server; the awaitable twin of Vector, which describes the methods.
+class AsyncVector:
+    """A vector of parameter space that lives on the server's ranks, n elements under a name.
 
-    Arithmetic gives coroutines: `w = await (u + v)`.
+    Element order is the canonical flat index: parameters as in the model's `named_parameters()`, a
+    tied tensor once, row-major. Arithmetic happens on the ranks and gives new vectors; an
+    `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
+    elements `np.asarray(v)` fetches.
+
+    A vector that this client made is freed on the server some time after its last reference is
+    gone, or at once by `delete()` or at the end of a `with` block, and at the latest when the
+    client is closed or its process has ended, in whatever way. `keep()` lets it stay. One that was
+    looked up by name belongs to whoever made it, an eigenvector to its job.
+
+    Law: what the properties tell does not change while the handle lives.
     """
 
+    # numpy on the left, as in np.float64(2) * v, leaves the result to this class.
+    __array_ufunc__ = None
+
     def __init__(self, session: Session, message: vector_pb2.Vector, *, temporary: bool):
-        super().__init__(message)
         self._session = session
+        self._message = message
         self._finalizer = weakref.finalize(self, session.released.append, message.name)
         # The server outlives this process, and close() sends what was released until then.
         self._finalizer.atexit = False
         if not temporary:
             self._finalizer.detach()
 
+    @property
+    def name(self) -> str:
+        """`projects/{project}/vectors/{id}`."""
+        return self._message.name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint whose parameter space it is in."""
+        return self._message.checkpoint
+
+    @property
+    def shape(self) -> tuple[int]:
+        """`(n,)`."""
+        return (self._message.num_elements,)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Float32 or float64."""
+        return np.dtype(self._message.dtype)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server can make it again when its ranks are started anew."""
+        return self._message.durable
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was made, UTC."""
+        return from_timestamp(self._message.create_time)
+
     async def dot(self, other: AsyncVector) -> float:
-        """As Vector.dot."""
+        """u·v, accumulated in float64 on the ranks.
+
+        Args:
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            The inner product; only this number travels.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
         right = require_handle(other, AsyncVector, "other").name
         answer = await self._session.wire.unary(
             "VectorService/ReduceVectors",
@@ -53,49 +110,96 @@ class AsyncVector(VectorFields):
         return answer.inner_products[0]
 
     async def norm(self) -> float:
-        """As Vector.norm."""
+        """‖v‖₂, accumulated in float64 on the ranks."""
         return math.sqrt(await self.dot(self))
 
     async def numpy(self) -> NDArray[Any]:
-        """As Vector.numpy."""
-        return await read_elements(self._session, self.name, self._message.num_elements, self.dtype)
+        """Fetch the elements.
+
+        Returns:
+            A fresh array (n,) of the vector's dtype. Every chunk's checksum has been verified.
+
+        Raises:
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return await read_elements(self._session, self.name, self.shape[0], self.dtype)
 
     async def torch(self) -> Tensor:
-        """As Vector.torch."""
+        """Fetch the elements as a torch tensor.
+
+        Returns:
+            A tensor (n,) of the vector's dtype on the CPU.
+
+        Raises:
+            ImportError: torch is not installed.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
         from torch import from_numpy
 
         return from_numpy(await self.numpy())
 
     async def axpy(self, scale: float, other: AsyncVector) -> AsyncVector:
-        """As Vector.axpy."""
+        """Add a multiple of another: v + scale·other in one step.
+
+        Args:
+            scale: A finite number.
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            A new vector.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
+        """
         return await combine(self._session, [(1.0, self), (scale, other)])
 
     async def keep(self) -> None:
-        """As Vector.keep."""
+        """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
+
+        What the server could not make again is written to its disk, so that a kept vector is there
+        after a restart too.
+
+        Raises:
+            NotFoundError: It is gone already.
+            ResourceExhaustedError: `DISK_FULL`.
+            UnimplementedError: The server is of a version where every vector stays.
+        """
         await self._session.keep_vector(self.name)
         self._finalizer.detach()
 
     async def delete(self) -> None:
-        """As Vector.delete."""
+        """Free it on the server now.
+
+        Raises:
+            NotFoundError: It is gone already.
+        """
         self._finalizer.detach()
         await self._session.delete_vector(self.name)
 
-    async def __add__(self, other: AsyncVector) -> AsyncVector:
-        return await combine(self._session, [(1.0, self), (1.0, other)])
+    def __add__(self, other: AsyncVector) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(other, AsyncVector):
+            return NotImplemented
+        return combine(self._session, [(1.0, self), (1.0, other)])
 
-    async def __sub__(self, other: AsyncVector) -> AsyncVector:
-        return await combine(self._session, [(1.0, self), (-1.0, other)])
+    def __sub__(self, other: AsyncVector) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(other, AsyncVector):
+            return NotImplemented
+        return combine(self._session, [(1.0, self), (-1.0, other)])
 
-    async def __mul__(self, scale: float) -> AsyncVector:
-        return await combine(self._session, [(scale, self)])
+    def __mul__(self, scale: float) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(scale, (int, float, np.number)):
+            return NotImplemented
+        return combine(self._session, [(float(scale), self)])
 
     __rmul__ = __mul__
 
-    async def __truediv__(self, divisor: float) -> AsyncVector:
-        return await combine(self._session, [(1.0 / divisor, self)])
+    def __truediv__(self, divisor: float) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(divisor, (int, float, np.number)):
+            return NotImplemented
+        return combine(self._session, [(1.0 / float(divisor), self)])
 
-    async def __neg__(self) -> AsyncVector:
-        return await combine(self._session, [(-1.0, self)])
+    def __neg__(self) -> Coroutine[Any, Any, AsyncVector]:
+        return combine(self._session, [(-1.0, self)])
 
     async def __aenter__(self) -> AsyncVector:
         return self
@@ -107,6 +211,9 @@ class AsyncVector(VectorFields):
         traceback: TracebackType | None,
     ) -> None:
         await self.delete()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
 
 
 def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:

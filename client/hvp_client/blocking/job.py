@@ -1,4 +1,4 @@
-"""The blocking handle of a job: its awaitable twin and the wait."""
+"""The blocking side of `hvp_client.awaited.job`: made of it by `make sdk`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Generic, TypeVar, final
 
-from hvp_client._async_job import AsyncJob
 from hvp_client._exceptions import HvpError
-from hvp_client._portal import Portal
-from hvp_client._results import Event, JobStatus, Progress, with_vectors
-from hvp_client._vector import Vector
+from hvp_client._results import Event, JobStatus, Progress
+from hvp_client.awaited.job import AsyncJob
+from hvp_client.blocking.twins import Blocking
 
 ResultT = TypeVar("ResultT")
 
 
 @final
-class Job(Generic[ResultT]):
+class Job(Blocking, Generic[ResultT], twin=AsyncJob):
     """Long work on the server: a row that outlives this client and the server's own restarts.
 
     The properties tell what this object last heard, from `status()`, `result()`, `cancel()` or the
     end of `watch()`, and never ask the server.
     """
 
-    def __init__(self, portal: Portal, twin: AsyncJob[Any]):
-        self._portal = portal
-        self._twin = twin
+    _twin: AsyncJob[ResultT]
 
     @property
     def name(self) -> str:
@@ -103,6 +100,18 @@ class Job(Generic[ResultT]):
         """
         return self._portal.run(self._twin.status())
 
+    def cancel(self) -> None:
+        """Ask the job to stop between two products; of no effect once it has ended."""
+        self._portal.run(self._twin.cancel())
+
+    def delete(self) -> None:
+        """Forget the job.
+
+        Raises:
+            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
+        """
+        self._portal.run(self._twin.delete())
+
     def result(self, timeout_s: float | None = None) -> ResultT:
         """Wait for the end and give the result; a restart of the server is waited out.
 
@@ -118,8 +127,7 @@ class Job(Generic[ResultT]):
             JobCancelledError: The job was cancelled.
             UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
         """
-        found = self._portal.run(self._twin.result(timeout_s))
-        result: ResultT = with_vectors(found, lambda twin: Vector(self._portal, twin))
+        result: ResultT = self._wait(self._twin.result(timeout_s))
         return result
 
     def watch(self, after_sequence: int = 0) -> Iterator[Event]:
@@ -128,9 +136,9 @@ class Job(Generic[ResultT]):
         Args:
             after_sequence: Begin after the event of this number; 0 means with the first.
 
-        Returns:
-            An iterator of events in order, each once. It connects again by itself when the
-            connection breaks or the server is started anew.
+        Yields:
+            Events in order, each once. The connection is made again by itself when it breaks or the
+            server is started anew.
 
         Raises:
             NotFoundError: No such job.
@@ -138,17 +146,7 @@ class Job(Generic[ResultT]):
         """
         return self._portal.iterate(self._twin.watch(after_sequence))
 
-    def cancel(self) -> None:
-        """Ask the job to stop between two products; of no effect once it has ended."""
-        self._portal.run(self._twin.cancel())
-
-    def delete(self) -> None:
-        """Forget the job.
-
-        Raises:
-            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
-        """
-        self._portal.run(self._twin.delete())
-
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self._twin.state}>"
+        asked = self.spec
+        what = " ".join(filter(None, map(asked.get, ("operation", "operator", "dtype"))))
+        return f"<{type(self).__name__} {what or 'of a newer server'} {self.state} {self.name}>"

@@ -1,38 +1,71 @@
-"""The blocking handle of a vector: its awaitable twin and the wait."""
+"""The blocking side of `hvp_client.awaited.vector`: made of it by `make sdk`."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_client._arrays import Fetched
-from hvp_client._async_vector import AsyncVector
-from hvp_client._handles import VectorFields, require_handle
-from hvp_client._portal import Portal
+from hvp_client.awaited.vector import AsyncVector
+from hvp_client.blocking.protocols import Fetched
+from hvp_client.blocking.twins import Blocking, twin_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @final
-class Vector(VectorFields, Fetched):
+class Vector(Blocking, Fetched, twin=AsyncVector):
     """A vector of parameter space that lives on the server's ranks, n elements under a name.
 
     Element order is the canonical flat index: parameters as in the model's `named_parameters()`, a
-    tied tensor once, row-major. Arithmetic happens on the ranks and gives new vectors. A vector
-    that this client made is freed on the server some time after its last reference is gone, or at
-    once by `delete()` or at the end of a `with` block, and at the latest when the client is closed
-    or its process has ended, in whatever way. `keep()` lets it stay. One that was looked up by name
-    belongs to whoever made it, an eigenvector to its job. `np.asarray(v)` fetches the elements.
+    tied tensor once, row-major. Arithmetic happens on the ranks and gives new vectors; an
+    `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
+    elements `np.asarray(v)` fetches.
+
+    A vector that this client made is freed on the server some time after its last reference is
+    gone, or at once by `delete()` or at the end of a `with` block, and at the latest when the
+    client is closed or its process has ended, in whatever way. `keep()` lets it stay. One that was
+    looked up by name belongs to whoever made it, an eigenvector to its job.
+
+    Law: what the properties tell does not change while the handle lives.
     """
 
-    def __init__(self, portal: Portal, twin: AsyncVector):
-        super().__init__(twin._message)
-        self._portal = portal
-        self._twin = twin
+    _twin: AsyncVector
+    __array_ufunc__ = None
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/vectors/{id}`."""
+        return self._twin.name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint whose parameter space it is in."""
+        return self._twin.checkpoint
+
+    @property
+    def shape(self) -> tuple[int]:
+        """`(n,)`."""
+        return self._twin.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Float32 or float64."""
+        return self._twin.dtype
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server can make it again when its ranks are started anew."""
+        return self._twin.durable
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was made, UTC."""
+        return self._twin.create_time
 
     def dot(self, other: Vector) -> float:
         """u·v, accumulated in float64 on the ranks.
@@ -47,7 +80,7 @@ class Vector(VectorFields, Fetched):
             InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
-        return self._portal.run(self._twin.dot(require_handle(other, Vector, "other")._twin))
+        return self._portal.run(self._twin.dot(twin_of(other)))
 
     def norm(self) -> float:
         """‖v‖₂, accumulated in float64 on the ranks."""
@@ -89,9 +122,8 @@ class Vector(VectorFields, Fetched):
         Raises:
             InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
         """
-        return self._wrap(
-            self._portal.run(self._twin.axpy(scale, require_handle(other, Vector, "other")._twin))
-        )
+        result: Vector = self._wait(self._twin.axpy(scale, twin_of(other)))
+        return result
 
     def keep(self) -> None:
         """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
@@ -115,29 +147,26 @@ class Vector(VectorFields, Fetched):
         self._portal.run(self._twin.delete())
 
     def __add__(self, other: Vector) -> Vector:
-        if not isinstance(other, Vector):
-            return NotImplemented
-        return self._wrap(self._portal.run(self._twin + other._twin))
+        result: Vector = self._wait(self._twin.__add__(twin_of(other)))
+        return result
 
     def __sub__(self, other: Vector) -> Vector:
-        if not isinstance(other, Vector):
-            return NotImplemented
-        return self._wrap(self._portal.run(self._twin - other._twin))
+        result: Vector = self._wait(self._twin.__sub__(twin_of(other)))
+        return result
 
     def __mul__(self, scale: float) -> Vector:
-        if not isinstance(scale, (int, float, np.number)):
-            return NotImplemented
-        return self._wrap(self._portal.run(self._twin * float(scale)))
+        result: Vector = self._wait(self._twin.__mul__(scale))
+        return result
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Vector:
-        if not isinstance(divisor, (int, float, np.number)):
-            return NotImplemented
-        return self._wrap(self._portal.run(self._twin / float(divisor)))
+        result: Vector = self._wait(self._twin.__truediv__(divisor))
+        return result
 
     def __neg__(self) -> Vector:
-        return self._wrap(self._portal.run(-self._twin))
+        result: Vector = self._wait(self._twin.__neg__())
+        return result
 
     def __enter__(self) -> Vector:
         return self
@@ -150,5 +179,5 @@ class Vector(VectorFields, Fetched):
     ) -> None:
         self.delete()
 
-    def _wrap(self, twin: AsyncVector) -> Vector:
-        return Vector(self._portal, twin)
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
