@@ -50,7 +50,7 @@ proto: setup
 proto-baseline: setup
 	cd protos && ../$(BIN)/buf build --output baseline.binpb.gz
 
-# The SDK's methods, one for each operation.
+# What is generated of the SDK: a method for each operation, and the blocking side of the awaited one.
 sdk: setup
 	$(BIN)/python client/generate.py
 

@@ -1,6 +1,7 @@
-"""Write the SDK's methods from the declarations: `python client/generate.py [FOLDER]`.
+"""Write what of the SDK is generated: `python client/generate.py [FOLDER]`.
 
-The blocking methods wait for the awaited ones; both have the signature of the spec and its words.
+A question's method has the signature of the operation's spec and its words; the blocking side is
+made of the awaited one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
+from generate_blocking import blocking_module
 from hvp_operations.checking import Seed, reasons
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Operation, load
 from hvp_operations.registry import operations
 
 TARGET = Path(__file__).parent / "hvp_client"
+_RUFF = str(Path(sys.executable).with_name("ruff"))
 
-_HEAD = '''"""The questions that an operator answers: made from their declarations by `make sdk`."""
+_HEAD = '''"""The questions that an operator answers: made of their declarations by `make sdk`."""
 
 from __future__ import annotations
 
@@ -30,42 +33,29 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 {imports}
+from hvp_client.awaited.job import AsyncJob
+from hvp_client.awaited.vector import AsyncVector
 
-from hvp_client._async_job import AsyncJob
-from hvp_client._async_vector import AsyncVector
-from hvp_client._job import Job
-from hvp_client._vector import Vector
-'''
 
-_CLASS = '''
-
-class {name}(ABC):
-    """Every question, as {what}."""
+class AsyncQuestions(ABC):
+    """Every question, as a job."""
 
     @abstractmethod
-    {definition} _ask(
+    async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
-    ) -> {job}[Any]: ...
+    ) -> AsyncJob[Any]: ...
 '''
 
 
-def module() -> str:
-    """The whole module."""
+def questions() -> str:
+    """The awaited module of questions."""
     declared = operations().values()
     records = sorted(each.record.split(":") for each in declared)
-    parts = [
-        _HEAD.format(imports="\n".join(f"from {where} import {what}" for where, what in records)),
-        _CLASS.format(
-            name="Questions", what="a job to be awaited", definition="async def", job="AsyncJob"
-        ),
-        *(_method(each, blocking=False) for each in declared),
-        _CLASS.format(name="BlockingQuestions", what="a job", definition="def", job="Job"),
-        *(_method(each, blocking=True) for each in declared),
-    ]
-    return "".join(parts)
+    imports = "\n".join(f"from {where} import {what}" for where, what in records)
+    return "".join([_HEAD.format(imports=imports), *map(_method, declared)])
 
 
-def _method(operation: Operation[Any], *, blocking: bool) -> str:
+def _method(operation: Operation[Any]) -> str:
     parameters = list(inspect.signature(operation.spec).parameters.values())
     names = ["self"]
     for parameter in parameters:
@@ -76,17 +66,14 @@ def _method(operation: Operation[Any], *, blocking: bool) -> str:
         names.append("*")
     names.append("labels: Mapping[str, str] | None = None")
     record = load(operation.record)
-    vector = "Vector" if blocking else "AsyncVector"
-    found = (
-        f"{record.__name__}[{vector}]" if getattr(record, "__parameters__", ()) else record.__name__
-    )
-    job = f"{'Job' if blocking else 'AsyncJob'}[{found}]"
+    generic = getattr(record, "__parameters__", ())
+    found = f"{record.__name__}[AsyncVector]" if generic else record.__name__
     lines = [
-        f"{'def' if blocking else 'async def'} {operation.name}(",
+        f"async def {operation.name}(",
         *(f"    {name}," for name in names),
-        f") -> {job}:",
+        f") -> AsyncJob[{found}]:",
         *textwrap.indent(_docstring(operation), "    ").splitlines(),
-        f"    return {'' if blocking else 'await '}self._ask(",
+        "    return await self._ask(",
         f'        "{operation.name}",',
         "        {" + ", ".join(f'"{each.name}": {each.name}' for each in parameters) + "},",
         "        labels,",
@@ -141,7 +128,7 @@ def _docstring(operation: Operation[Any]) -> str:
     return "\n".join([*lines[:-1], '"""'])
 
 
-_RECORDS = '''"""What the SDK gives of each question: made from their declarations by `make sdk`."""
+_RECORDS = '''"""What the SDK gives of each question: made of their declarations by `make sdk`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +161,29 @@ def records() -> str:
 
 
 def generate(folder: Path) -> None:
-    """Write `_questions.py` and `_records.py` into a folder, formatted as everything is."""
-    files = {"_questions.py": module(), "_records.py": records()}
+    """Write everything that is generated into a folder."""
+    files = {"_records.py": records(), "awaited/questions.py": questions()}
+    for name in ("client", "jacobian", "job", "operator", "questions", "vector"):
+        awaited = f"awaited/{name}.py"
+        text = files.get(awaited) or (TARGET / awaited).read_text()
+        files[f"blocking/{name}.py"] = blocking_module(name, text)
     for name, text in files.items():
-        (folder / name).write_text(text)
-    ruff = [str(Path(sys.executable).with_name("ruff")), "format", "--quiet"]
-    configuration = ["--config", str(Path(__file__).parent.parent / "pyproject.toml")]
-    command = [*ruff, *configuration, *(str(folder / name) for name in files)]
-    subprocess.run(command, check=True)  # noqa: S603 - the project's own tool
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(_tidied(text, TARGET / name))
+
+
+def _tidied(text: str, path: Path) -> str:
+    """Without imports that are not needed, sorted and formatted as everything is."""
+    for command in ("check --fix --select F401", "check --fix --select I", "format"):
+        text = subprocess.run(  # noqa: S603 - the project's own tool
+            [_RUFF, *command.split(), "--quiet", "--stdin-filename", str(path), "-"],
+            input=text,
+            cwd=TARGET,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return text
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ class Tree:
 
 def is_written(path: Path) -> bool:
     """Whether a file is written by hand."""
-    made = ("_pb2", "_questions.py", "_records.py", ".pyc")
-    return path.is_file() and not any(mark in path.name for mark in made)
+    made = ("_pb2", "awaited/questions.py", "blocking/questions.py", "_records.py", ".pyc")
+    return path.is_file() and not any(mark in str(path) for mark in made)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from hvp_client._exceptions import InvalidArgumentError
 
 _SOCKETS = ("unix:", "unix-abstract:")
 DEFAULT_PORT = 8471
+DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
 _LAST_PORT = (1 << 16) - 1
 
 

@@ -11,6 +11,7 @@ from hvp_protos.v1 import data_batch_pb2
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from hvp_client._arrays import as_numpy
 from hvp_client._blobs import Source, upload_blobs
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._session import Session, new_request_id
@@ -98,7 +99,7 @@ def encode_batch(batch: Mapping[str, Any]) -> bytes:
 
 def _int64(name: str, value: Any) -> NDArray[np.int64]:
     try:
-        array = np.asarray(value)
+        array = as_numpy(value)
     except (ValueError, TypeError) as error:
         raise _invalid(
             f"{name} is no array of integers ({error}); pad sequences to one length", name

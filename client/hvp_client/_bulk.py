@@ -11,6 +11,7 @@ import numpy as np
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
+from hvp_client._arrays import as_numpy
 from hvp_client._exceptions import AbortedError, HvpError, InvalidArgumentError, OutOfRangeError
 from hvp_client._session import Session
 from hvp_client._wire import CHUNK_BYTES, Pauses, is_resumable
@@ -20,7 +21,7 @@ def as_elements(value: Any, num_elements: int, dtype: np.dtype[Any], field: str)
     """Check an array that is to become a vector.
 
     Args:
-        value: Real numbers of shape (n,): an array, or anything `np.asarray` takes.
+        value: Real numbers of shape (n,), as `as_numpy` takes them.
         num_elements: n.
         dtype: The vector's, float32 or float64.
         field: Name of the argument, for the error.
@@ -58,7 +59,7 @@ def as_real(value: Any, field: str) -> NDArray[Any]:
     """Make an array of something and check that it holds real numbers.
 
     Args:
-        value: An array, or anything `np.asarray` takes.
+        value: As `as_numpy` takes it.
         field: Name of the argument, for the error.
 
     Returns:
@@ -68,7 +69,7 @@ def as_real(value: Any, field: str) -> NDArray[Any]:
         InvalidArgumentError: `DTYPE_UNSUPPORTED`.
     """
     try:
-        array = np.asarray(value)
+        array = as_numpy(value)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(
             f"{field} cannot be made a numpy array: {error}",

@@ -1,4 +1,4 @@
-"""What the SDK gives of each question: made from their declarations by `make sdk`."""
+"""What the SDK gives of each question: made of their declarations by `make sdk`."""
 
 from typing import TYPE_CHECKING, Any
 

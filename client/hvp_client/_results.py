@@ -18,13 +18,14 @@ from hvp_client._exceptions import (
     BY_STATUS,
     HvpError,
     InvalidArgumentError,
+    JobFailedError,
     UnknownError,
 )
 from hvp_client._times import from_timestamp
 
 _KIBI = 1024
 
-ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+_ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,33 @@ class Progress:
     max_products: int
     seconds_per_product: float
     detail: Detail | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """A job as the server knew it at one moment.
+
+    Attributes:
+        state: `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`.
+        cancelling: Whether it was asked to stop and still runs, until the product at hand is done.
+        ended: Whether the state is final; of a state that is new to this client, its end tells.
+        attempt: Which run this is, from 1; one more after each loss of the server or a rank.
+        progress: Where the run stands; None before the first product.
+        error: Why it failed, as an exception that is not raised; None unless it did.
+        create_time: When it was queued, UTC.
+        start_time: When its latest attempt began, UTC.
+        end_time: When it ended, UTC.
+    """
+
+    state: str
+    cancelling: bool
+    ended: bool
+    attempt: int
+    progress: Progress | None
+    error: HvpError | None
+    create_time: datetime
+    start_time: datetime | None
+    end_time: datetime | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +208,24 @@ def progress_from_proto(message: job_pb2.JobProgress) -> Progress:
         seconds_per_product=message.seconds_per_product,
         detail=declared
         and declared.progress(**to_values(getattr(message, declared.name), declared.progress)),
+    )
+
+
+def status_from_proto(message: job_pb2.Job) -> JobStatus:
+    """Make the record of a message."""
+    state = state_name(message.state)
+    over = message.HasField("end_time")
+    failed = message.HasField("error")
+    return JobStatus(
+        state=state,
+        cancelling=message.state == job_pb2.Job.STATE_CANCELLING,
+        ended=state in _ENDED_STATES or (state.startswith("UNKNOWN_") and over),
+        attempt=message.attempt,
+        progress=progress_from_proto(message.progress) if message.HasField("progress") else None,
+        error=error_from_proto(message.error, JobFailedError, message.name) if failed else None,
+        create_time=from_timestamp(message.create_time),
+        start_time=from_timestamp(message.start_time) if message.HasField("start_time") else None,
+        end_time=from_timestamp(message.end_time) if over else None,
     )
 
 

@@ -1,14 +1,9 @@
 """Every public name in one place, brought in when the first of them is used."""
 
-from hvp_client._async_client import AsyncClient as AsyncClient
-from hvp_client._async_job import AsyncJob as AsyncJob
-from hvp_client._async_operator import AsyncOperator as AsyncOperator
-from hvp_client._async_vector import AsyncVector as AsyncVector
 from hvp_client._batches import Batch as Batch
 from hvp_client._blobs import Blob as Blob
 from hvp_client._checkpoints import Checkpoint as Checkpoint
 from hvp_client._checkpoints import ParameterTensor as ParameterTensor
-from hvp_client._client import Client as Client
 from hvp_client._exceptions import AbortedError as AbortedError
 from hvp_client._exceptions import AlreadyExistsError as AlreadyExistsError
 from hvp_client._exceptions import CallCancelledError as CallCancelledError
@@ -29,10 +24,9 @@ from hvp_client._exceptions import UnauthenticatedError as UnauthenticatedError
 from hvp_client._exceptions import UnavailableError as UnavailableError
 from hvp_client._exceptions import UnimplementedError as UnimplementedError
 from hvp_client._exceptions import UnknownError as UnknownError
-from hvp_client._job import Job as Job
-from hvp_client._operator import Operator as Operator
 from hvp_client._records import *  # noqa: F403 - generated, with its own __all__
 from hvp_client._results import Event as Event
+from hvp_client._results import JobStatus as JobStatus
 from hvp_client._results import Plan as Plan
 from hvp_client._results import Progress as Progress
 from hvp_client._settings import Retry as Retry
@@ -40,4 +34,13 @@ from hvp_client._settings import Timeout as Timeout
 from hvp_client._system import Rank as Rank
 from hvp_client._system import ServerInfo as ServerInfo
 from hvp_client._system import WorkerGroup as WorkerGroup
-from hvp_client._vector import Vector as Vector
+from hvp_client.awaited.client import AsyncClient as AsyncClient
+from hvp_client.awaited.jacobian import AsyncJacobian as AsyncJacobian
+from hvp_client.awaited.job import AsyncJob as AsyncJob
+from hvp_client.awaited.operator import AsyncOperator as AsyncOperator
+from hvp_client.awaited.vector import AsyncVector as AsyncVector
+from hvp_client.blocking.client import Client as Client
+from hvp_client.blocking.jacobian import Jacobian as Jacobian
+from hvp_client.blocking.job import Job as Job
+from hvp_client.blocking.operator import Operator as Operator
+from hvp_client.blocking.vector import Vector as Vector

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
+from dataclasses import FrozenInstanceError, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, final
 
@@ -14,7 +17,7 @@ import hvp_client
 import pytest
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from hvp_client import AsyncClient, InvalidArgumentError, UnimplementedError
+from hvp_client import AsyncClient, Client, InvalidArgumentError, Job, JobStatus, UnimplementedError
 from hvp_client._checkpoints import checkpoint_from_proto
 from hvp_client._system import worker_group_from_proto
 from hvp_client.cli.display import plain_line, show_events
@@ -119,8 +122,43 @@ async def test_a_job_that_is_being_cancelled_is_running_and_says_cancelling(
     assert (job.state, job.cancelling, job.ended) == ("RUNNING", True, False)
     assert jobs.states == [job_pb2.Job.STATE_RUNNING, job_pb2.Job.STATE_CANCELLING]
     jobs.state = job_pb2.Job.STATE_RUNNING
-    await job.refresh()
+    assert (job.state, job.cancelling) == ("RUNNING", True)  # what it last heard
+    status = await job.status()
+    assert (status.state, status.cancelling, status.ended) == ("RUNNING", False, False)
     assert (job.state, job.cancelling) == ("RUNNING", False)
+
+
+async def test_a_status_is_one_call_and_no_property_makes_any(
+    client: AsyncClient, jobs: Jobs
+) -> None:
+    jobs.state = job_pb2.Job.STATE_RUNNING
+    progress = job_pb2.JobProgress(stage="resting", num_products=3)
+    start = Timestamp(seconds=1)
+    jobs.change = job_pb2.Job(attempt=2, progress=progress, start_time=start, labels={"why": "x"})
+
+    def in_a_thread() -> JobStatus:
+        with Client(client.address) as blocking:
+            (job,) = blocking.jobs()
+            first = job.status()
+            assert jobs.asked == ["ListJobs", "GetJob"]
+            jobs.state = job_pb2.Job.STATE_SUCCEEDED
+            properties = [name for name in dir(Job) if isinstance(getattr(Job, name), property)]
+            told = {name: getattr(job, name) for name in properties}
+            assert {field.name for field in fields(JobStatus)} < told.keys()
+            assert {name: told[name] for name in told if hasattr(first, name)} == vars(first)
+            assert repr(job)
+            assert jobs.asked == ["ListJobs", "GetJob"]
+            assert job.status().state == job.state == "SUCCEEDED"
+            return first
+
+    status = await asyncio.to_thread(in_a_thread)
+    assert (status.state, status.attempt, status.ended) == ("RUNNING", 2, False)
+    assert status.progress is not None
+    assert (status.progress.stage, status.progress.num_products) == ("resting", 3)
+    assert (status.start_time, status.end_time) == (datetime.fromtimestamp(1, UTC), None)
+    assert status.error is None
+    with pytest.raises(FrozenInstanceError):
+        status.state = "FAILED"  # type: ignore[misc]
 
 
 async def test_events_name_the_same_five_states(client: AsyncClient) -> None:
@@ -175,7 +213,7 @@ async def test_a_job_in_a_state_of_a_newer_server_is_shown_and_has_ended_when_it
     assert (job.state, job.ended) == ("UNKNOWN_17", False)
     jobs.change = job_pb2.Job(end_time=Timestamp(seconds=1))
     jobs.events = [job_pb2.JobEvent(sequence=1)]
-    await job.refresh()
+    await job.status()
     assert job.ended
     assert [event async for event in job.watch()] == []
 
@@ -190,7 +228,7 @@ async def test_a_job_of_a_kind_of_a_newer_server_is_listed_and_its_result_says_w
     assert (job.spec["operator"], job.spec["which"]) == ("unknown_17", "UNKNOWN_17")
     spec = job_pb2.JobSpec.FromString(of_a_server_to_come(job_pb2.JobSpec()))
     jobs.change, jobs.result = job_pb2.Job(spec=spec), job_pb2.JobResult()
-    await job.refresh()
+    await job.status()
     assert (job.spec, job.headline) == ({"operation": ""}, "")
     with pytest.raises(UnimplementedError) as caught:
         await job.result()

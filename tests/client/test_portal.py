@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hvp_client._portal import Portal
+from hvp_client.blocking.portal import Portal
 
 from tests.client.conftest import Server
 
@@ -131,7 +131,7 @@ def test_an_iteration_taken_through_a_fork_ends_instead_of_hanging() -> None:
     code = """
 import os
 from hvp_client import FailedPreconditionError
-from hvp_client._portal import Portal
+from hvp_client.blocking.portal import Portal
 
 async def close():
     pass

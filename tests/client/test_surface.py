@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,13 @@ import pytest
 from hvp_client import _surface
 
 PUBLIC = """
-AbortedError AlreadyExistsError AsyncClient AsyncJob AsyncOperator AsyncVector Batch Blob
-CallCancelledError Checkpoint Client DataLossError DeadlineExceededError DensityResult
-EigshResult Event FailedPreconditionError HvpError InternalError InvalidArgumentError Job
-JobCancelledError JobFailedError NotFoundError Operator OutOfRangeError ParameterTensor
-PermissionDeniedError Plan Progress Rank ResourceExhaustedError Retry ServerInfo
-ServerUnreachableError Timeout UnauthenticatedError UnavailableError UnimplementedError
-UnknownError Vector WorkerGroup
+AbortedError AlreadyExistsError AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
+Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
+DensityResult EigshResult Event FailedPreconditionError HvpError InternalError
+InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus NotFoundError
+Operator OutOfRangeError ParameterTensor PermissionDeniedError Plan Progress Rank
+ResourceExhaustedError Retry ServerInfo ServerUnreachableError Timeout UnauthenticatedError
+UnavailableError UnimplementedError UnknownError Vector WorkerGroup
 """
 
 
@@ -67,8 +68,35 @@ print("grpc" in sys.modules)
     assert done.stdout.strip() == "False"
 
 
-def test_the_methods_of_operators_are_those_of_the_declarations(tmp_path: Path) -> None:
+def test_what_is_generated_is_that_of_the_declarations_and_of_the_awaited_side(
+    tmp_path: Path,
+) -> None:
     client = Path(hvp_client.__file__).parent
     subprocess.run([sys.executable, client.parent / "generate.py", tmp_path], check=True)
-    for made in tmp_path.iterdir():
-        assert made.read_text() == (client / made.name).read_text(), "run `make sdk`"
+    made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")}
+    assert {str(path) for path in made} >= {"_records.py", "awaited/questions.py"}
+    by_hand = {"__init__", "portal", "protocols", "twins"}
+    assert {path.stem for path in (client / "blocking").glob("*.py")} - by_hand == {
+        path.stem for path in made if path.parent.name == "blocking"
+    }
+    for path in made:
+        assert (tmp_path / path).read_text() == (client / path).read_text(), "run `make sdk`"
+
+
+@pytest.mark.parametrize("name", ["Client", "Job", "Operator", "Vector"])
+def test_both_sides_have_the_same_names_signatures_and_words(name: str) -> None:
+    blocking, awaited = getattr(hvp_client, name), getattr(hvp_client, f"Async{name}")
+    members = {each for each in vars(awaited) if not each.startswith("_")}
+    assert members <= vars(blocking).keys()
+    assert blocking.__doc__ == awaited.__doc__
+    for each in members:
+        here, there = getattr(blocking, each), getattr(awaited, each)
+        assert here.__doc__ == there.__doc__, each
+        assert there.__doc__, each
+        assert not inspect.iscoroutinefunction(here)
+        if not isinstance(there, property):
+            ours, theirs = inspect.signature(here), inspect.signature(there)
+            assert list(ours.parameters) == list(theirs.parameters)
+            assert [p.default for p in ours.parameters.values()] == [
+                p.default for p in theirs.parameters.values()
+            ]

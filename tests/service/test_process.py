@@ -134,7 +134,7 @@ def test_a_killed_server_loses_no_job_and_no_upload(servers: Any, checkpoint: Pa
     with Client(second.address) as client:
         job = client.job(name)
         result = job.result(timeout_s=240)
-        job.refresh()
+        assert job.status().ended
         assert job.state == "SUCCEEDED"
         assert job.attempt == 2
         assert np.all(result.residuals < 1e-9)

@@ -595,6 +595,29 @@ async def test_what_has_no_room_is_planned_with_the_reason_and_not_queued(
     assert "use more workers or float32" in plan.problem
 
 
+async def test_a_question_of_symmetric_matrices_is_not_asked_of_a_jacobian(
+    wire: Wire, deps: Dependencies
+) -> None:
+    operator = await spec(deps)
+    operator.kind = operator_pb2.OperatorSpec.KIND_JACOBIAN
+    create = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator))
+    _, details = await refusal(wire.jobs.CreateJob(create))
+    assert details["ErrorInfo"].reason == "OPERATOR_NOT_SYMMETRIC"
+    assert details["BadRequest"].field_violations[0].field == "spec.eigsh.operator"
+
+    described = await wire.operators.DescribeOperator(
+        operator_pb2.DescribeOperatorRequest(operator=operator)
+    )
+    assert list(described.domain_shape) == [6]
+    assert len(described.codomain_shape) == 3
+    assert described.operator.micro_batch_size == 0
+    operator.micro_batch_size = 2
+    _, details = await refusal(
+        wire.operators.DescribeOperator(operator_pb2.DescribeOperatorRequest(operator=operator))
+    )
+    assert details["ErrorInfo"].reason == "MICRO_BATCH_INVALID"
+
+
 async def test_labels_alone_can_be_changed_and_an_old_etag_changes_nothing(
     wire: Wire, deps: Dependencies
 ) -> None:
@@ -649,6 +672,7 @@ async def test_the_server_tells_what_it_is(wire: Wire, deps: Dependencies) -> No
     assert list(info.operator_kinds) == [
         *("KIND_HESSIAN", "KIND_GGN"),
         *("KIND_EMPIRICAL_FISHER_TOKEN", "KIND_EMPIRICAL_FISHER_SEQUENCE"),
+        "KIND_JACOBIAN",
     ]
     assert list(info.precisions) == ["bfloat16", "full"]
     groups = await wire.system.ListWorkerGroups(system_pb2.ListWorkerGroupsRequest(parent=PARENT))

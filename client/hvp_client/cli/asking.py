@@ -95,7 +95,7 @@ def ask(
             else:
                 Console().print(drawn(told.table()))
             raise typer.Exit(0 if told.fits else EXIT_FAILURE)
-        job = H._ask(order.operation, order.values, None)
+        job = getattr(H, order.operation)(**order.values)
         if watch:
             _stay(job, output=output, picture=picture, as_json=as_json)
         else:

@@ -14,7 +14,6 @@ from hvp_operations.operation import Operation
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2
 
-from hvp_client._async_vector import AsyncVector
 from hvp_client._exceptions import (
     DeadlineExceededError,
     HvpError,
@@ -24,19 +23,18 @@ from hvp_client._exceptions import (
     UnimplementedError,
 )
 from hvp_client._results import (
-    ENDED_STATES,
     Event,
+    JobStatus,
     Progress,
     error_from_proto,
     event_from_proto,
-    progress_from_proto,
     result_from_proto,
-    state_name,
+    status_from_proto,
 )
 from hvp_client._session import Session
 from hvp_client._specs import kind_name
-from hvp_client._times import from_timestamp
 from hvp_client._wire import Pauses, is_transient
+from hvp_client.awaited.vector import AsyncVector
 
 ResultT = TypeVar("ResultT")
 
@@ -45,15 +43,20 @@ _WAIT_S = 30.0  # one long poll; the server allows 60
 
 @final
 class AsyncJob(Generic[ResultT]):
-    """A job as it was when last heard of; the awaitable twin of Job.
+    """Long work on the server: a row that outlives this client and the server's own restarts.
 
-    The properties tell what this object knows: `await refresh()` brings it up to date, and so does
-    every other method.
+    The properties tell what this object last heard, from `status()`, `result()`, `cancel()` or the
+    end of `watch()`, and never ask the server.
     """
 
     def __init__(self, session: Session, message: job_pb2.Job):
         self._session = session
+        self._learn(message)
+
+    def _learn(self, message: job_pb2.Job) -> JobStatus:
         self._message = message
+        self._known = status_from_proto(message)
+        return self._known
 
     @property
     def name(self) -> str:
@@ -63,37 +66,32 @@ class AsyncJob(Generic[ResultT]):
     @property
     def state(self) -> str:
         """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`."""
-        return state_name(self._message.state)
+        return self._known.state
 
     @property
     def cancelling(self) -> bool:
-        """Whether it was asked to stop and still runs, until the product at hand is done."""
-        return self._message.state == job_pb2.Job.STATE_CANCELLING
+        """Whether it was asked to stop and still ran, until the product at hand was done."""
+        return self._known.cancelling
 
     @property
     def ended(self) -> bool:
-        """Whether the state is final; of a state that is new to this client, its end tells."""
-        new_and_over = self.state.startswith("UNKNOWN_") and self._message.HasField("end_time")
-        return self.state in ENDED_STATES or new_and_over
+        """Whether the state is final."""
+        return self._known.ended
 
     @property
     def attempt(self) -> int:
         """Which run this is, from 1; one more after each loss of the server or a rank."""
-        return self._message.attempt
+        return self._known.attempt
 
     @property
     def progress(self) -> Progress | None:
-        """Where the run stands; None before the first product."""
-        if not self._message.HasField("progress"):
-            return None
-        return progress_from_proto(self._message.progress)
+        """Where the run stood; None before the first product."""
+        return self._known.progress
 
     @property
     def error(self) -> HvpError | None:
-        """Why it failed; None unless it did."""
-        if not self._message.HasField("error"):
-            return None
-        return error_from_proto(self._message.error, JobFailedError, self.name)
+        """Why it failed, as an exception that is not raised; None unless it did."""
+        return self._known.error
 
     @property
     def labels(self) -> dict[str, str]:
@@ -133,39 +131,47 @@ class AsyncJob(Generic[ResultT]):
     @property
     def create_time(self) -> datetime:
         """When it was queued, UTC."""
-        return from_timestamp(self._message.create_time)
+        return self._known.create_time
 
     @property
     def start_time(self) -> datetime | None:
-        """When this attempt began, UTC."""
-        known = self._message.HasField("start_time")
-        return from_timestamp(self._message.start_time) if known else None
+        """When its latest attempt began, UTC."""
+        return self._known.start_time
 
     @property
     def end_time(self) -> datetime | None:
         """When it ended, UTC."""
-        known = self._message.HasField("end_time")
-        return from_timestamp(self._message.end_time) if known else None
+        return self._known.end_time
 
-    async def refresh(self) -> AsyncJob[ResultT]:
-        """As Job.refresh."""
+    async def status(self) -> JobStatus:
+        """Ask the server how the job is: one snapshot, in one call.
+
+        Returns:
+            The snapshot, which the properties tell from then on.
+
+        Raises:
+            NotFoundError: It was deleted.
+        """
         answer = await self._session.wire.unary(
             "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
         )
-        self._message = answer.job
-        return self
+        return self._learn(answer.job)
 
     async def cancel(self) -> None:
-        """As Job.cancel."""
+        """Ask the job to stop between two products; of no effect once it has ended."""
         answer = await self._session.wire.unary(
             "JobService/CancelJob",
             job_pb2.CancelJobRequest(name=self.name),
             job_pb2.CancelJobResponse,
         )
-        self._message = answer.job
+        self._learn(answer.job)
 
     async def delete(self) -> None:
-        """As Job.delete."""
+        """Forget the job.
+
+        Raises:
+            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
+        """
         await self._session.wire.unary(
             "JobService/DeleteJob",
             job_pb2.DeleteJobRequest(name=self.name),
@@ -173,7 +179,20 @@ class AsyncJob(Generic[ResultT]):
         )
 
     async def result(self, timeout_s: float | None = None) -> ResultT:
-        """As Job.result."""
+        """Wait for the end and give the result; a restart of the server is waited out.
+
+        Args:
+            timeout_s: Longest wait, seconds; None waits for as long as it takes.
+
+        Returns:
+            The result.
+
+        Raises:
+            DeadlineExceededError: `JOB_NOT_ENDED`: the time is over and the job goes on.
+            JobFailedError: The job failed; code, reason and metadata are its run's.
+            JobCancelledError: The job was cancelled.
+            UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
+        """
         loop = asyncio.get_running_loop()
         end_s = None if timeout_s is None else loop.time() + timeout_s
         while not self.ended:
@@ -186,7 +205,7 @@ class AsyncJob(Generic[ResultT]):
                     reason="JOB_NOT_ENDED",
                     metadata={"job": self.name, "state": self.state},
                 )
-        if self.state == "FAILED" or self._message.HasField("error"):
+        if self.state == "FAILED" or self.error is not None:
             raise error_from_proto(self._message.error, JobFailedError, self.name)
         if self.state == "CANCELLED":
             raise JobCancelledError(
@@ -195,7 +214,7 @@ class AsyncJob(Generic[ResultT]):
                 metadata={"job": self.name},
             )
         if not self._message.HasField("result"):
-            await self.refresh()  # lists leave results out
+            await self.status()  # lists leave results out
         found: ResultT | None = result_from_proto(
             self._message.result,
             lambda message: AsyncVector(self._session, message, temporary=False),
@@ -220,10 +239,22 @@ class AsyncJob(Generic[ResultT]):
             timeout_s=wait_s + self._session.wire.timeout.call_s,
             patience_s=self._session.wire.retry.job_patience_s,
         )
-        self._message = answer.job
+        self._learn(answer.job)
 
     async def watch(self, after_sequence: int = 0) -> AsyncGenerator[Event, None]:
-        """As Job.watch."""
+        """Give what has happened to the job, then what happens, until it ends.
+
+        Args:
+            after_sequence: Begin after the event of this number; 0 means with the first.
+
+        Yields:
+            Events in order, each once. The connection is made again by itself when it breaks or the
+            server is started anew.
+
+        Raises:
+            NotFoundError: No such job.
+            UnavailableError: The server stayed away for longer than `Retry.job_patience_s`.
+        """
         wire = self._session.wire
         pauses = Pauses(wire.retry, wire.retry.job_patience_s)
         while True:
@@ -242,7 +273,7 @@ class AsyncJob(Generic[ResultT]):
                         after_sequence = max(after_sequence, message.event.sequence)
                         if event is not None:
                             yield event
-                if (await self.refresh()).ended:
+                if (await self.status()).ended:
                     return
                 # A stream ends after the event of a final state only.
                 raise UnavailableError(
@@ -255,4 +286,6 @@ class AsyncJob(Generic[ResultT]):
                 await pauses.after(error)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self.state}>"
+        asked = self.spec
+        what = " ".join(filter(None, map(asked.get, ("operation", "operator", "dtype"))))
+        return f"<{type(self).__name__} {what or 'of a newer server'} {self.state} {self.name}>"

@@ -10,13 +10,11 @@ from typing import Any, TypeVar, final
 
 from hvp_protos.v1 import blob_pb2, checkpoint_pb2, data_batch_pb2, job_pb2, system_pb2, vector_pb2
 
-from hvp_client._async_job import AsyncJob
-from hvp_client._async_operator import AsyncOperator, open_operator
-from hvp_client._async_vector import AsyncVector
+from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client._batches import Batch, batch_from_proto, upload_batch
 from hvp_client._blobs import Blob, ProgressCallback, blob_from_proto
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, upload_checkpoint
-from hvp_client._exceptions import HvpError
+from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._names import name_of
 from hvp_client._results import state_values
 from hvp_client._session import Session
@@ -29,16 +27,30 @@ from hvp_client._system import (
     worker_group_from_proto,
 )
 from hvp_client._wire import Wire
-
-DEFAULT_ADDRESS = "127.0.0.1:8471"
+from hvp_client.awaited.jacobian import AsyncJacobian, open_jacobian
+from hvp_client.awaited.job import AsyncJob
+from hvp_client.awaited.operator import AsyncOperator, open_operator
+from hvp_client.awaited.vector import AsyncVector
 
 
 @final
 class AsyncClient:
-    """A connection to a server, inside an event loop; its twin Client describes the methods.
+    """A connection to a server; close it, or use it in a `with` block.
 
-    Same names as Client's, awaited; arithmetic and products are awaited too: `w = await (H @ v)`.
-    Connections are opened at the first call and belong to the loop it is made in.
+    Every call of a `Client` blocks until it is done; it may be used from several threads at once,
+    and in a notebook. An `AsyncClient` has the same names to be awaited, products and arithmetic
+    too, as in `w = await (H @ v)`; it belongs to the event loop in which its first call is made.
+    Nothing is connected before the first call.
+
+    Args:
+        address: HOST:PORT of a server on this machine: nothing is encrypted, so another machine's
+            is reached through an SSH tunnel.
+        project: Whose checkpoints, batches, vectors and jobs.
+        timeout: How long to wait.
+        retry: How often to try again.
+
+    Raises:
+        InvalidArgumentError: `CLEARTEXT_REFUSED`.
     """
 
     def __init__(
@@ -57,7 +69,10 @@ class AsyncClient:
         return self._session.wire.address
 
     async def close(self) -> None:
-        """As Client.close."""
+        """Free this client's vectors, but for those that are kept, and close its connections.
+
+        Closing twice is no error; calls on the client and its handles fail from then on.
+        """
         try:
             # Vectors are freed out of politeness to a server that may be gone.
             async with asyncio.timeout(2.0):
@@ -81,11 +96,44 @@ class AsyncClient:
     async def upload_checkpoint(
         self, directory: str | os.PathLike[str], progress: ProgressCallback | None = None
     ) -> Checkpoint:
-        """As Client.upload_checkpoint."""
+        """Bring a model to the server: config.json and *.safetensors, one or sharded with an index.
+
+        What the server has already is not sent again, and a broken connection is resumed. The files
+        are those that transformers' `from_pretrained` would read; `ignored_files` names the others.
+
+        Args:
+            directory: The folder, as written by `save_pretrained`; or a model's folder in a Hugging
+                Face cache, `models--org--name`.
+            progress: Called on another thread with (bytes done, bytes in all).
+
+        Returns:
+            The checkpoint, checked by the server.
+
+        Raises:
+            InvalidArgumentError: `CHECKPOINT_FILES_INVALID`, `PICKLE_REFUSED`,
+                `SAFETENSORS_INVALID`, `CONFIG_INVALID`, `ARCHITECTURE_UNKNOWN`,
+                `TASK_UNSUPPORTED`, `QUANTIZATION_UNSUPPORTED`, `REMOTE_CODE_REFUSED`,
+                `TENSOR_MISSING`, `TENSOR_SHAPE_MISMATCH` or `DTYPE_UNSUPPORTED`; metadata names
+                file or tensor.
+            ResourceExhaustedError: `DISK_FULL`.
+        """
         return await upload_checkpoint(self._session, directory, progress)
 
     async def upload_batch(self, batch: Mapping[str, Any]) -> Batch:
-        """As Client.upload_batch."""
+        """Bring data to the server.
+
+        Args:
+            batch: `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
+                `input_ids`) and `attention_mask`; each integers (n, s), in numpy, torch or
+                anything `np.asarray` takes.
+
+        Returns:
+            The batch, checked by the server.
+
+        Raises:
+            InvalidArgumentError: `BATCH_FIELD_INVALID`, `BATCH_EMPTY`, `SHAPE_MISMATCH`,
+                `TOKEN_ID_OUT_OF_RANGE` or `NO_TARGETS`; `field` is the entry at fault.
+        """
         return await upload_batch(self._session, batch)
 
     async def operator(
@@ -97,12 +145,70 @@ class AsyncClient:
         micro_batch_size: int | None = None,
         precision: str | None = None,
     ) -> AsyncOperator:
-        """As Client.operator."""
+        """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
+
+        Args:
+            checkpoint: A checkpoint or its name.
+            batch: A batch or its name.
+            kind: `hessian`; `ggn`, the generalised Gauss-Newton matrix Jᵀ H_out J;
+                `empirical_fisher_token` or `empirical_fisher_sequence`, the sum of the outer
+                products of the gradients of targets or of whole sequences, over the number of
+                targets.
+            dtype: `float32`, also for None, or `float64`.
+            micro_batch_size: Sequences a rank takes at once; None lets the server choose by
+                memory. Results do not depend on it.
+            precision: Of the operands of matrix products. `full`: the dtype's own; for float32
+                also `bfloat16` and, on GPUs, `tf32`. None lets the server choose: `bfloat16` for
+                float32 on GPUs, else `full`.
+
+        Returns:
+            The operator.
+
+        Raises:
+            NotFoundError: No such checkpoint or batch.
+            InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
+                `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED` or
+                `MICRO_BATCH_INVALID`.
+            UnimplementedError: `KIND_UNSUPPORTED`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
+                `DOUBLE_BACKWARD_UNSUPPORTED`.
+        """
+        if str(kind).lower() == "jacobian":
+            raise InvalidArgumentError(
+                "a Jacobian is no square matrix; client.jacobian(checkpoint, batch) gives it",
+                reason="KIND_UNSUPPORTED",
+                field="kind",
+            )
         spec = operator_spec(checkpoint, batch, kind, dtype, micro_batch_size, precision)
         return await open_operator(self._session, spec)
 
+    async def jacobian(
+        self,
+        checkpoint: Checkpoint | str,
+        batch: Batch | str,
+        dtype: Any = "float32",
+        precision: str | None = None,
+    ) -> AsyncJacobian:
+        """Take the Jacobian of a model's outputs on a batch as an operator; computes nothing yet.
+
+        Args:
+            checkpoint: A checkpoint or its name.
+            batch: A batch or its name.
+            dtype: `float32`, also for None, or `float64`.
+            precision: As for `operator`.
+
+        Returns:
+            J = ∂(logits)/∂θ: `J @ v` and `J.T @ u`.
+
+        Raises:
+            NotFoundError: No such checkpoint or batch.
+            InvalidArgumentError: As for `operator`.
+        """
+        spec = operator_spec(checkpoint, batch, "jacobian", dtype, None, precision)
+        return await open_jacobian(self._session, spec)
+
     async def checkpoint(self, name: str) -> Checkpoint:
-        """As Client.checkpoint."""
+        """Look up a checkpoint; NotFoundError if there is none of that name."""
         answer = await self._session.wire.unary(
             "CheckpointService/GetCheckpoint",
             checkpoint_pb2.GetCheckpointRequest(name=name_of(name, "name")),
@@ -111,7 +217,7 @@ class AsyncClient:
         return checkpoint_from_proto(answer.checkpoint)
 
     async def checkpoints(self) -> list[Checkpoint]:
-        """As Client.checkpoints."""
+        """All checkpoints of the project, without their parameters."""
         pages = await self._pages(
             "CheckpointService/ListCheckpoints",
             lambda token: checkpoint_pb2.ListCheckpointsRequest(
@@ -122,7 +228,10 @@ class AsyncClient:
         return [checkpoint_from_proto(message) for page in pages for message in page.checkpoints]
 
     async def delete_checkpoint(self, name: Checkpoint | str) -> None:
-        """As Client.delete_checkpoint."""
+        """Delete a checkpoint, its vectors, and its files, which leave the server's disk.
+
+        FailedPreconditionError `RESOURCE_IN_USE` while a job uses it.
+        """
         await self._session.wire.unary(
             "CheckpointService/DeleteCheckpoint",
             checkpoint_pb2.DeleteCheckpointRequest(name=name_of(name, "name")),
@@ -130,7 +239,7 @@ class AsyncClient:
         )
 
     async def batch(self, name: str) -> Batch:
-        """As Client.batch."""
+        """Look up a batch; NotFoundError if there is none of that name."""
         answer = await self._session.wire.unary(
             "DataBatchService/GetDataBatch",
             data_batch_pb2.GetDataBatchRequest(name=name_of(name, "name")),
@@ -139,7 +248,7 @@ class AsyncClient:
         return batch_from_proto(answer.data_batch)
 
     async def batches(self) -> list[Batch]:
-        """As Client.batches."""
+        """All batches of the project."""
         pages = await self._pages(
             "DataBatchService/ListDataBatches",
             lambda token: data_batch_pb2.ListDataBatchesRequest(
@@ -150,7 +259,7 @@ class AsyncClient:
         return [batch_from_proto(message) for page in pages for message in page.data_batches]
 
     async def delete_batch(self, name: Batch | str) -> None:
-        """As Client.delete_batch."""
+        """Delete a batch and its file; FailedPreconditionError while a job uses it."""
         await self._session.wire.unary(
             "DataBatchService/DeleteDataBatch",
             data_batch_pb2.DeleteDataBatchRequest(name=name_of(name, "name")),
@@ -158,7 +267,7 @@ class AsyncClient:
         )
 
     async def blobs(self) -> list[Blob]:
-        """As Client.blobs."""
+        """All blobs of the project: what checkpoints and batches are made of, and what may be."""
         pages = await self._pages(
             "BlobService/ListBlobs",
             lambda token: blob_pb2.ListBlobsRequest(parent=self._session.parent, page_token=token),
@@ -167,7 +276,14 @@ class AsyncClient:
         return [blob_from_proto(message) for page in pages for message in page.blobs]
 
     async def delete_blob(self, name: Blob | str) -> None:
-        """As Client.delete_blob."""
+        """Delete bytes of which no checkpoint and no batch is made.
+
+        The server does so by itself when nobody has asked for them for a day.
+
+        Raises:
+            FailedPreconditionError: `RESOURCE_IN_USE`: delete what is made of it first.
+            NotFoundError: No such blob.
+        """
         await self._session.wire.unary(
             "BlobService/DeleteBlob",
             blob_pb2.DeleteBlobRequest(name=name_of(name, "name")),
@@ -175,7 +291,7 @@ class AsyncClient:
         )
 
     async def vector(self, name: str) -> AsyncVector:
-        """As Client.vector."""
+        """Look up a vector; NotFoundError if there is none of that name."""
         answer = await self._session.wire.unary(
             "VectorService/GetVector",
             vector_pb2.GetVectorRequest(name=name_of(name, "name")),
@@ -184,7 +300,7 @@ class AsyncClient:
         return AsyncVector(self._session, answer.vector, temporary=False)
 
     async def vectors(self) -> list[AsyncVector]:
-        """As Client.vectors."""
+        """All vectors of the project."""
         pages = await self._pages(
             "VectorService/ListVectors",
             lambda token: vector_pb2.ListVectorsRequest(
@@ -199,7 +315,7 @@ class AsyncClient:
         ]
 
     async def job(self, name: str) -> AsyncJob[Any]:
-        """As Client.job."""
+        """Look up a job; NotFoundError if there is none of that name."""
         answer = await self._session.wire.unary(
             "JobService/GetJob",
             job_pb2.GetJobRequest(name=name_of(name, "name")),
@@ -208,7 +324,18 @@ class AsyncClient:
         return AsyncJob(self._session, answer.job)
 
     async def jobs(self, states: Iterable[str] | None = None) -> list[AsyncJob[Any]]:
-        """As Client.jobs."""
+        """All jobs of the project, newest first.
+
+        Args:
+            states: Only these, of `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` and `CANCELLED`;
+                None means all. A job that is being cancelled is RUNNING.
+
+        Returns:
+            The jobs.
+
+        Raises:
+            InvalidArgumentError: `STATE_UNKNOWN`.
+        """
         wanted = [value for state in states or () for value in state_values(state)]
         pages = await self._pages(
             "JobService/ListJobs",
@@ -220,7 +347,7 @@ class AsyncClient:
         return [AsyncJob(self._session, message) for page in pages for message in page.jobs]
 
     async def server_info(self) -> ServerInfo:
-        """As Client.server_info."""
+        """What the server is and serves."""
         answer = await self._session.wire.unary(
             "SystemService/GetServerInfo",
             system_pb2.GetServerInfoRequest(),
@@ -229,7 +356,7 @@ class AsyncClient:
         return server_info_from_proto(answer)
 
     async def worker_groups(self) -> list[WorkerGroup]:
-        """As Client.worker_groups."""
+        """The ranks, their processes and memory."""
         answer = await self._session.wire.unary(
             "SystemService/ListWorkerGroups",
             system_pb2.ListWorkerGroupsRequest(parent=self._session.parent),

@@ -1,4 +1,4 @@
-"""The blocking handle of a job: its awaitable twin and the wait."""
+"""The blocking side of `hvp_client.awaited.job`: made of it by `make sdk`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Generic, TypeVar, final
 
-from hvp_client._async_job import AsyncJob
 from hvp_client._exceptions import HvpError
-from hvp_client._portal import Portal
-from hvp_client._results import Event, Progress, with_vectors
-from hvp_client._vector import Vector
+from hvp_client._results import Event, JobStatus, Progress
+from hvp_client.awaited.job import AsyncJob
+from hvp_client.blocking.twins import Blocking
 
 ResultT = TypeVar("ResultT")
 
 
 @final
-class Job(Generic[ResultT]):
+class Job(Blocking, Generic[ResultT], twin=AsyncJob):
     """Long work on the server: a row that outlives this client and the server's own restarts.
 
-    `state`, `cancelling`, `attempt`, `progress` and `error` are asked for when they are read, until
-    the job is known to have ended.
+    The properties tell what this object last heard, from `status()`, `result()`, `cancel()` or the
+    end of `watch()`, and never ask the server.
     """
 
-    def __init__(self, portal: Portal, twin: AsyncJob[Any]):
-        self._portal = portal
-        self._twin = twin
+    _twin: AsyncJob[ResultT]
 
     @property
     def name(self) -> str:
@@ -35,32 +32,32 @@ class Job(Generic[ResultT]):
     @property
     def state(self) -> str:
         """`QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`."""
-        return self._current().state
+        return self._twin.state
 
     @property
     def cancelling(self) -> bool:
-        """Whether it was asked to stop and still runs, until the product at hand is done."""
-        return self._current().cancelling
+        """Whether it was asked to stop and still ran, until the product at hand was done."""
+        return self._twin.cancelling
 
     @property
     def ended(self) -> bool:
         """Whether the state is final."""
-        return self._current().ended
+        return self._twin.ended
 
     @property
     def attempt(self) -> int:
         """Which run this is, from 1; one more after each loss of the server or a rank."""
-        return self._current().attempt
+        return self._twin.attempt
 
     @property
     def progress(self) -> Progress | None:
-        """Where the run stands; None before the first product."""
-        return self._current().progress
+        """Where the run stood; None before the first product."""
+        return self._twin.progress
 
     @property
     def error(self) -> HvpError | None:
         """Why it failed, as an exception that is not raised; None unless it did."""
-        return self._current().error
+        return self._twin.error
 
     @property
     def labels(self) -> dict[str, str]:
@@ -85,24 +82,35 @@ class Job(Generic[ResultT]):
     @property
     def start_time(self) -> datetime | None:
         """When its latest attempt began, UTC."""
-        return self._current().start_time
+        return self._twin.start_time
 
     @property
     def end_time(self) -> datetime | None:
         """When it ended, UTC."""
-        return self._current().end_time
+        return self._twin.end_time
 
-    def refresh(self) -> Job[ResultT]:
-        """Ask the server for everything anew.
+    def status(self) -> JobStatus:
+        """Ask the server how the job is: one snapshot, in one call.
 
         Returns:
-            This job.
+            The snapshot, which the properties tell from then on.
 
         Raises:
             NotFoundError: It was deleted.
         """
-        self._portal.run(self._twin.refresh())
-        return self
+        return self._portal.run(self._twin.status())
+
+    def cancel(self) -> None:
+        """Ask the job to stop between two products; of no effect once it has ended."""
+        self._portal.run(self._twin.cancel())
+
+    def delete(self) -> None:
+        """Forget the job.
+
+        Raises:
+            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
+        """
+        self._portal.run(self._twin.delete())
 
     def result(self, timeout_s: float | None = None) -> ResultT:
         """Wait for the end and give the result; a restart of the server is waited out.
@@ -119,8 +127,7 @@ class Job(Generic[ResultT]):
             JobCancelledError: The job was cancelled.
             UnimplementedError: `RESULT_UNREADABLE`: a newer server's result.
         """
-        found = self._portal.run(self._twin.result(timeout_s))
-        result: ResultT = with_vectors(found, lambda twin: Vector(self._portal, twin))
+        result: ResultT = self._wait(self._twin.result(timeout_s))
         return result
 
     def watch(self, after_sequence: int = 0) -> Iterator[Event]:
@@ -129,9 +136,9 @@ class Job(Generic[ResultT]):
         Args:
             after_sequence: Begin after the event of this number; 0 means with the first.
 
-        Returns:
-            An iterator of events in order, each once. It connects again by itself when the
-            connection breaks or the server is started anew.
+        Yields:
+            Events in order, each once. The connection is made again by itself when it breaks or the
+            server is started anew.
 
         Raises:
             NotFoundError: No such job.
@@ -139,21 +146,7 @@ class Job(Generic[ResultT]):
         """
         return self._portal.iterate(self._twin.watch(after_sequence))
 
-    def cancel(self) -> None:
-        """Ask the job to stop between two products; of no effect once it has ended."""
-        self._portal.run(self._twin.cancel())
-
-    def delete(self) -> None:
-        """Forget the job.
-
-        Raises:
-            FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
-        """
-        self._portal.run(self._twin.delete())
-
-    def _current(self) -> AsyncJob[Any]:
-        return self._twin if self._twin.ended else self._portal.run(self._twin.refresh())
-
     def __repr__(self) -> str:
-        # Without a call: debuggers and notebooks show objects unasked.
-        return f"<{type(self).__name__} {self.name} {self._twin.state}>"
+        asked = self.spec
+        what = " ".join(filter(None, map(asked.get, ("operation", "operator", "dtype"))))
+        return f"<{type(self).__name__} {what or 'of a newer server'} {self.state} {self.name}>"

@@ -1,4 +1,4 @@
-"""The blocking client."""
+"""The blocking side of `hvp_client.awaited.client`: made of it by `make sdk`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, final
 
-from hvp_client._async_client import DEFAULT_ADDRESS, AsyncClient
+from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client._batches import Batch
 from hvp_client._blobs import Blob, ProgressCallback
 from hvp_client._checkpoints import Checkpoint
-from hvp_client._job import Job
-from hvp_client._operator import Operator
-from hvp_client._portal import Portal
 from hvp_client._settings import Retry, Timeout
 from hvp_client._system import ServerInfo, WorkerGroup
-from hvp_client._vector import Vector
+from hvp_client.awaited.client import AsyncClient
+from hvp_client.blocking.jacobian import Jacobian
+from hvp_client.blocking.job import Job
+from hvp_client.blocking.operator import Operator
+from hvp_client.blocking.portal import Portal
+from hvp_client.blocking.twins import Blocking
+from hvp_client.blocking.vector import Vector
 
 
 @final
-class Client:
+class Client(Blocking, twin=AsyncClient):
     """A connection to a server; close it, or use it in a `with` block.
 
-    Every call blocks until it is done. A client may be used from several threads at once, and in a
-    notebook. Nothing is connected before the first call.
+    Every call of a `Client` blocks until it is done; it may be used from several threads at once,
+    and in a notebook. An `AsyncClient` has the same names to be awaited, products and arithmetic
+    too, as in `w = await (H @ v)`; it belongs to the event loop in which its first call is made.
+    Nothing is connected before the first call.
 
     Args:
         address: HOST:PORT of a server on this machine: nothing is encrypted, so another machine's
@@ -37,6 +42,8 @@ class Client:
         InvalidArgumentError: `CLEARTEXT_REFUSED`.
     """
 
+    _twin: AsyncClient
+
     def __init__(
         self,
         address: str = DEFAULT_ADDRESS,
@@ -45,8 +52,8 @@ class Client:
         timeout: Timeout | None = None,
         retry: Retry | None = None,
     ):
-        self._twin = AsyncClient(address, project=project, timeout=timeout, retry=retry)
-        self._portal = Portal(self._twin.close)
+        twin = AsyncClient(address, project=project, timeout=timeout, retry=retry)
+        super().__init__(Portal(twin.close), twin)
 
     @property
     def address(self) -> str:
@@ -102,8 +109,8 @@ class Client:
 
         Args:
             batch: `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
-                `input_ids`) and `attention_mask`; each integers (n, s), in numpy or anything
-                `np.asarray` takes.
+                `input_ids`) and `attention_mask`; each integers (n, s), in numpy, torch or
+                anything `np.asarray` takes.
 
         Returns:
             The batch, checked by the server.
@@ -151,8 +158,35 @@ class Client:
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
                 `DOUBLE_BACKWARD_UNSUPPORTED`.
         """
-        coroutine = self._twin.operator(checkpoint, batch, kind, dtype, micro_batch_size, precision)
-        return Operator(self._portal, self._portal.run(coroutine))
+        result: Operator = self._wait(
+            self._twin.operator(checkpoint, batch, kind, dtype, micro_batch_size, precision)
+        )
+        return result
+
+    def jacobian(
+        self,
+        checkpoint: Checkpoint | str,
+        batch: Batch | str,
+        dtype: Any = "float32",
+        precision: str | None = None,
+    ) -> Jacobian:
+        """Take the Jacobian of a model's outputs on a batch as an operator; computes nothing yet.
+
+        Args:
+            checkpoint: A checkpoint or its name.
+            batch: A batch or its name.
+            dtype: `float32`, also for None, or `float64`.
+            precision: As for `operator`.
+
+        Returns:
+            J = ∂(logits)/∂θ: `J @ v` and `J.T @ u`.
+
+        Raises:
+            NotFoundError: No such checkpoint or batch.
+            InvalidArgumentError: As for `operator`.
+        """
+        result: Jacobian = self._wait(self._twin.jacobian(checkpoint, batch, dtype, precision))
+        return result
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Look up a checkpoint; NotFoundError if there is none of that name."""
@@ -198,15 +232,18 @@ class Client:
 
     def vector(self, name: str) -> Vector:
         """Look up a vector; NotFoundError if there is none of that name."""
-        return Vector(self._portal, self._portal.run(self._twin.vector(name)))
+        result: Vector = self._wait(self._twin.vector(name))
+        return result
 
     def vectors(self) -> list[Vector]:
         """All vectors of the project."""
-        return [Vector(self._portal, twin) for twin in self._portal.run(self._twin.vectors())]
+        result: list[Vector] = self._wait(self._twin.vectors())
+        return result
 
     def job(self, name: str) -> Job[Any]:
         """Look up a job; NotFoundError if there is none of that name."""
-        return Job(self._portal, self._portal.run(self._twin.job(name)))
+        result: Job[Any] = self._wait(self._twin.job(name))
+        return result
 
     def jobs(self, states: Iterable[str] | None = None) -> list[Job[Any]]:
         """All jobs of the project, newest first.
@@ -221,7 +258,8 @@ class Client:
         Raises:
             InvalidArgumentError: `STATE_UNKNOWN`.
         """
-        return [Job(self._portal, twin) for twin in self._portal.run(self._twin.jobs(states))]
+        result: list[Job[Any]] = self._wait(self._twin.jobs(states))
+        return result
 
     def server_info(self) -> ServerInfo:
         """What the server is and serves."""

@@ -1,0 +1,1 @@
+"""The SDK as coroutines: every call is written here, once, with what it does and costs."""

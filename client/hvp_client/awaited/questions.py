@@ -1,0 +1,106 @@
+"""The questions that an operator answers: made of their declarations by `make sdk`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from hvp_operations.density.record import DensityResult
+from hvp_operations.eigsh.record import EigshResult
+
+from hvp_client.awaited.job import AsyncJob
+from hvp_client.awaited.vector import AsyncVector
+
+
+class AsyncQuestions(ABC):
+    """Every question, as a job."""
+
+    @abstractmethod
+    async def _ask(
+        self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
+    ) -> AsyncJob[Any]: ...
+
+    async def density(
+        self,
+        *,
+        num_probes: int = 8,
+        num_steps: int = 80,
+        seed: int = 0,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[DensityResult]:
+        """Estimate the spectral density by stochastic Lanczos quadrature.
+
+        Each of K random probes gives an independent estimate of the whole spectrum, and the
+        error of their mean falls as 1/√K. With m steps of Lanczos the moments of what a probe
+        sees are exact up to degree 2m − 1, and features narrower than the spectrum's width over
+        m are smeared.
+
+        Args:
+            num_probes: K, the random probes.
+            num_steps: m, the steps of Lanczos of each probe.
+            seed: Of the probes.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `NUM_PROBES_INVALID`, `NUM_STEPS_INVALID`, `SEED_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "density",
+            {"num_probes": num_probes, "num_steps": num_steps, "seed": seed},
+            labels,
+        )
+
+    async def eigsh(
+        self,
+        k: int = 6,
+        which: Literal["LA", "SA", "LM", "BE"] = "LM",
+        *,
+        tol: float = 0.0,
+        max_products: int | None = None,
+        seed: int = 0,
+        num_lanczos_vectors: int | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[EigshResult[AsyncVector]]:
+        """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
+
+        Args:
+            k: How many, 1 ≤ k < n.
+            which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each
+                end and the odd one from the high end.
+            tol: Stop when every wanted pair's estimated residual is at most tol times the
+                largest Ritz value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
+            max_products: Upper bound on products, those that show completeness and those of the
+                final residuals included; None lets the server choose.
+            seed: Of the starting vector.
+            num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by
+                memory.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `K_INVALID`, `MAX_PRODUCTS_INVALID`,
+                `NUM_LANCZOS_VECTORS_INVALID`, `SEED_INVALID`, `TOL_INVALID`,
+                `WHICH_UNSUPPORTED`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "eigsh",
+            {
+                "k": k,
+                "which": which,
+                "tol": tol,
+                "max_products": max_products,
+                "seed": seed,
+                "num_lanczos_vectors": num_lanczos_vectors,
+            },
+            labels,
+        )

@@ -1,0 +1,338 @@
+"""Vectors, by name: they live on the server's ranks."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Coroutine, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+from hvp_protos.v1 import vector_pb2
+from numpy.typing import NDArray
+
+from hvp_client._bulk import read_elements, write_elements
+from hvp_client._exceptions import HvpError, InvalidArgumentError
+from hvp_client._handles import require_handle
+from hvp_client._session import Session
+from hvp_client._spaces import VectorSpace
+from hvp_client._specs import check_seed
+from hvp_client._times import from_timestamp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Distribution = Literal["rademacher", "gaussian", "sphere"]
+
+
+@final
+class AsyncVector:
+    """A vector that lives on the server's ranks, n elements under a name.
+
+    It is of parameter space, or of a model's outputs on a batch. Element order is the canonical
+    flat index: parameters as in the model's `named_parameters()`, a tied tensor once, row-major; or
+    outputs row-major in `output_shape`. Arithmetic happens on the ranks and gives new vectors; an
+    `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
+    elements `np.asarray(v)` fetches.
+
+    A vector that this client made is freed on the server some time after its last reference is
+    gone, or at once by `delete()` or at the end of a `with` block, and at the latest when the
+    client is closed or its process has ended, in whatever way. `keep()` lets it stay. One that was
+    looked up by name belongs to whoever made it, an eigenvector to its job.
+
+    Law: what the properties tell does not change while the handle lives.
+    """
+
+    # numpy on the left, as in np.float64(2) * v, leaves the result to this class.
+    __array_ufunc__ = None
+
+    def __init__(self, session: Session, message: vector_pb2.Vector, *, temporary: bool):
+        self._session = session
+        self._message = message
+        self._finalizer = weakref.finalize(self, session.released.append, message.name)
+        # The server outlives this process, and close() sends what was released until then.
+        self._finalizer.atexit = False
+        if not temporary:
+            self._finalizer.detach()
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/vectors/{id}`."""
+        return self._message.name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint of whose parameters, or outputs, it is."""
+        return self._message.checkpoint
+
+    @property
+    def batch(self) -> str | None:
+        """Name of the batch on which it is the model's outputs; None of parameter space."""
+        return self._message.data_batch or None
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """Of outputs `(sequences, positions, vocabulary)`; None of parameter space."""
+        return tuple(self._message.shape) if self._message.data_batch else None
+
+    @property
+    def shape(self) -> tuple[int]:
+        """`(n,)`."""
+        return (self._message.num_elements,)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Float32 or float64."""
+        return np.dtype(self._message.dtype)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server can make it again when its ranks are started anew."""
+        return self._message.durable
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was made, UTC."""
+        return from_timestamp(self._message.create_time)
+
+    async def dot(self, other: AsyncVector) -> float:
+        """u·v, accumulated in float64 on the ranks.
+
+        Args:
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            The inner product; only this number travels.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        right = require_handle(other, AsyncVector, "other").name
+        answer = await self._session.wire.unary(
+            "VectorService/ReduceVectors",
+            vector_pb2.ReduceVectorsRequest(
+                inner_products=[vector_pb2.ReduceVectorsRequest.Pair(left=self.name, right=right)]
+            ),
+            vector_pb2.ReduceVectorsResponse,
+            timeout_s=self._session.wire.timeout.compute_s,
+        )
+        return answer.inner_products[0]
+
+    async def norm(self) -> float:
+        """‖v‖₂, accumulated in float64 on the ranks."""
+        return math.sqrt(await self.dot(self))
+
+    async def numpy(self) -> NDArray[Any]:
+        """Fetch the elements.
+
+        Returns:
+            A fresh array (n,) of the vector's dtype. Every chunk's checksum has been verified.
+
+        Raises:
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return await read_elements(self._session, self.name, self.shape[0], self.dtype)
+
+    async def torch(self) -> Tensor:
+        """Fetch the elements as a torch tensor.
+
+        Returns:
+            A tensor (n,) of the vector's dtype on the CPU.
+
+        Raises:
+            ImportError: torch is not installed.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        from torch import from_numpy
+
+        return from_numpy(await self.numpy())
+
+    async def axpy(self, scale: float, other: AsyncVector) -> AsyncVector:
+        """Add a multiple of another: v + scale·other in one step.
+
+        Args:
+            scale: A finite number.
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            A new vector.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
+        """
+        return await combine(self._session, [(1.0, self), (scale, other)])
+
+    async def keep(self) -> None:
+        """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
+
+        What the server could not make again is written to its disk, so that a kept vector is there
+        after a restart too.
+
+        Raises:
+            NotFoundError: It is gone already.
+            ResourceExhaustedError: `DISK_FULL`.
+            UnimplementedError: The server is of a version where every vector stays.
+        """
+        await self._session.keep_vector(self.name)
+        self._finalizer.detach()
+
+    async def delete(self) -> None:
+        """Free it on the server now.
+
+        Raises:
+            NotFoundError: It is gone already.
+        """
+        self._finalizer.detach()
+        await self._session.delete_vector(self.name)
+
+    def __add__(self, other: AsyncVector) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(other, AsyncVector):
+            return NotImplemented
+        return combine(self._session, [(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: AsyncVector) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(other, AsyncVector):
+            return NotImplemented
+        return combine(self._session, [(1.0, self), (-1.0, other)])
+
+    def __mul__(self, scale: float) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(scale, (int, float, np.number)):
+            return NotImplemented
+        return combine(self._session, [(float(scale), self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Coroutine[Any, Any, AsyncVector]:
+        if not isinstance(divisor, (int, float, np.number)):
+            return NotImplemented
+        return combine(self._session, [(1.0 / float(divisor), self)])
+
+    def __neg__(self) -> Coroutine[Any, Any, AsyncVector]:
+        return combine(self._session, [(-1.0, self)])
+
+    async def __aenter__(self) -> AsyncVector:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.delete()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
+
+
+def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:
+    """Check seed and distribution and make the source of them."""
+    try:
+        value = vector_pb2.SeededSource.Distribution.Value(
+            f"DISTRIBUTION_{str(distribution).upper()}"
+        )
+    except ValueError:
+        value = vector_pb2.SeededSource.DISTRIBUTION_UNSPECIFIED
+    if value == vector_pb2.SeededSource.DISTRIBUTION_UNSPECIFIED:
+        raise InvalidArgumentError(
+            f"no distribution {distribution!r}; there are rademacher, gaussian and sphere",
+            reason="DISTRIBUTION_UNSPECIFIED",
+            field="distribution",
+        )
+    return vector_pb2.VectorSource(
+        seeded=vector_pb2.SeededSource(seed=check_seed(seed), distribution=value)
+    )
+
+
+async def create_vector(
+    session: Session, space: VectorSpace, source: vector_pb2.VectorSource
+) -> AsyncVector:
+    """Make a vector on the server from something other than bytes.
+
+    Args:
+        session: Whose server.
+        space: Whose vector.
+        source: What it is made of.
+
+    Returns:
+        Its handle, which frees it when it is no longer referred to; at the latest it goes with the
+        client.
+
+    Raises:
+        HvpError: As CreateVector says.
+    """
+
+    async def call(owner: str) -> vector_pb2.CreateVectorResponse:
+        request = space.request(session, owner)
+        request.source.CopyFrom(source)
+        return await session.wire.unary(
+            "VectorService/CreateVector",
+            request,
+            vector_pb2.CreateVectorResponse,
+            timeout_s=session.wire.timeout.compute_s,
+        )
+
+    answer = await session.make(call)
+    return AsyncVector(session, answer.vector, temporary=True)
+
+
+async def write_vector(session: Session, space: VectorSpace, elements: NDArray[Any]) -> AsyncVector:
+    """Bring elements to the ranks.
+
+    Args:
+        session: Whose server.
+        space: Whose vector.
+        elements: All of them, of the space's dtype.
+
+    Returns:
+        Its handle, as of `create_vector`.
+
+    Raises:
+        HvpError: As WriteVector says.
+    """
+
+    async def call(owner: str) -> vector_pb2.Vector:
+        return await write_elements(session, space.request(session, owner), elements)
+
+    return AsyncVector(session, await session.make(call), temporary=True)
+
+
+async def discard(vector: AsyncVector) -> None:
+    """Delete a vector, whatever comes of that."""
+    try:
+        await vector.delete()
+    except HvpError:
+        # The result, or the error on its way, matters more than a vector that may leak.
+        return
+
+
+async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) -> AsyncVector:
+    """Sum of coefficient times vector, made on the ranks.
+
+    Args:
+        session: Whose server.
+        terms: One or more.
+
+    Returns:
+        A new vector.
+
+    Raises:
+        InvalidArgumentError: `NON_FINITE`: a coefficient; `VECTOR_SPACE_MISMATCH`.
+    """
+    combination = vector_pb2.LinearCombinationSource()
+    for coefficient, vector in terms:
+        if not math.isfinite(coefficient):
+            raise InvalidArgumentError(
+                f"a coefficient is {coefficient}", reason="NON_FINITE", field="coefficient"
+            )
+        name = require_handle(vector, AsyncVector, "other").name
+        combination.terms.add(coefficient=coefficient, vector=name)
+    first = terms[0][1]
+    source = vector_pb2.VectorSource(combination=combination)
+    space = VectorSpace(
+        checkpoint=first.checkpoint, dtype=first.dtype.name, data_batch=first.batch or ""
+    )
+    return await create_vector(session, space, source)

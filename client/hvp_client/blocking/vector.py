@@ -1,0 +1,194 @@
+"""The blocking side of `hvp_client.awaited.vector`: made of it by `make sdk`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_client.awaited.vector import AsyncVector
+from hvp_client.blocking.protocols import Fetched
+from hvp_client.blocking.twins import Blocking, twin_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+class Vector(Blocking, Fetched, twin=AsyncVector):
+    """A vector that lives on the server's ranks, n elements under a name.
+
+    It is of parameter space, or of a model's outputs on a batch. Element order is the canonical
+    flat index: parameters as in the model's `named_parameters()`, a tied tensor once, row-major; or
+    outputs row-major in `output_shape`. Arithmetic happens on the ranks and gives new vectors; an
+    `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
+    elements `np.asarray(v)` fetches.
+
+    A vector that this client made is freed on the server some time after its last reference is
+    gone, or at once by `delete()` or at the end of a `with` block, and at the latest when the
+    client is closed or its process has ended, in whatever way. `keep()` lets it stay. One that was
+    looked up by name belongs to whoever made it, an eigenvector to its job.
+
+    Law: what the properties tell does not change while the handle lives.
+    """
+
+    _twin: AsyncVector
+    __array_ufunc__ = None
+
+    @property
+    def name(self) -> str:
+        """`projects/{project}/vectors/{id}`."""
+        return self._twin.name
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint of whose parameters, or outputs, it is."""
+        return self._twin.checkpoint
+
+    @property
+    def batch(self) -> str | None:
+        """Name of the batch on which it is the model's outputs; None of parameter space."""
+        return self._twin.batch
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """Of outputs `(sequences, positions, vocabulary)`; None of parameter space."""
+        return self._twin.output_shape
+
+    @property
+    def shape(self) -> tuple[int]:
+        """`(n,)`."""
+        return self._twin.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Float32 or float64."""
+        return self._twin.dtype
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server can make it again when its ranks are started anew."""
+        return self._twin.durable
+
+    @property
+    def create_time(self) -> datetime:
+        """When it was made, UTC."""
+        return self._twin.create_time
+
+    def dot(self, other: Vector) -> float:
+        """u·v, accumulated in float64 on the ranks.
+
+        Args:
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            The inner product; only this number travels.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.dot(twin_of(other)))
+
+    def norm(self) -> float:
+        """‖v‖₂, accumulated in float64 on the ranks."""
+        return self._portal.run(self._twin.norm())
+
+    def numpy(self) -> NDArray[Any]:
+        """Fetch the elements.
+
+        Returns:
+            A fresh array (n,) of the vector's dtype. Every chunk's checksum has been verified.
+
+        Raises:
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.numpy())
+
+    def torch(self) -> Tensor:
+        """Fetch the elements as a torch tensor.
+
+        Returns:
+            A tensor (n,) of the vector's dtype on the CPU.
+
+        Raises:
+            ImportError: torch is not installed.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.torch())
+
+    def axpy(self, scale: float, other: Vector) -> Vector:
+        """Add a multiple of another: v + scale·other in one step.
+
+        Args:
+            scale: A finite number.
+            other: A vector of the same checkpoint and dtype.
+
+        Returns:
+            A new vector.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
+        """
+        result: Vector = self._wait(self._twin.axpy(scale, twin_of(other)))
+        return result
+
+    def keep(self) -> None:
+        """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
+
+        What the server could not make again is written to its disk, so that a kept vector is there
+        after a restart too.
+
+        Raises:
+            NotFoundError: It is gone already.
+            ResourceExhaustedError: `DISK_FULL`.
+            UnimplementedError: The server is of a version where every vector stays.
+        """
+        self._portal.run(self._twin.keep())
+
+    def delete(self) -> None:
+        """Free it on the server now.
+
+        Raises:
+            NotFoundError: It is gone already.
+        """
+        self._portal.run(self._twin.delete())
+
+    def __add__(self, other: Vector) -> Vector:
+        result: Vector = self._wait(self._twin.__add__(twin_of(other)))
+        return result
+
+    def __sub__(self, other: Vector) -> Vector:
+        result: Vector = self._wait(self._twin.__sub__(twin_of(other)))
+        return result
+
+    def __mul__(self, scale: float) -> Vector:
+        result: Vector = self._wait(self._twin.__mul__(scale))
+        return result
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Vector:
+        result: Vector = self._wait(self._twin.__truediv__(divisor))
+        return result
+
+    def __neg__(self) -> Vector:
+        result: Vector = self._wait(self._twin.__neg__())
+        return result
+
+    def __enter__(self) -> Vector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.delete()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
