@@ -81,10 +81,11 @@ def _imported(path: Path) -> set[str]:
     """Modules that a file names in imports, those inside functions too, but for types alone."""
     found = set()
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in list(ast.walk(tree)):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body.clear()
-        elif isinstance(node, ast.Import):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}

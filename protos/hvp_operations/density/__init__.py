@@ -141,4 +141,5 @@ OPERATION = Operation(
     headline=lambda spec: f"density {spec.num_probes} probes x {spec.num_steps} steps",
     algorithm="hvp_core.density:Density",
     record="hvp_operations.density.record:DensityResult",
+    has_picture=True,
 )

@@ -18,7 +18,12 @@ _TAIL = 0.005  # of the eigenvalues, on either side of the panel that leaves out
 _SMALL = 0.25  # of the spectrum: a bulk that takes less gets a panel of its own
 _FINE = 1 / 50  # of a panel: the kernel's standard deviation in it
 _COLOUR = "#1c5fd4"
-_NAMES = {"hessian": "the Hessian", "ggn": "the Gauss-Newton matrix"}
+_NAMES = {
+    "hessian": "the Hessian",
+    "ggn": "the Gauss-Newton matrix",
+    "empirical_fisher_token": "the empirical Fisher matrix of tokens",
+    "empirical_fisher_sequence": "the empirical Fisher matrix of sequences",
+}
 
 
 def draw(result: DensityResult, path: str | Path, sigma: float | None) -> None:
