@@ -57,6 +57,12 @@ class Checkpoint:
     parameters: tuple[ParameterTensor, ...]
     ignored_files: tuple[str, ...] = field(default=(), compare=False)
 
+    def __repr__(self) -> str:
+        # Without the parameters, of which there may be thousands.
+        what = f"{self.architecture} n={self.num_parameters:,} {self.stored_dtype}"
+        state = "" if self.state == "ACTIVE" else f" {self.state}"
+        return f"<{type(self).__name__} {what}{state} {self.name}>"
+
 
 def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
     """Make the record of a message."""
