@@ -143,7 +143,8 @@ def _given(method: _Function) -> str:
     """The arguments as they are handed on."""
     positional = [_handed_on(each) for each in method.args.args[1:]]
     by_name = [f"{each.arg}={_handed_on(each)}" for each in method.args.kwonlyargs]
-    return ", ".join([*positional, *by_name])
+    rest = [f"**{method.args.kwarg.arg}"] if method.args.kwarg else []
+    return ", ".join([*positional, *by_name, *rest])
 
 
 def _handed_on(parameter: ast.arg) -> str:
