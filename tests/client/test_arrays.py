@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hvp_client import AsyncClient, InvalidArgumentError, Operator, Vector
+from hvp_client import (
+    AsyncClient,
+    AsyncVector,
+    InvalidArgumentError,
+    Operator,
+    ParameterTensor,
+    Vector,
+)
 from hvp_client._arrays import as_numpy, like
 from hvp_client._batches import encode_batch
+from hvp_protos.v1 import vector_pb2
 from safetensors.numpy import load, load_file
 
 from tests.client.conftest import Server
@@ -114,6 +124,17 @@ def test_a_vector_is_read_by_parameter(H: Operator, llama_dir: Path) -> None:
         _ = theta["model.layers.0.mlp.up_proj"]
     with pytest.raises(TypeError):
         iter(theta)  # type: ignore[call-overload]
+
+
+async def test_a_vector_of_another_space_has_no_parts_by_the_parameters_names() -> None:
+    tensors = {"w": ParameterTensor(name="w", shape=(2, 3), offset=0)}
+    session: Any = SimpleNamespace(parameters={"c": tensors}, released=deque())
+    message = vector_pb2.Vector(name="v", checkpoint="c", num_elements=8, dtype="float64")
+    v = AsyncVector(session, message, temporary=False)
+    for read in (v.named(), v["w"]):
+        with pytest.raises(InvalidArgumentError) as caught:
+            await read
+        assert caught.value.reason == "VECTOR_SPACE_MISMATCH"
 
 
 def test_h_may_stand_on_the_right(H: Operator) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -15,7 +15,7 @@ from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
 from hvp_client._bulk import read_elements
-from hvp_client._checkpoints import parameter_tensors
+from hvp_client._checkpoints import ParameterTensor, parameter_tensors
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._handles import require_handle
 from hvp_client._session import Session, new_request_id
@@ -150,7 +150,7 @@ class AsyncVector:
         Raises:
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
-        tensors = await parameter_tensors(self._session, self.checkpoint)
+        tensors = await self._tensors()
         elements = await self.numpy()
         return {
             name: elements[each.offset : each.offset + each.num_elements].reshape(each.shape)
@@ -170,7 +170,7 @@ class AsyncVector:
             KeyError: There is none of that name.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
-        tensors = await parameter_tensors(self._session, self.checkpoint)
+        tensors = await self._tensors()
         if parameter not in tensors:
             near = difflib.get_close_matches(str(parameter), tensors, n=3, cutoff=0.0)
             raise KeyError(f"no parameter {parameter!r}; there are {', '.join(near)} and others")
@@ -256,6 +256,17 @@ class AsyncVector:
         traceback: TracebackType | None,
     ) -> None:
         await self.delete()
+
+    async def _tensors(self) -> Mapping[str, ParameterTensor]:
+        """Where each parameter lies in it."""
+        tensors = await parameter_tensors(self._session, self.checkpoint)
+        if sum(tensor.num_elements for tensor in tensors.values()) != self.shape[0]:
+            raise InvalidArgumentError(
+                f"{self.name} is not of parameter space and has no parts by the parameters' names",
+                reason="VECTOR_SPACE_MISMATCH",
+                field="v",
+            )
+        return tensors
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
