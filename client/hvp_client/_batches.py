@@ -39,6 +39,10 @@ class Batch:
     max_token_id: int
     has_attention_mask: bool
 
+    def __repr__(self) -> str:
+        size = f"{self.num_sequences} x {self.sequence_length} tokens, {self.num_targets} targets"
+        return f"<{type(self).__name__} {size} {self.name}>"
+
 
 def batch_from_proto(message: data_batch_pb2.DataBatch) -> Batch:
     """Make the record of a message."""

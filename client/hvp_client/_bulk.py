@@ -136,18 +136,19 @@ async def _messages(
 
 
 async def read_elements(
-    session: Session, name: str, num_elements: int, dtype: np.dtype[Any]
+    session: Session, name: str, num_elements: int, dtype: np.dtype[Any], start: int = 0
 ) -> NDArray[Any]:
-    """Fetch a vector's elements; a broken stream is read on from where it broke.
+    """Fetch elements of a vector; a broken stream is read on from where it broke.
 
     Args:
         session: Whose server.
         name: The vector's.
-        num_elements: Its length.
-        dtype: Its dtype.
+        num_elements: How many.
+        dtype: The vector's dtype.
+        start: Flat index of the first of them.
 
     Returns:
-        An array (n,) of that dtype.
+        An array (num_elements,) of that dtype.
 
     Raises:
         HvpError: The vector is gone, or patience with a broken connection is over.
@@ -159,7 +160,9 @@ async def read_elements(
     while filled < num_elements:
         stream = wire.server_stream(
             "VectorService/ReadVector",
-            vector_pb2.ReadVectorRequest(name=name, element_offset=filled),
+            vector_pb2.ReadVectorRequest(
+                name=name, element_offset=start + filled, element_limit=num_elements - filled
+            ),
             vector_pb2.ReadVectorResponse,
             bulk=True,
             # The ranks answer between two products, and a product may be long.
@@ -168,7 +171,7 @@ async def read_elements(
         try:
             async with aclosing(stream):
                 async for message in stream:
-                    filled = _store(elements, filled, message)
+                    filled = _store(elements, filled, message, start)
                     pauses.reset()
             if filled < num_elements:
                 raise OutOfRangeError(
@@ -181,9 +184,12 @@ async def read_elements(
     return elements
 
 
-def _store(elements: NDArray[Any], filled: int, message: vector_pb2.ReadVectorResponse) -> int:
+def _store(
+    elements: NDArray[Any], filled: int, message: vector_pb2.ReadVectorResponse, start: int
+) -> int:
     """Put a chunk in its place and return how far the array is filled."""
-    if google_crc32c.value(message.data) != message.crc32c or message.element_offset != filled:
+    expected = start + filled
+    if google_crc32c.value(message.data) != message.crc32c or message.element_offset != expected:
         raise AbortedError(
             f"a chunk at element {message.element_offset} was damaged on the way",
             reason="CHUNK_CHECKSUM_MISMATCH",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hvp_protos.v1 import checkpoint_pb2
@@ -27,6 +29,11 @@ class ParameterTensor:
     name: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def num_elements(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,12 @@ class Checkpoint:
     parameters: tuple[ParameterTensor, ...]
     ignored_files: tuple[str, ...] = field(default=(), compare=False)
 
+    def __repr__(self) -> str:
+        # Without the parameters, of which there may be thousands.
+        what = f"{self.architecture} n={self.num_parameters:,} {self.stored_dtype}"
+        state = "" if self.state == "ACTIVE" else f" {self.state}"
+        return f"<{type(self).__name__} {what}{state} {self.name}>"
+
 
 def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
     """Make the record of a message."""
@@ -73,6 +86,36 @@ def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
             for tensor in message.parameters
         ),
     )
+
+
+async def get_checkpoint(session: Session, name: str) -> Checkpoint:
+    """Look up a checkpoint; see Client.checkpoint."""
+    answer = await session.wire.unary(
+        "CheckpointService/GetCheckpoint",
+        checkpoint_pb2.GetCheckpointRequest(name=name),
+        checkpoint_pb2.GetCheckpointResponse,
+    )
+    return checkpoint_from_proto(answer.checkpoint)
+
+
+async def parameter_tensors(session: Session, checkpoint: str) -> Mapping[str, ParameterTensor]:
+    """Where each parameter of a checkpoint lies; asked for once, since a checkpoint never changes.
+
+    Args:
+        session: Whose server.
+        checkpoint: Its name.
+
+    Returns:
+        Tensors by their names, in the order of every vector.
+
+    Raises:
+        NotFoundError: No such checkpoint.
+    """
+    if checkpoint not in session.parameters:
+        found = await get_checkpoint(session, checkpoint)
+        session.parameters[checkpoint] = {tensor.name: tensor for tensor in found.parameters}
+    tensors: Mapping[str, ParameterTensor] = session.parameters[checkpoint]
+    return tensors
 
 
 async def upload_checkpoint(

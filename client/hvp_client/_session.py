@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar, final
 
@@ -31,6 +31,8 @@ class Session:
         self.wire = wire
         self.parent = f"projects/{project}"
         self.lease = Lease(wire, self.parent)
+        # What parameter_tensors has learned, by the checkpoint's name.
+        self.parameters: dict[str, Mapping[str, Any]] = {}
         # Names of vectors whose handles are gone. Garbage collection may run in any thread and in
         # the middle of anything, so all it does is append here.
         self.released: deque[str] = deque()

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hvp_client import AsyncClient, InvalidArgumentError, Operator, Vector
+from hvp_client import (
+    AsyncClient,
+    AsyncVector,
+    InvalidArgumentError,
+    Operator,
+    ParameterTensor,
+    Vector,
+)
 from hvp_client._arrays import as_numpy, like
 from hvp_client._batches import encode_batch
-from safetensors.numpy import load
+from hvp_protos.v1 import vector_pb2
+from safetensors.numpy import load, load_file
 
 from tests.client.conftest import Server
 
@@ -99,6 +110,33 @@ def test_a_tensor_gives_the_product_as_a_tensor(H: Operator, dtype: torch.dtype)
     np.testing.assert_array_equal(H.vector(t[:, 1]).numpy(), t[:, 1].detach().double())
 
 
+def test_a_vector_is_read_by_parameter(H: Operator, llama_dir: Path) -> None:
+    stored = load_file(llama_dir / "model.safetensors")
+    theta = H.parameters()
+    named = theta.named()
+    assert named.keys() == stored.keys()
+    for name, tensor in stored.items():
+        for found in (named[name], theta[name]):
+            assert (found.dtype, found.shape) == (np.dtype("float64"), tensor.shape)
+            np.testing.assert_array_equal(found, tensor)
+    np.testing.assert_array_equal(np.concatenate([each.ravel() for each in named.values()]), theta)
+    with pytest.raises(KeyError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        _ = theta["model.layers.0.mlp.up_proj"]
+    with pytest.raises(TypeError):
+        iter(theta)  # type: ignore[call-overload]
+
+
+async def test_a_vector_of_another_space_has_no_parts_by_the_parameters_names() -> None:
+    tensors = {"w": ParameterTensor(name="w", shape=(2, 3), offset=0)}
+    session: Any = SimpleNamespace(parameters={"c": tensors}, released=deque())
+    message = vector_pb2.Vector(name="v", checkpoint="c", num_elements=8, dtype="float64")
+    v = AsyncVector(session, message, temporary=False)
+    for read in (v.named(), v["w"]):
+        with pytest.raises(InvalidArgumentError) as caught:
+            await read
+        assert caught.value.reason == "VECTOR_SPACE_MISMATCH"
+
+
 def test_h_may_stand_on_the_right(H: Operator) -> None:
     V = np.random.default_rng(0).standard_normal((H.shape[0], 3))
     W = H @ V
@@ -121,6 +159,8 @@ async def test_the_awaited_side_takes_and_gives_the_same(H: Operator, server: Se
         assert isinstance(product, torch.Tensor)
         assert torch.equal(product, await (t @ again))
         v = await again.vector(t)
+        norm = await v["model.norm.weight"]
+        assert norm.tolist() == [1.0] * 8
         assert torch.equal(await v.torch(), t.double())
         assert (await (v @ again)).dtype == np.float64
 

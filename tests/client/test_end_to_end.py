@@ -80,6 +80,22 @@ def test_the_sdk_does_what_its_example_says(
         assert u.shape == (n,)
 
 
+def test_every_handle_shows_its_size_its_kind_and_its_dtype(
+    H: Operator, checkpoint: Checkpoint, batch: Batch, client: Client
+) -> None:
+    v = H.zeros()
+    job = H.eigsh(k=1, which="LA", max_products=20)
+    job.result(timeout_s=300)
+    assert [repr(each) for each in (H, v, checkpoint, batch, job, client)] == [
+        f"<Operator hessian n=752 float64 of {checkpoint.name}>",
+        f"<Vector n=752 float64 {v.name}>",
+        f"<Checkpoint LlamaForCausalLM n=752 F32 {checkpoint.name}>",
+        f"<Batch 3 x 7 tokens, 18 targets {batch.name}>",
+        f"<Job eigsh hessian float64 SUCCEEDED {job.name}>",
+        f"<Client {client.address}>",
+    ]
+
+
 def test_the_operator_is_symmetric_and_linear(H: Operator) -> None:
     u = H.random_vector(seed=1, distribution="gaussian")
     v = H.random_vector(seed=2, distribution="sphere")

@@ -114,3 +114,11 @@ async def test_the_awaited_side_has_the_same(
         u = await J.T.random_vector(seed=1, distribution="sphere")
         forth, back = await u.dot(await (J @ v)), await v.dot(await (J.T @ u))
         assert forth == pytest.approx(back, rel=1e-3, abs=1e-7)
+
+
+def test_outputs_have_no_parts_by_parameter(J: Jacobian) -> None:
+    u = J.T.random_vector(seed=1)
+    for call in (u.named, lambda: u["model.norm.weight"]):
+        with pytest.raises(InvalidArgumentError) as refusal:
+            call()
+        assert refusal.value.reason == "VECTOR_SPACE_MISMATCH"

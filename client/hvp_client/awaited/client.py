@@ -13,7 +13,12 @@ from hvp_protos.v1 import blob_pb2, checkpoint_pb2, data_batch_pb2, job_pb2, sys
 from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client._batches import Batch, batch_from_proto, upload_batch
 from hvp_client._blobs import Blob, ProgressCallback, blob_from_proto
-from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, upload_checkpoint
+from hvp_client._checkpoints import (
+    Checkpoint,
+    checkpoint_from_proto,
+    get_checkpoint,
+    upload_checkpoint,
+)
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._names import name_of
 from hvp_client._results import state_values
@@ -209,12 +214,7 @@ class AsyncClient:
 
     async def checkpoint(self, name: str) -> Checkpoint:
         """Look up a checkpoint; NotFoundError if there is none of that name."""
-        answer = await self._session.wire.unary(
-            "CheckpointService/GetCheckpoint",
-            checkpoint_pb2.GetCheckpointRequest(name=name_of(name, "name")),
-            checkpoint_pb2.GetCheckpointResponse,
-        )
-        return checkpoint_from_proto(answer.checkpoint)
+        return await get_checkpoint(self._session, name_of(name, "name"))
 
     async def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints of the project, without their parameters."""

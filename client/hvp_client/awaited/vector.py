@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -14,6 +15,7 @@ from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
 from hvp_client._bulk import read_elements, write_elements
+from hvp_client._checkpoints import ParameterTensor, parameter_tensors
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._handles import require_handle
 from hvp_client._session import Session
@@ -35,7 +37,7 @@ class AsyncVector:
     flat index: parameters as in the model's `named_parameters()`, a tied tensor once, row-major; or
     outputs row-major in `output_shape`. Arithmetic happens on the ranks and gives new vectors; an
     `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
-    elements `np.asarray(v)` fetches.
+    elements `np.asarray(v)` fetches; `v["lm_head.weight"]` fetches those of one parameter.
 
     A vector that this client made is freed on the server some time after its last reference is
     gone, or at once by `delete()` or at the end of a `with` block, and at the latest when the
@@ -150,6 +152,49 @@ class AsyncVector:
 
         return from_numpy(await self.numpy())
 
+    async def named(self) -> dict[str, NDArray[Any]]:
+        """Fetch the elements by parameter, as in the model's `named_parameters()`.
+
+        Returns:
+            An array of each parameter's shape, by its name and in the order of the vector; all are
+            views of one array, and a tied tensor is there once.
+
+        Raises:
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        tensors = await self._tensors()
+        elements = await self.numpy()
+        return {
+            name: elements[each.offset : each.offset + each.num_elements].reshape(each.shape)
+            for name, each in tensors.items()
+        }
+
+    async def __getitem__(self, parameter: str) -> NDArray[Any]:
+        """Fetch the elements of one parameter; only they travel.
+
+        Args:
+            parameter: Its name, as in the model's `named_parameters()`.
+
+        Returns:
+            An array of the parameter's shape.
+
+        Raises:
+            KeyError: There is none of that name.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        tensors = await self._tensors()
+        if parameter not in tensors:
+            near = difflib.get_close_matches(str(parameter), tensors, n=3, cutoff=0.0)
+            raise KeyError(f"no parameter {parameter!r}; there are {', '.join(near)} and others")
+        tensor = tensors[parameter]
+        elements = await read_elements(
+            self._session, self.name, tensor.num_elements, self.dtype, start=tensor.offset
+        )
+        return elements.reshape(tensor.shape)
+
+    # Parameters are items; without this, Python would look for those named 0, 1, 2.
+    __iter__ = None
+
     async def axpy(self, scale: float, other: AsyncVector) -> AsyncVector:
         """Add a multiple of another: v + scale·other in one step.
 
@@ -223,6 +268,16 @@ class AsyncVector:
         traceback: TracebackType | None,
     ) -> None:
         await self.delete()
+
+    async def _tensors(self) -> Mapping[str, ParameterTensor]:
+        """Where each parameter lies in it."""
+        if self.batch is not None:
+            raise InvalidArgumentError(
+                f"{self.name} is not of parameter space and has no parts by the parameters' names",
+                reason="VECTOR_SPACE_MISMATCH",
+                field="v",
+            )
+        return await parameter_tensors(self._session, self.checkpoint)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"

@@ -25,7 +25,7 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
     flat index: parameters as in the model's `named_parameters()`, a tied tensor once, row-major; or
     outputs row-major in `output_shape`. Arithmetic happens on the ranks and gives new vectors; an
     `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
-    elements `np.asarray(v)` fetches.
+    elements `np.asarray(v)` fetches; `v["lm_head.weight"]` fetches those of one parameter.
 
     A vector that this client made is freed on the server some time after its last reference is
     gone, or at once by `delete()` or at the end of a `with` block, and at the latest when the
@@ -119,6 +119,35 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
         return self._portal.run(self._twin.torch())
+
+    def named(self) -> dict[str, NDArray[Any]]:
+        """Fetch the elements by parameter, as in the model's `named_parameters()`.
+
+        Returns:
+            An array of each parameter's shape, by its name and in the order of the vector; all are
+            views of one array, and a tied tensor is there once.
+
+        Raises:
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.named())
+
+    def __getitem__(self, parameter: str) -> NDArray[Any]:
+        """Fetch the elements of one parameter; only they travel.
+
+        Args:
+            parameter: Its name, as in the model's `named_parameters()`.
+
+        Returns:
+            An array of the parameter's shape.
+
+        Raises:
+            KeyError: There is none of that name.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+        """
+        return self._portal.run(self._twin.__getitem__(parameter))
+
+    __iter__ = None
 
     def axpy(self, scale: float, other: Vector) -> Vector:
         """Add a multiple of another: v + scale·other in one step.
