@@ -56,6 +56,7 @@ def test_the_logits_have_torchs_own_jvp_and_vjp(name: str, pieces: int | None) -
         assert relative_error(alone, jacobian[0]) < EXACT
         found = curvature.vjp([space.from_whole(each) for each in u])
         assert distance(found, pulled) < EXACT
+        assert distance(curvature.vjp([space.from_whole(u[0])]), pulled[:1]) < EXACT
 
 
 def test_jvp_and_vjp_are_adjoint_and_linear() -> None:
@@ -232,6 +233,7 @@ CALLS: dict[str, tuple[Callable[[Curvature, list[Tensor]], Any], int, int, int]]
     "form of 4": (lambda c, v: c.quadratic("ggn", v), 4, 1 + 2 * 4, 1 + 2 * 4),
     "jvp": (lambda c, v: c.jvp(v), 1, 3, 2),  # the output's value is not asked for
     "vjp": (lambda c, v: c.vjp([c.output_space.zeros()]), 1, 3, 2),
+    "vjp of 4": (lambda c, v: c.vjp([c.output_space.zeros() for _ in v]), 4, 1 + 2 * 4, 2 * 4),
     "fisher of tokens": (lambda c, v: c.empirical_fisher(v, "token"), 1, 5, 5),
     "fisher of sequences": (lambda c, v: c.empirical_fisher(v, "sequence"), 1, 5, 6),
 }

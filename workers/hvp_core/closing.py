@@ -53,7 +53,7 @@ class Closing(ABC):
             weights: The block's.
             x: Input of the piece.
             x_dots: Its tangent in each probe.
-            sums: One for each probe.
+            sums: One for each probe; without tangents, for each thing that is given, or one.
             wants_primal: Of a pair x̄ is needed too; it does not change from product to product.
             given: For each probe what its cotangents are made of, where the product is given that.
         """
@@ -169,22 +169,23 @@ class TracedClosing(Closing):
         """The parts one after the other."""
         passes = self.dual.spec.passes
         wants_primal = wants_primal and passes.backward == "pair"
-        shared = len(x_dots) > 1
+        shared = len(sums) > 1
         parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)
         more: list[Env] = [{} for _ in sums]
         if given:
             more = [{"given_dot": each.to(self.dual.given_dtype)} for each in given]
-        if passes.forward == "value":
-            found = self._step(parts[0], env | more[0], sums[0])
-            return Bars(found.get("x_bar"), [])
+        if passes.forward == "tangent":
+            more = [
+                each | self._along(weights, probe, x_dot)
+                for probe, (each, x_dot) in enumerate(zip(more, x_dots, strict=True))
+            ]
         x_bar = None
         if shared:
             kept = parts[0](env)
             x_bar = kept.get("x_bar")
             env |= kept
         dots: list[Tensor | None] = []
-        for probe, (x_dot, sum_) in enumerate(zip(x_dots, sums, strict=True)):
-            along = self._along(weights, probe, x_dot) | more[probe]
+        for along, sum_ in zip(more, sums, strict=True):
             found = self._step(parts[-1], env | along, sum_)
             if wants_primal:
                 x_bar = found.get("x_bar", x_bar)
@@ -252,32 +253,29 @@ class EagerClosing(Closing):
     ) -> Bars:
         """A backward dual for each probe, or a plain one."""
         more: list[Tensor | None] = [*given] or [None for _ in sums]
-        if self._spec.passes.forward == "value":
-            found = pull_back(
-                self._f,
-                weights.p,
-                x,
-                lambda y: self._cotangents(y, torch.zeros_like(y), more[0])[0],
-            )
-            sums[0].add_dense(found.p_bar)
-            return Bars(found.x_bar, [])
         pair = self._spec.passes.backward == "pair"
         x_bar, dots = None, []
-        for x_dot, v, sum_, known in zip(x_dots, weights.v, sums, more, strict=True):
+        for probe, (sum_, known) in enumerate(zip(sums, more, strict=True)):
             if pair:
-                found = backward_dual(self._f, weights.p, v, x, x_dot, self._pair)
+                at = weights.p, weights.v[probe], x, x_dots[probe]
+                found = backward_dual(self._f, *at, self._pair)
                 x_bar = found.x_bar
+            elif self._spec.passes.forward == "tangent":
+                at = weights.p, weights.v[probe], x, x_dots[probe]
+                found = self._pull_back(forward_dual(self._f, *at)[1], weights.p, x, known)
             else:
-                found = self._pull_back(weights.p, v, x, x_dot, known)
+                found = self._pull_back(None, weights.p, x, known)
             sum_.add_dense(found.p_bar)
             dots.append(found.x_bar_dot if pair else found.x_bar)
         return Bars(x_bar, dots)
 
     def _pull_back(
-        self, p: Params, v: Params, x: Tensor, x_dot: Tensor | None, given: Tensor | None
+        self, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None
     ) -> Backward:
-        y_dot = forward_dual(self._f, p, v, x, x_dot)[1]
-        return pull_back(self._f, p, x, lambda y: self._cotangents(y, y_dot, given)[0])
+        def y_bar(y: Tensor) -> Tensor:
+            return self._cotangents(y, torch.zeros_like(y) if y_dot is None else y_dot, given)[0]
+
+        return pull_back(self._f, p, x, y_bar)
 
     def _at(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> AtOutput:
         y, y_dot = at_least_float32(y), at_least_float32(y_dot)

@@ -42,8 +42,8 @@ class Bars:
     """Cotangents of one micro-batch between two blocks.
 
     Attributes:
-        primal: ȳ of the gradient; None where it is kept on a tape, or not needed.
-        dots: For each probe ȳ̇, or the Gauss–Newton product's own cotangent.
+        primal: ȳ of a pair; None where it is kept on a tape, or nothing is a pair.
+        dots: For each probe ȳ̇ of a pair, or the one cotangent that a product has.
     """
 
     primal: Tensor | None
@@ -204,9 +204,12 @@ class Traced(Route):
         plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if leg.spec.backward]
         if passes.forward == "value":
-            env = self._env(weights) | tape.primal | _bar(bars.primal)
-            found = legs[0].run(env, self._attention, adder(sums[0], self._names))
-            return Bars(found.get("x_bar"), [])
+            env = self._env(weights) | tape.primal
+            alone = [
+                legs[0].run(env | _bar(y_bar), self._attention, adder(sum_, self._names))
+                for y_bar, sum_ in zip(bars.dots, sums, strict=True)
+            ]
+            return Bars(None, [found.get("x_bar") for found in alone])
         pair = passes.backward == "pair"
         x_bar = tape.primal.get("x_bar")
         if len(legs) == 2 and not tape.complete:
@@ -313,14 +316,12 @@ class Eager(Route):
                 sum_.add_dense(found.p_bar)
                 dots.append(found.x_bar_dot)
             return Bars(found.x_bar, dots)
-        alone = passes.forward == "value"
-        outgoing = [bars.primal] if alone else bars.dots
         cotangents = []
-        for y_bar, sum_ in zip(outgoing, sums, strict=True):
+        for y_bar, sum_ in zip(bars.dots, sums, strict=True):
             found = pull_back(self._f, weights.p, x, _constant(y_bar))
             sum_.add_dense(found.p_bar)
             cotangents.append(found.x_bar)
-        return Bars(cotangents[0], []) if alone else Bars(None, cotangents)
+        return Bars(None, cotangents)
 
 
 def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:

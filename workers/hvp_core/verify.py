@@ -143,15 +143,14 @@ class Verifier:
                 y, y_dots, tape = route.forward(self._passes, "fast", weights, x, dots, None)
                 if self._passes.backward == "none":
                     return [y, *_there(y_dots)], []
-                bars = Bars(y_bar, [y_bar_dot for _ in weights.v])
+                bars = Bars(y_bar, [y_bar_dot])
                 found = route.backward(self._passes, "fast", weights, tape, bars, [sums])
                 return [y, *_there(y_dots)], self._wanted(found)
 
             return run
 
         other = by(Eager(f))
-        one = y_bar if self._passes.forward == "value" else y_bar_dot
-        seeds = {"none": (), "cotangent": (one,), "pair": (y_bar, y_bar_dot)}
+        seeds = {"none": (), "cotangent": (y_bar_dot,), "pair": (y_bar, y_bar_dot)}
         back = seeds[self._passes.backward]
         return self._matches(by(traced), other, f, p, x, is_data, lambda *ys: (ys, back))
 
@@ -200,8 +199,7 @@ class Verifier:
 
     def _wanted(self, bars: Bars) -> list[Tensor | None]:
         """Cotangents that the block below is given."""
-        below = {"value": [bars.primal], "tangent": bars.dots}[self._passes.forward]
-        return [*below, bars.primal] if self._passes.backward == "pair" else below
+        return [*bars.dots, bars.primal] if self._passes.backward == "pair" else bars.dots
 
     def _matches(
         self,

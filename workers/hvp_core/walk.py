@@ -279,7 +279,7 @@ class Curvature:
         return found
 
     def vjp(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Jᵀ u for each u of the `output_space`, J as for `jvp`. Cost in GEMM passes: 3 each.
+        """Jᵀ u for each u of the `output_space`, J as for `jvp`. Cost in GEMM passes: 1 + 2K for K.
 
         Args:
             outputs: Vectors (local,), this rank's rows.
@@ -291,7 +291,9 @@ class Curvature:
             CurvatureError: NON_FINITE.
         """
         space = self.output_space
-        return [self._product(OUTPUT_VJP, [], given=[space.by_row(each)])[0] for each in outputs]
+        if not outputs:
+            return []
+        return self._product(OUTPUT_VJP, [], given=[space.by_row(each) for each in outputs])
 
     def notes(self) -> dict[str, str]:
         """How products were computed, for whoever wants to reproduce or explain them.
@@ -322,7 +324,8 @@ class Curvature:
             results = None if given else self._replayed(spec, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
-                into = Results(self.space, self._dtypes(vectors))
+                dtypes = [self.space.dtype for _ in given] or self._dtypes(vectors)
+                into = Results(self.space, dtypes)
                 results = self._passage.there_and_back(
                     spec, choices, self._feed, tangents, into, step, given
                 )
