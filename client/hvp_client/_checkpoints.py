@@ -52,6 +52,8 @@ class Checkpoint:
         ignored_files: Files of the uploaded folder that look like weights and are no part of the
             model, because transformers would not read them either; empty but for the call that
             uploaded it.
+        labels: The caller's own; `client.relabel_checkpoint` changes them.
+        etag: Changes with `labels`.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Checkpoint:
     size_bytes: int
     parameters: tuple[ParameterTensor, ...]
     ignored_files: tuple[str, ...] = field(default=(), compare=False)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    etag: str = ""
 
     def __repr__(self) -> str:
         # Without the parameters, of which there may be thousands.
@@ -85,6 +89,8 @@ def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
             ParameterTensor(name=tensor.name, shape=tuple(tensor.shape), offset=tensor.offset)
             for tensor in message.parameters
         ),
+        labels=dict(message.labels),
+        etag=message.etag,
     )
 
 

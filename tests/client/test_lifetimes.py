@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from hvp_client import (
+    AbortedError,
     Batch,
     Checkpoint,
     Client,
@@ -113,3 +114,20 @@ def test_a_resource_is_named_by_itself_as_well_as_by_its_name(client: Client, ba
         client.checkpoint(7)  # type: ignore[arg-type]
     assert refusal.value.reason == "RESOURCE_NAME_INVALID"
     assert client.batch(batch.name) == batch
+
+
+def test_labels_are_changed_unless_somebody_else_was_quicker(
+    client: Client, checkpoint: Checkpoint, batch: Batch
+) -> None:
+    job = client.operator(checkpoint, batch).density(
+        num_probes=1, num_steps=1, labels={"who": "me"}
+    )
+    before = job.etag
+    job.relabel({"run": "7"}, etag=before)
+    assert (job.labels, client.job(job.name).labels) == ({"run": "7"}, {"run": "7"})
+    with pytest.raises(AbortedError) as refusal:
+        job.relabel({"run": "8"}, etag=before)
+    assert refusal.value.reason == "ETAG_MISMATCH"
+    changed = client.relabel_checkpoint(checkpoint, {"step": "100"})
+    assert client.checkpoint(checkpoint.name).labels == changed.labels == {"step": "100"}
+    assert client.relabel_checkpoint(checkpoint, {}, etag=changed.etag).labels == {}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar, final
 
+from google.protobuf.field_mask_pb2 import FieldMask
 from hvp_protos.v1 import blob_pb2, checkpoint_pb2, data_batch_pb2, job_pb2, system_pb2, vector_pb2
 
 from hvp_client._address import DEFAULT_ADDRESS
@@ -226,6 +227,36 @@ class AsyncClient:
             checkpoint_pb2.ListCheckpointsResponse,
         )
         return [checkpoint_from_proto(message) for page in pages for message in page.checkpoints]
+
+    async def relabel_checkpoint(
+        self, name: Checkpoint | str, labels: Mapping[str, str], *, etag: str | None = None
+    ) -> Checkpoint:
+        """Give a checkpoint other labels, in the place of all that it has.
+
+        Args:
+            name: A checkpoint or its name.
+            labels: At most 64 of 256 characters.
+            etag: Change them only if they are still those of this tag, `checkpoint.etag`; None:
+                whatever they are.
+
+        Returns:
+            The checkpoint, without its parameters.
+
+        Raises:
+            NotFoundError: No such checkpoint.
+            InvalidArgumentError: `LABELS_INVALID`.
+            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; look it up again.
+        """
+        answer = await self._session.wire.unary(
+            "CheckpointService/UpdateCheckpoint",
+            checkpoint_pb2.UpdateCheckpointRequest(
+                checkpoint=checkpoint_pb2.Checkpoint(name=name_of(name, "name"), labels=labels),
+                update_mask=FieldMask(paths=["labels"]),
+                etag=etag or "",
+            ),
+            checkpoint_pb2.UpdateCheckpointResponse,
+        )
+        return checkpoint_from_proto(answer.checkpoint)
 
     async def delete_checkpoint(self, name: Checkpoint | str) -> None:
         """Delete a checkpoint, its vectors, and its files, which leave the server's disk.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from datetime import datetime
 from typing import Any, Generic, TypeVar, final
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from hvp_operations.codec import to_values
 from hvp_operations.operation import Operation
 from hvp_operations.registry import operations
@@ -99,6 +100,11 @@ class AsyncJob(Generic[ResultT]):
         return dict(self._message.labels)
 
     @property
+    def etag(self) -> str:
+        """Changes with `labels`."""
+        return self._message.etag
+
+    @property
     def spec(self) -> dict[str, Any]:
         """What was asked for: `operation`, what the operator is, and the operation's own values."""
         declared = self._declared
@@ -156,6 +162,29 @@ class AsyncJob(Generic[ResultT]):
             "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
         )
         return self._learn(answer.job)
+
+    async def relabel(self, labels: Mapping[str, str], *, etag: str | None = None) -> None:
+        """Give the job other labels, in the place of all that it has.
+
+        Args:
+            labels: At most 64 of 256 characters.
+            etag: Change them only if they are still those of this tag, `job.etag`; None: whatever
+                they are.
+
+        Raises:
+            InvalidArgumentError: `LABELS_INVALID`.
+            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; call `refresh` first.
+        """
+        answer = await self._session.wire.unary(
+            "JobService/UpdateJob",
+            job_pb2.UpdateJobRequest(
+                job=job_pb2.Job(name=self.name, labels=labels),
+                update_mask=FieldMask(paths=["labels"]),
+                etag=etag or "",
+            ),
+            job_pb2.UpdateJobResponse,
+        )
+        self._learn(answer.job)
 
     async def cancel(self) -> None:
         """Ask the job to stop between two products; of no effect once it has ended."""

@@ -196,6 +196,27 @@ class Client(Blocking, twin=AsyncClient):
         """All checkpoints of the project, without their parameters."""
         return self._portal.run(self._twin.checkpoints())
 
+    def relabel_checkpoint(
+        self, name: Checkpoint | str, labels: Mapping[str, str], *, etag: str | None = None
+    ) -> Checkpoint:
+        """Give a checkpoint other labels, in the place of all that it has.
+
+        Args:
+            name: A checkpoint or its name.
+            labels: At most 64 of 256 characters.
+            etag: Change them only if they are still those of this tag, `checkpoint.etag`; None:
+                whatever they are.
+
+        Returns:
+            The checkpoint, without its parameters.
+
+        Raises:
+            NotFoundError: No such checkpoint.
+            InvalidArgumentError: `LABELS_INVALID`.
+            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; look it up again.
+        """
+        return self._portal.run(self._twin.relabel_checkpoint(name, labels, etag=etag))
+
     def delete_checkpoint(self, name: Checkpoint | str) -> None:
         """Delete a checkpoint, its vectors, and its files, which leave the server's disk.
 

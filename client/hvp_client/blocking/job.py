@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Generic, TypeVar, final
 
@@ -65,6 +65,11 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
         return self._twin.labels
 
     @property
+    def etag(self) -> str:
+        """Changes with `labels`."""
+        return self._twin.etag
+
+    @property
     def spec(self) -> dict[str, Any]:
         """What was asked for: `operation`, what the operator is, and the operation's own values."""
         return self._twin.spec
@@ -99,6 +104,20 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
             NotFoundError: It was deleted.
         """
         return self._portal.run(self._twin.status())
+
+    def relabel(self, labels: Mapping[str, str], *, etag: str | None = None) -> None:
+        """Give the job other labels, in the place of all that it has.
+
+        Args:
+            labels: At most 64 of 256 characters.
+            etag: Change them only if they are still those of this tag, `job.etag`; None: whatever
+                they are.
+
+        Raises:
+            InvalidArgumentError: `LABELS_INVALID`.
+            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; call `refresh` first.
+        """
+        self._portal.run(self._twin.relabel(labels, etag=etag))
 
     def cancel(self) -> None:
         """Ask the job to stop between two products; of no effect once it has ended."""
