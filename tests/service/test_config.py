@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hvp_client.cli.options import DEFAULT_ADDRESS
+from hvp_client._address import DEFAULT_ADDRESS
 from hvp_service.config import ServerConfig
 from hvp_service.server import main
 from hvp_service.state_dir import StateDirectoryBusyError, sole_use

@@ -173,7 +173,7 @@ class AsyncJob(Generic[ResultT]):
 
         Raises:
             InvalidArgumentError: `LABELS_INVALID`.
-            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; call `refresh` first.
+            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; ask for `status()` first.
         """
         answer = await self._session.wire.unary(
             "JobService/UpdateJob",

@@ -115,7 +115,7 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
 
         Raises:
             InvalidArgumentError: `LABELS_INVALID`.
-            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; call `refresh` first.
+            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; ask for `status()` first.
         """
         self._portal.run(self._twin.relabel(labels, etag=etag))
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from hvp_operations.registry import operations
 
-from hvp_client.cli.options import DEFAULT_ADDRESS, Address, Format, FormatOption
+from hvp_client._address import DEFAULT_ADDRESS
+from hvp_client.cli.options import Address, Format, FormatOption
 from hvp_client.cli.questions import command
 
 app = typer.Typer(

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_ADDRESS = "127.0.0.1:8471"
-
 
 class Format(StrEnum):
     """How results are printed."""

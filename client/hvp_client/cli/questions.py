@@ -14,8 +14,8 @@ from hvp_operations.checking import Seed, field_types, without_none
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Operation
 
+from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client.cli.options import (
-    DEFAULT_ADDRESS,
     Address,
     Dtype,
     Format,
