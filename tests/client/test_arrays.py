@@ -129,7 +129,9 @@ def test_a_vector_is_read_by_parameter(H: Operator, llama_dir: Path) -> None:
 async def test_a_vector_of_another_space_has_no_parts_by_the_parameters_names() -> None:
     tensors = {"w": ParameterTensor(name="w", shape=(2, 3), offset=0)}
     session: Any = SimpleNamespace(parameters={"c": tensors}, released=deque())
-    message = vector_pb2.Vector(name="v", checkpoint="c", num_elements=8, dtype="float64")
+    message = vector_pb2.Vector(
+        name="v", checkpoint="c", num_elements=6, dtype="float64", data_batch="b", shape=[1, 2, 3]
+    )
     v = AsyncVector(session, message, temporary=False)
     for read in (v.named(), v["w"]):
         with pytest.raises(InvalidArgumentError) as caught:
