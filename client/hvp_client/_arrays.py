@@ -26,6 +26,10 @@ def as_numpy(value: Any) -> NDArray[Any]:
         TypeError: It is no array.
         ValueError: The same, as of lists of unequal lengths.
     """
+    if hasattr(value, "_portal") or any(
+        hasattr(each, "_portal") for each in (value if isinstance(value, (list, tuple)) else ())
+    ):  # a handle, whose elements cannot be waited for in the midst of a call
+        raise TypeError("a vector on the server is no array here; np.asarray(v) fetches it")
     if not _is_tensor(value):
         return np.asarray(value)
     if value.is_floating_point() and str(value.dtype) not in _NUMPYS_TOO:

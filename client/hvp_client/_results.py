@@ -24,6 +24,7 @@ from hvp_client._exceptions import (
 from hvp_client._times import from_timestamp
 
 _KIBI = 1024
+_WHOLE = 100  # from here on a size has no decimals
 
 _ENDED_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
@@ -117,8 +118,8 @@ class Plan:
                 ("products", f"at most {self.max_products}"),
                 ("time", pace),
                 ("vectors on each rank, at least", _bytes(self.least_bytes_per_rank)),
-                ("vectors on each rank, where memory allows", _bytes(self.wished_bytes_per_rank)),
-                (f"memory of the least of {self.num_ranks} ranks", room),
+                ("where memory allows", _bytes(self.wished_bytes_per_rank)),
+                ("memory of a rank" if self.num_ranks == 1 else "memory of the least rank", room),
             ),
             notes=(self.problem,) if self.problem else (),
         )
@@ -131,7 +132,7 @@ def _bytes(count: int) -> str:
         if size < _KIBI:
             break
         size, unit = size / _KIBI, larger
-    return f"{size:.3g} {unit}"
+    return f"{size:.0f} {unit}" if size >= _WHOLE else f"{size:.3g} {unit}"
 
 
 @dataclass(frozen=True, kw_only=True)

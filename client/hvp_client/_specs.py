@@ -27,7 +27,9 @@ def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
 _KINDS = [
     kind_name(kind)
     for kind in operator_pb2.OperatorSpec.Kind.values()
-    if kind != operator_pb2.OperatorSpec.KIND_UNSPECIFIED
+    # A Jacobian is no square matrix: client.jacobian.
+    if kind
+    not in (operator_pb2.OperatorSpec.KIND_UNSPECIFIED, operator_pb2.OperatorSpec.KIND_JACOBIAN)
 ]
 
 

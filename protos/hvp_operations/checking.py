@@ -129,7 +129,7 @@ def _word(name: str, words: tuple[str, ...], given: Any) -> str:
 def _whole(name: str, given: Any, end: int) -> int:
     # numpy's integers are whole numbers too; True is not meant as one.
     is_whole = hasattr(given, "__index__") and not isinstance(given, bool)
-    if not is_whole or not -end < given.__index__() < end:
+    if not is_whole or not -end <= given.__index__() < end:
         raise _invalid(name, given, f"a whole number below {end} is possible")
     return int(given)
 

@@ -15,6 +15,7 @@ import torch
 from hvp_client import (
     AsyncClient,
     AsyncVector,
+    Client,
     InvalidArgumentError,
     Operator,
     ParameterTensor,
@@ -180,3 +181,26 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_handle_in_the_place_of_numbers_and_a_mixed_list_are_refused_in_words(
+    client: Client, H: Operator
+) -> None:
+    v = H.zeros()
+    for given in (v, [v, v]):
+        with pytest.raises(InvalidArgumentError, match=r"np\.asarray\(v\)") as caught:
+            H.vector(given)
+        assert caught.value.reason == "DTYPE_UNSUPPORTED"
+    with pytest.raises(InvalidArgumentError) as caught:
+        client.upload_batch({"input_ids": v})
+    assert caught.value.reason == "BATCH_FIELD_INVALID"
+    with pytest.raises(InvalidArgumentError) as caught:
+        H.matmat([v, 1])
+    assert caught.value.reason == "VECTOR_EXPECTED"
+
+
+@pytest.mark.parametrize("labels", [3, "a", {"a": 1}, {1: "a"}, {"a": None}, ["a"]], ids=repr)
+def test_what_are_no_labels_is_refused(H: Operator, labels: Any) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        H.density(labels=labels)
+    assert (caught.value.reason, caught.value.field) == ("LABELS_INVALID", "labels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +149,39 @@ def test_it_can_be_drawn(density: DensityResult, suffix: str, tmp_path: Path) ->
     density.plot(tmp_path / f"density{suffix}")
     density.plot(tmp_path / f"smooth{suffix}", sigma=0.3)
     assert (tmp_path / f"density{suffix}").stat().st_size > 5000
+
+
+def test_what_rounding_cannot_tell_from_zero_is_zero() -> None:
+    """A matrix of rank one: float32 gives its null space as values of some 1e-6 of the largest."""
+    low_rank = Quadrature(nodes=(-4e-6, 3e-6, 40.0), weights=(0.5, 0.4, 0.1))
+    found = result(low_rank, low_rank, dtype="float32", precision="full")
+    assert found.nodes.tolist() == [[0, 0, 40]] * 2
+    assert found.count(0, math.inf).value == pytest.approx(10)
+    wide = result(low_rank, dtype="float64", precision="full")
+    assert wide.nodes.tolist() == [[-4e-6, 3e-6, 40]]
+
+
+def test_a_picture_of_a_null_space_has_no_panel_of_rounding_errors(tmp_path: Path) -> None:
+    null = Quadrature(nodes=(-1e-15, 9e-16, 40.0), weights=(0.5, 0.495, 0.005))
+    found = result(null, null, dtype="float64", precision="full", operator="ggn")
+    found.plot(tmp_path / "one.svg")
+    assert (tmp_path / "one.svg").read_text().count("axes_") == 1
+
+
+@pytest.mark.parametrize("degree", [-1, 6, 10**6, 2.5, "3", None, True], ids=repr)
+def test_a_moment_that_the_steps_do_not_give_is_refused(degree: Any) -> None:
+    with pytest.raises(ValueError, match="0 to 5"):
+        result(ONE).moments(degree)
+
+
+def test_an_empty_interval_a_width_that_is_none_and_a_file_without_a_suffix_are_refused() -> None:
+    for low, high in ((2, 1), (1, 1), (math.nan, 1)):
+        with pytest.raises(ValueError, match="low < high"):
+            BOTH.count(low, high)
+    for sigma in (math.inf, math.nan, 0.0, -1.0):
+        with pytest.raises(ValueError, match="above 0"):
+            BOTH.density(0.0, sigma)
+    with pytest.raises(ValueError, match="give"):
+        BOTH.expectation(np.zeros(3))
+    with pytest.raises(ValueError, match="suffix"):
+        BOTH.plot("density")

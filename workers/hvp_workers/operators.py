@@ -28,6 +28,7 @@ _NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2
 #: Products at once: more would share little more, (2 + 6K) / K GEMM units each, and each takes
 #: activations of its own.
 _TOGETHER = 8
+_SCHEDULE = "schedule_"  # notes of which begin with the kind that they are of
 _KEPT = 4  # an older one's batch is read again when it is needed
 
 
@@ -129,8 +130,13 @@ class CurvatureOperator(LinearOperator):
         return exact and CurvatureOperator(exact, self._kind, "full")
 
     def notes(self) -> Mapping[str, str]:
-        """How products were computed."""
-        return self._loaded.curvature.notes()
+        """How products of this kind were computed."""
+        own = f"{_SCHEDULE}{self._kind}"
+        return {
+            key: note
+            for key, note in self._loaded.curvature.notes().items()
+            if not key.startswith(_SCHEDULE) or key == own or key.startswith(f"{own}_of_")
+        }
 
 
 class _Key(NamedTuple):

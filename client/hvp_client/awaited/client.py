@@ -21,6 +21,7 @@ from hvp_client._checkpoints import (
     upload_checkpoint,
 )
 from hvp_client._exceptions import HvpError, InvalidArgumentError
+from hvp_client._labels import check_labels
 from hvp_client._names import name_of
 from hvp_client._results import state_values
 from hvp_client._session import Session
@@ -250,7 +251,9 @@ class AsyncClient:
         answer = await self._session.wire.unary(
             "CheckpointService/UpdateCheckpoint",
             checkpoint_pb2.UpdateCheckpointRequest(
-                checkpoint=checkpoint_pb2.Checkpoint(name=name_of(name, "name"), labels=labels),
+                checkpoint=checkpoint_pb2.Checkpoint(
+                    name=name_of(name, "name"), labels=check_labels(labels)
+                ),
                 update_mask=FieldMask(paths=["labels"]),
                 etag=etag or "",
             ),
@@ -367,7 +370,8 @@ class AsyncClient:
         Raises:
             InvalidArgumentError: `STATE_UNKNOWN`.
         """
-        wanted = [value for state in states or () for value in state_values(state)]
+        chosen = [states] if isinstance(states, str) else states or ()
+        wanted = [value for state in chosen for value in state_values(state)]
         pages = await self._pages(
             "JobService/ListJobs",
             lambda token: job_pb2.ListJobsRequest(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hvp_client._arrays import like
 from hvp_client._bulk import as_elements, as_real
 from hvp_client._exceptions import InvalidArgumentError
-from hvp_client._handles import is_sequence_of
+from hvp_client._handles import is_sequence_of, require_handle
 from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
 from hvp_client.awaited.vector import (
@@ -126,6 +126,8 @@ class AsyncJacobian:
         array = as_real(v, "v")
         if self._transposed and array.shape == self.output_shape:
             array = array.reshape(-1)
+        if array.shape == (self.shape[1], 1):  # SciPy's solvers pass columns
+            return like(v, await self._apply_columns(array))
         return like(v, (await self._apply_columns(array[..., np.newaxis]))[:, 0])
 
     @overload
@@ -229,6 +231,7 @@ class AsyncJacobian:
     async def _apply(self, vectors: Sequence[AsyncVector]) -> list[AsyncVector]:
         if not vectors:
             return []
+        names = [require_handle(vector, AsyncVector, "V").name for vector in vectors]
 
         async def call(owner: str) -> operator_pb2.ApplyOperatorResponse:
             return await self._session.wire.unary(
@@ -236,7 +239,7 @@ class AsyncJacobian:
                 operator_pb2.ApplyOperatorRequest(
                     operator=self._spec,
                     request_id=new_request_id(),
-                    vectors=[vector.name for vector in vectors],
+                    vectors=names,
                     session=owner,
                     transposed=self._transposed,
                 ),

@@ -23,6 +23,7 @@ from hvp_client._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
+from hvp_client._labels import check_labels
 from hvp_client._results import (
     Event,
     JobStatus,
@@ -178,7 +179,7 @@ class AsyncJob(Generic[ResultT]):
         answer = await self._session.wire.unary(
             "JobService/UpdateJob",
             job_pb2.UpdateJobRequest(
-                job=job_pb2.Job(name=self.name, labels=labels),
+                job=job_pb2.Job(name=self.name, labels=check_labels(labels)),
                 update_mask=FieldMask(paths=["labels"]),
                 etag=etag or "",
             ),

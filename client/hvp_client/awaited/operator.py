@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from hvp_client._arrays import like
 from hvp_client._bulk import as_elements, as_real
 from hvp_client._exceptions import InvalidArgumentError
-from hvp_client._handles import is_sequence_of
+from hvp_client._handles import is_sequence_of, require_handle
+from hvp_client._labels import check_labels
 from hvp_client._results import Plan, plan_from_proto
 from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
@@ -297,7 +298,7 @@ class AsyncOperator(AsyncQuestions):
                 parent=self._session.parent,
                 request_id=new_request_id(),
                 spec=job_spec(operation, self._spec, self.shape[0], values),
-                labels=labels,
+                labels=check_labels(labels),
             ),
             job_pb2.CreateJobResponse,
             timeout_s=self._session.wire.timeout.compute_s,
@@ -317,6 +318,7 @@ class AsyncOperator(AsyncQuestions):
     async def _apply(self, vectors: Sequence[AsyncVector]) -> list[AsyncVector]:
         if not vectors:
             return []
+        names = [require_handle(vector, AsyncVector, "V").name for vector in vectors]
 
         async def call(owner: str) -> operator_pb2.ApplyOperatorResponse:
             return await self._session.wire.unary(
@@ -324,7 +326,7 @@ class AsyncOperator(AsyncQuestions):
                 operator_pb2.ApplyOperatorRequest(
                     operator=self._spec,
                     request_id=new_request_id(),
-                    vectors=[vector.name for vector in vectors],
+                    vectors=names,
                     session=owner,
                 ),
                 operator_pb2.ApplyOperatorResponse,

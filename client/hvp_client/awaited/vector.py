@@ -280,7 +280,8 @@ class AsyncVector:
         return await parameter_tensors(self._session, self.checkpoint)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
+        size = f"n={self.shape[0]:,}" if self.batch is None else f"outputs {self.output_shape}"
+        return f"<{type(self).__name__} {size} {self.dtype} {self.name}>"
 
 
 def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:

@@ -220,4 +220,5 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         self.delete()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} n={self.shape[0]:,} {self.dtype} {self.name}>"
+        size = f"n={self.shape[0]:,}" if self.batch is None else f"outputs {self.output_shape}"
+        return f"<{type(self).__name__} {size} {self.dtype} {self.name}>"

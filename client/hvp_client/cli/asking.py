@@ -21,6 +21,8 @@ from hvp_client.cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, failures_rep
 from hvp_client.cli.listing import job_name
 from hvp_client.cli.uploading import upload_with_bar
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
@@ -73,6 +75,8 @@ def ask(
             usage_error(f"{option} needs the result; leave out --no-watch")
         if path is not None and not path.absolute().parent.is_dir():
             usage_error(f"{option} {path} is in no folder that there is")
+    if picture is not None and (picture.suffix not in _PICTURES or picture.is_dir()):
+        usage_error(f"--plot {picture} must be a file that ends in {', '.join(_PICTURES)}")
     tensors = None if order.ids.startswith("projects/") else read_batch(Path(order.ids))
     with failures_reported(), Client(address) as client:
         if order.checkpoint.startswith("projects/"):
@@ -169,5 +173,5 @@ def _draw(result: Any, picture: Path) -> None:
         result.plot(picture)
     except ImportError:
         usage_error("--plot needs matplotlib: pip install matplotlib")
-    except ValueError as error:  # a suffix that is no format's
-        usage_error(f"--plot {picture}: {error}")
+    except OSError as error:
+        usage_error(f"--plot {picture} cannot be written: {error.strerror}")

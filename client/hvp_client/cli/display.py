@@ -107,6 +107,7 @@ def drawn(table: Table) -> rich.table.Table:
         caption_justify="left",
         box=box.HEAVY_HEAD if table.title else None,
         padding=(0, 1) if table.title else (0, 2),
+        show_header=any(table.headings),
     )
     for heading in table.headings:
         laid_out.add_column(heading, justify="right")

@@ -26,6 +26,7 @@ def job_name(text: str) -> str:
     return text if "/" in text else f"projects/default/jobs/{text}"
 
 
+_WIDE = 120  # characters that the widest rows take
 _UNBROKEN = 200  # characters of a line where nobody looks on: one job, one line
 
 
@@ -46,22 +47,27 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
     if not jobs:
         console.print(f"no jobs {' or '.join(states)}" if states else "no jobs", highlight=False)
         return
-    table = Table("job", box=None, padding=(0, 2, 0, 0))
-    # A name that is cut is of no use, so what a job does gives way in a narrow terminal.
-    for heading in ("state", "products", "created"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("work")
-    table.columns[0].no_wrap = True
-    for job in jobs:
-        record = _record(job)
-        table.add_row(
-            job.name.rpartition("/")[2],
-            "CANCELLING" if job.cancelling else job.state,
-            f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
-            f"{job.create_time.astimezone():%m-%d %H:%M}",
-            _work(record),
-        )
-    (console if console.is_terminal else Console(width=_UNBROKEN)).print(table)
+    rows = [_row(job) for job in jobs]
+    wide = not console.is_terminal or console.width >= _WIDE
+    # A name that is cut is of no use: in a narrow terminal what a job does has a line of its own.
+    table = Table("job", "state", "products", "created", *(["work"] if wide else []), box=None)
+    for cells in rows:
+        table.add_row(*(cells if wide else cells[:-1]))
+        if not wide:
+            table.add_row(f"  {cells[-1]}")
+    printed = console if console.is_terminal else Console(width=_UNBROKEN)
+    printed.print(table)
+
+
+def _row(job: AsyncJob[Any]) -> tuple[str, ...]:
+    record = _record(job)
+    return (
+        job.name.rpartition("/")[2],
+        "CANCELLING" if job.cancelling else job.state,
+        f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
+        f"{job.create_time.astimezone():%m-%d %H:%M}",
+        _work(record),
+    )
 
 
 def _work(record: Mapping[str, Any]) -> str:

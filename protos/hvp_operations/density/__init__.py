@@ -111,8 +111,10 @@ _RULES: tuple[Rule[DensitySpec], ...] = (
     Rule(
         field="num_probes",
         reason="NUM_PROBES_INVALID",
-        holds=lambda spec, facts: spec.num_probes >= 1,
-        allowed=lambda spec, facts: "1 or more are possible; 2 or more for a standard error",
+        holds=lambda spec, facts: 1 <= spec.num_probes <= MAX_NODES,
+        allowed=lambda spec, facts: (
+            f"1 to {MAX_NODES} are possible; 2 or more for a standard error"
+        ),
     ),
     Rule(
         field="num_steps",

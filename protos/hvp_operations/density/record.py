@@ -15,6 +15,9 @@ from hvp_operations.density import Quadrature
 from hvp_operations.operation import Table
 
 _AT_ONCE = 1 << 21  # values of a kernel in memory: a few tens of MB
+# Unit roundoff of the operands of matrix products, where it is more than the dtype's.
+_EPS = {"tf32": 2.0**-11, "bfloat16": 2.0**-8}
+_ROUNDING_POWER = 0.85  # as of a Krylov basis: 1e-6 in float32, 5e-14 in float64
 _WIDTH = 1 / 50  # of the spectrum: the kernel's standard deviation where none is given
 
 
@@ -74,8 +77,12 @@ class DensityResult:
 
     @property
     def nodes(self) -> NDArray[np.float64]:
-        """(K, m) Ritz values, ascending in each row; a probe that ended early repeats its last."""
-        return self._rows([quadrature.nodes for quadrature in self.quadratures], "edge")
+        """(K, m) Ritz values, ascending in each row; a probe that ended early repeats its last.
+
+        One that rounding cannot tell from zero is zero: many matrices have a null space.
+        """
+        nodes = self._rows([quadrature.nodes for quadrature in self.quadratures], "edge")
+        return np.where(np.abs(nodes) <= self._rounding * np.abs(nodes).max(), 0.0, nodes)
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -90,7 +97,12 @@ class DensityResult:
 
         Returns:
             The estimate, of the shape of the dimensions before; times n it is tr f(A).
+
+        Raises:
+            ValueError: They are of another shape.
         """
+        if np.shape(values)[-2:] != self.nodes.shape:
+            raise ValueError(f"values are {np.shape(values)}; give (..., {self.nodes.shape})")
         each = (values * self.weights).sum(-1)
         probes = each.shape[-1]
         if probes == 1:
@@ -123,13 +135,27 @@ class DensityResult:
         """(1/n) tr Aʲ for j = 0, ..., degree: exact for each probe up to twice the steps less one.
 
         Args:
-            degree: The highest.
+            degree: The highest, up to that.
 
         Returns:
             Mean and standard error (degree + 1,) over the probes.
+
+        Raises:
+            ValueError: The degree is negative, or beyond what the steps give.
         """
-        powers = np.arange(degree + 1)[:, None, None]
-        return self.expectation(self.nodes[None] ** powers)
+        most = 2 * self.nodes.shape[1] - 1
+        if isinstance(degree, bool) or not isinstance(degree, (int, np.integer)):
+            raise ValueError(f"degree is {degree!r}; a whole number of 0 to {most} is possible")
+        if not 0 <= degree <= most:
+            raise ValueError(f"degree is {degree}; with these steps 0 to {most} are possible")
+        power, found = np.ones_like(self.nodes), []
+        for _ in range(degree + 1):
+            found.append(self.expectation(power))
+            power = power * self.nodes
+        return Estimate(
+            np.array([each.value for each in found]),
+            np.array([each.standard_error for each in found]),
+        )
 
     def trace(self) -> Estimate:
         """The trace of A, with its standard error over the probes."""
@@ -152,7 +178,12 @@ class DensityResult:
 
         Returns:
             The estimate with both its errors.
+
+        Raises:
+            ValueError: low is not below high.
         """
+        if not low < high:
+            raise ValueError(f"({low}, {high}] holds nothing; give low < high")
         inside = (self.nodes > low) & (self.nodes <= high)
         share = self.expectation(inside.astype(np.float64))
         unknown = [_unresolved(quadrature, low, high) for quadrature in self.quadratures]
@@ -163,12 +194,12 @@ class DensityResult:
 
     def table(self) -> Table:
         """Trace, spread and ends of the spectrum."""
-        trace, square = self.trace(), self.moments(2)
+        trace, square = self.trace(), self.expectation(self.nodes**2)
         negative = [part / self.num_parameters for part in self.count(-math.inf, 0)]
         rows = (
             ("trace", _pair(trace)),
             ("mean eigenvalue", _pair(self.expectation(self.nodes))),
-            ("mean square", _pair(Estimate(square.value[2], square.standard_error[2]))),
+            ("mean square", _pair(square)),
             (
                 "share of eigenvalues ≤ 0",
                 f"{negative[0]:.3g} ± {negative[1]:.2g}, resolved to {negative[2]:.2g}",
@@ -178,8 +209,9 @@ class DensityResult:
         )
         told = (self.provenance.get(key) for key in ("operator", "dtype", "precision"))
         return Table(
-            title=f"{len(self.quadratures)} probes, {self.nodes.shape[1]} steps, "
-            f"{self.num_products} products, loss {self.loss:.6g} nats",
+            title=f"{_several(len(self.quadratures), 'probe')}, "
+            f"{_several(self.nodes.shape[1], 'step')}, {self.num_products} products, "
+            f"loss {self.loss:.6g} nats",
             headings=("", "estimate ± standard error"),
             rows=rows,
             notes=(
@@ -214,8 +246,12 @@ class DensityResult:
             sigma: As for `density`, for a single panel.
 
         Raises:
+            ValueError: The suffix is of no format, or there is none.
             ImportError: matplotlib is not installed.
+            OSError: The file cannot be written.
         """
+        if not Path(path).suffix:
+            raise ValueError(f"{str(path)!r} has no suffix to say the format; end it in .png")
         from hvp_operations.density.picture import draw
 
         draw(self, path, sigma)
@@ -224,9 +260,17 @@ class DensityResult:
         if sigma is None:
             spread = float(self.nodes.max() - self.nodes.min())
             return _WIDTH * spread or 1.0  # of a multiple of the identity any will do
-        if not sigma > 0:
+        if not 0 < sigma < math.inf:
             raise ValueError(f"sigma is {sigma}; a width above 0 is possible")
         return float(sigma)
+
+    @property
+    def _rounding(self) -> float:
+        """What rounding leaves of a vanishing eigenvalue, relative to the largest."""
+        eps = _EPS.get(self.provenance.get("precision", ""))
+        if eps is None:
+            eps = float(np.finfo(self.provenance.get("dtype", "float64")).eps)
+        return float(eps**_ROUNDING_POWER)
 
     @staticmethod
     def _rows(rows: Sequence[Sequence[float]], mode: Any) -> NDArray[np.float64]:
@@ -234,6 +278,10 @@ class DensityResult:
         return np.array(
             [np.pad(np.asarray(row, np.float64), (0, longest - len(row)), mode) for row in rows]
         )
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _pair(estimate: Estimate) -> str:
