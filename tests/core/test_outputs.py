@@ -215,6 +215,7 @@ def test_a_trace_that_is_wrong_is_never_used(
     assert any("torch does not confirm its trace" in note for note in notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ASKED)
 def test_compiled_parts_give_the_same(what: str) -> None:
     problem = llama_problem(torch.float32)
