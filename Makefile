@@ -28,11 +28,11 @@ demo: setup
 
 # Two tests at a time, on one core each: some are ranks, servers and clusters of several processes.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal --durations=20
 
 # The long ones: chaos, random operators by the hundred, comparisons with other libraries.
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '(slow or oracle) and not gpu' -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '(slow or oracle) and not gpu' -n 2 --dist worksteal --durations=20
 
 lint: setup
 	$(BIN)/ruff check

@@ -103,7 +103,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
     world_size: int, tmp_path: Path
 ) -> None:
