@@ -90,11 +90,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     shutil.copytree(
         mine, root / "protos/hvp_operations/moments", ignore=lambda *_: ["moments.proto"]
     )
-    shutil.copy(mine / "moments.proto", root / "protos/hvp_protos/v1")
-    job = root / "protos/hvp_protos/v1/job.proto"
+    shutil.copy(mine / "moments.proto", root / "protos/hvp/v1")
+    job = root / "protos/hvp/v1/job.proto"
     text = job.read_text().replace(
-        'import "hvp_protos/v1/eigsh.proto";',
-        'import "hvp_protos/v1/eigsh.proto";\nimport "hvp_protos/v1/moments.proto";',
+        'import "hvp/v1/eigsh.proto";',
+        'import "hvp/v1/eigsh.proto";\nimport "hvp/v1/moments.proto";',
     )
     for oneof, kind in (("spec", "Spec"), ("detail", "Progress"), ("result", "Result")):
         text = re.sub(rf"(  oneof {oneof} {{\n)", rf"\1    Moments{kind} moments = 99;\n", text)
@@ -144,13 +144,13 @@ def test_an_operation_is_one_folder_one_proto_and_a_line_in_each_oneof(tree: Tre
         f"{folder}/__init__.py",
         f"{folder}/algorithm.py",
         f"{folder}/record.py",
-        "protos/hvp_protos/v1/moments.proto",
-        "protos/hvp_protos/v1/job.proto",
+        "protos/hvp/v1/moments.proto",
+        "protos/hvp/v1/job.proto",
     }
     lines = [
         sum(line not in before for line in after)
         for before, after in [
-            [(each / "protos/hvp_protos/v1/job.proto").read_text().splitlines() for each in trees]
+            [(each / "protos/hvp/v1/job.proto").read_text().splitlines() for each in trees]
             for trees in ((ROOT, tree.root),)
         ]
     ]
