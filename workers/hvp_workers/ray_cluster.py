@@ -248,5 +248,8 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray forks while grpc's threads run.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Ray would run ranks behind everything else on the machine, which is theirs as much as
+    # anybody's: whatever is busy beside them would stretch their products and starts many times.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ranks without a GPU see what the machine has; without this Ray warns that it will be so.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
