@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from hvp_operations.density.record import DensityResult
+from numpy.typing import NDArray
 
 _POINTS = (800, 20_000)  # of a curve, at least and at most
 _PER_KERNEL = 5  # of them within a kernel's standard deviation, so that no peak is overlooked
@@ -26,7 +25,34 @@ _NAMES = {
 }
 
 
-def draw(result: DensityResult, path: str | Path, sigma: float | None) -> None:
+class Spectrum(Protocol):
+    """What is drawn: the SDK's record of a density."""
+
+    @property
+    def quadratures(self) -> Sequence[Any]:
+        """One for each probe."""
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        """What the figures rest on."""
+
+    @property
+    def num_parameters(self) -> int:
+        """The order of the operator."""
+
+    @property
+    def nodes(self) -> NDArray[np.float64]:
+        """Ritz values, (K, m)."""
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Weights of the nodes, (K, m)."""
+
+    def density(self, x: Any, sigma: float | None = None) -> Any:
+        """Mean and standard error of the smoothed density at points."""
+
+
+def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
     """Draw the density into a file.
 
     Args:
@@ -66,7 +92,7 @@ def draw(result: DensityResult, path: str | Path, sigma: float | None) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _bulk(result: DensityResult) -> tuple[float, float]:
+def _bulk(result: Spectrum) -> tuple[float, float]:
     """Where nearly all eigenvalues are."""
     nodes, weights = result.nodes.ravel(), result.weights.ravel()
     order = nodes.argsort()
@@ -75,7 +101,7 @@ def _bulk(result: DensityResult) -> tuple[float, float]:
     return float(nodes[order][low]), float(nodes[order][min(high, len(order) - 1)])
 
 
-def _panel(axes: Any, result: DensityResult, low: float, high: float, width: float) -> None:
+def _panel(axes: Any, result: Spectrum, low: float, high: float, width: float) -> None:
     """A part of the spectrum."""
     least, most = _POINTS
     x = np.linspace(low, high, min(most, max(least, int(_PER_KERNEL * (high - low) / width))))
