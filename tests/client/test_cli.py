@@ -177,7 +177,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(
 
 def test_the_doctor_finds_the_server_or_the_lack_of_it(server: Server, tmp_path: Path) -> None:
     well = hvp("doctor", "--address", server.address, "--state-dir", tmp_path)
-    assert f"at {server.address}: 1 ranks READY" in well.stdout
+    assert f"at {server.address}: 1 rank READY" in well.stdout
     with socket.create_server(("127.0.0.1", 0)) as listener:
         nobody = f"127.0.0.1:{listener.getsockname()[1]}"
     temporary = tmp_path / "t\u00e9mp"

@@ -11,14 +11,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+import grpc
+from hvp_protos.v1 import system_pb2, system_pb2_grpc
 from rich.console import Console
 from rich.markup import escape
 
-from hvp_client import Client, HvpError, InvalidArgumentError, Retry, Timeout
+from hvp_client._address import reachable_address
+from hvp_client._enums import plain_name
+from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._status import error_from_rpc
 
 _GIB = 1 << 30
+_ANSWER_S = 5.0
 _SIGNS = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
 _SDK_PACKAGES = ("hvp", "grpcio", "protobuf", "numpy", "safetensors", "google-crc32c")
 _SERVER_PACKAGES = ("torch", "ray", "transformers", "sqlalchemy", "pydantic-settings")
@@ -206,25 +212,38 @@ def _disk(state_dir: Path) -> Iterator[Finding]:
 
 
 def _server(address: str, *, expected: bool) -> Finding:
-    quick = Timeout(call_s=5.0)
+    """What a server says of itself, asked without the SDK, whose imports would take longer."""
     try:
-        with Client(address, timeout=quick, retry=Retry(patience_s=0.0)) as client:
-            info = client.server_info()
-            groups = client.worker_groups()
+        at = reachable_address(address)
     except InvalidArgumentError as error:
-        return Finding(what="server", verdict="problem", found=f"{error.reason}", fix=error.message)
-    except HvpError as error:
-        return Finding(
-            what="server",
-            verdict="problem" if expected else "note",
-            found=f"{error.reason} at {address}",
-            fix="start one with `hvp serve`, or give its --address",
-        )
-    states = ", ".join(f"{len(group.ranks)} ranks {group.state}" for group in groups)
-    lost = any(group.state == "LOST" for group in groups)
+        return Finding(what="server", verdict="problem", found=error.reason, fix=error.message)
+    # Never through a proxy of the environment.
+    with grpc.insecure_channel(at, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        stub = system_pb2_grpc.SystemServiceStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            info = stub.GetServerInfo(system_pb2.GetServerInfoRequest(), timeout=_ANSWER_S)
+            listed = stub.ListWorkerGroups(
+                system_pb2.ListWorkerGroupsRequest(parent="projects/default"), timeout=_ANSWER_S
+            )
+        except grpc.RpcError as error:
+            reason = error_from_rpc(cast("grpc.aio.AioRpcError", error), address=at).reason
+            return Finding(
+                what="server",
+                verdict="problem" if expected else "note",
+                found=f"{reason} at {at}",
+                fix="start one with `hvp serve`, or give its --address",
+            )
+    groups = [
+        (len(group.ranks), plain_name(system_pb2.WorkerGroup.State, group.state, "STATE_"))
+        for group in listed.worker_groups
+    ]
+    states = ", ".join(
+        f"{count} rank{'' if count == 1 else 's'} {state}" for count, state in groups
+    )
+    lost = any(state == "LOST" for _, state in groups)
     return Finding(
         what="server",
         verdict="problem" if lost else "ok",
-        found=f"hvp {info.version} at {address}: {states or 'no worker group'}",
+        found=f"hvp {info.version} at {at}: {states or 'no worker group'}",
         fix="look into the server's log; it starts the ranks anew by itself" if lost else "",
     )
