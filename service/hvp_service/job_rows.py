@@ -122,9 +122,13 @@ def result_row(result: JobResult) -> dict[str, Any]:
     Raises:
         TypeError: It is not of the operation's type.
     """
-    row = asdict(result)
-    row["result"] = TypeAdapter(type(result.result)).dump_python(result.result, mode="json")
-    return row
+    kind = TypeAdapter(type(result.result))
+    return {
+        "result": kind.dump_python(result.result, mode="json"),
+        "vectors": list(result.vectors),
+        "num_elements": result.num_elements,
+        "vector_time": result.vector_time,
+    }
 
 
 @functools.cache
@@ -141,7 +145,7 @@ def read_spec(stored: Any) -> JobSpec | None:
     """A spec, when this version knows all it says: what is overlooked would be another question."""
     if not (isinstance(stored, dict) and stored.keys() == {"operation", "operator", "spec"}):
         return None
-    declared = operations().get(stored["operation"])
+    declared = operations().get(str(stored["operation"]))  # whatever a damaged row has there
     operator = _read(_OPERATOR, stored["operator"])
     if declared is None or operator is None:
         return None

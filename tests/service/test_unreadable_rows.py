@@ -36,6 +36,10 @@ POISON: dict[str, tuple[dict[str, Any], str]] = {
         {"spec": {"operation": "trace", "operator": {}, "spec": {}}},
         "FAILED",
     ),
+    "an-operation-that-is-no-word": (
+        {"spec": {"operation": ["eigsh"], "operator": {}, "spec": {}}},
+        "FAILED",
+    ),
     "an-earlier-version": ({"spec": {"k": 2, "which": "BE", "operator": {}}}, "FAILED"),
     "a-field-more": ({"spec": "+block_size"}, "FAILED"),
     "a-field-more-within": ({"spec": "+operator.selection"}, "FAILED"),
