@@ -283,7 +283,9 @@ class BlockDual:
                 made |= self._attention_makes(spec)
             needs |= set(part.inputs) - made
             made |= set(part.outputs)
-        return frozenset(name for name in needs if not name.startswith(("p/", "p_dot/", "c/")))
+        return frozenset(
+            name for name in needs if not name.startswith(("p/", "p_dot/", "w/", "c/"))
+        )
 
     def _attention_needs(self, spec: LegSpec) -> set[str]:
         names = {*_QKV}

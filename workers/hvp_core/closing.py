@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.dual import Backward, Function, Params, backward_dual, forward_dual, pull_back
+from hvp_core.dual import (
+    Backward,
+    Function,
+    Params,
+    backward_dual,
+    forward_dual,
+    held,
+    pull_back,
+)
 from hvp_core.loss import Loss, at_least_float32
 from hvp_core.output_rules import AtOutput
 from hvp_core.parts import Group, Part, split
 from hvp_core.product_spec import ProductSpec
-from hvp_core.route import X_DATA, Bars, Weights, adder
+from hvp_core.route import Bars, Weights, adder, places, tangents_at, values_at
 from hvp_core.shards import Sums
 from hvp_core.trace import Env, Stage, Trace, is_parameters
 
@@ -139,11 +147,15 @@ class TracedClosing(Closing):
     Args:
         dual: Of both, at this shape.
         names: Of the block's parameters, by place.
+        selected: Of these, the ones that it was traced as a function of.
         constants: Of this piece.
     """
 
-    def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
+    def __init__(
+        self, dual: ClosingDual, names: Sequence[str], selected: Collection[str], constants: Env
+    ):
         self.dual, self._names, self._constants = dual, tuple(names), constants
+        self._place_of = places(names, selected)
 
     def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
         """The parts that measure."""
@@ -193,14 +205,11 @@ class TracedClosing(Closing):
         return Bars(x_bar, dots)
 
     def _primal(self, weights: Weights, x: Tensor) -> Env:
-        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
-        env |= self._constants
-        return env if X_DATA in self._constants else {**env, "x": x}
+        return values_at(self._place_of, weights.p) | self._constants | {"x": x}
 
     def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
-        v = weights.v[probe]
-        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
-        if x_dot is not None and X_DATA not in self._constants:
+        along = tangents_at(self._place_of, weights.v[probe])
+        if x_dot is not None:
             along["x_dot"] = x_dot
         return along
 
@@ -216,6 +225,7 @@ class EagerClosing(Closing):
 
     Args:
         f: The block.
+        selected: The parameters that it is differentiated by.
         spec: The product.
         loss: Behind the block.
         target: Of the piece.
@@ -225,19 +235,22 @@ class EagerClosing(Closing):
     def __init__(
         self,
         f: Function,
+        selected: Collection[str],
         spec: ProductSpec,
         loss: Loss,
         target: Tensor,
         scale: float,
     ):
-        self._f, self._spec, self._loss, self._target = f, spec, loss, target
+        self._f, self._selected = f, selected
+        self._spec, self._loss, self._target = spec, loss, target
         self._scale = scale
 
     def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
         """A forward dual for each probe."""
         assert self._spec.measure is not None
+        f, p = held(self._f, weights.p, self._selected)
         return [
-            self._spec.measure(self._at(*forward_dual(self._f, weights.p, v, x, x_dot)))
+            self._spec.measure(self._at(*forward_dual(f, p, v, x, x_dot)))
             for v, x_dot in zip(weights.v, x_dots, strict=True)
         ]
 
@@ -255,27 +268,28 @@ class EagerClosing(Closing):
         more: list[Tensor | None] = [*given] or [None for _ in sums]
         pair = self._spec.passes.backward == "pair"
         x_bar, dots = None, []
+        f, p = held(self._f, weights.p, self._selected)
         for probe, (sum_, known) in enumerate(zip(sums, more, strict=True)):
             if pair:
-                at = weights.p, weights.v[probe], x, x_dots[probe]
-                found = backward_dual(self._f, *at, self._pair)
+                at = p, weights.v[probe], x, x_dots[probe]
+                found = backward_dual(f, *at, self._pair)
                 x_bar = found.x_bar
             elif self._spec.passes.forward == "tangent":
-                at = weights.p, weights.v[probe], x, x_dots[probe]
-                found = self._pull_back(forward_dual(self._f, *at)[1], weights.p, x, known)
+                at = p, weights.v[probe], x, x_dots[probe]
+                found = self._pull_back(f, forward_dual(f, *at)[1], p, x, known)
             else:
-                found = self._pull_back(None, weights.p, x, known)
+                found = self._pull_back(f, None, p, x, known)
             sum_.add_dense(found.p_bar)
             dots.append(found.x_bar_dot if pair else found.x_bar)
         return Bars(x_bar, dots)
 
     def _pull_back(
-        self, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None
+        self, f: Function, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None
     ) -> Backward:
         def y_bar(y: Tensor) -> Tensor:
             return self._cotangents(y, torch.zeros_like(y) if y_dot is None else y_dot, given)[0]
 
-        return pull_back(self._f, p, x, y_bar)
+        return pull_back(f, p, x, y_bar)
 
     def _at(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> AtOutput:
         y, y_dot = at_least_float32(y), at_least_float32(y_dot)

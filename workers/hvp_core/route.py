@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from hvp_core.block_dual import AttentionCall, BlockDual, Leg, Way
-from hvp_core.dual import Function, Params, backward_dual, forward_dual, pull_back
+from hvp_core.dual import Function, Params, backward_dual, forward_dual, held, pull_back
 from hvp_core.parts import Part
 from hvp_core.product_spec import LOSS, Passes
 from hvp_core.shards import Sums
-from hvp_core.trace import Env
-
-X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
+from hvp_core.trace import Env, dotted
 
 
 @final
@@ -53,7 +51,7 @@ class Bars:
 @final
 @dataclass(frozen=True)
 class Weights:
-    """A block's parameters, and their tangents in each probe."""
+    """A block's parameters, and tangents of the selected ones in each probe."""
 
     p: Params
     v: Sequence[Params]
@@ -105,7 +103,8 @@ class Traced(Route):
     Args:
         dual: Of the block at this shape; its parameters are named by their place.
         names: Of the block's parameters, in the order of those places.
-        constants: Of this micro-batch, by name; with the input itself, if that is data.
+        selected: Of these, the ones that it was traced as a function of.
+        constants: Of this micro-batch, by name.
         attention: Of this micro-batch, if the block is cut.
     """
 
@@ -113,18 +112,19 @@ class Traced(Route):
         self,
         dual: BlockDual,
         names: Sequence[str],
+        selected: Collection[str],
         constants: Env,
         attention: AttentionCall | None,
     ):
         self.dual, self._names = dual, tuple(names)
+        self._place_of = places(names, selected)
         self._constants, self._attention = constants, attention
 
     def _env(self, weights: Weights, probe: int | None = None) -> Env:
-        """Parameters, their tangents in a probe, and constants."""
-        found = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        """Parameters, tangents of the selected ones in a probe, and constants."""
+        found = values_at(self._place_of, weights.p)
         if probe is not None:
-            v = weights.v[probe]
-            found |= {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+            found |= tangents_at(self._place_of, weights.v[probe])
         return found | self._constants
 
     def value(self, p: Params, x: Tensor) -> Tensor:
@@ -138,8 +138,6 @@ class Traced(Route):
         return torch.zeros(shape, dtype=dtype, device=x.device)
 
     def _input(self, x: Tensor, x_dot: Tensor | None = None) -> Env:
-        if X_DATA in self._constants:
-            return {}
         return {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
 
     def forward(
@@ -235,6 +233,21 @@ class Traced(Route):
         return Bars(x_bar, dots)
 
 
+def places(names: Sequence[str], selected: Collection[str]) -> dict[str, str]:
+    """What a trace calls a block's parameters: `p/PLACE`, or `w/PLACE` for a constant."""
+    return {name: f"{'p' if name in selected else 'w'}/{place}" for place, name in enumerate(names)}
+
+
+def values_at(place_of: Mapping[str, str], p: Params) -> Env:
+    """A block's parameters as its trace calls them."""
+    return {place: p[name] for name, place in place_of.items()}
+
+
+def tangents_at(place_of: Mapping[str, str], v: Params) -> Env:
+    """Tangents of the selected ones of a block's parameters as its trace calls them."""
+    return {dotted(place): v[name] for name, place in place_of.items() if place.startswith("p/")}
+
+
 def adder(sums: Sums, names: Sequence[str]) -> Callable[[Part, Env], None]:
     """Adds a part's derivatives of parameters, numbered by place, to where they belong."""
 
@@ -260,10 +273,11 @@ class Eager(Route):
 
     Args:
         f: The block.
+        selected: The parameters that it is differentiated by.
     """
 
-    def __init__(self, f: Function):
-        self._f = f
+    def __init__(self, f: Function, selected: Collection[str]):
+        self._f, self._selected = f, selected
 
     @torch.no_grad()
     def value(self, p: Params, x: Tensor) -> Tensor:
@@ -288,8 +302,9 @@ class Eager(Route):
         if passes.forward == "value":
             return self.value(weights.p, x), [], tape
         y_dots: list[Tensor | None] = []
+        f, p = held(self._f, weights.p, self._selected)
         for v, x_dot in zip(weights.v, x_dots, strict=True):
-            y, y_dot = forward_dual(self._f, weights.p, v, x, x_dot)
+            y, y_dot = forward_dual(f, p, v, x, x_dot)
             y_dots.append(y_dot)
             tape.tangents.append({} if x_dot is None else {"x_dot": x_dot})
         return y, y_dots, tape
@@ -305,6 +320,7 @@ class Eager(Route):
     ) -> Bars:
         """The backward dual of each probe, or a plain one."""
         x = tape.primal["x"]
+        f, p = held(self._f, weights.p, self._selected)
         if passes.backward == "pair":
             dots = []
             for v, tangent, y_bar_dot, sum_ in zip(
@@ -312,13 +328,13 @@ class Eager(Route):
             ):
                 pair = _constant_pair(bars.primal, y_bar_dot)
                 x_dot = tangent.get("x_dot")
-                found = backward_dual(self._f, weights.p, v, x, x_dot, pair)
+                found = backward_dual(f, p, v, x, x_dot, pair)
                 sum_.add_dense(found.p_bar)
                 dots.append(found.x_bar_dot)
             return Bars(found.x_bar, dots)
         cotangents = []
         for y_bar, sum_ in zip(bars.dots, sums, strict=True):
-            found = pull_back(self._f, weights.p, x, _constant(y_bar))
+            found = pull_back(f, p, x, _constant(y_bar))
             sum_.add_dense(found.p_bar)
             cotangents.append(found.x_bar)
         return Bars(None, cotangents)

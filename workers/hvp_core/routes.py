@@ -24,8 +24,9 @@ from hvp_core.loss import Loss
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
 from hvp_core.product_spec import ProductSpec
-from hvp_core.route import X_DATA, Eager, Route, Traced
-from hvp_core.trace import Env, trace_block, trace_closing, trace_graph
+from hvp_core.route import Eager, Route, Traced, places
+from hvp_core.selected_parameters import Link
+from hvp_core.trace import Env, trace_block, trace_closing, trace_graph, trace_value
 
 logger = logging.getLogger(__name__)
 
@@ -79,65 +80,61 @@ class Routes:
 
     def of(
         self,
-        name: str,
-        parameters: Sequence[str],
+        link: Link,
         bodies: Callable[[bool], Body],
         p: Mapping[str, Tensor],
         x: Tensor,
-        is_data: bool,
     ) -> Route:
         """The route of a block, not the last, for one micro-batch.
 
         Args:
-            name: Of the block.
-            parameters: Their names.
+            link: The block in its place.
             bodies: The block; with masks as tensors if called with True.
             p: The block's parameters. Of these and x only shapes matter.
             x: Its input.
-            is_data: The input is the first block's, and has no derivative.
         """
         for cut in (True, False):
             try:
-                return self._traced(name, parameters, bodies(not cut), p, x, is_data, cut=cut)
+                return self._traced(link, bodies(not cut), p, x, cut=cut)
             except _UncutError as error:
-                self.say(name, f"its attention is taken as plain operations: {error}")
+                self.say(link.name, f"its attention is taken as plain operations: {error}")
             except Exception as error:
-                self._untraced(name, error)
+                self._untraced(link.name, error)
                 break
-        return Eager(function_of(bodies(True)))
+        return Eager(function_of(bodies(True)), link.selected)
 
     def _traced(
         self,
-        name: str,
-        names: Sequence[str],
+        link: Link,
         body: Body,
         p: Mapping[str, Tensor],
         x: Tensor,
-        is_data: bool,
         *,
         cut: bool,
     ) -> Route:
-        values = {str(place): p[name] for place, name in enumerate(names)}
-        inputs, constants = _inputs(x, is_data, body.constants)
-        f = _placed(body, names)
-        look = self._look(name, body, f, values, inputs, constants, cut)
+        values, inputs, constants = _inputs(link, p, x, body.constants)
+        f = _placed(body, link.parameters)
+        look = self._look(link.name, body, f, values, inputs, constants, cut)
         call = _attention(look, body, self._policy) if look.calls and cut else None
 
         def make() -> BlockDual:
             with listening() as remarks:
-                if call is None:
-                    trace = trace_block(f, values, inputs, constants)
-                else:
+                g, at = f, inputs
+                if call is not None:
                     q, _, v = look.calls[0].qkv
                     shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
                     o = torch.zeros(shape, dtype=v.dtype, device=x.device)
-                    trace = trace_block(_cut_open(f), values, {**inputs, "o": o}, constants)
+                    g, at = _cut_open(f), {**inputs, "o": o}
+                if link.moves:
+                    trace = trace_block(g, values, at, constants)
+                else:
+                    trace = trace_value(g, at, constants)
             return BlockDual(trace, of, remarks, self._prepare)
 
-        of = look.text, call is not None
+        of = look.text, call is not None, link.takes_data
         dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
-        self.remark(name, dual.remarks)
-        return Traced(dual, names, constants, call)
+        self.remark(link.name, dual.remarks)
+        return Traced(dual, link.parameters, link.selected, body.constants, call)
 
     def _look(
         self,
@@ -158,25 +155,23 @@ class Routes:
     def closing(
         self,
         spec: ProductSpec,
-        name: str,
-        parameters: Sequence[str],
+        link: Link,
         body: Body,
         loss: Loss,
         p: Mapping[str, Tensor],
         x: Tensor,
-        is_data: bool,
         target: Tensor,
         scale: float,
     ) -> Closing:
         """The route of the last block and a product's rule for one piece of a micro-batch."""
-        values = {str(place): p[each] for place, each in enumerate(parameters)}
-        inputs, constants = _inputs(x, is_data, body.constants)
-        factor = torch.tensor(scale, dtype=_loss_dtype(x, values), device=target.device)
-        constants = {**constants, "c/target": target, "c/scale": factor}
-        f = _placed(body, parameters)
+        values, inputs, constants = _inputs(link, p, x, body.constants)
+        factor = torch.tensor(scale, dtype=_loss_dtype(x, p), device=target.device)
+        own = {"c/target": target, "c/scale": factor}
+        constants |= own
+        f = _placed(body, link.parameters)
         try:
-            look = self._look(name, body, f, values, inputs, constants, False)
-            of = look.text, loss, spec
+            look = self._look(link.name, body, f, values, inputs, constants, False)
+            of = look.text, loss, spec, link.takes_data
 
             def make() -> ClosingDual:
                 with listening() as remarks:
@@ -187,10 +182,10 @@ class Routes:
                 (of, _signature(values | inputs | constants), self._policy.compile), make
             )
         except Exception as error:
-            self._untraced(name, error)
-            return EagerClosing(function_of(body), spec, loss, target, scale)
-        self.remark(name, dual.remarks)
-        return TracedClosing(dual, parameters, constants)
+            self._untraced(link.name, error)
+            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
+        self.remark(link.name, dual.remarks)
+        return TracedClosing(dual, link.parameters, link.selected, body.constants | own)
 
     def _untraced(self, name: str, error: Exception) -> None:
         """Note that a block cannot be traced, unless that is no property of the block.
@@ -238,11 +233,17 @@ def function_of(body: Body) -> Function:
     return f
 
 
-def _inputs(x: Tensor, is_data: bool, constants: Env) -> tuple[Env, Env]:
-    """What has a tangent, and what has none."""
-    if not is_data:
-        return {"x": x}, dict(constants)
-    return {}, {**constants, X_DATA: x}
+def _inputs(link: Link, p: Mapping[str, Tensor], x: Tensor, own: Env) -> tuple[Env, Env, Env]:
+    """Parameters by place and inputs that a block is a function of, and what is constant."""
+    values, constants = {}, dict(own)
+    for name, place in places(link.parameters, link.selected).items():
+        if place.startswith("p/"):
+            values[place.removeprefix("p/")] = p[name]
+        else:
+            constants[place] = p[name]
+    if not link.takes_data:
+        return values, {"x": x}, constants
+    return values, {}, {**constants, "x": x}
 
 
 Placed = Callable[[Env, Env, Env], Env]
@@ -252,9 +253,12 @@ def _placed(body: Body, names: Sequence[str]) -> Placed:
     """The block with its parameters named by their place, as all blocks of its kind name them."""
 
     def f(p: Env, inputs: Env, constants: Env) -> Env:
-        given = {name: p[str(place)] for place, name in enumerate(names)}
+        given = {
+            name: p[str(place)] if str(place) in p else constants[f"w/{place}"]
+            for place, name in enumerate(names)
+        }
         held = {name: each for name, each in constants.items() if name in body.constants}
-        x = inputs["x"] if "x" in inputs else constants[X_DATA]
+        x = inputs["x"] if "x" in inputs else constants["x"]
         return {"y": body.run(given, x, held)}
 
     return f

@@ -14,8 +14,9 @@ computed and a later one needs is kept, except for pointwise work, which is chea
 to load. Stages 1 and 3 are empty in a block without attention.
 
 Values have names, the same everywhere in this package: `x`, `o`, `q`, `k`, `v`, `y`; parameters
-`p/NAME`; constants `c/0`...; a tangent has `_dot` appended to the part before the slash, a
-cotangent `_bar`, the tangent of a cotangent `_bar_dot`: `p_bar_dot/NAME` is a block's part of Hv.
+`p/NAME`; those that are constants `w/NAME`, other constants `c/0`...; a tangent has `_dot` appended
+to the part before the slash, a cotangent `_bar`, the tangent of a cotangent `_bar_dot`:
+`p_bar_dot/NAME` is a block's part of Hv.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Stage:
 _TIMES = {
     "x": 0,
     "p": 0,
+    "w": 0,
     "c": 0,
     "given": 0,
     "o": 1,
@@ -155,9 +157,9 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
 
     Args:
         f: The block. Its outputs are `y`, and `q`, `k`, `v` if it takes `o`.
-        p: Parameters by name.
-        inputs: `x` and, in a block cut at its attention, `o`; none in a block of token ids.
-        constants: `c/0` and so on.
+        p: Parameters by name, those that it is differentiated by.
+        inputs: `x` and, in a block cut at its attention, `o`; no `x` where that is data.
+        constants: `w/0`, `c/0` and so on; `x`, where that is data.
     """
     with torch.no_grad():
         y = f(p, inputs, constants)
@@ -176,6 +178,17 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
         return found | _named("bar", primal) | _named("bar_dot", tangent)
 
     return Trace(program, arguments)
+
+
+def trace_value(f: Block, inputs: Env, constants: Env) -> Trace:
+    """The trace of a block that nothing is differentiated by: its outputs alone.
+
+    Args:
+        f: The block.
+        inputs: `o`, in a block cut at its attention.
+        constants: All that it computes with, `x` among them.
+    """
+    return Trace(lambda env: f({}, {name: env[name] for name in inputs}, env), inputs | constants)
 
 
 def trace_closing(
