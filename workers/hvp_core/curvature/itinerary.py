@@ -54,7 +54,7 @@ class Itinerary:
         space: Space,
         batches: Sequence[MicroBatch],
         dtype: torch.dtype,
-        num_targets: int,
+        num_targets: float,
         policy: Policy,
         pair: MicroBatch | None,
     ):

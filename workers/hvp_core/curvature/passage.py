@@ -69,6 +69,7 @@ class Passage:
                 f = function_of(self._itinerary.body(index, batch, True))
                 for piece, target in self._itinerary.pieces(batch, x):
                     y = at_least_float32(f(weights.p, piece))
+                    self._chain.loss.check(y, target)
                     total += float(self._chain.loss.value(y, target))
 
         sweep(feed, range(self._last), value, lambda block: step.on(block.name, "its value"))
