@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -250,7 +251,18 @@ class AsyncLinearMap:
 
     async def _apply_columns(self, array: NDArray[Any]) -> NDArray[Any]:
         """Send the columns of (n, k), apply, fetch: (m, k)."""
-        m, n = self.shape
+        async with self._columns(array) as vectors:
+            products = await self._apply(vectors)
+            try:
+                results = await gather_bounded(_STREAMS, [product.numpy for product in products])
+            finally:
+                await _discard_all(products)
+        return np.stack(results, axis=1) if results else np.empty((self.shape[0], 0), self.dtype)
+
+    @contextlib.asynccontextmanager
+    async def _columns(self, array: NDArray[Any]) -> AsyncIterator[list[AsyncVector]]:
+        """The columns of (n, k) as vectors, for the block."""
+        n = self.shape[1]
         if array.ndim != 2 or array.shape[0] != n:
             given = array.shape[:-1] if array.shape[-1:] == (1,) else array.shape
             raise InvalidArgumentError(
@@ -265,13 +277,14 @@ class AsyncLinearMap:
             vectors += await gather_bounded(
                 _STREAMS, [partial(self._write, column) for column in columns]
             )
-            products = await self._apply(vectors)
-            vectors += products
-            results = await gather_bounded(_STREAMS, [product.numpy for product in products])
+            yield vectors
         finally:
-            # At once and not when collected: these may be most of the ranks' memory.
-            await gather_bounded(8, [partial(discard, vector) for vector in vectors])
-        return np.stack(results, axis=1) if results else np.empty((m, 0), self.dtype)
+            await _discard_all(vectors)
+
+
+async def _discard_all(vectors: Sequence[AsyncVector]) -> None:
+    """At once and not when they are collected: these may be most of the ranks' memory."""
+    await gather_bounded(8, [partial(discard, vector) for vector in vectors])
 
 
 async def _kept(vector: AsyncVector, keep: bool) -> AsyncVector:

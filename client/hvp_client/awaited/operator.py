@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final, overload
 
+import numpy as np
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
+from numpy.typing import NDArray
 
 from hvp_client._arrays import like
 from hvp_client._bulk import as_real
-from hvp_client._handles import is_sequence_of
+from hvp_client._handles import is_sequence_of, require_handle
 from hvp_client._labels import check_labels
 from hvp_client._results import Plan, plan_from_proto
 from hvp_client._session import Session, new_request_id
@@ -92,6 +94,57 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return AsyncVector(self._session, answer.gradient, temporary=True)
 
     @overload
+    async def quadratic(self, v: AsyncVector) -> float: ...
+    @overload
+    async def quadratic(self, v: Sequence[AsyncVector]) -> NDArray[np.float64]: ...
+    @overload
+    async def quadratic(self, v: Any) -> float | NDArray[np.float64]: ...
+    async def quadratic(
+        self, v: AsyncVector | Sequence[AsyncVector] | Any
+    ) -> float | NDArray[np.float64]:
+        """v·Hv, without a product that leaves the ranks.
+
+        Args:
+            v: A vector or a sequence of k; or real numbers (n,) or (n, k), in numpy, torch or
+                lists, which travel there.
+
+        Returns:
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k by going
+            forward alone, for a GGN or Fisher matrix; k products for a Hessian, which has no such
+            rule.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+            ResourceExhaustedError: `VECTOR_MEMORY`: there is no room for a product on the ranks.
+        """
+        return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_QUADRATIC, v)
+
+    @overload
+    async def slope(self, v: AsyncVector) -> float: ...
+    @overload
+    async def slope(self, v: Sequence[AsyncVector]) -> NDArray[np.float64]: ...
+    @overload
+    async def slope(self, v: Any) -> float | NDArray[np.float64]: ...
+    async def slope(
+        self, v: AsyncVector | Sequence[AsyncVector] | Any
+    ) -> float | NDArray[np.float64]:
+        """∇L·v, the derivative of the loss along v, without a gradient.
+
+        Args:
+            v: As for `quadratic`.
+
+        Returns:
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k, by going
+            forward alone.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+        """
+        return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_SLOPE, v)
+
+    @overload
     async def __rmatmul__(self, other: AsyncVector) -> AsyncVector: ...
     @overload
     async def __rmatmul__(self, other: Any) -> Any: ...
@@ -134,6 +187,35 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     def __repr__(self) -> str:
         size = f"n={self.shape[0]:,}"
         return f"<{type(self).__name__} {self.kind} {size} {self.dtype} of {self.checkpoint}>"
+
+    async def _evaluate(
+        self, form: operator_pb2.EvaluateFormsRequest.Form.ValueType, v: Any
+    ) -> float | NDArray[np.float64]:
+        if isinstance(v, AsyncVector):
+            return float((await self._numbers(form, [v]))[0])
+        if is_sequence_of(v, AsyncVector):
+            return await self._numbers(form, list(v))
+        array = as_real(v, "v")
+        columns = array[..., np.newaxis] if array.ndim == 1 else array
+        async with self._columns(columns) as vectors:
+            numbers = await self._numbers(form, vectors)
+        return float(numbers[0]) if array.ndim == 1 else numbers
+
+    async def _numbers(
+        self,
+        form: operator_pb2.EvaluateFormsRequest.Form.ValueType,
+        vectors: Sequence[AsyncVector],
+    ) -> NDArray[np.float64]:
+        names = [require_handle(vector, AsyncVector, "v").name for vector in vectors]
+        if not names:
+            return np.empty(0)
+        answer = await self._session.wire.unary(
+            "OperatorService/EvaluateForms",
+            operator_pb2.EvaluateFormsRequest(operator=self._spec, form=form, vectors=names),
+            operator_pb2.EvaluateFormsResponse,
+            timeout_s=self._session.wire.timeout.compute_s,
+        )
+        return np.array(answer.values)
 
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hvp_client._results import Plan
 from hvp_client.awaited.operator import AsyncOperator
@@ -60,6 +64,61 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
             OutOfRangeError: `NON_FINITE`; metadata names the first block.
         """
         result: Vector = self._wait(self._twin.gradient())
+        return result
+
+    @overload
+    def quadratic(self, v: Vector) -> float: ...
+
+    @overload
+    def quadratic(self, v: Sequence[Vector]) -> NDArray[np.float64]: ...
+
+    @overload
+    def quadratic(self, v: Any) -> float | NDArray[np.float64]: ...
+
+    def quadratic(self, v: Vector | Sequence[Vector] | Any) -> float | NDArray[np.float64]:
+        """v·Hv, without a product that leaves the ranks.
+
+        Args:
+            v: A vector or a sequence of k; or real numbers (n,) or (n, k), in numpy, torch or
+                lists, which travel there.
+
+        Returns:
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k by going
+            forward alone, for a GGN or Fisher matrix; k products for a Hessian, which has no such
+            rule.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+            ResourceExhaustedError: `VECTOR_MEMORY`: there is no room for a product on the ranks.
+        """
+        result: float | NDArray[np.float64] = self._portal.run(self._twin.quadratic(twin_of(v)))
+        return result
+
+    @overload
+    def slope(self, v: Vector) -> float: ...
+
+    @overload
+    def slope(self, v: Sequence[Vector]) -> NDArray[np.float64]: ...
+
+    @overload
+    def slope(self, v: Any) -> float | NDArray[np.float64]: ...
+
+    def slope(self, v: Vector | Sequence[Vector] | Any) -> float | NDArray[np.float64]:
+        """∇L·v, the derivative of the loss along v, without a gradient.
+
+        Args:
+            v: As for `quadratic`.
+
+        Returns:
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k, by going
+            forward alone.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+        """
+        result: float | NDArray[np.float64] = self._portal.run(self._twin.slope(twin_of(v)))
         return result
 
     @overload
