@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import routes, verify
-from hvp_core.closing import TracedClosing
-from hvp_core.loss import CrossEntropy, SquaredError
-from hvp_core.route import Traced
-from hvp_core.walk import Curvature
+from hvp_core.autodiff import routes, verify
+from hvp_core.autodiff.closing import TracedClosing
+from hvp_core.autodiff.route import Traced
+from hvp_core.curvature.walk import Curvature
+from hvp_core.losses.loss import CrossEntropy, SquaredError
 from torch import Tensor, nn
 
 from tests.core.problems import Problem, llama_problem, module_problem, ragged_tokens

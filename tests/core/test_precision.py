@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.check import disagreement
-from hvp_core.loss import CrossEntropy
+from hvp_core.losses.loss import CrossEntropy
+from hvp_core.model.huggingface.check import disagreement
 from hvp_core.policy import Precision
 from hvp_core.precision import exact, exact_products, matmuls
-from hvp_core.space import partial_products
+from hvp_core.vectors.space import partial_products
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

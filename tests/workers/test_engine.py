@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from hvp_core import attention
-from hvp_core.collective import Alone
+from hvp_core.sharding.collective import Alone
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_operations.operation import Result

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final, get_args
 
 import torch
-from hvp_core.algorithm import Advance, Algorithm, Budget
-from hvp_core.collective import Collective
 from hvp_core.errors import CurvatureError, is_out_of_memory
-from hvp_core.space import ShardedSpace
+from hvp_core.runs.algorithm import Advance, Algorithm, Budget
+from hvp_core.sharding.collective import Collective
+from hvp_core.vectors.space import ShardedSpace
 from hvp_operations.checking import checked
 from hvp_operations.operation import Facts, Result, SpecError, load
 from hvp_operations.registry import operations

@@ -11,15 +11,15 @@ from typing import final
 
 import torch
 from hvp_core import attention
-from hvp_core.architecture import longest_sequence
-from hvp_core.check import disagreement
-from hvp_core.checkpoint import build_empty, fill_buffers, load_shard, locate
-from hvp_core.collective import Collective
-from hvp_core.decoder import DecoderChain
 from hvp_core.errors import CurvatureError
-from hvp_core.layout import Layout
-from hvp_core.space import Space
-from hvp_core.stored_tensors import StoredTensor
+from hvp_core.model.huggingface.architecture import longest_sequence
+from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.huggingface.checkpoint import build_empty, fill_buffers, load_shard, locate
+from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.model.huggingface.stored_tensors import StoredTensor
+from hvp_core.sharding.collective import Collective
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory

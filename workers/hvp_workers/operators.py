@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-from hvp_core.chain import Chain, MicroBatch
-from hvp_core.data import read_token_batch
+from hvp_core.autodiff.product_spec import QUADRATICS
+from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.linear_operator import LinearOperator
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.model.chain import Chain, MicroBatch
+from hvp_core.model.data import read_token_batch
 from hvp_core.policy import Policy
-from hvp_core.product_spec import QUADRATICS
-from hvp_core.space import Space
-from hvp_core.walk import Curvature
+from hvp_core.vectors.space import Space
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
