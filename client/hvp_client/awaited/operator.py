@@ -174,14 +174,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         Raises:
             InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
         """
-        answer = await self._session.wire.unary(
-            "JobService/PlanJob",
-            job_pb2.PlanJobRequest(
-                parent=self._session.parent,
-                spec=job_spec(operation, self._spec, self.shape[0], values),
-            ),
-            job_pb2.PlanJobResponse,
-        )
+        answer = await self._create_job(operation, values, validate_only=True)
         return plan_from_proto(answer.plan)
 
     def __repr__(self) -> str:
@@ -220,15 +213,26 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> AsyncJob[Any]:
-        answer = await self._session.wire.unary(
+        answer = await self._create_job(operation, values, labels=check_labels(labels))
+        return AsyncJob(self._session, answer.job)
+
+    async def _create_job(
+        self,
+        operation: str,
+        values: Mapping[str, Any],
+        *,
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+    ) -> job_pb2.CreateJobResponse:
+        return await self._session.wire.unary(
             "JobService/CreateJob",
             job_pb2.CreateJobRequest(
                 parent=self._session.parent,
                 request_id=new_request_id(),
                 spec=job_spec(operation, self._spec, self.shape[0], values),
-                labels=check_labels(labels),
+                labels=labels,
+                validate_only=validate_only,
             ),
             job_pb2.CreateJobResponse,
             timeout_s=self._session.wire.timeout.compute_s,
         )
-        return AsyncJob(self._session, answer.job)
