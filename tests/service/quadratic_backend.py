@@ -23,6 +23,7 @@ from hvp_workers.backend import (
     BackendError,
     CheckpointDescription,
     Combination,
+    Form,
     GroupLostError,
     Operator,
     Parameters,
@@ -178,6 +179,14 @@ class QuadraticBackend(Backend):
         for name, output in zip(inputs, outputs, strict=True):
             self.resident[output] = _matrix(operator.space) @ self._held(name)
         return {"schedule": "by hand"} if first else {}
+
+    async def evaluate_forms(
+        self, operator: Operator, form: Form, inputs: Sequence[str]
+    ) -> list[float]:
+        self._reach_ranks()
+        matrix, theta = _matrix(operator.space), _theta(operator.space)
+        along = {"quadratic": lambda v: v @ matrix @ v, "slope": lambda v: theta @ matrix @ v}
+        return [float(along[form](self._held(name))) for name in inputs]
 
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         self._reach_ranks()

@@ -20,6 +20,7 @@ Dtype = Literal["float32", "float64"]
 Matrix = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
 Jacobian = Literal["jacobian", "jacobian_transposed"]
 Kind = Matrix | Jacobian
+Form = Literal["quadratic", "slope"]
 Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]
@@ -281,6 +282,22 @@ class Backend(ABC):
         Returns:
             What is new since the last call about how this operator's products are computed, for a
             log: schedule, compilation and its seconds. Empty when nothing is.
+        """
+
+    @abstractmethod
+    async def evaluate_forms(
+        self, operator: Operator, form: Form, inputs: Sequence[str]
+    ) -> list[float]:
+        """A number for each input, a vector of `operator.space`; nothing is stored.
+
+        Args:
+            operator: Of which matrix A, and of which loss L.
+            form: `quadratic`, v·Av of a symmetric matrix, or `slope`, ∇L·v whatever the matrix.
+            inputs: Names of the vectors v.
+
+        Raises:
+            BackendError: INPUT_MISSING, VECTOR_SPACE_MISMATCH, NON_FINITE; VECTOR_MEMORY where
+                the form is taken of products and there is no room for one.
         """
 
     @abstractmethod
