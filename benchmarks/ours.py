@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import final
 
 import torch
-from hvp_core.checkpoint import build_from_config
-from hvp_core.collective import Alone
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
-from hvp_core.layout import Layout
+from hvp_core.curvature.walk import Curvature, Kind
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.checkpoint import build_from_config
+from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy, Schedule
 from hvp_core.policy import Precision as Arithmetic
-from hvp_core.space import Space
-from hvp_core.walk import Curvature, Kind
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space
 from torch import Tensor
 
 from benchmarks.contest import Contestant, Entry

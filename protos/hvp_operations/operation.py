@@ -142,7 +142,7 @@ class Operation(Generic[SpecT]):
         rules: What a spec has to keep to.
         cost: What an answer takes, of a spec that keeps to the rules.
         headline: What was asked, in a few words for a list of jobs.
-        algorithm: `module:class` of `hvp_core.algorithm.Algorithm`; imported on ranks alone.
+        algorithm: `module:class` of `hvp_core.runs.algorithm.Algorithm`; imported on ranks alone.
         record: `module:class` of what the SDK gives; imported by clients alone.
         has_picture: Whether the record has `plot(path)`.
     """

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hvp_core.linear_operator import LinearOperator, VectorSpace
-from hvp_core.probes import Distribution, fill
+from hvp_core.linop.linear_operator import LinearOperator, VectorSpace
+from hvp_core.vectors.probes import Distribution, fill
 from torch import Tensor
 
 

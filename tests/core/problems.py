@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from hvp_core import attention
-from hvp_core.chain import Chain, MicroBatch, ModuleChain, parameter_values
-from hvp_core.collective import Alone, Collective
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
-from hvp_core.layout import Layout
-from hvp_core.loss import Loss
+from hvp_core.curvature.walk import Curvature
+from hvp_core.losses.loss import Loss
+from hvp_core.model.chain import Chain, MicroBatch, ModuleChain, parameter_values
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy
-from hvp_core.space import Space
-from hvp_core.walk import Curvature
+from hvp_core.sharding.collective import Alone, Collective
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

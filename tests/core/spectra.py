@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from hvp_core.algorithm import Advance, drive
-from hvp_core.lanczos import Eigsh
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.runs.algorithm import Advance, drive
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import Completeness, EigshResult, EigshSpec, Outcome, Which
 from torch import Tensor

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hvp_core.errors import CurvatureError
-from hvp_core.lanczos import Eigsh
-from hvp_core.lanczos_state import wanted
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.krylov.lanczos_state import wanted
 from hvp_operations.eigsh import EigshSpec, Which
 from torch import Tensor
 

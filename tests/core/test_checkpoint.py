@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from hvp_core import attention
-from hvp_core.check import disagreement
-from hvp_core.checkpoint import build_empty, load_shard, locate
-from hvp_core.collective import Alone
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
+from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.layout import Layout
-from hvp_core.space import Space
-from hvp_core.walk import Curvature
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.huggingface.checkpoint import build_empty
+from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.model.huggingface.families import CausalLanguageModels
+from hvp_core.model.loading import load_shard, locate
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -58,7 +60,9 @@ def load(
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
     space = Space(layout, Alone(), dtype, CPU)
     parameters = load_shard(space, locate(model, folder))
-    assert disagreement(model, chain, space, parameters) is None
+    family = CausalLanguageModels()
+    facts = family.facts(model, folder)
+    assert disagreement(family, facts, model, chain, space, parameters) is None
     return chain, space, parameters
 
 

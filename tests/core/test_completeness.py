@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hvp_core.completeness import Claim, Deflated, Recurrence, hold
+from hvp_core.krylov.completeness import Claim, Deflated, Recurrence, hold
 from torch import Tensor
 
 from tests.core.spectra import matrix, random

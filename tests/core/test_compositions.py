@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.algorithm import Budget, drive
-from hvp_core.compositions import Scaled, Shifted, Sum
-from hvp_core.density import Density
-from hvp_core.lanczos import Eigsh
-from hvp_core.layout import Run
-from hvp_core.linear_operator import LinearOperator
-from hvp_core.selection import BlockDiagonal, Restricted, Selection, Stretch
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.linop.compositions import Scaled, Shifted, Sum
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.linop.selection import BlockDiagonal, Restricted, Selection, Stretch
+from hvp_core.runs.algorithm import Budget, drive
+from hvp_core.sharding.layout import Run
+from hvp_core.stochastic.density import Density
 from hvp_operations.density import DensitySpec
 from hvp_operations.eigsh import EigshSpec
 from hypothesis import given, settings

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hvp_core.algorithm import Budget, derived_seed, drive
-from hvp_core.density import Density
 from hvp_core.errors import CurvatureError
-from hvp_core.linear_operator import LinearOperator
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.runs.algorithm import Budget, derived_seed, drive
+from hvp_core.stochastic.density import Density
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityProgress, DensityResult, DensitySpec, Quadrature
 from hvp_operations.density import record as sdk

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hvp_core import attention
 from hvp_core.attention.rule import Qkv
-from hvp_core.collective import Alone
 from hvp_core.errors import CurvatureError
 from hvp_core.precision import exact
+from hvp_core.sharding.collective import Alone
 from hvp_workers import backend as api
 from hvp_workers.engine import RankEngine
 from safetensors.torch import save_file

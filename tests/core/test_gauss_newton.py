@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hvp_core.collective import Alone
-from hvp_core.loss import CrossEntropy, Logistic, SquaredError
+from hvp_core.losses.loss import CrossEntropy, Logistic, SquaredError
+from hvp_core.sharding.collective import Alone
 from torch import Tensor, nn
 
 from tests.core.problems import (

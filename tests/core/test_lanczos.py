@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
-from hvp_core.lanczos_state import wanted
+from hvp_core.krylov.lanczos_state import wanted
 from hvp_operations.eigsh import Which
 from hypothesis import given, settings
 from hypothesis import strategies as st

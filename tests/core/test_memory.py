@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from hvp_demo.checkpoint import cache_dir, ensure_checkpoint, find_gguf
 
-from hvp_core.checkpoint import build_empty, load_shard, locate
-from hvp_core.collective import Alone
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
-from hvp_core.layout import Layout
+from hvp_core.model.huggingface.checkpoint import build_empty
+from hvp_core.model.loading import load_shard, locate
+from hvp_core.sharding.collective import Alone
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.sharding.layout import Layout
 from hvp_core.policy import Policy
-from hvp_core.space import Space
-from hvp_core.walk import Curvature
+from hvp_core.vectors.space import Space
+from hvp_core.curvature.walk import Curvature
 
 
 def resident(field):

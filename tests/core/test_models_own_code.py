@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import parts, routes, trace
+from hvp_core.autodiff import parts, routes, trace
+from hvp_core.autodiff.closing import EagerClosing
+from hvp_core.autodiff.product_spec import GRADIENT
+from hvp_core.autodiff.route import Eager
 from hvp_core.blame import whose
-from hvp_core.chain import ModuleChain
-from hvp_core.closing import EagerClosing
+from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.loss import CrossEntropy, SquaredError
-from hvp_core.product_spec import GRADIENT
-from hvp_core.route import Eager
-from hvp_core.walk import Curvature
+from hvp_core.losses.loss import CrossEntropy, SquaredError
+from hvp_core.model.chain import ModuleChain
 from torch import Tensor, nn
 
 from tests.core.problems import Problem, module_problem

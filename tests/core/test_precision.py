@@ -1,14 +1,16 @@
 """What is rounded: by request, by torch's settings, and by operands of several types."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hvp_core.check import disagreement
-from hvp_core.loss import CrossEntropy
+from hvp_core.losses.loss import CrossEntropy
+from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.huggingface.families import CausalLanguageModels
 from hvp_core.policy import Precision
 from hvp_core.precision import exact, exact_products, matmuls
-from hvp_core.space import partial_products
+from hvp_core.vectors.space import partial_products
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,13 +51,15 @@ class Settings(TorchDispatchMode):
 def test_inner_products_and_checks_are_not_rounded_whatever_torch_was_told(told: str) -> None:
     problem = llama_problem(torch.float32)
     model: Any = problem.chain._parts.model  # type: ignore[attr-defined]
+    family = CausalLanguageModels()
+    facts = family.facts(model, Path())
     space = problem.curvature(5).space
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(told)
     try:
         for work in (
             lambda: partial_products(torch.ones(2, 3), torch.ones(3)),
-            lambda: disagreement(model, problem.chain, space, problem.flat),  # type: ignore[arg-type]
+            lambda: disagreement(family, facts, model, problem.chain, space, problem.flat),
             exact_products()(lambda: torch.ones(2, 2) @ torch.ones(2, 2)),
         ):
             with Settings() as settings:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hvp_core.errors import CurvatureError
-from hvp_core.loss import CrossEntropy, Logistic, SquaredError
+from hvp_core.losses.loss import CrossEntropy, Logistic, SquaredError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ def test_the_head_in_pieces_gives_the_same_numbers() -> None:
     problem = llama_problem()
     probe = torch.cos(torch.arange(problem.flat.numel(), dtype=torch.float64))
     whole = problem.curvature(2).hvp([probe])[0]
-    problem.chain.positions_at_once = 4  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = 4
     pieces = problem.curvature(2)
     assert relative_error(pieces.hvp([probe])[0], whole) < 1e-12
 
@@ -273,7 +273,7 @@ def test_any_module_of_one_tensor_is_one_block() -> None:
 
 
 def test_batch_norm_in_train_mode_is_refused() -> None:
-    from hvp_core.chain import ModuleChain
+    from hvp_core.model.chain import ModuleChain
 
     with pytest.raises(CurvatureError, match="normalises over the batch"):
         ModuleChain(nn.Sequential(nn.BatchNorm1d(3)).train(), SquaredError())

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention, inductor, route, routes, verify
+from hvp_core import attention
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
-from hvp_core.closing import TracedClosing
-from hvp_core.compiler import Compiler
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
+from hvp_core.autodiff import inductor, route, routes, verify
+from hvp_core.autodiff.closing import TracedClosing
+from hvp_core.autodiff.compiler import Compiler
+from hvp_core.autodiff.parts import Part, group, split
+from hvp_core.autodiff.trace import PRIMAL, TANGENT, Env, Trace, trace_block
 from hvp_core.errors import CurvatureError
-from hvp_core.loss import CrossEntropy
-from hvp_core.parts import Part, group, split
-from hvp_core.trace import PRIMAL, TANGENT, Env, Trace, trace_block
+from hvp_core.losses.loss import CrossEntropy
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.decoder import DecoderChain
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
@@ -307,8 +308,8 @@ def test_a_compiler_that_fails_leaves_the_lines(monkeypatch: pytest.MonkeyPatch)
         broken.setattr(inductor, "compiled", fail)
         assert "no C++ compiler" in refusal()
     # Another release of torch, whose compiler's inside lies elsewhere.
-    monkeypatch.setitem(sys.modules, "hvp_core.inductor", None)
-    assert "import of hvp_core.inductor halted" in refusal()
+    monkeypatch.setitem(sys.modules, "hvp_core.autodiff.inductor", None)
+    assert "import of hvp_core.autodiff.inductor halted" in refusal()
 
 
 def test_a_compiler_out_of_memory_is_no_reason_to_run_the_lines(

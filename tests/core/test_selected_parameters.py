@@ -9,14 +9,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hvp_core.collective import Alone
+from hvp_core.autodiff.shards import part_of
+from hvp_core.curvature.walk import Curvature, Kind
 from hvp_core.errors import CurvatureError
-from hvp_core.layout import Layout
-from hvp_core.loss import CrossEntropy
+from hvp_core.losses.loss import CrossEntropy
 from hvp_core.policy import Policy
-from hvp_core.shards import part_of
-from hvp_core.space import Space
-from hvp_core.walk import Curvature, Kind
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -205,7 +205,7 @@ def test_plain_modules_too_traced_or_not(
             def fail(*args: Any) -> Any:
                 raise RuntimeError("no trace today")
 
-            monkeypatch.setattr(f"hvp_core.routes.{name}", fail)
+            monkeypatch.setattr(f"hvp_core.autodiff.routes.{name}", fail)
     names = chosen(problem, globs)
     at = indices(problem, names)
 
@@ -280,7 +280,7 @@ def layered(depth: int) -> Problem:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 16, generator=generator, dtype=torch.float64)
     targets = torch.randint(16, (8,), generator=generator)
-    net = nn.Sequential(*layers, nn.Linear(16, 16, bias=False)).double()
+    net = nn.Sequential(*layers, nn.Linear(16, 16, bias=False), nn.Tanh()).double()
     return module_problem(net, CrossEntropy(), x, targets)
 
 
@@ -296,12 +296,12 @@ def test_a_selection_takes_no_more_matrix_products_than_it_needs() -> None:
         (v,) = probes(curvature.space, 1)
         curvature.hvp([v])  # finds its way, and the values of what lies before the selection
         spent[name] = flops(lambda curvature=curvature, v=v: curvature.hvp([v]))
-    # The first layer's input has no derivative: of its eight products five are left.
-    # y, ẏ = xVᵀ and the weight's ḋW = ḋyᵀx + dyᵀẋ without ẋ: y, ẏ, ḋW.
+    # Of a layer's products y, ẏ = xVᵀ + ẋWᵀ, dx, ḋx = ḋyW + dyV and ḋW = ḋyᵀx + dyᵀẋ the first,
+    # whose input is data, has y, xVᵀ and ḋyᵀx alone.
     assert spent["all"] == (8 * depth + 3) * unit
-    # y, ẏ and ḋW again, and nothing before.
+    # The last one's input is data too, and nothing is computed before.
     assert spent["last"] == 3 * unit
-    # The layers behind are constants: y, Wẋ there, and Wᵀdy, Wᵀḋy back.
+    # The layers behind are constants: y, ẋWᵀ, dyW and ḋyW.
     assert spent["middle"] == (3 + 4 * 3) * unit
 
 

@@ -11,11 +11,11 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
-from hvp_core.algorithm import drive
-from hvp_core.collective import Alone, Collective, Distributed, open_collective
-from hvp_core.data import token_batch
-from hvp_core.lanczos import Eigsh
-from hvp_core.walk import Unit
+from hvp_core.curvature.walk import Unit
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.model.data import token_batch
+from hvp_core.runs.algorithm import drive
+from hvp_core.sharding.collective import Alone, Collective, Distributed, open_collective
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshSpec
 from torch.multiprocessing.spawn import spawn

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hvp_core.algorithm import Budget, drive
-from hvp_core.collective import Alone, Collective, Distributed
-from hvp_core.density import Density
-from hvp_core.lanczos import Eigsh
-from hvp_core.layout import Layout
-from hvp_core.linear_operator import LinearOperator
-from hvp_core.selection import Restricted, Selection
-from hvp_core.space import Space
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.linop.selection import Restricted, Selection
+from hvp_core.runs.algorithm import Budget, drive
+from hvp_core.sharding.collective import Alone, Collective, Distributed
+from hvp_core.sharding.layout import Layout
+from hvp_core.stochastic.density import Density
+from hvp_core.vectors.space import Space
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.eigsh import EigshSpec

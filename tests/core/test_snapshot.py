@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hvp_core.lanczos import Eigsh
-from hvp_core.snapshot import Snapshot, restored, vectors_of_the_space, written
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.runs.snapshot import Snapshot, restored, vectors_of_the_space, written
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec, Which
 from torch import Tensor

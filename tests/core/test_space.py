@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hvp_core.collective import Alone
 from hvp_core.errors import CurvatureError
-from hvp_core.layout import Layout
-from hvp_core.probes import fill, philox4x32
-from hvp_core.space import Space
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.probes import fill, philox4x32
+from hvp_core.vectors.space import Space
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

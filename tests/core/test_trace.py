@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from hvp_core.products import merge_sums, sum_of_products
-from hvp_core.trace import Env, trace_graph
+from hvp_core.autodiff.products import merge_sums, sum_of_products
+from hvp_core.autodiff.trace import Env, trace_graph
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from hvp_core import attention
-from hvp_core.collective import Alone
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
-from hvp_core.layout import Layout
-from hvp_core.shards import Results
-from hvp_core.space import Space
+from hvp_core.autodiff.shards import Results
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space
 from torch import nn
 from transformers import LlamaForCausalLM
 

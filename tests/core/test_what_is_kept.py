@@ -7,10 +7,10 @@ from typing import Any, final
 
 import pytest
 import torch
-from hvp_core import verify
-from hvp_core.closing import TracedClosing
-from hvp_core.loss import CrossEntropy, Loss
-from hvp_core.product_spec import HESSIAN
+from hvp_core.autodiff import verify
+from hvp_core.autodiff.closing import TracedClosing
+from hvp_core.autodiff.product_spec import HESSIAN
+from hvp_core.losses.loss import CrossEntropy, Loss
 from torch import Tensor, nn
 
 from tests.core.problems import Problem, module_problem

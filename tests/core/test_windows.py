@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from hvp_core.collective import SharedMemory
+from hvp_core.sharding.collective import SharedMemory
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import json
 from typing import Any, TypeVar
 
 import torch
-from hvp_core.algorithm import Advance, Algorithm, Found
-from hvp_core.linear_operator import LinearOperator
-from hvp_core.snapshot import Snapshot, restored, written
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.runs.algorithm import Advance, Algorithm, Found
+from hvp_core.runs.snapshot import Snapshot, restored, written
 from safetensors.torch import load, save
 
 StateT = TypeVar("StateT")

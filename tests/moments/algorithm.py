@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvp_core.algorithm import Advance, Algorithm, Budget, Found
-from hvp_core.linear_operator import LinearOperator
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
 from hvp_operations.moments import MomentsProgress, MomentsResult, MomentsSpec
 from torch import Tensor
 

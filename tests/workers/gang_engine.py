@@ -8,7 +8,7 @@ import time
 from typing import final
 
 import torch
-from hvp_core.collective import Collective
+from hvp_core.sharding.collective import Collective
 from hvp_workers.backend import BackendError, Tuning
 
 

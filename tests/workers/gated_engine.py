@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from hvp_core.collective import Collective
+from hvp_core.sharding.collective import Collective
 from hvp_workers.backend import Operator, Tuning
 from hvp_workers.engine import RankEngine
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from hvp_core import attention
-from hvp_core.algorithm import drive
-from hvp_core.chain import Chain, MicroBatch
-from hvp_core.collective import Alone
-from hvp_core.data import token_batch
-from hvp_core.decoder import DecoderChain
-from hvp_core.lanczos import Eigsh
-from hvp_core.layout import Layout
+from hvp_core.curvature.walk import Curvature
+from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.model.chain import Chain, MicroBatch
+from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy
 from hvp_core.precision import exact
-from hvp_core.space import Space as CoreSpace
-from hvp_core.walk import Curvature
+from hvp_core.runs.algorithm import drive
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import Space as CoreSpace
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_workers.backend import Backend, Operator, Space

@@ -61,8 +61,8 @@ def _receive(pipe: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> None
 
 def _answer(directory: Path) -> dict[str, Any]:
     import torch
-    from hvp_core.collective import Alone
     from hvp_core.errors import CurvatureError, is_out_of_memory
+    from hvp_core.sharding.collective import Alone
 
     from hvp_workers.backend import Tuning
     from hvp_workers.memory import Memory

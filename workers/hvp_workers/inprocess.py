@@ -125,7 +125,7 @@ class InProcessGroup(Group):
         use_compile_cache(self._tuning.compile_cache)
         os.environ.update(OFFLINE)
         import torch
-        from hvp_core.collective import Alone
+        from hvp_core.sharding.collective import Alone
 
         self._num_threads = torch.get_num_threads()
         self._memory_bytes = total_memory(self.device)

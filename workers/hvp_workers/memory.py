@@ -7,7 +7,7 @@ from typing import final
 
 import psutil
 import torch
-from hvp_core.collective import Collective
+from hvp_core.sharding.collective import Collective
 
 from hvp_workers.allocator import return_freed_memory
 

@@ -121,7 +121,7 @@ class Rank:
             os.environ["NCCL_SOCKET_IFNAME"] = interface
         prepare_process(seat.tuning, device=seat.device, num_threads=seat.num_threads)
         import torch
-        from hvp_core.collective import open_collective
+        from hvp_core.sharding.collective import open_collective
         from torch import distributed
 
         torch.set_num_threads(seat.num_threads)

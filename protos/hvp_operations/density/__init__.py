@@ -141,7 +141,7 @@ OPERATION = Operation(
     rules=_RULES,
     cost=_cost,
     headline=lambda spec: f"density {spec.num_probes} probes x {spec.num_steps} steps",
-    algorithm="hvp_core.density:Density",
+    algorithm="hvp_core.stochastic.density:Density",
     record="hvp_operations.density.record:DensityResult",
     has_picture=True,
 )

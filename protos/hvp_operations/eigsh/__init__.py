@@ -207,6 +207,6 @@ OPERATION = Operation(
     rules=_RULES,
     cost=_cost,
     headline=lambda spec: f"eigsh {spec.which} k={spec.k}",
-    algorithm="hvp_core.lanczos:Eigsh",
+    algorithm="hvp_core.krylov.lanczos:Eigsh",
     record="hvp_operations.eigsh.record:EigshResult",
 )

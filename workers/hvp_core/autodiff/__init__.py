@@ -1,0 +1,1 @@
+"""A block's derivatives: traced, cut, compiled, compared with torch's own."""

@@ -1,0 +1,199 @@
+"""Parts compiled with TorchInductor, each compared with its own lines before it is believed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from hvp_core.autodiff.parts import Kernels, Part
+from hvp_core.blame import whose
+
+logger = logging.getLogger(__name__)
+
+#: How many times further from the truth than the lines a compiled result may be. Fusion rounds less
+#: often than the lines do, in another order; a wrong kernel is wrong in the first digit.
+_SLACK = 8.0
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+
+@final
+@dataclass
+class Compiler:
+    """Compiles parts, and remembers what that took. Parts outlive operators: one for a process.
+
+    Attributes:
+        seconds: Spent compiling.
+        compiled: Parts that run compiled.
+        refused: Why parts run line by line.
+    """
+
+    seconds: float = 0.0
+    compiled: int = 0
+    refused: list[str] = field(default_factory=list)
+
+    def __call__(self, part: Part) -> None:
+        """Compile a part when it is first called."""
+        if any(node.op == "call_function" for node in part.module.graph.nodes):
+            part.run = _Checked(self, part)
+
+    def compile(self, part: Part) -> Kernels | None:
+        """Kernels of a part; None, with one warning, where there are none."""
+        began = time.perf_counter()
+        try:
+            kernels = _compiled(part)
+        except Exception as error:  # whatever a compiler does
+            self.failed(error)
+            return None
+        finally:
+            self.seconds += time.perf_counter() - began
+        self.compiled += 1
+        return kernels
+
+    def failed(self, error: Exception) -> None:
+        """Take a failure of the compiler, or of what it made, for a reason to run the lines.
+
+        Raises:
+            Exception: This one, where it is a bug of ours or a lack of memory.
+        """
+        if whose(error) != "model":
+            raise error
+        self.refuse(f"{type(error).__name__}: {str(error).strip()[:200]}")
+
+    def refuse(self, why: str) -> None:
+        """Note, and say once, that a part is not compiled."""
+        if not self.refused:
+            logger.warning(
+                "a block's dual runs line by line, which is slower and as correct: %s", why
+            )
+        self.refused.append(why)
+
+
+def _compiled(part: Part) -> Kernels:
+    """Kernels of a part."""
+    try:
+        from hvp_core.autodiff.inductor import compiled  # takes seconds, and most CPUs never ask
+    except (ImportError, AttributeError) as error:  # another torch, whose inside lies elsewhere
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return compiled(part)
+
+
+@final
+class _Checked:
+    """Runs lines and kernels at the first call, and whichever is to be trusted ever after."""
+
+    def __init__(self, compiler: Compiler, part: Part):
+        self._compiler, self._part = compiler, part
+        self._run: Any = None  # lines or kernels, when it is known which
+
+    @torch.no_grad()
+    def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
+        if self._run is not None:
+            ready: Sequence[Tensor] = self._run(*arguments)
+            return ready
+        lines: Any = self._part.module
+        kernels = self._compiler.compile(self._part)
+        expected: Sequence[Tensor] = lines(*arguments)
+        if kernels is not None and self._agree(kernels, expected, arguments):
+            self._run = kernels
+        else:
+            self._run = lines
+        return expected
+
+    def _agree(
+        self, kernels: Kernels, expected: Sequence[Tensor], arguments: Sequence[Tensor]
+    ) -> bool:
+        """Whether the kernels run, and find what the lines find."""
+        try:
+            found = kernels(*arguments)
+        except Exception as error:
+            self._compiler.compiled -= 1
+            self._compiler.failed(error)
+            return False
+        truth = _Wide(self._part.module, arguments).run(*arguments)
+        longest = max((size for each in arguments for size in each.shape), default=1)
+        triples = zip(found, expected, truth, strict=True)
+        worst = max((_excess(*each, longest) for each in triples), default=0)
+        if worst > 1:
+            self._compiler.compiled -= 1
+            self._compiler.refuse(
+                f"a compiled result is {worst:.1e} times as far off as rounding allows"
+            )
+        return worst <= 1
+
+
+@final
+class _Wide(Interpreter):
+    """Runs the lines in the next wider precision."""
+
+    def __init__(self, module: GraphModule, arguments: Sequence[Tensor]):
+        super().__init__(module)
+        dtypes = [each.dtype for each in arguments if each.dtype in _WIDER]
+        narrowest = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float64)
+        self._dtype = _WIDER.get(narrowest, torch.float64)
+
+    def run_node(self, n: Node) -> Any:
+        """A line, with every floating-point tensor widened."""
+        return _map(super().run_node(n), self._tensor)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A line, asked for wider results."""
+        return super().call_function(target, _map(args, self._name), _map(kwargs, self._name))
+
+    def _tensor(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if floating else value
+
+    def _name(self, value: Any) -> Any:
+        floating = isinstance(value, torch.dtype) and value.is_floating_point
+        return self._dtype if floating else value
+
+
+def _map(value: Any, f: Callable[[Any], Any]) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_map(each, f) for each in value)
+    if isinstance(value, dict):
+        return {key: _map(each, f) for key, each in value.items()}
+    return f(value)
+
+
+def _excess(found: Tensor, expected: Tensor, truth: Tensor, longest: int) -> float:
+    """How far a compiled result is from the truth, in units of what is allowed.
+
+    Kernels on a CPU add numbers one after another, where torch adds pairwise: the errors of a sum
+    of n grow as √n, and count for more where the sum is smaller than its terms. [meas] SmolLM2,
+    512 tokens, x̄̇ of the head from a kept softmax over 49,152: 160 eps, and 6 by the lines.
+
+    Args:
+        found: By the kernels.
+        expected: By the lines.
+        truth: By the lines in wider arithmetic.
+        longest: The most numbers that a sum may have.
+    """
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return torch.inf
+    if not found.is_floating_point():
+        return 0.0 if bool((found == expected).all()) else torch.inf
+    # The values of a broken model are not finite either way; the walk says which block is at fault.
+    eps = torch.finfo(found.dtype).eps
+    sums = min(eps, torch.finfo(torch.float32).eps) * math.sqrt(longest)
+    found, expected, truth = (
+        torch.nan_to_num(each.to(truth.dtype)) for each in (found, expected, truth)
+    )
+    rounding = (16 * eps + 4 * sums) * float(torch.linalg.vector_norm(truth))
+    allowed = _SLACK * float(torch.linalg.vector_norm(expected - truth)) + rounding
+    return float(torch.linalg.vector_norm(found - truth)) / (allowed + 1e-30)
+
+
+COMPILER = Compiler()

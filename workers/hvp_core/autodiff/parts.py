@@ -1,0 +1,319 @@
+"""A trace cut into parts, and what is kept between them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import networkx as nx
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from hvp_core.autodiff.trace import Env, Stage, Trace, is_parameters
+
+aten = torch.ops.aten
+
+Kernels = Callable[..., Sequence[Tensor]]
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Stages that run together, and what of their results is wanted."""
+
+    stages: frozenset[Stage]
+    outputs: tuple[str, ...] = ()
+
+
+def group(stages: Iterable[Stage], outputs: Iterable[str] = ()) -> Group:
+    """A group from any iterables."""
+    return Group(frozenset(stages), tuple(outputs))
+
+
+@final
+@dataclass(frozen=True)
+class Term:
+    """One summand of a parameter's derivative.
+
+    `mm`: operands[0] @ operands[1]. `rows`: rows operands[1] added at the indices operands[0].
+    `dense`: operands[0] itself.
+    """
+
+    kind: str
+    operands: tuple[str, ...]
+
+    @property
+    def is_one(self) -> bool:
+        """It adds to no element more than once."""
+        return self.kind != "rows"
+
+    def add_to(self, total: Tensor, results: Mapping[str, Tensor], *, fresh: bool) -> None:
+        """Accumulate in place, in the precision of `total`.
+
+        Args:
+            total: The sum so far.
+            results: Of a part.
+            fresh: Nothing has been added yet, and `total` holds no particular values.
+        """
+        values = [results[name] for name in self.operands]
+        if self.kind == "mm":
+            add_product(total, values[0], values[1], fresh=fresh)
+            return
+        if fresh:
+            total.zero_()
+        if self.kind == "rows":
+            ids, rows = values
+            rows = rows.reshape(-1, rows.shape[-1]).to(total.dtype)
+            # On a GPU index_add_ adds in any order; this sorts first.
+            total.index_put_((ids.reshape(-1),), rows, accumulate=True)
+        else:
+            total += values[0]
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once.
+
+    Unless the operands are wider than the total: then their product is made, and rounded.
+    """
+    widens = total.is_cuda and total.dtype == torch.float32
+    if total.dtype != left.dtype and not widens:
+        dtype = torch.promote_types(total.dtype, left.dtype)
+        left, right = left.to(dtype), right.to(dtype)
+    if total.dtype.itemsize < left.dtype.itemsize:
+        product = left @ right
+        total.copy_(product if fresh else product.add_(total))
+    elif total.dtype == left.dtype:
+        if fresh:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+    elif fresh:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+@final
+@dataclass
+class Part:
+    """A piece of a trace: values by name in, values by name out.
+
+    Attributes:
+        module: The lines, as a function of positional tensors.
+        inputs: Names of its arguments.
+        outputs: Names of its results.
+        terms: For each wanted `p_bar/NAME` or `p_bar_dot/NAME`, the terms whose sum it is; their
+            operands are among the results.
+        examples: Fake tensors like the arguments.
+        bytes_of: Size of each result.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    terms: dict[str, list[Term]]
+    examples: tuple[Tensor, ...]
+    bytes_of: dict[str, int]
+    run: Kernels = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Run line by line until somebody compiles it."""
+        self.run = self.module
+
+    def __call__(self, env: Mapping[str, Tensor]) -> Env:
+        """The results by name."""
+        found = self.run(*[env[name] for name in self.inputs])
+        return dict(zip(self.outputs, found, strict=True))
+
+
+def split(trace: Trace, groups: Sequence[Group]) -> list[Part]:
+    """Cut a trace into parts that run one after the other.
+
+    What one part computes and a later one needs is kept as `r/...`: the fewest bytes from which the
+    rest follows by pointwise work.
+
+    Args:
+        trace: The program.
+        groups: In order; a stage in one group at most. Stages in no group must not be needed.
+    """
+    home = {stage: index for index, each in enumerate(groups) for stage in each.stages}
+    wanted = [_wanted(trace, each.outputs) for each in groups]
+    kept: dict[fx.Node, int] = {}  # line -> part that computes it
+    for index in range(1, len(groups)):
+        later = [node for _, nodes, _ in wanted[index:] for node in nodes]
+        for node in _cut(trace, index, home, later, kept):
+            kept[node] = home[trace.stage(node)]
+    parts = []
+    for index, (names, nodes, terms) in enumerate(wanted):
+        owed = [node for node, owner in kept.items() if owner == index]
+        given = {node for node, owner in kept.items() if owner < index}
+        names += [_residual_name(node) for node in owed]
+        parts.append(_build(trace, names, [*nodes, *owed], terms, given))
+    return parts
+
+
+def _residual_name(node: fx.Node) -> str:
+    return f"r/{node.name}"
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _wanted(
+    trace: Trace, outputs: Sequence[str]
+) -> tuple[list[str], list[fx.Node], dict[str, list[Term]]]:
+    """Results of a part, with the operands of parameters' derivatives in place of those."""
+    names: list[str] = []
+    nodes: list[fx.Node] = []
+    terms: dict[str, list[Term]] = {}
+    for name in outputs:
+        if not is_parameters(name):
+            names.append(name)
+            nodes.append(trace.outputs[name])
+            continue
+        terms[name] = []
+        for kind, operands in trace.terms[name]:
+            places = [f"{name}.{len(names) + place}" for place in range(len(operands))]
+            names += places
+            nodes += operands
+            terms[name].append(Term(kind, tuple(places)))
+    return names, nodes, terms
+
+
+# What to keep -------------------------------------------------------------------------------------
+
+#: Lines that move values and compute nothing.
+_MOVES = {
+    aten._unsafe_view.default,
+    aten.cat.default,
+    aten.clone.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.select_backward.default,
+    aten.slice.Tensor,
+    aten.slice_backward.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.stack.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    operator.getitem,
+}
+_CHEAP = _MOVES | {
+    aten._to_copy.default,
+    aten.arange.default,
+    aten.arange.start,
+    aten.empty_like.default,
+    aten.fill.Scalar,
+    aten.full.default,
+    aten.full_like.default,
+    aten.ones.default,
+    aten.ones_like.default,
+    aten.scalar_tensor.default,
+    aten.zeros.default,
+    aten.zeros_like.default,
+}
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Whether a line costs no more than reading what it reads: it may be done twice."""
+    target = node.target
+    if target in _CHEAP:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def _cut(
+    trace: Trace,
+    index: int,
+    home: Mapping[Stage, int],
+    wanted: Sequence[fx.Node],
+    already: Mapping[fx.Node, int],
+) -> set[fx.Node]:
+    """Lines of earlier parts to keep for this and later ones: a minimum cut, weighted by bytes.
+
+    On its near side lie the expensive lines of earlier parts, on its far side what later parts
+    read; what is kept already costs nothing.
+    """
+
+    def early(node: fx.Node) -> bool:
+        return trace.input_name(node) is None and home[trace.stage(node)] < index
+
+    flow = nx.DiGraph()
+    flow.add_nodes_from(("source", "sink"))
+    seen: set[fx.Node] = set()
+    stack = [(node, True) for node in wanted]  # (line, whether a later part reads it)
+    while stack:
+        node, direct = stack.pop()
+        if early(node):
+            if direct:
+                flow.add_edge((node, "out"), "sink")
+            if node not in seen:
+                there = isinstance(node.meta.get("val"), Tensor)  # and not several of them
+                capacity = {"capacity": 0 if node in already else _bytes(node)} if there else {}
+                flow.add_edge((node, "in"), (node, "out"), **capacity)
+                if not is_cheap(node):
+                    flow.add_edge("source", (node, "in"))
+                else:
+                    for each in node.all_input_nodes:
+                        if early(each):
+                            flow.add_edge((each, "out"), (node, "in"))
+                            stack.append((each, False))
+        elif node not in seen:
+            stack += [(each, True) for each in node.all_input_nodes]
+        seen.add(node)
+    _, (near, _) = nx.minimum_cut(flow, "source", "sink")
+    return {
+        node for node in seen if early(node) and (node, "in") in near and (node, "out") not in near
+    }
+
+
+def _build(
+    trace: Trace,
+    names: Sequence[str],
+    nodes: Sequence[fx.Node],
+    terms: dict[str, list[Term]],
+    saved: set[fx.Node],
+) -> Part:
+    """The lines from the arguments and the saved lines to the results."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [] if node in saved else node.all_input_nodes
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    arguments: dict[str, fx.Node] = {}
+    order = [node for node in trace.nodes if node in found]
+    for node in order:
+        name = _residual_name(node) if node in saved else trace.input_name(node)
+        if name is not None:
+            copies[node] = graph.placeholder(f"a{len(arguments)}")
+            copies[node].meta = dict(node.meta)
+            arguments[name] = node
+    for node in order:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in nodes))
+    return Part(
+        fx.GraphModule({}, graph),
+        tuple(arguments),
+        tuple(names),
+        terms,
+        tuple(node.meta["val"] for node in arguments.values()),
+        {name: _bytes(node) for name, node in zip(names, nodes, strict=True)},
+    )

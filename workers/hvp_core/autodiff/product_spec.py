@@ -1,0 +1,158 @@
+"""The products, as data: how the walk goes forward, what happens at the output, and how back.
+
+    product           forward    at the output                              backward
+    loss              value                                                 none
+    gradient          value      G                                          cotangent
+    hessian           tangent    (G, H_out ẏ)                               pair
+    ggn               tangent    H_out ẏ                                    cotangent
+    fisher by token   tangent    for each target G · slope                  cotangent
+    ... by sequence   tangent    slope of each row; then G · slope          cotangent
+    slopes            tangent    slope of each row                          none
+    output_jvp        tangent    ẏ                                          none
+    output_vjp        value      u, which is given                          cotangent
+
+and, of quadratic forms, one number a row and nothing back. `output_rules.py` says what the words
+mean. Blocks before the last know of a product only its `passes`: two products of the same passes
+share their programs, what is verified of them, and what is kept from product to product. The last
+block knows the rules.
+
+A new product is a row here and, where no rule fits, a rule in `output_rules.py`.
+
+The empirical Fisher matrix
+    is F = (1/W) Σ_u g_u g_uᵀ, with W the number of targets of the whole batch, the same that the
+    mean loss L is divided by, and g_u the gradient of the *sum* of the losses of unit u: of one
+    target (`empirical_fisher_token`), or of all targets of one row of the batch
+    (`empirical_fisher_sequence`). With this one divisor both are in the units of L: where labels
+    are distributed as the model says, gradients of a row's targets are uncorrelated, each given
+    those before it, and both have the expectation of the Hessian and of the Gauss–Newton matrix of
+    L. The mean over *rows* of the same outer products is `empirical_fisher_sequence` times W /
+    rows. A row without a target adds nothing. It is not the square of the mean gradient, and its
+    labels are those of the batch, not drawn from the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
+
+from hvp_core.losses import output_rules as rules
+
+
+class Passes(NamedTuple):
+    """How a product goes through the blocks before the last.
+
+    Attributes:
+        forward: With values y alone, or with tangents ẏ beside them.
+        backward: Not at all; with one cotangent ȳ for each product; or with the pair of the
+            gradient's cotangent ȳ and its tangent ȳ̇, which needs tangents forward.
+    """
+
+    forward: Literal["value", "tangent"]
+    backward: Literal["none", "cotangent", "pair"]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a primal half is worth keeping for later products: they take it both ways."""
+        return self.forward == "tangent" and self.backward != "none"
+
+
+@final
+@dataclass(frozen=True)
+class ProductSpec:
+    """One product.
+
+    Attributes:
+        name: As `Curvature.product` and notes call it.
+        title: What it is, in a sentence.
+        passes: Through the blocks before the last.
+        cotangents: What goes back from the output: one tensor, or two for a pair. None where
+            nothing goes back.
+        measure: Numbers of the output, (rows,), or a tensor like it. Where something goes
+            back too, they are known of whole rows, in every piece of them, before it does.
+        measured: What it measures: a number of each row, which pieces of the row add up to, or the
+            output's tangent.
+        given: What the cotangents are made of beside the output: the measured numbers of rows, or
+            a tensor like the output. Such a one is no derivative of the loss, and is not divided by
+            the number of targets.
+
+    Raises:
+        ValueError: The fields contradict one another.
+    """
+
+    name: str
+    title: str
+    passes: Passes
+    cotangents: rules.CotangentRule | None = None
+    measure: rules.MeasureRule | None = None
+    given: Literal["rows", "outputs"] | None = None
+    measured: Literal["rows", "outputs"] = "rows"
+
+    def __post_init__(self) -> None:
+        """See that what goes back has a beginning."""
+        if (self.cotangents is None) != (self.passes.backward == "none"):
+            raise ValueError(f"{self.name}: cotangents and a backward pass belong together")
+        if self.passes == Passes("value", "pair"):
+            raise ValueError(f"{self.name}: a pair of cotangents needs tangents")
+        if self.measure is not None and self.passes.forward == "value":
+            raise ValueError(f"{self.name}: there is nothing to measure without tangents")
+        if (self.given == "rows") != (self.measure is not None and self.cotangents is not None):
+            raise ValueError(f"{self.name}: numbers of rows go back where they are measured")
+
+
+_GRADIENT = Passes("value", "cotangent")
+_GAUSS_NEWTON = Passes("tangent", "cotangent")
+_FORWARD = Passes("tangent", "none")
+
+LOSS = ProductSpec("loss", "loss", Passes("value", "none"))
+GRADIENT = ProductSpec("gradient", "gradient", _GRADIENT, rules.gradient)
+HESSIAN = ProductSpec(
+    "hessian", "Hessian's product", Passes("tangent", "pair"), rules.gradient_and_curve
+)
+GGN = ProductSpec("ggn", "Gauss-Newton product", _GAUSS_NEWTON, rules.curve)
+FISHER_TOKEN = ProductSpec(
+    "empirical_fisher_token",
+    "product with the empirical Fisher matrix of tokens",
+    _GAUSS_NEWTON,
+    rules.gradient_by_slopes_of_targets,
+)
+FISHER_SEQUENCE = ProductSpec(
+    "empirical_fisher_sequence",
+    "product with the empirical Fisher matrix of sequences",
+    _GAUSS_NEWTON,
+    rules.gradient_by_given_rows,
+    rules.slopes_of_rows,
+    given="rows",
+)
+SLOPES = ProductSpec("slopes", "derivative of the loss", _FORWARD, measure=rules.slopes_of_rows)
+OUTPUT_JVP = ProductSpec(
+    "output_jvp",
+    "derivative of the output",
+    _FORWARD,
+    measure=rules.output_tangent,
+    measured="outputs",
+)
+OUTPUT_VJP = ProductSpec(
+    "output_vjp",
+    "product with the output's transposed Jacobian",
+    _GRADIENT,
+    rules.given,
+    given="outputs",
+)
+GGN_QUADRATIC = ProductSpec(
+    "ggn_quadratic", "Gauss-Newton form", _FORWARD, measure=rules.curvature_of_rows
+)
+FISHER_TOKEN_QUADRATIC = ProductSpec(
+    "empirical_fisher_token_quadratic",
+    "form of the empirical Fisher matrix of tokens",
+    _FORWARD,
+    measure=rules.squared_slopes_of_targets,
+)
+
+#: Symmetric matrices on the space of the parameters, by the name of their kind.
+MATRICES = {each.name: each for each in (HESSIAN, GGN, FISHER_TOKEN, FISHER_SEQUENCE)}
+#: What is measured of each row for v·Av, and the power of it that is summed, by the kind of A.
+QUADRATICS = {
+    GGN.name: (GGN_QUADRATIC, 1),
+    FISHER_TOKEN.name: (FISHER_TOKEN_QUADRATIC, 1),
+    FISHER_SEQUENCE.name: (SLOPES, 2),
+}

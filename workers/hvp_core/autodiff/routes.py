@@ -1,0 +1,326 @@
+"""Finding the route of every block: traced, cut, compiled and checked, or by torch itself."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.attention import choice, seam
+from hvp_core.attention.mask import Mask
+from hvp_core.autodiff.block_dual import AttentionCall, BlockDual
+from hvp_core.autodiff.closing import Closing, ClosingDual, EagerClosing, TracedClosing
+from hvp_core.autodiff.compiler import COMPILER
+from hvp_core.autodiff.dual import Function
+from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.route import Eager, Route, Traced, places
+from hvp_core.autodiff.selected_parameters import Link
+from hvp_core.autodiff.trace import Env, trace_block, trace_closing, trace_graph, trace_value
+from hvp_core.blame import whose
+from hvp_core.errors import CurvatureError
+from hvp_core.losses.loss import Loss
+from hvp_core.model.chain import Body
+from hvp_core.policy import Policy
+from hvp_core.precision import listening
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_DUALS_KEPT = 64  # programs, not tensors: a few hundred kilobytes each
+
+
+class _Cache:
+    """Duals by what they are made of: blocks of one program share one."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._found:
+            self._found[key] = make()
+            while len(self._found) > _DUALS_KEPT:
+                self._found.popitem(last=False)
+        self._found.move_to_end(key)
+        found: T = self._found[key]
+        return found
+
+
+_duals = _Cache()
+
+
+class _Look(NamedTuple):
+    """What one look at a block's forward shows."""
+
+    text: str  # the program; blocks of one text are one block
+    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors
+    masks: tuple[int | None, ...]  # places of their masks among the block's
+
+
+@final
+class Routes:
+    """Makes the routes of one operator.
+
+    Args:
+        policy: Whether to compile, and with what precision.
+    """
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self._prepare = COMPILER if policy.compile else None
+        self._looks: dict[Hashable, _Look] = {}
+        #: Blocks that are not cut or not traced, and why.
+        self.fallbacks: dict[str, str] = {}
+        #: Blocks of whose code something is to be said.
+        self.remarks: dict[str, str] = {}
+
+    def of(
+        self,
+        link: Link,
+        bodies: Callable[[bool], Body],
+        p: Mapping[str, Tensor],
+        x: Tensor,
+    ) -> Route:
+        """The route of a block, not the last, for one micro-batch.
+
+        Args:
+            link: The block in its place.
+            bodies: The block; with masks as tensors if called with True.
+            p: The block's parameters. Of these and x only shapes matter.
+            x: Its input.
+        """
+        for cut in (True, False):
+            try:
+                return self._traced(link, bodies(not cut), p, x, cut=cut)
+            except _UncutError as error:
+                self.say(link.name, f"its attention is taken as plain operations: {error}")
+            except Exception as error:
+                self._untraced(link.name, error)
+                break
+        return Eager(function_of(bodies(True)), link.selected)
+
+    def _traced(
+        self,
+        link: Link,
+        body: Body,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        cut: bool,
+    ) -> Route:
+        values, inputs, constants = _inputs(link, p, x, body.constants)
+        f = _placed(body, link.parameters)
+        look = self._look(link.name, body, f, values, inputs, constants, cut)
+        call = _attention(look, body, self._policy) if look.calls and cut else None
+
+        def make() -> BlockDual:
+            with listening() as remarks:
+                g, at = f, inputs
+                if call is not None:
+                    q, _, v = look.calls[0].qkv
+                    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+                    o = torch.zeros(shape, dtype=v.dtype, device=x.device)
+                    g, at = _cut_open(f), {**inputs, "o": o}
+                if link.moves:
+                    trace = trace_block(g, values, at, constants)
+                else:
+                    trace = trace_value(g, at, constants)
+            return BlockDual(trace, of, remarks, self._prepare)
+
+        of = look.text, call is not None, link.takes_data
+        dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
+        self.remark(link.name, dual.remarks)
+        return Traced(dual, link.parameters, link.selected, body.constants, call)
+
+    def _look(
+        self,
+        name: str,
+        body: Body,
+        f: Placed,
+        p: Env,
+        inputs: Env,
+        constants: Env,
+        cut: bool,
+    ) -> _Look:
+        """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
+        key = (name, _signature(p | inputs | constants), body.settings, cut)
+        if key not in self._looks:
+            self._looks[key] = _look(f, p, inputs, constants, body.masks)
+        return self._looks[key]
+
+    def closing(
+        self,
+        spec: ProductSpec,
+        link: Link,
+        body: Body,
+        loss: Loss,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        target: Tensor,
+        scale: float,
+    ) -> Closing:
+        """The route of the last block and a product's rule for one piece of a micro-batch."""
+        values, inputs, constants = _inputs(link, p, x, body.constants)
+        factor = torch.tensor(scale, dtype=_loss_dtype(x, p), device=target.device)
+        own = {"c/target": target, "c/scale": factor}
+        constants |= own
+        f = _placed(body, link.parameters)
+        try:
+            look = self._look(link.name, body, f, values, inputs, constants, False)
+            of = look.text, loss, spec, link.takes_data
+
+            def make() -> ClosingDual:
+                with listening() as remarks:
+                    trace = trace_closing(f, loss, spec, values, inputs, constants)
+                return ClosingDual(trace, spec, of, remarks, self._prepare)
+
+            dual = _duals.get(
+                (of, _signature(values | inputs | constants), self._policy.compile), make
+            )
+        except Exception as error:
+            self._untraced(link.name, error)
+            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
+        self.remark(link.name, dual.remarks)
+        return TracedClosing(dual, link.parameters, link.selected, body.constants | own)
+
+    def _untraced(self, name: str, error: Exception) -> None:
+        """Note that a block cannot be traced, unless that is no property of the block.
+
+        Raises:
+            Exception: This one, where it has a reason, or is a lack of memory or a bug of ours.
+        """
+        if isinstance(error, CurvatureError) or whose(error) != "model":
+            raise error
+        self.say(name, f"it is differentiated line by line: {_words(error)}")
+
+    def remark(self, name: str, remarks: AbstractSet[str]) -> None:
+        """Note what is to be said of a block's code."""
+        if remarks:
+            self.remarks[name] = "; ".join(sorted(remarks))
+
+    def say(self, name: str, why: str) -> None:
+        """Note why a block is slower than it could be; the first time, warn."""
+        if name not in self.fallbacks:
+            if not self.fallbacks:
+                logger.warning("block %s is slower than it could be: %s", name, why)
+            self.fallbacks[name] = why
+
+
+class _UncutError(Exception):
+    """A block that has an attention, and not one that can be cut out."""
+
+
+def _loss_dtype(x: Tensor, values: Mapping[str, Tensor]) -> torch.dtype:
+    """The precision of the loss: that of the block, at least float32."""
+    dtypes = [each.dtype for each in (x, *values.values()) if each.is_floating_point()]
+    return torch.promote_types(dtypes[0], torch.float32) if dtypes else torch.float32
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def function_of(body: Body) -> Function:
+    """A block with its constants in place, its attention in plain operations."""
+
+    def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return body.run(p, x, body.constants)
+
+    return f
+
+
+def _inputs(link: Link, p: Mapping[str, Tensor], x: Tensor, own: Env) -> tuple[Env, Env, Env]:
+    """Parameters by place and inputs that a block is a function of, and what is constant."""
+    values, constants = {}, dict(own)
+    for name, place in places(link.parameters, link.selected).items():
+        if place.startswith("p/"):
+            values[place.removeprefix("p/")] = p[name]
+        else:
+            constants[place] = p[name]
+    if not link.takes_data:
+        return values, {"x": x}, constants
+    return values, {}, {**constants, "x": x}
+
+
+Placed = Callable[[Env, Env, Env], Env]
+
+
+def _placed(body: Body, names: Sequence[str]) -> Placed:
+    """The block with its parameters named by their place, as all blocks of its kind name them."""
+
+    def f(p: Env, inputs: Env, constants: Env) -> Env:
+        given = {
+            name: p[str(place)] if str(place) in p else constants[f"w/{place}"]
+            for place, name in enumerate(names)
+        }
+        held = {name: each for name, each in constants.items() if name in body.constants}
+        x = inputs["x"] if "x" in inputs else constants["x"]
+        return {"y": body.run(given, x, held)}
+
+    return f
+
+
+def _cut_open(f: Placed) -> Placed:
+    """The block with its attention's output as an input."""
+
+    def g(p: Env, inputs: Env, constants: Env) -> Env:
+        with seam.cut(inputs["o"]) as found:
+            y = f(p, inputs, constants)
+        q, k, v = found.calls[0].qkv
+        return {"q": q, "k": k, "v": v, **y}
+
+    return g
+
+
+def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
+    """Trace the forward with zeros for what its attentions return, and all that they are given."""
+    calls: list[seam.Call] = []
+    arguments = {f"p/{name}": each for name, each in p.items()} | inputs | constants
+
+    def program(env: Env) -> Env:
+        at = ({name: env[f"p/{name}"] for name in p}, {name: env[name] for name in inputs})
+        with seam.cut(None) as found:
+            y = f(*at, {name: env[name] for name in constants})
+        calls[:] = found.calls
+        for place, call in enumerate(calls):
+            y |= {f"{name}/{place}": each for name, each in call.qkv._asdict().items()}
+            if isinstance(call.mask, Tensor):
+                y[f"mask/{place}"] = call.mask
+        return y
+
+    graph, _ = trace_graph(program, arguments)
+    places = {id(mask): place for place, mask in enumerate(masks)}
+    return _Look(
+        str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
+        tuple(calls),
+        tuple(places.get(id(each.mask)) for each in calls),
+    )
+
+
+def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:
+    """How a block's attention is computed.
+
+    Raises:
+        _UncutError: It is called more than once, or has an irregular mask.
+    """
+    if len(look.calls) != 1:
+        raise _UncutError(f"it is called {len(look.calls)} times in a block")
+    call, place = look.calls[0], look.masks[0]
+    if call.mask is not None and place is None:
+        raise _UncutError("its mask is made inside the layer")
+    shape = call.shape(None if place is None else body.masks[place])
+    if shape is None:
+        raise _UncutError("its mask is irregular")
+    pattern, span = shape
+    return AttentionCall(choice.choose(call.qkv, pattern, span, policy.precision), pattern, span)
+
+
+def _signature(values: Mapping[str, Tensor]) -> Hashable:
+    return tuple(
+        (name, tuple(each.shape), each.dtype, each.stride(), each.device)
+        for name, each in values.items()
+    )

@@ -1,0 +1,427 @@
+"""Is a block's trace the block? Compared with torch's own derivatives, once for each program.
+
+On one row and a few positions of the batch, along random directions. A trace gives derivatives by
+going backward, cut at its attention; their inner product with a direction u is a derivative along
+u, which torch takes of the whole block by going forward, twice for the Hessian's:
+
+    u · Hv = ∂s ∂t ⟨ȳ + t ȳ̇, f(p + t v + s u, x + t ẋ + s u_x)⟩
+
+One number for all parameters, each weighed by the size of what the trace has found for it; no
+tensor of their size is made but v, u and the trace's own. Where the two differ, torch's derivatives
+by going backward decide: some layers have no forward derivative of a forward one, or a wrong one.
+In float64; in float32 where a block has so many parameters that copies of them count, as a large
+vocabulary's table has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.closing import Closing, EagerClosing, TracedClosing
+from hvp_core.autodiff.dual import Function, Params, backward_dual, held, value_and_tangent
+from hvp_core.autodiff.product_spec import Passes, ProductSpec
+from hvp_core.autodiff.route import Bars, Eager, Route, Traced, Weights
+from hvp_core.autodiff.routes import Routes, function_of
+from hvp_core.autodiff.selected_parameters import Link, SelectedParameters
+from hvp_core.autodiff.shards import Sums
+from hvp_core.blame import explained, whose
+from hvp_core.losses.loss import at_least_float32
+from hvp_core.losses.output_rules import AtOutput
+from hvp_core.model.chain import Block, Chain, MicroBatch
+from hvp_core.policy import Policy
+from hvp_core.vectors.space import partial_products
+
+#: Of a number of size one. What the trace finds to be smaller than the largest by its root is
+#: weighed as if it were not: rounding is of that size.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+#: Directions to compare along. In float32 what is wrong by a hundredth hides from one direction in
+#: eight: the number that it changes may be small, and what rounding does to it is allowed for.
+_ROUNDS = {torch.float32: 4}
+_LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
+_verified: set[Hashable] = set()  # programs and what they were taken through, in this process
+
+#: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
+_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
+
+
+@final
+class Verifier:
+    """Walks a small piece of the batch along with the preparation of an operator.
+
+    Args:
+        chain: The model.
+        batches: This rank's first micro-batch, or none.
+        spec: What is going to be computed.
+        selected: The parameters that it is a derivative by.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        batches: Sequence[MicroBatch],
+        spec: ProductSpec,
+        selected: SelectedParameters,
+    ):
+        self._chain, self._selected = chain, selected
+        self._spec = spec
+        self._routes = Routes(Policy())
+        small = [chain.few(batch) for batch in batches]
+        self._contexts = [chain.context(batch) for batch in small]
+        self._xs = [_in(torch.float64, chain.first_input(batch)) for batch in small]
+        self._targets = [batch.targets for batch in small]
+
+    def agrees(self, index: int, p: Params, route: Route | None) -> bool:
+        """Whether a block, not the last, is what its route takes it for.
+
+        Args:
+            index: Of the block.
+            p: Its parameters.
+            route: What it has; None if this rank has nothing to take through it.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
+        """
+        block, dtype, link = self._chain.blocks[index], _dtype(p), self._selected.links[index]
+        passes = self._selected.passes(index, self._spec.passes)
+        key = None
+        if isinstance(route, Traced):
+            key = _key(route.dual.key, p, link, passes)
+        p = {name: each.to(dtype) for name, each in p.items()}
+        right = key is not None
+        for context, x in zip(self._contexts, self._xs, strict=True):
+            f = function_of(block.body(context, dense=True).cast(dtype))
+            x = _in(dtype, x)
+            if key is not None and key not in _verified:
+                right = _remembered(key, self._block(link, passes, block, context, f, p, x))
+            if not right and passes.backward == "pair":
+                _try(link, f, p, x)
+            with torch.no_grad():
+                self._xs = [_in(torch.float64, f(p, x))]
+        return right or key is None
+
+    def closes(self, p: Params) -> bool:
+        """Whether the trace of the last block and the loss is right.
+
+        Args:
+            p: The block's parameters.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
+        """
+        block, dtype, link = self._chain.blocks[-1], _dtype(p), self._selected.links[-1]
+        p = {name: each.to(dtype) for name, each in p.items()}
+        for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
+            body = block.body(context, dense=True).cast(dtype)
+            x = _in(dtype, x)
+            loss, f = self._chain.loss, function_of(body)
+            traced = self._routes.closing(self._spec, link, body, loss, p, x, target, 1.0)
+            if isinstance(traced, TracedClosing):
+                key = _key(traced.dual.key, p, link, self._spec.passes)
+                known = key in _verified
+                if known or _remembered(key, self._closing(link, traced, f, p, x, target)):
+                    continue
+            if self._spec.passes.backward == "pair":
+                _try(link, f, p, x)
+            return False
+        return True
+
+    def _block(
+        self,
+        link: Link,
+        passes: Passes,
+        block: Block,
+        context: Any,
+        f: Function,
+        p: Params,
+        x: Tensor,
+    ) -> bool | None:
+        traced = self._routes.of(
+            link, lambda dense: block.body(context, dense).cast(_dtype(p)), p, x
+        )
+        if not isinstance(traced, Traced):
+            return False
+        y = traced.like(p, x)
+        y_bar, y_bar_dot = _noise(y, 2), _noise(y, 3)
+
+        def by(route: Route) -> _Run:
+            def run(
+                weights: Weights, x_dot: Tensor | None, sums: Sums
+            ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+                dots = [x_dot for _ in weights.v]
+                y, y_dots, tape = route.forward(passes, "fast", weights, x, dots, None)
+                if passes.backward == "none":
+                    return [y, *_there(y_dots)], []
+                bars = Bars(y_bar, [y_bar_dot])
+                found = route.backward(passes, "fast", weights, tape, bars, [sums])
+                return [y, *_there(y_dots)], _wanted(passes, found)
+
+            return run
+
+        other = by(Eager(f, link.selected))
+        seeds = {"none": (), "cotangent": (y_bar_dot,), "pair": (y_bar, y_bar_dot)}
+        back = seeds[passes.backward]
+        return self._matches(link, passes, by(traced), other, f, p, x, lambda *ys: (ys, back))
+
+    def _closing(
+        self,
+        link: Link,
+        traced: TracedClosing,
+        f: Function,
+        p: Params,
+        x: Tensor,
+        target: Tensor,
+    ) -> bool | None:
+        loss, spec = self._chain.loss, self._spec
+        given = None
+        if spec.given is not None:
+            with torch.no_grad():
+                y = f(p, x)
+            given = _noise(
+                y if spec.given == "outputs" else y.reshape(len(y), -1)[:, 0].double(), 4
+            )
+
+        def by(closing: Closing) -> _Run:
+            def run(
+                weights: Weights, x_dot: Tensor | None, sums: Sums
+            ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+                dots = [x_dot for _ in weights.v]
+                measured = [] if spec.measure is None else closing.measure(weights, x, dots)
+                values = [each.to(_dtype(p)) for each in measured]
+                if spec.cotangents is None:
+                    return values, []
+                shares = [] if given is None else [given]
+                bars = closing.run(weights, x, dots, [sums], wants_primal=True, given=shares)
+                return values, _wanted(spec.passes, bars)
+
+            return run
+
+        def at_output(y: Tensor, y_dot: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            at = AtOutput(loss, at_least_float32(y), at_least_float32(y_dot), target, given)
+            return (
+                [] if spec.measure is None else [spec.measure(at)],
+                () if spec.cotangents is None else spec.cotangents(at),
+            )
+
+        other = by(EagerClosing(f, link.selected, spec, loss, target, 1.0))
+        return self._matches(link, spec.passes, by(traced), other, f, p, x, at_output)
+
+    def _matches(
+        self,
+        link: Link,
+        passes: Passes,
+        run: _Run,
+        other: _Run,
+        f: Function,
+        p: Params,
+        x: Tensor,
+        at_output: Callable[[Tensor, Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    ) -> bool | None:
+        """Whether a trace finds what torch finds; None where that is no number or nothing.
+
+        Args:
+            link: The block in its place.
+            passes: Through it.
+            run: By the trace.
+            other: By torch, going backward.
+            f: The block.
+            p: Its parameters.
+            x: Its input.
+            at_output: Of (y, ẏ): the values there, and ȳ, the pair (ȳ, ȳ̇), or nothing.
+        """
+        some, pair, is_data = (
+            passes.forward == "tangent",
+            passes.backward == "pair",
+            link.takes_data,
+        )
+        everything = _own(p)
+        f, p = held(f, everything, link.selected)
+        v = _direction(p, 1000) if some else None
+        x_dot = _noise(x, 1) if some and not is_data else None
+        weights = Weights(everything, [] if v is None else [v])
+
+        def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor], bool]:
+            sums = {name: torch.zeros_like(each) for name, each in p.items()}
+            values, bars = run(weights, x_dot, Sums(sums, set()))
+            there = [] if is_data else _there(bars)
+            return values, [*sums.values(), *there], is_data or len(there) == len(bars)
+
+        values, found, complete = found_by(run)
+        if not complete:
+            return False
+        rounds = range(_ROUNDS.get(_dtype(p), 1))
+
+        def forward(directions: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+            u = dict(zip(p, directions, strict=False))
+            u_x, *u_gradient = [*directions[len(p) :], None]
+            y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot), pair)
+            expected, bars = at_output(y, y_t)
+            if not bars:
+                return expected, 0.0
+            y_bar = bars[0]
+            truth = bars[1] * y_s + y_bar * y_ts if pair else y_bar * y_s
+            for each in _there(u_gradient):
+                truth = truth + y_bar * value_and_tangent(lambda x: f(p, x), (x,), (each,))[1]
+            return expected, float(truth.sum())
+
+        def backward(directions: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+            values, truth, _ = found_by(other)
+            return values, _inner(truth, directions)
+
+        allowed = sum(_tolerance(each) for each in found)
+
+        def compare(directions: Sequence[Tensor]) -> bool | None:
+            product, undecided = _inner(found, directions), False
+            for torchs_own in (forward, backward):
+                try:
+                    with torch.enable_grad():  # without it torch picks what has no derivative
+                        expected, truth = torchs_own(directions)
+                except Exception as error:
+                    if whose(error) != "model":
+                        raise
+                    continue  # it has no such derivative
+                # No number on either side is the data's fault.
+                undecided = not math.isfinite(truth) and not math.isfinite(product)
+                if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
+                    seen = values if passes.backward == "none" else found
+                    return True if any(map(_size, seen)) else None
+            return None if undecided else False
+
+        answers = (compare(_weighed(found, each)) for each in rounds)
+        return next((answer for answer in answers if answer is not True), True)
+
+
+def _wanted(passes: Passes, bars: Bars) -> list[Tensor | None]:
+    """Cotangents that the block below is given."""
+    return [*bars.dots, bars.primal] if passes.backward == "pair" else bars.dots
+
+
+def _along(
+    f: Function,
+    p: Params,
+    x: Tensor,
+    s: tuple[Params, Tensor | None],
+    t: tuple[Params | None, Tensor | None],
+    both: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block's y, ∂s y, ∂t y and, if `both`, ∂s ∂t y, in directions of its parameters and input.
+
+    What is not asked for is zero.
+    """
+    v, x_dot = t
+    at: tuple[Any, ...] = (dict(p),) if s[1] is None else (dict(p), x)
+
+    def g(*at: Any) -> Any:
+        return f(at[0], at[1] if len(at) > 1 else x)
+
+    def inner(*at: Any) -> tuple[Any, Any]:
+        return value_and_tangent(g, at, (s[0], s[1])[: len(at)])
+
+    if not p and s[1] is None:  # of data alone
+        y = f(p, x)
+        return y, torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
+    if both:
+        (y, y_s), (y_t, y_ts) = value_and_tangent(inner, at, (v, x_dot)[: len(at)])
+        return y, y_s, y_t, y_ts
+    y, y_s = inner(*at)
+    zero = torch.zeros_like(y)
+    y_t = zero if v is None else value_and_tangent(g, at, (v, x_dot)[: len(at)])[1]
+    return y, y_s, y_t, zero
+
+
+def _weighed(found: Sequence[Tensor], turn: int) -> list[Tensor]:
+    """Directions along which all of these have a derivative of size one, others at each turn."""
+    sizes = [_size(each) for each in found]
+    known = [size for size in sizes if math.isfinite(size)]
+    seed = 20 + 10_000 * turn
+    directions = [_noise(each, seed + place) for place, each in enumerate(found)]
+    if len(known) == len(sizes):
+        for each, direction, size in zip(found, directions, sizes, strict=True):
+            least = max(known) * math.sqrt(_tolerance(each))
+            direction /= max(size, least, 1e-3)
+    return directions
+
+
+def _inner(found: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
+    return sum(
+        float(partial_products(u.reshape(1, -1), x.reshape(-1)))
+        for u, x in zip(directions, found, strict=True)
+    )
+
+
+def _tolerance(x: Tensor) -> float:
+    return _TOLERANCE.get(x.dtype, 1e-2)  # a block may round to 16 bits by itself
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    size = _size(expected)
+    if not math.isfinite(size):
+        return True  # the data's fault, not the trace's; the walk says which block
+    # False where only the trace has no number.
+    return _size(found - expected) <= _tolerance(found) * max(size, 1e-3)
+
+
+def _size(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
+
+
+def _there(found: Sequence[Tensor | None]) -> list[Tensor]:
+    return [each for each in found if each is not None]
+
+
+def _try(link: Link, f: Function, p: Params, x: Tensor) -> None:
+    """Take a block's second derivative once, to see that it has one."""
+    x_dot = None if link.takes_data else _noise(x, 1)
+    f, p = held(f, p, link.selected)
+    try:
+        backward_dual(f, p, _direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
+    except Exception as error:
+        raise explained(error, link.name, "the second derivative") from error
+
+
+def _dtype(p: Params) -> torch.dtype:
+    """In which a block is compared."""
+    numel = sum(each.numel() for each in p.values())
+    narrow = all(each.dtype != torch.float64 for each in p.values())
+    return torch.float32 if narrow and numel > _LARGE else torch.float64
+
+
+def _own(p: Params) -> dict[str, Tensor]:
+    """No views: torch would give each direction the whole storage of which a parameter is one."""
+    return {
+        name: each.clone() if each.untyped_storage().nbytes() > each.nbytes else each
+        for name, each in p.items()
+    }
+
+
+def _remembered(key: Hashable, answer: bool | None) -> bool:
+    """Whether nothing speaks against a trace; what speaks for it need not be asked again."""
+    if answer:
+        _verified.add(key)
+    return answer is not False
+
+
+def _key(traced: Hashable, p: Params, link: Link, passes: Passes) -> Hashable:
+    """What is verified at once: a program says nothing of widths, nor of what is differentiated."""
+    shapes = tuple(tuple(p[name].shape) for name in link.parameters)
+    selected = tuple(name in link.selected for name in link.parameters)
+    return traced, shapes, selected, link.takes_data, passes
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _direction(p: Params, seed: int) -> dict[str, Tensor]:
+    return {name: _noise(each, seed + place) for place, (name, each) in enumerate(p.items())}
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
+        generator=generator
+    )

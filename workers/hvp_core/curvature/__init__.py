@@ -1,0 +1,1 @@
+"""Loss, gradient and curvature products of a sharded model."""

@@ -1,0 +1,288 @@
+"""The way of one operator through its blocks: routes, found and checked before the first walk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.block_dual import Way
+from hvp_core.autodiff.closing import Closing, EagerClosing
+from hvp_core.autodiff.compiler import COMPILER
+from hvp_core.autodiff.dual import Params
+from hvp_core.autodiff.product_spec import LOSS, Passes, ProductSpec
+from hvp_core.autodiff.route import Eager, Route, Traced, Weights
+from hvp_core.autodiff.routes import Routes, function_of
+from hvp_core.autodiff.rows import RowCheck
+from hvp_core.autodiff.selected_parameters import SelectedParameters
+from hvp_core.autodiff.shards import Sums
+from hvp_core.autodiff.verify import Verifier
+from hvp_core.blame import working_on
+from hvp_core.curvature.schedule import Bytes, Choice, choose
+from hvp_core.curvature.sweep import ParameterFeed, sweep
+from hvp_core.errors import CurvatureError
+from hvp_core.model.chain import Block, Body, Chain, MicroBatch
+from hvp_core.policy import Policy
+from hvp_core.precision import exact_products, listening
+from hvp_core.vectors.space import Space
+
+_USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
+
+
+@final
+class Itinerary:
+    """Which route each block takes with each micro-batch of this rank.
+
+    Args:
+        chain: The model.
+        space: Of the vectors: their parameters are the selected ones.
+        batches: This rank's micro-batches.
+        dtype: Of the operands of products.
+        num_targets: Of the whole batch.
+        policy: How.
+        pair: Two rows of the whole batch, as `Chain.pair` gives them.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED: a micro-batch's constants cannot be made.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        space: Space,
+        batches: Sequence[MicroBatch],
+        dtype: torch.dtype,
+        num_targets: float,
+        policy: Policy,
+        pair: MicroBatch | None,
+    ):
+        self._chain, self._space, self._batches = chain, space, batches
+        self.selected = SelectedParameters(chain, space)
+        self._dtype, self._num_targets, self._policy = dtype, num_targets, policy
+        # Constants are the model's own, in the model's own arithmetic.
+        with (
+            space.collective.same_fate(_never),
+            working_on("constants", "the masks and positions of the layers"),
+        ):
+            self._contexts = [chain.context(each) for each in batches]
+        self._routes = Routes(policy)
+        self._pair = pair
+        #: By block and micro-batch.
+        self.route_of: dict[tuple[int, int], Route] = {}
+        #: Of a row of the output, once a product has asked for it; None on ranks without rows.
+        self.output_shape: tuple[int, ...] | None = None
+        self._closing_of: dict[tuple[ProductSpec, int, int], Closing] = {}
+        self._traces_closing = True
+        self._prepared: set[ProductSpec] = set()
+        self._choices: dict[tuple[ProductSpec, int], list[Choice]] = {}
+        self._compile_seconds_before = COMPILER.seconds
+
+    def prepare(self, spec: ProductSpec, feed: ParameterFeed) -> None:
+        """Find the route of every block, and see that it is right, before the first walk.
+
+        Only shapes are walked: no block is computed at full size.
+
+        Args:
+            spec: What is going to be computed.
+            feed: Of the parameters.
+
+        Raises:
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block, on
+                all ranks: also on those that have no micro-batch and would never have met it.
+        """
+        if spec in self._prepared:
+            return
+        verifier = None
+        if spec is not LOSS:
+            verifier = Verifier(self._chain, self._batches[:1], spec, self.selected)
+        takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
+        xs = [self._chain.first_input(batch) for batch in self._batches]
+        last = len(self._chain.blocks) - 1
+
+        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            block, p = self._chain.blocks[index], weights.p
+            with listening() as remarks:
+                takes_rows(block, p)
+                if index < last:
+                    for batch, x in enumerate(xs):
+                        xs[batch] = self.route(index, batch, p, x).like(p, x)
+                elif "outputs" in (spec.given, spec.measured) and xs:
+                    self._look_at_output(p, xs[0])
+                if verifier is not None:
+                    self._verify(verifier, index, p)
+                self._routes.remark(block.name, remarks)
+
+        def guard(block: Block) -> AbstractContextManager[object]:
+            stack = ExitStack()
+            stack.enter_context(self._space.collective.same_fate(_never))
+            stack.enter_context(working_on(block.name, f"its preparation for the {spec.title}"))
+            return stack
+
+        sweep(feed, range(last + 1), visit, guard)
+        self._prepared.add(spec)
+
+    @torch.no_grad()
+    def _look_at_output(self, p: Params, x: Tensor) -> None:
+        """Learn the shape of a row of the output from a piece of the last block's input."""
+        pieces = list(self.pieces(0, x))
+        y = function_of(self.body(len(self._chain.blocks) - 1, 0, True))(p, pieces[0][0])
+        self.output_shape = tuple(y.shape[1:])
+        if len(pieces) > 1:
+            self.output_shape = (x.shape[1], *y.shape[2:])
+
+    def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
+        """See that a block's trace is the block; where it is not, torch differentiates it."""
+        closing = index == len(self._chain.blocks) - 1
+        route = self.route_of.get((index, 0))
+        with exact_products():
+            right = verifier.closes(p) if closing else verifier.agrees(index, p, route)
+        if right:
+            return
+        name = self._chain.blocks[index].name
+        self._routes.say(
+            name, "torch does not confirm its trace: it is differentiated line by line"
+        )
+        if closing:
+            self._traces_closing = False
+            self._closing_of.clear()  # what another product has made of that trace too
+            return
+        for batch in range(len(self._batches)):
+            body = self.body(index, batch, True)
+            self.route_of[index, batch] = Eager(
+                function_of(body), self.selected.links[index].selected
+            )
+
+    def body(self, index: int, batch: int, dense: bool) -> Body:
+        """A block's body, its constants in the precision of the products."""
+        return self._chain.blocks[index].body(self._contexts[batch], dense).cast(self._dtype)
+
+    def route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
+        """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
+        if (index, batch) not in self.route_of:
+            self.route_of[index, batch] = self._routes.of(
+                self.selected.links[index], lambda dense: self.body(index, batch, dense), p, x
+            )
+        return self.route_of[index, batch]
+
+    def closing(
+        self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
+    ) -> Closing:
+        """Of the last block and a product's rule, with one piece of a micro-batch."""
+        key = spec, batch, piece
+        if key not in self._closing_of:
+            self._closing_of[key] = self._close(spec, batch, p, x, target)
+        return self._closing_of[key]
+
+    def _close(
+        self, spec: ProductSpec, batch: int, p: Params, x: Tensor, target: Tensor
+    ) -> Closing:
+        last = len(self._chain.blocks) - 1
+        link, loss, scale = self.selected.links[last], self._chain.loss, 1 / self._num_targets
+        if spec.given == "outputs":
+            scale = 1.0
+        body = self.body(last, batch, True)
+        if not self._traces_closing:
+            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
+        return self._routes.closing(spec, link, body, loss, p, x, target, scale)
+
+    def choose(self, spec: ProductSpec, num_probes: int) -> list[Choice]:
+        """The way of every block that moves, but the last."""
+        blocks = range(self.selected.first, len(self._chain.blocks) - 1)
+        if not spec.passes.keeps:
+            way: Way = "lean" if self._policy.schedule == "lean" else "fast"
+            if spec.passes.forward == "tangent" and num_probes > 1:
+                way = "shared"  # keeps nothing, for nothing goes back
+            return [Choice(way, False) for _ in blocks]
+        key = spec, num_probes
+        if key not in self._choices:
+            sizes = []
+            for index in blocks:
+                each = [
+                    _sizes(self.route_of[index, batch], spec.passes, num_probes)
+                    for batch in range(len(self._batches))
+                ]
+                sizes.append(
+                    Bytes(*[sum(column) for column in zip(Bytes(0, 0, 0, 0), *each, strict=True)])
+                )
+            budget = self._policy.budget_bytes
+            if budget is None:
+                budget = int(_USABLE * self._space.free_bytes())
+            self._choices[key] = choose(self._policy.schedule, sizes, budget, num_probes)
+        return self._choices[key]
+
+    def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What of the last block's input goes through it at once, with its targets."""
+        targets = self._batches[batch].targets
+        pieces = self._chain.pieces(x)
+        if not pieces:
+            yield x, targets
+        for piece in pieces:
+            yield x[:, piece].contiguous(), targets[:, piece].contiguous()
+
+    def notes(self) -> dict[str, str]:
+        """How products are computed, for whoever wants to reproduce or explain them."""
+        found = {"precision": self._policy.precision, **self._chain.notes}
+        if self._policy.compile:
+            found["compiled_parts"] = str(COMPILER.compiled)
+            found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
+            if COMPILER.refused:
+                found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
+        for (spec, num_probes), choices in self._choices.items():
+            names = ["cached" if each.cached else each.way for each in choices]
+            counts = {name: names.count(name) for name in dict.fromkeys(names)}
+            key = f"schedule_{spec.name}{f'_of_{num_probes}' if num_probes > 1 else ''}"
+            found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
+        for name, why in self._routes.fallbacks.items():
+            found[f"fallback_{name}"] = why
+        for name, remark in self._routes.remarks.items():
+            found[f"remark_{name}"] = remark
+        return found
+
+
+def _sizes(route: Route, passes: Passes, num_probes: int) -> Bytes:
+    """What a route would keep of one micro-batch."""
+    if not isinstance(route, Traced):
+        return Bytes(0, 0, 0, 0)
+    dual = route.dual
+    shared, cached = dual.kept_bytes(passes, "shared"), dual.shared_bytes(passes)
+    return Bytes(
+        dual.kept_bytes(passes, "lean") * num_probes,
+        dual.kept_bytes(passes, "fast"),
+        shared * num_probes,
+        cached,
+    )
+
+
+def _never(error: Exception) -> CurvatureError:
+    """What is worked on has its reason already."""
+    raise error
+
+
+def refuse_slower_ways(notes: Mapping[str, str]) -> None:
+    """See that everything was computed the fast way.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED, with what was not.
+    """
+    slower = [name for name in notes if name.startswith("fallback_") or name == "not_compiled"]
+    if slower:
+        why = "; ".join(f"{name}: {notes[name]}" for name in slower)
+        raise CurvatureError("MODEL_UNSUPPORTED", f"a strict policy allows no slower way: {why}")
+
+
+def merged(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Notes of all ranks, in order of rank, as one; a value that not all have names its ranks."""
+    found = {}
+    for key in dict.fromkeys(key for each in notes for key in each):
+        ranks: dict[str, list[str]] = {}
+        for rank, each in enumerate(notes):
+            if key in each:
+                ranks.setdefault(each[key], []).append(str(rank))
+        found[key] = "; ".join(
+            value if len(having) == len(notes) else f"{value} (on rank {', '.join(having)})"
+            for value, having in ranks.items()
+        )
+    return found

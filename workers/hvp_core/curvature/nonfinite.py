@@ -1,0 +1,54 @@
+"""Where a loss that is no number comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from hvp_core.autodiff.route import Weights
+from hvp_core.autodiff.routes import function_of
+from hvp_core.autodiff.shards import Sums
+from hvp_core.curvature.itinerary import Itinerary
+from hvp_core.curvature.sweep import ParameterFeed, sweep
+from hvp_core.errors import CurvatureError
+from hvp_core.model.chain import Chain, MicroBatch
+
+
+def first_non_finite_block(
+    chain: Chain, feed: ParameterFeed, itinerary: Itinerary, batches: Sequence[MicroBatch]
+) -> CurvatureError:
+    """Walk again, looking at every block; all ranks come to the same answer.
+
+    Args:
+        chain: The model.
+        feed: Of its parameters.
+        itinerary: Prepared for the loss.
+        batches: This rank's micro-batches.
+
+    Returns:
+        NON_FINITE, naming the block.
+    """
+    names = [block.name for block in chain.blocks]
+    first = len(names)
+    xs = [chain.first_input(batch) for batch in batches]
+
+    def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        nonlocal first
+        p = weights.p
+        for batch, x in enumerate(xs):
+            if index < len(names) - 1:
+                xs[batch] = itinerary.route(index, batch, p, x).value(p, x)
+            else:
+                xs[batch] = function_of(itinerary.body(index, batch, True))(p, x)
+        if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
+            first = index
+
+    sweep(feed, range(len(names)), visit, lambda _: nullcontext())
+    first = min(feed.space.collective.gather_objects(first))
+    name = names[first] if first < len(names) else "loss"
+    return CurvatureError(
+        "NON_FINITE",
+        f"the loss is not finite; the first block with such a value is {name}. Check its "
+        "parameters, or use float64",
+        {"block": name},
+    )

@@ -1,0 +1,325 @@
+"""The way of this rank's micro-batches through all blocks, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.closing import Closing, joined
+from hvp_core.autodiff.dual import Params
+from hvp_core.autodiff.product_spec import Passes, ProductSpec
+from hvp_core.autodiff.route import Bars, Tape, Weights
+from hvp_core.autodiff.routes import function_of
+from hvp_core.autodiff.shards import Results, Sums
+from hvp_core.blame import InStep
+from hvp_core.curvature.itinerary import Itinerary
+from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.sweep import ParameterFeed, sweep
+from hvp_core.losses.loss import at_least_float32
+from hvp_core.model.chain import Chain, MicroBatch
+
+#: Of the last block: by which closing it goes, its input, its tangents.
+_Piece = tuple[Closing, Tensor, list[Tensor | None]]
+#: Before the last block: its input of each micro-batch, their tangents, and all tapes.
+_Front = tuple[list[Tensor], list[list[Tensor | None]], dict[tuple[int, int], Tape]]
+
+
+@final
+class Passage:
+    """Takes the micro-batches through a product, and keeps what the next product can use.
+
+    Args:
+        chain: The model.
+        batches: This rank's micro-batches.
+        itinerary: The way of each through each block.
+    """
+
+    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], itinerary: Itinerary):
+        self._chain, self._batches, self._itinerary = chain, batches, itinerary
+        self._kept_passes: Passes | None = None
+        self._kept: dict[tuple[int, int], Tape] = {}
+        self._closing_bars: list[Bars] = []
+        self._still: list[Tensor] | None = None
+
+    def drop(self) -> None:
+        """Forget what is kept for later products."""
+        self._kept_passes, self._kept, self._closing_bars, self._still = None, {}, [], None
+
+    def is_of_use_to(self, passes: Passes) -> bool:
+        """Whether what is kept, if anything, may stay when a product of these passes comes."""
+        return not passes.keeps or self._kept_passes in (None, passes)
+
+    @property
+    def _last(self) -> int:
+        return len(self._chain.blocks) - 1
+
+    @property
+    def _moving(self) -> range:
+        """Blocks that have a derivative, but for the last."""
+        return range(self._itinerary.selected.first, self._last)
+
+    def loss(self, feed: ParameterFeed, step: InStep) -> float:
+        """Σ w ℓ over this rank's rows."""
+        xs, total = self._up_to_what_moves(feed, step), 0.0
+
+        def end(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            nonlocal total
+            for batch, x in enumerate(step.live(xs)):
+                f = function_of(self._itinerary.body(index, batch, True))
+                for piece, target in self._itinerary.pieces(batch, x):
+                    y = at_least_float32(f(weights.p, piece))
+                    self._chain.loss.check(y, target)
+                    total += float(self._chain.loss.value(y, target))
+
+        self._values(self._moving, xs, feed, step)
+        sweep(feed, [self._last], end, lambda block: step.on(block.name, "the loss"))
+        return total
+
+    def _values(
+        self, blocks: Iterable[int], xs: list[Tensor], feed: ParameterFeed, step: InStep
+    ) -> None:
+        """Take each micro-batch's input through blocks, for its value alone."""
+
+        def value(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                xs[batch] = self._itinerary.route(index, batch, weights.p, x).value(weights.p, x)
+
+        sweep(feed, blocks, value, lambda block: step.on(block.name, "its value"))
+
+    def _up_to_what_moves(self, feed: ParameterFeed, step: InStep) -> list[Tensor]:
+        """Each micro-batch's input of the first block that has a derivative; kept from then on.
+
+        It does not change from product to product. Where a rank fails, all ranks drop it.
+        """
+        if self._still is None:
+            self._still = [self._chain.first_input(batch) for batch in self._batches]
+            self._values(range(self._moving.start), self._still, feed, step)
+        return list(self._still)
+
+    def there_and_back(
+        self,
+        spec: ProductSpec,
+        choices: Sequence[Choice],
+        feed: ParameterFeed,
+        tangents: Sequence[Tensor],
+        results: Results,
+        step: InStep,
+        given: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """Forward, through the last block, and backward: the products.
+
+        Args:
+            spec: The product; it goes back.
+            choices: The way of every block that has a derivative, but the last.
+            feed: Of the parameters.
+            tangents: One vector for each probe.
+            results: Where the products are added up.
+            step: Keeps this rank in step where it fails.
+            given: For each probe, of this rank's rows, a tensor like the output.
+        """
+        xs, dots, tapes = self._forward(spec, choices, feed, tangents, step)
+        bars = self._turn(spec, feed, tangents, results, step, xs, dots, given)
+        del xs, dots  # nobody reads them on the way back
+        pair = spec.passes.backward == "pair"
+        if pair and any(each.cached for each in choices):
+            self._closing_bars = [Bars(each.primal, []) for each in bars]
+
+        def visit(index: int, weights: Weights, sums: Sequence[Sums]) -> None:
+            choice = choices[index - self._moving.start]
+            for batch, bar in enumerate(step.live(bars)):
+                tape = tapes.pop((index, batch))
+                route = self._itinerary.route_of[index, batch]
+                bars[batch] = route.backward(spec.passes, choice.way, weights, tape, bar, sums)
+                if choice.cached:
+                    tape.complete, tape.tangents = True, []
+                    self._kept[index, batch] = tape
+                    self._kept_passes = spec.passes
+
+        sweep(
+            feed,
+            reversed(self._moving),
+            visit,
+            lambda block: step.on(block.name, "the derivative backward"),
+            tangents,
+            results,
+        )
+        return results.finish()
+
+    def there(
+        self,
+        spec: ProductSpec,
+        choices: Sequence[Choice],
+        feed: ParameterFeed,
+        tangents: Sequence[Tensor],
+        into: Sequence[Tensor],
+        step: InStep,
+    ) -> None:
+        """Forward alone, to what the product measures.
+
+        Args:
+            spec: The product; it measures.
+            choices: The way of every block that has a derivative, but the last.
+            feed: Of the parameters.
+            tangents: One vector for each probe.
+            into: For each probe zeros, of this rank's rows: float64 (rows,), or like the output.
+            step: Keeps this rank in step where it fails.
+        """
+        xs, dots, _ = self._forward(spec, choices, feed, tangents, step)
+
+        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                pieces = self._pieces(spec, weights.p, batch, x, dots[batch])
+                _measure(spec, weights, pieces, [self._rows(each, batch) for each in into])
+
+        sweep(
+            feed,
+            [self._last],
+            visit,
+            lambda block: step.on(block.name, f"its part of the {spec.title}"),
+            tangents,
+        )
+
+    def _forward(
+        self,
+        spec: ProductSpec,
+        choices: Sequence[Choice],
+        feed: ParameterFeed,
+        tangents: Sequence[Tensor],
+        step: InStep,
+    ) -> _Front:
+        """Up to the last block: its inputs, their tangents in each probe, and tapes."""
+        xs = self._up_to_what_moves(feed, step)
+        dots: list[list[Tensor | None]] = [[None for _ in tangents] for _ in xs]
+        tapes: dict[tuple[int, int], Tape] = {}
+        kept = self._kept if spec.passes == self._kept_passes else {}
+
+        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                route = self._itinerary.route(index, batch, weights.p, x)
+                xs[batch], dots[batch], tape = route.forward(
+                    spec.passes,
+                    choices[index - self._moving.start].way,
+                    weights,
+                    x,
+                    dots[batch],
+                    kept.get((index, batch)),
+                )
+                if spec.passes.backward != "none":
+                    tapes[index, batch] = tape
+
+        sweep(
+            feed,
+            self._moving,
+            visit,
+            lambda block: step.on(block.name, "the derivative forward"),
+            tangents,
+        )
+        return xs, dots, tapes
+
+    def _turn(
+        self,
+        spec: ProductSpec,
+        feed: ParameterFeed,
+        tangents: Sequence[Tensor],
+        results: Results,
+        step: InStep,
+        xs: Sequence[Tensor],
+        dots: Sequence[Sequence[Tensor | None]],
+        given: Sequence[Tensor],
+    ) -> list[Bars]:
+        """Through the last block and back through it: cotangents of its input."""
+        known = spec.passes.backward == "pair" and bool(self._closing_bars)
+        bars: list[Bars] = []
+
+        def visit(index: int, weights: Weights, sums: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                own = [self._rows(each, batch) for each in given]
+                found = self._close(spec, weights, batch, x, dots[batch], sums, own, not known)
+                bars.append(Bars(self._closing_bars[batch].primal, found.dots) if known else found)
+
+        sweep(
+            feed,
+            [self._last],
+            visit,
+            lambda block: step.on(block.name, "its derivatives and the loss's"),
+            tangents,
+            results,
+        )
+        return bars
+
+    def _close(
+        self,
+        spec: ProductSpec,
+        weights: Weights,
+        batch: int,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Sums],
+        given: Sequence[Tensor],
+        wants_primal: bool,
+    ) -> Bars:
+        """The last block there and back, piece by piece."""
+        pieces = self._pieces(spec, weights.p, batch, x, x_dots)
+        if spec.given == "rows":
+            # A piece's cotangents need the number of the whole row: all are seen before any.
+            given = [x.new_zeros(len(x), dtype=torch.float64) for _ in x_dots]
+            _measure(spec, weights, pieces, given)
+        shares = [list(given) for _ in pieces]
+        if spec.given == "outputs":
+            cut = [[part for part, _ in self._itinerary.pieces(batch, each)] for each in given]
+            shares = [list(each) for each in zip(*cut, strict=True)]
+        return joined(
+            [
+                closing.run(weights, piece, dots, sums, wants_primal=wants_primal, given=share)
+                for (closing, piece, dots), share in zip(pieces, shares, strict=True)
+            ]
+        )
+
+    def _pieces(
+        self,
+        spec: ProductSpec,
+        p: Params,
+        batch: int,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+    ) -> list[_Piece]:
+        """What goes through the last block at once, with its tangents, and by which closing."""
+        pieces = list(self._itinerary.pieces(batch, x))
+        tangents = [
+            [None for _ in pieces]
+            if dot is None
+            else [each for each, _ in self._itinerary.pieces(batch, dot)]
+            for dot in x_dots
+        ]
+        return [
+            (
+                self._itinerary.closing(spec, batch, index, p, piece, target),
+                piece,
+                [each[index] for each in tangents],
+            )
+            for index, (piece, target) in enumerate(pieces)
+        ]
+
+    def _rows(self, whole: Tensor, batch: int) -> Tensor:
+        """The part of a micro-batch of a tensor of all of this rank's rows."""
+        start = sum(len(each.targets) for each in self._batches[:batch])
+        return whole[start : start + len(self._batches[batch].targets)]
+
+
+def _measure(
+    spec: ProductSpec, weights: Weights, pieces: Sequence[_Piece], into: Sequence[Tensor]
+) -> None:
+    """Measure a micro-batch: numbers of rows add up, tensors like the output lie side by side."""
+    start = 0
+    for closing, piece, dots in pieces:
+        for found, total in zip(closing.measure(weights, piece, dots), into, strict=True):
+            if spec.measured == "rows":
+                total += found
+            elif len(pieces) > 1:
+                total[:, start : start + found.shape[1]] = found
+            else:
+                total.copy_(found)
+        start += piece.shape[1] if len(pieces) > 1 else 0

@@ -1,0 +1,64 @@
+"""Which block keeps what, within a budget of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hvp_core.autodiff.block_dual import Way
+from hvp_core.policy import Schedule
+
+
+class Bytes(NamedTuple):
+    """Memory that one block keeps, over all micro-batches of a rank."""
+
+    lean: int
+    fast: int
+    shared: int  # within a product: the primal half and the tangents
+    cached: int  # from product to product: the primal half alone
+
+
+class Choice(NamedTuple):
+    """One block's way."""
+
+    way: Way
+    cached: bool  # keep the primal half for the next product
+
+
+def choose(
+    schedule: Schedule, blocks: Sequence[Bytes], budget_bytes: int, num_probes: int
+) -> list[Choice]:
+    """The way of each block.
+
+    Every block is lean to begin with. As long as the budget lasts, blocks become fast, the last
+    ones first (what they keep is soonest free again); if all are, they become cached.
+
+    Args:
+        schedule: What is wanted; only `auto` looks at the budget.
+        blocks: What each would keep.
+        budget_bytes: For all of them.
+        num_probes: Several share their primal half.
+    """
+    keeping: Way = "fast" if num_probes == 1 else "shared"
+    if schedule == "lean":
+        return [Choice("lean", False) for _ in blocks]
+    if schedule == "fast":
+        return [Choice(keeping, False) for _ in blocks]
+    if schedule == "cached":
+        return [Choice("shared", True) for _ in blocks]
+    found = [Choice("lean", False) for _ in blocks]
+    left = budget_bytes - sum(each.lean for each in blocks)
+    for index in reversed(range(len(blocks))):
+        each = blocks[index]
+        extra = (each.fast if num_probes == 1 else each.shared) - each.lean
+        if extra > left:
+            return found
+        left -= extra
+        found[index] = Choice(keeping, False)
+    for index, each in enumerate(blocks):
+        extra = max(each.shared, each.cached) - (each.fast if num_probes == 1 else each.shared)
+        if extra > left:
+            return found
+        left -= extra
+        found[index] = Choice("shared", True)
+    return found

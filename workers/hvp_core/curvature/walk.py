@@ -1,0 +1,437 @@
+"""The walk over the blocks: loss, gradient and curvature products of a sharded model.
+
+Layer-major: the weights of a block are gathered once per pass, every micro-batch of this rank is
+pushed through, and the weights are dropped again. Backwards, each block's part of the product is
+summed over the ranks and cut into shards as soon as it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.product_spec import (
+    GRADIENT,
+    HESSIAN,
+    LOSS,
+    MATRICES,
+    OUTPUT_JVP,
+    OUTPUT_VJP,
+    QUADRATICS,
+    SLOPES,
+    ProductSpec,
+)
+from hvp_core.autodiff.shards import Results
+from hvp_core.blame import InStep, raise_first
+from hvp_core.curvature.exchange import Exchange
+from hvp_core.curvature.itinerary import Itinerary, refuse_slower_ways
+from hvp_core.curvature.nonfinite import first_non_finite_block
+from hvp_core.curvature.passage import Passage
+from hvp_core.curvature.replay import Graphs
+from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.sweep import ParameterFeed
+from hvp_core.errors import CurvatureError
+from hvp_core.model.chain import Chain, MicroBatch, placed, rows
+from hvp_core.policy import Policy
+from hvp_core.precision import compute_dtype, matmuls
+from hvp_core.vectors.output_space import OutputSpace
+from hvp_core.vectors.space import Space
+
+Kind = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
+Unit = Literal["token", "sequence"]
+
+
+@final
+class Curvature:
+    """The mean loss of a chain on a batch, as a function of θ, and its derivatives at θ.
+
+    Args:
+        chain: The model.
+        space: Of its parameters.
+        parameters: θ, this rank's shard. What is computed from it may be kept: put another tensor
+            here to move.
+        batch: The whole batch, on every rank.
+        micro_batch_size: Rows that go through a block at once. Rank r of N takes every N-th
+            micro-batch. Results do not depend on it.
+        policy: How.
+        selected: Space of the vectors, if they are of some of the parameters (see `Space.part`).
+            All others are constants. None: of all.
+
+    Attributes:
+        space: Of the vectors.
+
+    Raises:
+        CurvatureError: NO_TARGETS, MICRO_BATCH_INVALID, PRECISION_UNSUPPORTED.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        space: Space,
+        parameters: Tensor,
+        batch: MicroBatch,
+        micro_batch_size: int,
+        policy: Policy | None = None,
+        selected: Space | None = None,
+    ):
+        if micro_batch_size < 1:
+            raise CurvatureError(
+                "MICRO_BATCH_INVALID", f"micro_batch_size is {micro_batch_size}; give 1 or more"
+            )
+        self.chain = chain
+        self.space = selected or space
+        self._theta_space = space
+        self.policy = policy or Policy()
+        self.num_targets = chain.loss.weight(batch.targets)
+        if self.num_targets == 0:
+            raise CurvatureError("NO_TARGETS", "no target of the batch counts")
+        self._dtype = compute_dtype(space.dtype, self.policy.precision)
+        count = len(batch.targets)
+        starts = range(0, count, micro_batch_size)
+        rank, world_size = space.collective.rank, space.collective.world_size
+        self._num_rows = count
+        self._row_ranges = [
+            range(start, min(start + micro_batch_size, count))
+            for start in list(starts)[rank::world_size]
+        ]
+        self._batches = [
+            placed(rows(batch, each.start, each.stop), space.device, self._dtype)
+            for each in self._row_ranges
+        ]
+        pair = chain.pair(batch)
+        self._itinerary = Itinerary(
+            chain,
+            self.space,
+            self._batches,
+            self._dtype,
+            self.num_targets,
+            self.policy,
+            None if pair is None else placed(pair, space.device, self._dtype),
+        )
+        self._passage = Passage(chain, self._batches, self._itinerary)
+        self._output_space: OutputSpace | None = None
+        self._probes: dict[int, list[Tensor]] = {}
+        self._exchange = Exchange(space.collective, self._itinerary)
+        self.parameters = parameters
+
+    @property
+    def parameters(self) -> Tensor:
+        """θ, this rank's shard."""
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Tensor) -> None:
+        self._parameters = parameters
+        self._feed = ParameterFeed(
+            self._theta_space, self.chain.blocks, parameters.to(self._dtype), self.space
+        )
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget what was kept for later products."""
+        self._passage.drop()
+        self._graphs = Graphs()
+
+    def release(self) -> None:
+        """Give back the memory of what was kept for later products."""
+        self._drop()
+
+    # The questions ------------------------------------------------------------------------------
+
+    def loss(self) -> float:
+        """L(θ). Cost: 1 GEMM pass over the data.
+
+        Raises:
+            CurvatureError: NON_FINITE, naming the first block with an infinite or undefined value.
+        """
+        step = InStep()
+        with matmuls(self.policy.precision):
+            self._itinerary.prepare(LOSS, self._feed)
+            total = self._passage.loss(self._feed, step)
+            answers = self.space.collective.gather_objects((total, step.failure))
+            if any(failure for _, failure in answers):
+                self._drop()
+            raise_first(failure for _, failure in answers)
+            value: float = sum(part for part, _ in answers) / self.num_targets
+            if value - value != 0:  # NaN or infinite, on every rank alike
+                raise first_non_finite_block(self.chain, self._feed, self._itinerary, self._batches)
+        return value
+
+    def gradient(self) -> Tensor:
+        """∇L(θ), this rank's shard. Cost: 3 GEMM passes.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        return self._product(GRADIENT, [])[0]
+
+    def product(
+        self, kind: Kind, vectors: Sequence[Tensor], *, borrow: bool = False
+    ) -> list[Tensor]:
+        """The curvature matrix times each vector.
+
+        Args:
+            kind: `hessian`, `ggn`, `empirical_fisher_token` or
+                `empirical_fisher_sequence`; see `product_spec.py`.
+            vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
+                gave are read where they are.
+            borrow: The products may be overwritten by the next call, which saves copying them.
+
+        Returns:
+            Shards of the products, one for each vector, of the space's type; of 16 bits where the
+            vector is: summed in float32, and rounded when a block is through.
+
+        Raises:
+            CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block;
+                KIND_UNSUPPORTED: the model has no outputs.
+        """
+        if kind != HESSIAN.name:
+            self._require_outputs(MATRICES[kind])
+        return self._product(MATRICES[kind], vectors, borrow=borrow)
+
+    def _require_outputs(self, spec: ProductSpec) -> None:
+        """Refuse a product that wants outputs of a model that gives its loss alone.
+
+        Raises:
+            CurvatureError: KIND_UNSUPPORTED.
+        """
+        if not self.chain.loss.has_outputs:
+            raise CurvatureError(
+                "KIND_UNSUPPORTED",
+                f"the {spec.title} is one of a model's outputs, and this model returns its loss "
+                "alone; ask for the Hessian, or register the model with its outputs and a loss",
+                {"kind": spec.name},
+            )
+
+    def probes(self, count: int) -> list[Tensor]:
+        """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
+
+        Args:
+            count: How many. Asked for again, the same ones are given.
+
+        Returns:
+            Shards (shard_numel,) of the type of the operands of matrix products; zero at first.
+        """
+        if count not in self._probes:
+            self._probes[count] = [self.space.zeros(self._dtype) for _ in range(count)]
+        return list(self._probes[count])
+
+    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
+        return self._product(HESSIAN, vectors)
+
+    def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """G v for each v, G = Jᵀ H_out J. Cost in GEMM passes: 6, 5 or 4 each by schedule."""
+        return self.product("ggn", vectors)
+
+    def empirical_fisher(self, vectors: Sequence[Tensor], unit: Unit) -> list[Tensor]:
+        """F v for each v, of the empirical Fisher matrix of tokens or of sequences.
+
+        F = (1/W) Σ_u g_u g_uᵀ, with g_u the gradient of the summed losses of a unit and W the
+        number of targets, whatever the unit (see `product_spec.py`). Cost in GEMM passes: as `ggn`;
+        of sequences the last block is gone through once more, before any piece of a row goes back.
+
+        Args:
+            vectors: As for `product`.
+            unit: What each g_u is of: a target, or a row of the batch with all its targets.
+        """
+        kinds: dict[Unit, Kind] = {
+            "token": "empirical_fisher_token",
+            "sequence": "empirical_fisher_sequence",
+        }
+        return self.product(kinds[unit], vectors)
+
+    def slopes(self, vectors: Sequence[Tensor]) -> list[float]:
+        """∇L·v for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        return self._numbers(SLOPES, 1, vectors)
+
+    def quadratic(self, kind: Kind, vectors: Sequence[Tensor]) -> list[float]:
+        """v·Av for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
+
+        Args:
+            kind: Of A, as for `product`; not `hessian`, which has no such rule here.
+            vectors: As for `product`.
+
+        Raises:
+            KeyError: There is no rule for this kind.
+            CurvatureError: NON_FINITE; KIND_UNSUPPORTED: the model has no outputs.
+        """
+        self._require_outputs(QUADRATICS[kind][0])
+        return self._numbers(*QUADRATICS[kind], vectors)
+
+    @property
+    def output_space(self) -> OutputSpace:
+        """The space of the model's outputs on the batch, cut by rows over the ranks.
+
+        Found at the first call, which all ranks make together.
+        """
+        self._require_outputs(OUTPUT_JVP)
+        if self._output_space is None:
+            with matmuls(self.policy.precision):
+                self._itinerary.prepare(OUTPUT_JVP, self._feed)
+            shapes = self.space.collective.gather_objects(self._itinerary.output_shape)
+            shape = next(each for each in shapes if each is not None)
+            self._output_space = OutputSpace(
+                self._num_rows,
+                shape,
+                self._row_ranges,
+                self.space.collective,
+                self.space.dtype,
+                self.space.device,
+            )
+        return self._output_space
+
+    def jvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """J v for each v, J = ∂(outputs)/∂θ, of every position, whether its label counts or not.
+
+        The outputs are what the loss is given: a language model's logits. Memory: the results, and
+        pieces of the last block. Cost in GEMM passes: 3; 1 + 2K for K.
+
+        Args:
+            vectors: As for `product`.
+
+        Returns:
+            Vectors of `output_space`, (local,): each rank has those of its own rows.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        outputs = self.output_space
+        found = [outputs.zeros() for _ in vectors]
+        self._measure(OUTPUT_JVP, vectors, [outputs.by_row(each) for each in found])
+        return found
+
+    def vjp(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Jᵀ u for each u of the `output_space`, J as for `jvp`. Cost in GEMM passes: 1 + 2K for K.
+
+        Args:
+            outputs: Vectors (local,), this rank's rows.
+
+        Returns:
+            This rank's shards, (shard_numel,) of the parameter space's type.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        space = self.output_space
+        if not outputs:
+            return []
+        return self._product(OUTPUT_VJP, [], given=[space.by_row(each) for each in outputs])
+
+    def notes(self) -> dict[str, str]:
+        """How products were computed, for whoever wants to reproduce or explain them.
+
+        As of the last product, for all ranks; what only some did names them.
+        """
+        return self._exchange.notes()
+
+    # The walk -----------------------------------------------------------------------------------
+
+    def _product(
+        self,
+        spec: ProductSpec,
+        vectors: Sequence[Tensor],
+        *,
+        borrow: bool = False,
+        given: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """A product that goes back: one without vectors, or one with each."""
+        if spec.passes.forward == "tangent" and not vectors:
+            return []
+        if not self._passage.is_of_use_to(spec.passes):
+            self._drop()
+        step = InStep()
+        with matmuls(self.policy.precision):
+            self._itinerary.prepare(spec, self._feed)
+            choices = self._itinerary.choose(spec, len(vectors))
+            results = None if given else self._replayed(spec, choices, vectors, borrow)
+            if results is None:
+                tangents = [vector.to(self._dtype) for vector in vectors]
+                dtypes = [self.space.dtype for _ in given] or self._dtypes(vectors)
+                into = Results(self.space, dtypes)
+                results = self._passage.there_and_back(
+                    spec, choices, self._feed, tangents, into, step, given
+                )
+        self._agree(results, f"the {spec.title}", step)
+        return results
+
+    def _measure(
+        self, spec: ProductSpec, vectors: Sequence[Tensor], into: Sequence[Tensor]
+    ) -> None:
+        """What a product that goes forward alone measures of this rank's rows."""
+        if not vectors:
+            return
+        step = InStep()
+        with matmuls(self.policy.precision):
+            self._itinerary.prepare(spec, self._feed)
+            choices = self._itinerary.choose(spec, len(vectors))
+            tangents = [vector.to(self._dtype) for vector in vectors]
+            self._passage.there(spec, choices, self._feed, tangents, into, step)
+        self._agree(into, f"the {spec.title}", step)
+
+    def _numbers(self, spec: ProductSpec, power: int, vectors: Sequence[Tensor]) -> list[float]:
+        """(1/W) Σ over all rows of this power of what is measured, for each vector."""
+        shape = len(vectors), sum(len(each) for each in self._row_ranges)
+        measured = torch.zeros(shape, dtype=torch.float64, device=self.space.device)
+        self._measure(spec, vectors, list(measured))
+        own = measured.pow(power).sum(1).cpu()
+        return [float(each) / self.num_targets for each in self.space.collective.sum(own)]
+
+    def _replayed(
+        self, spec: ProductSpec, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
+    ) -> list[Tensor] | None:
+        """The product by a CUDA graph; None where there is none, or not yet."""
+        alone = self.space.collective.world_size == 1
+        if not (self.policy.graphs and alone and self.space.device.type == "cuda"):
+            return None
+        probes = self._probes.get(len(vectors), [])
+        in_place = bool(probes) and all(a is b for a, b in zip(vectors, probes, strict=True))
+        dtypes = self._dtypes(vectors)
+
+        def walk(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> object:
+            into = Results(self.space, dtypes, outputs)
+            step = InStep(alone=True)
+            return self._passage.there_and_back(spec, choices, self._feed, inputs, into, step)
+
+        replay = self._graphs.get(
+            (spec, tuple(dtypes), in_place),
+            walk,
+            lambda: probes if in_place else [self.space.zeros(self._dtype) for _ in vectors],
+            lambda: [self.space.zeros(dtype) for dtype in dtypes],
+        )
+        return None if replay is None else replay(vectors, borrow=borrow)
+
+    def _dtypes(self, vectors: Sequence[Tensor]) -> list[torch.dtype]:
+        """Of the products: the vectors' own where that is of 16 bits, or one for the gradient."""
+        space = self.space.dtype
+        found = [each.dtype if each.itemsize == 2 else space for each in vectors]
+        return found or [space]
+
+    def _agree(self, shards: Sequence[Tensor], what: str, step: InStep) -> None:
+        """See, with all ranks, that a product is one.
+
+        Raises:
+            CurvatureError: NON_FINITE; what was raised on a rank; under a strict policy
+                MODEL_UNSUPPORTED where a slower way was taken.
+        """
+        try:
+            fine = self._exchange(shards, step)
+        except CurvatureError:
+            self._drop()
+            raise
+        if self.policy.strict:
+            refuse_slower_ways(self.notes())
+        if fine:
+            return
+        self._drop()
+        self.loss()  # says which block, if the loss itself is at fault
+        raise CurvatureError(
+            "NON_FINITE", f"{what} is not finite although the loss is; use float64"
+        )

@@ -1,0 +1,1 @@
+"""Eigenpairs from Krylov subspaces."""

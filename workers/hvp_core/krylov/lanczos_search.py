@@ -1,0 +1,305 @@
+"""The search for extremal eigenpairs, until none of the wanted can be missing.
+
+Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
+Anal. Appl. 22 (2000). One starting vector sees one copy of a repeated eigenvalue. So when the
+wanted pairs have converged they are taken out, and the run begins afresh from a random vector:
+until it has found something that belongs to the wanted, which then has to converge too, or
+`completeness` shows that there is nothing.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from hvp_operations.eigsh import EigshProgress, EigshSpec
+from torch import Tensor
+
+from hvp_core.krylov.completeness import Claim, Deflated, Recurrence, hold
+from hvp_core.krylov.lanczos_state import EigshState, Stage, Verification, wanted
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.runs.algorithm import Advance
+
+#: Probability with which one fresh start may overlook something.
+FAILURE = 1e-3
+#: Where a fresh run ends in rounding, what it has not seen it tells only from so many times that.
+_BLUR = 2000
+#: Others are taken out with the wanted pairs if their residuals are this part of what may leak.
+_SETTLED = 0.1
+_PAIRS_TOLD = 64  # of a search that is under way
+_ROOM = 4  # rows that a fresh run has at least, where there are so many
+
+
+@final
+class LanczosSearch:
+    """A step of thick-restart Lanczos, and of the fresh runs that look for what it missed.
+
+    What lasts is in the state alone; this object is made for a step and has its Ritz values.
+
+    Args:
+        spec: What to find.
+        max_products: Upper bound on products, those of the verification included.
+        operator: Whose eigenpairs are sought.
+        state: Where the search stands; each step changes it.
+    """
+
+    def __init__(
+        self, spec: EigshSpec, max_products: int, operator: LinearOperator, state: EigshState
+    ):
+        self.spec, self.max_products = spec, max_products
+        self.operator, self.space = operator, operator.domain
+        self.state, self.basis = state, state.basis
+
+    def _solve(self) -> None:
+        """Ritz values and T's eigenvectors for the current size."""
+        state, size = self.state, self.basis.size
+        self.values, self.vectors = self.space.agree(
+            tuple(torch.linalg.eigh(self.basis.T[:size, :size]))
+        )
+        self.index = wanted(self.values, self.spec.k, self.spec.which)
+        state.scale = max(state.scale, float(self.values.abs().max()) if size else 0.0)
+
+    @property
+    def estimates(self) -> Tensor:
+        """Residual norms of the wanted Ritz pairs, in exact arithmetic, or a little more."""
+        return self.basis.residuals(self.vectors[:, self.index])
+
+    def tolerance(self, least: float) -> float:
+        """The largest residual that counts as converged; `least` relative to max |θ|."""
+        return max(self.spec.tol, least) * self.state.scale
+
+    @property
+    def margin(self) -> float:
+        """How far beyond the i-th wanted value the i-th eigenvalue may lie."""
+        return self.tolerance(self.state.blur * self.basis.rounding)
+
+    def _progress(self) -> EigshProgress:
+        """Where the search stands; no estimate is below what its products can show.
+
+        Of many pairs it tells the furthest from done, in their order: an event is stored for each
+        product, and k may be thousands.
+        """
+        values = self.values[self.index].tolist()
+        estimates = self.estimates.clamp(min=self.basis.eps * self.state.scale).tolist()
+        worst = sorted(range(len(estimates)), key=lambda index: -estimates[index])[:_PAIRS_TOLD]
+        return EigshProgress(
+            num_restarts=self.state.num_restarts,
+            ritz_values=tuple(values[index] for index in sorted(worst)),
+            residual_estimates=tuple(estimates[index] for index in sorted(worst)),
+        )
+
+    # Searching ----------------------------------------------------------------------------------
+
+    def step(self) -> Advance:
+        """One product, and what follows from it: more of the same, a restart, a fresh run, the end.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        exhausted = self._extend()
+        is_searching = self.state.fresh is None or self._moved()
+        stage: Stage = "iterating" if is_searching else "completeness"
+        advance = Advance(
+            stage=stage, num_products=self.state.num_products, detail=self._progress()
+        )
+        if self._is_over(is_searching, exhausted):
+            self._end()
+        elif is_searching and self.state.has_converged and self.space.agree(self._is_ready()):
+            self._look_for_missed()
+        elif exhausted:
+            self._start_afresh()
+        elif self.basis.full:
+            self._make_room()
+        return advance
+
+    def _extend(self) -> bool:
+        """One product and one new basis vector; true when the Krylov space was exhausted."""
+        state, basis = self.state, self.basis
+        (product,) = self.operator.apply([basis.newest], borrow=True)
+        alpha, beta = basis.extend(self.space, product)
+        state.num_products += 1
+        if state.fresh is not None:
+            state.fresh.append(alpha, beta)
+            state.num_fresh_products += 1
+        self._solve()
+        return beta == 0 and not basis.whole
+
+    def _is_over(self, is_searching: bool, exhausted: bool) -> bool:
+        """Whether the wanted pairs are complete or the budget is spent."""
+        state = self.state
+        if self.basis.whole:
+            state.has_converged = state.is_complete = True
+        elif is_searching:
+            state.has_converged = self._converged()
+        else:
+            state.is_complete = self.space.agree(self._complete(exhausted))
+        if state.is_complete or state.num_products >= self.max_products - self.spec.k:
+            return True
+        if is_searching and state.has_converged and not self._ends():
+            state.is_complete = True  # nothing can lie beyond
+        return state.is_complete
+
+    def _end(self) -> None:
+        """Make the first rows of the basis the wanted Ritz vectors."""
+        self._keep_first_ritz()
+        if self.state.fresh is not None and not self.basis.whole and not self._moved():
+            self._take_back()
+        self.state.verification = Verification(self._progress())
+        self.basis.rotate(self.vectors[:, self.index])
+
+    def _converged(self) -> bool:
+        """Whether the wanted pairs are those of the tolerance."""
+        enough = self.basis.size >= self.spec.k and (self._moved() or not self.state.must_move)
+        return enough and bool((self.estimates <= self.tolerance(4 * self.basis.eps)).all())
+
+    def _moved(self) -> bool:
+        """Whether the fresh run has found something beyond what was wanted when it began."""
+        if not len(self.state.reference) or self.state.has_slid:
+            return False
+        gap = (self.values[self.index] - self.state.reference).abs().max()
+        return float(gap) > self.margin
+
+    def _keep_first_ritz(self) -> None:
+        if not len(self.state.ritz_values):
+            self.state.ritz_values = self.values
+            self.state.ritz_weights = self.vectors[0].square()
+
+    def _make_room(self) -> None:
+        """A full basis: restart it, or let a fresh run that has found nothing yet go on."""
+        if self.state.fresh is None or self._moved():
+            self._restart()
+        elif not self.state.has_slid and len(self._settled()) > self.basis.origin:
+            # Something lies at the edge of the wanted: once it is known as well, without it.
+            if self._converged() and self._is_ready():
+                self._look_for_missed()
+            else:
+                self._restart()
+        elif not self._sees_more():
+            self.basis.slide()
+            self.state.has_slid = True
+        else:
+            self._take_back()
+            self.basis.start_afresh(self.space)
+            self.state.must_move = True
+
+    def _take_back(self) -> None:
+        """Forget the fresh run, and go back to what it was set against."""
+        assert self.state.deflated is not None
+        self.basis.size = self.basis.origin
+        self.basis.leaks = self.state.deflated.leaks.clone()
+        self.basis.T[self.basis.size, :] = self.basis.T[:, self.basis.size] = 0
+        self.state.fresh, self.state.has_slid = None, False
+        self._solve()
+
+    def _start_afresh(self) -> None:
+        """The Krylov space is exhausted: search on from a random vector."""
+        self._keep_first_ritz()
+        if self.state.has_slid:
+            self._take_back()
+        self.state.fresh = None
+        if self.basis.full:
+            self._restart()
+        self.basis.start_afresh(self.space)
+
+    def _restart(self) -> None:
+        """Compress the basis to the wanted Ritz vectors and as many more as half the rest."""
+        self._keep_first_ritz()
+        capacity, k = self.basis.capacity, self.spec.k
+        keep = min(k + (capacity - k) // 2, capacity - 1)
+        index = wanted(self.values, keep, self.spec.which)
+        self.basis.compress(self.values[index], self.vectors[:, index])
+        self.state.fresh = None
+        self.state.num_restarts += 1
+
+    # Looking for what was missed ----------------------------------------------------------------
+
+    def _is_ready(self) -> bool:
+        """Whether the wanted pairs are known well enough to be shown complete.
+
+        What pairs leak when a fresh run begins they leak for ever, and with (t - θ) (t - μ) above
+        the square of all that leaks, nothing of it matters. So the first round may leak a quarter
+        of the margin, and each one after it half as much as the one before.
+        """
+        leak = self.basis.coupling @ self.vectors[:, self._settled()]
+        return float(leak.norm()) <= self._leak
+
+    @property
+    def _leak(self) -> float:
+        return self.margin * 0.5 ** (self.state.num_rounds + 2)
+
+    def _look_for_missed(self) -> None:
+        """Take the wanted pairs, and what has settled beside them, out; start a fresh run."""
+        self._keep_first_ritz()
+        basis, index = self.basis, self._settled()
+        basis.compress(self.values[index], self.vectors[:, index])
+        basis.start_afresh(self.space)
+        self.state.reference = self.values[self.index]
+        self.state.deflated = Deflated(
+            basis.T[: basis.size, : basis.size].clone(), basis.leaks.clone()
+        )
+        self.state.fresh = Recurrence(basis.dimension - basis.size, basis.rounding)
+        self.state.must_move, self.state.has_slid, self.state.blur = False, False, 1
+        self.state.num_rounds += 1
+
+    def _settled(self) -> Tensor:
+        """Indices of the wanted Ritz pairs and of others that are known even better."""
+        ends = self.values[self.index]
+        distance = (self.values[:, None] - ends).abs().amin(1)
+        settled = self.basis.residuals(self.vectors) <= _SETTLED * self._leak
+        settled[self.index] = True
+        room = self.basis.capacity - self.spec.k
+        most = self.spec.k + max(0, min(room // 2, room - _ROOM))
+        # The nearest to the wanted ends first; these themselves have distance zero.
+        nearest = distance.argsort(stable=True)
+        found: Tensor = nearest[settled[nearest]][:most].sort().values
+        return found
+
+    def _ends(self) -> list[tuple[int, list[Claim]]]:
+        """What has to hold for the wanted values to be complete.
+
+        Returns:
+            The sign of an end and, of the operator times it, what has to hold upwards.
+        """
+        known = self.state.fresh is not None and not self._moved()
+        values = self.state.reference if known else self.values[self.index]
+        k, which, margin = self.spec.k, self.spec.which, self.margin
+        num_low = {"LA": 0, "SA": k, "BE": k // 2, "LM": int((values < 0).sum())}[which]
+        low, high = (-values[:num_low]).tolist(), values[num_low:].flip(0).tolist()
+        up, down = (
+            [Claim(value + margin, most) for most, value in enumerate(end)] for end in (high, low)
+        )
+        if which == "LM":
+            least = float(values.abs().min()) + margin
+            up.append(Claim(least, k - num_low))
+            down.append(Claim(least, num_low))
+        if self.operator.semidefinite:  # nothing lies below zero
+            down = [claim for claim in down if claim.t < 0]
+        return [(sign, end) for sign, end in ((1, up), (-1, down)) if end]
+
+    def _complete(self, exhausted: bool) -> bool:
+        """Whether the fresh run has shown that nothing was missed."""
+        assert self.state.fresh is not None
+        assert self.state.deflated is not None
+        self.state.blur = _BLUR if exhausted else 1
+        ends = self._ends()
+        for sign, claims in ends:
+            run, deflated = self.state.fresh, self.state.deflated
+            if sign < 0:
+                run, deflated = run.mirrored(), deflated.mirrored()
+            if not hold(claims, deflated, run.bound(FAILURE / len(ends))):
+                return False
+        return True
+
+    def _sees_more(self) -> bool:
+        """Whether the fresh run has values beyond the wanted ones that its basis has lost."""
+        assert self.state.fresh is not None
+        return bool(
+            self.space.agree(
+                any(
+                    (self.state.fresh if sign > 0 else self.state.fresh.mirrored()).has_beyond(
+                        min(claim.t for claim in claims)
+                    )
+                    for sign, claims in self._ends()
+                )
+            )
+        )

@@ -1,0 +1,96 @@
+"""What a search for extremal eigenpairs knows between two products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+from hvp_operations.eigsh import EigshProgress, Which
+from torch import Tensor
+
+from hvp_core.krylov.completeness import Deflated, Recurrence
+from hvp_core.krylov.krylov_basis import KrylovBasis
+
+Stage = Literal["iterating", "completeness", "verifying"]
+
+
+@final
+@dataclass
+class Verification:
+    """The products of their own that each pair gets when the search is over.
+
+    Attributes:
+        progress: Where the search ended.
+        is_exact: Whether the products are as exact as the vectors' dtype can hold them; otherwise
+            nothing may be claimed.
+        values: Rayleigh quotients of the pairs that have had their product.
+        residuals: Norms ‖Ay − θy‖ / ‖y‖ of the same.
+    """
+
+    progress: EigshProgress
+    is_exact: bool = True
+    values: list[float] = field(default_factory=list)
+    residuals: list[float] = field(default_factory=list)
+
+
+@final
+@dataclass
+class EigshState:
+    """A search under way: everything that it knows.
+
+    Law: what `fresh` is set against (`deflated`, the first `basis.origin` rows) stays as it is for
+    as long as the fresh run lasts, and holds the wanted pairs. From the end of the search on, the
+    first rows of the basis are the wanted Ritz vectors, and T is still of the rows before.
+
+    Attributes:
+        basis: The Krylov basis, and the operator projected to it.
+        scale: max |θ| met: the operator's norm as far as it is known.
+        num_products: Products so far.
+        num_restarts: Times the basis was compressed for want of room.
+        ritz_values: Of the first basis, before any restart, (m,) float64; (0,) until then.
+        ritz_weights: Squared overlaps with the starting vector, (m,) float64.
+        fresh: The fresh run that looks for what was missed; None while there is none.
+        deflated: What was taken out of the operator before it.
+        reference: Wanted values when it began, (k,) float64.
+        has_slid: Whether the basis has lost some of the fresh run's vectors.
+        must_move: Whether the fresh run has seen something that the basis does not show yet.
+        blur: How many times what rounding leaves the fresh run can tell things from.
+        num_rounds: Fresh runs so far.
+        num_fresh_products: Products spent on them.
+        is_complete: Whether none of the wanted can be missing.
+        has_converged: Whether the wanted pairs were those of the tolerance.
+        verification: Of the pairs; None while the search goes on.
+    """
+
+    basis: KrylovBasis
+    scale: float = 0.0
+    num_products: int = 0
+    num_restarts: int = 0
+    ritz_values: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    ritz_weights: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    fresh: Recurrence | None = None
+    deflated: Deflated | None = None
+    reference: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    has_slid: bool = False
+    must_move: bool = False
+    blur: int = 1
+    num_rounds: int = 0
+    num_fresh_products: int = 0
+    is_complete: bool = False
+    has_converged: bool = False
+    verification: Verification | None = None
+
+
+def wanted(values: Tensor, k: int, which: Which) -> Tensor:
+    """Indices of the k wanted among ascending values, ascending."""
+    m = len(values)
+    k = min(k, m)
+    if which == "LA":
+        return torch.arange(m - k, m)
+    if which == "SA":
+        return torch.arange(k)
+    if which == "LM":
+        return values.abs().argsort(descending=True)[:k].sort().values
+    low = k // 2
+    return torch.cat((torch.arange(low), torch.arange(m - (k - low), m)))

@@ -1,0 +1,1 @@
+"""Operators known by their products, and operators made of operators."""

@@ -1,0 +1,1 @@
+"""Losses, and what products make of a model's output."""

@@ -1,0 +1,369 @@
+"""A model as a chain of blocks y = f(p, x), each with a name and a few parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hvp_core.attention.mask import Mask
+from hvp_core.errors import CurvatureError
+from hvp_core.losses.loss import Loss, at_least_float32
+from hvp_core.precision import exact
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows of a batch that go through the blocks together."""
+
+    inputs: Mapping[str, Tensor]  # what the model takes, by name; "x" is the chain's first input
+    targets: Tensor
+
+    @property
+    def sequence_length(self) -> int:
+        """Of token sequences; 1 where the rows are none."""
+        ids = self.inputs.get("input_ids")
+        return 1 if ids is None else ids.shape[1]
+
+
+class Body(NamedTuple):
+    """A block with what it computes with laid open.
+
+    Attributes:
+        constants: Tensors it reads that are neither parameters nor its input: `c/0` and so on.
+        call: (params by canonical name, x, constants) -> y.
+        masks: What it hands to its attention unread.
+        fixed: Whether the constants keep their dtype when the block is run in another one.
+        settings: Whatever else of the micro-batch decides what `call` does.
+    """
+
+    constants: dict[str, Tensor]
+    call: Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]], Tensor]
+    masks: tuple[Mask, ...] = ()
+    fixed: bool = False
+    settings: Hashable = ()
+
+    def run(
+        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Y by the model's own code, so that it can be differentiated and means what it says."""
+        with exact():
+            return self.call(params, x, constants)
+
+    def cast(self, dtype: torch.dtype) -> Body:
+        """The block with floating constants of this dtype, and its output in at least float32.
+
+        What blocks hand on to one another is a sum over all blocks before. In 16 bits it would be
+        rounded anew by each of them; operands of matrix products are rounded inside a block.
+        """
+        constants = self.constants
+        if not self.fixed:
+            constants = {
+                name: each.to(dtype) if each.is_floating_point() else each
+                for name, each in constants.items()
+            }
+        if dtype.itemsize >= 4:
+            return self._replace(constants=constants)
+        narrow = self.call
+
+        def call(
+            params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        ) -> Tensor:
+            return at_least_float32(narrow(params, x, constants))
+
+        return self._replace(constants=constants, call=call)
+
+
+class Block(ABC):
+    """One link of the chain.
+
+    Law: it depends on `params` and `x` alone, given the constants in `context`, and rows (the first
+    dimension) do not depend on one another.
+    """
+
+    def __init__(self, name: str, parameters: Sequence[str]):
+        self.name = name
+        self.parameters = tuple(parameters)  # canonical names
+
+    @abstractmethod
+    def body(self, context: Any, dense: bool) -> Body:
+        """The block for one micro-batch; `dense` wants masks as tensors."""
+
+    def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
+        """Y = f(params, x); params by canonical name."""
+        body = self.body(context, dense=True)
+        return body.run(params, x, body.constants)
+
+
+class Chain(ABC):
+    """The blocks of a model and the loss at their end.
+
+    Attributes:
+        blocks: In the order of evaluation.
+        shapes: Shape of every parameter of the model by canonical name, in canonical order.
+        loss: Applied to the last block's output.
+        notes: How the model was taken apart, as `Curvature.notes` tells it.
+        positions_at_once: Of a chain whose last block takes its input in pieces, how large they
+            are; None chooses by memory.
+    """
+
+    blocks: Sequence[Block]
+    shapes: Mapping[str, tuple[int, ...]]
+    loss: Loss
+    notes: Mapping[str, str] = MappingProxyType({})
+    positions_at_once: int | None = None
+
+    @abstractmethod
+    def context(self, batch: MicroBatch) -> Any:
+        """Constants that the blocks need for this micro-batch (masks, positions)."""
+
+    def first_input(self, batch: MicroBatch) -> Tensor:
+        """X of the first block."""
+        return batch.inputs["x"]
+
+    def few(self, batch: MicroBatch) -> MicroBatch:
+        """A little of a micro-batch, for checks."""
+        return rows(batch, 0, 1)
+
+    def pair(self, batch: MicroBatch) -> MicroBatch | None:
+        """Two rows of the whole batch, to see that blocks take each alone; None if it is known."""
+        return rows(batch, 0, 2) if len(batch.targets) > 1 else None
+
+    def pieces(self, x: Tensor) -> list[slice]:
+        """Slices of dimension 1 that may go through the last block one by one; [] for none."""
+        return []
+
+
+def refuse_train_mode(module: nn.Module) -> None:
+    """Refuse a model that is not, in every part of it, one function of each row.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED, naming the part.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (
+            child.training or not child.track_running_stats
+        ):
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{name} normalises over the batch, so the loss is no sum over rows; "
+                "call model.eval() with running statistics",
+                {"block": name},
+            )
+    training = [(name, each) for name, each in module.named_modules() if each.training]
+    if training:
+        name, child = training[-1]  # an inner one, which does something
+        what = f"{name or 'the model'} ({type(child).__name__})"
+        raise CurvatureError(
+            "MODEL_UNSUPPORTED",
+            f"{what} is in train mode, in which it may drop out or update what it computes with; "
+            "call model.eval()",
+            {"block": name},
+        )
+
+
+@final
+class ModuleBlock(Block):
+    """A module, called with its inputs in their order.
+
+    Args:
+        name: Of the block.
+        module: Its parameters may be on the meta device; its buffers must be real.
+        names: The module's own parameter names to canonical ones.
+        gives_loss: It gives the mean loss of the rows that it is given, and not a tensor of rows.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, names: Mapping[str, str], gives_loss: bool = False
+    ):
+        super().__init__(name, list(dict.fromkeys(names.values())))
+        self._module = module
+        self._names = dict(names)
+        self._gives_loss = gives_loss
+
+    def body(self, context: Sequence[Tensor], dense: bool) -> Body:
+        """The module with these parameters and buffers in place of its own.
+
+        Args:
+            context: Its inputs behind the first.
+            dense: There are no masks.
+        """
+        buffers = dict(self._module.named_buffers())
+        count = len(buffers)
+
+        def call(
+            params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        ) -> Tensor:
+            own = {local: params[canonical] for local, canonical in self._names.items()}
+            given = list(constants.values())
+            held = dict(zip(buffers, given, strict=False))
+            with unchanged(self._module):
+                y = functional_call(self._module, {**own, **held}, (x, *given[count:]))
+            return self._checked(y, x)
+
+        return Body(numbered([*buffers.values(), *context]), call)
+
+    def _checked(self, y: Any, x: Tensor) -> Tensor:
+        """The output (rows, ...); the loss, once for each row.
+
+        Raises:
+            CurvatureError: MODEL_UNSUPPORTED.
+        """
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            what = (
+                str(y.dtype).removeprefix("torch.") if isinstance(y, Tensor) else type(y).__name__
+            )
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{type(self._module).__name__}'s forward returns {what} and no tensor of floating "
+                "numbers; let it return one tensor",
+                {"block": self.name},
+            )
+        if not self._gives_loss:
+            return y
+        if y.numel() != 1:
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{type(self._module).__name__}'s forward returns a tensor of {tuple(y.shape)} "
+                "where the mean loss over its rows is wanted, one number; return that, or declare "
+                "the loss that is taken of the output",
+                {"block": self.name},
+            )
+        return y.reshape(1).expand(x.shape[0])
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Take back what a module's forward has written down in itself.
+
+    The next run then does not depend on this one, and holds none of its tensors.
+    """
+    before = [(each, dict(each.__dict__), dict(each._buffers)) for each in module.modules()]
+    try:
+        yield
+    finally:
+        for each, attributes, buffers in before:
+            now = each.__dict__
+            if len(now) != len(attributes) or any(
+                now.get(name) is not value for name, value in attributes.items()
+            ):
+                each.__dict__.clear()
+                each.__dict__.update(attributes)
+            each._buffers.clear()
+            each._buffers.update(buffers)
+
+
+def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """A zero for every parameter, each of one element's memory."""
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Constants of a body by the names that it gives them, in this order."""
+    return {f"c/{index}": each for index, each in enumerate(tensors)}
+
+
+def canonical_names(module: nn.Module) -> dict[str, str]:
+    """Every name a parameter is reachable by, mapped to the one in `named_parameters()`."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+@final
+class ModuleChain(Chain):
+    """Any `nn.Module`; an `nn.Sequential` of one input gives one block per child.
+
+    Args:
+        module: In eval mode. Its parameters may be on the meta device; its buffers must be real.
+        loss: Of its output.
+        inputs: Names of its inputs, in the order that it takes them.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED: a part is in train mode, or normalises over the batch.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, inputs: Sequence[str] = ("x",)):
+        refuse_train_mode(module)
+        self.loss = loss
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._inputs = tuple(inputs)
+        names = canonical_names(module)
+        is_cut = isinstance(module, nn.Sequential) and len(inputs) == 1 and loss.has_outputs
+        children = list(module.named_children()) if is_cut else [("", module)]
+        self.blocks = [
+            ModuleBlock(
+                prefix or type(child).__name__,
+                child,
+                {
+                    local: names[f"{prefix}.{local}" if prefix else local]
+                    for local, _ in child.named_parameters(remove_duplicate=False)
+                },
+                gives_loss=not loss.has_outputs,
+            )
+            for prefix, child in children
+        ]
+
+    def first_input(self, batch: MicroBatch) -> Tensor:
+        """The first of the module's inputs."""
+        return batch.inputs[self._inputs[0]]
+
+    def context(self, batch: MicroBatch) -> list[Tensor]:
+        """The others."""
+        return [batch.inputs[name] for name in self._inputs[1:]]
+
+    def pair(self, batch: MicroBatch) -> MicroBatch | None:
+        """Two rows; None where the loss of both is their mean, so that no row stands alone."""
+        return super().pair(batch) if self.loss.has_outputs else None
+
+
+def parameter_values(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters by canonical name, detached."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def as_batch(x: Tensor, targets: Tensor) -> MicroBatch:
+    """A batch for a ModuleChain."""
+    if len(x) != len(targets) or len(x) == 0:
+        raise CurvatureError(
+            "SHAPE_MISMATCH", f"{len(x)} inputs and {len(targets)} targets; give as many, above 0"
+        )
+    return MicroBatch(inputs={"x": x}, targets=targets)
+
+
+def rows(batch: MicroBatch, start: int, stop: int) -> MicroBatch:
+    """Rows [start, stop) of a batch."""
+    return MicroBatch(
+        inputs={name: tensor[start:stop] for name, tensor in batch.inputs.items()},
+        targets=batch.targets[start:stop],
+    )
+
+
+def placed(batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> MicroBatch:
+    """The batch on a device, its floating numbers in a type that is at least float32.
+
+    Args:
+        batch: On a CPU.
+        device: Where to.
+        dtype: Of the parameters that it meets.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return MicroBatch(
+        inputs={name: place(tensor) for name, tensor in batch.inputs.items()},
+        targets=place(batch.targets),
+    )

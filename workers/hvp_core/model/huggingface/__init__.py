@@ -1,0 +1,1 @@
+"""Models of transformers: the one room that imports it."""

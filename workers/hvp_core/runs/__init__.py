@@ -1,0 +1,1 @@
+"""Algorithms that run in steps, and their states written down."""

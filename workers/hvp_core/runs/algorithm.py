@@ -1,0 +1,129 @@
+"""Algorithms that ask an operator for products: configured, run in steps, stopped at any step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, final
+
+from torch import Tensor
+
+from hvp_core.linop.linear_operator import LinearOperator
+
+StateT = TypeVar("StateT")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a run may take.
+
+    Attributes:
+        max_products: Products with the operator.
+        num_vectors: Vectors that it may hold beside the operator's own; at least the operation's
+            `least_vectors`.
+    """
+
+    max_products: int
+    num_vectors: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Advance:
+    """Where a run stands after a step.
+
+    Attributes:
+        stage: A word, such as `iterating`.
+        num_products: Products so far.
+        detail: The operation's own progress.
+    """
+
+    stage: str
+    num_products: int
+    detail: Any
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a run came to.
+
+    Attributes:
+        result: The operation's own, without loss; `provenance` holds what the algorithm adds.
+        vectors: Vectors that belong to it, (local,) each, in the result's order. They may be views
+            of the run's own memory: copy them before the state goes.
+    """
+
+    result: Any
+    vectors: Sequence[Tensor] = ()
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """A seed of 64 bits, different for each index and far from those that people choose."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**64
+
+
+class Algorithm(ABC, Generic[StateT]):
+    """A question and how it is answered; frozen.
+
+    Laws: everything that a run knows is in its state, a dataclass that `hvp_core.runs.snapshot` can
+    write down after any step; a step makes a bounded number of products; the same state and
+    operator give the same next state, bit for bit; what depends on one process alone is agreed on
+    (`VectorSpace.agree`) before it decides anything.
+    """
+
+    @classmethod
+    @abstractmethod
+    def configure(cls, spec: Any, operator: LinearOperator, budget: Budget) -> Algorithm[StateT]:
+        """Fill in what the spec leaves open; nothing is computed.
+
+        Args:
+            spec: Of the operation, checked.
+            operator: What it is asked of.
+            budget: What it may take.
+        """
+
+    @abstractmethod
+    def begin(self, operator: LinearOperator) -> StateT:
+        """The state before the first product; allocates what the run holds."""
+
+    @abstractmethod
+    def step(self, operator: LinearOperator, state: StateT) -> Advance | None:
+        """Go on by a few products, changing the state.
+
+        Returns:
+            Where the run stands; None when it was finished already, and nothing was done.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+
+    @abstractmethod
+    def result(self, operator: LinearOperator, state: StateT) -> Found:
+        """The answer of a finished run."""
+
+
+def drive(
+    algorithm: Algorithm[StateT],
+    operator: LinearOperator,
+    tell: Callable[[Advance], None] = lambda advance: None,
+) -> Found:
+    """Run an algorithm from its beginning to its end.
+
+    Args:
+        algorithm: Configured for the operator.
+        operator: What it is asked of.
+        tell: Called with where the run stands, after every step.
+
+    Returns:
+        The answer.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    state = algorithm.begin(operator)
+    while (advance := algorithm.step(operator, state)) is not None:
+        tell(advance)
+    return algorithm.result(operator, state)

@@ -1,0 +1,1 @@
+"""What lies where: the ranks' parts of vectors, and what they exchange."""

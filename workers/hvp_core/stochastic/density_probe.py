@@ -1,0 +1,138 @@
+"""A probe of the spectral density: Lanczos from a random vector, and the quadrature it ends in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from hvp_operations.density import Quadrature
+from torch import Tensor
+
+from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, orthogonalise, rounding
+from hvp_core.linop.linear_operator import VectorSpace
+from hvp_core.runs.snapshot import vectors_of_the_space
+
+
+@final
+@dataclass
+class Probe:
+    """A run of the recurrence β₊ q₊ = A q − α q − β q₋ from a probe q₀ of norm 1.
+
+    Law: `alphas` and `betas` are the diagonals of the operator projected to the Krylov space of the
+    probe, if its vectors are kept: each new one is made orthogonal to all before it, twice. If they
+    are not, orthogonality goes once a Ritz value has converged, and copies of it appear later,
+    among which its weight is divided: they are what exact Lanczos gives of a larger matrix that has
+    a tight cluster for each eigenvalue (Greenbaum, "Behavior of slightly perturbed Lanczos and
+    conjugate-gradient recurrences", Linear Algebra Appl. 113 (1989)).
+
+    Attributes:
+        rows: The vectors, (num_steps, local), where they are kept; otherwise the newest and the one
+            before it, (2, local), which take turns.
+        is_kept: Whether `rows` are the whole basis.
+        alphas: Diagonal of the projected operator, one for each product.
+        betas: Couplings of each vector to the next.
+        is_done: Whether it has all its steps, or its Krylov space is exhausted.
+        defect: Largest entry met of |QᵀQ − I|, of the vectors that are kept.
+    """
+
+    rows: Tensor = field(metadata=vectors_of_the_space("num_rows"))
+    is_kept: bool
+    alphas: list[float] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+    is_done: bool = False
+    defect: float = 0.0
+
+    @classmethod
+    def begin(cls, space: VectorSpace, rows: Tensor, is_kept: bool, seed: int) -> Probe:
+        """Draw the probe: independent signs, each with the probability of a half.
+
+        Args:
+            space: Of the vectors.
+            rows: Memory for them, as in the class.
+            is_kept: As in the class.
+            seed: Of the probe.
+        """
+        start = space.random(seed, "rademacher")
+        torch.div(start, finite_norm(space, start), out=rows[0])
+        probe = cls(rows=rows, is_kept=is_kept)
+        probe._measure(space)
+        return probe
+
+    @property
+    def num_rows(self) -> int:
+        """How many of the rows hold something."""
+        return min(len(self.alphas) + 1, len(self.rows))
+
+    @property
+    def newest(self) -> Tensor:
+        """The vector (local,) whose product comes next."""
+        return self.rows[len(self.alphas) % len(self.rows)]
+
+    def extend(self, space: VectorSpace, w: Tensor, num_steps: int) -> None:
+        """Take in one product more.
+
+        Args:
+            space: Of the vectors.
+            w: The product with `newest`, (local,); read, not written to.
+            num_steps: How many products there will be at most.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        if len(self.alphas) + 1 == num_steps:  # what would follow is not needed
+            self.alphas.append(float(finite_dots(space, self.newest.unsqueeze(0), w)[0]))
+            self.is_done = True
+            return
+        following = self.rows[(len(self.alphas) + 1) % len(self.rows)]
+        alpha = (self._from_all if self.is_kept else self._from_two)(space, w, following)
+        self.alphas.append(alpha)
+        beta = finite_norm(space, following)
+        size = max(map(abs, self.alphas)) + 2 * max((*self.betas, beta))  # at least ‖T‖
+        if beta <= rounding(torch.finfo(w.dtype).eps) * size:
+            self.is_done = True
+            return
+        following.div_(beta)
+        self.betas.append(beta)
+        self._measure(space)
+
+    def _from_all(self, space: VectorSpace, w: Tensor, following: Tensor) -> float:
+        """Make `following` of w, orthogonal to all vectors; α."""
+        known = self.rows[: len(self.alphas) + 1]
+        first, second = orthogonalise(space, known, w, out=following)
+        return float(first[-1] + second[-1])
+
+    def _from_two(self, space: VectorSpace, w: Tensor, following: Tensor) -> float:
+        """Make `following` of w and of the vector before the newest, whose place it takes; α.
+
+        In the order that keeps the recurrence's own error smallest (Paige, "Error analysis of the
+        Lanczos algorithm for tridiagonalizing a symmetric matrix", J. Inst. Maths Applics 18
+        (1976)).
+        """
+        newest = self.newest
+        if self.betas:
+            torch.add(w, following, alpha=-self.betas[-1], out=following)
+        else:
+            following.copy_(w)
+        alpha = float(finite_dots(space, newest.unsqueeze(0), following)[0])
+        following.add_(newest, alpha=-alpha)
+        return alpha
+
+    def _measure(self, space: VectorSpace) -> None:
+        """Note how far the newest of the vectors that are kept is from being orthonormal."""
+        if self.is_kept:
+            overlaps = finite_dots(space, self.rows[: self.num_rows], self.newest)
+            overlaps[-1] -= 1
+            self.defect = max(self.defect, float(overlaps.abs().max()))
+
+    def projected(self) -> Tensor:
+        """The projected operator, tridiagonal, (steps, steps) float64."""
+        couplings = torch.tensor(self.betas[: len(self.alphas) - 1], dtype=torch.float64)
+        diagonal = torch.tensor(self.alphas, dtype=torch.float64)
+        return torch.diag(diagonal) + torch.diag(couplings, 1) + torch.diag(couplings, -1)
+
+    def quadrature(self, space: VectorSpace) -> Quadrature:
+        """Ritz values and the squared first components of their vectors; the same on all ranks."""
+        values, vectors = torch.linalg.eigh(self.projected())
+        nodes, weights = space.agree((values.tolist(), vectors[0].square().tolist()))
+        return Quadrature(nodes=tuple(nodes), weights=tuple(weights))

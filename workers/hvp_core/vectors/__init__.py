@@ -1,0 +1,1 @@
+"""Spaces of vectors that lie in parts on the ranks."""

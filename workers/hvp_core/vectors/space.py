@@ -1,0 +1,257 @@
+"""Vectors that lie in parts on the ranks, and those of a parameter space among them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import psutil
+import torch
+
+from hvp_core.errors import CurvatureError
+from hvp_core.linop.linear_operator import VectorSpace
+from hvp_core.precision import exact_products
+from hvp_core.sharding.collective import Collective
+from hvp_core.sharding.layout import Layout, Run
+from hvp_core.vectors.probes import Distribution, fill
+
+_PIECE = 1 << 18  # elements whose products are added in their own dtype before float64 takes over
+_PIECE_ON_GPU = 1 << 24  # where sums are trees, and each piece is a launch
+_FILE_PIECE = 1 << 22
+
+
+@exact_products()
+def partial_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """This rank's part of rows @ vector, float64.
+
+    Args:
+        rows: (m, shard_numel).
+        vector: (shard_numel,).
+
+    Returns:
+        (m,) float64 on the CPU: each piece is summed in the vectors' dtype, the pieces in float64.
+    """
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=vector.device)
+    piece = _PIECE if vector.device.type == "cpu" else _PIECE_ON_GPU
+    for start in range(0, vector.numel(), piece):
+        total += rows[:, start : start + piece] @ vector[start : start + piece]
+    return total.cpu()
+
+
+def _refused(reason: str) -> Callable[[Exception], CurvatureError]:
+    return lambda error: CurvatureError(reason, f"a rank's file system refused: {error}")
+
+
+class ShardedSpace(VectorSpace):
+    """Vectors with a canonical flat index, of which each rank holds some stretches.
+
+    A vector is a tensor (local,) on each rank, zero where a rank's part is padded. Sums of vectors
+    are local; inner products are a local sum and one exchange of scalars.
+
+    Args:
+        dimension: n, the length of a whole vector.
+        runs: The stretches of this rank's part.
+        local: Numbers of this rank's part, padding included.
+        collective: Of the ranks.
+        dtype: Of the vectors.
+        device: Where they are.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        runs: Sequence[Run],
+        local: int,
+        collective: Collective,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.collective = collective
+        self.dtype = dtype
+        self.device = device
+        self._dimension = dimension
+        self._runs = tuple(runs)
+        self._local = local
+
+    @property
+    def dimension(self) -> int:
+        """n, the length of a whole vector."""
+        return self._dimension
+
+    def agree(self, found: Any) -> Any:
+        """Rank 0's answer, on every rank."""
+        return self.collective.gather_objects(found)[0]
+
+    @property
+    def vector_bytes(self) -> int:
+        """Memory of one vector on this rank."""
+        return self._local * self.dtype.itemsize
+
+    def free_bytes(self) -> int:
+        """Memory that is free where the vectors are, for all processes together."""
+        if self.device.type != "cuda":
+            return int(psutil.virtual_memory().available)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + cached
+
+    def zeros(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The zero vector, of the space's type or another."""
+        return torch.zeros(self._local, dtype=dtype or self.dtype, device=self.device)
+
+    def dots(self, rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """Inner products (m,) float64 of the vectors in `rows` (m, local) with `vector`."""
+        return self.collective.sum(partial_products(rows, vector))
+
+    def dot(self, left: torch.Tensor, right: torch.Tensor) -> float:
+        """Inner product, accumulated in float64."""
+        return float(self.dots(left.unsqueeze(0), right)[0])
+
+    def norm(self, vector: torch.Tensor) -> float:
+        """Euclidean norm."""
+        return math.sqrt(self.dot(vector, vector))
+
+    def random(self, seed: int, distribution: Distribution) -> torch.Tensor:
+        """The seeded vector: the same for any number of ranks."""
+        vector = self.zeros()
+        law: Literal["rademacher", "gaussian"]
+        law = "rademacher" if distribution == "rademacher" else "gaussian"
+        for run in self._runs:
+            stop = run.shard_offset + run.flat_stop - run.flat_start
+            fill(vector[run.shard_offset : stop], run.flat_start, seed, law)
+        if distribution == "sphere":
+            vector /= self.norm(vector)
+        return vector
+
+    def read(self, path: Path) -> torch.Tensor:
+        """A vector from a file of raw little-endian elements in canonical order.
+
+        Raises:
+            CurvatureError: SHAPE_MISMATCH for a file of another length; NON_FINITE, with the first
+                index, for NaN or infinity. On all ranks alike.
+        """
+        expected = self._dimension * self.dtype.itemsize
+        size = path.stat().st_size
+        if size != expected:
+            raise CurvatureError(
+                "SHAPE_MISMATCH",
+                f"{size // self.dtype.itemsize} elements where a vector of this space has "
+                f"{self._dimension}; give one for each",
+            )
+        vector = self.zeros()
+        first_bad = self._dimension
+        with self.collective.same_fate(_refused("INPUT_MISSING")), path.open("rb") as file:
+            for flat, part in self._pieces(vector):
+                data = bytearray(
+                    os.pread(file.fileno(), part.numel() * part.itemsize, flat * part.itemsize)
+                )
+                part.copy_(torch.frombuffer(data, dtype=self.dtype))
+                bad = (~part.isfinite()).nonzero()
+                if len(bad):
+                    first_bad = min(first_bad, flat + int(bad[0]))
+        first_bad = min(self.collective.gather_objects(first_bad))
+        if first_bad < self._dimension:
+            raise CurvatureError(
+                "NON_FINITE",
+                f"element {first_bad} of the vector is not finite; products with it mean nothing",
+                {"index": str(first_bad)},
+            )
+        return vector
+
+    def write(
+        self, vector: torch.Tensor, path: Path, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Write elements of a vector; every rank writes its part of the one file.
+
+        Args:
+            vector: This rank's part (local,).
+            path: Of a file that holds the range and nothing else; `read` takes one of all elements.
+            start: First flat index.
+            stop: Flat index behind the last; None for all that follow.
+
+        Raises:
+            CurvatureError: DISK_FULL, on all ranks alike.
+        """
+        stop = self._dimension if stop is None else stop
+        with self.collective.same_fate(_refused("DISK_FULL")):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.ftruncate(file, (stop - start) * self.dtype.itemsize)
+                for flat, part in self._pieces(vector, start, stop):
+                    data = part.cpu().contiguous().view(torch.uint8).numpy()
+                    os.pwrite(file, data.data, (flat - start) * part.itemsize)
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    def _pieces(
+        self, vector: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(flat index, view) of stretches of a range that are contiguous in shard and file."""
+        stop = self._dimension if stop is None else stop
+        for run in self._runs:
+            offset = run.shard_offset - run.flat_start
+            first, last = max(start, run.flat_start), min(stop, run.flat_stop)
+            for flat in range(first, last, _FILE_PIECE):
+                yield flat, vector[offset + flat : offset + min(flat + _FILE_PIECE, last)]
+
+    def to_flat(self, vector: torch.Tensor) -> torch.Tensor:
+        """The whole vector (n,) on every rank: for small models and tests."""
+        flat = torch.zeros(self._dimension, dtype=self.dtype)
+        for flat_start, part in self._pieces(vector):
+            flat[flat_start : flat_start + part.numel()] = part.cpu()
+        parts = self.collective.gather_objects(flat)
+        total: torch.Tensor = sum(parts[1:], start=parts[0])
+        return total
+
+    def from_flat(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a whole vector (n,)."""
+        vector = self.zeros()
+        for flat_start, part in self._pieces(vector):
+            part.copy_(flat[flat_start : flat_start + part.numel()])
+        return vector
+
+    def fill(self, vector: torch.Tensor, start: int, elements: torch.Tensor) -> None:
+        """Put elements (m,) where they belong in a vector, as far as this rank holds them.
+
+        Args:
+            vector: This rank's part (local,); written.
+            start: Flat index of the first element.
+            elements: The same on every rank.
+        """
+        for flat, part in self._pieces(vector, start, start + elements.numel()):
+            part.copy_(elements[flat - start : flat - start + part.numel()])
+
+    def combine(self, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+        """Σ coefficient · vector."""
+        total = self.zeros()
+        for coefficient, vector in terms:
+            total.add_(vector, alpha=coefficient)
+        return total
+
+
+@final
+class Space(ShardedSpace):
+    """The parameter space of one model in one dtype, cut over the ranks as its layout says."""
+
+    def __init__(
+        self, layout: Layout, collective: Collective, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__(
+            layout.numel,
+            layout.runs(collective.rank),
+            layout.shard_numel,
+            collective,
+            dtype,
+            device,
+        )
+        self.layout = layout
+
+    def part(self, names: Collection[str]) -> Space:
+        """The space of some of the parameters; this one, where these are all."""
+        layout = self.layout.part(names)
+        if layout is self.layout:
+            return self
+        return Space(layout, self.collective, self.dtype, self.device)
