@@ -45,16 +45,16 @@ SELECTIONS = {
         ["model.layers.0.mlp.down_proj.weight"],
         ["*.k_proj.weight", "model.layers.1.post_attention_layernorm.weight"],
         ["model.layers.1.self_attn.o_proj.weight"],
-        ["model.layers.0.*"],
     ],
     "gpt2": [
         ["transformer.wpe.weight"],
-        ["transformer.h.1.*"],
         ["transformer.ln_f.*"],
         ["*.bias"],
         ["transformer.h.0.attn.c_attn.weight", "transformer.ln_f.bias"],
     ],
 }
+#: Where every kind of matrix is looked at, and not the two alone that go back differently.
+THOROUGHLY = [["model.layers.1.*"], ["*.bias"]]
 CASES = [(model, globs) for model, each in SELECTIONS.items() for globs in each]
 
 
@@ -128,7 +128,8 @@ def test_products_are_rows_and_columns_of_the_dense_matrices(name: str, globs: l
     assert space.dimension == len(at)
     vectors = probes(space, 2)
     assert relative_error(curvature.gradient(), true["gradient"][at]) < TOLERANCE
-    for kind in get_args(Kind):
+    kinds: Sequence[Kind] = get_args(Kind) if globs in THOROUGHLY else ("hessian", "ggn")
+    for kind in kinds:
         part = true[kind][at][:, at]
         for v, product in zip(vectors, curvature.product(kind, vectors), strict=True):
             assert relative_error(product, part @ v) < TOLERANCE
@@ -307,7 +308,7 @@ def test_a_selection_takes_no_more_matrix_products_than_it_needs() -> None:
 
 def test_values_before_the_selection_are_computed_once_and_dropped_when_the_point_moves() -> None:
     problem = layered(4)
-    curvature = curvature_of(problem, ["8.weight"], 3)
+    curvature = curvature_of(problem, ["8.weight"], 3, schedule="fast")
     (v,) = probes(curvature.space, 1)
     before = curvature.hvp([v])[0]
     first = flops(lambda: curvature.hvp([v]))

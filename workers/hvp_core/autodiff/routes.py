@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from hvp_core.attention import choice, seam
@@ -59,6 +60,7 @@ class _Look(NamedTuple):
     text: str  # the program; blocks of one text are one block
     calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors
     masks: tuple[int | None, ...]  # places of their masks among the block's
+    moves: bool  # whether what they are given has a derivative
 
 
 @final
@@ -119,16 +121,17 @@ class Routes:
 
         def make() -> BlockDual:
             with listening() as remarks:
-                g, at = f, inputs
+                g, at, still = f, inputs, constants
                 if call is not None:
                     q, _, v = look.calls[0].qkv
                     shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
                     o = torch.zeros(shape, dtype=v.dtype, device=x.device)
-                    g, at = _cut_open(f), {**inputs, "o": o}
-                if link.moves:
-                    trace = trace_block(g, values, at, constants)
-                else:
-                    trace = trace_value(g, at, constants)
+                    g = _cut_open(f)
+                    if look.moves:
+                        at = {**inputs, "o": o}
+                    else:
+                        still = {**constants, "o": o}
+                trace = trace_block(g, values, at, still) if link.moves else trace_value(g, still)
             return BlockDual(trace, of, remarks, self._prepare)
 
         of = look.text, call is not None, link.takes_data
@@ -268,7 +271,7 @@ def _cut_open(f: Placed) -> Placed:
     """The block with its attention's output as an input."""
 
     def g(p: Env, inputs: Env, constants: Env) -> Env:
-        with seam.cut(inputs["o"]) as found:
+        with seam.cut(inputs["o"] if "o" in inputs else constants["o"]) as found:
             y = f(p, inputs, constants)
         q, k, v = found.calls[0].qkv
         return {"q": q, "k": k, "v": v, **y}
@@ -292,13 +295,30 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
                 y[f"mask/{place}"] = call.mask
         return y
 
-    graph, _ = trace_graph(program, arguments)
+    graph, names = trace_graph(program, arguments)
     places = {id(mask): place for place, mask in enumerate(masks)}
     return _Look(
         str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
         tuple(calls),
         tuple(places.get(id(each.mask)) for each in calls),
+        _reads(graph, names, ("q/", "k/", "v/"), len(p) + len(inputs)),
     )
+
+
+def _reads(graph: fx.Graph, names: Sequence[str], which: tuple[str, ...], count: int) -> bool:
+    """Whether outputs whose names begin so depend on the first arguments."""
+    wanted = [node for node in graph.nodes if node.op == "placeholder"][:count]
+    output = next(node for node in graph.nodes if node.op == "output")
+    stack = [
+        node for name, node in zip(names, output.args[0], strict=True) if name.startswith(which)
+    ]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return not seen.isdisjoint(wanted)
 
 
 def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:

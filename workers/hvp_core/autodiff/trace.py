@@ -34,6 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.products import merge_sums
 from hvp_core.autodiff.terms import alike, sums_behind, terms_of
+from hvp_core.autodiff.zeros import drop_zeros
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
 
@@ -158,8 +159,8 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     Args:
         f: The block. Its outputs are `y`, and `q`, `k`, `v` if it takes `o`.
         p: Parameters by name, those that it is differentiated by.
-        inputs: `x` and, in a block cut at its attention, `o`; no `x` where that is data.
-        constants: `w/0`, `c/0` and so on; `x`, where that is data.
+        inputs: `x` and, in a block cut at its attention, `o`.
+        constants: `w/0`, `c/0` and so on; `x` where that is data, and `o` where it has no tangent.
     """
     with torch.no_grad():
         y = f(p, inputs, constants)
@@ -180,15 +181,14 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     return Trace(program, arguments)
 
 
-def trace_value(f: Block, inputs: Env, constants: Env) -> Trace:
-    """The trace of a block that nothing is differentiated by: its outputs alone.
+def trace_value(f: Block, constants: Env) -> Trace:
+    """The trace of a block in which nothing has a derivative: its outputs alone.
 
     Args:
         f: The block.
-        inputs: `o`, in a block cut at its attention.
-        constants: All that it computes with, `x` among them.
+        constants: All that it computes with: `x` too and, in a block cut at its attention, `o`.
     """
-    return Trace(lambda env: f({}, {name: env[name] for name in inputs}, env), inputs | constants)
+    return Trace(lambda env: f({}, {}, env), constants)
 
 
 def trace_closing(
@@ -355,7 +355,8 @@ _IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.def
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Drop lines that change nothing, lines twice there, and lines that nobody reads."""
+    """Drop lines of zeros, that change nothing, that are twice there, or that nobody reads."""
+    drop_zeros(graph)
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":

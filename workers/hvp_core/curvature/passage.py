@@ -46,7 +46,12 @@ class Passage:
 
     def drop(self) -> None:
         """Forget what is kept for later products."""
-        self._kept_passes, self._kept, self._closing_bars, self._still = None, {}, [], None
+        self.drop_tapes()
+        self._still = None
+
+    def drop_tapes(self) -> None:
+        """Forget what is kept for later products of the same passes alone."""
+        self._kept_passes, self._kept, self._closing_bars = None, {}, []
 
     def is_of_use_to(self, passes: Passes) -> bool:
         """Whether what is kept, if anything, may stay when a product of these passes comes."""

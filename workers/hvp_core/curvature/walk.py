@@ -346,7 +346,8 @@ class Curvature:
         if spec.passes.forward == "tangent" and not vectors:
             return []
         if not self._passage.is_of_use_to(spec.passes):
-            self._drop()
+            self._passage.drop_tapes()
+            self._graphs = Graphs()
         step = InStep()
         with matmuls(self.policy.precision):
             self._itinerary.prepare(spec, self._feed)
