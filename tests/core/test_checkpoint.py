@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
+from hvp_core.model.chain import MicroBatch
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.check import disagreement
 from hvp_core.model.huggingface.checkpoint import build_empty, load_shard, locate
 from hvp_core.model.huggingface.decoder import DecoderChain
@@ -58,7 +59,11 @@ def load(
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
     space = Space(layout, Alone(), dtype, CPU)
     parameters = load_shard(space, locate(model, folder))
-    assert disagreement(model, chain, space, parameters) is None
+
+    def loss(batch: MicroBatch) -> float:
+        return Curvature(chain, space, parameters, batch, 1).loss()
+
+    assert disagreement(model, chain, space, parameters, loss) is None
     return chain, space, parameters
 
 

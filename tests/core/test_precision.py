@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import CrossEntropy
+from hvp_core.model.chain import MicroBatch
 from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Precision
 from hvp_core.precision import exact, exact_products, matmuls
 from hvp_core.vectors.space import partial_products
@@ -49,13 +52,18 @@ class Settings(TorchDispatchMode):
 def test_inner_products_and_checks_are_not_rounded_whatever_torch_was_told(told: str) -> None:
     problem = llama_problem(torch.float32)
     model: Any = problem.chain._parts.model  # type: ignore[attr-defined]
-    space = problem.curvature(5).space
+    space, chain = problem.curvature(5).space, problem.chain
+    assert isinstance(chain, DecoderChain)
+
+    def loss(batch: MicroBatch) -> float:
+        return Curvature(chain, space, problem.flat, batch, 1).loss()
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(told)
     try:
         for work in (
             lambda: partial_products(torch.ones(2, 3), torch.ones(3)),
-            lambda: disagreement(model, problem.chain, space, problem.flat),  # type: ignore[arg-type]
+            lambda: disagreement(model, chain, space, problem.flat, loss),
             exact_products()(lambda: torch.ones(2, 2) @ torch.ones(2, 2)),
         ):
             with Settings() as settings:

@@ -8,8 +8,8 @@ from typing import Any, final
 import pytest
 import torch
 from hvp_core.autodiff import verify
-from hvp_core.autodiff.closing import TracedClosing
 from hvp_core.autodiff.product_spec import HESSIAN
+from hvp_core.autodiff.traced import TracedClosing
 from hvp_core.losses.loss import CrossEntropy, Loss
 from torch import Tensor, nn
 

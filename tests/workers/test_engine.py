@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from hvp_core import attention
+from hvp_core.model.huggingface import attention
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_operations.operation import Result

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import final
 
 import torch
-from hvp_core import attention
+from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import longest_sequence
 from hvp_core.model.huggingface.check import disagreement
 from hvp_core.model.huggingface.checkpoint import build_empty, fill_buffers, load_shard, locate
@@ -175,7 +176,13 @@ class ModelStore:
         )
         numbers = Space(layout, self._collective, dtype, self._device)
         parameters = load_shard(numbers, description.sources)
-        disagrees = disagreement(model, chain, numbers, parameters)
+        disagrees = disagreement(
+            model,
+            chain,
+            numbers,
+            parameters,
+            lambda batch: Curvature(chain, numbers, parameters, batch, 1).loss(),
+        )
         if disagrees is not None:
             logger.warning(
                 "%s as %s does not give the model's own loss: %s",

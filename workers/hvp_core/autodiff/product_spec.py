@@ -37,6 +37,9 @@ from typing import Literal, NamedTuple, final
 
 from hvp_core.losses import output_rules as rules
 
+#: What a block keeps of a product on the way forward (see `block_dual.py`).
+Way = Literal["fast", "lean", "shared"]
+
 
 class Passes(NamedTuple):
     """How a product goes through the blocks before the last.

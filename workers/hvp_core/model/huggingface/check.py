@@ -12,12 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from hvp_core import attention
 from hvp_core.blame import working_on
-from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import canonical_names
+from hvp_core.model.chain import MicroBatch, canonical_names
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.model.huggingface.decoder_blocks import unchanged
 from hvp_core.precision import exact, exact_products
@@ -29,7 +28,11 @@ _POSITIONS_AT_ONCE = 5  # so that the head is seen to work position by position
 
 @exact_products()
 def disagreement(
-    model: PreTrainedModel, chain: DecoderChain, space: Space, parameters: torch.Tensor
+    model: PreTrainedModel,
+    chain: DecoderChain,
+    space: Space,
+    parameters: torch.Tensor,
+    loss: Callable[[MicroBatch], float],
 ) -> CurvatureError | None:
     """Why the chain is not the model; None where both give one loss on a few tokens, to rounding.
 
@@ -41,6 +44,7 @@ def disagreement(
         chain: Cut from it.
         space: Of its parameters.
         parameters: θ, this rank's shard.
+        loss: Gives the mean loss of the chain at θ on a batch whose rows are taken one by one.
 
     Raises:
         CurvatureError: NON_FINITE, naming the block, where neither gives a number: that is the
@@ -58,7 +62,7 @@ def disagreement(
             theirs = _own_loss(model, space, parameters, ids)
         chain.positions_at_once = _POSITIONS_AT_ONCE
         try:
-            ours = Curvature(chain, space, parameters, token_batch(ids), 1).loss()
+            ours = loss(token_batch(ids))
         finally:
             chain.positions_at_once = None
     except CurvatureError as error:

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hvp_core import attention
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import canonical_names
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import config_refused, load_config
 from hvp_core.model.huggingface.stored_tensors import (
     READABLE,
