@@ -68,7 +68,7 @@ ROOMS = {
     "stochastic": {"sharding", "vectors", "linop", "runs", "krylov"},
     "losses": set(),
     "attention": set(),
-    "model": {"losses", "attention"},
+    "model": {"sharding", "vectors", "losses", "attention"},
     "model.huggingface": {"sharding", "vectors", "losses", "attention", "model"},
     "autodiff": {"sharding", "vectors", "losses", "attention", "model"},
     "curvature": {"sharding", "vectors", "linop", "losses", "attention", "model", "autodiff"},

@@ -17,7 +17,7 @@ from hvp_service.config import ServerConfig
 from hvp_service.database import DatabaseBusyError
 from hvp_service.errors import ServiceError, code_of, fault_message, is_fault
 from hvp_service.group_supervisor import GroupSupervisor
-from hvp_service.job_room import require_room
+from hvp_service.job_room import plan_of, require_room
 from hvp_service.job_store import (
     Job,
     JobError,
@@ -202,8 +202,9 @@ class Dispatcher:
         assert asked is not None  # the store claims no other
         resolved = await until_done(lambda: self._operators.resolve(asked.operator))
         # Before anything is made for its vectors: the row may be older than the first check.
-        cost = await require_room(self._group, asked, resolved)
-        outputs = [f"{job.name.id}-{index}" for index in range(cost.results)]
+        planned = await plan_of(self._group, asked, resolved)
+        require_room(asked, planned)
+        outputs = [f"{job.name.id}-{index}" for index in range(planned.cost.results)]
         run = self._group.backend.run(resolved.operator, asked.operation, asked.spec, outputs)
         try:
             # Every implementation is an async generator; the interface promises `aclose`.

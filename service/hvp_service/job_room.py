@@ -1,4 +1,4 @@
-"""Whether a job has room on the ranks, known before it is queued."""
+"""What a job takes, and whether it has room on the ranks: known before it is queued."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def facts_of(resolved: ResolvedOperator) -> Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class Plan:
     """What a job takes of the ranks, and what they have.
 
     Attributes:
         cost: Products and vectors.
+        seconds_per_product: Of the latest job on the same operator; 0 where there was none.
         num_ranks: That share each vector.
         least_bytes: On each rank, without which the job does not begin.
         wished_bytes: On each rank, where memory allows.
@@ -33,6 +34,7 @@ class Room:
     """
 
     cost: Cost
+    seconds_per_product: float
     num_ranks: int
     least_bytes: int
     wished_bytes: int
@@ -40,11 +42,22 @@ class Room:
     problem: str
 
 
-async def room_of(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOperator) -> Room:
+async def plan_of(
+    group: GroupSupervisor,
+    asked: JobSpec,
+    resolved: ResolvedOperator,
+    seconds_per_product: float = 0.0,
+) -> Plan:
     """Compare what a job takes with what the ranks would have if all their memory were free.
 
     The bound is an optimistic one: whatever does not fit, the ranks' own plan would refuse too,
     which also knows what is in use.
+
+    Args:
+        group: The ranks.
+        asked: What the job does.
+        resolved: Its operator.
+        seconds_per_product: The pace, where it is known.
 
     Raises:
         ServiceError: WORKER_GROUP_LOST.
@@ -60,8 +73,9 @@ async def room_of(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOper
         f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} in "
         "all; ask for less, or use more workers or float32."
     )
-    return Room(
+    return Plan(
         cost=cost,
+        seconds_per_product=seconds_per_product,
         num_ranks=len(ranks),
         least_bytes=needed,
         wished_bytes=needed_bytes(cost.wished_vectors, vector_bytes),
@@ -70,25 +84,20 @@ async def room_of(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOper
     )
 
 
-async def require_room(group: GroupSupervisor, asked: JobSpec, resolved: ResolvedOperator) -> Cost:
+def require_room(asked: JobSpec, plan: Plan) -> None:
     """Refuse what does not fit.
-
-    Returns:
-        What the job takes.
 
     Raises:
         ServiceError: INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes, of the rank
-            that has least), WORKER_GROUP_LOST.
+            that has least).
     """
-    room = await room_of(group, asked, resolved)
-    if room.problem:
+    if plan.problem:
         raise ServiceError(
             "INSUFFICIENT_CLUSTER_MEMORY",
-            room.problem,
+            plan.problem,
             field=f"spec.{asked.operation}",
             metadata={
-                "needed_bytes": str(room.least_bytes),
-                "available_bytes": str(room.available_bytes),
+                "needed_bytes": str(plan.least_bytes),
+                "available_bytes": str(plan.available_bytes),
             },
         )
-    return room.cost

@@ -251,7 +251,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_tokens_by_tokens_or_tokens_by_vocabulary_is_made(schedule: Schedule) -> None:
     tokens, vocabulary = 1024, 768
     problem = wide_llama(tokens, vocabulary)
-    problem.chain.positions_at_once = 128  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = 128
     curvature = curvature_of(problem, 1, schedule=schedule)
     vectors = probes(problem, 2)
     parameters = problem.flat.numel()

@@ -30,7 +30,7 @@ from hvp_workers.inprocess import InProcessGroup
 from hvp_workers.ray_group import RayGroup
 
 from tests.client.conftest import save_llama
-from tests.service.world import PROJECT, checkpoint_files, create_job, make_batch
+from tests.service.world import PROJECT, checkpoint_files, create_job, make_batch, plan_job
 from tests.workers.gated_engine import gate, waiting
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,14 +50,13 @@ class Busy:
     vector: Vector
     product: asyncio.Task[list[Vector]]
 
-    async def create_job(self, *, validate_only: bool) -> Job:
+    async def create_job(self) -> Job:
         return await create_job(
             self.deps,
             self.ref,
             name=Name(PROJECT, "jobs", "0" * 32),
             which="LA",
             seed=0,
-            validate_only=validate_only,
         )
 
 
@@ -117,8 +116,8 @@ async def test_what_computes_nothing_is_answered_while_a_product_is_under_way(
         async with asyncio.timeout(PATIENCE_S):
             report = await system.report_group(deps, PROJECT)
             resolved, micro_batch_size = await operators.describe(deps, busy.ref)
-            assert (await busy.create_job(validate_only=True)).state == "QUEUED"
-            created = await busy.create_job(validate_only=False)
+            assert not (await plan_job(deps, busy.ref)).problem
+            created = await busy.create_job()
             other = await make_llama(deps, busy.folder / "other", vocab_size=23)
             await checkpoints.delete_checkpoint(deps, other.name)
             await deps.vectors.delete(busy.vector.name)

@@ -26,7 +26,14 @@ from hvp_workers.backend import BackendError, RunProgress
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
-from tests.service.world import CONFIG, PROJECT, checkpoint_files, create_job, make_operator
+from tests.service.world import (
+    CONFIG,
+    PROJECT,
+    checkpoint_files,
+    create_job,
+    make_operator,
+    plan_job,
+)
 
 create = create_job
 
@@ -421,8 +428,10 @@ async def test_the_same_request_id_is_the_same_job_even_without_the_log_of_reque
 
 async def test_only_checking_a_job_queues_nothing(deps: Dependencies) -> None:
     ref = await make_operator(deps)
-    job = await create(deps, ref, validate_only=True)
-    assert job.state == "QUEUED"
+    planned = await plan_job(deps, ref, k=3)
+    assert (planned.problem, planned.cost.results) == ("", 3)
+    with pytest.raises(ServiceError, match="K_INVALID"):
+        await plan_job(deps, ref, k=0)
     assert await deps.jobs.unfinished(PROJECT) == []
 
 
@@ -462,15 +471,15 @@ async def test_pairs_for_which_the_ranks_have_no_room_are_refused_before_they_ar
 ) -> None:
     ref = await make_operator(deps, n=40)
     backend.memory_bytes = 40 * 40 * 8  # as many vectors as the operator's order
-    for validate_only in (True, False):
-        with pytest.raises(ServiceError) as caught:
-            await create(deps, ref, k=39, validate_only=validate_only)
-        assert (caught.value.reason, caught.value.field) == (
-            "INSUFFICIENT_CLUSTER_MEMORY",
-            "spec.eigsh",
-        )
-        assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
-        assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
+    with pytest.raises(ServiceError) as caught:
+        await create(deps, ref, k=39)
+    assert (caught.value.reason, caught.value.field) == (
+        "INSUFFICIENT_CLUSTER_MEMORY",
+        "spec.eigsh",
+    )
+    assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
+    assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
+    assert (await plan_job(deps, ref, k=39)).problem == caught.value.message
     with pytest.raises(ServiceError, match="INSUFFICIENT_CLUSTER_MEMORY"):
         await create(deps, ref, k=2, num_lanczos_vectors=40)
     assert await deps.jobs.unfinished(PROJECT) == []

@@ -171,6 +171,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The ranks do not start; the message says what to change."""
     ERROR_REASON_WRITE_OFFSET_GAP: _ErrorReason.ValueType  # 68
     """A chunk begins behind what has come; go on at the committed size."""
+    ERROR_REASON_FORM_UNSPECIFIED: _ErrorReason.ValueType  # 70
+    """Say which number of each vector: the quadratic form, or the slope."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -318,6 +320,8 @@ ERROR_REASON_WORKER_GROUP_START_FAILED: ErrorReason.ValueType  # 67
 """The ranks do not start; the message says what to change."""
 ERROR_REASON_WRITE_OFFSET_GAP: ErrorReason.ValueType  # 68
 """A chunk begins behind what has come; go on at the committed size."""
+ERROR_REASON_FORM_UNSPECIFIED: ErrorReason.ValueType  # 70
+"""Say which number of each vector: the quadratic form, or the slope."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

@@ -16,7 +16,7 @@ from hvp_operations.registry import operations
 from hvp_service.clock import now_us
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
-from hvp_service.job_room import Room, facts_of, require_room, room_of
+from hvp_service.job_room import Plan, facts_of, plan_of, require_room
 from hvp_service.job_store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
 from hvp_service.labels import check_labels, check_mask
 from hvp_service.names import Name
@@ -64,35 +64,6 @@ async def _asked(
         yield JobSpec(operation=operation, operator=filled_in, spec=spec), resolved
 
 
-async def plan(
-    deps: Dependencies,
-    project: str,
-    *,
-    operation: str | None,
-    operator: OperatorRef,
-    values: Mapping[str, Any],
-) -> tuple[JobSpec, Room, float]:
-    """What a job would take; nothing is queued.
-
-    Args:
-        deps: Dependencies.
-        project: Whose jobs tell the pace.
-        operation: As for `create`, like the following.
-        operator: See there.
-        values: See there.
-
-    Returns:
-        The question with its defaults, its room, and seconds per product of the latest job on the
-        same operator, 0 where there was none.
-
-    Raises:
-        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`.
-    """
-    async with _asked(deps, operation, operator, values) as (asked, resolved):
-        room = await room_of(deps.group, asked, resolved)
-        return asked, room, await deps.jobs.pace(project, asked.operator)
-
-
 async def create(
     deps: Dependencies,
     name: Name,
@@ -102,8 +73,8 @@ async def create(
     values: Mapping[str, Any],
     labels: Mapping[str, str],
     validate_only: bool,
-) -> Job:
-    """Check a question about an operator and queue it.
+) -> tuple[Job, Plan]:
+    """Check a question about an operator, plan it and queue it.
 
     Args:
         deps: Dependencies.
@@ -112,7 +83,10 @@ async def create(
         operator: What it is asked of.
         values: Of the operation's spec, by field, unchecked.
         labels: The caller's own.
-        validate_only: Check and answer without queueing.
+        validate_only: Queue nothing; what does not fit is told by the plan and not refused.
+
+    Returns:
+        The job, and what it takes.
 
     Raises:
         ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
@@ -120,7 +94,8 @@ async def create(
     """
     async with _asked(deps, operation, operator, values) as (asked, resolved):
         check_labels(labels)
-        await require_room(deps.group, asked, resolved)
+        pace = await deps.jobs.pace(name.project, asked.operator)
+        planned = await plan_of(deps.group, asked, resolved, pace)
         job = Job(
             name=name,
             spec=asked,
@@ -129,7 +104,8 @@ async def create(
             create_time=now_us(),
         )
         if validate_only:
-            return job
+            return job, planned
+        require_room(asked, planned)
         created = await deps.jobs.create(job, deps.config.max_queued_jobs)
         if created.spec != asked:
             raise ServiceError(
@@ -138,7 +114,7 @@ async def create(
                 field="request_id",
             )
     deps.dispatcher.notice_work()
-    return created
+    return created, planned
 
 
 async def update(

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import structlog
-from hvp_workers.backend import Backend
+from hvp_workers.backend import Backend, Form
 
 from hvp_service.dependencies import Dependencies
 from hvp_service.errors import ServiceError
 from hvp_service.lifetimes import Lifetime
-from hvp_service.names import parse
+from hvp_service.names import Name, parse
 from hvp_service.operator_resolver import OperatorRef, ResolvedOperator
 from hvp_service.vector_rows import Outputs, Vector, words_of
 
 log = structlog.get_logger()
+
+FORMS: dict[str, Form] = {f"FORM_{form.upper()}": form for form in get_args(Form)}
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,7 @@ async def apply(
         ServiceError: VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, SESSION_EXPIRED, and
             as `OperatorResolver.resolve`.
     """
-    if not vectors:
-        raise ServiceError("VECTORS_MISSING", "Name one or more vectors.", field="vectors")
-    names = [parse(name, "vectors") for name in vectors]
+    names = _vector_names(vectors)
     async with (
         deps.operators.using(ref) as resolved,
         deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
@@ -103,6 +104,45 @@ async def apply(
         return await _apply(deps, ref, wanted, inputs, lifetime)
 
 
+async def evaluate_forms(
+    deps: Dependencies, ref: OperatorRef, form: str, vectors: Sequence[str]
+) -> list[float]:
+    """A number for each vector; only the numbers leave the ranks.
+
+    Args:
+        deps: Dependencies.
+        ref: The operator.
+        form: Which number: the enum value's name.
+        vectors: Names.
+
+    Raises:
+        ServiceError: FORM_UNSPECIFIED, OPERATOR_NOT_SYMMETRIC, VECTORS_MISSING,
+            VECTOR_SPACE_MISMATCH, INPUT_MISSING, and as `OperatorResolver.resolve`.
+    """
+    if form not in FORMS:
+        raise ServiceError(
+            "FORM_UNSPECIFIED", f"Say which number: {' or '.join(FORMS)}.", field="form"
+        )
+    wanted = FORMS[form]
+    names = _vector_names(vectors)
+    async with deps.operators.using(ref) as resolved, deps.vectors.using(names) as inputs:
+        if wanted == "quadratic" and resolved.operator.kind == "jacobian":
+            raise ServiceError(
+                "OPERATOR_NOT_SYMMETRIC",
+                "A Jacobian is no square matrix and has no quadratic form; ask for that of a GGN.",
+                field="operator.kind",
+            )
+        _check_domain(resolved, None, inputs)
+
+        async def work(backend: Backend) -> list[float]:
+            await deps.vectors.ensure_resident(backend, inputs)
+            return await backend.evaluate_forms(
+                resolved.operator, wanted, [vector.name.id for vector in inputs]
+            )
+
+        return await deps.group.call(work)
+
+
 async def _apply(
     deps: Dependencies,
     ref: OperatorRef,
@@ -110,20 +150,7 @@ async def _apply(
     inputs: Sequence[Vector],
     lifetime: Lifetime,
 ) -> list[Vector]:
-    for index, vector in enumerate(inputs):
-        domain = resolved.domain
-        space = (
-            resolved.checkpoint.name,
-            resolved.operator.space.dtype,
-            None if domain is None else domain.batch,
-        )
-        if vector.space != space:
-            raise ServiceError(
-                "VECTOR_SPACE_MISMATCH",
-                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
-                f"{words_of(space)}.",
-                field=f"vectors[{index}]",
-            )
+    _check_domain(resolved, resolved.domain, inputs)
     outputs = _products(deps, resolved, resolved.codomain, len(inputs), lifetime)
 
     async def work(backend: Backend) -> None:
@@ -144,6 +171,30 @@ async def _apply(
             )
 
     return await deps.vectors.make(outputs, work)
+
+
+def _vector_names(vectors: Sequence[str]) -> list[Name]:
+    if not vectors:
+        raise ServiceError("VECTORS_MISSING", "Name one or more vectors.", field="vectors")
+    return [parse(name, "vectors") for name in vectors]
+
+
+def _check_domain(
+    resolved: ResolvedOperator, domain: Outputs | None, inputs: Sequence[Vector]
+) -> None:
+    space = (
+        resolved.checkpoint.name,
+        resolved.operator.space.dtype,
+        None if domain is None else domain.batch,
+    )
+    for index, vector in enumerate(inputs):
+        if vector.space != space:
+            raise ServiceError(
+                "VECTOR_SPACE_MISMATCH",
+                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
+                f"{words_of(space)}.",
+                field=f"vectors[{index}]",
+            )
 
 
 def _products(

@@ -20,7 +20,6 @@ from hvp_service.servicers.job_messages import (
     event_message,
     job_message,
     plan_message,
-    spec_message,
 )
 
 
@@ -33,7 +32,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.CreateJobResponse:
         project = parse_parent(request.parent)
         operation, operator, values = asked_values(request.spec)
-        job = await jobs.create(
+        job, planned = await jobs.create(
             self._deps,
             Name(project, "jobs", jobs.job_id(project, request.request_id)),
             operation=operation,
@@ -42,18 +41,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
             labels=dict(request.labels),
             validate_only=request.validate_only,
         )
-        return pb.CreateJobResponse(job=job_message(job))
-
-    async def PlanJob(self, request: pb.PlanJobRequest, context: Any) -> pb.PlanJobResponse:
-        operation, operator, values = asked_values(request.spec)
-        asked, room, seconds = await jobs.plan(
-            self._deps,
-            parse_parent(request.parent),
-            operation=operation,
-            operator=operator,
-            values=values,
-        )
-        return pb.PlanJobResponse(spec=spec_message(asked), plan=plan_message(room, seconds))
+        return pb.CreateJobResponse(job=job_message(job), plan=plan_message(planned))
 
     async def UpdateJob(self, request: pb.UpdateJobRequest, context: Any) -> pb.UpdateJobResponse:
         job = await jobs.update(

@@ -11,7 +11,7 @@ from hvp_protos.v1 import job_pb2 as pb
 from hvp_protos.v1 import operator_pb2, vector_pb2
 from hvp_workers.backend import RunProgress
 
-from hvp_service.job_room import Room
+from hvp_service.job_room import Plan
 from hvp_service.job_store import Job, JobError, JobEvent, JobResult, JobSpec, StateChange
 from hvp_service.labels import etag_of
 from hvp_service.operator_resolver import OperatorRef
@@ -36,18 +36,18 @@ def spec_message(asked: JobSpec) -> pb.JobSpec:
     return message
 
 
-def plan_message(room: Room, seconds_per_product: float) -> pb.JobPlan:
-    """What a job would take."""
+def plan_message(plan: Plan) -> pb.JobPlan:
+    """What a job takes."""
     return pb.JobPlan(
-        max_products=room.cost.max_products,
-        seconds_per_product=seconds_per_product,
-        max_seconds=seconds_per_product * room.cost.max_products,
-        num_ranks=room.num_ranks,
-        least_bytes_per_rank=room.least_bytes,
-        wished_bytes_per_rank=room.wished_bytes,
-        available_bytes_per_rank=room.available_bytes,
-        fits=not room.problem,
-        problem=room.problem,
+        max_products=plan.cost.max_products,
+        seconds_per_product=plan.seconds_per_product,
+        max_seconds=plan.seconds_per_product * plan.cost.max_products,
+        num_ranks=plan.num_ranks,
+        least_bytes_per_rank=plan.least_bytes,
+        wished_bytes_per_rank=plan.wished_bytes,
+        available_bytes_per_rank=plan.available_bytes,
+        fits=not plan.problem,
+        problem=plan.problem,
     )
 
 

@@ -55,6 +55,17 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         )
         return pb.ComputeGradientResponse(gradient=messages.vector_message(gradient))
 
+    async def EvaluateForms(
+        self, request: pb.EvaluateFormsRequest, context: Any
+    ) -> pb.EvaluateFormsResponse:
+        values = await operators.evaluate_forms(
+            self._deps,
+            messages.operator_value(request.operator),
+            messages.enum_name(pb.EvaluateFormsRequest.Form, request.form),
+            request.vectors,
+        )
+        return pb.EvaluateFormsResponse(values=values)
+
     async def ApplyOperator(
         self, request: pb.ApplyOperatorRequest, context: Any
     ) -> pb.ApplyOperatorResponse:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.autodiff.parts import Group, Part, split
-from hvp_core.autodiff.product_spec import Passes, Way
+from hvp_core.autodiff.passes import Passes, Way
 from hvp_core.autodiff.trace import Env, Stage, Trace
 
 Half = Literal["primal", "tangent"]

@@ -9,7 +9,7 @@ from typing import final
 import torch
 
 from hvp_core.autodiff.parts import Group, Part, split
-from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.trace import Stage, Trace
 
 
@@ -19,7 +19,7 @@ class ClosingDual:
 
     Args:
         trace: Of `trace_closing`.
-        spec: The product that is traced.
+        passes: Of the product that is traced.
         key: What it was traced from: the block's program, the loss with its settings, the product.
         remarks: What is to be said of the block's code.
         prepare: Called once with each new part; may replace how it runs.
@@ -28,13 +28,13 @@ class ClosingDual:
     def __init__(
         self,
         trace: Trace,
-        spec: ProductSpec,
+        passes: Passes,
         key: Hashable,
         remarks: AbstractSet[str] = frozenset(),
         prepare: Callable[[Part], None] | None = None,
     ):
         self._trace = trace
-        self.spec = spec
+        self.passes = passes
         self.remarks = frozenset(remarks)
         self.key = key
         self._prepare = prepare
@@ -43,7 +43,7 @@ class ClosingDual:
     @property
     def suffix(self) -> str:
         """Of the names of what a probe's cotangents pull back to."""
-        return "bar_dot" if self.spec.passes.backward == "pair" else "bar"
+        return "bar_dot" if self.passes.backward == "pair" else "bar"
 
     @property
     def given_dtype(self) -> torch.dtype:

@@ -17,7 +17,8 @@ from hvp_core.autodiff.dual import (
     pull_back,
 )
 from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
-from hvp_core.autodiff.product_spec import Passes, ProductSpec, Way
+from hvp_core.autodiff.passes import Passes, Way
+from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.sums import Sums
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.product_spec import Passes, Way
+from hvp_core.autodiff.passes import Passes, Way
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.trace import Env
 

@@ -183,7 +183,7 @@ class Routes:
             def make() -> ClosingDual:
                 with listening() as remarks:
                     trace = trace_closing(f, loss, spec, values, inputs, constants)
-                return ClosingDual(trace, spec, of, remarks, self._prepare)
+                return ClosingDual(trace, spec.passes, of, remarks, self._prepare)
 
             dual = _duals.get(
                 (of, _signature(values | inputs | constants), self._policy.compile), make

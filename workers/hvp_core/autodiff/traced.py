@@ -13,7 +13,7 @@ from hvp_core.autodiff.closing_dual import ClosingDual
 from hvp_core.autodiff.dual import Params
 from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
 from hvp_core.autodiff.parts import Part
-from hvp_core.autodiff.product_spec import LOSS, Passes, Way
+from hvp_core.autodiff.passes import VALUE, Passes, Way
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.trace import Env, is_parameters
 
@@ -66,7 +66,7 @@ class Traced(Route):
 
     def value(self, p: Params, x: Tensor) -> Tensor:
         """By the leg of the loss."""
-        leg = self.dual.plan(LOSS.passes, "fast").legs[0]
+        leg = self.dual.plan(VALUE, "fast").legs[0]
         return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class TracedClosing(Closing):
         given: Sequence[Tensor] = (),
     ) -> Bars:
         """The parts one after the other."""
-        passes = self.dual.spec.passes
+        passes = self.dual.passes
         wants_primal = wants_primal and passes.backward == "pair"
         shared = len(sums) > 1
         parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)

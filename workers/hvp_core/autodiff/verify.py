@@ -34,7 +34,8 @@ from hvp_core.autodiff.directions import (
 from hvp_core.autodiff.dual import Function, Params, backward_dual, value_and_tangent
 from hvp_core.autodiff.eager import Eager, EagerClosing
 from hvp_core.autodiff.executor import Bars, Closing, Route, Weights
-from hvp_core.autodiff.product_spec import Passes, ProductSpec
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import explained, whose
 from hvp_core.losses.loss import Loss, at_least_float32

@@ -13,7 +13,8 @@ from hvp_core.autodiff.compiler import COMPILER
 from hvp_core.autodiff.dual import Params
 from hvp_core.autodiff.eager import Eager, EagerClosing
 from hvp_core.autodiff.executor import Bytes, Closing, Route, Weights
-from hvp_core.autodiff.product_spec import LOSS, ProductSpec, Way
+from hvp_core.autodiff.passes import Way
+from hvp_core.autodiff.product_spec import LOSS, ProductSpec
 from hvp_core.autodiff.routes import Routes
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.verify import Verifier
@@ -54,7 +55,7 @@ class Itinerary(Executors):
         space: Space,
         batches: Sequence[MicroBatch],
         dtype: torch.dtype,
-        num_targets: int,
+        num_targets: float,
         policy: Policy,
         pair: MicroBatch | None,
     ):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hvp_core.autodiff.dual import Params
 from hvp_core.autodiff.executor import Bars, Closing, Tape, Weights, joined
-from hvp_core.autodiff.product_spec import Passes, ProductSpec
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import InStep
 from hvp_core.curvature.executors import Executors
@@ -68,6 +69,7 @@ class Passage:
                 f = function_of(self._itinerary.body(index, batch, True))
                 for piece, target in self._itinerary.pieces(batch, x):
                     y = at_least_float32(f(weights.p, piece))
+                    self._chain.loss.check(y, target)
                     total += float(self._chain.loss.value(y, target))
 
         sweep(feed, range(self._last), value, lambda block: step.on(block.name, "its value"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hvp_core.autodiff.executor import Bytes
-from hvp_core.autodiff.product_spec import Way
+from hvp_core.autodiff.passes import Way
 from hvp_core.policy import Schedule
 
 
