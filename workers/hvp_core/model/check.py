@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from hvp_core.blame import working_on
-from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import Chain, canonical_names, unchanged
+from hvp_core.model.chain import Chain, MicroBatch, canonical_names, unchanged
 from hvp_core.model.family import ModelFacts, ModelFamily
 from hvp_core.precision import exact, exact_products
 from hvp_core.vectors.space import Space
@@ -31,6 +30,7 @@ def disagreement(
     chain: Chain,
     space: Space,
     parameters: torch.Tensor,
+    loss: Callable[[MicroBatch], float],
 ) -> CurvatureError | None:
     """Why the chain is not the model; None where both give one loss on an example, to rounding.
 
@@ -44,6 +44,7 @@ def disagreement(
         chain: Cut from it.
         space: Of its parameters.
         parameters: θ, this rank's shard.
+        loss: Gives the mean loss of the chain at θ on a batch whose rows are taken one by one.
 
     Raises:
         CurvatureError: NON_FINITE, naming the block, where neither gives a number: that is the
@@ -67,7 +68,7 @@ def disagreement(
             theirs = float(family.own_loss(model, facts, given))
         chain.positions_at_once = _POSITIONS_AT_ONCE
         try:
-            ours = Curvature(chain, space, parameters, family.micro_batch(facts, batch), 1).loss()
+            ours = loss(family.micro_batch(facts, batch))
         finally:
             chain.positions_at_once = None
     except CurvatureError as error:
