@@ -185,7 +185,7 @@ def test_the_empirical_fisher_matrix_is_that_of_the_gradients_of_sequences(tmp_p
     gradients = torch.stack([gradient(row) for row in range(3)])
     v = torch.cos(torch.arange(gradients.shape[1], dtype=torch.float64))
     for unit in ("token", "sequence"):  # a row has one target
-        (fv,) = ours.empirical_fisher([v], unit)  # type: ignore[arg-type]
+        (fv,) = ours.empirical_fisher([v], unit)
         assert relative_error(fv, gradients.T @ (gradients @ v) / 3) < 1e-9
 
 

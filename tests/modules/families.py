@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hvp_batches.schema import BatchField
-from hvp_core.losses.loss import CrossEntropy
+from hvp_core.losses.loss import CrossEntropy, Loss
 from hvp_core.model.modules import ModuleFamily
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -61,7 +61,7 @@ class OwnNet(Net):
 class ScaledMlp(ModuleFamily):
     """Cross-entropy of logits."""
 
-    loss = CrossEntropy()
+    loss: ClassVar[Loss | None] = CrossEntropy()
     targets = "y"
     outputs = ("n", "3")
     net: type[nn.Module] = Net

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvp_service.blob_store import Digest
-from hvp_service.checkpoint_store import CheckpointFile
-from hvp_service.dependencies import Dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints
-from hvp_service.names import Name
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.blobs.store import Digest
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.checkpoints.store import CheckpointFile
 from hvp_workers.backend import BackendError
 from safetensors.numpy import save
 
@@ -184,7 +184,7 @@ async def test_a_checkpoint_of_blobs_that_are_not_there_is_refused(deps: Depende
 
 
 async def test_a_deleted_checkpoint_is_gone_with_its_vectors(deps: Dependencies) -> None:
-    from hvp_service.handlers import vectors
+    from hvp_service.vectors import service as vectors
 
     checkpoint = await make_checkpoint(deps)
     vector = await vectors.create(
