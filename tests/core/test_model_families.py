@@ -21,39 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.multiprocessing.spawn import spawn
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, BertLMHeadModel
+from transformers import CONFIG_MAPPING, BertLMHeadModel
 
 from tests.core.problems import CPU, scatter
 from tests.core.references import relative_error
 from tests.core.test_sharded import free_port
 from tests.modules import families, installed
+from tests.modules.checkpoints import ROWS, SMALL, classifier, module_checkpoint
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 4,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 6,
-    "vocab_size": 11,
-    "max_position_embeddings": 10,
-    "pad_token_id": 0,
-}
 TASKS: dict[str, dict[str, Any]] = {
     "classes": {"num_labels": 3},
     "several labels": {"num_labels": 2, "problem_type": "multi_label_classification"},
     "one number": {"num_labels": 1},
     "numbers": {"num_labels": 2, "problem_type": "regression"},
 }
-
-
-def classifier(folder: Path, kind: str, **settings: Any) -> nn.Module:
-    """A tiny classifier and its folder."""
-    config = CONFIG_MAPPING[kind](**SMALL, **settings)
-    model = AutoModelForSequenceClassification.from_config(
-        config, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    scatter(model)
-    model.save_pretrained(folder, save_original_format=False)
-    return model
 
 
 def sentences(task: str, *, types: bool = False) -> dict[str, Tensor]:
@@ -243,24 +224,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "model"
     modules.registered.cache_clear()
     sys.modules.pop("modules_of_a_user", None)
-
-
-def module_checkpoint(folder: Path, kind: str, module: nn.Module, **config: Any) -> nn.Module:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, **config}))
-    module = module.double().eval()
-    scatter(module)
-    for buffer in module.buffers():
-        buffer.fill_(0.3)
-    save_file(dict(module.state_dict()), folder / "model.safetensors")
-    return module
-
-
-ROWS = {
-    "x": torch.cos(torch.arange(20, dtype=torch.float64)).view(5, 4),
-    "scale": torch.arange(1, 6, dtype=torch.float64) / 3,
-    "y": torch.tensor([0, 1, 2, 1, 0]),
-}
 
 
 def dense_net(net: nn.Module) -> Dense:
