@@ -113,10 +113,10 @@ def _array(name: str, value: Any) -> NDArray[np.generic]:
         )
     if array.dtype.kind == "f":
         kept = np.float64 if array.dtype.itemsize > 4 else np.float32
-        return np.ascontiguousarray(array, dtype=kept)
+        return np.asarray(array, dtype=kept, order="C")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise _invalid(f"{name} holds numbers too large for int64", name)
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.asarray(array, dtype=np.int64, order="C")
 
 
 def _invalid(message: str, field: str, reason: str = "BATCH_FIELD_INVALID") -> InvalidArgumentError:
