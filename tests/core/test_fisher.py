@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from hvp_core.autodiff import routes
-from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, Passes, ProductSpec
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, ProductSpec
 from hvp_core.curvature.walk import Unit
 from hvp_core.losses.loss import CrossEntropy, Logistic, Loss, SquaredError
 from hvp_core.model.data import token_batch
@@ -48,7 +49,7 @@ def test_the_head_in_pieces_sees_whole_rows(unit: Unit) -> None:
     problem = llama_problem()
     probes = probes_of(problem, 2)
     expected = [dense("llama", problem, unit) @ each for each in probes]
-    problem.chain.positions_at_once = 4  # type: ignore[attr-defined]  # of six: the last has two
+    problem.chain.positions_at_once = 4  # of six: the last has two
     curvature = problem.curvature(2)
     assert distance(curvature.empirical_fisher(probes, unit), expected) < EXACT
     assert distance(curvature.empirical_fisher(probes[:1], unit), expected[:1]) < EXACT

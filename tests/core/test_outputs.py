@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.autodiff import routes, verify
-from hvp_core.autodiff.closing import TracedClosing
-from hvp_core.autodiff.route import Traced
+from hvp_core.autodiff.traced import Traced, TracedClosing
 from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import CrossEntropy, SquaredError
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def logits_of(name: str, problem: Problem) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("pieces", [None, 4])
 def test_the_logits_have_torchs_own_jvp_and_vjp(name: str, pieces: int | None) -> None:
     problem = DECODERS[name][0]()
-    problem.chain.positions_at_once = pieces  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = pieces
     logits, vectors = logits_of(name, problem), probes_of(problem, 3)
     jacobian = [torch.func.jvp(logits, (problem.flat,), (v,))[1] for v in vectors]
     generator = torch.Generator().manual_seed(9)
@@ -121,7 +120,7 @@ def test_slopes_are_the_gradients_inner_products(name: str) -> None:
 @pytest.mark.parametrize("kind", ["ggn", "empirical_fisher_token", "empirical_fisher_sequence"])
 def test_quadratic_forms_are_the_products_inner_products(kind: Any) -> None:
     problem = llama_problem()
-    problem.chain.positions_at_once = 4  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = 4
     vectors = probes_of(problem, 3)
     curvature = problem.curvature(2)
     products = curvature.product(kind, vectors)
@@ -258,7 +257,7 @@ def test_each_takes_the_matrix_products_it_promises(what: str) -> None:
 def test_no_tensor_of_tokens_by_vocabulary_is_made_for_numbers_and_fisher_products() -> None:
     tokens, vocabulary = 1024, 768
     problem = wide_llama(tokens, vocabulary)
-    problem.chain.positions_at_once = 128  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = 128
     curvature = curvature_of(problem, 1)
     vectors = probes(problem, 2)
     with Largest() as largest:

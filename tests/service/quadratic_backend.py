@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from hvp_batches.schema import causal_schema
 from hvp_operations.eigsh import EigshProgress, EigshResult
 from hvp_operations.operation import Result
 from hvp_workers.backend import (
@@ -148,6 +149,8 @@ class QuadraticBackend(Backend):
             max_positions=MAX_POSITIONS,
             stored_dtype="F64",
             parameters=(ParameterTensor(name="theta", shape=theta.shape, offset=0),),
+            task="causal language modelling",
+            batch_schema=causal_schema(VOCAB_SIZE, MAX_POSITIONS),
         )
 
     def default_micro_batch(self, num_sequences: int, sequence_length: int) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hvp_batches.schema import BatchSchema
 from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
@@ -72,10 +73,12 @@ class CheckpointDescription:
 
     architecture: str
     num_parameters: int
-    vocab_size: int
+    vocab_size: int  # 0 for models without tokens
     max_positions: int | None  # longest sequence; None when the model sets no limit
     stored_dtype: str  # safetensors' name, the first tensor's
     parameters: tuple[ParameterTensor, ...]
+    task: str  # what the model is for
+    batch_schema: BatchSchema  # what a batch for it holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class Operator:
     """
 
     space: Space
-    batch_path: Path  # safetensors: input_ids, labels?, attention_mask?
+    batch_path: Path  # safetensors: the fields of the model's batch schema
     kind: Kind = "hessian"
     micro_batch_size: int = 0  # 0: by memory
     precision: Precision = "full"  # of the operands of matrix products

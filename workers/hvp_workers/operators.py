@@ -15,7 +15,6 @@ from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.model.chain import Chain, MicroBatch
-from hvp_core.model.data import read_token_batch
 from hvp_core.policy import Policy
 from hvp_core.vectors.space import Space
 
@@ -47,17 +46,6 @@ def _together(vectors: Sequence[torch.Tensor], most: int) -> Iterator[Sequence[t
     """The vectors, some at a time."""
     for start in range(0, len(vectors), most):
         yield vectors[start : start + most]
-
-
-def _check_ids(batch: MicroBatch, vocab_size: int) -> None:
-    """Refuse ids that the embedding does not have; a GPU would be lost to everybody by them."""
-    ids = batch.inputs["input_ids"]
-    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
-        raise CurvatureError(
-            "TOKEN_ID_OUT_OF_RANGE",
-            f"the batch has ids from {int(ids.min())} to {int(ids.max())} and the vocabulary "
-            f"ends before {vocab_size}; use the tokenizer of this model",
-        )
 
 
 @final
@@ -213,7 +201,7 @@ class OperatorCache:
         chain: The model.
         space: Of its parameters.
         parameters: θ, this rank's shard.
-        vocab_size: Ids of the data must be below it.
+        read: Reads a batch's file, and refuses one that does not fit the model.
         memory: What this rank may use.
         tuning: How products are computed.
     """
@@ -223,14 +211,14 @@ class OperatorCache:
         chain: Chain,
         space: Space,
         parameters: torch.Tensor,
-        vocab_size: int,
+        read: Callable[[Path], MicroBatch],
         memory: Memory,
         tuning: api.Tuning,
     ):
         self._chain = chain
         self._space = space
         self._parameters = parameters
-        self._vocab_size = vocab_size
+        self._read = read
         self._memory = memory
         self._tuning = tuning
         self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
@@ -246,11 +234,10 @@ class OperatorCache:
         return self._loaded[key]
 
     def _load(self, operator: api.Operator) -> LoadedOperator:
-        batch = read_token_batch(operator.batch_path)
-        _check_ids(batch, self._vocab_size)
+        batch = self._read(operator.batch_path)
         micro_batch_size = operator.micro_batch_size or default_micro_batch(
             len(batch.targets),
-            batch.targets.shape[1],
+            batch.sequence_length,
             self._space.collective.world_size,
             self._space.device.type,
         )

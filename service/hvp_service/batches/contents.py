@@ -1,4 +1,4 @@
-"""What a data batch's file holds, checked with numpy alone."""
+"""What a data batch's file holds, as far as it can be said without a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from hvp_batches.contents import check_alone, check_names, contents
+from hvp_batches.fitting import BatchError
+from hvp_batches.schema import FieldContents
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -17,13 +20,7 @@ from hvp_service.storage.safetensors_header import (
     read_header,
 )
 
-IGNORED = -100  # the label that does not count
-
-_DTYPES = {
-    "input_ids": ("I64",),
-    "labels": ("I64",),
-    "attention_mask": ("I64", "BOOL"),
-}
+_DTYPES = ("I64", "BOOL", "F32", "F64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +32,15 @@ class BatchStatistics:
     num_targets: int
     max_token_id: int
     has_attention_mask: bool
+    fields: tuple[FieldContents, ...]
 
 
 def read_batch(path: Path) -> BatchStatistics:
     """Check a batch. Blocks; memory: the file's size a few times.
 
     Raises:
-        ServiceError: SAFETENSORS_INVALID, BATCH_FIELD_INVALID, BATCH_EMPTY, SHAPE_MISMATCH,
-            TOKEN_ID_OUT_OF_RANGE, NO_TARGETS.
+        ServiceError: SAFETENSORS_INVALID, and what `check_names`, `contents` and `check_alone`
+            find.
     """
     try:
         header = read_header(path)
@@ -60,88 +58,54 @@ def read_batch(path: Path) -> BatchStatistics:
             field="digest",
             metadata={"byte_offset": "0"},
         ) from None
-    _check_header(header)
-    tensors: dict[str, NDArray[np.int64]] = load_file(path)
-    ids = tensors["input_ids"]
-    mask = tensors.get("attention_mask")
-    return _statistics(ids, tensors.get("labels", _default_labels(ids, mask)), mask)
+    try:
+        check_names(list(header.tensors))
+        _check_dtypes(header)
+        tensors: dict[str, NDArray[np.generic]] = load_file(path)
+        fields = contents(tensors)
+        check_alone(fields)
+    except BatchError as error:
+        raise batch_refused(error, "digest") from None
+    return statistics_of(fields)
 
 
-def _default_labels(ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """The ids, where they and those before them are no padding: as the ranks take them."""
-    if mask is None:
-        return ids
-    real = mask.astype(bool)
-    return np.where(real & np.roll(real, 1, 1), ids, IGNORED)
+def batch_refused(error: BatchError, field: str) -> ServiceError:
+    """The refusal of a batch.
+
+    Args:
+        error: What is wrong with it.
+        field: Of the request.
+    """
+    return ServiceError(error.reason, error.message, field=field, metadata=error.metadata)
 
 
-def _check_header(header: Header) -> None:
+def _check_dtypes(header: Header) -> None:
     for name, span in header.tensors.items():
-        if name not in _DTYPES:
-            raise _invalid(
+        if span.dtype not in _DTYPES:
+            raise BatchError(
                 "BATCH_FIELD_INVALID",
-                f"A batch has no tensor {name[:200]!r}; it holds {', '.join(_DTYPES)}.",
+                f"{name} is {span.dtype} and must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.",
                 name,
             )
-        if span.dtype not in _DTYPES[name]:
-            raise _invalid(
-                "BATCH_FIELD_INVALID",
-                f"{name} is {span.dtype} and must be {' or '.join(_DTYPES[name])}.",
-                name,
-            )
-    if "input_ids" not in header.tensors:
-        raise _invalid("BATCH_FIELD_INVALID", "The batch has no input_ids.", "input_ids")
-    shape = header.tensors["input_ids"].shape
-    if len(shape) != 2:
-        raise _invalid(
-            "SHAPE_MISMATCH", f"input_ids has shape {shape}, not (sequences, tokens).", "input_ids"
-        )
-    for name, span in header.tensors.items():
-        if span.shape != shape:
-            raise _invalid(
-                "SHAPE_MISMATCH", f"{name} has shape {span.shape}, input_ids has {shape}.", name
-            )
-    if shape[0] < 1 or shape[1] < 2:
-        raise _invalid(
-            "BATCH_EMPTY",
-            f"A batch of shape {shape} has nothing to predict: one sequence of two tokens is the "
-            "least.",
-            "input_ids",
-        )
 
 
-def _statistics(
-    ids: NDArray[np.int64], labels: NDArray[np.int64], mask: NDArray[np.int64] | None
-) -> BatchStatistics:
-    if mask is not None and not np.isin(mask, (0, 1)).all():
-        raise _invalid(
-            "BATCH_FIELD_INVALID", "attention_mask holds other than 0 and 1.", "attention_mask"
-        )
-    if ids.min() < 0:
-        raise _invalid(
-            "TOKEN_ID_OUT_OF_RANGE", f"input_ids holds the negative id {ids.min()}.", "input_ids"
-        )
-    counts = labels != IGNORED
-    if (labels[counts] < 0).any():
-        raise _invalid(
-            "TOKEN_ID_OUT_OF_RANGE",
-            f"labels holds the negative id {labels[counts].min()}; only {IGNORED} is ignored.",
-            "labels",
-        )
-    targets = counts[:, 1:]  # position t predicts token t + 1
-    num_targets = int(targets.sum())
-    if num_targets == 0:
-        raise _invalid(
-            "NO_TARGETS", f"After the shift every label is {IGNORED}: no loss is defined.", "labels"
-        )
+def statistics_of(fields: tuple[FieldContents, ...]) -> BatchStatistics:
+    """The statistics of a batch that has been checked."""
+    found = {each.name: each for each in fields}
+    ids, labels = found.get("input_ids"), found.get("labels")
+    predicts = ids is not None and (labels is None or labels.shape == ids.shape)
+    if labels is not None and labels.kind == "number":
+        predicts = False
+    largest = [
+        int(each.maximum)
+        for each in (ids, labels if predicts else None)
+        if each is not None and each.maximum is not None
+    ]
     return BatchStatistics(
-        num_sequences=ids.shape[0],
-        sequence_length=ids.shape[1],
-        num_targets=num_targets,
-        max_token_id=int(max(ids.max(), labels[:, 1:][targets].max())),
-        has_attention_mask=mask is not None,
+        num_sequences=fields[0].shape[0],
+        sequence_length=0 if ids is None else ids.shape[1],
+        num_targets=(labels or ids).num_predicted if predicts and ids is not None else 0,
+        max_token_id=max(largest, default=0),
+        has_attention_mask="attention_mask" in found,
+        fields=fields,
     )
-
-
-def _invalid(reason: str, message: str, tensor: str) -> ServiceError:
-    return ServiceError(reason, message, field="digest", metadata={"tensor": tensor[:200]})

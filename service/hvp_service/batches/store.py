@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from hvp_batches.schema import FieldContents, contents_from_json, to_json
 
 from hvp_service.batches.contents import BatchStatistics, read_batch
 from hvp_service.blobs.store import BlobStore, Digest
@@ -73,7 +74,10 @@ class BatchStore:
                     id=name.id,
                     size_bytes=digest.size_bytes,
                     create_time=batch.create_time,
-                    **asdict(statistics),
+                    **{
+                        **asdict(statistics),
+                        "fields": [to_json(each) for each in statistics.fields],
+                    },
                 )
             )
         return batch
@@ -129,11 +133,32 @@ class BatchStore:
 
 
 def _from_row(row: sa.Row[Any]) -> DataBatch:
+    fields = tuple(contents_from_json(each) for each in row.fields) or _fields_of_old_row(row)
     return DataBatch(
         name=Name(row.project, "dataBatches", row.id),
         digest=Digest(sha256=row.id, size_bytes=row.size_bytes),
         statistics=BatchStatistics(
-            **{field: getattr(row, field) for field in BatchStatistics.__dataclass_fields__}
+            num_sequences=row.num_sequences,
+            sequence_length=row.sequence_length,
+            num_targets=row.num_targets,
+            max_token_id=row.max_token_id,
+            has_attention_mask=row.has_attention_mask,
+            fields=fields,
         ),
         create_time=row.create_time,
     )
+
+
+def _fields_of_old_row(row: sa.Row[Any]) -> tuple[FieldContents, ...]:
+    """What a row tells that was written when every batch was one of token sequences."""
+    shape = row.num_sequences, row.sequence_length
+    ids = FieldContents(
+        name="input_ids",
+        kind="integer",
+        shape=shape,
+        minimum=0,
+        maximum=row.max_token_id,
+        num_predicted=row.num_targets,
+    )
+    mask = FieldContents(name="attention_mask", kind="integer", shape=shape, minimum=0, maximum=1)
+    return (ids, mask) if row.has_attention_mask else (ids,)

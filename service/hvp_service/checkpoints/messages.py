@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hvp_protos.v1 import checkpoint_pb2
 
+from hvp_service.batches.messages import schema_message
 from hvp_service.blobs.messages import digest_message
 from hvp_service.calls.labels import etag_of
 from hvp_service.calls.messages import timestamp
@@ -36,4 +37,6 @@ def checkpoint_message(
         ],
         labels=checkpoint.labels,
         etag=etag_of(checkpoint.labels),
+        task=description.task,
+        batch_schema=schema_message(description.batch_schema),
     )

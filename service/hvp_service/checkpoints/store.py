@@ -14,6 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import structlog
+from hvp_batches.schema import causal_schema, schema_from_json, to_json
 from hvp_folders.weights import CONFIG
 from hvp_workers.backend import CheckpointDescription, ParameterTensor
 
@@ -255,6 +256,8 @@ class CheckpointStore:
                     parameters=[[p.name, list(p.shape), p.offset] for p in description.parameters],
                     create_time=checkpoint.create_time,
                     labels={},
+                    task=description.task,
+                    batch_schema=to_json(description.batch_schema),
                 )
             )
             await connection.execute(
@@ -299,7 +302,7 @@ class CheckpointStore:
             ).all()
         try:
             return _from_rows(name, row, files)
-        except (TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             raise ServiceError(
                 "CHECKPOINT_UNREADABLE",
                 f"The row of {name} is another version's, or damaged; delete the checkpoint and "
@@ -327,6 +330,11 @@ def _from_rows(name: Name, row: sa.Row[Any], files: Sequence[sa.Row[Any]]) -> Ch
                 ParameterTensor(name=tensor, shape=tuple(shape), offset=offset)
                 for tensor, shape, offset in row.parameters
             ),
+            task=row.task,
+            # Rows of before had no schema: every model was a causal language model.
+            batch_schema=causal_schema(row.vocab_size, row.max_positions)
+            if row.batch_schema is None
+            else schema_from_json(row.batch_schema),
         ),
         create_time=row.create_time,
         labels=row.labels if isinstance(row.labels, dict) else {},

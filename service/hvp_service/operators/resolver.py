@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from hvp_batches.fitting import BatchError, check_fit
 from hvp_workers.backend import Dtype, Matrix, Operator, Precision, Space
 
+from hvp_service.batches.contents import batch_refused
 from hvp_service.batches.store import BatchStore, DataBatch
 from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import parse
@@ -77,11 +79,15 @@ class ResolvedOperator:
 
 
 def outputs_of(checkpoint: Checkpoint, batch: DataBatch) -> Outputs:
-    """The space of a language model's outputs on a batch."""
-    statistics = batch.statistics
-    vocabulary = checkpoint.description.vocab_size
-    shape = (statistics.num_sequences, statistics.sequence_length, vocabulary)
-    return Outputs(batch=batch.name, shape=shape)
+    """The space of a model's outputs on a batch that fits it.
+
+    Raises:
+        ServiceError: KIND_UNSUPPORTED: the model has no outputs.
+    """
+    schema = checkpoint.description.batch_schema
+    if not schema.outputs:
+        raise _no_outputs(checkpoint, "kind")
+    return Outputs(batch=batch.name, shape=schema.output_shape(batch.statistics.fields))
 
 
 def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
@@ -186,7 +192,7 @@ class OperatorResolver:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
-                TOKEN_ID_OUT_OF_RANGE, SEQUENCE_TOO_LONG.
+                and what `check_fit` finds.
         """
         kind = check_kind(ref.kind, f"{field}.kind")
         dtype = check_dtype(ref.dtype, f"{field}.dtype")
@@ -211,6 +217,8 @@ class OperatorResolver:
         checkpoint = await self._checkpoints.get(checkpoint_name)
         batch = await self._batches.get(batch_name)
         self._check_fit(checkpoint, batch, field)
+        if kind != "hessian" and not checkpoint.description.batch_schema.outputs:
+            raise _no_outputs(checkpoint, f"{field}.kind")
         return ResolvedOperator(
             checkpoint=checkpoint,
             batch=batch,
@@ -227,28 +235,17 @@ class OperatorResolver:
 
     @staticmethod
     def _check_fit(checkpoint: Checkpoint, batch: DataBatch, field: str) -> None:
-        description, statistics = checkpoint.description, batch.statistics
-        if statistics.max_token_id >= description.vocab_size:
-            raise ServiceError(
-                "TOKEN_ID_OUT_OF_RANGE",
-                f"The batch holds the id {statistics.max_token_id}; the model's ids are below "
-                f"{description.vocab_size}.",
-                field=f"{field}.data_batch",
-                metadata={
-                    "max_token_id": str(statistics.max_token_id),
-                    "vocab_size": str(description.vocab_size),
-                },
-            )
-        longest = description.max_positions
-        if longest is not None and statistics.sequence_length > longest:
-            raise ServiceError(
-                "SEQUENCE_TOO_LONG",
-                f"The batch's sequences have {statistics.sequence_length} tokens; the model has "
-                f"{longest} positions. Cut the rows, or scale rotary positions in config.json "
-                "(rope_parameters).",
-                field=f"{field}.data_batch",
-                metadata={
-                    "sequence_length": str(statistics.sequence_length),
-                    "max_positions": str(longest),
-                },
-            )
+        try:
+            check_fit(checkpoint.description.batch_schema, batch.statistics.fields)
+        except BatchError as error:
+            raise batch_refused(error, f"{field}.data_batch") from None
+
+
+def _no_outputs(checkpoint: Checkpoint, field: str) -> ServiceError:
+    return ServiceError(
+        "KIND_UNSUPPORTED",
+        f"{checkpoint.description.architecture} returns its loss alone, and this kind of operator "
+        "is one of a model's outputs; ask for the Hessian, or register the model with its outputs "
+        "and a loss.",
+        field=field,
+    )

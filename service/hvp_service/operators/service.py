@@ -44,7 +44,7 @@ async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperat
     if resolved.operator.kind == "jacobian":
         return resolved, 0  # whose outputs have one cut alone
     return resolved, ref.micro_batch_size or deps.group.backend.default_micro_batch(
-        batch.num_sequences, batch.sequence_length
+        batch.num_sequences, max(1, batch.sequence_length)
     )
 
 
@@ -52,7 +52,8 @@ async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:
     """L(θ). Cost: one forward pass."""
     async with deps.operators.using(ref) as resolved:
         value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
-    return Loss(value, resolved.batch.statistics.num_targets)
+    schema = resolved.checkpoint.description.batch_schema
+    return Loss(value, schema.num_targets(resolved.batch.statistics.fields))
 
 
 async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = "") -> Vector:

@@ -62,6 +62,8 @@ checkpoints = sa.Table(
     sa.Column("parameters", sa.JSON, nullable=False),  # [[name, shape, offset], ...]
     sa.Column("create_time", sa.BigInteger, nullable=False),
     sa.Column("labels", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("task", sa.String, nullable=False, server_default="causal language modelling"),
+    sa.Column("batch_schema", sa.JSON(none_as_null=True), nullable=True),
 )
 
 checkpoint_files = sa.Table(
@@ -86,6 +88,7 @@ data_batches = sa.Table(
     sa.Column("max_token_id", sa.BigInteger, nullable=False),
     sa.Column("has_attention_mask", sa.Boolean, nullable=False),
     sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("fields", sa.JSON, nullable=False, server_default="[]"),
 )
 
 vectors = sa.Table(

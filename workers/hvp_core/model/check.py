@@ -8,62 +8,72 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
-from hvp_core import attention
 from hvp_core.blame import working_on
-from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import canonical_names
-from hvp_core.model.data import token_batch
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.model.huggingface.decoder_blocks import unchanged
+from hvp_core.model.chain import Chain, MicroBatch, canonical_names, unchanged
+from hvp_core.model.family import ModelFacts, ModelFamily
 from hvp_core.precision import exact, exact_products
 from hvp_core.vectors.space import Space
 
-_TOKENS = 16
 _POSITIONS_AT_ONCE = 5  # so that the head is seen to work position by position
 
 
 @exact_products()
 def disagreement(
-    model: PreTrainedModel, chain: DecoderChain, space: Space, parameters: torch.Tensor
+    family: ModelFamily,
+    facts: ModelFacts,
+    model: nn.Module,
+    chain: Chain,
+    space: Space,
+    parameters: torch.Tensor,
+    loss: Callable[[MicroBatch], float],
 ) -> CurvatureError | None:
-    """Why the chain is not the model; None where both give one loss on a few tokens, to rounding.
+    """Why the chain is not the model; None where both give one loss on an example, to rounding.
 
     The model takes two rows at once and the chain one by one, so that a model whose rows depend on
     one another is seen too. Called by all ranks together; memory: two blocks.
 
     Args:
+        family: That the model is of.
+        facts: Of the model.
         model: As built, on the meta device.
         chain: Cut from it.
         space: Of its parameters.
         parameters: θ, this rank's shard.
+        loss: Gives the mean loss of the chain at θ on a batch whose rows are taken one by one.
 
     Raises:
         CurvatureError: NON_FINITE, naming the block, where neither gives a number: that is the
-            parameters' fault, and says nothing of the chain. OUT_OF_MEMORY; INTERNAL.
+            parameters' fault, and says nothing of the chain. TASK_UNSUPPORTED: the model is not
+            what its family is for. OUT_OF_MEMORY; INTERNAL.
     """
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or _TOKENS
-    length = max(2, min(_TOKENS, longest))
-    rows = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(text.vocab_size, rows), (2, length), generator=generator)
+    batch = family.example(facts)
     name = type(model).__name__
+    given = {
+        key: each.to(space.device, space.dtype if each.is_floating_point() else None)
+        for key, each in batch.items()
+    }
     try:
-        with working_on(name, "its own loss"):
-            theirs = _own_loss(model, space, parameters, ids)
+        with (
+            torch.no_grad(),
+            working_on(name, "its own loss"),
+            unchanged(model),
+            exact(),
+            _OnDemand(model, space, parameters),
+        ):
+            theirs = float(family.own_loss(model, facts, given))
         chain.positions_at_once = _POSITIONS_AT_ONCE
         try:
-            ours = Curvature(chain, space, parameters, token_batch(ids), 1).loss()
+            ours = loss(family.micro_batch(facts, batch))
         finally:
             chain.positions_at_once = None
     except CurvatureError as error:
         # A chain that was cut wrongly may fail where the model does not.
-        own_fault = error.reason in ("OUT_OF_MEMORY", "INTERNAL")
+        own_fault = error.reason in ("OUT_OF_MEMORY", "INTERNAL", "TASK_UNSUPPORTED")
         if own_fault or (error.reason == "NON_FINITE" and not math.isfinite(theirs)):
             raise
         return error
@@ -73,25 +83,10 @@ def disagreement(
         return None
     return CurvatureError(
         "MODEL_UNSUPPORTED",
-        f"{name}'s own loss is {theirs:.6g}, and the mean cross-entropy of its logits, row by row, "
-        f"{ours:.6g}; only models whose loss is that are served",
+        f"{name}'s own loss is {theirs:.6g}, and the mean of {facts.head.loss!r} of its outputs, "
+        f"row by row, {ours:.6g}; only models whose loss is that are served",
         {"block": name, "operation": "its own loss"},
     )
-
-
-@torch.no_grad()
-def _own_loss(
-    model: PreTrainedModel, space: Space, parameters: torch.Tensor, ids: torch.Tensor
-) -> float:
-    ids = ids.to(space.device)
-    with unchanged(model), exact(), _OnDemand(model, space, parameters):
-        ours = model.config._attn_implementation
-        attention.use(model, "eager")  # the one that every architecture has
-        try:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        finally:
-            attention.use(model, ours)
-    return float(loss)
 
 
 @final
@@ -106,7 +101,7 @@ class _OnDemand(TorchFunctionMode):
         parameters: θ, this rank's shard. Of it two segments at most are gathered at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, space: Space, parameters: torch.Tensor):
+    def __init__(self, model: nn.Module, space: Space, parameters: torch.Tensor):
         super().__init__()
         self._space, self._parameters = space, parameters
         names = canonical_names(model)

@@ -13,7 +13,7 @@ from hvp_folders.config import read_config
 from hvp_folders.refusal import FolderError
 from hvp_folders.weights import CONFIG, choose_weights
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from torch import nn
 
 from hvp_core.errors import CurvatureError
 
@@ -74,7 +74,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def by_name_in_model(
-    model: PreTrainedModel, stored: Mapping[str, StoredTensor]
+    model: nn.Module, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """The stored tensors that are the model's, by the names that the model has for them.
 

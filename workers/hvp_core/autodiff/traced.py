@@ -1,101 +1,23 @@
-"""How one block is taken through a product: by its trace, or, without one, by torch itself."""
+"""A block taken through a product by its trace."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.block_dual import AttentionCall, BlockDual, Leg, Way
-from hvp_core.autodiff.dual import Function, Params, backward_dual, forward_dual, pull_back
+from hvp_core.autodiff.block_dual import AttentionCall, BlockDual, Leg
+from hvp_core.autodiff.closing_dual import ClosingDual
+from hvp_core.autodiff.dual import Params
+from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
 from hvp_core.autodiff.parts import Part
-from hvp_core.autodiff.product_spec import LOSS, Passes
-from hvp_core.autodiff.shards import Sums
-from hvp_core.autodiff.trace import Env
+from hvp_core.autodiff.passes import VALUE, Passes, Way
+from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.trace import Env, is_parameters
 
 X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
-
-
-@final
-@dataclass
-class Tape:
-    """What one block keeps of one micro-batch on the way forward.
-
-    Attributes:
-        primal: What does not depend on a tangent.
-        tangents: For each probe, the rest.
-        complete: `primal` holds what every leg needs: the primal ones need not run again.
-    """
-
-    primal: Env = field(default_factory=dict)
-    tangents: list[Env] = field(default_factory=list)
-    complete: bool = False
-
-
-@final
-@dataclass
-class Bars:
-    """Cotangents of one micro-batch between two blocks.
-
-    Attributes:
-        primal: ȳ of a pair; None where it is kept on a tape, or nothing is a pair.
-        dots: For each probe ȳ̇ of a pair, or the one cotangent that a product has.
-    """
-
-    primal: Tensor | None
-    dots: list[Tensor | None]
-
-
-@final
-@dataclass(frozen=True)
-class Weights:
-    """A block's parameters, and their tangents in each probe."""
-
-    p: Params
-    v: Sequence[Params]
-
-
-class Route(ABC):
-    """Takes one block, with the constants of one micro-batch, forward and backward.
-
-    Law: all routes give the same numbers, to rounding.
-    """
-
-    @abstractmethod
-    def value(self, p: Params, x: Tensor) -> Tensor:
-        """Y = f(p, x)."""
-
-    @abstractmethod
-    def like(self, p: Params, x: Tensor) -> Tensor:
-        """A tensor shaped as y."""
-
-    @abstractmethod
-    def forward(
-        self,
-        passes: Passes,
-        way: Way,
-        weights: Weights,
-        x: Tensor,
-        x_dots: Sequence[Tensor | None],
-        kept: Tape | None,
-    ) -> tuple[Tensor, list[Tensor | None], Tape]:
-        """(y, ẏ of each probe, tape); `kept` is the tape of an earlier product at the same θ."""
-
-    @abstractmethod
-    def backward(
-        self,
-        passes: Passes,
-        way: Way,
-        weights: Weights,
-        tape: Tape,
-        bars: Bars,
-        sums: Sequence[Sums],
-    ) -> Bars:
-        """Cotangents of x; adds the parameters' derivatives to `sums`, one for each probe."""
 
 
 @final
@@ -119,6 +41,21 @@ class Traced(Route):
         self.dual, self._names = dual, tuple(names)
         self._constants, self._attention = constants, attention
 
+    @property
+    def key(self) -> Hashable:
+        """See Route."""
+        return self.dual.key
+
+    def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
+        """What legs behind the way forward read."""
+        shared, cached = self.dual.kept_bytes(passes, "shared"), self.dual.shared_bytes(passes)
+        return Bytes(
+            self.dual.kept_bytes(passes, "lean") * num_probes,
+            self.dual.kept_bytes(passes, "fast"),
+            shared * num_probes,
+            cached,
+        )
+
     def _env(self, weights: Weights, probe: int | None = None) -> Env:
         """Parameters, their tangents in a probe, and constants."""
         found = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
@@ -129,7 +66,7 @@ class Traced(Route):
 
     def value(self, p: Params, x: Tensor) -> Tensor:
         """By the leg of the loss."""
-        leg = self.dual.plan(LOSS.passes, "fast").legs[0]
+        leg = self.dual.plan(VALUE, "fast").legs[0]
         return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
@@ -255,83 +192,83 @@ def _bar(y_bar: Tensor | None, y_bar_dot: Tensor | None = None) -> Env:
 
 
 @final
-class Eager(Route):
-    """By torch's own differentiation of the block: always lean.
+class TracedClosing(Closing):
+    """By the trace of block and rules.
 
     Args:
-        f: The block.
+        dual: Of both, at this shape.
+        names: Of the block's parameters, by place.
+        constants: Of this piece.
     """
 
-    def __init__(self, f: Function):
-        self._f = f
+    def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
+        self.dual, self._names, self._constants = dual, tuple(names), constants
 
-    @torch.no_grad()
-    def value(self, p: Params, x: Tensor) -> Tensor:
-        """The block itself."""
-        return self._f(p, x)
+    @property
+    def key(self) -> Hashable:
+        """See Closing."""
+        return self.dual.key
 
-    def like(self, p: Params, x: Tensor) -> Tensor:
-        """The value itself."""
-        return self.value(p, x)
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts that measure."""
+        shared = len(x_dots) > 1
+        parts, env = self.dual.measuring(shared), self._primal(weights, x)
+        if shared:
+            env |= parts[0](env)
+        return [
+            parts[-1](env | self._along(weights, probe, x_dot))["measure"]
+            for probe, x_dot in enumerate(x_dots)
+        ]
 
-    def forward(
+    def run(
         self,
-        passes: Passes,
-        way: Way,
         weights: Weights,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        kept: Tape | None,
-    ) -> tuple[Tensor, list[Tensor | None], Tape]:
-        """The forward dual of each probe."""
-        tape = Tape({"x": x})
-        if passes.forward == "value":
-            return self.value(weights.p, x), [], tape
-        y_dots: list[Tensor | None] = []
-        for v, x_dot in zip(weights.v, x_dots, strict=True):
-            y, y_dot = forward_dual(self._f, weights.p, v, x, x_dot)
-            y_dots.append(y_dot)
-            tape.tangents.append({} if x_dot is None else {"x_dot": x_dot})
-        return y, y_dots, tape
-
-    def backward(
-        self,
-        passes: Passes,
-        way: Way,
-        weights: Weights,
-        tape: Tape,
-        bars: Bars,
         sums: Sequence[Sums],
+        *,
+        wants_primal: bool,
+        given: Sequence[Tensor] = (),
     ) -> Bars:
-        """The backward dual of each probe, or a plain one."""
-        x = tape.primal["x"]
-        if passes.backward == "pair":
-            dots = []
-            for v, tangent, y_bar_dot, sum_ in zip(
-                weights.v, tape.tangents, bars.dots, sums, strict=True
-            ):
-                pair = _constant_pair(bars.primal, y_bar_dot)
-                x_dot = tangent.get("x_dot")
-                found = backward_dual(self._f, weights.p, v, x, x_dot, pair)
-                sum_.add_dense(found.p_bar)
-                dots.append(found.x_bar_dot)
-            return Bars(found.x_bar, dots)
-        cotangents = []
-        for y_bar, sum_ in zip(bars.dots, sums, strict=True):
-            found = pull_back(self._f, weights.p, x, _constant(y_bar))
-            sum_.add_dense(found.p_bar)
-            cotangents.append(found.x_bar)
-        return Bars(None, cotangents)
+        """The parts one after the other."""
+        passes = self.dual.passes
+        wants_primal = wants_primal and passes.backward == "pair"
+        shared = len(sums) > 1
+        parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)
+        more: list[Env] = [{} for _ in sums]
+        if given:
+            more = [{"given_dot": each.to(self.dual.given_dtype)} for each in given]
+        if passes.forward == "tangent":
+            more = [
+                each | self._along(weights, probe, x_dot)
+                for probe, (each, x_dot) in enumerate(zip(more, x_dots, strict=True))
+            ]
+        x_bar = None
+        if shared:
+            kept = parts[0](env)
+            x_bar = kept.get("x_bar")
+            env |= kept
+        dots: list[Tensor | None] = []
+        for along, sum_ in zip(more, sums, strict=True):
+            found = self._step(parts[-1], env | along, sum_)
+            if wants_primal:
+                x_bar = found.get("x_bar", x_bar)
+            dots.append(found.get(f"x_{self.dual.suffix}"))
+        return Bars(x_bar, dots)
 
+    def _primal(self, weights: Weights, x: Tensor) -> Env:
+        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        env |= self._constants
+        return env if X_DATA in self._constants else {**env, "x": x}
 
-def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:
-    assert y_bar is not None
-    return lambda _: y_bar
+    def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
+        v = weights.v[probe]
+        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+        if x_dot is not None and X_DATA not in self._constants:
+            along["x_dot"] = x_dot
+        return along
 
-
-def _constant_pair(
-    y_bar: Tensor | None, y_bar_dot: Tensor | None
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    assert y_bar is not None
-    assert y_bar_dot is not None
-    return lambda *_: (y_bar, y_bar_dot)
+    def _step(self, part: Part, env: Env, sum_: Sums) -> Env:
+        found = part(env)
+        adder(sum_, self._names)(part, found)
+        return {name: each for name, each in found.items() if not is_parameters(name)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.parts import Term
+from hvp_core.autodiff.sums import Sums
 from hvp_core.model.chain import Block
 from hvp_core.vectors.space import Space
 
@@ -38,57 +38,6 @@ def gathered(
     yield found
     for views in found:
         views.clear()
-
-
-@final
-class Sums:
-    """Where the derivatives of a block's parameters are added up.
-
-    Numbers of 16 bits are summed in 32: a view of them takes one term as it is, and more than one
-    by way of a tensor that lives until the block's end.
-
-    Args:
-        views: By name.
-        fresh: Names to which nothing has been added, whose tensors hold no particular values.
-            Shared by all blocks of a product: a tied tensor is written by more than one.
-    """
-
-    def __init__(self, views: Mapping[str, Tensor], fresh: set[str]):
-        self._views, self._fresh = views, fresh
-        self._wide: dict[str, Tensor] = {}
-
-    def add(self, name: str, terms: Sequence[Term], results: Mapping[str, Tensor]) -> None:
-        """Add terms of a part's results."""
-        for term in terms:
-            fresh = name in self._fresh
-            term.add_to(self._total(name, fresh and term.is_one), results, fresh=fresh)
-            self._fresh.discard(name)
-
-    def add_dense(self, parts: Mapping[str, Tensor]) -> None:
-        """Add tensors."""
-        for name, part in parts.items():
-            fresh = name in self._fresh
-            total = self._total(name, fresh)
-            if fresh:
-                total.copy_(part)
-                self._fresh.discard(name)
-            else:
-                total.add_(part)
-
-    def _total(self, name: str, alone: bool) -> Tensor:
-        """Where to add to; `alone` if nothing was added before, nor is more than once now."""
-        view = self._views[name]
-        if alone or view.dtype.itemsize >= torch.float32.itemsize:
-            return view
-        if name not in self._wide:
-            self._wide[name] = view.float()
-        return self._wide[name]
-
-    def settle(self) -> None:
-        """Round what was summed in 32 bits: the block is through."""
-        for name, total in self._wide.items():
-            self._views[name].copy_(total)
-        self._wide.clear()
 
 
 @final

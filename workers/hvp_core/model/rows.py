@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
 
-from hvp_core.autodiff.dual import Params
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import Block, Chain, MicroBatch, rows
+from hvp_core.model.chain import Block, Chain, MicroBatch, function_of, rows
 
 #: Of the largest number: a product of matrices adds in another order for two rows than for one.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -30,7 +29,7 @@ class RowCheck:
         self._xs = [chain.first_input(batch) for batch in batches]
 
     @torch.no_grad()
-    def __call__(self, block: Block, p: Params) -> None:
+    def __call__(self, block: Block, p: Mapping[str, torch.Tensor]) -> None:
         """The next block.
 
         Raises:
@@ -50,11 +49,13 @@ class RowCheck:
             )
 
 
-def _run(block: Block, context: object, p: Params, x: torch.Tensor) -> torch.Tensor:
+def _run(
+    block: Block, context: object, p: Mapping[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     dtypes = [each.dtype for each in p.values()]
     body = block.body(context, dense=True)
     body = body.cast(dtypes[0]) if dtypes else body
-    return body.run(p, x, body.constants)
+    return function_of(body)(p, x)
 
 
 def _alike(ys: Sequence[torch.Tensor]) -> bool:
