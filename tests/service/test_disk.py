@@ -13,6 +13,7 @@ from hvp_client import Client, FailedPreconditionError, NotFoundError
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
 from hvp_service.app.transport import start_transport
+from hvp_service.batches import service as batches
 from hvp_service.blobs.store import BlobStore
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
@@ -116,7 +117,7 @@ async def test_what_a_call_works_with_is_deleted_after_it(
     backend.gate.clear()
     call = asyncio.create_task(operators.apply(deps, ref, [str(theta.name)]))
     await asyncio.sleep(0.1)
-    await checkpoints.delete_batch(deps, batch)
+    await batches.delete_batch(deps, batch)
     await checkpoints.delete_checkpoint(deps, checkpoint)
     assert state_dir.checkpoint(checkpoint.id).is_dir()  # the ranks have yet to read it
     assert state_dir.blob(batch.id).exists()

@@ -15,6 +15,7 @@ from hvp_operations.eigsh import OPERATION, EigshResult
 from hvp_operations.operation import Facts, SpecError
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.batches import service as batches
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
 from hvp_service.calls.paging import PageRequest
@@ -408,13 +409,13 @@ async def test_what_a_job_needs_cannot_be_deleted_before_it_ends(
     checkpoint, batch = parse(ref.checkpoint, "checkpoints"), parse(ref.data_batch, "dataBatches")
     for work in (
         checkpoints.delete_checkpoint(deps, checkpoint),
-        checkpoints.delete_batch(deps, batch),
+        batches.delete_batch(deps, batch),
     ):
         with pytest.raises(ServiceError, match="RESOURCE_IN_USE"):
             await work
     backend.gate.set()
     await until(deps, job.name, "SUCCEEDED")
-    await checkpoints.delete_batch(deps, batch)
+    await batches.delete_batch(deps, batch)
     await checkpoints.delete_checkpoint(deps, checkpoint)
 
 

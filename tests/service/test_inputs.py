@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hvp_service.app.dependencies import Dependencies
+from hvp_service.batches import service as batches
 from hvp_service.blobs.store import Digest
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name
@@ -283,7 +284,7 @@ async def test_unknown_names_are_not_found(deps: Dependencies) -> None:
     for work in (
         deps.checkpoints.get(Name(PROJECT, "checkpoints", "nothing")),
         deps.batches.get(Name(PROJECT, "dataBatches", "nothing")),
-        checkpoints.delete_batch(deps, Name(PROJECT, "dataBatches", "nothing")),
+        batches.delete_batch(deps, Name(PROJECT, "dataBatches", "nothing")),
         checkpoints.delete_checkpoint(deps, Name(PROJECT, "checkpoints", "nothing")),
     ):
         with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):

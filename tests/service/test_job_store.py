@@ -396,7 +396,7 @@ async def test_events_come_in_pages_and_none_is_left_out(store: JobStore) -> Non
     for _ in range(12):
         await store.report(claimed.lease, PROGRESS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvp_service.jobs.sqlite_store.EVENTS_PER_PAGE", 5)
+        patch.setattr("hvp_service.jobs.event_log.EVENTS_PER_PAGE", 5)
         pages: list[list[JobEvent]] = []
         while not pages or pages[-1]:
             after = pages[-1][-1].sequence if pages else 0

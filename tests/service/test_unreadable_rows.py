@@ -13,6 +13,7 @@ from hvp_operations.eigsh import EigshSpec
 from hvp_protos.v1 import job_pb2 as pb
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.batches import service as batches
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
 from hvp_service.calls.paging import PageRequest
@@ -165,7 +166,7 @@ async def test_rows_that_this_version_cannot_read_stop_neither_the_queue_nor_the
         assert await system.queue(deps, PROJECT) == (0, 0)
         batch = await make_batch(deps)
         await checkpoints.delete_checkpoint(deps, parse(ref.checkpoint, "checkpoints"))
-        await checkpoints.delete_batch(deps, batch.name)
+        await batches.delete_batch(deps, batch.name)
         for name in POISON:
             await servicer.DeleteJob(pb.DeleteJobRequest(name=shown[name].name), CONTEXT)
     finally:

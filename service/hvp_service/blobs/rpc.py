@@ -12,7 +12,8 @@ from hvp_protos.v1 import blob_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.blobs import service as blobs
-from hvp_service.calls import messages
+from hvp_service.blobs.messages import blob_message, digest_message, digest_value, upload_message
+from hvp_service.calls.messages import page_request
 from hvp_service.calls.names import parse, parse_parent
 from hvp_service.uploads.chunks import Chunk
 
@@ -27,17 +28,17 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         self, request: pb.FindMissingBlobsRequest, context: Any
     ) -> pb.FindMissingBlobsResponse:
         missing = await self._deps.blobs.missing(
-            parse_parent(request.parent), [messages.digest_value(d) for d in request.digests]
+            parse_parent(request.parent), [digest_value(d) for d in request.digests]
         )
-        return pb.FindMissingBlobsResponse(missing=[messages.digest_message(d) for d in missing])
+        return pb.FindMissingBlobsResponse(missing=[digest_message(d) for d in missing])
 
     async def StartUpload(
         self, request: pb.StartUploadRequest, context: Any
     ) -> pb.StartUploadResponse:
         upload = await self._deps.uploads.start(
-            parse_parent(request.parent), messages.digest_value(request.expected)
+            parse_parent(request.parent), digest_value(request.expected)
         )
-        return pb.StartUploadResponse(upload=messages.upload_message(upload, self._deps.config))
+        return pb.StartUploadResponse(upload=upload_message(upload, self._deps.config))
 
     async def UploadBlob(
         self, request_iterator: AsyncIterator[pb.UploadBlobRequest], context: Any
@@ -53,11 +54,11 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
             async for message in request_iterator
         )
         upload = await self._deps.uploads.write(chunks)
-        return pb.UploadBlobResponse(upload=messages.upload_message(upload, self._deps.config))
+        return pb.UploadBlobResponse(upload=upload_message(upload, self._deps.config))
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Any) -> pb.GetUploadResponse:
         upload = await self._deps.uploads.get(parse(request.name, "uploads"))
-        return pb.GetUploadResponse(upload=messages.upload_message(upload, self._deps.config))
+        return pb.GetUploadResponse(upload=upload_message(upload, self._deps.config))
 
     async def CancelUpload(
         self, request: pb.CancelUploadRequest, context: Any
@@ -75,14 +76,14 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
 
     async def GetBlob(self, request: pb.GetBlobRequest, context: Any) -> pb.GetBlobResponse:
         blob = await self._deps.blobs.get(parse(request.name, "blobs"))
-        return pb.GetBlobResponse(blob=messages.blob_message(blob))
+        return pb.GetBlobResponse(blob=blob_message(blob))
 
     async def ListBlobs(self, request: pb.ListBlobsRequest, context: Any) -> pb.ListBlobsResponse:
         found, token = await self._deps.blobs.list_page(
-            parse_parent(request.parent), messages.page_request(request)
+            parse_parent(request.parent), page_request(request)
         )
         return pb.ListBlobsResponse(
-            blobs=[messages.blob_message(blob) for blob in found], next_page_token=token
+            blobs=[blob_message(blob) for blob in found], next_page_token=token
         )
 
     async def DeleteBlob(

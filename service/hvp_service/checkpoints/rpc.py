@@ -10,9 +10,11 @@ from hvp_protos.v1 import checkpoint_pb2 as pb
 from hvp_protos.v1 import checkpoint_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
-from hvp_service.calls import messages
+from hvp_service.blobs.messages import digest_value
+from hvp_service.calls.messages import page_request
 from hvp_service.calls.names import parse, parse_parent
 from hvp_service.checkpoints import service as checkpoints
+from hvp_service.checkpoints.messages import checkpoint_message
 from hvp_service.checkpoints.store import CheckpointFile
 
 
@@ -26,28 +28,28 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: pb.CreateCheckpointRequest, context: Any
     ) -> pb.CreateCheckpointResponse:
         files = [
-            CheckpointFile(path=file.path, digest=messages.digest_value(file.digest))
+            CheckpointFile(path=file.path, digest=digest_value(file.digest))
             for file in request.files
         ]
         made = await self._deps.checkpoints.create(parse_parent(request.parent), files)
         return pb.CreateCheckpointResponse(
-            checkpoint=messages.checkpoint_message(made), ignored_files=made.ignored_files
+            checkpoint=checkpoint_message(made), ignored_files=made.ignored_files
         )
 
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
     ) -> pb.GetCheckpointResponse:
         found = await self._deps.checkpoints.get(parse(request.name, "checkpoints"))
-        return pb.GetCheckpointResponse(checkpoint=messages.checkpoint_message(found))
+        return pb.GetCheckpointResponse(checkpoint=checkpoint_message(found))
 
     async def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: Any
     ) -> pb.ListCheckpointsResponse:
         found, token = await self._deps.checkpoints.list_page(
-            parse_parent(request.parent), messages.page_request(request)
+            parse_parent(request.parent), page_request(request)
         )
         return pb.ListCheckpointsResponse(
-            checkpoints=[messages.checkpoint_message(item, parameters=False) for item in found],
+            checkpoints=[checkpoint_message(item, parameters=False) for item in found],
             next_page_token=token,
         )
 
@@ -61,9 +63,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             request.update_mask.paths,
             request.etag,
         )
-        return pb.UpdateCheckpointResponse(
-            checkpoint=messages.checkpoint_message(changed, parameters=False)
-        )
+        return pb.UpdateCheckpointResponse(checkpoint=checkpoint_message(changed, parameters=False))
 
     async def DeleteCheckpoint(
         self, request: pb.DeleteCheckpointRequest, context: Any

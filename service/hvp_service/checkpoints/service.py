@@ -1,11 +1,10 @@
-"""Checkpoints and data batches: what depends on more than their own rows."""
+"""Changing and deleting checkpoints: what depends on more than their own rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from hvp_service.app.dependencies import Dependencies
-from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.labels import check_labels, check_mask
 from hvp_service.calls.names import Name
 from hvp_service.checkpoints.store import Checkpoint, require_unused
@@ -43,22 +42,3 @@ async def delete_checkpoint(deps: Dependencies, name: Name) -> None:
     await deps.checkpoints.delete(name)
     await deps.blobs.release(name.project, [file.digest for file in checkpoint.files])
     await deps.vectors.delete_of_checkpoint(name)
-
-
-async def delete_batch(deps: Dependencies, name: Name) -> None:
-    """Delete a data batch, the outputs on it, and its blob unless something else is made of it.
-
-    Raises:
-        ServiceError: RESOURCE_NOT_FOUND, RESOURCE_IN_USE.
-    """
-    batch = await deps.batches.get(name)
-    for job in await deps.jobs.unfinished(name.project):
-        if job.uses(name):
-            raise ServiceError(
-                "RESOURCE_IN_USE",
-                f"{job.name}, which has not ended, uses {name}; cancel it first.",
-                resource=str(name),
-            )
-    await deps.batches.delete(name)
-    await deps.vectors.delete_of_batch(name)
-    await deps.blobs.release(name.project, [batch.digest])

@@ -10,7 +10,7 @@ from hvp_protos.v1 import system_pb2 as pb
 from hvp_protos.v1 import system_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
-from hvp_service.calls import messages
+from hvp_service.calls.messages import timestamp
 from hvp_service.calls.names import parse_parent
 from hvp_service.group import service as system
 from hvp_service.operators.resolver import DTYPES, KINDS, PRECISIONS
@@ -32,7 +32,7 @@ class SystemServicer(system_pb2_grpc.SystemServiceServicer):
             precisions=sorted(PRECISIONS[self._deps.operators.device]),
             max_chunk_bytes=self._deps.config.max_chunk_bytes,
             max_message_bytes=self._deps.config.max_message_bytes,
-            start_time=messages.timestamp(self._deps.start_time),
+            start_time=timestamp(self._deps.start_time),
         )
 
     async def ListWorkerGroups(

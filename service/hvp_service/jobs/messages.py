@@ -12,9 +12,10 @@ from hvp_protos.v1 import operator_pb2, vector_pb2
 from hvp_workers.backend import RunProgress
 
 from hvp_service.calls.labels import etag_of
-from hvp_service.calls.messages import operator_message, operator_value, timestamp
+from hvp_service.calls.messages import timestamp
 from hvp_service.jobs.plan import Plan
 from hvp_service.jobs.store import Job, JobError, JobEvent, JobResult, JobSpec, StateChange
+from hvp_service.operators.messages import operator_message, operator_value
 from hvp_service.operators.resolver import OperatorRef
 
 

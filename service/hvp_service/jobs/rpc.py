@@ -11,7 +11,7 @@ from hvp_protos.v1 import job_pb2 as pb
 from hvp_protos.v1 import job_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
-from hvp_service.calls import messages
+from hvp_service.calls.messages import enum_name, page_request
 from hvp_service.calls.names import Name, parse, parse_parent
 from hvp_service.jobs import service as jobs
 from hvp_service.jobs.messages import (
@@ -59,11 +59,11 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Any) -> pb.ListJobsResponse:
         states = [
-            cast(JobState, messages.enum_name(pb.Job.State, state).removeprefix("STATE_"))
+            cast(JobState, enum_name(pb.Job.State, state).removeprefix("STATE_"))
             for state in request.states
         ]
         found, token = await self._deps.jobs.list_page(
-            parse_parent(request.parent), states, messages.page_request(request)
+            parse_parent(request.parent), states, page_request(request)
         )
         return pb.ListJobsResponse(jobs=[job_message(job) for job in found], next_page_token=token)
 

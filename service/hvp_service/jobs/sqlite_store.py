@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +16,11 @@ from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.labels import check_etag
 from hvp_service.calls.names import Name
 from hvp_service.calls.paging import Pager, PageRequest
+from hvp_service.jobs.event_log import EventLog
 from hvp_service.jobs.rows import (
     ERROR,
     STATE_CHANGE,
     progress_row,
-    read_event,
     read_job,
     read_progress,
     read_spec,
@@ -29,7 +28,6 @@ from hvp_service.jobs.rows import (
     spec_row,
 )
 from hvp_service.jobs.store import (
-    EVENTS_PER_PAGE,
     FINAL_STATES,
     HELD_STATES,
     Job,
@@ -46,7 +44,7 @@ from hvp_service.jobs.store import (
 )
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.clock import SECOND, now_us
-from hvp_service.storage.database import Database, job_events, jobs
+from hvp_service.storage.database import Database, jobs
 
 _NAMES_PER_PAGE = 1000
 _JOBS_LOOKED_AT = 100  # the latest ones, for the pace of products
@@ -67,7 +65,7 @@ class SqliteJobStore(JobStore):
         self._pager = pager
         self._owner = owner
         self._lease_us = int(lease_s * SECOND)
-        self._changes: dict[Name, asyncio.Event] = {}
+        self._events = EventLog(database)
 
     async def create(self, job: Job, max_queued: int) -> Job:
         assert job.spec is not None
@@ -98,7 +96,7 @@ class SqliteJobStore(JobStore):
                 )
             )
             made = await self._change(connection, replace(job, last_sequence=0), state="QUEUED")
-        self._notify(job.name)
+        self._events.notify(job.name)
         return made
 
     async def get(self, name: Name) -> Job:
@@ -142,10 +140,9 @@ class SqliteJobStore(JobStore):
 
     async def forget(self, name: Name) -> None:
         ended = jobs.c.state.in_(sorted(FINAL_STATES))
-        events = job_events.c.project == name.project, job_events.c.job_id == name.id
         async with self._database.writing() as connection:
             if (await connection.execute(sa.delete(jobs).where(*_is(name), ended))).rowcount:
-                await connection.execute(sa.delete(job_events).where(*events))
+                await self._events.forget(connection, name)
 
     async def unfinished(self, project: str) -> list[Job]:
         async with self._database.reading() as connection:
@@ -192,7 +189,7 @@ class SqliteJobStore(JobStore):
                 )
                 changed.append(claimed)
         for job in changed:
-            self._notify(job.name)
+            self._events.notify(job.name)
         return claimed
 
     async def _oldest_queued(self, connection: AsyncConnection) -> Job | None:
@@ -221,13 +218,13 @@ class SqliteJobStore(JobStore):
                 progress=body,
                 lease_expire=now_us() + self._lease_us,
             )
-        self._notify(lease.name)
+        self._events.notify(lease.name)
 
     async def finish(self, lease: Lease, end: JobResult | JobError | None) -> Job:
         async with self._database.writing() as connection:
             job = await self._held(connection, lease)
             ended = await self._end(connection, job, end)
-        self._notify(lease.name)
+        self._events.notify(lease.name)
         return ended
 
     async def give_back(self, lease: Lease, *, counted: bool = True) -> Job:
@@ -239,7 +236,7 @@ class SqliteJobStore(JobStore):
                 # The number of an attempt that does not count is given again, to another owner.
                 attempt = job.attempt if counted else job.attempt - 1
                 changed = await self._requeue(connection, job, attempt=attempt)
-        self._notify(lease.name)
+        self._events.notify(lease.name)
         return changed
 
     async def _requeue(self, connection: AsyncConnection, job: Job, **columns: Any) -> Job:
@@ -254,7 +251,7 @@ class SqliteJobStore(JobStore):
                 job = await self._end(connection, job, None)
             elif job.state == "RUNNING":
                 job = await self._change(connection, job, state="CANCELLING")
-        self._notify(name)
+        self._events.notify(name)
         return job
 
     async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Job:
@@ -272,7 +269,7 @@ class SqliteJobStore(JobStore):
                 "the server ended while the job ran.",
             )
         for job in settled:
-            self._notify(job.name)
+            self._events.notify(job.name)
         return settled
 
     async def _settle(
@@ -295,30 +292,7 @@ class SqliteJobStore(JobStore):
         return settled
 
     async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
-        changed = self._changes.setdefault(name, asyncio.Event())
-        events = await self._read_events(name, sequence)
-        if events or timeout_s <= 0:
-            return events
-        try:
-            await asyncio.wait_for(changed.wait(), timeout_s)
-        except TimeoutError:
-            return []
-        return await self._read_events(name, sequence)
-
-    async def _read_events(self, name: Name, sequence: int) -> list[JobEvent]:
-        async with self._database.reading() as connection:
-            await self._get(connection, name)
-            rows = await connection.execute(
-                sa.select(job_events)
-                .where(
-                    job_events.c.project == name.project,
-                    job_events.c.job_id == name.id,
-                    job_events.c.sequence > sequence,
-                )
-                .order_by(job_events.c.sequence)
-                .limit(EVENTS_PER_PAGE)
-            )
-            return [read_event(row) for row in rows]
+        return await self._events.after(name, sequence, timeout_s)
 
     async def _row(self, connection: AsyncConnection, name: Name) -> sa.Row[Any] | None:
         return (await connection.execute(sa.select(jobs).where(*_is(name)))).one_or_none()
@@ -370,20 +344,7 @@ class SqliteJobStore(JobStore):
     async def _append(
         self, connection: AsyncConnection, job: Job, body: dict[str, Any], **columns: Any
     ) -> Job:
-        # Asked of the events themselves: a damaged row does not know.
-        latest = sa.select(sa.func.max(job_events.c.sequence)).where(
-            job_events.c.project == job.name.project, job_events.c.job_id == job.name.id
-        )
-        sequence = ((await connection.execute(latest)).scalar() or 0) + 1
-        await connection.execute(
-            job_events.insert().values(
-                project=job.name.project,
-                job_id=job.name.id,
-                sequence=sequence,
-                time=now_us(),
-                body=body,
-            )
-        )
+        sequence = await self._events.append(connection, job.name, body)
         row = (
             await connection.execute(
                 sa.update(jobs)
@@ -393,11 +354,6 @@ class SqliteJobStore(JobStore):
             )
         ).one()
         return read_job(row)
-
-    def _notify(self, name: Name) -> None:
-        changed = self._changes.pop(name, None)
-        if changed is not None:
-            changed.set()
 
 
 def _is(name: Name) -> tuple[sa.ColumnElement[bool], ...]:

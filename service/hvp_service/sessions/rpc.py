@@ -11,7 +11,7 @@ from hvp_protos.v1 import session_pb2 as pb
 from hvp_protos.v1 import session_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
-from hvp_service.calls import messages
+from hvp_service.calls.messages import timestamp
 from hvp_service.calls.names import parse, parse_parent
 from hvp_service.sessions.store import Session
 
@@ -50,7 +50,7 @@ def _session_message(session: Session) -> pb.Session:
     ttl.FromMicroseconds(session.ttl_us)
     return pb.Session(
         name=str(session.name),
-        create_time=messages.timestamp(session.create_time),
-        expire_time=messages.timestamp(session.expire_time),
+        create_time=timestamp(session.create_time),
+        expire_time=timestamp(session.expire_time),
         ttl=ttl,
     )

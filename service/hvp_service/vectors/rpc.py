@@ -11,9 +11,11 @@ from hvp_protos.v1 import vector_pb2 as pb
 from hvp_protos.v1 import vector_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
-from hvp_service.calls import messages
+from hvp_service.blobs.messages import digest_value
+from hvp_service.calls.messages import enum_name, page_request
 from hvp_service.calls.names import parse, parse_parent
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors.messages import vector_message
 from hvp_service.vectors.service import VectorPiece
 
 
@@ -35,20 +37,20 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             request.session,
             request.data_batch,
         )
-        return pb.CreateVectorResponse(vector=messages.vector_message(made))
+        return pb.CreateVectorResponse(vector=vector_message(made))
 
     async def GetVector(self, request: pb.GetVectorRequest, context: Any) -> pb.GetVectorResponse:
         found = await self._deps.vectors.get(parse(request.name, "vectors"))
-        return pb.GetVectorResponse(vector=messages.vector_message(found))
+        return pb.GetVectorResponse(vector=vector_message(found))
 
     async def ListVectors(
         self, request: pb.ListVectorsRequest, context: Any
     ) -> pb.ListVectorsResponse:
         found, token = await self._deps.vectors.list_page(
-            parse_parent(request.parent), messages.page_request(request)
+            parse_parent(request.parent), page_request(request)
         )
         return pb.ListVectorsResponse(
-            vectors=[messages.vector_message(item) for item in found],
+            vectors=[vector_message(item) for item in found],
             next_page_token=token,
         )
 
@@ -62,7 +64,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
         self, request: pb.KeepVectorRequest, context: Any
     ) -> pb.KeepVectorResponse:
         kept = await vectors.keep(self._deps, parse(request.name, "vectors"))
-        return pb.KeepVectorResponse(vector=messages.vector_message(kept))
+        return pb.KeepVectorResponse(vector=vector_message(kept))
 
     async def ReduceVectors(
         self, request: pb.ReduceVectorsRequest, context: Any
@@ -99,7 +101,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             first.create.session,
             first.create.data_batch,
         )
-        return pb.WriteVectorResponse(vector=messages.vector_message(made))
+        return pb.WriteVectorResponse(vector=vector_message(made))
 
 
 async def _pieces(
@@ -121,12 +123,10 @@ def _source(message: pb.VectorSource) -> vectors.VectorSource:
         case "seeded":
             return vectors.SeededSource(
                 seed=message.seeded.seed,
-                distribution=messages.enum_name(
-                    pb.SeededSource.Distribution, message.seeded.distribution
-                ),
+                distribution=enum_name(pb.SeededSource.Distribution, message.seeded.distribution),
             )
         case "blob":
-            return messages.digest_value(message.blob)
+            return digest_value(message.blob)
         case "combination":
             return vectors.CombinationSource(
                 terms=tuple((term.coefficient, term.vector) for term in message.combination.terms)
