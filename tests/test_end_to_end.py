@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from hvp_client import Client
-from hvp_core import attention
+from hvp_core.model.huggingface import attention
 from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 

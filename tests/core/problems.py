@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import Loss
 from hvp_core.model.chain import Chain, MicroBatch, ModuleChain, parameter_values
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy
 from hvp_core.sharding.collective import Alone, Collective

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
+from hvp_core.model.chain import MicroBatch
+from hvp_core.model.check import disagreement
 from hvp_core.model.data import token_batch
-from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.model.huggingface.families import CausalLanguageModels
@@ -62,7 +63,11 @@ def load(
     parameters = load_shard(space, locate(model, folder))
     family = CausalLanguageModels()
     facts = family.facts(model, folder)
-    assert disagreement(family, facts, model, chain, space, parameters) is None
+
+    def loss(batch: MicroBatch) -> float:
+        return Curvature(chain, space, parameters, batch, 1).loss()
+
+    assert disagreement(family, facts, model, chain, space, parameters, loss) is None
     return chain, space, parameters
 
 

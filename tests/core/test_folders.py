@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import load_config, longest_sequence
 from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.loading import load_shard, locate

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.autodiff import routes, verify
-from hvp_core.autodiff.closing import TracedClosing
-from hvp_core.autodiff.route import Traced
+from hvp_core.autodiff.traced import Traced, TracedClosing
 from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import CrossEntropy, SquaredError
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hvp_core.autodiff.shards import part_of
+from hvp_core.curvature.shards import part_of
 from hvp_core.curvature.walk import Curvature, Kind
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy
@@ -87,7 +87,7 @@ def curvature_of(
 
 
 @functools.cache
-def model(name: str) -> tuple[Problem, Callable[[dict[str, Tensor]], Tensor]]:
+def model(name: str) -> tuple[Problem, Callable[[references.Params], Tensor]]:
     """A problem, and its logits."""
     ids, _, mask = ragged_tokens()
     if name == "llama":
@@ -249,20 +249,19 @@ def test_what_lies_before_the_selection_needs_no_derivative() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     targets = torch.randint(3, (6,), generator=generator)
-    net = nn.Sequential(nn.Linear(4, 5), Rounded(), nn.Linear(5, 3)).double()
+    front = nn.Linear(4, 5).double()
+    net = nn.Sequential(front, Rounded(), nn.Linear(5, 3)).double()
     problem = module_problem(net, CrossEntropy(), x, targets)
     with pytest.raises(CurvatureError):
         curvature_of(problem, list(problem.parameters), strict=False).hvp([problem.flat])
     head = curvature_of(problem, ["2.weight"], strict=False)
     v = head.space.random(1, "gaussian")
-    inner = net[1](net[0](x)).detach()
+    inner, bias = front(x).detach().sign(), problem.parameters["2.bias"]
 
     def loss(weight: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(
-            inner @ weight.view(3, 5).T + net[2].bias.detach(), targets
-        )
+        return nn.functional.cross_entropy(inner @ weight.view(3, 5).T + bias, targets)
 
-    hessian = torch.func.hessian(loss)(net[2].weight.detach().flatten())
+    hessian = torch.func.hessian(loss)(problem.parameters["2.weight"].flatten())
     assert relative_error(head.hvp([v])[0], hessian @ v) < TOLERANCE
 
 

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
-from hvp_core.autodiff.shards import part_of
+from hvp_core.curvature.shards import part_of
 from hvp_core.curvature.walk import Unit
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.data import token_batch

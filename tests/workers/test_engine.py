@@ -10,7 +10,7 @@ from typing import get_args
 import psutil
 import pytest
 import torch
-from hvp_core import attention
+from hvp_core.model.huggingface import attention
 from hvp_core.sharding.collective import Alone
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import final
 
 import torch
+from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain
-from hvp_core.model.families import family_of
+from hvp_core.model.check import disagreement
 from hvp_core.model.family import ModelFacts, ModelFamily, NotAChainError, Way
-from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.huggingface.choice import family_of
 from hvp_core.model.loading import fill_buffers, load_shard, locate
 from hvp_core.model.stored_tensors import StoredTensor
 from hvp_core.sharding.collective import Collective
@@ -169,7 +170,15 @@ class ModelStore:
         )
         numbers = Space(layout, self._collective, dtype, self._device)
         parameters = load_shard(numbers, description.sources)
-        disagrees = disagreement(family, facts, model, chain, numbers, parameters)
+        disagrees = disagreement(
+            family,
+            facts,
+            model,
+            chain,
+            numbers,
+            parameters,
+            lambda batch: Curvature(chain, numbers, parameters, batch, 1).loss(),
+        )
         if disagrees is not None:
             logger.warning(
                 "%s as %s does not give the model's own loss: %s",

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.autodiff.parts import Group, Part, split
-from hvp_core.autodiff.product_spec import Passes
+from hvp_core.autodiff.passes import Passes, Way
 from hvp_core.autodiff.trace import Env, Stage, Trace
 
-Way = Literal["fast", "lean", "shared"]
 Half = Literal["primal", "tangent"]
 Collect = Callable[[Part, Env], None]
 
@@ -255,7 +254,9 @@ class BlockDual:
         """
         if not self.is_cut or (spec.backward and not self._attention_moves):
             return ()
-        return spec.halves if self._attention_moves else tuple({"primal"} & {*spec.halves})
+        if self._attention_moves or "primal" not in spec.halves:
+            return spec.halves if self._attention_moves else ()
+        return ("primal",)
 
     def _groups(self, spec: LegSpec) -> list[Group]:
         """The parts of a leg: before and behind the attention, or one."""

@@ -15,17 +15,19 @@ from torch import Tensor
 from hvp_core.attention import choice, seam
 from hvp_core.attention.mask import Mask
 from hvp_core.autodiff.block_dual import AttentionCall, BlockDual
-from hvp_core.autodiff.closing import Closing, ClosingDual, EagerClosing, TracedClosing
+from hvp_core.autodiff.closing_dual import ClosingDual
 from hvp_core.autodiff.compiler import COMPILER
-from hvp_core.autodiff.dual import Function
+from hvp_core.autodiff.eager import Eager, EagerClosing
+from hvp_core.autodiff.executor import Closing, Route
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.route import Eager, Route, Traced, places
+from hvp_core.autodiff.programs import trace_block, trace_closing, trace_value
 from hvp_core.autodiff.selected_parameters import Link
-from hvp_core.autodiff.trace import Env, trace_block, trace_closing, trace_graph, trace_value
+from hvp_core.autodiff.trace import Env, trace_graph
+from hvp_core.autodiff.traced import Traced, TracedClosing, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
-from hvp_core.model.chain import Body
+from hvp_core.model.chain import Body, function_of
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
 
@@ -150,7 +152,7 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (name, _signature(p | inputs | constants), body.settings, cut)
+        key = (name, _signature(p | inputs | constants), len(p), body.settings, cut)
         if key not in self._looks:
             self._looks[key] = _look(f, p, inputs, constants, body.masks)
         return self._looks[key]
@@ -179,7 +181,7 @@ class Routes:
             def make() -> ClosingDual:
                 with listening() as remarks:
                     trace = trace_closing(f, loss, spec, values, inputs, constants)
-                return ClosingDual(trace, spec, of, remarks, self._prepare)
+                return ClosingDual(trace, spec.passes, of, remarks, self._prepare)
 
             dual = _duals.get(
                 (of, _signature(values | inputs | constants), self._policy.compile), make
@@ -225,15 +227,6 @@ def _loss_dtype(x: Tensor, values: Mapping[str, Tensor]) -> torch.dtype:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
-def function_of(body: Body) -> Function:
-    """A block with its constants in place, its attention in plain operations."""
-
-    def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return body.run(p, x, body.constants)
-
-    return f
 
 
 def _inputs(link: Link, p: Mapping[str, Tensor], x: Tensor, own: Env) -> tuple[Env, Env, Env]:
@@ -296,11 +289,11 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
         return y
 
     graph, names = trace_graph(program, arguments)
-    places = {id(mask): place for place, mask in enumerate(masks)}
+    place_of = {id(mask): place for place, mask in enumerate(masks)}
     return _Look(
         str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
         tuple(calls),
-        tuple(places.get(id(each.mask)) for each in calls),
+        tuple(place_of.get(id(each.mask)) for each in calls),
         _reads(graph, names, ("q/", "k/", "v/"), len(p) + len(inputs)),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, final
 
-from hvp_core.autodiff.product_spec import LOSS, Passes
+from hvp_core.autodiff.passes import VALUE, Passes
 from hvp_core.model.chain import Chain
 from hvp_core.vectors.space import Space
 
@@ -60,4 +60,4 @@ class SelectedParameters:
 
     def passes(self, index: int, passes: Passes) -> Passes:
         """How a product goes through a block: only with values before the first that moves."""
-        return LOSS.passes if index < self.first else passes
+        return VALUE if index < self.first else passes

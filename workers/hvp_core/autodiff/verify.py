@@ -17,28 +17,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.closing import Closing, EagerClosing, TracedClosing
+from hvp_core.autodiff.directions import (
+    are_close,
+    inner_product,
+    noise_like,
+    norm,
+    random_direction,
+    tolerance_of,
+    weighed_directions,
+)
 from hvp_core.autodiff.dual import Function, Params, backward_dual, held, value_and_tangent
-from hvp_core.autodiff.product_spec import Passes, ProductSpec
-from hvp_core.autodiff.route import Bars, Eager, Route, Traced, Weights
-from hvp_core.autodiff.routes import Routes, function_of
+from hvp_core.autodiff.eager import Eager, EagerClosing
+from hvp_core.autodiff.executor import Bars, Closing, Route, Weights
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.selected_parameters import Link, SelectedParameters
-from hvp_core.autodiff.shards import Sums
+from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import explained, whose
-from hvp_core.losses.loss import at_least_float32
+from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
-from hvp_core.model.chain import Block, Chain, MicroBatch
-from hvp_core.policy import Policy
-from hvp_core.vectors.space import partial_products
+from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
 
-#: Of a number of size one. What the trace finds to be smaller than the largest by its root is
-#: weighed as if it were not: rounding is of that size.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 #: Directions to compare along. In float32 what is wrong by a hundredth hides from one direction in
 #: eight: the number that it changes may be small, and what rounding does to it is allowed for.
 _ROUNDS = {torch.float32: 4}
@@ -49,6 +53,32 @@ _verified: set[Hashable] = set()  # programs and what they were taken through, i
 _Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
+class Builder(Protocol):
+    """Builds what is compared: see `Routes`."""
+
+    def of(
+        self,
+        link: Link,
+        bodies: Callable[[bool], Body],
+        p: Params,
+        x: Tensor,
+    ) -> Route:
+        """The route of a block, not the last."""
+
+    def closing(
+        self,
+        spec: ProductSpec,
+        link: Link,
+        body: Body,
+        loss: Loss,
+        p: Params,
+        x: Tensor,
+        target: Tensor,
+        scale: float,
+    ) -> Closing:
+        """The route of the last block and a product's rule."""
+
+
 @final
 class Verifier:
     """Walks a small piece of the batch along with the preparation of an operator.
@@ -57,6 +87,7 @@ class Verifier:
         chain: The model.
         batches: This rank's first micro-batch, or none.
         spec: What is going to be computed.
+        routes: Builds the executors of the small piece, as they are without a policy.
         selected: The parameters that it is a derivative by.
     """
 
@@ -65,11 +96,11 @@ class Verifier:
         chain: Chain,
         batches: Sequence[MicroBatch],
         spec: ProductSpec,
+        routes: Builder,
         selected: SelectedParameters,
     ):
         self._chain, self._selected = chain, selected
-        self._spec = spec
-        self._routes = Routes(Policy())
+        self._spec, self._routes = spec, routes
         small = [chain.few(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_in(torch.float64, chain.first_input(batch)) for batch in small]
@@ -89,8 +120,8 @@ class Verifier:
         block, dtype, link = self._chain.blocks[index], _dtype(p), self._selected.links[index]
         passes = self._selected.passes(index, self._spec.passes)
         key = None
-        if isinstance(route, Traced):
-            key = _key(route.dual.key, p, link, passes)
+        if route is not None and route.key is not None:
+            key = _key(route.key, p, link, passes)
         p = {name: each.to(dtype) for name, each in p.items()}
         right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
@@ -120,8 +151,8 @@ class Verifier:
             x = _in(dtype, x)
             loss, f = self._chain.loss, function_of(body)
             traced = self._routes.closing(self._spec, link, body, loss, p, x, target, 1.0)
-            if isinstance(traced, TracedClosing):
-                key = _key(traced.dual.key, p, link, self._spec.passes)
+            if traced.key is not None:
+                key = _key(traced.key, p, link, self._spec.passes)
                 known = key in _verified
                 if known or _remembered(key, self._closing(link, traced, f, p, x, target)):
                     continue
@@ -143,10 +174,10 @@ class Verifier:
         traced = self._routes.of(
             link, lambda dense: block.body(context, dense).cast(_dtype(p)), p, x
         )
-        if not isinstance(traced, Traced):
+        if traced.key is None:
             return False
         y = traced.like(p, x)
-        y_bar, y_bar_dot = _noise(y, 2), _noise(y, 3)
+        y_bar, y_bar_dot = noise_like(y, 2), noise_like(y, 3)
 
         def by(route: Route) -> _Run:
             def run(
@@ -170,7 +201,7 @@ class Verifier:
     def _closing(
         self,
         link: Link,
-        traced: TracedClosing,
+        traced: Closing,
         f: Function,
         p: Params,
         x: Tensor,
@@ -181,7 +212,7 @@ class Verifier:
         if spec.given is not None:
             with torch.no_grad():
                 y = f(p, x)
-            given = _noise(
+            given = noise_like(
                 y if spec.given == "outputs" else y.reshape(len(y), -1)[:, 0].double(), 4
             )
 
@@ -233,15 +264,11 @@ class Verifier:
             x: Its input.
             at_output: Of (y, ẏ): the values there, and ȳ, the pair (ȳ, ȳ̇), or nothing.
         """
-        some, pair, is_data = (
-            passes.forward == "tangent",
-            passes.backward == "pair",
-            link.takes_data,
-        )
-        everything = _own(p)
+        some, pair = passes.forward == "tangent", passes.backward == "pair"
+        everything, is_data = _own(p), link.takes_data
         f, p = held(f, everything, link.selected)
-        v = _direction(p, 1000) if some else None
-        x_dot = _noise(x, 1) if some and not is_data else None
+        v = random_direction(p, 1000) if some else None
+        x_dot = noise_like(x, 1) if some and not is_data else None
         weights = Weights(everything, [] if v is None else [v])
 
         def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor], bool]:
@@ -270,12 +297,12 @@ class Verifier:
 
         def backward(directions: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
             values, truth, _ = found_by(other)
-            return values, _inner(truth, directions)
+            return values, inner_product(truth, directions)
 
-        allowed = sum(_tolerance(each) for each in found)
+        allowed = sum(tolerance_of(each) for each in found)
 
         def compare(directions: Sequence[Tensor]) -> bool | None:
-            product, undecided = _inner(found, directions), False
+            product, undecided = inner_product(found, directions), False
             for torchs_own in (forward, backward):
                 try:
                     with torch.enable_grad():  # without it torch picks what has no derivative
@@ -286,12 +313,12 @@ class Verifier:
                     continue  # it has no such derivative
                 # No number on either side is the data's fault.
                 undecided = not math.isfinite(truth) and not math.isfinite(product)
-                if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
+                if all(map(are_close, values, expected)) and abs(product - truth) <= allowed:
                     seen = values if passes.backward == "none" else found
-                    return True if any(map(_size, seen)) else None
+                    return True if any(map(norm, seen)) else None
             return None if undecided else False
 
-        answers = (compare(_weighed(found, each)) for each in rounds)
+        answers = (compare(weighed_directions(found, each)) for each in rounds)
         return next((answer for answer in answers if answer is not True), True)
 
 
@@ -333,52 +360,16 @@ def _along(
     return y, y_s, y_t, zero
 
 
-def _weighed(found: Sequence[Tensor], turn: int) -> list[Tensor]:
-    """Directions along which all of these have a derivative of size one, others at each turn."""
-    sizes = [_size(each) for each in found]
-    known = [size for size in sizes if math.isfinite(size)]
-    seed = 20 + 10_000 * turn
-    directions = [_noise(each, seed + place) for place, each in enumerate(found)]
-    if len(known) == len(sizes):
-        for each, direction, size in zip(found, directions, sizes, strict=True):
-            least = max(known) * math.sqrt(_tolerance(each))
-            direction /= max(size, least, 1e-3)
-    return directions
-
-
-def _inner(found: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
-    return sum(
-        float(partial_products(u.reshape(1, -1), x.reshape(-1)))
-        for u, x in zip(directions, found, strict=True)
-    )
-
-
-def _tolerance(x: Tensor) -> float:
-    return _TOLERANCE.get(x.dtype, 1e-2)  # a block may round to 16 bits by itself
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    size = _size(expected)
-    if not math.isfinite(size):
-        return True  # the data's fault, not the trace's; the walk says which block
-    # False where only the trace has no number.
-    return _size(found - expected) <= _tolerance(found) * max(size, 1e-3)
-
-
-def _size(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
-
-
 def _there(found: Sequence[Tensor | None]) -> list[Tensor]:
     return [each for each in found if each is not None]
 
 
 def _try(link: Link, f: Function, p: Params, x: Tensor) -> None:
     """Take a block's second derivative once, to see that it has one."""
-    x_dot = None if link.takes_data else _noise(x, 1)
+    x_dot = None if link.takes_data else noise_like(x, 1)
     f, p = held(f, p, link.selected)
     try:
-        backward_dual(f, p, _direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
+        backward_dual(f, p, random_direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
     except Exception as error:
         raise explained(error, link.name, "the second derivative") from error
 
@@ -414,14 +405,3 @@ def _key(traced: Hashable, p: Params, link: Link, passes: Passes) -> Hashable:
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
-
-
-def _direction(p: Params, seed: int) -> dict[str, Tensor]:
-    return {name: _noise(each, seed + place) for place, (name, each) in enumerate(p.items())}
-
-
-def _noise(like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
-        generator=generator
-    )

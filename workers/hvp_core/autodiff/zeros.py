@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from hvp_core.autodiff.terms import alike
+from hvp_core.autodiff.gemm_sums import alike
 
 aten = torch.ops.aten
 

@@ -24,14 +24,14 @@ from hvp_core.autodiff.product_spec import (
     SLOPES,
     ProductSpec,
 )
-from hvp_core.autodiff.shards import Results
 from hvp_core.blame import InStep, raise_first
-from hvp_core.curvature.exchange import Exchange
-from hvp_core.curvature.itinerary import Itinerary, refuse_slower_ways
+from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
+from hvp_core.curvature.itinerary import Itinerary
 from hvp_core.curvature.nonfinite import first_non_finite_block
 from hvp_core.curvature.passage import Passage
 from hvp_core.curvature.replay import Graphs
 from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.shards import Results
 from hvp_core.curvature.sweep import ParameterFeed
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain, MicroBatch, placed, rows
@@ -114,7 +114,7 @@ class Curvature:
         self._passage = Passage(chain, self._batches, self._itinerary)
         self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
-        self._exchange = Exchange(space.collective, self._itinerary)
+        self._exchange = Exchange(space.collective, self._itinerary.notes)
         self.parameters = parameters
 
     @property

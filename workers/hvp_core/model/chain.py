@@ -82,6 +82,15 @@ class Body(NamedTuple):
         return self._replace(constants=constants, call=call)
 
 
+def function_of(body: Body) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
+    """A block with its constants in place, its attention in plain operations."""
+
+    def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return body.run(p, x, body.constants)
+
+    return f
+
+
 class Block(ABC):
     """One link of the chain.
 
@@ -100,7 +109,7 @@ class Block(ABC):
     def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
         """Y = f(params, x); params by canonical name."""
         body = self.body(context, dense=True)
-        return body.run(params, x, body.constants)
+        return function_of(body)(params, x)
 
 
 class Chain(ABC):

@@ -1,7 +1,8 @@
 """What kind of model a checkpoint is: how it is built, what it takes, and how it is taken apart.
 
-The model_type of its config.json decides (`families.py`). Code never comes with a checkpoint:
-families are those of this package, and those that installed packages register (`modules.py`).
+The model_type of its config.json decides (`huggingface/choice.py`). Code never comes with a
+checkpoint: families are those of this package, and those that installed packages register
+(`modules.py`).
 """
 
 from __future__ import annotations

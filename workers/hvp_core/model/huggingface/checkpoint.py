@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hvp_core import attention
 from hvp_core.model.config import config_refused
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import load_config
 from hvp_core.model.huggingface.named_class import Task
 from hvp_core.model.stored_tensors import (

@@ -20,12 +20,12 @@ from hvp_batches.schema import (
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hvp_core import attention
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy, Logistic, Loss, MeanSquaredError, OutputHead
 from hvp_core.model.chain import Chain, MicroBatch
 from hvp_core.model.data import token_batch
 from hvp_core.model.family import ModelFacts, ModelFamily, NotAChainError, Way
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import longest_sequence
 from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.huggingface.decoder import LANGUAGE, DecoderChain
