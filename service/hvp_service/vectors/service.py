@@ -18,9 +18,21 @@ from hvp_service.blobs.service import resolve_range
 from hvp_service.blobs.store import Digest, Piece, read_range
 from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import Name, parse
-from hvp_service.operators.resolver import check_dtype, outputs_of
+from hvp_service.operators.resolver import (
+    check_dtype,
+    outputs_of,
+    parameters_of,
+    select_parameters,
+)
 from hvp_service.uploads.file import UploadFile, disk_full
-from hvp_service.vectors.rows import Outputs, Recipe, Vector, words_of
+from hvp_service.vectors.rows import (
+    ALL_PARAMETERS,
+    Outputs,
+    Recipe,
+    Selection,
+    Vector,
+    words_of,
+)
 from hvp_service.vectors.store import ITEM_BYTES
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -85,6 +97,7 @@ async def create(
     source: VectorSource,
     session: str = "",
     data_batch: str = "",
+    parameters: Sequence[str] = (),
 ) -> Vector:
     """Make a vector on the ranks, in a session or in none.
 
@@ -96,11 +109,12 @@ async def create(
         source: What it is made of.
         session: That it is to belong to; "" for none.
         data_batch: On which it is the model's outputs; "": it is of parameter space.
+        parameters: Globs of the parameters that it has, if it is; none for all.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
             DISTRIBUTION_UNSPECIFIED, SHAPE_MISMATCH, NON_FINITE, VECTOR_SPACE_MISMATCH,
-            INPUT_MISSING, SESSION_EXPIRED.
+            INPUT_MISSING, SESSION_EXPIRED, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
         BackendError: VECTOR_MEMORY.
     """
     name = _checkpoint_name(project, checkpoint)
@@ -109,33 +123,47 @@ async def create(
             held.enter_context(deps.checkpoints.hold(name))
             if data_batch:
                 held.enter_context(deps.batches.hold(parse(data_batch, "dataBatches")))
-            num_elements, outputs = await _space(deps, name, data_batch)
+            num_elements, outputs, selection = await _space(deps, name, data_batch, parameters)
             space_dtype = check_dtype(dtype)
 
             def new(recipe: Recipe | None) -> Vector:
                 return deps.vectors.new(
-                    name, space_dtype, num_elements, recipe, lifetime=lifetime, outputs=outputs
+                    name,
+                    space_dtype,
+                    num_elements,
+                    recipe,
+                    lifetime=lifetime,
+                    outputs=outputs,
+                    selection=selection,
                 )
 
             return await _create(deps, name, new, source, of_outputs=outputs is not None)
 
 
 async def _space(
-    deps: Dependencies, checkpoint: Name, data_batch: str
-) -> tuple[int, Outputs | None]:
-    """Length of a space's vectors and, unless it is parameter space, what they are outputs on.
+    deps: Dependencies, checkpoint: Name, data_batch: str, parameters: Sequence[str]
+) -> tuple[int, Outputs | None, Selection]:
+    """Length of a space's vectors, what they are outputs on, if they are, and their parameters.
 
     Raises:
-        ServiceError: RESOURCE_NOT_FOUND.
+        ServiceError: RESOURCE_NOT_FOUND, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
     """
     found = await deps.checkpoints.get(checkpoint)
     if not data_batch:
-        return found.description.num_parameters, None
+        selection = select_parameters(found, parameters)
+        numel = sum(math.prod(tensor.shape) for tensor in parameters_of(found, selection))
+        return numel, None, selection
+    if parameters:
+        raise ServiceError(
+            "PARAMETERS_INVALID",
+            "Outputs have no parameters; leave parameters or data_batch empty.",
+            field="parameters",
+        )
     name = parse(data_batch, "dataBatches")
     if name.project != checkpoint.project:
         raise not_found(data_batch, "data batch")
     outputs = outputs_of(found, await deps.batches.get(name))
-    return math.prod(outputs.shape), outputs
+    return math.prod(outputs.shape), outputs, ALL_PARAMETERS
 
 
 async def _create(
@@ -188,6 +216,7 @@ async def write(
     pieces: AsyncIterator[VectorPiece],
     session: str = "",
     data_batch: str = "",
+    parameters: Sequence[str] = (),
 ) -> Vector:
     """Make a vector from elements that come in one stream, in a session or in none.
 
@@ -196,9 +225,9 @@ async def write(
     """
     # The session is held from the first element on: it must not expire in a slow stream.
     async with deps.sessions.using(project, session):
-        source = await receive(deps, project, checkpoint, dtype, pieces, data_batch)
+        source = await receive(deps, project, checkpoint, dtype, pieces, data_batch, parameters)
         return await _write(
-            deps, project, checkpoint, dtype, request_id, source, session, data_batch
+            deps, project, checkpoint, dtype, request_id, source, session, data_batch, parameters
         )
 
 
@@ -211,16 +240,21 @@ async def _write(
     source: FileSource,
     session: str,
     data_batch: str,
+    parameters: Sequence[str],
 ) -> Vector:
     async def respond() -> bytes:
-        made = await create(deps, project, checkpoint, dtype, source, session, data_batch)
+        made = await create(
+            deps, project, checkpoint, dtype, source, session, data_batch, parameters
+        )
         return str(made.name).encode()
 
     try:
         # The elements' digest stands for them: a stream cannot be kept to be compared.
         name = await deps.request_log.once(
             (project, "WriteVector", request_id),
-            f"{checkpoint}\0{dtype}\0{source.sha256}\0{session}\0{data_batch}".encode(),
+            "\0".join(
+                [checkpoint, dtype, source.sha256, session, data_batch, *parameters]
+            ).encode(),
             respond,
         )
     finally:
@@ -235,6 +269,7 @@ async def receive(
     dtype: str,
     pieces: AsyncIterator[VectorPiece],
     data_batch: str = "",
+    parameters: Sequence[str] = (),
 ) -> FileSource:
     """Take the elements of a vector that come in one stream into a temporary file.
 
@@ -242,9 +277,11 @@ async def receive(
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SHAPE_MISMATCH,
-            CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL.
+            CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL,
+            PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
     """
-    num_elements, _ = await _space(deps, _checkpoint_name(project, checkpoint), data_batch)
+    name = _checkpoint_name(project, checkpoint)
+    num_elements, *_ = await _space(deps, name, data_batch, parameters)
     item = ITEM_BYTES[check_dtype(dtype)]
     expected = num_elements * item
     free = shutil.disk_usage(deps.state_dir.root).free
@@ -420,7 +457,7 @@ def _checkpoint_name(project: str, checkpoint: str) -> Name:
 def _wrong_size(expected: int, size: int, field: str) -> ServiceError:
     return ServiceError(
         "SHAPE_MISMATCH",
-        f"A vector of this checkpoint and dtype has {expected} bytes; {size} came.",
+        f"A vector of these parameters and dtype has {expected} bytes; {size} came.",
         field=field,
         metadata={"expected_bytes": str(expected), "bytes": str(size)},
     )
