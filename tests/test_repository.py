@@ -143,6 +143,37 @@ def _imports(*packages: str) -> dict[str, set[str]]:
     }
 
 
+# Modules of the service that gRPC itself calls, or that make its server.
+AROUND_CALLS = {
+    *("app/transport", "calls/around", "calls/draining", "calls/limits", "calls/request_ids"),
+    "calls/statuses",
+}
+
+
+def test_each_room_of_the_service_knows_messages_at_its_door_alone() -> None:
+    """`rpc` turns messages into values and back and decides nothing; `service` knows no gRPC."""
+    service = ROOT / "service" / "hvp_service"
+    modules = {
+        path.relative_to(service).with_suffix("").as_posix(): path for path in service.rglob("*.py")
+    }
+    doors = {name for name in modules if name.endswith(("/rpc", "/messages"))}
+    assert modules.keys() > AROUND_CALLS
+    assert {f"{room}/rpc" for room in ("blobs", "jobs", "operators", "vectors")} < doors
+    for name in modules.keys() - doors - AROUND_CALLS:
+        knows = {
+            each
+            for each in _imported(modules[name])
+            if re.match(r"grpc|hvp_protos|google.protobuf", each)
+        }
+        # The table of reasons is an enum of the protos.
+        assert name == "calls/errors" or not knows, f"{name} imports {knows}"
+    decisions = (ast.Raise, ast.Try, ast.While, ast.With, ast.AsyncWith, ast.Assert)
+    for name in doors:
+        nodes = ast.walk(ast.parse(modules[name].read_text()))
+        deciding = [node.lineno for node in nodes if isinstance(node, decisions)]
+        assert not deciding, f"{name} decides something in lines {deciding}"
+
+
 def _imported(path: Path) -> set[str]:
     """Modules that a file names in imports, those inside functions too, but for types alone."""
     found = set()

@@ -13,16 +13,20 @@ import numpy as np
 import psutil
 import pytest
 from hvp_client.cli.doctor import examine
-from hvp_service.checkpoint_store import Checkpoint
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.handlers import checkpoints, jobs, operators, system, vectors
-from hvp_service.job_store import Job
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.state_dir import StateDir
-from hvp_service.transport import start_transport
-from hvp_service.vector_rows import Vector
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.app.transport import start_transport
+from hvp_service.calls.names import Name
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.checkpoints.store import Checkpoint
+from hvp_service.group import service as system
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.store import Job
+from hvp_service.operators import service as operators
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
 from hvp_workers.backend import Tuning
 from hvp_workers.group import Group
 from hvp_workers.group_backend import GroupBackend

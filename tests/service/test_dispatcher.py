@@ -13,15 +13,19 @@ import structlog
 from hvp_operations.checking import checked
 from hvp_operations.eigsh import OPERATION, EigshResult
 from hvp_operations.operation import Facts, SpecError
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints, jobs, operators, vectors
-from hvp_service.job_store import Job, JobError, JobEvent, JobResult, Lease, StateChange
-from hvp_service.names import Name, parse
-from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir
-from hvp_service.vector_rows import Vector
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.batches import service as batches
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name, parse
+from hvp_service.calls.paging import PageRequest
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.store import Job, JobError, JobEvent, JobResult, Lease, StateChange
+from hvp_service.operators import service as operators
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
 from hvp_workers.backend import BackendError, RunProgress
 from safetensors.numpy import save
 
@@ -405,13 +409,13 @@ async def test_what_a_job_needs_cannot_be_deleted_before_it_ends(
     checkpoint, batch = parse(ref.checkpoint, "checkpoints"), parse(ref.data_batch, "dataBatches")
     for work in (
         checkpoints.delete_checkpoint(deps, checkpoint),
-        checkpoints.delete_batch(deps, batch),
+        batches.delete_batch(deps, batch),
     ):
         with pytest.raises(ServiceError, match="RESOURCE_IN_USE"):
             await work
     backend.gate.set()
     await until(deps, job.name, "SUCCEEDED")
-    await checkpoints.delete_batch(deps, batch)
+    await batches.delete_batch(deps, batch)
     await checkpoints.delete_checkpoint(deps, checkpoint)
 
 

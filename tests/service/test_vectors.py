@@ -11,16 +11,17 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import operators, vectors
-from hvp_service.handlers.vectors import SeededSource, VectorPiece
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef, check_precision
-from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir
-from hvp_service.vector_rows import Vector
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name
+from hvp_service.calls.paging import PageRequest
+from hvp_service.operators import service as operators
+from hvp_service.operators.resolver import OperatorRef, check_precision
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
+from hvp_service.vectors.service import SeededSource, VectorPiece
 from hvp_workers.backend import BackendError, Dtype
 from safetensors.numpy import save
 from structlog.testing import capture_logs

@@ -9,17 +9,17 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from hvp_service.batch_store import DataBatch
-from hvp_service.blob_store import Digest
-from hvp_service.checkpoint_store import Checkpoint, CheckpointFile
-from hvp_service.dependencies import Dependencies
-from hvp_service.handlers import jobs
-from hvp_service.job_room import Plan
-from hvp_service.job_store import Job
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.upload_chunks import Chunk
-from hvp_service.upload_rows import Upload
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.batches.store import DataBatch
+from hvp_service.blobs.store import Digest
+from hvp_service.calls.names import Name
+from hvp_service.checkpoints.store import Checkpoint, CheckpointFile
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.plan import Plan
+from hvp_service.jobs.store import Job
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.uploads.chunks import Chunk
+from hvp_service.uploads.rows import Upload
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
