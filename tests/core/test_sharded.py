@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
+from hvp_core.curvature.shards import part_of
 from hvp_core.curvature.walk import Unit
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.data import token_batch
@@ -72,12 +73,33 @@ def of_outputs(collective: Collective) -> dict[str, torch.Tensor]:
     }
 
 
+def of_a_selection(collective: Collective) -> dict[str, torch.Tensor]:
+    """The same of an operator on some of the parameters, which lie on the ranks by themselves."""
+    problem = llama_problem()
+    whole = problem.curvature(2, collective).space
+    names = [name for name in problem.parameters if ".1." in name or "k_proj" in name]
+    curvature = problem.curvature(2, collective, selected=names)
+    space = curvature.space
+    u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
+    products = [*curvature.hvp([u, v]), *curvature.ggn([u])]
+    (ju,) = curvature.jvp([u])
+    return {
+        "point": space.to_flat(part_of(whole, whole.from_flat(problem.flat), space)),
+        "u": space.to_flat(u),
+        "gradient": space.to_flat(curvature.gradient()),
+        "products": torch.stack([space.to_flat(each) for each in products]),
+        "jvp": curvature.output_space.to_whole(ju),
+        "vjp": space.to_flat(curvature.vjp([ju])[0]),
+    }
+
+
 def rank_of_outputs(rank: int, world_size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
     torch.save(of_outputs(Distributed(CPU)), folder / f"{rank}.pt")
+    torch.save(of_a_selection(Distributed(CPU)), folder / f"selection-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -183,3 +205,8 @@ def test_products_with_outputs_do_not_depend_on_the_ranks_either(
     for each in found:  # every rank knows the same
         for what in set(alone) - {"rows"}:
             assert relative_error(each[what], alone[what]) < 1e-11, what
+    selection = of_a_selection(Alone())
+    for rank in range(world_size):
+        each = torch.load(tmp_path / f"selection-{rank}.pt")
+        for what, expected in selection.items():
+            assert relative_error(each[what], expected) < 1e-11, what

@@ -134,6 +134,7 @@ class Leg:
     """A leg, ready to run."""
 
     spec: LegSpec
+    attends: tuple[Half, ...]  # of its halves those with an attention, between its two parts
     parts: tuple[Part, ...]
     needs: frozenset[str]  # what it reads of earlier legs, parameters and constants aside
 
@@ -160,7 +161,7 @@ class Leg:
                 assert attention is not None
                 step = attention.backward if self.spec.backward else attention.forward
                 known = [{**env, **results} for env, results in zip(envs, found, strict=True)]
-                for results, made in zip(found, step(known, self.spec.halves), strict=True):
+                for results, made in zip(found, step(known, self.attends), strict=True):
                     results |= made
             for env, results, collect in zip(envs, found, collects, strict=True):
                 results |= _run_part(part, {**env, **results}, collect)
@@ -219,6 +220,7 @@ class BlockDual:
         self.remarks = frozenset(remarks)
         self.key = key
         self.is_cut = "o" in trace.arguments
+        self._attention_moves = "o_dot" in trace.arguments
         self._prepare = prepare
         self._plans: dict[tuple[Passes, Way], Plan] = {}
 
@@ -240,12 +242,25 @@ class BlockDual:
                     for part in mine:
                         if self._prepare is not None:
                             self._prepare(part)
-                    legs.append(Leg(spec, mine, self._needs(spec, mine)))
+                    needs = self._needs(self._attends(spec), spec.backward, mine)
+                    legs.append(Leg(spec, self._attends(spec), mine, needs))
             self._plans[passes, way] = Plan(tuple(legs))
         return self._plans[passes, way]
 
+    def _attends(self, spec: LegSpec) -> tuple[Half, ...]:
+        """Halves of a leg that have an attention between them.
+
+        What it is made of may have no tangent: then it has its value, and nothing goes back.
+        """
+        if not self.is_cut or (spec.backward and not self._attention_moves):
+            return ()
+        if self._attention_moves or "primal" not in spec.halves:
+            return spec.halves if self._attention_moves else ()
+        return ("primal",)
+
     def _groups(self, spec: LegSpec) -> list[Group]:
         """The parts of a leg: before and behind the attention, or one."""
+        attends = self._attends(spec)
         first, second = (2, 3) if spec.backward else (0, 1)
         before = {0, 1, 2} if spec.again else {first}
         last = ("x_bar",) if spec.backward else ("y",)
@@ -253,52 +268,62 @@ class BlockDual:
         if spec.again:
             middle += _QKV
         names = [name for name in self._trace.terms if name.partition("/")[0] == spec.parameters]
-        if not self.is_cut:
-            return [self._group(before | {second}, last, spec, names)]
+        if not attends:
+            # Without a tangent of its attention's output a block may go back to before it at once.
+            return [self._group(before | {second}, last, spec, names, spec.halves)]
         early = [name for name in names if self._trace.time_of(name) < second]
         late = [name for name in names if name not in early]
         return [
-            self._group(before, middle, spec, early),
-            self._group({second}, last, spec, late),
+            self._group(before, middle, spec, early, attends),
+            self._group({second}, last, spec, late, spec.halves),
         ]
 
     def _group(
-        self, times: set[int], outputs: Iterable[str], spec: LegSpec, parameters: Sequence[str]
+        self,
+        times: set[int],
+        outputs: Iterable[str],
+        spec: LegSpec,
+        parameters: Sequence[str],
+        halves: tuple[Half, ...],
     ) -> Group:
+        """Stages of a leg, with the outputs of some of its halves and derivatives of parameters."""
         dots = [half == "tangent" for half in spec.halves]
-        names = [f"{name}_dot" if dot else name for name in outputs for dot in dots]
+        wanted = [half == "tangent" for half in halves]
+        names = [f"{name}_dot" if dot else name for name in outputs for dot in wanted]
         # Constants have no tangent, yet a tangent leg may compute with what is made of them alone.
         return Group(
             frozenset(Stage(time, dot) for time in times for dot in dots),
             (*[name for name in names if name in self._trace.outputs], *parameters),
         )
 
-    def _needs(self, spec: LegSpec, parts: Sequence[Part]) -> frozenset[str]:
+    def _needs(
+        self, attends: tuple[Half, ...], backward: bool, parts: Sequence[Part]
+    ) -> frozenset[str]:
         made: set[str] = set()
         needs: set[str] = set()
         for index, part in enumerate(parts):
             if index:
-                needs |= self._attention_needs(spec) - made
-                made |= self._attention_makes(spec)
+                needs |= self._attention_needs(attends, backward) - made
+                made |= self._attention_makes(attends, backward)
             needs |= set(part.inputs) - made
             made |= set(part.outputs)
-        return frozenset(name for name in needs if not name.startswith(("p/", "p_dot/", "c/")))
+        return frozenset(
+            name for name in needs if not name.startswith(("p/", "p_dot/", "w/", "c/"))
+        )
 
-    def _attention_needs(self, spec: LegSpec) -> set[str]:
+    def _attention_needs(self, halves: tuple[Half, ...], backward: bool) -> set[str]:
         names = {*_QKV}
-        if spec.backward:
+        if backward:
             names |= {*_OUTPUT, "o_bar"}
-        if "tangent" in spec.halves:
+        if "tangent" in halves:
             names |= {f"{name}_dot" for name in names}
-        if spec.halves == ("tangent",):
+        if halves == ("tangent",):
             names |= {*_OUTPUT}
         return names
 
-    def _attention_makes(self, spec: LegSpec) -> set[str]:
-        names = [f"{name}_bar" for name in _QKV] if spec.backward else list(_OUTPUT)
-        return {
-            f"{name}_dot" if half == "tangent" else name for half in spec.halves for name in names
-        }
+    def _attention_makes(self, halves: tuple[Half, ...], backward: bool) -> set[str]:
+        names = [f"{name}_bar" for name in _QKV] if backward else list(_OUTPUT)
+        return {f"{name}_dot" if half == "tangent" else name for half in halves for name in names}
 
     def kept_bytes(self, passes: Passes, way: Way) -> int:
         """Memory between the forward and the backward legs of one product."""

@@ -22,9 +22,9 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
 
     Args:
         f: The block. Its outputs are `y`, and `q`, `k`, `v` if it takes `o`.
-        p: Parameters by name.
-        inputs: `x` and, in a block cut at its attention, `o`; none in a block of token ids.
-        constants: `c/0` and so on.
+        p: Parameters by name, those that it is differentiated by.
+        inputs: `x` and, in a block cut at its attention, `o`.
+        constants: `w/0`, `c/0` and so on; `x` where that is data, and `o` where it has no tangent.
     """
     with torch.no_grad():
         y = f(p, inputs, constants)
@@ -43,6 +43,16 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
         return found | _named("bar", primal) | _named("bar_dot", tangent)
 
     return Trace(program, arguments)
+
+
+def trace_value(f: Block, constants: Env) -> Trace:
+    """The trace of a block in which nothing has a derivative: its outputs alone.
+
+    Args:
+        f: The block.
+        constants: All that it computes with: `x` too and, in a block cut at its attention, `o`.
+    """
+    return Trace(lambda env: f({}, {}, env), constants)
 
 
 def trace_closing(

@@ -14,8 +14,9 @@ computed and a later one needs is kept, except for pointwise work, which is chea
 to load. Stages 1 and 3 are empty in a block without attention.
 
 Values have names, the same everywhere in this package: `x`, `o`, `q`, `k`, `v`, `y`; parameters
-`p/NAME`; constants `c/0`...; a tangent has `_dot` appended to the part before the slash, a
-cotangent `_bar`, the tangent of a cotangent `_bar_dot`: `p_bar_dot/NAME` is a block's part of Hv.
+`p/NAME`; those that are constants `w/NAME`, other constants `c/0`...; a tangent has `_dot` appended
+to the part before the slash, a cotangent `_bar`, the tangent of a cotangent `_bar_dot`:
+`p_bar_dot/NAME` is a block's part of Hv.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_core.autodiff.gemm_sums import alike, merge_sums, sums_behind, terms_of
+from hvp_core.autodiff.rewrites import alike, drop_zeros, merge_sums, sums_behind, terms_of
 
 aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ class Stage:
 _TIMES = {
     "x": 0,
     "p": 0,
+    "w": 0,
     "c": 0,
     "given": 0,
     "o": 1,
@@ -201,7 +203,8 @@ _IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.def
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Drop lines that change nothing, lines twice there, and lines that nobody reads."""
+    """Drop lines of zeros, that change nothing, that are twice there, or that nobody reads."""
+    drop_zeros(graph)
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -15,9 +15,7 @@ from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weight
 from hvp_core.autodiff.parts import Part
 from hvp_core.autodiff.passes import VALUE, Passes, Way
 from hvp_core.autodiff.sums import Sums
-from hvp_core.autodiff.trace import Env, is_parameters
-
-X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
+from hvp_core.autodiff.trace import Env, dotted, is_parameters
 
 
 @final
@@ -27,7 +25,8 @@ class Traced(Route):
     Args:
         dual: Of the block at this shape; its parameters are named by their place.
         names: Of the block's parameters, in the order of those places.
-        constants: Of this micro-batch, by name; with the input itself, if that is data.
+        selected: Of these, the ones that it was traced as a function of.
+        constants: Of this micro-batch, by name.
         attention: Of this micro-batch, if the block is cut.
     """
 
@@ -35,10 +34,12 @@ class Traced(Route):
         self,
         dual: BlockDual,
         names: Sequence[str],
+        selected: Collection[str],
         constants: Env,
         attention: AttentionCall | None,
     ):
         self.dual, self._names = dual, tuple(names)
+        self._place_of = places(names, selected)
         self._constants, self._attention = constants, attention
 
     @property
@@ -57,11 +58,10 @@ class Traced(Route):
         )
 
     def _env(self, weights: Weights, probe: int | None = None) -> Env:
-        """Parameters, their tangents in a probe, and constants."""
-        found = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        """Parameters, tangents of the selected ones in a probe, and constants."""
+        found = values_at(self._place_of, weights.p)
         if probe is not None:
-            v = weights.v[probe]
-            found |= {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+            found |= tangents_at(self._place_of, weights.v[probe])
         return found | self._constants
 
     def value(self, p: Params, x: Tensor) -> Tensor:
@@ -75,8 +75,6 @@ class Traced(Route):
         return torch.zeros(shape, dtype=dtype, device=x.device)
 
     def _input(self, x: Tensor, x_dot: Tensor | None = None) -> Env:
-        if X_DATA in self._constants:
-            return {}
         return {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
 
     def forward(
@@ -172,6 +170,21 @@ class Traced(Route):
         return Bars(x_bar, dots)
 
 
+def places(names: Sequence[str], selected: Collection[str]) -> dict[str, str]:
+    """What a trace calls a block's parameters: `p/PLACE`, or `w/PLACE` for a constant."""
+    return {name: f"{'p' if name in selected else 'w'}/{place}" for place, name in enumerate(names)}
+
+
+def values_at(place_of: Mapping[str, str], p: Params) -> Env:
+    """A block's parameters as its trace calls them."""
+    return {place: p[name] for name, place in place_of.items()}
+
+
+def tangents_at(place_of: Mapping[str, str], v: Params) -> Env:
+    """Tangents of the selected ones of a block's parameters as its trace calls them."""
+    return {dotted(place): v[name] for name, place in place_of.items() if place.startswith("p/")}
+
+
 def adder(sums: Sums, names: Sequence[str]) -> Callable[[Part, Env], None]:
     """Adds a part's derivatives of parameters, numbered by place, to where they belong."""
 
@@ -198,11 +211,15 @@ class TracedClosing(Closing):
     Args:
         dual: Of both, at this shape.
         names: Of the block's parameters, by place.
+        selected: Of these, the ones that it was traced as a function of.
         constants: Of this piece.
     """
 
-    def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
+    def __init__(
+        self, dual: ClosingDual, names: Sequence[str], selected: Collection[str], constants: Env
+    ):
         self.dual, self._names, self._constants = dual, tuple(names), constants
+        self._place_of = places(names, selected)
 
     @property
     def key(self) -> Hashable:
@@ -257,14 +274,11 @@ class TracedClosing(Closing):
         return Bars(x_bar, dots)
 
     def _primal(self, weights: Weights, x: Tensor) -> Env:
-        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
-        env |= self._constants
-        return env if X_DATA in self._constants else {**env, "x": x}
+        return values_at(self._place_of, weights.p) | self._constants | {"x": x}
 
     def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
-        v = weights.v[probe]
-        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
-        if x_dot is not None and X_DATA not in self._constants:
+        along = tangents_at(self._place_of, weights.v[probe])
+        if x_dot is not None:
             along["x_dot"] = x_dot
         return along
 
