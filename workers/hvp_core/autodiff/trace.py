@@ -31,8 +31,7 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_core.autodiff.gemm_sums import alike, merge_sums, sums_behind, terms_of
-from hvp_core.autodiff.zeros import drop_zeros
+from hvp_core.autodiff.rewrites import alike, drop_zeros, merge_sums, sums_behind, terms_of
 
 aten = torch.ops.aten
 
