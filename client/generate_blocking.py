@@ -152,8 +152,9 @@ def _given(method: _Function) -> str:
     """The arguments as they are handed on."""
     positional = [_handed_on(each) for each in method.args.args[1:]]
     by_name = [f"{each.arg}={_handed_on(each)}" for each in method.args.kwonlyargs]
+    more = [f"*{method.args.vararg.arg}"] if method.args.vararg else []
     rest = [f"**{method.args.kwarg.arg}"] if method.args.kwarg else []
-    return ", ".join([*positional, *by_name, *rest])
+    return ", ".join([*positional, *more, *by_name, *rest])
 
 
 def _handed_on(parameter: ast.arg) -> str:

@@ -24,10 +24,11 @@ def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
     """
     if value is None:
         return ()
-    globs = (value,) if isinstance(value, str) else value
-    if not isinstance(globs, Iterable) or not all(isinstance(each, str) for each in globs):
+    if not isinstance(value, Iterable):
         raise _invalid(f"{field} are patterns of names, not {value!r}", field)
-    found = tuple(globs)
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(each, str) for each in found):
+        raise _invalid(f"{field} are patterns of names, not {found!r}", field)
     if not found:
         raise _invalid("no pattern selects no parameter; None selects all", field)
     return found

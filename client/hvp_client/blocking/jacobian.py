@@ -48,7 +48,7 @@ class Jacobian(LinearMap, twin=AsyncJacobian):
             InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
                 lists the nearest names.
         """
-        result: Jacobian = self._wait(self._twin.restrict())
+        result: Jacobian = self._wait(self._twin.restrict(*globs))
         return result
 
     def __repr__(self) -> str:

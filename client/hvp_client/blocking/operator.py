@@ -151,7 +151,7 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
             InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
                 lists the nearest names.
         """
-        result: Operator = self._wait(self._twin.restrict())
+        result: Operator = self._wait(self._twin.restrict(*globs))
         return result
 
     def blocks(self, by: str | Sequence[Any] | Mapping[str, Any] = "layer") -> dict[str, Operator]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hvp_client import AsyncClient, AsyncJob, Client
@@ -67,7 +68,7 @@ def _row(job: AsyncJob[Any]) -> tuple[str, ...]:
         "CANCELLING" if job.cancelling else job.state,
         f"{record['num_products']}/{record['max_products']}" if record["max_products"] else "",
         f"{job.create_time.astimezone():%m-%d %H:%M}",
-        _work(record),
+        escape(_work(record)),  # a pattern may have brackets
     )
 
 
