@@ -11,21 +11,21 @@ from hvp_service.calls.paging import Pager
 from hvp_service.jobs.rows import read_spec, spec_row
 from hvp_service.jobs.store import JobSpec
 from hvp_service.operators.resolver import OperatorRef
-from hvp_service.storage.database import Database
+from hvp_service.storage.database import open_database
 from hvp_service.vectors.rows import ALL_PARAMETERS, Selection, VectorRows
 
 
 async def test_a_vectors_row_without_a_selection_is_of_all_parameters(tmp_path: Path) -> None:
     path = tmp_path / "rows.db"
-    await (await Database.open(path)).close()
+    await (await open_database(path)).close()
     with sqlite3.connect(path) as connection:
         connection.execute("ALTER TABLE vectors DROP COLUMN selection")
         connection.execute(
             "INSERT INTO vectors (project, id, checkpoint_id, dtype, num_elements, generation, "
             "create_time) VALUES ('p', 'v', 'c', 'float32', 5, 'g', 1)"
         )
-    database = await Database.open(path)
-    rows = VectorRows(database, Pager(b"secret"), ttl_s=60)
+    database = await open_database(path)
+    rows = VectorRows(database, Pager(b""), ttl_s=60)
     found = await rows.get(Name("p", "vectors", "v"))
     assert found.selection == ALL_PARAMETERS
     await database.close()
