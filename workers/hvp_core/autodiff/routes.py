@@ -62,7 +62,7 @@ class _Look(NamedTuple):
     text: str  # the program; blocks of one text are one block
     calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors
     masks: tuple[int | None, ...]  # places of their masks among the block's
-    moves: bool  # whether what they are given has a derivative
+    moves: tuple[bool, ...]  # whether what they are given may have a derivative
 
 
 @final
@@ -119,27 +119,22 @@ class Routes:
         values, inputs, constants = _inputs(link, p, x, body.constants)
         f = _placed(body, link.parameters)
         look = self._look(link.name, body, f, values, inputs, constants, cut)
-        call = _attention(look, body, self._policy) if look.calls and cut else None
+        attentions = _attentions(look, body, self._policy) if cut else []
 
         def make() -> BlockDual:
             with listening() as remarks:
-                g, at, still = f, inputs, constants
-                if call is not None:
-                    q, _, v = look.calls[0].qkv
-                    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-                    o = torch.zeros(shape, dtype=v.dtype, device=x.device)
-                    g = _cut_open(f)
-                    if look.moves:
-                        at = {**inputs, "o": o}
-                    else:
-                        still = {**constants, "o": o}
+                g, at, still = f, dict(inputs), dict(constants)
+                if attentions:
+                    g = _cut_open(f, len(attentions))
+                for call, moves, each in zip(look.calls, look.moves, attentions, strict=True):
+                    (at if moves else still)[f"o/{each.place}"] = _output(call, x.device)
                 trace = trace_block(g, values, at, still) if link.moves else trace_value(g, still)
             return BlockDual(trace, of, remarks, self._prepare)
 
-        of = look.text, call is not None, link.takes_data
+        of = look.text, len(attentions), link.takes_data
         dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
         self.remark(link.name, dual.remarks)
-        return Traced(dual, link.parameters, link.selected, body.constants, call)
+        return Traced(dual, link.parameters, link.selected, body.constants, attentions)
 
     def _look(
         self,
@@ -260,16 +255,32 @@ def _placed(body: Body, names: Sequence[str]) -> Placed:
     return f
 
 
-def _cut_open(f: Placed) -> Placed:
-    """The block with its attention's output as an input."""
+def _output(call: seam.Call, device: torch.device) -> Tensor:
+    """A tensor like what an attention gives, (b, s, h, e)."""
+    q, _, v = call.qkv
+    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    return torch.zeros(shape, dtype=v.dtype, device=device)
+
+
+def _cut_open(f: Placed, num_calls: int) -> Placed:
+    """The block with its attentions' outputs as inputs."""
+    names = [f"o/{place}" for place in range(num_calls)]
 
     def g(p: Env, inputs: Env, constants: Env) -> Env:
-        with seam.cut(inputs["o"] if "o" in inputs else constants["o"]) as found:
+        with seam.cut([(inputs if name in inputs else constants)[name] for name in names]) as found:
             y = f(p, inputs, constants)
-        q, k, v = found.calls[0].qkv
-        return {"q": q, "k": k, "v": v, **y}
+        return _asked(found.calls) | y
 
     return g
+
+
+def _asked(calls: Sequence[seam.Call]) -> Env:
+    """What attentions were asked, by name."""
+    return {
+        f"{name}/{place}": each
+        for place, call in enumerate(calls)
+        for name, each in call.qkv._asdict().items()
+    }
 
 
 def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
@@ -282,29 +293,33 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
         with seam.cut(None) as found:
             y = f(*at, {name: env[name] for name in constants})
         calls[:] = found.calls
-        for place, call in enumerate(calls):
-            y |= {f"{name}/{place}": each for name, each in call.qkv._asdict().items()}
-            if isinstance(call.mask, Tensor):
-                y[f"mask/{place}"] = call.mask
-        return y
+        masks = {f"mask/{place}": call.mask for place, call in enumerate(calls)}
+        return (
+            y
+            | _asked(calls)
+            | {name: each for name, each in masks.items() if isinstance(each, Tensor)}
+        )
 
     graph, names = trace_graph(program, arguments)
+    moves = [
+        _reads(graph, names, tuple(f"{name}/{place}" for name in "qkv"), len(p) + len(inputs))
+        for place in range(len(calls))
+    ]
     place_of = {id(mask): place for place, mask in enumerate(masks)}
     return _Look(
         str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
         tuple(calls),
         tuple(place_of.get(id(each.mask)) for each in calls),
-        _reads(graph, names, ("q/", "k/", "v/"), len(p) + len(inputs)),
+        # Behind one that moves, whatever is computed may.
+        tuple(any(moves[: place + 1]) for place in range(len(calls))),
     )
 
 
-def _reads(graph: fx.Graph, names: Sequence[str], which: tuple[str, ...], count: int) -> bool:
-    """Whether outputs whose names begin so depend on the first arguments."""
+def _reads(graph: fx.Graph, names: Sequence[str], which: Sequence[str], count: int) -> bool:
+    """Whether outputs of these names depend on the first arguments."""
     wanted = [node for node in graph.nodes if node.op == "placeholder"][:count]
     output = next(node for node in graph.nodes if node.op == "output")
-    stack = [
-        node for name, node in zip(names, output.args[0], strict=True) if name.startswith(which)
-    ]
+    stack = [node for name, node in zip(names, output.args[0], strict=True) if name in which]
     seen: set[fx.Node] = set()
     while stack:
         node = stack.pop()
@@ -314,22 +329,23 @@ def _reads(graph: fx.Graph, names: Sequence[str], which: tuple[str, ...], count:
     return not seen.isdisjoint(wanted)
 
 
-def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:
-    """How a block's attention is computed.
+def _attentions(look: _Look, body: Body, policy: Policy) -> list[AttentionCall]:
+    """How a block's attentions are computed, in the order of their calls.
 
     Raises:
-        _UncutError: It is called more than once, or has an irregular mask.
+        _UncutError: One has an irregular mask.
     """
-    if len(look.calls) != 1:
-        raise _UncutError(f"it is called {len(look.calls)} times in a block")
-    call, place = look.calls[0], look.masks[0]
-    if call.mask is not None and place is None:
-        raise _UncutError("its mask is made inside the layer")
-    shape = call.shape(None if place is None else body.masks[place])
-    if shape is None:
-        raise _UncutError("its mask is irregular")
-    pattern, span = shape
-    return AttentionCall(choice.choose(call.qkv, pattern, span, policy.precision), pattern, span)
+    found = []
+    for place, (call, of_mask) in enumerate(zip(look.calls, look.masks, strict=True)):
+        if call.mask is not None and of_mask is None:
+            raise _UncutError("its mask is made inside the layer")
+        shape = call.shape(None if of_mask is None else body.masks[of_mask])
+        if shape is None:
+            raise _UncutError("its mask is irregular")
+        pattern, span = shape
+        rule = choice.choose(call.qkv, pattern, span, policy.precision)
+        found.append(AttentionCall(place, rule, pattern, span))
+    return found
 
 
 def _signature(values: Mapping[str, Tensor]) -> Hashable:
