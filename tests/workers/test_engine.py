@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import psutil
 import pytest
 import torch
+from hvp_core.autodiff.product_spec import MATRICES
 from hvp_core.model.huggingface import attention
 from hvp_core.sharding.collective import Alone
 from hvp_operations.checking import Seed
@@ -19,7 +19,6 @@ from hvp_workers.backend import (
     Backend,
     BackendError,
     Combination,
-    Matrix,
     Operator,
     Parameters,
     RawFile,
@@ -192,7 +191,7 @@ async def test_forms_are_the_products_inner_products_whatever_is_taken_at_once(
     for seed, name in enumerate(names):
         await backend.create_vector(name, operator.space, Seeded(seed, "gaussian"))
     products = [f"A{name}" for name in names]
-    for kind in get_args(Matrix):
+    for kind in MATRICES:
         matrix = replace(operator, kind=kind)
         await backend.apply(matrix, names, products)
         expected = await backend.inner_products(list(zip(names, products, strict=True)))

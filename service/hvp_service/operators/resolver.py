@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from hvp_batches.fitting import BatchError, check_fit
-from hvp_workers.backend import Dtype, Matrix, Operator, Precision, Space
+from hvp_workers.backend import Dtype, Operator, Precision, Space
 
 from hvp_service.batches.contents import batch_refused
 from hvp_service.batches.store import BatchStore, DataBatch
@@ -19,10 +18,6 @@ from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors.rows import Outputs
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
-KINDS: dict[str, Matrix | Literal["jacobian"]] = {
-    **{f"KIND_{kind.upper()}": kind for kind in get_args(Matrix)},
-    "KIND_JACOBIAN": "jacobian",
-}
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
     "cpu": ("full", "bfloat16"),
     "cuda": ("bfloat16", "full", "tf32"),
@@ -107,20 +102,19 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
     return dtype
 
 
-def check_kind(kind: str, field: str = "kind") -> Matrix | Literal["jacobian"]:
-    """A served kind by its enum value's name.
+def check_kind(kind: str, field: str = "kind") -> str:
+    """A kind by its enum value's name, in plain words: `ggn` of `KIND_GGN`.
 
     Raises:
-        ServiceError: KIND_UNSPECIFIED, KIND_UNSUPPORTED.
+        ServiceError: KIND_UNSPECIFIED, also of a number that this server does not know.
     """
-    served = " or ".join(KINDS)
     if kind == "KIND_UNSPECIFIED":
-        raise ServiceError("KIND_UNSPECIFIED", f"Say which operator: {served}.", field=field)
-    if kind not in KINDS:
         raise ServiceError(
-            "KIND_UNSUPPORTED", f"{kind} is not served yet; ask for {served}.", field=field
+            "KIND_UNSPECIFIED",
+            "Say which operator: KIND_HESSIAN, KIND_GGN or another kind that this server knows.",
+            field=field,
         )
-    return KINDS[kind]
+    return kind.removeprefix("KIND_").lower()
 
 
 def check_precision(
