@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast, get_args
 
@@ -81,6 +81,16 @@ class Checkpoint:
         return f"<{type(self).__name__} {what}{state} {self.name}>"
 
 
+def tensors_from_proto(
+    messages: Iterable[checkpoint_pb2.ParameterTensor],
+) -> tuple[ParameterTensor, ...]:
+    """Make the records of parameters."""
+    return tuple(
+        ParameterTensor(name=each.name, shape=tuple(each.shape), offset=each.offset)
+        for each in messages
+    )
+
+
 def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
     """Make the record of a message."""
     return Checkpoint(
@@ -91,10 +101,7 @@ def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         vocab_size=message.vocab_size,
         stored_dtype=message.stored_dtype,
         size_bytes=message.size_bytes,
-        parameters=tuple(
-            ParameterTensor(name=tensor.name, shape=tuple(tensor.shape), offset=tensor.offset)
-            for tensor in message.parameters
-        ),
+        parameters=tensors_from_proto(message.parameters),
         labels=dict(message.labels),
         etag=message.etag,
         task=message.task,

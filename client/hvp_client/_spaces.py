@@ -21,12 +21,14 @@ class VectorSpace:
         dtype: `float32` or `float64`.
         shape: `(n,)`, or of outputs `(sequences, positions, vocabulary)`, row-major.
         data_batch: Name of the batch on which they are outputs; "" of parameter space.
+        parameters: Patterns of the names of the parameters that they have; none for all.
     """
 
     checkpoint: str
     dtype: str
     shape: tuple[int, ...]
     data_batch: str = ""
+    parameters: tuple[str, ...] = ()
 
     @property
     def num_elements(self) -> int:
@@ -41,12 +43,16 @@ class VectorSpace:
         spec = description.operator
         of_outputs = spec.kind == operator_pb2.OperatorSpec.KIND_JACOBIAN
         domain = VectorSpace(
-            checkpoint=spec.checkpoint, dtype=spec.dtype, shape=tuple(description.domain_shape)
+            checkpoint=spec.checkpoint,
+            dtype=spec.dtype,
+            shape=tuple(description.domain_shape),
+            parameters=tuple(spec.parameters),
         )
         codomain = replace(
             domain,
             shape=tuple(description.codomain_shape),
             data_batch=spec.data_batch if of_outputs else "",
+            parameters=() if of_outputs else domain.parameters,
         )
         return domain, codomain
 
@@ -59,4 +65,5 @@ class VectorSpace:
             dtype=self.dtype,
             session=owner,
             data_batch=self.data_batch,
+            parameters=self.parameters,
         )

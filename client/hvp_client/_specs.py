@@ -17,6 +17,7 @@ from hvp_client._checkpoints import Checkpoint
 from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._names import name_of
+from hvp_client._selections import as_globs
 
 
 def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
@@ -40,6 +41,7 @@ def operator_spec(
     dtype: Any,
     micro_batch_size: int | None,
     precision: str | None,
+    parameters: Any,
 ) -> operator_pb2.OperatorSpec:
     """The message of an operator; the server judges dtype and precision.
 
@@ -50,12 +52,13 @@ def operator_spec(
         dtype: A string, a numpy dtype or a torch dtype; None means float32.
         micro_batch_size: None lets the server choose.
         precision: None lets the server choose.
+        parameters: Patterns of names; None for all.
 
     Returns:
         The message.
 
     Raises:
-        InvalidArgumentError: `KIND_UNSPECIFIED` or `MICRO_BATCH_INVALID`.
+        InvalidArgumentError: `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID` or `PARAMETERS_INVALID`.
     """
     try:
         wire_kind = operator_pb2.OperatorSpec.Kind.Value(f"KIND_{str(kind).upper()}")
@@ -79,6 +82,7 @@ def operator_spec(
         dtype=_dtype_name(dtype),
         micro_batch_size=micro_batch_size or 0,
         precision="" if precision is None else str(precision),
+        parameters=as_globs(parameters),
     )
 
 

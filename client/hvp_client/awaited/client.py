@@ -160,6 +160,7 @@ class AsyncClient:
         dtype: Any = "float32",
         micro_batch_size: int | None = None,
         precision: str | None = None,
+        parameters: str | Iterable[str] | None = None,
     ) -> AsyncOperator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -176,6 +177,10 @@ class AsyncClient:
             precision: Of the operands of matrix products. `full`: the dtype's own; for float32
                 also `bfloat16` and, on GPUs, `tf32`. None lets the server choose: `bfloat16` for
                 float32 on GPUs, else `full`.
+            parameters: What θ consists of: patterns of names as shells have them, such as
+                `model.layers.29.*` or `*.mlp.*`; None for all. All other parameters are constants:
+                vectors have the length of the selection, and products cost what it needs. Each
+                pattern has to select something; a tied tensor goes by its first name.
 
         Returns:
             The operator.
@@ -183,8 +188,8 @@ class AsyncClient:
         Raises:
             NotFoundError: No such checkpoint or batch.
             InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
-                `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED` or
-                `MICRO_BATCH_INVALID`.
+                `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED`,
+                `MICRO_BATCH_INVALID`, `PARAMETERS_NOT_FOUND` or `PARAMETERS_INVALID`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
                 `DOUBLE_BACKWARD_UNSUPPORTED`.
@@ -195,7 +200,9 @@ class AsyncClient:
                 reason="KIND_UNSUPPORTED",
                 field="kind",
             )
-        spec = operator_spec(checkpoint, batch, kind, dtype, micro_batch_size, precision)
+        spec = operator_spec(
+            checkpoint, batch, kind, dtype, micro_batch_size, precision, parameters
+        )
         return await open_operator(self._session, spec)
 
     async def jacobian(
@@ -204,6 +211,7 @@ class AsyncClient:
         batch: Batch | str,
         dtype: Any = "float32",
         precision: str | None = None,
+        parameters: str | Iterable[str] | None = None,
     ) -> AsyncJacobian:
         """Take the Jacobian of a model's outputs on a batch as an operator; computes nothing yet.
 
@@ -212,6 +220,7 @@ class AsyncClient:
             batch: A batch or its name.
             dtype: `float32`, also for None, or `float64`.
             precision: As for `operator`.
+            parameters: As for `operator`.
 
         Returns:
             J = ∂(logits)/∂θ: `J @ v` and `J.T @ u`.
@@ -220,7 +229,7 @@ class AsyncClient:
             NotFoundError: No such checkpoint or batch.
             InvalidArgumentError: As for `operator`.
         """
-        spec = operator_spec(checkpoint, batch, "jacobian", dtype, None, precision)
+        spec = operator_spec(checkpoint, batch, "jacobian", dtype, None, precision, parameters)
         return await open_jacobian(self._session, spec)
 
     async def checkpoint(self, name: str) -> Checkpoint:

@@ -6,6 +6,8 @@ from typing import final
 
 from hvp_protos.v1 import operator_pb2
 
+from hvp_client._checkpoints import tensors_from_proto
+from hvp_client._selections import in_words
 from hvp_client._session import Session
 from hvp_client._spaces import VectorSpace
 from hvp_client.awaited.linear_map import AsyncLinearMap, describe_operator
@@ -15,7 +17,8 @@ async def open_jacobian(session: Session, spec: operator_pb2.OperatorSpec) -> As
     """Check a Jacobian on the server and fill in its defaults; see Client.jacobian."""
     answer = await describe_operator(session, spec)
     parameters, outputs = VectorSpace.of_operator(answer)
-    return AsyncJacobian(session, answer.operator, parameters, outputs)
+    tensors = tensors_from_proto(answer.parameters)
+    return AsyncJacobian(session, answer.operator, parameters, outputs, tensors)
 
 
 @final
@@ -39,6 +42,7 @@ class AsyncJacobian(AsyncLinearMap):
             self._spec,
             self._codomain,
             self._domain,
+            self._tensors,
             transposed=not self._transposed,
         )
 
@@ -47,7 +51,23 @@ class AsyncJacobian(AsyncLinearMap):
         """`(sequences, positions, vocabulary)`."""
         return (self._domain if self._transposed else self._codomain).shape
 
+    async def restrict(self, *globs: str) -> AsyncJacobian:
+        """The Jacobian in some of its own parameters; all others are constants.
+
+        Args:
+            globs: As `parameters` of `client.operator`, among the parameters that this one has.
+
+        Returns:
+            The Jacobian, or of a transpose the transpose.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
+                lists the nearest names.
+        """
+        found = await open_jacobian(self._session, self._restricted(globs))
+        return found.T if self._transposed else found
+
     def __repr__(self) -> str:
         m, n = self.shape
-        of = f"of {self.checkpoint} on {self.batch}"
+        of = f"of {self.checkpoint} on {self.batch}{in_words(self.selection)}"
         return f"<{type(self).__name__} ({m:,}, {n:,}) {self.dtype} {of}>"

@@ -119,6 +119,7 @@ class AsyncJob(Generic[ResultT]):
             "batch": message.operator.data_batch,
             "dtype": message.operator.dtype,
             "precision": message.operator.precision,
+            "parameters": list(message.operator.parameters),
             **to_values(message, declared.spec),
         }
 

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from hvp_client._arrays import like
 from hvp_client._bulk import as_elements, as_real
+from hvp_client._checkpoints import ParameterTensor
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._handles import is_sequence_of, require_handle
+from hvp_client._selections import as_globs, chosen
 from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
 from hvp_client.awaited.vector import (
@@ -65,6 +67,7 @@ class AsyncLinearMap:
         spec: operator_pb2.OperatorSpec,
         domain: VectorSpace,
         codomain: VectorSpace,
+        tensors: tuple[ParameterTensor, ...],
         *,
         transposed: bool = False,
     ):
@@ -75,12 +78,14 @@ class AsyncLinearMap:
             spec: The operator, with every default filled in.
             domain: The space of the vectors that it takes.
             codomain: The space of the vectors that it gives.
+            tensors: The parameters of its vectors of parameter space.
             transposed: Whether this is the transpose of what `spec` says.
         """
         self._session = session
         self._spec = spec
         self._domain = domain
         self._codomain = codomain
+        self._tensors = tensors
         self._transposed = transposed
 
     @property
@@ -107,6 +112,21 @@ class AsyncLinearMap:
     def precision(self) -> str:
         """Of the operands of matrix products: `full`, `tf32` or `bfloat16`."""
         return self._spec.precision
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """Patterns by which its parameters were chosen; none where they are all."""
+        return tuple(self._spec.parameters)
+
+    @property
+    def parameter_tensors(self) -> tuple[ParameterTensor, ...]:
+        """The parameters that are no constants: name, shape and place in the operator's vectors."""
+        return self._tensors
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are no constants, in the order of the operator's vectors."""
+        return tuple(tensor.name for tensor in self._tensors)
 
     @overload
     async def matvec(self, v: AsyncVector) -> AsyncVector: ...
@@ -215,6 +235,13 @@ class AsyncLinearMap:
         """
         elements = as_elements(self._flat(array, "array"), self.shape[1], self.dtype, "array")
         return await _kept(await self._write(elements), keep)
+
+    def _restricted(self, globs: Sequence[str]) -> operator_pb2.OperatorSpec:
+        """The same on some of its own parameters."""
+        spec = operator_pb2.OperatorSpec()
+        spec.CopyFrom(self._spec)
+        spec.parameters[:] = [each.name for each in chosen(as_globs(globs), self._tensors)]
+        return spec
 
     def _flat(self, value: Any, field: str) -> NDArray[Any]:
         """Real numbers, flat where they come in the domain's own shape."""

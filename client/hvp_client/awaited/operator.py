@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final, overload
 
 import numpy as np
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 
 from hvp_client._arrays import like
 from hvp_client._bulk import as_real
+from hvp_client._checkpoints import tensors_from_proto
 from hvp_client._handles import is_sequence_of, require_handle
 from hvp_client._labels import check_labels
 from hvp_client._results import Plan, plan_from_proto
-from hvp_client._session import Session, new_request_id
+from hvp_client._selections import in_blocks, in_words
+from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
 from hvp_client._specs import job_spec, kind_name
 from hvp_client.awaited.job import AsyncJob
@@ -22,11 +25,14 @@ from hvp_client.awaited.linear_map import AsyncLinearMap, describe_operator
 from hvp_client.awaited.questions import AsyncQuestions
 from hvp_client.awaited.vector import AsyncVector
 
+_OPENED_AT_ONCE = 8  # operators that are checked on the server at the same time
+
 
 async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> AsyncOperator:
     """Check an operator on the server and fill in its defaults; see Client.operator."""
     answer = await describe_operator(session, spec)
-    return AsyncOperator(session, answer.operator, *VectorSpace.of_operator(answer))
+    spaces, tensors = VectorSpace.of_operator(answer), tensors_from_proto(answer.parameters)
+    return AsyncOperator(session, answer.operator, *spaces, tensors)
 
 
 @final
@@ -157,9 +163,49 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return await (self @ other)
 
     async def parameters(self, *, keep: bool = False) -> AsyncVector:
-        """θ, the model's own parameters; `keep` as `Vector.keep`."""
+        """θ, the model's own parameters, those that are not constants; `keep` as `Vector.keep`."""
         source = vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource())
         return await self._create(source, keep=keep)
+
+    async def restrict(self, *globs: str) -> AsyncOperator:
+        """The operator on some of its own parameters: these rows and columns of the matrix.
+
+        Args:
+            globs: As `parameters` of `client.operator`, among the parameters that this one has.
+
+        Returns:
+            An operator whose vectors have the length of the selection. Its products cost what the
+            selection needs, and no more.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
+                lists the nearest names.
+        """
+        return await open_operator(self._session, self._restricted(globs))
+
+    async def blocks(
+        self, by: str | Sequence[Any] | Mapping[str, Any] = "layer"
+    ) -> dict[str, AsyncOperator]:
+        """The blocks on the diagonal of the matrix, an operator each.
+
+        Args:
+            by: `layer`: parameters whose names agree up to the first number, as in
+                `model.layers.3`, and of others those of one module. `tensor`: each by itself. Or
+                patterns for each block, in a list of lists, or in a dict by the names that the
+                blocks are to have.
+
+        Returns:
+            Operators by the names of the blocks, in order. Every parameter is in one of them.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing.
+                `PARAMETERS_INVALID`: a parameter is in two blocks, or in none.
+        """
+        blocks = in_blocks(by, self._tensors)
+        opened = await gather_bounded(
+            _OPENED_AT_ONCE, [partial(self.restrict, *names) for names in blocks.values()]
+        )
+        return dict(zip(blocks, opened, strict=True))
 
     async def plan(self, operation: str, **values: Any) -> Plan:
         """Tell what a question would take, without queueing anything.
@@ -178,8 +224,8 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return plan_from_proto(answer.plan)
 
     def __repr__(self) -> str:
-        size = f"n={self.shape[0]:,}"
-        return f"<{type(self).__name__} {self.kind} {size} {self.dtype} of {self.checkpoint}>"
+        size, of = f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}"
+        return f"<{type(self).__name__} {self.kind} {size} {self.dtype} {of}>"
 
     async def _evaluate(
         self, form: operator_pb2.EvaluateFormsRequest.Form.ValueType, v: Any

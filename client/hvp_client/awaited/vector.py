@@ -18,6 +18,7 @@ from hvp_client._bulk import read_elements, write_elements
 from hvp_client._checkpoints import ParameterTensor, parameter_tensors
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._handles import require_handle
+from hvp_client._selections import chosen
 from hvp_client._session import Session
 from hvp_client._spaces import VectorSpace
 from hvp_client._specs import check_seed
@@ -73,6 +74,11 @@ class AsyncVector:
     def batch(self) -> str | None:
         """Name of the batch on which it is the model's outputs; None of parameter space."""
         return self._message.data_batch or None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Patterns of the names of the parameters that it has; none where it has all."""
+        return tuple(self._message.parameters)
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
@@ -277,7 +283,10 @@ class AsyncVector:
                 reason="VECTOR_SPACE_MISMATCH",
                 field="v",
             )
-        return await parameter_tensors(self._session, self.checkpoint)
+        tensors = await parameter_tensors(self._session, self.checkpoint)
+        if not self.parameters:
+            return tensors
+        return {each.name: each for each in chosen(self.parameters, [*tensors.values()])}
 
     def __repr__(self) -> str:
         size = f"n={self.shape[0]:,}" if self.batch is None else f"outputs {self.output_shape}"
@@ -393,5 +402,6 @@ async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) 
         dtype=first.dtype.name,
         shape=first.output_shape or first.shape,
         data_batch=first.batch or "",
+        parameters=first.parameters,
     )
     return await create_vector(session, space, source)

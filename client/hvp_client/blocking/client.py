@@ -135,6 +135,7 @@ class Client(Blocking, twin=AsyncClient):
         dtype: Any = "float32",
         micro_batch_size: int | None = None,
         precision: str | None = None,
+        parameters: str | Iterable[str] | None = None,
     ) -> Operator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -151,6 +152,10 @@ class Client(Blocking, twin=AsyncClient):
             precision: Of the operands of matrix products. `full`: the dtype's own; for float32
                 also `bfloat16` and, on GPUs, `tf32`. None lets the server choose: `bfloat16` for
                 float32 on GPUs, else `full`.
+            parameters: What θ consists of: patterns of names as shells have them, such as
+                `model.layers.29.*` or `*.mlp.*`; None for all. All other parameters are constants:
+                vectors have the length of the selection, and products cost what it needs. Each
+                pattern has to select something; a tied tensor goes by its first name.
 
         Returns:
             The operator.
@@ -158,14 +163,16 @@ class Client(Blocking, twin=AsyncClient):
         Raises:
             NotFoundError: No such checkpoint or batch.
             InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
-                `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED` or
-                `MICRO_BATCH_INVALID`.
+                `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED`,
+                `MICRO_BATCH_INVALID`, `PARAMETERS_NOT_FOUND` or `PARAMETERS_INVALID`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
                 `DOUBLE_BACKWARD_UNSUPPORTED`.
         """
         result: Operator = self._wait(
-            self._twin.operator(checkpoint, batch, kind, dtype, micro_batch_size, precision)
+            self._twin.operator(
+                checkpoint, batch, kind, dtype, micro_batch_size, precision, parameters
+            )
         )
         return result
 
@@ -175,6 +182,7 @@ class Client(Blocking, twin=AsyncClient):
         batch: Batch | str,
         dtype: Any = "float32",
         precision: str | None = None,
+        parameters: str | Iterable[str] | None = None,
     ) -> Jacobian:
         """Take the Jacobian of a model's outputs on a batch as an operator; computes nothing yet.
 
@@ -183,6 +191,7 @@ class Client(Blocking, twin=AsyncClient):
             batch: A batch or its name.
             dtype: `float32`, also for None, or `float64`.
             precision: As for `operator`.
+            parameters: As for `operator`.
 
         Returns:
             J = ∂(logits)/∂θ: `J @ v` and `J.T @ u`.
@@ -191,7 +200,9 @@ class Client(Blocking, twin=AsyncClient):
             NotFoundError: No such checkpoint or batch.
             InvalidArgumentError: As for `operator`.
         """
-        result: Jacobian = self._wait(self._twin.jacobian(checkpoint, batch, dtype, precision))
+        result: Jacobian = self._wait(
+            self._twin.jacobian(checkpoint, batch, dtype, precision, parameters)
+        )
         return result
 
     def checkpoint(self, name: str) -> Checkpoint:

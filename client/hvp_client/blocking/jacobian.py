@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
+from hvp_client._selections import in_words
 from hvp_client.awaited.jacobian import AsyncJacobian
 from hvp_client.blocking.linear_map import LinearMap
 
@@ -34,7 +35,23 @@ class Jacobian(LinearMap, twin=AsyncJacobian):
         """`(sequences, positions, vocabulary)`."""
         return self._twin.output_shape
 
+    def restrict(self, *globs: str) -> Jacobian:
+        """The Jacobian in some of its own parameters; all others are constants.
+
+        Args:
+            globs: As `parameters` of `client.operator`, among the parameters that this one has.
+
+        Returns:
+            The Jacobian, or of a transpose the transpose.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
+                lists the nearest names.
+        """
+        result: Jacobian = self._wait(self._twin.restrict())
+        return result
+
     def __repr__(self) -> str:
         m, n = self.shape
-        of = f"of {self.checkpoint} on {self.batch}"
+        of = f"of {self.checkpoint} on {self.batch}{in_words(self.selection)}"
         return f"<{type(self).__name__} ({m:,}, {n:,}) {self.dtype} {of}>"

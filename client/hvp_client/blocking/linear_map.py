@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from hvp_client._checkpoints import ParameterTensor
 from hvp_client.awaited.linear_map import AsyncLinearMap
 from hvp_client.blocking.twins import Blocking, twin_of
 from hvp_client.blocking.vector import Vector
@@ -45,6 +46,21 @@ class LinearMap(Blocking, twin=AsyncLinearMap):
     def precision(self) -> str:
         """Of the operands of matrix products: `full`, `tf32` or `bfloat16`."""
         return self._twin.precision
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """Patterns by which its parameters were chosen; none where they are all."""
+        return self._twin.selection
+
+    @property
+    def parameter_tensors(self) -> tuple[ParameterTensor, ...]:
+        """The parameters that are no constants: name, shape and place in the operator's vectors."""
+        return self._twin.parameter_tensors
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are no constants, in the order of the operator's vectors."""
+        return self._twin.parameter_names
 
     @overload
     def matvec(self, v: Vector) -> Vector: ...

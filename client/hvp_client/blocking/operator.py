@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvp_client._results import Plan
+from hvp_client._selections import in_words
 from hvp_client.awaited.operator import AsyncOperator
 from hvp_client.blocking.linear_map import LinearMap
 from hvp_client.blocking.protocols import SymmetricLinearOperator
@@ -132,8 +133,44 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
         return result
 
     def parameters(self, *, keep: bool = False) -> Vector:
-        """θ, the model's own parameters; `keep` as `Vector.keep`."""
+        """θ, the model's own parameters, those that are not constants; `keep` as `Vector.keep`."""
         result: Vector = self._wait(self._twin.parameters(keep=keep))
+        return result
+
+    def restrict(self, *globs: str) -> Operator:
+        """The operator on some of its own parameters: these rows and columns of the matrix.
+
+        Args:
+            globs: As `parameters` of `client.operator`, among the parameters that this one has.
+
+        Returns:
+            An operator whose vectors have the length of the selection. Its products cost what the
+            selection needs, and no more.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
+                lists the nearest names.
+        """
+        result: Operator = self._wait(self._twin.restrict())
+        return result
+
+    def blocks(self, by: str | Sequence[Any] | Mapping[str, Any] = "layer") -> dict[str, Operator]:
+        """The blocks on the diagonal of the matrix, an operator each.
+
+        Args:
+            by: `layer`: parameters whose names agree up to the first number, as in
+                `model.layers.3`, and of others those of one module. `tensor`: each by itself. Or
+                patterns for each block, in a list of lists, or in a dict by the names that the
+                blocks are to have.
+
+        Returns:
+            Operators by the names of the blocks, in order. Every parameter is in one of them.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing.
+                `PARAMETERS_INVALID`: a parameter is in two blocks, or in none.
+        """
+        result: dict[str, Operator] = self._wait(self._twin.blocks(by))
         return result
 
     def plan(self, operation: str, **values: Any) -> Plan:
@@ -152,5 +189,5 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
         return self._portal.run(self._twin.plan(operation, **values))
 
     def __repr__(self) -> str:
-        size = f"n={self.shape[0]:,}"
-        return f"<{type(self).__name__} {self.kind} {size} {self.dtype} of {self.checkpoint}>"
+        size, of = (f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}")
+        return f"<{type(self).__name__} {self.kind} {size} {self.dtype} {of}>"

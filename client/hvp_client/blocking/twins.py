@@ -44,6 +44,8 @@ class Blocking(ABC):  # noqa: B024 (what it can do is its twin's)
             return kind(self._portal, value)
         if isinstance(value, list):
             return [self._blocking(each) for each in value]
+        if isinstance(value, dict):
+            return {name: self._blocking(each) for name, each in value.items()}
         return with_vectors(value, self._blocking)
 
 

@@ -54,6 +54,11 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         return self._twin.batch
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """Patterns of the names of the parameters that it has; none where it has all."""
+        return self._twin.parameters
+
+    @property
     def output_shape(self) -> tuple[int, ...] | None:
         """Of outputs `(sequences, positions, vocabulary)`; None of parameter space."""
         return self._twin.output_shape

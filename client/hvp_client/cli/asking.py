@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Order:
         dtype: To compute in.
         precision: Of the operands of matrix products.
         micro_batch_size: Sequences a rank takes at once.
+        parameters: Patterns of names; none for all.
     """
 
     operation: str
@@ -47,6 +48,7 @@ class Order:
     dtype: str
     precision: str | None
     micro_batch_size: int | None
+    parameters: Sequence[str]
 
 
 def ask(
@@ -91,6 +93,7 @@ def ask(
             dtype=order.dtype,
             micro_batch_size=order.micro_batch_size,
             precision=order.precision,
+            parameters=order.parameters or None,
         )
         if plan:
             told = H.plan(order.operation, **order.values)

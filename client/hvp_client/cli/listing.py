@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvp_client import AsyncClient, AsyncJob, Client
+from hvp_client._selections import in_words
 from hvp_client.cli.failures import failures_reported
 
 
@@ -75,7 +76,8 @@ def _work(record: Mapping[str, Any]) -> str:
     if not record["headline"]:
         return "?"  # a job of another version's, of which the server shows what it can
     again = f", attempt {record['attempt']}" if record["attempt"] > 1 else ""
-    return f"{record['headline']} of {record['operator']} {record['dtype']}{again}"
+    of = f"{record['operator']} {record['dtype']}{in_words(record['parameters'])}"
+    return f"{record['headline']} of {of}{again}"
 
 
 async def _jobs(address: str, states: Sequence[str] | None) -> list[AsyncJob[Any]]:

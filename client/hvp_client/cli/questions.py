@@ -47,6 +47,7 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
             dtype=typed["dtype"].value,
             precision=_plain(typed["precision"]),
             micro_batch_size=typed["micro_batch_size"],
+            parameters=typed["parameters"],
         )
         ask(
             typed["address"],
@@ -127,6 +128,17 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
             Kind,
             typer.Option(help="Of which matrix; ggn is the Gauss-Newton matrix."),
             Kind["hessian"],
+        ),
+        _parameter(
+            "parameters",
+            list[str],
+            typer.Option(
+                metavar="GLOB",
+                help="Which parameters, such as 'model.layers.3.*'; all others are constants. May "
+                "be given several times.",
+                show_default="all",
+            ),
+            [],
         ),
         _parameter("dtype", Dtype, typer.Option(help="To compute in."), Dtype.float32),
         _parameter(

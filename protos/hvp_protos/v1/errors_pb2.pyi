@@ -101,6 +101,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A page size is not negative."""
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 33
     """A page token belongs to another list, or is none; start at the first page."""
+    ERROR_REASON_PARAMETERS_INVALID: _ErrorReason.ValueType  # 80
+    """Too many patterns of parameters' names, or too long ones; or patterns where there are no parameters."""
+    ERROR_REASON_PARAMETERS_NOT_FOUND: _ErrorReason.ValueType  # 81
+    """A pattern selects none of the model's parameters; the message lists the nearest names."""
     ERROR_REASON_PARENT_INVALID: _ErrorReason.ValueType  # 34
     """A parent is `projects/{project}`."""
     ERROR_REASON_PICKLE_REFUSED: _ErrorReason.ValueType  # 35
@@ -254,6 +258,10 @@ ERROR_REASON_PAGE_SIZE_INVALID: ErrorReason.ValueType  # 32
 """A page size is not negative."""
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 33
 """A page token belongs to another list, or is none; start at the first page."""
+ERROR_REASON_PARAMETERS_INVALID: ErrorReason.ValueType  # 80
+"""Too many patterns of parameters' names, or too long ones; or patterns where there are no parameters."""
+ERROR_REASON_PARAMETERS_NOT_FOUND: ErrorReason.ValueType  # 81
+"""A pattern selects none of the model's parameters; the message lists the nearest names."""
 ERROR_REASON_PARENT_INVALID: ErrorReason.ValueType  # 34
 """A parent is `projects/{project}`."""
 ERROR_REASON_PICKLE_REFUSED: ErrorReason.ValueType  # 35

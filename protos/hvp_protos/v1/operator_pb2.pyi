@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hvp_protos.v1 import checkpoint_pb2 as _checkpoint_pb2
 from hvp_protos.v1 import vector_pb2 as _vector_pb2
 import builtins as _builtins
 import sys
@@ -75,6 +76,7 @@ class OperatorSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     data_batch: _builtins.str
     kind: Global___OperatorSpec.Kind.ValueType
@@ -89,6 +91,14 @@ class OperatorSpec(_message.Message):
     `tf32`, are faster and apply to float32, where sums, losses and vectors stay in float32. Empty
     lets the server choose: `bfloat16` for float32 on CUDA devices, else `full`.
     """
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which parameters theta consists of: patterns of their names, as shells have them (`*`, `?`,
+        `[...]`); empty for all. All others are constants, and vectors have the length of the selection.
+        Each pattern has to select something. At most 4096 patterns of at most 512 characters, 64 of
+        them with wildcards.
+        """
+
     def __init__(
         self,
         *,
@@ -98,10 +108,11 @@ class OperatorSpec(_message.Message):
         dtype: _builtins.str = ...,
         micro_batch_size: _builtins.int = ...,
         precision: _builtins.str = ...,
+        parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "precision", b"precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "parameters", b"parameters", "precision", b"precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,8 +146,9 @@ class DescribeOperatorResponse(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     DOMAIN_SHAPE_FIELD_NUMBER: _builtins.int
     CODOMAIN_SHAPE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     num_parameters: _builtins.int
-    """n, the length of vectors of parameter space."""
+    """n, the length of vectors of parameter space: of the parameters that are selected."""
     @_builtins.property
     def operator(self) -> Global___OperatorSpec:
         """With every default filled in."""
@@ -149,6 +161,10 @@ class DescribeOperatorResponse(_message.Message):
 
     @_builtins.property
     def codomain_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_checkpoint_pb2.ParameterTensor]:
+        """The parameters that the operator's vectors have, in their order; offsets are into these vectors."""
+
     def __init__(
         self,
         *,
@@ -156,10 +172,11 @@ class DescribeOperatorResponse(_message.Message):
         num_parameters: _builtins.int = ...,
         domain_shape: _abc.Iterable[_builtins.int] | None = ...,
         codomain_shape: _abc.Iterable[_builtins.int] | None = ...,
+        parameters: _abc.Iterable[_checkpoint_pb2.ParameterTensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codomain_shape", b"codomain_shape", "domain_shape", b"domain_shape", "num_parameters", b"num_parameters", "operator", b"operator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codomain_shape", b"codomain_shape", "domain_shape", b"domain_shape", "num_parameters", b"num_parameters", "operator", b"operator", "parameters", b"parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

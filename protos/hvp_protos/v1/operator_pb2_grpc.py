@@ -33,6 +33,8 @@ class OperatorServiceStub:
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
     INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
     server's device does not have; leave it empty.
+    INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
+    INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
@@ -89,6 +91,8 @@ class OperatorServiceServicer:
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
     INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
     server's device does not have; leave it empty.
+    INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
+    INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
@@ -144,7 +148,8 @@ class OperatorServiceServicer:
         """Products with vectors that the server holds. Cost in GEMM passes each: a Hessian 8, or 11 where
         memory is short; a GGN or Fisher 5 or 6; a Jacobian 3 either way.
 
-        INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: a vector of another checkpoint, batch or dtype.
+        INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: a vector of another checkpoint, selection of parameters,
+        batch or dtype.
         FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held a vector are gone; make it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -195,6 +200,8 @@ class OperatorService:
     INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`.
     INVALID_ARGUMENT `PRECISION_UNSUPPORTED`: an unknown precision, or one that the dtype or the
     server's device does not have; leave it empty.
+    INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
+    INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second

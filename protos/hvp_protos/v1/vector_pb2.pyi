@@ -45,6 +45,7 @@ class Vector(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     checkpoint: _builtins.str
     """The parameter space it belongs to."""
@@ -69,6 +70,12 @@ class Vector(_message.Message):
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """(n), or of outputs (sequences, positions, vocabulary)."""
 
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Patterns of the names of the parameters that it has; empty for all. Vectors are of one space when
+        their patterns select the same parameters.
+        """
+
     def __init__(
         self,
         *,
@@ -82,10 +89,11 @@ class Vector(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         data_batch: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "data_batch", b"data_batch", "dtype", b"dtype", "durable", b"durable", "expire_time", b"expire_time", "name", b"name", "num_elements", b"num_elements", "session", b"session", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "data_batch", b"data_batch", "dtype", b"dtype", "durable", b"durable", "expire_time", b"expire_time", "name", b"name", "num_elements", b"num_elements", "parameters", b"parameters", "session", b"session", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,6 +271,7 @@ class CreateVectorRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     request_id: _builtins.str
     checkpoint: _builtins.str
@@ -273,6 +282,10 @@ class CreateVectorRequest(_message.Message):
     """The batch on which it is the model's outputs; empty: it is of parameter space."""
     @_builtins.property
     def source(self) -> Global___VectorSource: ...
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The parameters that the vector has: patterns as of an operator; empty for all, and for outputs."""
+
     def __init__(
         self,
         *,
@@ -283,10 +296,11 @@ class CreateVectorRequest(_message.Message):
         source: Global___VectorSource | None = ...,
         session: _builtins.str = ...,
         data_batch: _builtins.str = ...,
+        parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "parent", b"parent", "request_id", b"request_id", "session", b"session", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "parameters", b"parameters", "parent", b"parent", "request_id", b"request_id", "session", b"session", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from hvp_protos.v1 import checkpoint_pb2
+from hvp_workers.backend import ParameterTensor
 
 from hvp_service.batches.messages import schema_message
 from hvp_service.blobs.messages import digest_message
 from hvp_service.calls.labels import etag_of
 from hvp_service.calls.messages import timestamp
 from hvp_service.checkpoints.store import Checkpoint
+
+
+def parameter_message(tensor: ParameterTensor) -> checkpoint_pb2.ParameterTensor:
+    """A parameter and its place in a vector."""
+    return checkpoint_pb2.ParameterTensor(
+        name=tensor.name, shape=tensor.shape, offset=tensor.offset
+    )
 
 
 def checkpoint_message(
@@ -30,10 +38,7 @@ def checkpoint_message(
         size_bytes=checkpoint.size_bytes,
         create_time=timestamp(checkpoint.create_time),
         parameters=[
-            checkpoint_pb2.ParameterTensor(
-                name=tensor.name, shape=tensor.shape, offset=tensor.offset
-            )
-            for tensor in (description.parameters if parameters else ())
+            parameter_message(tensor) for tensor in (description.parameters if parameters else ())
         ],
         labels=checkpoint.labels,
         etag=etag_of(checkpoint.labels),

@@ -280,6 +280,7 @@ class Dispatcher:
                 resolved.num_parameters,
                 {"kind": "file"},
                 identifier=output,
+                selection=resolved.selection,
             )
             for output in outputs
         ]

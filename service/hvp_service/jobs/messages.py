@@ -89,6 +89,7 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
                 num_elements=found.num_elements,
                 durable=True,
                 create_time=timestamp(found.vector_time),
+                parameters=asked.operator.parameters,
             )
             for name in found.vectors
         )

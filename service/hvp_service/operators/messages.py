@@ -17,6 +17,7 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         dtype=message.dtype,
         micro_batch_size=message.micro_batch_size,
         precision=message.precision,
+        parameters=tuple(message.parameters),
     )
 
 
@@ -29,4 +30,5 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         dtype=ref.dtype,
         micro_batch_size=ref.micro_batch_size,
         precision=ref.precision,
+        parameters=ref.parameters,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvp_batches.fitting import BatchError, check_fit
-from hvp_workers.backend import Dtype, Operator, Precision, Space
+from hvp_operations.operation import SpecError
+from hvp_operations.parameters import select
+from hvp_workers.backend import Dtype, Operator, ParameterTensor, Precision, Space
 
 from hvp_service.batches.contents import batch_refused
 from hvp_service.batches.store import BatchStore, DataBatch
@@ -15,7 +18,7 @@ from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import parse
 from hvp_service.checkpoints.store import Checkpoint, CheckpointStore
 from hvp_service.storage.state_dir import StateDir
-from hvp_service.vectors.rows import Outputs
+from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Selection
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
@@ -35,6 +38,7 @@ class OperatorRef:
     dtype: str = ""
     micro_batch_size: int = 0
     precision: str = ""
+    parameters: tuple[str, ...] = ()  # globs; none for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,17 @@ class ResolvedOperator:
     checkpoint: Checkpoint
     batch: DataBatch
     operator: Operator
+    selection: Selection
+
+    @property
+    def parameters(self) -> list[ParameterTensor]:
+        """Those that vectors of parameter space have, with offsets into these."""
+        return parameters_of(self.checkpoint, self.selection)
 
     @property
     def num_parameters(self) -> int:
         """n, the length of vectors of parameter space."""
-        return self.checkpoint.description.num_parameters
+        return sum(math.prod(tensor.shape) for tensor in self.parameters)
 
     @property
     def outputs(self) -> Outputs:
@@ -71,6 +81,35 @@ class ResolvedOperator:
     def codomain(self) -> Outputs | None:
         """Of its products; None: parameter space."""
         return self.outputs if self.operator.kind == "jacobian" else None
+
+
+def select_parameters(
+    checkpoint: Checkpoint, globs: Sequence[str], field: str = "parameters"
+) -> Selection:
+    """The parameters of a checkpoint that globs select.
+
+    Raises:
+        ServiceError: PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
+    """
+    names = [tensor.name for tensor in checkpoint.description.parameters]
+    try:
+        selected = select(globs, names, field)
+    except SpecError as error:
+        message = f"{error.message[:1].upper()}{error.message[1:]}."
+        raise ServiceError(
+            error.reason, message, field=error.field, metadata=error.metadata
+        ) from None
+    return Selection(selected, tuple(globs)) if len(selected) < len(names) else ALL_PARAMETERS
+
+
+def parameters_of(checkpoint: Checkpoint, selection: Selection) -> list[ParameterTensor]:
+    """The parameters of a selection, in canonical order, with offsets into its own vectors."""
+    found, offset, wanted = [], 0, set(selection.names)
+    for tensor in checkpoint.description.parameters:
+        if not wanted or tensor.name in wanted:
+            found.append(replace(tensor, offset=offset))
+            offset += math.prod(tensor.shape)
+    return found
 
 
 def outputs_of(checkpoint: Checkpoint, batch: DataBatch) -> Outputs:
@@ -186,6 +225,7 @@ class OperatorResolver:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
+                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID,
                 and what `check_fit` finds.
         """
         kind = check_kind(ref.kind, f"{field}.kind")
@@ -211,6 +251,7 @@ class OperatorResolver:
         checkpoint = await self._checkpoints.get(checkpoint_name)
         batch = await self._batches.get(batch_name)
         self._check_fit(checkpoint, batch, field)
+        selection = select_parameters(checkpoint, ref.parameters, f"{field}.parameters")
         if kind != "hessian" and not checkpoint.description.batch_schema.outputs:
             raise _no_outputs(checkpoint, f"{field}.kind")
         return ResolvedOperator(
@@ -218,13 +259,16 @@ class OperatorResolver:
             batch=batch,
             operator=Operator(
                 space=Space(
-                    checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id), dtype=dtype
+                    checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id),
+                    dtype=dtype,
+                    parameters=selection.names,
                 ),
                 batch_path=self._batches.path(batch),
                 kind=kind,
                 micro_batch_size=ref.micro_batch_size,
                 precision=precision,
             ),
+            selection=selection,
         )
 
     @staticmethod

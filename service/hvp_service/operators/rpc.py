@@ -12,6 +12,7 @@ from hvp_protos.v1 import operator_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.messages import enum_name
+from hvp_service.checkpoints.messages import parameter_message
 from hvp_service.operators import service as operators
 from hvp_service.operators.messages import operator_message, operator_value
 from hvp_service.operators.resolver import ResolvedOperator
@@ -41,6 +42,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             num_parameters=resolved.num_parameters,
             domain_shape=_shape(resolved, resolved.domain),
             codomain_shape=_shape(resolved, resolved.codomain),
+            parameters=[parameter_message(tensor) for tensor in resolved.parameters],
         )
 
     async def EvaluateLoss(

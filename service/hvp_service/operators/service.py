@@ -15,7 +15,7 @@ from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
 from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
 from hvp_service.storage.lifetimes import Lifetime
-from hvp_service.vectors.rows import Outputs, Vector, words_of
+from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Vector, words_of
 
 log = structlog.get_logger()
 
@@ -187,6 +187,7 @@ def _check_domain(
         resolved.checkpoint.name,
         resolved.operator.space.dtype,
         None if domain is None else domain.batch,
+        resolved.selection if domain is None else ALL_PARAMETERS,
     )
     for index, vector in enumerate(inputs):
         if vector.space != space:
@@ -213,6 +214,7 @@ def _products(
             None,
             lifetime=lifetime,
             outputs=outputs,
+            selection=resolved.selection,
         )
         for _ in range(count)
     ]

@@ -107,6 +107,7 @@ vectors = sa.Table(
     sa.Column("kept", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("batch_id", sa.String, nullable=False, server_default=""),  # "": parameter space
     sa.Column("shape", sa.JSON, nullable=False, server_default="[]"),  # of outputs
+    sa.Column("selection", sa.JSON, nullable=False, server_default="{}"),  # of parameters; {}: all
 )
 
 sessions = sa.Table(

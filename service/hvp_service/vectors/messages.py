@@ -21,4 +21,5 @@ def vector_message(vector: Vector) -> vector_pb2.Vector:
         expire_time=timestamp(vector.lifetime.expire_time),
         data_batch="" if vector.batch is None else str(vector.batch),
         shape=vector.shape,
+        parameters=vector.selection.globs,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 import sqlalchemy as sa
@@ -35,6 +35,25 @@ class Outputs:
 
 
 @final
+@dataclass(frozen=True)
+class Selection:
+    """Some of a checkpoint's parameters; two are equal where they select the same ones.
+
+    Attributes:
+        names: In canonical order; none for all.
+        globs: As they were asked for.
+    """
+
+    names: tuple[str, ...] = ()
+    globs: tuple[str, ...] = field(default=(), compare=False)
+
+
+ALL_PARAMETERS = Selection()
+#: What a vector can be added to: checkpoint, dtype, batch of outputs, selection of parameters.
+VectorSpace = tuple[Name, Dtype, Name | None, Selection]
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class Vector:
     """One vector as its row has it."""
@@ -49,6 +68,7 @@ class Vector:
     lifetime: Lifetime = UNTIL_DELETED
     batch_id: str = ""  # "": parameter space
     output_shape: tuple[int, ...] = ()
+    selection: Selection = ALL_PARAMETERS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,9 +81,9 @@ class Vector:
         return Name(self.name.project, "dataBatches", self.batch_id) if self.batch_id else None
 
     @property
-    def space(self) -> tuple[Name, Dtype, Name | None]:
+    def space(self) -> VectorSpace:
         """What it can be added to."""
-        return self.checkpoint, self.dtype, self.batch
+        return self.checkpoint, self.dtype, self.batch, self.selection
 
     @property
     def durable(self) -> bool:
@@ -135,6 +155,7 @@ class VectorRows:
                         "kept": vector.lifetime.kept,
                         "batch_id": vector.batch_id,
                         "shape": list(vector.output_shape),
+                        "selection": asdict(vector.selection),
                     }
                     for vector in made
                 ],
@@ -262,11 +283,18 @@ class VectorRows:
             return set((await connection.scalars(sa.select(vectors.c.id))).all())
 
 
-def words_of(space: tuple[Name, Dtype, Name | None]) -> str:
+def words_of(space: VectorSpace) -> str:
     """A space of vectors in words."""
-    checkpoint, dtype, batch = space
+    checkpoint, dtype, batch, selection = space
     where = f"of {checkpoint}" if batch is None else f"of the outputs of {checkpoint} on {batch}"
+    if selection.names:
+        where = f"of {_shown(selection.globs)} ({len(selection.names)} tensors) {where}"
     return f"{dtype} vector {where}"
+
+
+def _shown(globs: Sequence[str]) -> str:
+    few = ", ".join(glob[:60] for glob in globs[:3])
+    return few if len(globs) <= 3 else f"{few} and {len(globs) - 3} more"
 
 
 def gone(name: Name) -> ServiceError:
@@ -296,4 +324,5 @@ def _from_row(row: sa.Row[Any]) -> Vector:
         lifetime=Lifetime(session=row.session, expire_time=row.expire_time, kept=row.kept),
         batch_id=row.batch_id,
         output_shape=tuple(row.shape),
+        selection=Selection(*(tuple(row.selection.get(key, ())) for key in ("names", "globs"))),
     )

@@ -37,6 +37,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             _source(request.source),
             request.session,
             request.data_batch,
+            request.parameters,
         )
         return pb.CreateVectorResponse(vector=vector_message(made))
 
@@ -101,6 +102,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             _pieces(first, request_iterator),
             first.create.session,
             first.create.data_batch,
+            first.create.parameters,
         )
         return pb.WriteVectorResponse(vector=vector_message(made))
 

@@ -15,8 +15,20 @@ from hvp_service.app.dependencies import Dependencies
 from hvp_service.blobs.store import Digest
 from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import Name, parse
-from hvp_service.operators.resolver import check_dtype, outputs_of
-from hvp_service.vectors.rows import Outputs, Recipe, Vector, words_of
+from hvp_service.operators.resolver import (
+    check_dtype,
+    outputs_of,
+    parameters_of,
+    select_parameters,
+)
+from hvp_service.vectors.rows import (
+    ALL_PARAMETERS,
+    Outputs,
+    Recipe,
+    Selection,
+    Vector,
+    words_of,
+)
 from hvp_service.vectors.store import ITEM_BYTES
 
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -72,6 +84,7 @@ async def create(
     source: VectorSource,
     session: str = "",
     data_batch: str = "",
+    parameters: Sequence[str] = (),
 ) -> Vector:
     """Make a vector on the ranks, in a session or in none.
 
@@ -83,11 +96,12 @@ async def create(
         source: What it is made of.
         session: That it is to belong to; "" for none.
         data_batch: On which it is the model's outputs; "": it is of parameter space.
+        parameters: Globs of the parameters that it has, if it is; none for all.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
             DISTRIBUTION_UNSPECIFIED, SHAPE_MISMATCH, NON_FINITE, VECTOR_SPACE_MISMATCH,
-            INPUT_MISSING, SESSION_EXPIRED.
+            INPUT_MISSING, SESSION_EXPIRED, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
         BackendError: VECTOR_MEMORY.
     """
     name = checkpoint_name(project, checkpoint)
@@ -96,33 +110,47 @@ async def create(
             held.enter_context(deps.checkpoints.hold(name))
             if data_batch:
                 held.enter_context(deps.batches.hold(parse(data_batch, "dataBatches")))
-            num_elements, outputs = await space_of(deps, name, data_batch)
+            num_elements, outputs, selection = await space_of(deps, name, data_batch, parameters)
             space_dtype = check_dtype(dtype)
 
             def new(recipe: Recipe | None) -> Vector:
                 return deps.vectors.new(
-                    name, space_dtype, num_elements, recipe, lifetime=lifetime, outputs=outputs
+                    name,
+                    space_dtype,
+                    num_elements,
+                    recipe,
+                    lifetime=lifetime,
+                    outputs=outputs,
+                    selection=selection,
                 )
 
             return await _create(deps, name, new, source, of_outputs=outputs is not None)
 
 
 async def space_of(
-    deps: Dependencies, checkpoint: Name, data_batch: str
-) -> tuple[int, Outputs | None]:
-    """Length of a space's vectors and, unless it is parameter space, what they are outputs on.
+    deps: Dependencies, checkpoint: Name, data_batch: str, parameters: Sequence[str]
+) -> tuple[int, Outputs | None, Selection]:
+    """Length of a space's vectors, what they are outputs on, if they are, and their parameters.
 
     Raises:
-        ServiceError: RESOURCE_NOT_FOUND.
+        ServiceError: RESOURCE_NOT_FOUND, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
     """
     found = await deps.checkpoints.get(checkpoint)
     if not data_batch:
-        return found.description.num_parameters, None
+        selection = select_parameters(found, parameters)
+        numel = sum(math.prod(tensor.shape) for tensor in parameters_of(found, selection))
+        return numel, None, selection
+    if parameters:
+        raise ServiceError(
+            "PARAMETERS_INVALID",
+            "Outputs have no parameters; leave parameters or data_batch empty.",
+            field="parameters",
+        )
     name = parse(data_batch, "dataBatches")
     if name.project != checkpoint.project:
         raise not_found(data_batch, "data batch")
     outputs = outputs_of(found, await deps.batches.get(name))
-    return math.prod(outputs.shape), outputs
+    return math.prod(outputs.shape), outputs, ALL_PARAMETERS
 
 
 async def _create(
@@ -283,7 +311,7 @@ def wrong_size(expected: int, size: int, field: str) -> ServiceError:
     """The refusal of more or fewer bytes than a vector of the space has."""
     return ServiceError(
         "SHAPE_MISMATCH",
-        f"A vector of this checkpoint and dtype has {expected} bytes; {size} came.",
+        f"A vector of these parameters and dtype has {expected} bytes; {size} came.",
         field=field,
         metadata={"expected_bytes": str(expected), "bytes": str(size)},
     )

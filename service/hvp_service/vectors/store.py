@@ -31,7 +31,15 @@ from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import Database, vectors
 from hvp_service.storage.lifetimes import UNTIL_DELETED, Holds, Lifetime
 from hvp_service.storage.state_dir import StateDir, sync_folder
-from hvp_service.vectors.rows import Outputs, Recipe, Vector, VectorRows, gone
+from hvp_service.vectors.rows import (
+    ALL_PARAMETERS,
+    Outputs,
+    Recipe,
+    Selection,
+    Vector,
+    VectorRows,
+    gone,
+)
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8}
 
@@ -74,6 +82,7 @@ class VectorStore:
         identifier: str = "",
         lifetime: Lifetime = UNTIL_DELETED,
         outputs: Outputs | None = None,
+        selection: Selection = ALL_PARAMETERS,
     ) -> Vector:
         """A vector of the ranks' present generation, not yet a row.
 
@@ -85,6 +94,7 @@ class VectorStore:
             identifier: Its id; by default a new one.
             lifetime: How long it stays.
             outputs: On what it is the model's outputs; None: it is of parameter space.
+            selection: The parameters that it has, if it is.
         """
         return Vector(
             name=Name(checkpoint.project, "vectors", identifier or uuid.uuid4().hex),
@@ -97,6 +107,7 @@ class VectorStore:
             lifetime=lifetime,
             batch_id="" if outputs is None else outputs.batch.id,
             output_shape=() if outputs is None else outputs.shape,
+            selection=selection if outputs is None else ALL_PARAMETERS,
         )
 
     def space(self, vector: Vector) -> Space:
@@ -106,6 +117,7 @@ class VectorStore:
             dtype=vector.dtype,
             # A batch's id is its blob's.
             outputs_on=self._state_dir.blob(vector.batch_id) if vector.batch_id else None,
+            parameters=vector.selection.names,
         )
 
     def file(self, vector: Vector) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from hvp_workers.backend import Backend
@@ -40,6 +40,7 @@ async def write(
     pieces: AsyncIterator[VectorPiece],
     session: str = "",
     data_batch: str = "",
+    parameters: Sequence[str] = (),
 ) -> Vector:
     """Make a vector from elements that come in one stream, in a session or in none.
 
@@ -48,9 +49,9 @@ async def write(
     """
     # The session is held from the first element on: it must not expire in a slow stream.
     async with deps.sessions.using(project, session):
-        source = await receive(deps, project, checkpoint, dtype, pieces, data_batch)
+        source = await receive(deps, project, checkpoint, dtype, pieces, data_batch, parameters)
         return await _write(
-            deps, project, checkpoint, dtype, request_id, source, session, data_batch
+            deps, project, checkpoint, dtype, request_id, source, session, data_batch, parameters
         )
 
 
@@ -63,16 +64,21 @@ async def _write(
     source: FileSource,
     session: str,
     data_batch: str,
+    parameters: Sequence[str],
 ) -> Vector:
     async def respond() -> bytes:
-        made = await create(deps, project, checkpoint, dtype, source, session, data_batch)
+        made = await create(
+            deps, project, checkpoint, dtype, source, session, data_batch, parameters
+        )
         return str(made.name).encode()
 
     try:
         # The elements' digest stands for them: a stream cannot be kept to be compared.
         name = await deps.request_log.once(
             (project, "WriteVector", request_id),
-            f"{checkpoint}\0{dtype}\0{source.sha256}\0{session}\0{data_batch}".encode(),
+            "\0".join(
+                [checkpoint, dtype, source.sha256, session, data_batch, *parameters]
+            ).encode(),
             respond,
         )
     finally:
@@ -87,6 +93,7 @@ async def receive(
     dtype: str,
     pieces: AsyncIterator[VectorPiece],
     data_batch: str = "",
+    parameters: Sequence[str] = (),
 ) -> FileSource:
     """Take the elements of a vector that come in one stream into a temporary file.
 
@@ -94,9 +101,11 @@ async def receive(
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SHAPE_MISMATCH,
-            CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL.
+            CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL,
+            PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
     """
-    num_elements, _ = await space_of(deps, checkpoint_name(project, checkpoint), data_batch)
+    owner = checkpoint_name(project, checkpoint)
+    num_elements, *_ = await space_of(deps, owner, data_batch, parameters)
     item = ITEM_BYTES[check_dtype(dtype)]
     expected = num_elements * item
     free = shutil.disk_usage(deps.state_dir.root).free

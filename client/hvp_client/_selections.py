@@ -1,0 +1,115 @@
+"""Some of a model's parameters: chosen by patterns of their names, or taken apart in blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hvp_operations.operation import SpecError
+from hvp_operations.parameters import select
+
+from hvp_client._checkpoints import ParameterTensor
+from hvp_client._exceptions import InvalidArgumentError
+
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+
+
+def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
+    """Patterns as whoever asks gives them: none, one, or several.
+
+    Raises:
+        InvalidArgumentError: `PARAMETERS_INVALID`: something else.
+    """
+    if value is None:
+        return ()
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, Iterable) or not all(isinstance(each, str) for each in globs):
+        raise _invalid(f"{field} are patterns of names, not {value!r}", field)
+    found = tuple(globs)
+    if not found:
+        raise _invalid("no pattern selects no parameter; None selects all", field)
+    return found
+
+
+def chosen(
+    globs: Sequence[str], tensors: Sequence[ParameterTensor], field: str = "parameters"
+) -> tuple[ParameterTensor, ...]:
+    """The tensors that patterns select, with offsets into vectors of their own.
+
+    Raises:
+        InvalidArgumentError: `PARAMETERS_NOT_FOUND`, with the nearest names; `PARAMETERS_INVALID`.
+    """
+    try:
+        names = set(select(globs, [tensor.name for tensor in tensors], field))
+    except SpecError as error:
+        raise InvalidArgumentError(
+            error.message, reason=error.reason, field=error.field, metadata=error.metadata
+        ) from None
+    found, offset = [], 0
+    for tensor in tensors:
+        if tensor.name in names:
+            found.append(replace(tensor, offset=offset))
+            offset += tensor.num_elements
+    return tuple(found)
+
+
+def in_blocks(
+    by: str | Sequence[Any] | Mapping[str, Any], tensors: Sequence[ParameterTensor]
+) -> dict[str, list[str]]:
+    """Names of tensors in blocks: each in one of them, in their order.
+
+    Args:
+        by: `layer`, `tensor`, or the blocks as patterns: for each a pattern or several, by name or
+            in order, named by their patterns then.
+        tensors: To be taken apart.
+
+    Raises:
+        InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing.
+            `PARAMETERS_INVALID`: `by` is no such thing, a tensor is in two blocks, or in none.
+    """
+    names = [tensor.name for tensor in tensors]
+    if isinstance(by, str):
+        if by not in ("layer", "tensor"):
+            raise _invalid(f"by must be 'layer', 'tensor' or lists of patterns, not {by!r}", "by")
+        blocks: dict[str, list[str]] = {}
+        for name in names:
+            blocks.setdefault(name if by == "tensor" else _layer(name), []).append(name)
+        return blocks
+    if isinstance(by, Mapping):
+        asked = {str(name): as_globs(globs, "by") for name, globs in by.items()}
+    else:
+        listed = [as_globs(globs, "by") for globs in by]
+        asked = {", ".join(globs): globs for globs in listed}
+    block_of: dict[str, str] = {}
+    for block, globs in asked.items():
+        for tensor in chosen(globs, tensors, "by"):
+            if tensor.name in block_of:
+                raise _invalid(
+                    f"{tensor.name} is in two blocks, {block_of[tensor.name]!r} and {block!r}", "by"
+                )
+            block_of[tensor.name] = block
+    left = [name for name in names if name not in block_of]
+    if left:
+        raise _invalid(
+            f"{len(left)} tensors are in no block, {left[0]} among them; restrict the operator "
+            "first, or give them a block",
+            "by",
+        )
+    return {block: [name for name in names if block_of[name] == block] for block in asked}
+
+
+def in_words(globs: Sequence[str]) -> str:
+    """Which parameters, in a few words behind others; nothing where they are all."""
+    return f" in {', '.join(globs[:2])}{', ...' if len(globs) > 2 else ''}" if globs else ""
+
+
+def _layer(name: str) -> str:
+    """The layer of a parameter: its name up to the first number, or its module."""
+    found = _LAYER.match(name)
+    return found[1] if found else name.rpartition(".")[0] or name
+
+
+def _invalid(message: str, field: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, reason="PARAMETERS_INVALID", field=field)

@@ -1,0 +1,85 @@
+"""Which parameters of a model are meant: patterns of their names, as shells have them.
+
+`*` stands for any characters, dots among them, `?` for one, `[...]` for one of several; upper and
+lower case differ. A pattern selects whole tensors by their canonical name, so that a tied tensor
+goes by its first name alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from hvp_operations.operation import SpecError
+
+MOST_NAMES = 4096  # in a request
+MOST_PATTERNS = 64  # of these, ones that are compared with every name
+LONGEST = 512  # characters
+_NEAREST = 5
+_SPECIAL = re.compile(r"[*?\[]")
+
+
+def select(
+    globs: Sequence[str], names: Sequence[str], field: str = "parameters"
+) -> tuple[str, ...]:
+    """The names that are selected, in their own order; all of them where nothing is asked for.
+
+    Args:
+        globs: Patterns; each has to select something.
+        names: Of all parameters, in canonical order.
+        field: Of the request, for errors.
+
+    Returns:
+        Names; two lists of globs that select the same parameters give the same ones.
+
+    Raises:
+        SpecError: PARAMETERS_INVALID: too many patterns, or too long ones. PARAMETERS_NOT_FOUND: a
+            pattern selects nothing; the message lists the nearest names.
+    """
+    if not globs:
+        return tuple(names)
+    _check(globs, field)
+    known, selected = set(names), set[str]()
+    for glob in globs:
+        if glob in known:
+            selected.add(glob)
+            continue
+        found = [name for name in names if fnmatchcase(name, glob)]
+        if not found:
+            raise _nothing(glob, names, field)
+        selected.update(found)
+    return tuple(name for name in names if name in selected)
+
+
+def _check(globs: Sequence[str], field: str) -> None:
+    patterns = sum(1 for glob in globs if _SPECIAL.search(glob))
+    if len(globs) > MOST_NAMES or patterns > MOST_PATTERNS:
+        raise SpecError(
+            "PARAMETERS_INVALID",
+            f"{len(globs)} patterns, {patterns} of them with wildcards; give at most {MOST_NAMES}, "
+            f"{MOST_PATTERNS} of them with wildcards",
+            field,
+        )
+    for index, glob in enumerate(globs):
+        if not glob or len(glob) > LONGEST:
+            raise SpecError(
+                "PARAMETERS_INVALID",
+                f"a pattern of a parameter's name has from 1 to {LONGEST} characters, not "
+                f"{len(glob)}",
+                f"{field}[{index}]",
+            )
+
+
+def _nothing(glob: str, names: Sequence[str], field: str) -> SpecError:
+    # Without its wildcards a pattern is as near to a name as its words are.
+    words = _SPECIAL.sub("", glob)
+    nearest = difflib.get_close_matches(words, names, _NEAREST, cutoff=0.3) or names[:_NEAREST]
+    return SpecError(
+        "PARAMETERS_NOT_FOUND",
+        f"no parameter is called {glob!r}; the nearest are {', '.join(nearest)}. A tied tensor "
+        "goes by its first name alone",
+        field,
+        {"glob": glob, "nearest": ", ".join(nearest)[:1024]},
+    )
