@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from hvp_core.autodiff.trace import Env, trace_block, trace_closing, trace_graph
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
-from hvp_core.model.chain import Body
+from hvp_core.model.chain import Body, Chain
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
 
@@ -31,33 +34,41 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _DUALS_KEPT = 64  # programs, not tensors: a few hundred kilobytes each
+_LOOKS_KEPT = 512  # of one chain: tens of kilobytes each, and the blocks of a program share a text
 
 
 class _Cache:
-    """Duals by what they are made of: blocks of one program share one."""
+    """What was made last, by what it is made of."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._found:
             self._found[key] = make()
-            while len(self._found) > _DUALS_KEPT:
+            while len(self._found) > self._kept:
                 self._found.popitem(last=False)
         self._found.move_to_end(key)
         found: T = self._found[key]
         return found
 
 
-_duals = _Cache()
+#: Blocks of one program share a dual, whatever chain they are of.
+_duals = _Cache(_DUALS_KEPT)
+#: All operators of a chain share what a look at its blocks has shown: by law they do not change.
+_looks: WeakKeyDictionary[Chain, _Cache] = WeakKeyDictionary()
 
 
 class _Look(NamedTuple):
     """What one look at a block's forward shows."""
 
     text: str  # the program; blocks of one text are one block
-    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors
-    masks: tuple[int | None, ...]  # places of their masks among the block's
+    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors; without their masks
+    masks: tuple[int | None, ...]  # places of their masks among the block's, or made in the block
+
+
+_MADE_INSIDE = -1
 
 
 @final
@@ -65,13 +76,14 @@ class Routes:
     """Makes the routes of one operator.
 
     Args:
+        chain: Whose blocks they go through.
         policy: Whether to compile, and with what precision.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, chain: Chain, policy: Policy):
         self._policy = policy
         self._prepare = COMPILER if policy.compile else None
-        self._looks: dict[Hashable, _Look] = {}
+        self._looks = _looks.setdefault(chain, _Cache(_LOOKS_KEPT))
         #: Blocks that are not cut or not traced, and why.
         self.fallbacks: dict[str, str] = {}
         #: Blocks of whose code something is to be said.
@@ -151,9 +163,7 @@ class Routes:
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
         key = (name, _signature(p | inputs | constants), body.settings, cut)
-        if key not in self._looks:
-            self._looks[key] = _look(f, p, inputs, constants, body.masks)
-        return self._looks[key]
+        return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
 
     def closing(
         self,
@@ -290,10 +300,13 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
 
     graph, _ = trace_graph(program, arguments)
     places = {id(mask): place for place, mask in enumerate(masks)}
+    text = str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls)
     return _Look(
-        str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
-        tuple(calls),
-        tuple(places.get(id(each.mask)) for each in calls),
+        sys.intern(text),
+        tuple(replace(each, mask=None) for each in calls),
+        tuple(
+            None if each.mask is None else places.get(id(each.mask), _MADE_INSIDE) for each in calls
+        ),
     )
 
 
@@ -306,7 +319,7 @@ def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:
     if len(look.calls) != 1:
         raise _UncutError(f"it is called {len(look.calls)} times in a block")
     call, place = look.calls[0], look.masks[0]
-    if call.mask is not None and place is None:
+    if place == _MADE_INSIDE:
         raise _UncutError("its mask is made inside the layer")
     shape = call.shape(None if place is None else body.masks[place])
     if shape is None:

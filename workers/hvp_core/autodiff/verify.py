@@ -61,7 +61,7 @@ class Verifier:
     def __init__(self, chain: Chain, batches: Sequence[MicroBatch], spec: ProductSpec):
         self._chain = chain
         self._spec, self._passes = spec, spec.passes
-        self._routes = Routes(Policy())
+        self._routes = Routes(chain, Policy())
         small = [chain.few(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_in(torch.float64, chain.first_input(batch)) for batch in small]

@@ -66,7 +66,7 @@ class Itinerary:
             working_on("constants", "the masks and positions of the layers"),
         ):
             self._contexts = [chain.context(each) for each in batches]
-        self._routes = Routes(policy)
+        self._routes = Routes(chain, policy)
         self._pair = pair
         #: By block and micro-batch.
         self.route_of: dict[tuple[int, int], Route] = {}
