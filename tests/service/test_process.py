@@ -152,11 +152,6 @@ def test_a_killed_server_loses_no_job_and_no_upload(servers: Any, checkpoint: Pa
     assert second.end(signal.SIGTERM) == 0
 
 
-def test_a_server_that_is_asked_to_stop_exits_with_zero(servers: Any) -> None:
-    server = servers()
-    assert server.end(signal.SIGINT) == 0
-
-
 @pytest.mark.parametrize(
     "backend", ["inprocess", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
@@ -183,8 +178,8 @@ def test_a_product_that_outlasts_the_grace_is_ended_and_its_job_waits_uncounted(
     assert found == [("QUEUED", 0, "")]
 
 
-def test_a_second_server_on_the_state_directory_is_refused(
-    servers: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_second_server_on_the_state_directory_is_refused_and_the_first_ends_with_zero_when_asked(
+    servers: Any, tmp_path: Path
 ) -> None:
     server = servers()
     other = subprocess.run(
@@ -200,3 +195,4 @@ def test_a_second_server_on_the_state_directory_is_refused(
     assert other.returncode == 1
     assert f"pid {server.process.pid}" in other.stderr
     assert other.stdout == ""
+    assert server.end(signal.SIGINT) == 0
