@@ -163,7 +163,7 @@ def records() -> str:
 def generate(folder: Path) -> None:
     """Write everything that is generated into a folder."""
     files = {"_records.py": records(), "awaited/questions.py": questions()}
-    for name in ("client", "jacobian", "job", "operator", "questions", "vector"):
+    for name in sorted(path.stem for path in (TARGET / "awaited").glob("[!_]*.py")):
         awaited = f"awaited/{name}.py"
         text = files.get(awaited) or (TARGET / awaited).read_text()
         files[f"blocking/{name}.py"] = blocking_module(name, text)

@@ -135,9 +135,11 @@ def _waiting(method: _Function) -> list[str]:
     returns = ast.unparse(method.returns) if method.returns else "None"
     if returns.startswith("AsyncGenerator"):
         return [f"return self._portal.iterate({call})"]
-    if not _names_handle(returns):
-        return [f"{'' if returns == 'None' else 'return '}self._portal.run({call})"]
-    return _typed(method, f"self._wait({call})")
+    if _names_handle(returns):
+        return _typed(method, f"self._wait({call})")
+    if " | " in returns:  # what it is depends on what is given, of which the types are lost
+        return _typed(method, f"self._portal.run({call})")
+    return [f"{'' if returns == 'None' else 'return '}self._portal.run({call})"]
 
 
 def _typed(method: _Function, value: str) -> list[str]:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from hvp_client import Client
-from hvp_core import attention
+from hvp_core.model.huggingface import attention
 from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 
@@ -121,6 +121,14 @@ def test_two_ranks_serve_what_the_model_written_by_hand_says_and_survive_a_kill(
             expected,
             rtol=0,
             atol=float(1e-9 * np.linalg.norm(expected)),
+        )
+        forms = ((probe.T @ hessian) * probe.T).sum(1).numpy()
+        np.testing.assert_allclose(operator.quadratic(probe), forms, rtol=1e-9)
+        np.testing.assert_allclose(operator.slope(probe), gradient @ probe.numpy(), rtol=1e-9)
+        ggn = client.operator(checkpoint, batch, kind="ggn", dtype="float64", micro_batch_size=1)
+        products = ggn @ probe.numpy()
+        np.testing.assert_allclose(
+            ggn.quadratic(probe), (probe.numpy() * products).sum(0), rtol=1e-11
         )
         result = operator.eigsh(k=4, which="BE").result(timeout_s=120)
         ends = np.concatenate((spectrum[:2], spectrum[-2:]))

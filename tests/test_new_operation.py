@@ -124,7 +124,7 @@ def address(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     state = tmp_path_factory.mktemp("state")
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "hvp_service.server", "--address", "127.0.0.1:0"),
+            *(sys.executable, "-m", "hvp_service.app.server", "--address", "127.0.0.1:0"),
             *("--state-dir", str(state), "--backend", "inprocess", "--workers", "1"),
         ],
         env=tree.environment,

@@ -65,24 +65,121 @@ def test_a_package_imports_only_what_the_architecture_allows(packages: tuple[str
         assert FORBIDDEN[before] >= FORBIDDEN[after]
 
 
+# room of hvp_core -> rooms it may import beside its own; every room may import the root's modules
+ROOMS = {
+    "": set(),
+    "sharding": set(),
+    "vectors": {"sharding"},
+    "linop": {"sharding", "vectors"},
+    "runs": {"sharding", "vectors", "linop"},
+    "krylov": {"sharding", "vectors", "linop", "runs"},
+    "stochastic": {"sharding", "vectors", "linop", "runs", "krylov"},
+    "losses": set(),
+    "attention": set(),
+    "model": {"sharding", "vectors", "losses", "attention"},
+    "model.huggingface": {"sharding", "vectors", "losses", "attention", "model"},
+    "autodiff": {"sharding", "vectors", "losses", "attention", "model"},
+    "curvature": {"sharding", "vectors", "linop", "losses", "attention", "model", "autodiff"},
+}
+LONGEST_CHAIN = 8  # modules of hvp_core, each imported by the one before
+
+
 def test_no_modules_import_one_another_in_a_circle_at_any_time() -> None:
+    graph = _imports(*FORBIDDEN)
+    assert len(graph) > 100
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def test_a_room_of_the_core_imports_only_the_rooms_below_it() -> None:
+    graph = _imports("hvp_core")
+    assert {_room(module) for module in graph} == ROOMS.keys()
+    crossings = {
+        f"{module} imports {each}"
+        for module, imported in graph.items()
+        for each in imported
+        if _room(each) not in {"", _room(module), *ROOMS[_room(module)]}
+    }
+    assert not crossings
+
+
+def test_one_room_of_the_core_imports_transformers() -> None:
+    users = {
+        _room(module)
+        for module, path in _modules("hvp_core").items()
+        if any(name.partition(".")[0] == "transformers" for name in _imported(path))
+    }
+    assert users == {"model.huggingface"}
+
+
+def test_no_chain_of_imports_in_the_core_is_long() -> None:
+    graph = _imports("hvp_core")
+    longest: dict[str, list[str]] = {}
+    for module in TopologicalSorter(graph).static_order():  # what it imports comes first
+        below = max((longest[each] for each in graph[module]), key=len, default=[])
+        longest[module] = [module, *below]
+    chain = max(longest.values(), key=len)
+    assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
+
+
+def _room(module: str) -> str:
+    """The folder of hvp_core that a module lies in."""
+    folders = [f"hvp_core.{room}" for room in ROOMS if f"{module}.".startswith(f"hvp_core.{room}.")]
+    return max(folders, key=len, default="hvp_core.").removeprefix("hvp_core.")
+
+
+def _modules(*packages: str) -> dict[str, Path]:
+    """Files of packages by the name of their module, generated ones left out."""
     files = {
         ".".join(path.relative_to(folder.parent).with_suffix("").parts): path
-        for package in FORBIDDEN
+        for package in packages
         for folder in ROOT.glob(f"*/{package}")
         for path in folder.rglob("*.py")
         if "_pb2" not in path.name
     }
-    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
-    graph = {
+    return {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+
+def _imports(*packages: str) -> dict[str, set[str]]:
+    """For each module of packages the ones among them that it imports, at any time."""
+    files = _modules(*packages)
+    return {
         # A package that a module lies in is there before it.
         name: {
             each for each in _imported(path) & files.keys() if not f"{name}.".startswith(f"{each}.")
         }
         for name, path in files.items()
     }
-    assert len(graph) > 100
-    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+# Modules of the service that gRPC itself calls, or that make its server.
+AROUND_CALLS = {
+    *("app/transport", "calls/around", "calls/draining", "calls/limits", "calls/request_ids"),
+    "calls/statuses",
+}
+
+
+def test_each_room_of_the_service_knows_messages_at_its_door_alone() -> None:
+    """`rpc` turns messages into values and back and decides nothing; `service` knows no gRPC."""
+    service = ROOT / "service" / "hvp_service"
+    modules = {
+        path.relative_to(service).with_suffix("").as_posix(): path for path in service.rglob("*.py")
+    }
+    doors = {name for name in modules if name.endswith(("/rpc", "/messages"))}
+    assert modules.keys() > AROUND_CALLS
+    assert {f"{room}/rpc" for room in ("blobs", "jobs", "operators", "vectors")} < doors
+    for name in modules.keys() - doors - AROUND_CALLS:
+        knows = {
+            each
+            for each in _imported(modules[name])
+            if re.match(r"grpc|hvp_protos|google.protobuf", each)
+        }
+        # The table of reasons is an enum of the protos.
+        assert name == "calls/errors" or not knows, f"{name} imports {knows}"
+    decisions = (ast.Raise, ast.Try, ast.While, ast.With, ast.AsyncWith, ast.Assert)
+    for name in doors:
+        nodes = ast.walk(ast.parse(modules[name].read_text()))
+        deciding = [node.lineno for node in nodes if isinstance(node, decisions)]
+        assert not deciding, f"{name} decides something in lines {deciding}"
 
 
 def _imported(path: Path) -> set[str]:

@@ -1,12 +1,15 @@
-"""Data batches: token ids, labels and masks as one safetensors blob."""
+"""Data batches: the fields that a model takes, as one safetensors blob."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from hvp_batches.contents import check_alone, check_names, contents
+from hvp_batches.fitting import BatchError, check_fit
+from hvp_batches.schema import BatchSchema
 from hvp_protos.v1 import data_batch_pb2
 from numpy.typing import NDArray
 from safetensors.numpy import save
@@ -16,8 +19,6 @@ from hvp_client._blobs import Source, upload_blobs
 from hvp_client._exceptions import HvpError, InvalidArgumentError
 from hvp_client._session import Session, new_request_id
 
-_FIELDS = ("input_ids", "labels", "attention_mask")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -25,11 +26,13 @@ class Batch:
 
     Attributes:
         name: `projects/{project}/dataBatches/{id}`; equal data have equal names.
-        num_sequences: n of the (n, s) token ids.
-        sequence_length: s.
-        num_targets: Labels that count after the shift: the denominator of the mean loss.
-        max_token_id: Largest id in use.
+        num_sequences: Rows of every field.
+        sequence_length: s of token ids (n, s); 0 where there are none.
+        num_targets: Of token sequences for a causal language model, labels that count after the
+            shift: the denominator of the mean loss. 0 where what counts depends on the model.
+        max_token_id: Largest id in use; 0 where there are none.
         has_attention_mask: Whether a mask was given.
+        fields: Shape of every field that the batch has.
     """
 
     name: str
@@ -38,9 +41,13 @@ class Batch:
     num_targets: int
     max_token_id: int
     has_attention_mask: bool
+    fields: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = f"{self.num_sequences} x {self.sequence_length} tokens, {self.num_targets} targets"
+        if not self.num_targets:
+            shapes = [f"{name} {shape}" for name, shape in self.fields.items()]
+            size = f"{self.num_sequences} rows: {', '.join(shapes)}"
         return f"<{type(self).__name__} {size} {self.name}>"
 
 
@@ -53,21 +60,23 @@ def batch_from_proto(message: data_batch_pb2.DataBatch) -> Batch:
         num_targets=message.num_targets,
         max_token_id=message.max_token_id,
         has_attention_mask=message.has_attention_mask,
+        fields={each.name: tuple(each.shape) for each in message.fields},
     )
 
 
-def encode_batch(batch: Mapping[str, Any]) -> bytes:
-    """Check a batch as far as its arrays tell and make safetensors bytes of it.
+def encode_batch(batch: Mapping[str, Any], schema: BatchSchema | None = None) -> bytes:
+    """Check a batch, as far as can be said before it is sent, and make safetensors bytes of it.
 
     Args:
-        batch: `input_ids` and optionally `labels` and `attention_mask`, each integers (n, s).
+        batch: By field, arrays of integers or floating numbers, all with as many rows.
+        schema: Of the model that it is for; None where that is not known yet.
 
     Returns:
-        A safetensors file of int64 tensors; equal batches give equal bytes.
+        A safetensors file of int64, float32 and float64 tensors; equal batches give equal bytes.
 
     Raises:
-        InvalidArgumentError: `BATCH_FIELD_INVALID`, `SHAPE_MISMATCH` or `BATCH_EMPTY`; `field` is
-            the entry at fault.
+        InvalidArgumentError: What `check_alone` finds, and `check_fit` where there is a schema;
+            `field` is the entry at fault.
     """
     if not isinstance(batch, Mapping):
         raise _invalid(
@@ -75,55 +84,50 @@ def encode_batch(batch: Mapping[str, Any]) -> bytes:
             "np.load reads one of a file",
             "batch",
         )
-    for name in batch:
-        if name not in _FIELDS:
-            raise _invalid(f"a batch has no {name!r}; it has {', '.join(_FIELDS)}", str(name))
-    if "input_ids" not in batch:
-        raise _invalid("a batch needs input_ids", "input_ids")
-    arrays = {name: _int64(name, batch[name]) for name in _FIELDS if name in batch}
-    shape = arrays["input_ids"].shape
-    if len(shape) != 2:
-        raise _invalid(
-            f"input_ids must be (sequences, tokens), not {shape}", "input_ids", "SHAPE_MISMATCH"
-        )
-    if shape[0] < 1 or shape[1] < 2:
-        raise _invalid(
-            f"a batch of shape {shape} predicts nothing; give sequences of two tokens or more",
-            "input_ids",
-            "BATCH_EMPTY",
-        )
-    for name, array in arrays.items():
-        if array.shape != shape:
-            raise _invalid(
-                f"{name} is {array.shape} but input_ids is {shape}", name, "SHAPE_MISMATCH"
-            )
-    encoded: bytes = save(arrays)
+    try:
+        check_names([str(name) for name in batch])
+        arrays = {str(name): _array(str(name), value) for name, value in batch.items()}
+        found = contents(arrays)
+        check_alone(found)
+        if schema is not None:
+            check_fit(schema, found)
+    except BatchError as error:
+        raise InvalidArgumentError(
+            error.message, reason=error.reason, field=error.field, metadata=error.metadata
+        ) from None
+    encoded: bytes = save(dict(sorted(arrays.items())))
     return encoded
 
 
-def _int64(name: str, value: Any) -> NDArray[np.int64]:
+def _array(name: str, value: Any) -> NDArray[np.generic]:
+    """An array as the file has it."""
     try:
         array = as_numpy(value)
     except (ValueError, TypeError) as error:
         raise _invalid(
-            f"{name} is no array of integers ({error}); pad sequences to one length", name
+            f"{name} is no array of numbers ({error}); pad sequences to one length", name
         ) from None
-    if array.dtype.kind not in "iub":
+    if array.dtype.kind not in "iubf":
         raise _invalid(
-            f"{name} holds {array.dtype}; token ids, labels and masks are integers", name
+            f"{name} holds {array.dtype}; fields of a batch are integers or floating numbers", name
         )
+    if array.dtype.kind == "f":
+        kept = np.float64 if array.dtype.itemsize > 4 else np.float32
+        return np.asarray(array, dtype=kept, order="C")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise _invalid(f"{name} holds numbers too large for int64", name)
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.asarray(array, dtype=np.int64, order="C")
 
 
 def _invalid(message: str, field: str, reason: str = "BATCH_FIELD_INVALID") -> InvalidArgumentError:
     return InvalidArgumentError(message, reason=reason, field=field)
 
 
-async def upload_batch(session: Session, batch: Mapping[str, Any]) -> Batch:
+async def upload_batch(
+    session: Session, batch: Mapping[str, Any], schema: BatchSchema | None = None
+) -> Batch:
     """Upload a batch and register it; see Client.upload_batch."""
-    encoded = encode_batch(batch)
+    encoded = encode_batch(batch, schema)
     (digest,) = await upload_blobs(session, [Source(content=encoded)])
     try:
         answer = await session.wire.unary(

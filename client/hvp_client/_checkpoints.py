@@ -6,8 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast, get_args
 
-from hvp_protos.v1 import checkpoint_pb2
+from hvp_batches.schema import BatchField, BatchSchema, Kind, Unit
+from hvp_protos.v1 import checkpoint_pb2, data_batch_pb2
 
 from hvp_client._blobs import ProgressCallback, Source, upload_blobs
 from hvp_client._enums import plain_name
@@ -45,7 +47,7 @@ class Checkpoint:
         state: `ACTIVE` once it can be used.
         architecture: Model class, for example `LlamaForCausalLM`.
         num_parameters: n, the length of every vector; a tied tensor counts once.
-        vocab_size: Token ids are below this.
+        vocab_size: Token ids are below this; 0 for models without tokens.
         stored_dtype: Safetensors' name of the dtype of the files.
         size_bytes: Of all files.
         parameters: In the order of every vector; empty in a listing.
@@ -54,6 +56,8 @@ class Checkpoint:
             uploaded it.
         labels: The caller's own; `client.relabel_checkpoint` changes them.
         etag: Changes with `labels`.
+        task: What the model is for, such as `causal language modelling`.
+        batch_schema: What a batch for it holds; None from a server that does not say.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Checkpoint:
     ignored_files: tuple[str, ...] = field(default=(), compare=False)
     labels: Mapping[str, str] = field(default_factory=dict)
     etag: str = ""
+    task: str = ""
+    batch_schema: BatchSchema | None = None
 
     def __repr__(self) -> str:
         # Without the parameters, of which there may be thousands.
@@ -91,6 +97,37 @@ def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         ),
         labels=dict(message.labels),
         etag=message.etag,
+        task=message.task,
+        batch_schema=_schema(message.batch_schema) if message.HasField("batch_schema") else None,
+    )
+
+
+def _schema(message: data_batch_pb2.BatchSchema) -> BatchSchema | None:
+    """A schema; None where it has a word that this client does not know."""
+    kinds = {
+        each.name: plain_name(data_batch_pb2.BatchField.Kind, each.kind, "KIND_").lower()
+        for each in message.fields
+    }
+    unit = plain_name(data_batch_pb2.BatchSchema.Unit, message.unit, "UNIT_").lower()
+    if unit not in get_args(Unit) or not set(kinds.values()) <= set(get_args(Kind)):
+        return None
+    return BatchSchema(
+        fields=tuple(
+            BatchField(
+                name=each.name,
+                kind=cast(Kind, kinds[each.name]),
+                dims=tuple(each.dims),
+                required=each.required,
+                minimum=each.minimum if each.HasField("minimum") else None,
+                maximum=each.maximum if each.HasField("maximum") else None,
+                ignored=each.ignored if each.HasField("ignored") else None,
+            )
+            for each in message.fields
+        ),
+        outputs=tuple(message.outputs),
+        unit=cast(Unit, unit),
+        targets=message.targets,
+        longest=dict(message.longest),
     )
 
 

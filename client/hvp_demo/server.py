@@ -44,7 +44,7 @@ def running_server(output: Path, *, num_workers: int, device: str) -> Iterator[s
         log_path.open("wb") as log,
     ):
         command = [
-            *(sys.executable, "-P", "-m", "hvp_service.server"),
+            *(sys.executable, "-P", "-m", "hvp_service.app.server"),
             *("--address", "127.0.0.1:0"),
             *("--state-dir", state_dir),
             *("--workers", str(num_workers)),

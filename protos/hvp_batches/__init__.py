@@ -1,5 +1,5 @@
 """What a batch for a model holds: one description that SDK, service and ranks share.
 
-Standard library only. Whether a batch fits a model is decided here, so that the refusal and its
-words are the same whoever looks.
+Standard library and numpy alone. Whether a batch fits a model is decided here, so that the refusal
+and its words are the same whoever looks.
 """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import final
 
-from hvp_batches.schema import POSITIONS, ROWS, BatchField, BatchSchema, FieldContents
+from hvp_batches.schema import IGNORED, POSITIONS, ROWS, BatchField, BatchSchema, FieldContents
 
 _VALUES = {"integer": "integers (int64)", "number": "floating numbers (float32 or float64)"}
 
@@ -115,13 +116,7 @@ def _check_shape(
 
 def _check_values(schema: BatchSchema, wanted: BatchField, given: FieldContents) -> None:
     if given.num_ignored and wanted.ignored is None and wanted.kind == "integer":
-        given = FieldContents(
-            name=given.name,
-            kind=given.kind,
-            shape=given.shape,
-            minimum=-100,
-            maximum=given.maximum,
-        )
+        given = replace(given, minimum=min(IGNORED, given.minimum or 0))
     for value, beyond in (
         (given.minimum, wanted.minimum is not None and _less(given.minimum, wanted.minimum)),
         (given.maximum, wanted.maximum is not None and _less(wanted.maximum, given.maximum)),

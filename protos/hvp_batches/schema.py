@@ -53,7 +53,7 @@ class BatchSchema:
         outputs: Dimensions of the tensor that the loss is taken of; () where the model gives the
             loss alone.
         unit: What the mean loss is a mean over: label positions after the shift of a causal
-            language model, rows, or elements of the targets.
+            language model, rows, or elements of the targets that are not ignored.
         targets: The field of the targets; "" where no field is.
         longest: The largest size that a symbol may have.
     """
@@ -79,8 +79,7 @@ class BatchSchema:
         if self.targets not in found:
             return self._sizes(batch)[ROWS]
         target = found[self.targets]
-        counted = target.num_elements - target.num_ignored
-        return counted if self.unit == "element" or target.num_ignored else target.shape[0]
+        return target.shape[0] if self.unit == "row" else target.num_elements - target.num_ignored
 
     def _sizes(self, batch: Sequence[FieldContents]) -> dict[str, int]:
         dims = {each.name: each.dims for each in self.fields}

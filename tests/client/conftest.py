@@ -16,6 +16,8 @@ import pytest
 from hvp_client import Batch, Checkpoint, Client, Operator
 from numpy.typing import NDArray
 
+from tests.modules import installed
+
 HVP = Path(sys.executable).parent / "hvp"
 
 
@@ -28,8 +30,17 @@ class Server:
     address: str
 
     @classmethod
-    def start(cls, state_dir: Path, address: str = "127.0.0.1:0") -> Server:
-        """Start `hvp serve` and wait for its one line."""
+    def start(
+        cls, state_dir: Path, address: str = "127.0.0.1:0", packages: Path | None = None
+    ) -> Server:
+        """Start `hvp serve` and wait for its one line.
+
+        Args:
+            state_dir: Of the server.
+            address: To serve on.
+            packages: A folder of packages that are to be installed for it.
+        """
+        path = os.pathsep.join(filter(None, [str(packages or ""), os.environ.get("PYTHONPATH")]))
         log = state_dir.with_suffix(".log")
         with log.open("a") as stderr:
             process = subprocess.Popen(
@@ -45,7 +56,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             )
         assert process.stdout is not None
         line = process.stdout.readline().strip()
@@ -72,7 +83,8 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests that do not end it."""
-    server = Server.start(tmp_path_factory.mktemp("server") / "state")
+    folder = tmp_path_factory.mktemp("server")
+    server = Server.start(folder / "state", packages=installed(folder / "site"))
     yield server
     assert server.stop() == 0
 

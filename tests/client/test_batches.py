@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hvp_batches.schema import causal_schema
 from hvp_client import InvalidArgumentError
 from hvp_client._batches import encode_batch
 from safetensors.numpy import load
@@ -51,8 +52,11 @@ def test_equal_batches_are_equal_bytes_whatever_the_order_of_their_fields() -> N
         ({"input_ids": [[1, 2], [3]]}, "BATCH_FIELD_INVALID", "input_ids"),
         ({"input_ids": [["a", "b"]]}, "BATCH_FIELD_INVALID", "input_ids"),
         ({"input_ids": np.full((1, 2), 2**63, np.uint64)}, "BATCH_FIELD_INVALID", "input_ids"),
-        ({"labels": IDS}, "BATCH_FIELD_INVALID", "input_ids"),
-        ({"input_ids": IDS, "token_type_ids": IDS}, "BATCH_FIELD_INVALID", "token_type_ids"),
+        ({}, "BATCH_FIELD_INVALID", "input_ids"),
+        ({"input ids": IDS}, "BATCH_FIELD_INVALID", "input ids"),
+        ({"input_ids": IDS, "weights": [1.0]}, "SHAPE_MISMATCH", "weights"),
+        ({"x": [0.5, np.nan]}, "BATCH_FIELD_INVALID", "x"),
+        ({"x": 0.5}, "SHAPE_MISMATCH", "x"),
         ({"input_ids": IDS[0]}, "SHAPE_MISMATCH", "input_ids"),
         ({"input_ids": IDS, "labels": IDS[:, :2]}, "SHAPE_MISMATCH", "labels"),
         ({"input_ids": IDS, "attention_mask": IDS[:1]}, "SHAPE_MISMATCH", "attention_mask"),
@@ -73,3 +77,20 @@ def test_what_is_no_mapping_is_refused_with_what_a_batch_is(given: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="a mapping with input_ids") as refusal:
         encode_batch(given)
     assert refusal.value.field == "batch"
+
+
+@pytest.mark.parametrize(
+    ("batch", "field", "words"),
+    [
+        ({"labels": IDS}, "input_ids", "has no input_ids, which the model takes"),
+        ({"input_ids": IDS, "token_type_ids": IDS}, "token_type_ids", "does not take"),
+        ({"input_ids": IDS, "label": IDS}, "label", "did you mean labels"),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused_where_the_model_is_known(
+    batch: dict[str, Any], field: str, words: str
+) -> None:
+    assert encode_batch(batch)
+    with pytest.raises(InvalidArgumentError, match=words) as refused:
+        encode_batch(batch, causal_schema(100, 8))
+    assert (refused.value.reason, refused.value.field) == ("BATCH_FIELD_INVALID", field)

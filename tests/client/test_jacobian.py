@@ -72,6 +72,13 @@ def test_outputs_come_in_their_own_shape_too(J: Jacobian) -> None:
     there = J.T.vector(u)
     assert there.output_shape == J.output_shape
     np.testing.assert_allclose((J.T @ there).numpy(), expected, rtol=1e-12, atol=1e-13)
+    column = J.T.matvec(u.reshape(-1, 1))
+    np.testing.assert_allclose(column, expected[:, np.newaxis], rtol=1e-12, atol=1e-13)
+
+
+def test_zero_outputs_lead_to_nothing(J: Jacobian) -> None:
+    zero = J.T.zeros()
+    assert (zero.output_shape, (J.T @ zero).norm()) == (J.output_shape, 0.0)
 
 
 def test_vectors_of_the_other_side_and_questions_are_refused(J: Jacobian, H: Operator) -> None:

@@ -83,11 +83,11 @@ def test_what_is_generated_is_that_of_the_declarations_and_of_the_awaited_side(
         assert (tmp_path / path).read_text() == (client / path).read_text(), "run `make sdk`"
 
 
-@pytest.mark.parametrize("name", ["Client", "Job", "Operator", "Vector"])
+@pytest.mark.parametrize("name", ["Client", "Jacobian", "Job", "Operator", "Vector"])
 def test_both_sides_have_the_same_names_signatures_and_words(name: str) -> None:
     blocking, awaited = getattr(hvp_client, name), getattr(hvp_client, f"Async{name}")
-    members = {each for each in vars(awaited) if not each.startswith("_")}
-    assert members <= vars(blocking).keys()
+    members = {each for each in dir(awaited) if not each.startswith("_")}
+    assert members <= set(dir(blocking))
     assert blocking.__doc__ == awaited.__doc__
     for each in members:
         here, there = getattr(blocking, each), getattr(awaited, each)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hvp_core.linop.linear_operator import LinearOperator, VectorSpace
-from hvp_core.vectors.probes import Distribution, fill
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.vectors.probes import fill
+from hvp_core.vectors.vector_space import Distribution, VectorSpace
 from torch import Tensor
 
 

@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import Loss
 from hvp_core.model.chain import Chain, MicroBatch, ModuleChain, parameter_values
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy
 from hvp_core.sharding.collective import Alone, Collective
@@ -111,7 +111,7 @@ def llama_config(pad_token_id: int | None = None) -> LlamaConfig:
     )
 
 
-def gpt2_config() -> GPT2Config:
+def gpt2_config(pad_token_id: int | None = None) -> GPT2Config:
     return GPT2Config(
         n_embd=4,
         n_layer=2,
@@ -120,6 +120,7 @@ def gpt2_config() -> GPT2Config:
         vocab_size=VOCABULARY,
         bos_token_id=1,
         eos_token_id=2,
+        pad_token_id=pad_token_id,
         attn_implementation=attention.NAME,
     )
 
@@ -134,9 +135,12 @@ def llama_problem(
 
 
 def gpt2_problem(
-    dtype: torch.dtype = torch.float64, positions_at_once: int | None = None
+    dtype: torch.dtype = torch.float64,
+    pad_token_id: int | None = None,
+    positions_at_once: int | None = None,
 ) -> Problem:
-    return _problem(_chain("gpt2", dtype, None, positions_at_once), references.gpt2)
+    chain = _chain("gpt2", dtype, pad_token_id, positions_at_once)
+    return _problem(chain, references.gpt2)
 
 
 @cache
@@ -148,7 +152,7 @@ def _chain(
     model: Any = (
         LlamaForCausalLM(llama_config(pad_token_id))
         if name == "llama"
-        else GPT2LMHeadModel(gpt2_config())
+        else GPT2LMHeadModel(gpt2_config(pad_token_id))
     )
     model = model.to(dtype).eval()
     scatter(model)

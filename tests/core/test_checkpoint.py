@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
+from hvp_core.model.chain import MicroBatch
+from hvp_core.model.check import disagreement
 from hvp_core.model.data import token_batch
-from hvp_core.model.huggingface.check import disagreement
-from hvp_core.model.huggingface.checkpoint import build_empty, load_shard, locate
+from hvp_core.model.huggingface import attention
+from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.model.huggingface.families import CausalLanguageModels
+from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
 from hvp_core.vectors.space import Space
@@ -58,7 +61,13 @@ def load(
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
     space = Space(layout, Alone(), dtype, CPU)
     parameters = load_shard(space, locate(model, folder))
-    assert disagreement(model, chain, space, parameters) is None
+    family = CausalLanguageModels()
+    facts = family.facts(model, folder)
+
+    def loss(batch: MicroBatch) -> float:
+        return Curvature(chain, space, parameters, batch, 1).loss()
+
+    assert disagreement(family, facts, model, chain, space, parameters, loss) is None
     return chain, space, parameters
 
 

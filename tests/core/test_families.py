@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.attention.rule import Qkv
 from hvp_core.errors import CurvatureError
+from hvp_core.model.huggingface import attention
 from hvp_core.precision import exact
 from hvp_core.sharding.collective import Alone
 from hvp_workers import backend as api

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from hvp_core.autodiff import routes
-from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, Passes, ProductSpec
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, ProductSpec
 from hvp_core.curvature.walk import Unit
 from hvp_core.losses.loss import CrossEntropy, Logistic, Loss, SquaredError
 from hvp_core.model.data import token_batch

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import load_config, longest_sequence
-from hvp_core.model.huggingface.checkpoint import build_empty, load_shard, locate
+from hvp_core.model.huggingface.checkpoint import build_empty
+from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
 from hvp_core.vectors.space import Space
@@ -458,7 +459,7 @@ def test_scaled_positions_reach_as_far_as_they_are_scaled(
     llama: Path, scaling: dict[str, Any], longest: int
 ) -> None:
     rope = scaling | {"rope_theta": 10000.0}
-    config = load_config(configure(llama, max_position_embeddings=8, rope_parameters=rope))
+    config, _ = load_config(configure(llama, max_position_embeddings=8, rope_parameters=rope))
     assert longest_sequence(config) == longest
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature, Kind
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy, Precision, Schedule
 from hvp_core.sharding.collective import Alone

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy, Logistic, Loss, SquaredError
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.precision import exact, layer_norm
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

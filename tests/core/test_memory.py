@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from hvp_demo.checkpoint import cache_dir, ensure_checkpoint, find_gguf
 
-from hvp_core.model.huggingface.checkpoint import build_empty, load_shard, locate
+from hvp_core.model.huggingface.checkpoint import build_empty
+from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface.decoder import DecoderChain

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.autodiff import parts, routes, trace
-from hvp_core.autodiff.closing import EagerClosing
+from hvp_core.autodiff.eager import Eager, EagerClosing
 from hvp_core.autodiff.product_spec import GRADIENT
-from hvp_core.autodiff.route import Eager
 from hvp_core.blame import whose
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy, SquaredError
-from hvp_core.model.chain import ModuleChain
+from hvp_core.model.chain import ModuleChain, function_of
 from torch import Tensor, nn
 
 from tests.core.problems import Problem, module_problem
@@ -159,7 +158,7 @@ def test_an_error_is_the_models_if_a_line_of_the_models_raised_it() -> None:
     # torch refuses an operation that we call with what the model gave us.
     problem = in_a_row(nn.Tanh())
     target = TARGETS + 100
-    weights = routes.function_of(problem.chain.blocks[2].body(None, dense=True))
+    weights = function_of(problem.chain.blocks[2].body(None, dense=True))
     closing = EagerClosing(weights, GRADIENT, CrossEntropy(), target, 1.0)
     y = torch.ones(5, 3)
     assert blamed(lambda: closing._cotangents(y, y)) == "model"

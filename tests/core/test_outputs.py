@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.autodiff import routes, verify
-from hvp_core.autodiff.closing import TracedClosing
-from hvp_core.autodiff.route import Traced
+from hvp_core.autodiff.traced import Traced, TracedClosing
 from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import CrossEntropy, SquaredError
 from torch import Tensor, nn
@@ -256,7 +255,7 @@ def test_each_takes_the_matrix_products_it_promises(what: str) -> None:
 def test_no_tensor_of_tokens_by_vocabulary_is_made_for_numbers_and_fisher_products() -> None:
     tokens, vocabulary = 1024, 768
     problem = wide_llama(tokens, vocabulary)
-    problem.chain.positions_at_once = 128  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = 128
     curvature = curvature_of(problem, 1)
     vectors = probes(problem, 2)
     with Largest() as largest:

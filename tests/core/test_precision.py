@@ -1,11 +1,15 @@
 """What is rounded: by request, by torch's settings, and by operands of several types."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hvp_core.curvature.walk import Curvature
 from hvp_core.losses.loss import CrossEntropy
-from hvp_core.model.huggingface.check import disagreement
+from hvp_core.model.chain import MicroBatch
+from hvp_core.model.check import disagreement
+from hvp_core.model.huggingface.families import CausalLanguageModels
 from hvp_core.policy import Precision
 from hvp_core.precision import exact, exact_products, matmuls
 from hvp_core.vectors.space import partial_products
@@ -49,13 +53,19 @@ class Settings(TorchDispatchMode):
 def test_inner_products_and_checks_are_not_rounded_whatever_torch_was_told(told: str) -> None:
     problem = llama_problem(torch.float32)
     model: Any = problem.chain._parts.model  # type: ignore[attr-defined]
+    family = CausalLanguageModels()
+    facts = family.facts(model, Path())
     space = problem.curvature(5).space
+
+    def loss(batch: MicroBatch) -> float:
+        return Curvature(problem.chain, space, problem.flat, batch, 1).loss()
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(told)
     try:
         for work in (
             lambda: partial_products(torch.ones(2, 3), torch.ones(3)),
-            lambda: disagreement(model, problem.chain, space, problem.flat),  # type: ignore[arg-type]
+            lambda: disagreement(family, facts, model, problem.chain, space, problem.flat, loss),
             exact_products()(lambda: torch.ones(2, 2) @ torch.ones(2, 2)),
         ):
             with Settings() as settings:

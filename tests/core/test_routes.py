@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
-from hvp_core.autodiff import inductor, route, routes, verify
-from hvp_core.autodiff.closing import TracedClosing
+from hvp_core.autodiff import inductor, routes, traced, verify
 from hvp_core.autodiff.compiler import Compiler
 from hvp_core.autodiff.parts import Part, group, split
-from hvp_core.autodiff.trace import PRIMAL, TANGENT, Env, Trace, trace_block
+from hvp_core.autodiff.programs import trace_block
+from hvp_core.autodiff.trace import PRIMAL, TANGENT, Env, Trace
+from hvp_core.autodiff.traced import TracedClosing
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from torch import Tensor, nn
 from transformers import (
@@ -185,9 +186,9 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
     trusted = curvature_of(problem)
     expected = trusted.product(kind, v)
     assert not any(name.startswith("fallback") for name in trusted.notes())
-    right = route.Traced.backward
+    right = traced.Traced.backward
 
-    def wrong(self: route.Traced, mode: Any, way: Any, weights: Any, *args: Any) -> Any:
+    def wrong(self: traced.Traced, mode: Any, way: Any, weights: Any, *args: Any) -> Any:
         if weights.p and where == "parameters":
             for each in args[2][0]._views.values():
                 each.add_(1e-2)
@@ -198,7 +199,7 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
             found.primal = found.primal * 1.01
         return found
 
-    monkeypatch.setattr(route.Traced, "backward", wrong)
+    monkeypatch.setattr(traced.Traced, "backward", wrong)
     # What was found without numbers says nothing of the next.
     for seen in (False, True):
         monkeypatch.setattr(verify, "_verified", set())

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
-from hvp_core.autodiff.parts import Term
+from hvp_core.autodiff.executor import Bytes
 from hvp_core.autodiff.product_spec import HESSIAN
-from hvp_core.autodiff.shards import Sums
-from hvp_core.curvature.schedule import Bytes, Choice, choose
+from hvp_core.autodiff.sums import Sums, Term
+from hvp_core.curvature.schedule import Choice, choose
 from hvp_core.curvature.walk import Curvature, Kind
 from hvp_core.errors import CurvatureError
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy, Schedule
 from hvp_core.sharding.collective import Alone
@@ -251,7 +251,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_tokens_by_tokens_or_tokens_by_vocabulary_is_made(schedule: Schedule) -> None:
     tokens, vocabulary = 1024, 768
     problem = wide_llama(tokens, vocabulary)
-    problem.chain.positions_at_once = 128  # type: ignore[attr-defined]
+    problem.chain.positions_at_once = 128
     curvature = curvature_of(problem, 1, schedule=schedule)
     vectors = probes(problem, 2)
     parameters = problem.flat.numel()

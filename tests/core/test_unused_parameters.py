@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core import attention
-from hvp_core.autodiff.shards import Results
+from hvp_core.curvature.shards import Results
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from hvp_batches.schema import causal_schema
 from hvp_operations.eigsh import EigshProgress, EigshResult
 from hvp_operations.operation import Result
 from hvp_workers.backend import (
@@ -22,6 +23,7 @@ from hvp_workers.backend import (
     BackendError,
     CheckpointDescription,
     Combination,
+    Form,
     GroupLostError,
     Operator,
     Parameters,
@@ -147,6 +149,8 @@ class QuadraticBackend(Backend):
             max_positions=MAX_POSITIONS,
             stored_dtype="F64",
             parameters=(ParameterTensor(name="theta", shape=theta.shape, offset=0),),
+            task="causal language modelling",
+            batch_schema=causal_schema(VOCAB_SIZE, MAX_POSITIONS),
         )
 
     def default_micro_batch(self, num_sequences: int, sequence_length: int) -> int:
@@ -175,6 +179,14 @@ class QuadraticBackend(Backend):
         for name, output in zip(inputs, outputs, strict=True):
             self.resident[output] = _matrix(operator.space) @ self._held(name)
         return {"schedule": "by hand"} if first else {}
+
+    async def evaluate_forms(
+        self, operator: Operator, form: Form, inputs: Sequence[str]
+    ) -> list[float]:
+        self._reach_ranks()
+        matrix, theta = _matrix(operator.space), _theta(operator.space)
+        along = {"quadratic": lambda v: v @ matrix @ v, "slope": lambda v: theta @ matrix @ v}
+        return [float(along[form](self._held(name))) for name in inputs]
 
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         self._reach_ranks()

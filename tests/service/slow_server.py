@@ -34,7 +34,7 @@ def slow_engine(collective: object, device: str, tuning: object) -> object:
 
 
 if __name__ == "__main__":
-    from hvp_service import server
+    from hvp_service.app import server
     from hvp_workers import engine, ray_backend, ray_group
 
     os.environ[MARK] = sys.argv[1]

@@ -9,17 +9,17 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, final
 
 import pytest
-from hvp_service import database
-from hvp_service.config import ServerConfig
-from hvp_service.database import Database, DatabaseBusyError
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.dispatcher import Dispatcher
-from hvp_service.handlers import jobs
-from hvp_service.job_store import Job, JobResult, Lease
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.calls.names import Name
+from hvp_service.calls.paging import PageRequest
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.dispatcher import Dispatcher
+from hvp_service.jobs.store import Job, JobResult, Lease
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.storage import database
+from hvp_service.storage.database import Database, DatabaseBusyError
+from hvp_service.storage.state_dir import StateDir
 from hvp_workers.backend import RunProgress
 
 from tests.service.quadratic_backend import QuadraticBackend

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from hvp_client._address import DEFAULT_ADDRESS
-from hvp_service.config import ServerConfig
-from hvp_service.server import main
-from hvp_service.state_dir import StateDirectoryBusyError, sole_use
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.server import main
+from hvp_service.storage.state_dir import StateDirectoryBusyError, sole_use
 from pydantic import ValidationError
 
 
@@ -76,17 +76,17 @@ def imported(module: str, suspects: tuple[str, ...]) -> str:
 
 
 def test_neither_torch_nor_ray_nor_grpc_is_imported_before_the_ranks_are_up() -> None:
-    assert imported("hvp_service.server", ("torch", "ray", "grpc", "transformers")) == "[]"
+    assert imported("hvp_service.app.server", ("torch", "ray", "grpc", "transformers")) == "[]"
 
 
 def test_the_transport_needs_neither_torch_nor_ray() -> None:
-    assert imported("hvp_service.transport", ("torch", "ray", "transformers")) == "[]"
+    assert imported("hvp_service.app.transport", ("torch", "ray", "transformers")) == "[]"
 
 
 def refusal_of(*arguments: str) -> str:
     """What a server says that does not start; in a process of its own, whose logs it sets up."""
     done = subprocess.run(
-        [sys.executable, "-m", "hvp_service.server", *arguments],
+        [sys.executable, "-m", "hvp_service.app.server", *arguments],
         capture_output=True,
         text=True,
         check=False,

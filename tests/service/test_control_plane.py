@@ -13,16 +13,20 @@ import numpy as np
 import psutil
 import pytest
 from hvp_client.cli.doctor import examine
-from hvp_service.checkpoint_store import Checkpoint
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.handlers import checkpoints, jobs, operators, system, vectors
-from hvp_service.job_store import Job
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.state_dir import StateDir
-from hvp_service.transport import start_transport
-from hvp_service.vector_rows import Vector
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.app.transport import start_transport
+from hvp_service.calls.names import Name
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.checkpoints.store import Checkpoint
+from hvp_service.group import service as system
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.store import Job
+from hvp_service.operators import service as operators
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
 from hvp_workers.backend import Tuning
 from hvp_workers.group import Group
 from hvp_workers.group_backend import GroupBackend
@@ -30,7 +34,7 @@ from hvp_workers.inprocess import InProcessGroup
 from hvp_workers.ray_group import RayGroup
 
 from tests.client.conftest import save_llama
-from tests.service.world import PROJECT, checkpoint_files, create_job, make_batch
+from tests.service.world import PROJECT, checkpoint_files, create_job, make_batch, plan_job
 from tests.workers.gated_engine import gate, waiting
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,14 +54,13 @@ class Busy:
     vector: Vector
     product: asyncio.Task[list[Vector]]
 
-    async def create_job(self, *, validate_only: bool) -> Job:
+    async def create_job(self) -> Job:
         return await create_job(
             self.deps,
             self.ref,
             name=Name(PROJECT, "jobs", "0" * 32),
             which="LA",
             seed=0,
-            validate_only=validate_only,
         )
 
 
@@ -117,8 +120,8 @@ async def test_what_computes_nothing_is_answered_while_a_product_is_under_way(
         async with asyncio.timeout(PATIENCE_S):
             report = await system.report_group(deps, PROJECT)
             resolved, micro_batch_size = await operators.describe(deps, busy.ref)
-            assert (await busy.create_job(validate_only=True)).state == "QUEUED"
-            created = await busy.create_job(validate_only=False)
+            assert not (await plan_job(deps, busy.ref)).problem
+            created = await busy.create_job()
             other = await make_llama(deps, busy.folder / "other", vocab_size=23)
             await checkpoints.delete_checkpoint(deps, other.name)
             await deps.vectors.delete(busy.vector.name)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hvp_service import database
-from hvp_service.clock import now_us
-from hvp_service.database import Database, DatabaseBusyError, open_database, requests
-from hvp_service.errors import ServiceError
+from hvp_service.calls.errors import ServiceError
+from hvp_service.storage import database
+from hvp_service.storage.clock import now_us
+from hvp_service.storage.database import Database, DatabaseBusyError, open_database, requests
 
 # Every printable character that a name can have, and two that a URL would read as one.
 NAMEABLE = string.printable.replace("/", "") + "é漢\N{GRINNING FACE}" + "%3F"

@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from hvp_client import Client, FailedPreconditionError, NotFoundError
-from hvp_service.blob_store import BlobStore
-from hvp_service.config import ServerConfig
-from hvp_service.database import job_events
-from hvp_service.database import jobs as job_rows
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints, jobs, operators, vectors
-from hvp_service.job_store import JobEvent
-from hvp_service.names import Name, parse
-from hvp_service.paging import Pager
-from hvp_service.state_dir import StateDir
-from hvp_service.transport import start_transport
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.app.transport import start_transport
+from hvp_service.batches import service as batches
+from hvp_service.blobs.store import BlobStore
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name, parse
+from hvp_service.calls.paging import Pager
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.store import JobEvent
+from hvp_service.operators import service as operators
+from hvp_service.storage.database import job_events
+from hvp_service.storage.database import jobs as job_rows
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -113,7 +117,7 @@ async def test_what_a_call_works_with_is_deleted_after_it(
     backend.gate.clear()
     call = asyncio.create_task(operators.apply(deps, ref, [str(theta.name)]))
     await asyncio.sleep(0.1)
-    await checkpoints.delete_batch(deps, batch)
+    await batches.delete_batch(deps, batch)
     await checkpoints.delete_checkpoint(deps, checkpoint)
     assert state_dir.checkpoint(checkpoint.id).is_dir()  # the ranks have yet to read it
     assert state_dir.blob(batch.id).exists()

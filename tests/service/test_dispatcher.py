@@ -13,20 +13,31 @@ import structlog
 from hvp_operations.checking import checked
 from hvp_operations.eigsh import OPERATION, EigshResult
 from hvp_operations.operation import Facts, SpecError
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints, jobs, operators, vectors
-from hvp_service.job_store import Job, JobError, JobEvent, JobResult, Lease, StateChange
-from hvp_service.names import Name, parse
-from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir
-from hvp_service.vector_rows import Vector
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.batches import service as batches
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name, parse
+from hvp_service.calls.paging import PageRequest
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.store import Job, JobError, JobEvent, JobResult, Lease, StateChange
+from hvp_service.operators import service as operators
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
 from hvp_workers.backend import BackendError, RunProgress
 from safetensors.numpy import save
 
 from tests.service.quadratic_backend import QuadraticBackend
-from tests.service.world import CONFIG, PROJECT, checkpoint_files, create_job, make_operator
+from tests.service.world import (
+    CONFIG,
+    PROJECT,
+    checkpoint_files,
+    create_job,
+    make_operator,
+    plan_job,
+)
 
 create = create_job
 
@@ -398,13 +409,13 @@ async def test_what_a_job_needs_cannot_be_deleted_before_it_ends(
     checkpoint, batch = parse(ref.checkpoint, "checkpoints"), parse(ref.data_batch, "dataBatches")
     for work in (
         checkpoints.delete_checkpoint(deps, checkpoint),
-        checkpoints.delete_batch(deps, batch),
+        batches.delete_batch(deps, batch),
     ):
         with pytest.raises(ServiceError, match="RESOURCE_IN_USE"):
             await work
     backend.gate.set()
     await until(deps, job.name, "SUCCEEDED")
-    await checkpoints.delete_batch(deps, batch)
+    await batches.delete_batch(deps, batch)
     await checkpoints.delete_checkpoint(deps, checkpoint)
 
 
@@ -421,8 +432,10 @@ async def test_the_same_request_id_is_the_same_job_even_without_the_log_of_reque
 
 async def test_only_checking_a_job_queues_nothing(deps: Dependencies) -> None:
     ref = await make_operator(deps)
-    job = await create(deps, ref, validate_only=True)
-    assert job.state == "QUEUED"
+    planned = await plan_job(deps, ref, k=3)
+    assert (planned.problem, planned.cost.results) == ("", 3)
+    with pytest.raises(ServiceError, match="K_INVALID"):
+        await plan_job(deps, ref, k=0)
     assert await deps.jobs.unfinished(PROJECT) == []
 
 
@@ -462,15 +475,15 @@ async def test_pairs_for_which_the_ranks_have_no_room_are_refused_before_they_ar
 ) -> None:
     ref = await make_operator(deps, n=40)
     backend.memory_bytes = 40 * 40 * 8  # as many vectors as the operator's order
-    for validate_only in (True, False):
-        with pytest.raises(ServiceError) as caught:
-            await create(deps, ref, k=39, validate_only=validate_only)
-        assert (caught.value.reason, caught.value.field) == (
-            "INSUFFICIENT_CLUSTER_MEMORY",
-            "spec.eigsh",
-        )
-        assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
-        assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
+    with pytest.raises(ServiceError) as caught:
+        await create(deps, ref, k=39)
+    assert (caught.value.reason, caught.value.field) == (
+        "INSUFFICIENT_CLUSTER_MEMORY",
+        "spec.eigsh",
+    )
+    assert caught.value.metadata["available_bytes"] == str(backend.memory_bytes)
+    assert int(caught.value.metadata["needed_bytes"]) > (39 + 40) * 40 * 8
+    assert (await plan_job(deps, ref, k=39)).problem == caught.value.message
     with pytest.raises(ServiceError, match="INSUFFICIENT_CLUSTER_MEMORY"):
         await create(deps, ref, k=2, num_lanczos_vectors=40)
     assert await deps.jobs.unfinished(PROJECT) == []

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from hvp_client import Client
-from hvp_service.state_dir import StateDirectoryForeignError, sole_use
+from hvp_service.storage.state_dir import StateDirectoryForeignError, sole_use
 
 from tests.client.conftest import save_llama
 
@@ -44,7 +44,7 @@ def server(tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
     """A server with two ranks, started in the most careless way."""
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "hvp_service.server", "--address", "127.0.0.1:0"),
+            *(sys.executable, "-m", "hvp_service.app.server", "--address", "127.0.0.1:0"),
             *("--state-dir", str(tmp_path / "state"), "--workers", "2"),
         ],
         stdout=subprocess.PIPE,

@@ -7,7 +7,7 @@ import hvp_protos.v1
 import pytest
 from google.rpc import code_pb2
 from hvp_protos.v1 import errors_pb2
-from hvp_service.errors import CODES, ServiceError, code_of
+from hvp_service.calls.errors import CODES, ServiceError, code_of
 
 PROTOS = sorted((Path(hvp_protos.v1.__path__[0]).parent.parent / "hvp/v1").glob("*.proto"))
 STATUS = re.compile("|".join(name for name, number in code_pb2.Code.items() if number))

@@ -11,11 +11,12 @@ import grpc.aio
 import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hvp_service import group_supervisor, server
-from hvp_service.dependencies import Dependencies
-from hvp_service.group_supervisor import GroupSupervisor
-from hvp_service.handlers import jobs
-from hvp_service.transport import start_transport
+from hvp_service.app import server
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.app.transport import start_transport
+from hvp_service.group import supervisor as group_supervisor
+from hvp_service.group.supervisor import GroupSupervisor
+from hvp_service.jobs import service as jobs
 from hvp_workers.backend import GroupLostError
 
 from tests.service.quadratic_backend import QuadraticBackend

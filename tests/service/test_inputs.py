@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvp_service.blob_store import Digest
-from hvp_service.checkpoint_store import CheckpointFile
-from hvp_service.dependencies import Dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints
-from hvp_service.names import Name
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.batches import service as batches
+from hvp_service.blobs.store import Digest
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.checkpoints.store import CheckpointFile
 from hvp_workers.backend import BackendError
 from safetensors.numpy import save
 
@@ -184,7 +185,7 @@ async def test_a_checkpoint_of_blobs_that_are_not_there_is_refused(deps: Depende
 
 
 async def test_a_deleted_checkpoint_is_gone_with_its_vectors(deps: Dependencies) -> None:
-    from hvp_service.handlers import vectors
+    from hvp_service.vectors import service as vectors
 
     checkpoint = await make_checkpoint(deps)
     vector = await vectors.create(
@@ -283,7 +284,7 @@ async def test_unknown_names_are_not_found(deps: Dependencies) -> None:
     for work in (
         deps.checkpoints.get(Name(PROJECT, "checkpoints", "nothing")),
         deps.batches.get(Name(PROJECT, "dataBatches", "nothing")),
-        checkpoints.delete_batch(deps, Name(PROJECT, "dataBatches", "nothing")),
+        batches.delete_batch(deps, Name(PROJECT, "dataBatches", "nothing")),
         checkpoints.delete_checkpoint(deps, Name(PROJECT, "checkpoints", "nothing")),
     ):
         with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):

@@ -11,10 +11,11 @@ from typing import get_args
 import pytest
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshProgress, EigshResult, EigshSpec
-from hvp_service.clock import now_us
-from hvp_service.database import open_database
-from hvp_service.errors import ServiceError
-from hvp_service.job_store import (
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name
+from hvp_service.calls.paging import Pager, PageRequest
+from hvp_service.jobs.sqlite_store import SqliteJobStore
+from hvp_service.jobs.store import (
     Job,
     JobError,
     JobEvent,
@@ -25,10 +26,9 @@ from hvp_service.job_store import (
     StaleLeaseError,
     StateChange,
 )
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.paging import Pager, PageRequest
-from hvp_service.sqlite_job_store import SqliteJobStore
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.storage.clock import now_us
+from hvp_service.storage.database import open_database
 from hvp_workers.backend import RunProgress
 
 SPEC = JobSpec(
@@ -396,7 +396,7 @@ async def test_events_come_in_pages_and_none_is_left_out(store: JobStore) -> Non
     for _ in range(12):
         await store.report(claimed.lease, PROGRESS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvp_service.sqlite_job_store.EVENTS_PER_PAGE", 5)
+        patch.setattr("hvp_service.jobs.event_log.EVENTS_PER_PAGE", 5)
         pages: list[list[JobEvent]] = []
         while not pages or pages[-1]:
             after = pages[-1][-1].sequence if pages else 0

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvp_service.database import DatabaseBusyError
-from hvp_service.dependencies import Dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import operators, vectors
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.paging import PageRequest
-from hvp_service.vector_rows import Vector
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.paging import PageRequest
+from hvp_service.operators import service as operators
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.storage.database import DatabaseBusyError
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
 
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import PROJECT, make_operator, upload

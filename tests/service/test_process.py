@@ -41,7 +41,7 @@ class Server:
         self,
         state_dir: Path,
         *more: str,
-        program: Sequence[str] = ("hvp_service.server",),
+        program: Sequence[str] = ("hvp_service.app.server",),
         backend: str = "inprocess",
     ):
         self.log = state_dir.with_suffix(".log")
@@ -184,8 +184,17 @@ def test_a_second_server_on_the_state_directory_is_refused_and_the_first_ends_wi
     server = servers()
     other = subprocess.run(
         [
-            *(sys.executable, "-m", "hvp_service.server", "--state-dir", str(tmp_path / "state")),
-            *("--workers", "1", "--backend", "inprocess", "--address", "127.0.0.1:0"),
+            *(sys.executable, "-m", "hvp_service.app.server"),
+            *(
+                "--state-dir",
+                str(tmp_path / "state"),
+                "--workers",
+                "1",
+                "--backend",
+                "inprocess",
+                "--address",
+                "127.0.0.1:0",
+            ),
         ],
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvp_service.safetensors_header import (
+from hvp_service.storage.safetensors_header import (
     MAX_HEADER_BYTES,
     PickleError,
     SafetensorsError,

@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from hvp_client import AsyncClient, NotFoundError, Timeout
-from hvp_service import database, transport
-from hvp_service.config import ServerConfig
-from hvp_service.database import SchemaVersionError, open_database
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import operators, vectors
-from hvp_service.handlers.vectors import SeededSource
-from hvp_service.names import parse
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.paging import PageRequest
-from hvp_service.session_store import MIN_TTL_S
-from hvp_service.state_dir import StateDir
-from hvp_service.transport import start_transport
-from hvp_service.vector_rows import Vector
+from hvp_service.app import transport
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.app.transport import start_transport
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import parse
+from hvp_service.calls.paging import PageRequest
+from hvp_service.operators import service as operators
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.sessions.store import MIN_TTL_S
+from hvp_service.storage import database
+from hvp_service.storage.database import SchemaVersionError, open_database
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
+from hvp_service.vectors.service import SeededSource
 
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import PROJECT, make_operator, quadratic, upload

@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import hvp_service.batch_store as batch_module
+import hvp_service.batches.store as batch_module
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from hvp_service.batch_contents import BatchStatistics, read_batch
-from hvp_service.database import requests
-from hvp_service.dependencies import Dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.names import Name
-from hvp_service.state_dir import StateDir
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.batches.contents import BatchStatistics, read_batch
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name
+from hvp_service.storage.database import requests
+from hvp_service.storage.state_dir import StateDir
 from safetensors.numpy import save
 
 from tests.service.world import PROJECT, chunks, digest, make_batch, make_checkpoint, upload

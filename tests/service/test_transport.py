@@ -43,13 +43,13 @@ from hvp_protos.v1 import (
     vector_pb2,
     vector_pb2_grpc,
 )
-from hvp_service.config import ServerConfig
-from hvp_service.database import DatabaseBusyError
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.handlers import vectors
-from hvp_service.interceptors.limits import _PROMPT, _WAITING, pool_of
-from hvp_service.state_dir import StateDir
-from hvp_service.transport import _SERVICES, Transport, start_transport
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.app.transport import _SERVICES, Transport, start_transport
+from hvp_service.calls.limits import _PROMPT, _WAITING, pool_of
+from hvp_service.storage.database import DatabaseBusyError
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
 from hvp_workers.backend import BackendError
 from safetensors.numpy import save
 
@@ -555,8 +555,8 @@ async def test_a_plan_tells_what_a_job_takes_and_queues_nothing(
     wire: Wire, deps: Dependencies
 ) -> None:
     operator = await spec(deps)
-    request = job_pb2.PlanJobRequest(parent=PARENT, spec=eigsh(operator))
-    answer = await wire.jobs.PlanJob(request)
+    request = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator), validate_only=True)
+    answer = await wire.jobs.CreateJob(request)
     plan = answer.plan
     assert (plan.fits, plan.problem, plan.num_ranks) == (True, "", 1)
     assert plan.max_products == 60  # ten times the operator's order
@@ -564,7 +564,7 @@ async def test_a_plan_tells_what_a_job_takes_and_queues_nothing(
     # fifths of what is free.
     assert plan.wished_bytes_per_rank == (6 + 2 + 4) * 6 * 8 * 5 // 4
     assert (plan.seconds_per_product, plan.max_seconds) == (0, 0)
-    assert answer.spec.eigsh.operator.precision == "full"
+    assert answer.job.spec.eigsh.operator.precision == "full"
     assert await deps.jobs.unfinished("default") == []
 
     create = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator))
@@ -572,12 +572,13 @@ async def test_a_plan_tells_what_a_job_takes_and_queues_nothing(
     await wire.jobs.WaitJob(
         job_pb2.WaitJobRequest(name=created.job.name, timeout=Duration(seconds=30))
     )
-    plan = (await wire.jobs.PlanJob(request)).plan
+    assert created.plan == plan
+    plan = (await wire.jobs.CreateJob(request)).plan
     assert plan.seconds_per_product == 0.25  # of the job before
     assert plan.max_seconds == 60 * 0.25
 
-    bad = job_pb2.PlanJobRequest(parent=PARENT, spec=eigsh(operator, k=6))
-    _, details = await refusal(wire.jobs.PlanJob(bad))
+    bad = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator, k=6), validate_only=True)
+    _, details = await refusal(wire.jobs.CreateJob(bad))
     assert details["ErrorInfo"].reason == "K_INVALID"
     assert details["BadRequest"].field_violations[0].field == "spec.eigsh.k"
 
@@ -587,9 +588,8 @@ async def test_what_has_no_room_is_planned_with_the_reason_and_not_queued(
 ) -> None:
     backend.memory_bytes = 64
     operator = await spec(deps)
-    plan = (
-        await wire.jobs.PlanJob(job_pb2.PlanJobRequest(parent=PARENT, spec=eigsh(operator)))
-    ).plan
+    request = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator), validate_only=True)
+    plan = (await wire.jobs.CreateJob(request)).plan
     assert not plan.fits
     assert plan.least_bytes_per_rank > plan.available_bytes_per_rank == 64
     assert "use more workers or float32" in plan.problem

@@ -11,19 +11,22 @@ import sqlalchemy as sa
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshSpec
 from hvp_protos.v1 import job_pb2 as pb
-from hvp_service.clock import now_us
-from hvp_service.config import ServerConfig
-from hvp_service.database import job_events
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import checkpoints, jobs, system
-from hvp_service.job_rows import spec_row
-from hvp_service.job_store import Job, JobSpec
-from hvp_service.names import Name, parse
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.paging import PageRequest
-from hvp_service.servicers.job import JobServicer
-from hvp_service.state_dir import StateDir
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.batches import service as batches
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name, parse
+from hvp_service.calls.paging import PageRequest
+from hvp_service.checkpoints import service as checkpoints
+from hvp_service.group import service as system
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.rows import spec_row
+from hvp_service.jobs.rpc import JobServicer
+from hvp_service.jobs.store import Job, JobSpec
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.storage.clock import now_us
+from hvp_service.storage.database import job_events
+from hvp_service.storage.state_dir import StateDir
 
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import PROJECT, create_job, make_batch, make_operator
@@ -163,7 +166,7 @@ async def test_rows_that_this_version_cannot_read_stop_neither_the_queue_nor_the
         assert await system.queue(deps, PROJECT) == (0, 0)
         batch = await make_batch(deps)
         await checkpoints.delete_checkpoint(deps, parse(ref.checkpoint, "checkpoints"))
-        await checkpoints.delete_batch(deps, batch.name)
+        await batches.delete_batch(deps, batch.name)
         for name in POISON:
             await servicer.DeleteJob(pb.DeleteJobRequest(name=shown[name].name), CONTEXT)
     finally:

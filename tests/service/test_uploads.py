@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hvp_service import database
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import blobs
-from hvp_service.names import Name, parse
-from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir, sync_folder
-from hvp_service.upload_chunks import Chunk
-from hvp_service.upload_file import UploadFile
-from hvp_service.upload_rows import Upload
-from hvp_service.upload_store import UploadStore
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.blobs import service as blobs
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name, parse
+from hvp_service.calls.paging import PageRequest
+from hvp_service.storage import database
+from hvp_service.storage.state_dir import StateDir, sync_folder
+from hvp_service.uploads.chunks import Chunk
+from hvp_service.uploads.file import UploadFile
+from hvp_service.uploads.rows import Upload
+from hvp_service.uploads.store import UploadStore
 
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import PROJECT, chunks, digest, make_batch, upload
@@ -131,7 +131,7 @@ async def test_a_client_that_leaves_while_its_upload_ends_still_gets_the_blob(
         time.sleep(0.1)
         sync_folder(folder)
 
-    monkeypatch.setattr("hvp_service.blob_store.sync_folder", slow_sync)
+    monkeypatch.setattr("hvp_service.blobs.store.sync_folder", slow_sync)
     writing = asyncio.create_task(deps.uploads.write(chunks(session, DATA)))
     await moved.wait()
     writing.cancel()

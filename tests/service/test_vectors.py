@@ -11,16 +11,17 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
-from hvp_service.config import ServerConfig
-from hvp_service.dependencies import Dependencies, open_dependencies
-from hvp_service.errors import ServiceError
-from hvp_service.handlers import operators, vectors
-from hvp_service.handlers.vectors import SeededSource, VectorPiece
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef, check_precision
-from hvp_service.paging import PageRequest
-from hvp_service.state_dir import StateDir
-from hvp_service.vector_rows import Vector
+from hvp_service.app.config import ServerConfig
+from hvp_service.app.dependencies import Dependencies, open_dependencies
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name
+from hvp_service.calls.paging import PageRequest
+from hvp_service.operators import service as operators
+from hvp_service.operators.resolver import OperatorRef, check_precision
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors import service as vectors
+from hvp_service.vectors.rows import Vector
+from hvp_service.vectors.service import SeededSource, VectorPiece
 from hvp_workers.backend import BackendError, Dtype
 from safetensors.numpy import save
 from structlog.testing import capture_logs
@@ -82,6 +83,12 @@ async def test_products_gradient_and_loss_are_those_of_the_quadratic(deps: Depen
     )
     assert loss.value == pytest.approx(0.5 * tensors["theta"] @ tensors["A"] @ tensors["theta"])
     assert loss.num_targets == 6
+    both = [str(vector.name), str(product.name)]
+    slopes = await operators.evaluate_forms(deps, ref, "FORM_SLOPE", both)
+    forms = await operators.evaluate_forms(deps, ref, "FORM_QUADRATIC", both)
+    A, each = tensors["A"], np.array([values, tensors["A"] @ values])
+    np.testing.assert_allclose(slopes, each @ A @ tensors["theta"], rtol=1e-12)
+    np.testing.assert_allclose(forms, np.diag(each @ A @ each.T), rtol=1e-12)
     assert not product.durable
     assert vector.durable
     inner = await vectors.inner_products(deps, [(str(vector.name), str(product.name))])
@@ -156,6 +163,7 @@ async def test_what_can_be_made_again_survives_the_ranks(
     for work in (
         deps.vectors.get(product.name),
         operators.apply(deps, ref, [str(product.name)]),
+        operators.evaluate_forms(deps, ref, "FORM_SLOPE", [str(product.name)]),
         vectors.inner_products(deps, [(str(product.name), str(product.name))]),
         anext(vectors.read(deps, product.name, 0, 0)),
         make(deps, ref, vectors.CombinationSource(terms=((1.0, str(product.name)),))),
@@ -292,6 +300,9 @@ async def test_requests_that_make_no_sense_are_refused(deps: Dependencies) -> No
     def apply(**change: str | int) -> Any:
         return operators.apply(deps, replace(ref, **change), [name])  # type: ignore[arg-type]
 
+    def evaluate(form: str, names: list[str], kind: str = ref.kind) -> Any:
+        return operators.evaluate_forms(deps, replace(ref, kind=kind), form, names)
+
     for work, reason in [
         (make(deps, ref, None), "SOURCE_MISSING"),
         (make(deps, ref, vectors.CombinationSource(terms=())), "SOURCE_MISSING"),
@@ -304,6 +315,12 @@ async def test_requests_that_make_no_sense_are_refused(deps: Dependencies) -> No
         (operators.apply(deps, ref, [unknown]), "RESOURCE_NOT_FOUND"),
         (operators.apply(deps, ref, [alien]), "VECTOR_SPACE_MISMATCH"),
         (operators.apply(deps, ref, [name, small]), "VECTOR_SPACE_MISMATCH"),
+        (evaluate("FORM_UNSPECIFIED", [name]), "FORM_UNSPECIFIED"),
+        (evaluate("FORM_SLOPE", []), "VECTORS_MISSING"),
+        (evaluate("FORM_SLOPE", [unknown]), "RESOURCE_NOT_FOUND"),
+        (evaluate("FORM_QUADRATIC", [name, small]), "VECTOR_SPACE_MISMATCH"),
+        (evaluate("FORM_QUADRATIC", [name], kind="KIND_JACOBIAN"), "OPERATOR_NOT_SYMMETRIC"),
+        (evaluate("FORM_SLOPE", [name], kind="KIND_FISHER_TO_COME"), "KIND_UNSUPPORTED"),
         (vectors.inner_products(deps, [(name, alien)]), "VECTOR_SPACE_MISMATCH"),
         (vectors.inner_products(deps, [(name, unknown)]), "RESOURCE_NOT_FOUND"),
         (apply(kind="KIND_UNSPECIFIED"), "KIND_UNSPECIFIED"),

@@ -9,16 +9,17 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from hvp_service.batch_store import DataBatch
-from hvp_service.blob_store import Digest
-from hvp_service.checkpoint_store import Checkpoint, CheckpointFile
-from hvp_service.dependencies import Dependencies
-from hvp_service.handlers import jobs
-from hvp_service.job_store import Job
-from hvp_service.names import Name
-from hvp_service.operator_resolver import OperatorRef
-from hvp_service.upload_chunks import Chunk
-from hvp_service.upload_rows import Upload
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.batches.store import DataBatch
+from hvp_service.blobs.store import Digest
+from hvp_service.calls.names import Name
+from hvp_service.checkpoints.store import Checkpoint, CheckpointFile
+from hvp_service.jobs import service as jobs
+from hvp_service.jobs.plan import Plan
+from hvp_service.jobs.store import Job
+from hvp_service.operators.resolver import OperatorRef
+from hvp_service.uploads.chunks import Chunk
+from hvp_service.uploads.rows import Upload
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -104,17 +105,31 @@ async def create_job(
     name: Name | None = None,
     operation: str | None = "eigsh",
     labels: Mapping[str, str] | None = None,
-    validate_only: bool = False,
     **values: Any,
 ) -> Job:
     """Queue a job: two eigenvalues from both ends unless the values say otherwise."""
     usual = {"k": 2, "which": "BE", "seed": 1} if operation == "eigsh" else {}
-    return await jobs.create(
+    created, _ = await jobs.create(
         deps,
         name or Name(PROJECT, "jobs", jobs.job_id(PROJECT, request_id)),
         operation=operation,
         operator=ref,
         values={**usual, **values},
         labels=labels or {},
-        validate_only=validate_only,
+        validate_only=False,
     )
+    return created
+
+
+async def plan_job(deps: Dependencies, ref: OperatorRef, **values: Any) -> Plan:
+    """What a search for eigenvalues would take."""
+    _, planned = await jobs.create(
+        deps,
+        Name(PROJECT, "jobs", jobs.job_id(PROJECT, "")),
+        operation="eigsh",
+        operator=ref,
+        values={"k": 2, "which": "BE", "seed": 1, **values},
+        labels={},
+        validate_only=True,
+    )
+    return planned

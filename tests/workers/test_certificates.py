@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from hvp_core import attention
 from hvp_core.curvature.walk import Curvature
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.chain import Chain, MicroBatch
 from hvp_core.model.data import token_batch
+from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.policy import Policy
 from hvp_core.precision import exact

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 import pytest_asyncio
 import torch
-from hvp_core import attention
+from hvp_core.model.huggingface import attention
+from hvp_core.sharding.collective import Alone
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_operations.operation import Result
@@ -17,14 +20,17 @@ from hvp_workers.backend import (
     Backend,
     BackendError,
     Combination,
+    Matrix,
     Operator,
     Parameters,
     RawFile,
     RunProgress,
     Seeded,
     Space,
+    Tuning,
     Zeros,
 )
+from hvp_workers.engine import RankEngine
 from hvp_workers.opening import open_backend
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
@@ -157,6 +163,7 @@ async def test_the_same_seed_gives_the_same_run(backend: Backend, operator: Oper
     [
         (lambda b, o: b.apply(o, ["nothing"], ["x"]), "INPUT_MISSING"),
         (lambda b, o: b.inner_products([("nothing", "nothing")]), "INPUT_MISSING"),
+        (lambda b, o: b.evaluate_forms(o, "quadratic", ["nothing"]), "INPUT_MISSING"),
         (lambda b, o: b.save_vector("nothing", Path("x")), "INPUT_MISSING"),
         (lambda b, o: finish(b.run(o, "eigsh", EigshSpec(k=0), [])), "K_INVALID"),
         (lambda b, o: finish(b.run(o, "eigsh", EigshSpec(k=10**9), [])), "K_INVALID"),
@@ -182,6 +189,43 @@ async def test_a_call_that_cannot_be_says_why_and_the_next_one_works(
     assert await backend.loss(operator) > 0
 
 
+async def test_forms_are_the_products_inner_products_whatever_is_taken_at_once(
+    backend: Backend, operator: Operator
+) -> None:
+    names = [f"v{seed}" for seed in range(10)]
+    for seed, name in enumerate(names):
+        await backend.create_vector(name, operator.space, Seeded(seed, "gaussian"))
+    products = [f"A{name}" for name in names]
+    for kind in get_args(Matrix):
+        matrix = replace(operator, kind=kind)
+        await backend.apply(matrix, names, products)
+        expected = await backend.inner_products(list(zip(names, products, strict=True)))
+        forms = await backend.evaluate_forms(matrix, "quadratic", names)
+        assert forms == pytest.approx(expected, rel=1e-11)
+    await backend.gradient(operator, "g")
+    slopes = await backend.evaluate_forms(operator, "slope", names)
+    expected = await backend.inner_products([("g", name) for name in names])
+    assert slopes == pytest.approx(expected, rel=1e-11)
+
+
+async def test_a_form_that_takes_a_product_is_refused_where_there_is_room_for_none(
+    operator: Operator,
+) -> None:
+    engine = RankEngine(Alone(), "cpu", Tuning())
+    engine.create_vector("v", operator.space, Seeded(1, "gaussian"))
+    (expected,) = engine.evaluate_forms(operator, "quadratic", ["v"])
+    shard = engine._vectors["v"].shard
+    engine._vector_budget = 2 * shard.nbytes
+    assert engine.evaluate_forms(operator, "quadratic", ["v"]) == [expected]
+    assert list(engine._vectors) == ["v"]
+    engine._vector_budget = 2 * shard.nbytes - 1
+    with pytest.raises(BackendError) as caught:
+        engine.evaluate_forms(operator, "quadratic", ["v"])
+    assert caught.value.reason == "VECTOR_MEMORY"
+    assert engine.evaluate_forms(replace(operator, kind="ggn"), "quadratic", ["v"])[0] > 0
+    assert engine.evaluate_forms(operator, "slope", ["v"])
+
+
 async def test_vectors_of_two_spaces_do_not_mix(backend: Backend, operator: Operator) -> None:
     single = Space(checkpoint_dir=operator.space.checkpoint_dir, dtype="float32")
     await backend.create_vector("double", operator.space, Zeros())
@@ -189,6 +233,7 @@ async def test_vectors_of_two_spaces_do_not_mix(backend: Backend, operator: Oper
     for call in (
         backend.inner_products([("single", "double")]),
         backend.apply(operator, ["single"], ["x"]),
+        backend.evaluate_forms(operator, "slope", ["single"]),
         backend.create_vector("x", single, Combination(((1.0, "double"),))),
     ):
         with pytest.raises(BackendError, match="VECTOR_SPACE_MISMATCH"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from hvp_core import attention
+from hvp_core.model.huggingface import attention
 from hvp_core.precision import exact
 from hvp_workers.backend import (
     Backend,

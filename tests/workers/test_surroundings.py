@@ -57,7 +57,7 @@ def test_a_current_folder_that_has_been_deleted_is_named_by_the_server(tmp_path:
     folder = tmp_path / "gone"
     folder.mkdir()
     program = (
-        "import os, sys; os.rmdir(os.getcwd()); from hvp_service.server import main; "
+        "import os, sys; os.rmdir(os.getcwd()); from hvp_service.app.server import main; "
         "sys.exit(main(['--workers', '1', '--backend', 'inprocess', '--address', '127.0.0.1:0']))"
     )
     server = subprocess.run(

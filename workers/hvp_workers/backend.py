@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hvp_batches.schema import BatchSchema
 from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
 Matrix = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
 Jacobian = Literal["jacobian", "jacobian_transposed"]
 Kind = Matrix | Jacobian
+Form = Literal["quadratic", "slope"]
 Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]
@@ -71,10 +73,12 @@ class CheckpointDescription:
 
     architecture: str
     num_parameters: int
-    vocab_size: int
+    vocab_size: int  # 0 for models without tokens
     max_positions: int | None  # longest sequence; None when the model sets no limit
     stored_dtype: str  # safetensors' name, the first tensor's
     parameters: tuple[ParameterTensor, ...]
+    task: str  # what the model is for
+    batch_schema: BatchSchema  # what a batch for it holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ class Operator:
     """
 
     space: Space
-    batch_path: Path  # safetensors: input_ids, labels?, attention_mask?
+    batch_path: Path  # safetensors: the fields of the model's batch schema
     kind: Kind = "hessian"
     micro_batch_size: int = 0  # 0: by memory
     precision: Precision = "full"  # of the operands of matrix products
@@ -278,6 +282,22 @@ class Backend(ABC):
         Returns:
             What is new since the last call about how this operator's products are computed, for a
             log: schedule, compilation and its seconds. Empty when nothing is.
+        """
+
+    @abstractmethod
+    async def evaluate_forms(
+        self, operator: Operator, form: Form, inputs: Sequence[str]
+    ) -> list[float]:
+        """A number for each input, a vector of `operator.space`; nothing is stored.
+
+        Args:
+            operator: Of which matrix A, and of which loss L.
+            form: `quadratic`, v·Av of a symmetric matrix, or `slope`, ∇L·v whatever the matrix.
+            inputs: Names of the vectors v.
+
+        Raises:
+            BackendError: INPUT_MISSING, VECTOR_SPACE_MISMATCH, NON_FINITE; VECTOR_MEMORY where
+                the form is taken of products and there is no room for one.
         """
 
     @abstractmethod

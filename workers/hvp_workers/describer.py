@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from hvp_batches.schema import schema_from_json
+
 from hvp_workers.backend import BackendError, CheckpointDescription, ParameterTensor
 from hvp_workers.environment import rank_environment
 
@@ -256,4 +258,5 @@ def _as_description(answer: dict[str, Any]) -> CheckpointDescription:
         ParameterTensor(name=each["name"], shape=tuple(each["shape"]), offset=each["offset"])
         for each in found.pop("parameters")
     )
-    return CheckpointDescription(**found, parameters=parameters)
+    schema = schema_from_json(found.pop("batch_schema"))
+    return CheckpointDescription(**found, parameters=parameters, batch_schema=schema)

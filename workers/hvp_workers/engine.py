@@ -27,7 +27,7 @@ from hvp_operations.registry import operations
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
-from hvp_workers.operators import CurvatureOperator, LoadedOperator
+from hvp_workers.operators import CurvatureOperator, LoadedOperator, no_vector_memory
 from hvp_workers.plan import room_for
 
 P = ParamSpec("P")
@@ -160,20 +160,28 @@ class RankEngine:
         self, operator: api.Operator, inputs: Sequence[str], outputs: Sequence[str]
     ) -> Mapping[str, str]:
         """Store the product with each input; what is new about how they are computed."""
-        vectors = [self._vector(name) for name in inputs]
-        for name, vector in zip(inputs, vectors, strict=True):
-            if vector.space != operator.domain:
-                raise CurvatureError(
-                    "VECTOR_SPACE_MISMATCH",
-                    f"{name} belongs to another checkpoint, batch or dtype than the operator's "
-                    "vectors",
-                )
+        vectors = self._shards(operator.domain, inputs)
         self._reserve(operator.codomain, outputs)
         loaded = self._operator(operator)
-        products = loaded.product(operator.kind, [vector.shard for vector in vectors])
+        products = loaded.product(operator.kind, vectors)
         for name, product in zip(outputs, products, strict=True):
             self._vectors[name] = _Vector(operator.codomain, product)
         return loaded.news()
+
+    @command
+    def evaluate_forms(
+        self, operator: api.Operator, form: api.Form, inputs: Sequence[str]
+    ) -> list[float]:
+        """A number for each input; what products that takes are gone at the end."""
+        vectors = self._shards(operator.space, inputs)
+        loaded = self._operator(operator)
+        match form:
+            case "slope":
+                return loaded.slopes(vectors)
+            case "quadratic":
+                assert operator.kind not in get_args(api.Jacobian)  # which the service refuses
+                room = self._vector_budget - self._held_bytes()
+                return loaded.quadratic(cast("api.Matrix", operator.kind), vectors, room)
 
     # Vectors ------------------------------------------------------------------------------------
 
@@ -184,18 +192,26 @@ class RankEngine:
             )
         return self._vectors[name]
 
+    def _shards(self, space: api.Space, names: Sequence[str]) -> list[torch.Tensor]:
+        """This rank's shards of vectors that are of this space."""
+        vectors = [self._vector(name) for name in names]
+        for name, vector in zip(names, vectors, strict=True):
+            if vector.space != space:
+                raise CurvatureError(
+                    "VECTOR_SPACE_MISMATCH",
+                    f"{name} belongs to another checkpoint, batch or dtype than the operator's "
+                    "vectors",
+                )
+        return [vector.shard for vector in vectors]
+
+    def _held_bytes(self, without: Sequence[str] = ()) -> int:
+        return sum(v.shard.nbytes for name, v in self._vectors.items() if name not in without)
+
     def _reserve(self, space: api.Space, names: Sequence[str]) -> None:
         """Refuse vectors that would leave no room for the work itself."""
-        numbers = self._space(space)
-        held = sum(v.shard.nbytes for n, v in self._vectors.items() if n not in names)
-        needed = held + len(names) * numbers.vector_bytes
+        needed = self._held_bytes(names) + len(names) * self._space(space).vector_bytes
         if needed > self._vector_budget:
-            raise CurvatureError(
-                "VECTOR_MEMORY",
-                f"vectors would take {needed} bytes on a rank and {self._vector_budget} are set "
-                "aside for them; delete some, or use more workers",
-                {"needed_bytes": str(needed), "available_bytes": str(self._vector_budget)},
-            )
+            raise no_vector_memory(needed, self._vector_budget)
 
     @command
     def create_vector(self, name: str, space: api.Space, source: api.Source) -> None:

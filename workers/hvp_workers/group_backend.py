@@ -12,6 +12,7 @@ from hvp_operations.operation import Result
 from hvp_workers.backend import (
     Backend,
     CheckpointDescription,
+    Form,
     GroupLostError,
     Operator,
     RankInfo,
@@ -89,6 +90,13 @@ class GroupBackend(Backend):
         """See Backend."""
         news: Mapping[str, str] = await self._call("apply", operator, tuple(inputs), tuple(outputs))
         return news
+
+    async def evaluate_forms(
+        self, operator: Operator, form: Form, inputs: Sequence[str]
+    ) -> list[float]:
+        """See Backend."""
+        values: list[float] = await self._call("evaluate_forms", operator, form, tuple(inputs))
+        return values
 
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         """See Backend."""

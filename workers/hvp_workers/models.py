@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import final
 
 import torch
-from hvp_core import attention
+from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
-from hvp_core.model.huggingface.architecture import longest_sequence
-from hvp_core.model.huggingface.check import disagreement
-from hvp_core.model.huggingface.checkpoint import build_empty, fill_buffers, load_shard, locate
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.model.huggingface.stored_tensors import StoredTensor
+from hvp_core.model.chain import Chain
+from hvp_core.model.check import disagreement
+from hvp_core.model.family import ModelFacts, ModelFamily, NotAChainError, Way
+from hvp_core.model.huggingface.choice import family_of
+from hvp_core.model.loading import fill_buffers, load_shard, locate
+from hvp_core.model.stored_tensors import StoredTensor
 from hvp_core.sharding.collective import Collective
 from hvp_core.sharding.layout import Layout
 from hvp_core.vectors.space import Space
@@ -37,6 +39,8 @@ class Description:
     """A checkpoint that has been looked at."""
 
     public: api.CheckpointDescription
+    family: ModelFamily
+    facts: ModelFacts
     sources: dict[str, StoredTensor]
 
 
@@ -45,7 +49,7 @@ class Description:
 class Model:
     """A checkpoint in memory, in shards."""
 
-    chain: DecoderChain
+    chain: Chain
     space: Space
     parameters: torch.Tensor
     operators: OperatorCache
@@ -54,9 +58,9 @@ class Model:
 class _NotThisWayError(Exception):
     """A model that has to be taken apart in another way, and why."""
 
-    def __init__(self, way: str, why: CurvatureError):
-        super().__init__(way, why)
-        self.way, self.why = way, why
+    def __init__(self, why: CurvatureError):
+        super().__init__(why)
+        self.why = why
 
 
 @final
@@ -76,9 +80,10 @@ class ModelStore:
     def describe(self, directory: Path) -> Description:
         """Check a checkpoint without loading its weights."""
         if directory not in self._descriptions:
-            model = build_empty(directory, torch.float32)
+            family = family_of(directory)
+            model = family.build(directory, torch.float32)
+            facts = family.facts(model, directory)
             sources = locate(model, directory)
-            text = model.config.get_text_config()
             parameters = []
             offset = 0
             for name, tensor in model.named_parameters():
@@ -86,17 +91,17 @@ class ModelStore:
                     api.ParameterTensor(name=name, shape=tuple(tensor.shape), offset=offset)
                 )
                 offset += tensor.numel()
-            self._descriptions[directory] = Description(
-                api.CheckpointDescription(
-                    architecture=type(model).__name__,
-                    num_parameters=offset,
-                    vocab_size=text.vocab_size,
-                    max_positions=longest_sequence(text),
-                    stored_dtype=next(iter(sources.values())).dtype,
-                    parameters=tuple(parameters),
-                ),
-                sources,
+            public = api.CheckpointDescription(
+                architecture=type(model).__name__,
+                num_parameters=offset,
+                vocab_size=facts.vocab_size,
+                max_positions=facts.max_positions,
+                stored_dtype=next(iter(sources.values())).dtype,
+                parameters=tuple(parameters),
+                task=facts.task,
+                batch_schema=facts.schema,
             )
+            self._descriptions[directory] = Description(public, family, facts, sources)
         return self._descriptions[directory]
 
     def get(self, space: api.Space) -> Model:
@@ -116,34 +121,24 @@ class ModelStore:
             CurvatureError: What speaks against the last way, if there is none.
         """
         against: dict[str, CurvatureError] = {}
-        for one_block in (False, True):
-            for own_attention in (False, True):
-                try:
-                    return self._load(space, one_block, own_attention, against)
-                except _NotThisWayError as error:
-                    against[error.way] = error.why
+        for way in self.describe(space.checkpoint_dir).family.ways:
+            try:
+                return self._load(space, way, against)
+            except _NotThisWayError as error:
+                against[way.words] = error.why
         raise list(against.values())[-1]
 
-    def _load(
-        self,
-        space: api.Space,
-        one_block: bool,
-        own_attention: bool,
-        against: Mapping[str, CurvatureError],
-    ) -> Model:
+    def _load(self, space: api.Space, way: Way, against: Mapping[str, CurvatureError]) -> Model:
         """Build and read a model.
 
         Args:
             space: The checkpoint and its dtype.
-            one_block: Do not cut it.
-            own_attention: Let it compute its attention in plain operations of its own.
-            against: What speaks against the faster ways, by way.
+            way: How to take it apart.
+            against: What speaks against the faster ways, by their words.
 
         Raises:
-            _NotThisWayError: The chain's loss is not the model's own.
+            _NotThisWayError: It cannot be taken apart so, or the chain's loss is not its own.
         """
-        way = "one block" if one_block else "a chain of its layers"
-        way += ", its attention in plain operations" if own_attention else ""
         dtype = DTYPES[space.dtype]
         description = self.describe(space.checkpoint_dir)
         needed = description.public.num_parameters * dtype.itemsize // self._collective.world_size
@@ -155,41 +150,43 @@ class ModelStore:
                 "use more workers or float32",
                 {"needed_bytes": str(needed), "available_bytes": str(available)},
             )
-        model = build_empty(space.checkpoint_dir, dtype)
+        family, facts = description.family, description.facts
+        model = family.build(space.checkpoint_dir, dtype)
         fill_buffers(model, description.sources)
         for module in model.modules():  # model.to() would choke on the empty parameters
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self._device)
-        if own_attention:
-            attention.use(model, "eager")
-        chain = DecoderChain(model, dtype, self._device, one_block=one_block)
-        if not (one_block or chain.is_cut):
-            why = CurvatureError("MODEL_UNSUPPORTED", "the model's layers are not a chain")
-            raise _NotThisWayError(way, why)
+        try:
+            chain = family.chain(model, facts, way, dtype, self._device)
+        except NotAChainError as error:
+            raise _NotThisWayError(error.why) from None
         if against:
             said = "; ".join(f"as {other}: {why.message}" for other, why in against.items())
-            chain.notes["fallback_model"] = f"it is taken as {way}, because {said}"
+            fallback = f"it is taken as {way.words}, because {said}"
+            chain.notes = {**chain.notes, "fallback_model": fallback}
         layout = Layout(
             chain.shapes, [block.parameters for block in chain.blocks], self._collective.world_size
         )
         numbers = Space(layout, self._collective, dtype, self._device)
         parameters = load_shard(numbers, description.sources)
-        disagrees = disagreement(model, chain, numbers, parameters)
+        disagrees = disagreement(
+            family,
+            facts,
+            model,
+            chain,
+            numbers,
+            parameters,
+            lambda batch: Curvature(chain, numbers, parameters, batch, 1).loss(),
+        )
         if disagrees is not None:
             logger.warning(
                 "%s as %s does not give the model's own loss: %s",
                 description.public.architecture,
-                way,
+                way.words,
                 disagrees,
             )
-            raise _NotThisWayError(way, disagrees)
-        operators = OperatorCache(
-            chain,
-            numbers,
-            parameters,
-            description.public.vocab_size,
-            self._memory,
-            self._tuning,
-        )
+            raise _NotThisWayError(disagrees)
+        read = functools.partial(family.read, facts)
+        operators = OperatorCache(chain, numbers, parameters, read, self._memory, self._tuning)
         return Model(chain, numbers, parameters, operators)

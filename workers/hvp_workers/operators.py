@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
+from hvp_core.autodiff.product_spec import QUADRATICS
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.model.chain import Chain, MicroBatch
-from hvp_core.model.data import read_token_batch
 from hvp_core.policy import Policy
 from hvp_core.vectors.space import Space
 
@@ -27,20 +27,25 @@ from hvp_workers.plan import EXACT, exact_bytes, policy
 _NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
 #: Products at once: more would share little more, (2 + 6K) / K GEMM units each, and each takes
 #: activations of its own.
-_TOGETHER = 8
+TOGETHER = 8
 _SCHEDULE = "schedule_"  # notes of which begin with the kind that they are of
 _KEPT = 4  # an older one's batch is read again when it is needed
 
 
-def _check_ids(batch: MicroBatch, vocab_size: int) -> None:
-    """Refuse ids that the embedding does not have; a GPU would be lost to everybody by them."""
-    ids = batch.inputs["input_ids"]
-    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
-        raise CurvatureError(
-            "TOKEN_ID_OUT_OF_RANGE",
-            f"the batch has ids from {int(ids.min())} to {int(ids.max())} and the vocabulary "
-            f"ends before {vocab_size}; use the tokenizer of this model",
-        )
+def no_vector_memory(needed: int, available: int) -> CurvatureError:
+    """The refusal of vectors that would leave no room for the work itself."""
+    return CurvatureError(
+        "VECTOR_MEMORY",
+        f"vectors would take {needed} bytes on a rank and {available} are set aside for them; "
+        "delete some, or use more workers",
+        {"needed_bytes": str(needed), "available_bytes": str(available)},
+    )
+
+
+def _together(vectors: Sequence[torch.Tensor], most: int) -> Iterator[Sequence[torch.Tensor]]:
+    """The vectors, some at a time."""
+    for start in range(0, len(vectors), most):
+        yield vectors[start : start + most]
 
 
 @final
@@ -73,6 +78,47 @@ class LoadedOperator:
                 products = self.curvature.product(matrix, vectors, borrow=borrow)
         self.has_products = True
         return products
+
+    def slopes(self, vectors: Sequence[torch.Tensor]) -> list[float]:
+        """∇L·v for each vector, by going forward alone."""
+        return [
+            value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
+        ]
+
+    def quadratic(
+        self, kind: api.Matrix, vectors: Sequence[torch.Tensor], room_bytes: int
+    ) -> list[float]:
+        """v·Av for each vector: by going forward alone where there is such a rule.
+
+        A Hessian has none here: its forms are taken of products, a few at a time, which do not
+        outlive the call.
+
+        Args:
+            kind: Which matrix A.
+            vectors: This rank's shards.
+            room_bytes: What products may take.
+
+        Returns:
+            The numbers, the same on every rank.
+
+        Raises:
+            CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
+        """
+        if kind in QUADRATICS:
+            return [
+                value
+                for some in _together(vectors, TOGETHER)
+                for value in self.curvature.quadratic(kind, some)
+            ]
+        space = self.curvature.space
+        at_once = min(TOGETHER, room_bytes // space.vector_bytes)
+        if at_once < 1:
+            raise no_vector_memory(space.vector_bytes, max(0, room_bytes))
+        return [
+            space.dot(vector, product)
+            for some in _together(vectors, at_once)
+            for vector, product in zip(some, self.product(kind, some, borrow=True), strict=True)
+        ]
 
     def exact(self) -> LoadedOperator | None:
         """The same with products in float64, rounded to the vectors' type when they are added up.
@@ -107,7 +153,7 @@ class CurvatureOperator(LinearOperator):
     """
 
     symmetric = True
-    most_together = _TOGETHER
+    most_together = TOGETHER
 
     def __init__(self, loaded: LoadedOperator, kind: api.Matrix, precision: api.Precision):
         self.domain = self.codomain = loaded.curvature.space
@@ -155,7 +201,7 @@ class OperatorCache:
         chain: The model.
         space: Of its parameters.
         parameters: θ, this rank's shard.
-        vocab_size: Ids of the data must be below it.
+        read: Reads a batch's file, and refuses one that does not fit the model.
         memory: What this rank may use.
         tuning: How products are computed.
     """
@@ -165,14 +211,14 @@ class OperatorCache:
         chain: Chain,
         space: Space,
         parameters: torch.Tensor,
-        vocab_size: int,
+        read: Callable[[Path], MicroBatch],
         memory: Memory,
         tuning: api.Tuning,
     ):
         self._chain = chain
         self._space = space
         self._parameters = parameters
-        self._vocab_size = vocab_size
+        self._read = read
         self._memory = memory
         self._tuning = tuning
         self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
@@ -188,11 +234,10 @@ class OperatorCache:
         return self._loaded[key]
 
     def _load(self, operator: api.Operator) -> LoadedOperator:
-        batch = read_token_batch(operator.batch_path)
-        _check_ids(batch, self._vocab_size)
+        batch = self._read(operator.batch_path)
         micro_batch_size = operator.micro_batch_size or default_micro_batch(
             len(batch.targets),
-            batch.targets.shape[1],
+            batch.sequence_length,
             self._space.collective.world_size,
             self._space.device.type,
         )

@@ -126,22 +126,31 @@ class AsyncClient:
         """
         return await upload_checkpoint(self._session, directory, progress)
 
-    async def upload_batch(self, batch: Mapping[str, Any]) -> Batch:
+    async def upload_batch(
+        self, batch: Mapping[str, Any], checkpoint: Checkpoint | None = None
+    ) -> Batch:
         """Bring data to the server.
 
         Args:
-            batch: `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
-                `input_ids`) and `attention_mask`; each integers (n, s), in numpy, torch or
-                anything `np.asarray` takes.
+            batch: The fields that the model takes, all with as many rows: integers or floating
+                numbers, in numpy, torch or anything `np.asarray` takes. A causal language model
+                takes `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
+                `input_ids`) and `attention_mask`, each (n, s); `checkpoint.batch_schema` says what
+                any other model takes.
+            checkpoint: The model that it is for: what does not fit it is refused before anything
+                is sent, with the words that an operator on both would be refused with. None: the
+                operator will tell.
 
         Returns:
             The batch, checked by the server.
 
         Raises:
             InvalidArgumentError: `BATCH_FIELD_INVALID`, `BATCH_EMPTY`, `SHAPE_MISMATCH`,
-                `TOKEN_ID_OUT_OF_RANGE` or `NO_TARGETS`; `field` is the entry at fault.
+                `TOKEN_ID_OUT_OF_RANGE` or `NO_TARGETS`, and for a checkpoint also
+                `SEQUENCE_TOO_LONG` or `BATCH_VALUE_OUT_OF_RANGE`; `field` is the entry at fault.
         """
-        return await upload_batch(self._session, batch)
+        schema = None if checkpoint is None else checkpoint.batch_schema
+        return await upload_batch(self._session, batch, schema)
 
     async def operator(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, final, overload
 
 import numpy as np
@@ -11,40 +10,27 @@ from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
 from numpy.typing import NDArray
 
 from hvp_client._arrays import like
-from hvp_client._bulk import as_elements, as_real
-from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._bulk import as_real
 from hvp_client._handles import is_sequence_of, require_handle
 from hvp_client._labels import check_labels
 from hvp_client._results import Plan, plan_from_proto
-from hvp_client._session import Session, gather_bounded, new_request_id
+from hvp_client._session import Session, new_request_id
 from hvp_client._spaces import VectorSpace
 from hvp_client._specs import job_spec, kind_name
 from hvp_client.awaited.job import AsyncJob
+from hvp_client.awaited.linear_map import AsyncLinearMap, describe_operator
 from hvp_client.awaited.questions import AsyncQuestions
-from hvp_client.awaited.vector import (
-    AsyncVector,
-    create_vector,
-    discard,
-    source_seeded,
-    write_vector,
-)
-
-_STREAMS = 4  # vectors sent or fetched at once
+from hvp_client.awaited.vector import AsyncVector
 
 
 async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> AsyncOperator:
     """Check an operator on the server and fill in its defaults; see Client.operator."""
-    answer = await session.wire.unary(
-        "OperatorService/DescribeOperator",
-        operator_pb2.DescribeOperatorRequest(operator=spec),
-        operator_pb2.DescribeOperatorResponse,
-        timeout_s=session.wire.timeout.compute_s,
-    )
-    return AsyncOperator(session, answer)
+    answer = await describe_operator(session, spec)
+    return AsyncOperator(session, answer.operator, *VectorSpace.of_operator(answer))
 
 
 @final
-class AsyncOperator(AsyncQuestions):
+class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -57,47 +43,15 @@ class AsyncOperator(AsyncQuestions):
     vectors are.
     """
 
-    __array_ufunc__ = None  # numpy leaves `array @ H` to this class
-
-    def __init__(self, session: Session, description: operator_pb2.DescribeOperatorResponse):
-        self._session = session
-        self._num_parameters = description.num_parameters
-        self._spec = description.operator
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(n, n)`, n the number of parameters."""
-        return (self._num_parameters, self._num_parameters)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of products and vectors: float32 or float64."""
-        return np.dtype(self._spec.dtype)
-
     @property
     def kind(self) -> str:
         """Such as `hessian`, `ggn` or `empirical_fisher_token`."""
         return kind_name(self._spec.kind)
 
     @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint."""
-        return self._spec.checkpoint
-
-    @property
-    def batch(self) -> str:
-        """Name of the data batch."""
-        return self._spec.data_batch
-
-    @property
     def micro_batch_size(self) -> int:
         """Sequences that a rank takes at once; results do not depend on it."""
         return self._spec.micro_batch_size
-
-    @property
-    def precision(self) -> str:
-        """Of the operands of matrix products: `full`, `tf32` or `bfloat16`."""
-        return self._spec.precision
 
     async def loss(self) -> float:
         """L(θ): mean over every supervised target of the batch, nats.
@@ -140,69 +94,55 @@ class AsyncOperator(AsyncQuestions):
         return AsyncVector(self._session, answer.gradient, temporary=True)
 
     @overload
-    async def matvec(self, v: AsyncVector) -> AsyncVector: ...
+    async def quadratic(self, v: AsyncVector) -> float: ...
     @overload
-    async def matvec(self, v: Any) -> Any: ...
-    async def matvec(self, v: AsyncVector | Any) -> AsyncVector | Any:
-        """Hv.
+    async def quadratic(self, v: Sequence[AsyncVector]) -> NDArray[np.float64]: ...
+    @overload
+    async def quadratic(self, v: Any) -> float | NDArray[np.float64]: ...
+    async def quadratic(
+        self, v: AsyncVector | Sequence[AsyncVector] | Any
+    ) -> float | NDArray[np.float64]:
+        """v·Hv, without a product that leaves the ranks.
 
         Args:
-            v: A vector, or real numbers (n,) or (n, 1), in numpy, torch or lists.
+            v: A vector or a sequence of k; or real numbers (n,) or (n, k), in numpy, torch or
+                lists, which travel there.
 
         Returns:
-            A new vector for a vector. For numbers an array of their shape in `dtype`, and for a
-            tensor a tensor on its device; v and Hv travel. Cost: one product.
-
-        Raises:
-            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE`, `DTYPE_UNSUPPORTED` or
-                `VECTOR_SPACE_MISMATCH`; `field` is `v`.
-            OutOfRangeError: `NON_FINITE`: the product is not finite.
-        """
-        if isinstance(v, AsyncVector):
-            return (await self._apply([v]))[0]
-        array = as_real(v, "v")
-        if array.shape == (self.shape[0], 1):  # SciPy's solvers pass columns
-            return like(v, await self._apply_columns(array))
-        return like(v, (await self._apply_columns(array[..., np.newaxis]))[:, 0])
-
-    @overload
-    async def matmat(self, V: Sequence[AsyncVector]) -> list[AsyncVector]: ...
-    @overload
-    async def matmat(self, V: Any) -> Any: ...
-    async def matmat(self, V: Sequence[AsyncVector] | Any) -> list[AsyncVector] | Any:
-        """HV for k vectors at once, which share the gathering of the weights.
-
-        Args:
-            V: A sequence of vectors, or real numbers (n, k), in numpy, torch or lists.
-
-        Returns:
-            As many new vectors, or an array or tensor (n, k). Cost: k products; on the ranks 2k
-            vectors.
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k by going
+            forward alone, for a GGN or Fisher matrix; k products for a Hessian, which has no such
+            rule.
 
         Raises:
             InvalidArgumentError: As for matvec.
-            ResourceExhaustedError: `VECTOR_MEMORY`: give fewer at once.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+            ResourceExhaustedError: `VECTOR_MEMORY`: there is no room for a product on the ranks.
         """
-        if is_sequence_of(V, AsyncVector):
-            return await self._apply(list(V))
-        return like(V, await self._apply_columns(as_real(V, "V")))
+        return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_QUADRATIC, v)
 
     @overload
-    async def __matmul__(self, other: AsyncVector) -> AsyncVector: ...
+    async def slope(self, v: AsyncVector) -> float: ...
     @overload
-    async def __matmul__(
-        self, other: list[AsyncVector] | tuple[AsyncVector, ...]
-    ) -> list[AsyncVector]: ...
+    async def slope(self, v: Sequence[AsyncVector]) -> NDArray[np.float64]: ...
     @overload
-    async def __matmul__(self, other: Any) -> Any: ...
-    async def __matmul__(
-        self, other: AsyncVector | Sequence[AsyncVector] | Any
-    ) -> AsyncVector | list[AsyncVector] | Any:
-        if isinstance(other, AsyncVector):
-            return await self.matvec(other)
-        if is_sequence_of(other, AsyncVector):
-            return await self.matmat(other)
-        return await (self.matmat(other) if as_real(other, "v").ndim == 2 else self.matvec(other))
+    async def slope(self, v: Any) -> float | NDArray[np.float64]: ...
+    async def slope(
+        self, v: AsyncVector | Sequence[AsyncVector] | Any
+    ) -> float | NDArray[np.float64]:
+        """∇L·v, the derivative of the loss along v, without a gradient.
+
+        Args:
+            v: As for `quadratic`.
+
+        Returns:
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k, by going
+            forward alone.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+        """
+        return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_SLOPE, v)
 
     @overload
     async def __rmatmul__(self, other: AsyncVector) -> AsyncVector: ...
@@ -216,51 +156,10 @@ class AsyncOperator(AsyncQuestions):
                 return like(other, (await self._apply_columns(array.T)).T)
         return await (self @ other)
 
-    async def random_vector(
-        self, *, seed: int, distribution: str = "rademacher", keep: bool = False
-    ) -> AsyncVector:
-        """A random probe, expanded on the ranks from its seed.
-
-        Args:
-            seed: From 0 to 2**64 − 1; the same vector on any number of ranks.
-            distribution: `rademacher` (±1), `gaussian` or `sphere` (uniform, of norm 1).
-            keep: As `Vector.keep`.
-
-        Returns:
-            A new vector; nothing but the seed travels.
-
-        Raises:
-            InvalidArgumentError: `SEED_INVALID` or `DISTRIBUTION_UNSPECIFIED`.
-            ResourceExhaustedError: `VECTOR_MEMORY`.
-        """
-        return await self._create(source_seeded(seed, distribution), keep=keep)
-
-    async def zeros(self, *, keep: bool = False) -> AsyncVector:
-        """The zero vector; `keep` as `Vector.keep`."""
-        source = vector_pb2.VectorSource(zeros=vector_pb2.ZerosSource())
-        return await self._create(source, keep=keep)
-
     async def parameters(self, *, keep: bool = False) -> AsyncVector:
         """θ, the model's own parameters; `keep` as `Vector.keep`."""
         source = vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource())
         return await self._create(source, keep=keep)
-
-    async def vector(self, array: Any, *, keep: bool = False) -> AsyncVector:
-        """Bring an array to the ranks.
-
-        Args:
-            array: Real finite numbers (n,): numpy, torch, or anything `np.asarray` takes.
-            keep: As `Vector.keep`.
-
-        Returns:
-            A new vector of the operator's dtype.
-
-        Raises:
-            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE` or `DTYPE_UNSUPPORTED`.
-            ResourceExhaustedError: `VECTOR_MEMORY`.
-        """
-        elements = as_elements(array, self.shape[0], self.dtype, "array")
-        return await _kept(await self._write(elements), keep)
 
     async def plan(self, operation: str, **values: Any) -> Plan:
         """Tell what a question would take, without queueing anything.
@@ -275,93 +174,65 @@ class AsyncOperator(AsyncQuestions):
         Raises:
             InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
         """
-        answer = await self._session.wire.unary(
-            "JobService/PlanJob",
-            job_pb2.PlanJobRequest(
-                parent=self._session.parent,
-                spec=job_spec(operation, self._spec, self.shape[0], values),
-            ),
-            job_pb2.PlanJobResponse,
-        )
+        answer = await self._create_job(operation, values, validate_only=True)
         return plan_from_proto(answer.plan)
 
     def __repr__(self) -> str:
         size = f"n={self.shape[0]:,}"
         return f"<{type(self).__name__} {self.kind} {size} {self.dtype} of {self.checkpoint}>"
 
+    async def _evaluate(
+        self, form: operator_pb2.EvaluateFormsRequest.Form.ValueType, v: Any
+    ) -> float | NDArray[np.float64]:
+        if isinstance(v, AsyncVector):
+            return float((await self._numbers(form, [v]))[0])
+        if is_sequence_of(v, AsyncVector):
+            return await self._numbers(form, list(v))
+        array = as_real(v, "v")
+        columns = array[..., np.newaxis] if array.ndim == 1 else array
+        async with self._columns(columns) as vectors:
+            numbers = await self._numbers(form, vectors)
+        return float(numbers[0]) if array.ndim == 1 else numbers
+
+    async def _numbers(
+        self,
+        form: operator_pb2.EvaluateFormsRequest.Form.ValueType,
+        vectors: Sequence[AsyncVector],
+    ) -> NDArray[np.float64]:
+        names = [require_handle(vector, AsyncVector, "v").name for vector in vectors]
+        if not names:
+            return np.empty(0)
+        answer = await self._session.wire.unary(
+            "OperatorService/EvaluateForms",
+            operator_pb2.EvaluateFormsRequest(operator=self._spec, form=form, vectors=names),
+            operator_pb2.EvaluateFormsResponse,
+            timeout_s=self._session.wire.timeout.compute_s,
+        )
+        return np.array(answer.values)
+
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> AsyncJob[Any]:
-        answer = await self._session.wire.unary(
+        answer = await self._create_job(operation, values, labels=check_labels(labels))
+        return AsyncJob(self._session, answer.job)
+
+    async def _create_job(
+        self,
+        operation: str,
+        values: Mapping[str, Any],
+        *,
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+    ) -> job_pb2.CreateJobResponse:
+        return await self._session.wire.unary(
             "JobService/CreateJob",
             job_pb2.CreateJobRequest(
                 parent=self._session.parent,
                 request_id=new_request_id(),
                 spec=job_spec(operation, self._spec, self.shape[0], values),
-                labels=check_labels(labels),
+                labels=labels,
+                validate_only=validate_only,
             ),
             job_pb2.CreateJobResponse,
             timeout_s=self._session.wire.timeout.compute_s,
         )
-        return AsyncJob(self._session, answer.job)
-
-    @property
-    def _space(self) -> VectorSpace:
-        return VectorSpace(checkpoint=self.checkpoint, dtype=self._spec.dtype)
-
-    async def _create(self, source: vector_pb2.VectorSource, *, keep: bool) -> AsyncVector:
-        return await _kept(await create_vector(self._session, self._space, source), keep)
-
-    async def _write(self, elements: NDArray[Any]) -> AsyncVector:
-        return await write_vector(self._session, self._space, elements)
-
-    async def _apply(self, vectors: Sequence[AsyncVector]) -> list[AsyncVector]:
-        if not vectors:
-            return []
-        names = [require_handle(vector, AsyncVector, "V").name for vector in vectors]
-
-        async def call(owner: str) -> operator_pb2.ApplyOperatorResponse:
-            return await self._session.wire.unary(
-                "OperatorService/ApplyOperator",
-                operator_pb2.ApplyOperatorRequest(
-                    operator=self._spec,
-                    request_id=new_request_id(),
-                    vectors=names,
-                    session=owner,
-                ),
-                operator_pb2.ApplyOperatorResponse,
-                timeout_s=self._session.wire.timeout.compute_s,
-            )
-
-        answer = await self._session.make(call)
-        return [AsyncVector(self._session, product, temporary=True) for product in answer.products]
-
-    async def _apply_columns(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Send the columns of (n, k), apply, fetch: (n, k)."""
-        if array.ndim != 2 or array.shape[0] != self.shape[0]:
-            given = array.shape[:-1] if array.shape[-1:] == (1,) else array.shape
-            raise InvalidArgumentError(
-                f"the operator takes ({self.shape[0]},) or ({self.shape[0]}, k), not {given}",
-                reason="SHAPE_MISMATCH",
-                field="v",
-                metadata={"expected": str(self.shape[0]), "given": str(given)},
-            )
-        columns = [as_elements(column, self.shape[0], self.dtype, "v") for column in array.T]
-        vectors: list[AsyncVector] = []
-        try:
-            vectors += await gather_bounded(
-                _STREAMS, [partial(self._write, column) for column in columns]
-            )
-            products = await self._apply(vectors)
-            vectors += products
-            results = await gather_bounded(_STREAMS, [product.numpy for product in products])
-        finally:
-            # At once and not when collected: these may be most of the ranks' memory.
-            await gather_bounded(8, [partial(discard, vector) for vector in vectors])
-        return np.stack(results, axis=1) if results else np.empty(array.shape, self.dtype)
-
-
-async def _kept(vector: AsyncVector, keep: bool) -> AsyncVector:
-    if keep:
-        await vector.keep()
-    return vector

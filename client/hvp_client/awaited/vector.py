@@ -389,6 +389,9 @@ async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) 
     first = terms[0][1]
     source = vector_pb2.VectorSource(combination=combination)
     space = VectorSpace(
-        checkpoint=first.checkpoint, dtype=first.dtype.name, data_batch=first.batch or ""
+        checkpoint=first.checkpoint,
+        dtype=first.dtype.name,
+        shape=first.output_shape or first.shape,
+        data_batch=first.batch or "",
     )
     return await create_vector(session, space, source)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, final, overload
-
-import numpy as np
+from typing import final
 
 from hvp_client.awaited.jacobian import AsyncJacobian
-from hvp_client.blocking.twins import Blocking, twin_of
-from hvp_client.blocking.vector import Vector
+from hvp_client.blocking.linear_map import LinearMap
 
 
 @final
-class Jacobian(Blocking, twin=AsyncJacobian):
+class Jacobian(LinearMap, twin=AsyncJacobian):
     """J = ∂(outputs)/∂θ of a model on a batch: products both ways, never a matrix.
 
     Of a language model the outputs are the logits at every position, whether its label counts or
     not, as vectors (sequences × positions × vocabulary), row-major. `J @ v` is their derivative
-    along v, `J.T @ u` the gradient of u·outputs; an `AsyncJacobian`'s products are awaited.
+    along v, `J.T @ u` the gradient of u·outputs; an `AsyncJacobian`'s products are awaited. Cost:
+    3 GEMM passes either way.
 
     Law: u·(J v) == (Jᵀu)·v, to rounding of `dtype`. What the properties tell does not change while
     the handle lives.
     """
 
     _twin: AsyncJacobian
-    __array_ufunc__ = None
 
     @property
     def T(self) -> Jacobian:
@@ -34,134 +30,9 @@ class Jacobian(Blocking, twin=AsyncJacobian):
         return result
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """`(m, n)`: numbers in all outputs, and parameters; of the transpose `(n, m)`."""
-        return self._twin.shape
-
-    @property
     def output_shape(self) -> tuple[int, ...]:
         """`(sequences, positions, vocabulary)`."""
         return self._twin.output_shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of products and vectors: float32 or float64."""
-        return self._twin.dtype
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint."""
-        return self._twin.checkpoint
-
-    @property
-    def batch(self) -> str:
-        """Name of the data batch."""
-        return self._twin.batch
-
-    @property
-    def precision(self) -> str:
-        """Of the operands of matrix products: `full`, `tf32` or `bfloat16`."""
-        return self._twin.precision
-
-    @overload
-    def matvec(self, v: Vector) -> Vector: ...
-
-    @overload
-    def matvec(self, v: Any) -> Any: ...
-
-    def matvec(self, v: Vector | Any) -> Vector | Any:
-        """J v, or of the transpose Jᵀ u.
-
-        Args:
-            v: A vector of the space that it takes, or real numbers (n,), in numpy, torch or lists;
-                of outputs also in their own shape.
-
-        Returns:
-            A new vector for a vector. For numbers an array (m,) in `dtype`, of the transpose (n,),
-            and for a tensor a tensor on its device; both travel. Cost: 3 GEMM passes.
-
-        Raises:
-            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE`, `DTYPE_UNSUPPORTED` or
-                `VECTOR_SPACE_MISMATCH`; `field` is `v`.
-            OutOfRangeError: `NON_FINITE`: the product is not finite.
-        """
-        result: Vector | Any = self._wait(self._twin.matvec(twin_of(v)))
-        return result
-
-    @overload
-    def matmat(self, V: Sequence[Vector]) -> list[Vector]: ...
-
-    @overload
-    def matmat(self, V: Any) -> Any: ...
-
-    def matmat(self, V: Sequence[Vector] | Any) -> list[Vector] | Any:
-        """Products with k vectors at once.
-
-        Args:
-            V: A sequence of vectors, or real numbers (n, k), in numpy, torch or lists.
-
-        Returns:
-            As many new vectors, or an array or tensor (m, k). Cost: as k products.
-
-        Raises:
-            InvalidArgumentError: As for matvec.
-            ResourceExhaustedError: `VECTOR_MEMORY`: give fewer at once.
-        """
-        result: list[Vector] | Any = self._wait(self._twin.matmat(twin_of(V)))
-        return result
-
-    @overload
-    def __matmul__(self, other: Vector) -> Vector: ...
-
-    @overload
-    def __matmul__(self, other: list[Vector] | tuple[Vector, ...]) -> list[Vector]: ...
-
-    @overload
-    def __matmul__(self, other: Any) -> Any: ...
-
-    def __matmul__(self, other: Vector | Sequence[Vector] | Any) -> Vector | list[Vector] | Any:
-        result: Vector | list[Vector] | Any = self._wait(self._twin.__matmul__(twin_of(other)))
-        return result
-
-    def random_vector(
-        self, *, seed: int, distribution: str = "rademacher", keep: bool = False
-    ) -> Vector:
-        """A random vector of the space that it takes, expanded on the ranks from its seed.
-
-        Args:
-            seed: From 0 to 2**64 − 1; the same vector on any number of ranks.
-            distribution: `rademacher` (±1), `gaussian` or `sphere` (uniform, of norm 1).
-            keep: As `Vector.keep`.
-
-        Returns:
-            A new vector; nothing but the seed travels.
-
-        Raises:
-            InvalidArgumentError: `SEED_INVALID` or `DISTRIBUTION_UNSPECIFIED`.
-            ResourceExhaustedError: `VECTOR_MEMORY`.
-        """
-        result: Vector = self._wait(
-            self._twin.random_vector(seed=seed, distribution=distribution, keep=keep)
-        )
-        return result
-
-    def vector(self, array: Any, *, keep: bool = False) -> Vector:
-        """Bring an array to the ranks, as a vector of the space that it takes.
-
-        Args:
-            array: Real finite numbers (n,), of outputs also in their own shape: numpy, torch, or
-                anything `np.asarray` takes.
-            keep: As `Vector.keep`.
-
-        Returns:
-            A new vector of the operator's dtype.
-
-        Raises:
-            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE` or `DTYPE_UNSUPPORTED`.
-            ResourceExhaustedError: `VECTOR_MEMORY`.
-        """
-        result: Vector = self._wait(self._twin.vector(array, keep=keep))
-        return result
 
     def __repr__(self) -> str:
         m, n = self.shape

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, final, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hvp_client._results import Plan
 from hvp_client.awaited.operator import AsyncOperator
+from hvp_client.blocking.linear_map import LinearMap
 from hvp_client.blocking.protocols import SymmetricLinearOperator
 from hvp_client.blocking.questions import Questions
 from hvp_client.blocking.twins import twin_of
@@ -16,7 +18,7 @@ from hvp_client.blocking.vector import Vector
 
 
 @final
-class Operator(Questions, SymmetricLinearOperator, twin=AsyncOperator):
+class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -30,17 +32,6 @@ class Operator(Questions, SymmetricLinearOperator, twin=AsyncOperator):
     """
 
     _twin: AsyncOperator
-    __array_ufunc__ = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(n, n)`, n the number of parameters."""
-        return self._twin.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of products and vectors: float32 or float64."""
-        return self._twin.dtype
 
     @property
     def kind(self) -> str:
@@ -48,24 +39,9 @@ class Operator(Questions, SymmetricLinearOperator, twin=AsyncOperator):
         return self._twin.kind
 
     @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint."""
-        return self._twin.checkpoint
-
-    @property
-    def batch(self) -> str:
-        """Name of the data batch."""
-        return self._twin.batch
-
-    @property
     def micro_batch_size(self) -> int:
         """Sequences that a rank takes at once; results do not depend on it."""
         return self._twin.micro_batch_size
-
-    @property
-    def precision(self) -> str:
-        """Of the operands of matrix products: `full`, `tf32` or `bfloat16`."""
-        return self._twin.precision
 
     def loss(self) -> float:
         """L(θ): mean over every supervised target of the batch, nats.
@@ -91,63 +67,58 @@ class Operator(Questions, SymmetricLinearOperator, twin=AsyncOperator):
         return result
 
     @overload
-    def matvec(self, v: Vector) -> Vector: ...
+    def quadratic(self, v: Vector) -> float: ...
 
     @overload
-    def matvec(self, v: Any) -> Any: ...
+    def quadratic(self, v: Sequence[Vector]) -> NDArray[np.float64]: ...
 
-    def matvec(self, v: Vector | Any) -> Vector | Any:
-        """Hv.
+    @overload
+    def quadratic(self, v: Any) -> float | NDArray[np.float64]: ...
+
+    def quadratic(self, v: Vector | Sequence[Vector] | Any) -> float | NDArray[np.float64]:
+        """v·Hv, without a product that leaves the ranks.
 
         Args:
-            v: A vector, or real numbers (n,) or (n, 1), in numpy, torch or lists.
+            v: A vector or a sequence of k; or real numbers (n,) or (n, k), in numpy, torch or
+                lists, which travel there.
 
         Returns:
-            A new vector for a vector. For numbers an array of their shape in `dtype`, and for a
-            tensor a tensor on its device; v and Hv travel. Cost: one product.
-
-        Raises:
-            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE`, `DTYPE_UNSUPPORTED` or
-                `VECTOR_SPACE_MISMATCH`; `field` is `v`.
-            OutOfRangeError: `NON_FINITE`: the product is not finite.
-        """
-        result: Vector | Any = self._wait(self._twin.matvec(twin_of(v)))
-        return result
-
-    @overload
-    def matmat(self, V: Sequence[Vector]) -> list[Vector]: ...
-
-    @overload
-    def matmat(self, V: Any) -> Any: ...
-
-    def matmat(self, V: Sequence[Vector] | Any) -> list[Vector] | Any:
-        """HV for k vectors at once, which share the gathering of the weights.
-
-        Args:
-            V: A sequence of vectors, or real numbers (n, k), in numpy, torch or lists.
-
-        Returns:
-            As many new vectors, or an array or tensor (n, k). Cost: k products; on the ranks 2k
-            vectors.
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k by going
+            forward alone, for a GGN or Fisher matrix; k products for a Hessian, which has no such
+            rule.
 
         Raises:
             InvalidArgumentError: As for matvec.
-            ResourceExhaustedError: `VECTOR_MEMORY`: give fewer at once.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+            ResourceExhaustedError: `VECTOR_MEMORY`: there is no room for a product on the ranks.
         """
-        result: list[Vector] | Any = self._wait(self._twin.matmat(twin_of(V)))
+        result: float | NDArray[np.float64] = self._portal.run(self._twin.quadratic(twin_of(v)))
         return result
 
     @overload
-    def __matmul__(self, other: Vector) -> Vector: ...
+    def slope(self, v: Vector) -> float: ...
 
     @overload
-    def __matmul__(self, other: list[Vector] | tuple[Vector, ...]) -> list[Vector]: ...
+    def slope(self, v: Sequence[Vector]) -> NDArray[np.float64]: ...
 
     @overload
-    def __matmul__(self, other: Any) -> Any: ...
+    def slope(self, v: Any) -> float | NDArray[np.float64]: ...
 
-    def __matmul__(self, other: Vector | Sequence[Vector] | Any) -> Vector | list[Vector] | Any:
-        result: Vector | list[Vector] | Any = self._wait(self._twin.__matmul__(twin_of(other)))
+    def slope(self, v: Vector | Sequence[Vector] | Any) -> float | NDArray[np.float64]:
+        """∇L·v, the derivative of the loss along v, without a gradient.
+
+        Args:
+            v: As for `quadratic`.
+
+        Returns:
+            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k, by going
+            forward alone.
+
+        Raises:
+            InvalidArgumentError: As for matvec.
+            OutOfRangeError: `NON_FINITE`: a number is not finite.
+        """
+        result: float | NDArray[np.float64] = self._portal.run(self._twin.slope(twin_of(v)))
         return result
 
     @overload
@@ -160,53 +131,9 @@ class Operator(Questions, SymmetricLinearOperator, twin=AsyncOperator):
         result: Vector | Any = self._wait(self._twin.__rmatmul__(twin_of(other)))
         return result
 
-    def random_vector(
-        self, *, seed: int, distribution: str = "rademacher", keep: bool = False
-    ) -> Vector:
-        """A random probe, expanded on the ranks from its seed.
-
-        Args:
-            seed: From 0 to 2**64 − 1; the same vector on any number of ranks.
-            distribution: `rademacher` (±1), `gaussian` or `sphere` (uniform, of norm 1).
-            keep: As `Vector.keep`.
-
-        Returns:
-            A new vector; nothing but the seed travels.
-
-        Raises:
-            InvalidArgumentError: `SEED_INVALID` or `DISTRIBUTION_UNSPECIFIED`.
-            ResourceExhaustedError: `VECTOR_MEMORY`.
-        """
-        result: Vector = self._wait(
-            self._twin.random_vector(seed=seed, distribution=distribution, keep=keep)
-        )
-        return result
-
-    def zeros(self, *, keep: bool = False) -> Vector:
-        """The zero vector; `keep` as `Vector.keep`."""
-        result: Vector = self._wait(self._twin.zeros(keep=keep))
-        return result
-
     def parameters(self, *, keep: bool = False) -> Vector:
         """θ, the model's own parameters; `keep` as `Vector.keep`."""
         result: Vector = self._wait(self._twin.parameters(keep=keep))
-        return result
-
-    def vector(self, array: Any, *, keep: bool = False) -> Vector:
-        """Bring an array to the ranks.
-
-        Args:
-            array: Real finite numbers (n,): numpy, torch, or anything `np.asarray` takes.
-            keep: As `Vector.keep`.
-
-        Returns:
-            A new vector of the operator's dtype.
-
-        Raises:
-            InvalidArgumentError: `SHAPE_MISMATCH`, `NON_FINITE` or `DTYPE_UNSUPPORTED`.
-            ResourceExhaustedError: `VECTOR_MEMORY`.
-        """
-        result: Vector = self._wait(self._twin.vector(array, keep=keep))
         return result
 
     def plan(self, operation: str, **values: Any) -> Plan:

@@ -13,13 +13,13 @@ def run_server(arguments: Sequence[str]) -> None:
     """Run the server in this thread until it is told to end.
 
     Args:
-        arguments: As for `python -m hvp_service.server`.
+        arguments: As for `python -m hvp_service.app.server`.
 
     Raises:
         typer.Exit: With the server's exit code; 2 when its packages are not installed.
     """
     try:
-        from hvp_service.server import main
+        from hvp_service.app.server import main
     except ModuleNotFoundError as error:
         usage_error(
             f"the server's packages are not installed ({error.name} is missing); "

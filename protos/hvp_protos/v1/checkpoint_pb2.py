@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from hvp_protos.v1 import blob_pb2 as hvp_dot_v1_dot_blob__pb2
+from hvp_protos.v1 import data_batch_pb2 as hvp_dot_v1_dot_data__batch__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvp/v1/checkpoint.proto\x12\x06hvp.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11hvp/v1/blob.proto\">\n\x0e\x43heckpointFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x1e\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x0e.hvp.v1.Digest\"\x8f\x04\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.hvp.v1.Checkpoint.State\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x12\n\nvocab_size\x18\x06 \x01(\x03\x12\x14\n\x0cstored_dtype\x18\x07 \x01(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nparameters\x18\n \x03(\x0b\x32\x17.hvp.v1.ParameterTensor\x12.\n\x06labels\x18\x0b \x03(\x0b\x32\x1e.hvp.v1.Checkpoint.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x0c \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_VALIDATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\">\n\x0fParameterTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"d\n\x17\x43reateCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\"Y\n\x18\x43reateCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x15\n\rignored_files\x18\x02 \x03(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15GetCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x17ListCheckpointsResponse\x12\'\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x80\x01\n\x17UpdateCheckpointRequest\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"B\n\x18UpdateCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse2\xba\x03\n\x11\x43heckpointService\x12U\n\x10\x43reateCheckpoint\x12\x1f.hvp.v1.CreateCheckpointRequest\x1a .hvp.v1.CreateCheckpointResponse\x12L\n\rGetCheckpoint\x12\x1c.hvp.v1.GetCheckpointRequest\x1a\x1d.hvp.v1.GetCheckpointResponse\x12R\n\x0fListCheckpoints\x12\x1e.hvp.v1.ListCheckpointsRequest\x1a\x1f.hvp.v1.ListCheckpointsResponse\x12U\n\x10UpdateCheckpoint\x12\x1f.hvp.v1.UpdateCheckpointRequest\x1a .hvp.v1.UpdateCheckpointResponse\x12U\n\x10\x44\x65leteCheckpoint\x12\x1f.hvp.v1.DeleteCheckpointRequest\x1a .hvp.v1.DeleteCheckpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvp/v1/checkpoint.proto\x12\x06hvp.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11hvp/v1/blob.proto\x1a\x17hvp/v1/data_batch.proto\">\n\x0e\x43heckpointFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x1e\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x0e.hvp.v1.Digest\"\xc8\x04\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.hvp.v1.Checkpoint.State\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x12\n\nvocab_size\x18\x06 \x01(\x03\x12\x14\n\x0cstored_dtype\x18\x07 \x01(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nparameters\x18\n \x03(\x0b\x32\x17.hvp.v1.ParameterTensor\x12.\n\x06labels\x18\x0b \x03(\x0b\x32\x1e.hvp.v1.Checkpoint.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x0c \x01(\t\x12\x0c\n\x04task\x18\r \x01(\t\x12)\n\x0c\x62\x61tch_schema\x18\x0e \x01(\x0b\x32\x13.hvp.v1.BatchSchema\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_VALIDATING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\">\n\x0fParameterTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"d\n\x17\x43reateCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.hvp.v1.CheckpointFile\"Y\n\x18\x43reateCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x15\n\rignored_files\x18\x02 \x03(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15GetCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x17ListCheckpointsResponse\x12\'\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x12.hvp.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x80\x01\n\x17UpdateCheckpointRequest\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"B\n\x18UpdateCheckpointResponse\x12&\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x12.hvp.v1.Checkpoint\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse2\xba\x03\n\x11\x43heckpointService\x12U\n\x10\x43reateCheckpoint\x12\x1f.hvp.v1.CreateCheckpointRequest\x1a .hvp.v1.CreateCheckpointResponse\x12L\n\rGetCheckpoint\x12\x1c.hvp.v1.GetCheckpointRequest\x1a\x1d.hvp.v1.GetCheckpointResponse\x12R\n\x0fListCheckpoints\x12\x1e.hvp.v1.ListCheckpointsRequest\x1a\x1f.hvp.v1.ListCheckpointsResponse\x12U\n\x10UpdateCheckpoint\x12\x1f.hvp.v1.UpdateCheckpointRequest\x1a .hvp.v1.UpdateCheckpointResponse\x12U\n\x10\x44\x65leteCheckpoint\x12\x1f.hvp.v1.DeleteCheckpointRequest\x1a .hvp.v1.DeleteCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +37,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHECKPOINT_LABELSENTRY']._loaded_options = None
   _globals['_CHECKPOINT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CHECKPOINTFILE']._serialized_start=121
-  _globals['_CHECKPOINTFILE']._serialized_end=183
-  _globals['_CHECKPOINT']._serialized_start=186
-  _globals['_CHECKPOINT']._serialized_end=713
-  _globals['_CHECKPOINT_LABELSENTRY']._serialized_start=558
-  _globals['_CHECKPOINT_LABELSENTRY']._serialized_end=603
-  _globals['_CHECKPOINT_STATE']._serialized_start=605
-  _globals['_CHECKPOINT_STATE']._serialized_end=713
-  _globals['_PARAMETERTENSOR']._serialized_start=715
-  _globals['_PARAMETERTENSOR']._serialized_end=777
-  _globals['_CREATECHECKPOINTREQUEST']._serialized_start=779
-  _globals['_CREATECHECKPOINTREQUEST']._serialized_end=879
-  _globals['_CREATECHECKPOINTRESPONSE']._serialized_start=881
-  _globals['_CREATECHECKPOINTRESPONSE']._serialized_end=970
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=972
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1008
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1010
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1073
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1075
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1154
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1156
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1247
-  _globals['_UPDATECHECKPOINTREQUEST']._serialized_start=1250
-  _globals['_UPDATECHECKPOINTREQUEST']._serialized_end=1378
-  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_start=1380
-  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_end=1446
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1448
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1487
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1489
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1515
-  _globals['_CHECKPOINTSERVICE']._serialized_start=1518
-  _globals['_CHECKPOINTSERVICE']._serialized_end=1960
+  _globals['_CHECKPOINTFILE']._serialized_start=146
+  _globals['_CHECKPOINTFILE']._serialized_end=208
+  _globals['_CHECKPOINT']._serialized_start=211
+  _globals['_CHECKPOINT']._serialized_end=795
+  _globals['_CHECKPOINT_LABELSENTRY']._serialized_start=640
+  _globals['_CHECKPOINT_LABELSENTRY']._serialized_end=685
+  _globals['_CHECKPOINT_STATE']._serialized_start=687
+  _globals['_CHECKPOINT_STATE']._serialized_end=795
+  _globals['_PARAMETERTENSOR']._serialized_start=797
+  _globals['_PARAMETERTENSOR']._serialized_end=859
+  _globals['_CREATECHECKPOINTREQUEST']._serialized_start=861
+  _globals['_CREATECHECKPOINTREQUEST']._serialized_end=961
+  _globals['_CREATECHECKPOINTRESPONSE']._serialized_start=963
+  _globals['_CREATECHECKPOINTRESPONSE']._serialized_end=1052
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1054
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1090
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1092
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1155
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1157
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1236
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1238
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1329
+  _globals['_UPDATECHECKPOINTREQUEST']._serialized_start=1332
+  _globals['_UPDATECHECKPOINTREQUEST']._serialized_end=1460
+  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_start=1462
+  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_end=1528
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1530
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1569
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1571
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1597
+  _globals['_CHECKPOINTSERVICE']._serialized_start=1600
+  _globals['_CHECKPOINTSERVICE']._serialized_end=2042
 # @@protoc_insertion_point(module_scope)

@@ -15,6 +15,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hvp_protos.v1 import blob_pb2 as _blob_pb2
+from hvp_protos.v1 import data_batch_pb2 as _data_batch_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -105,6 +106,8 @@ class Checkpoint(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    BATCH_SCHEMA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___Checkpoint.State.ValueType
     architecture: _builtins.str
@@ -112,12 +115,14 @@ class Checkpoint(_message.Message):
     num_parameters: _builtins.int
     """Length of every parameter-space vector; a tied tensor counts once."""
     vocab_size: _builtins.int
-    """Ids of the data must be below this."""
+    """Ids of the data must be below this; 0 for models without tokens."""
     stored_dtype: _builtins.str
     """Safetensors' name of the stored dtype, for example `F32`."""
     size_bytes: _builtins.int
     etag: _builtins.str
     """Changes with `labels`."""
+    task: _builtins.str
+    """What the model is for, for example `causal language modelling`."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointFile]: ...
     @_builtins.property
@@ -129,6 +134,10 @@ class Checkpoint(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The caller's own; UpdateCheckpoint changes them."""
+
+    @_builtins.property
+    def batch_schema(self) -> _data_batch_pb2.BatchSchema:
+        """What a batch for it holds."""
 
     def __init__(
         self,
@@ -145,10 +154,12 @@ class Checkpoint(_message.Message):
         parameters: _abc.Iterable[Global___ParameterTensor] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         etag: _builtins.str = ...,
+        task: _builtins.str = ...,
+        batch_schema: _data_batch_pb2.BatchSchema | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_schema", b"batch_schema", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "etag", b"etag", "files", b"files", "labels", b"labels", "name", b"name", "num_parameters", b"num_parameters", "parameters", b"parameters", "size_bytes", b"size_bytes", "state", b"state", "stored_dtype", b"stored_dtype", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "batch_schema", b"batch_schema", "create_time", b"create_time", "etag", b"etag", "files", b"files", "labels", b"labels", "name", b"name", "num_parameters", b"num_parameters", "parameters", b"parameters", "size_bytes", b"size_bytes", "state", b"state", "stored_dtype", b"stored_dtype", "task", b"task", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,9 +80,12 @@ class CheckpointServiceServicer:
         too much memory or time to lay out before a weight is read (metadata `limit`).
         INVALID_ARGUMENT `QUANTIZATION_UNSUPPORTED`: the config says that the weights are stored quantised;
         metadata names the scheme; load them dequantised and save that.
-        INVALID_ARGUMENT `ARCHITECTURE_UNKNOWN`: no causal language model of that `model_type`.
+        INVALID_ARGUMENT `ARCHITECTURE_UNKNOWN`: no model of that `model_type`, in transformers or registered by an
+        installed package.
         INVALID_ARGUMENT `TASK_UNSUPPORTED`: the class in the config's `architectures` is of another task than
-        causal language modelling; metadata names class and task.
+        causal language modelling and sequence classification; metadata names class and task.
+        INVALID_ARGUMENT `LOSS_MISMATCH`: a registered module's loss is no function of its outputs.
+        FAILED_PRECONDITION `MODEL_UNSUPPORTED`: a registered module is in train mode, or its output is no tensor.
         INVALID_ARGUMENT `REMOTE_CODE_REFUSED`: the class in the config exists only in code that comes with the
         model (`auto_map`); where transformers has the class itself, that one is taken.
         INVALID_ARGUMENT `TENSOR_MISSING`, `TENSOR_SHAPE_MISMATCH`, `DTYPE_UNSUPPORTED`: metadata names it.

@@ -26,31 +26,45 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from hvp_protos.v1 import blob_pb2 as hvp_dot_v1_dot_blob__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvp/v1/data_batch.proto\x12\x06hvp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11hvp/v1/blob.proto\"\xe1\x01\n\tDataBatch\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x0e.hvp.v1.Digest\x12\x15\n\rnum_sequences\x18\x03 \x01(\x03\x12\x17\n\x0fsequence_length\x18\x04 \x01(\x03\x12\x13\n\x0bnum_targets\x18\x05 \x01(\x03\x12\x14\n\x0cmax_token_id\x18\x06 \x01(\x03\x12\x1a\n\x12has_attention_mask\x18\x07 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\\\n\x16\x43reateDataBatchRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1e\n\x06\x64igest\x18\x03 \x01(\x0b\x32\x0e.hvp.v1.Digest\"@\n\x17\x43reateDataBatchResponse\x12%\n\ndata_batch\x18\x01 \x01(\x0b\x32\x11.hvp.v1.DataBatch\"#\n\x13GetDataBatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14GetDataBatchResponse\x12%\n\ndata_batch\x18\x01 \x01(\x0b\x32\x11.hvp.v1.DataBatch\"O\n\x16ListDataBatchesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x17ListDataBatchesResponse\x12\'\n\x0c\x64\x61ta_batches\x18\x01 \x03(\x0b\x32\x11.hvp.v1.DataBatch\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16\x44\x65leteDataBatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x19\n\x17\x44\x65leteDataBatchResponse2\xd9\x02\n\x10\x44\x61taBatchService\x12R\n\x0f\x43reateDataBatch\x12\x1e.hvp.v1.CreateDataBatchRequest\x1a\x1f.hvp.v1.CreateDataBatchResponse\x12I\n\x0cGetDataBatch\x12\x1b.hvp.v1.GetDataBatchRequest\x1a\x1c.hvp.v1.GetDataBatchResponse\x12R\n\x0fListDataBatches\x12\x1e.hvp.v1.ListDataBatchesRequest\x1a\x1f.hvp.v1.ListDataBatchesResponse\x12R\n\x0f\x44\x65leteDataBatch\x12\x1e.hvp.v1.DeleteDataBatchRequest\x1a\x1f.hvp.v1.DeleteDataBatchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvp/v1/data_batch.proto\x12\x06hvp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11hvp/v1/blob.proto\"\x8d\x02\n\tDataBatch\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x0e.hvp.v1.Digest\x12\x15\n\rnum_sequences\x18\x03 \x01(\x03\x12\x17\n\x0fsequence_length\x18\x04 \x01(\x03\x12\x13\n\x0bnum_targets\x18\x05 \x01(\x03\x12\x14\n\x0cmax_token_id\x18\x06 \x01(\x03\x12\x1a\n\x12has_attention_mask\x18\x07 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06\x66ields\x18\t \x03(\x0b\x32\x1a.hvp.v1.BatchFieldContents\"X\n\x12\x42\x61tchFieldContents\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.hvp.v1.BatchField.Kind\x12\r\n\x05shape\x18\x03 \x03(\x03\"\xac\x02\n\x0b\x42\x61tchSchema\x12\"\n\x06\x66ields\x18\x01 \x03(\x0b\x32\x12.hvp.v1.BatchField\x12\x0f\n\x07outputs\x18\x02 \x03(\t\x12&\n\x04unit\x18\x03 \x01(\x0e\x32\x18.hvp.v1.BatchSchema.Unit\x12\x0f\n\x07targets\x18\x04 \x01(\t\x12\x31\n\x07longest\x18\x05 \x03(\x0b\x32 .hvp.v1.BatchSchema.LongestEntry\x1a.\n\x0cLongestEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"L\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0e\n\nUNIT_TOKEN\x10\x01\x12\x0c\n\x08UNIT_ROW\x10\x02\x12\x10\n\x0cUNIT_ELEMENT\x10\x03\"\x88\x02\n\nBatchField\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.hvp.v1.BatchField.Kind\x12\x0c\n\x04\x64ims\x18\x03 \x03(\t\x12\x10\n\x08required\x18\x04 \x01(\x08\x12\x14\n\x07minimum\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x07maximum\x18\x06 \x01(\x03H\x01\x88\x01\x01\x12\x14\n\x07ignored\x18\x07 \x01(\x03H\x02\x88\x01\x01\"?\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_INTEGER\x10\x01\x12\x0f\n\x0bKIND_NUMBER\x10\x02\x42\n\n\x08_minimumB\n\n\x08_maximumB\n\n\x08_ignored\"\\\n\x16\x43reateDataBatchRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1e\n\x06\x64igest\x18\x03 \x01(\x0b\x32\x0e.hvp.v1.Digest\"@\n\x17\x43reateDataBatchResponse\x12%\n\ndata_batch\x18\x01 \x01(\x0b\x32\x11.hvp.v1.DataBatch\"#\n\x13GetDataBatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14GetDataBatchResponse\x12%\n\ndata_batch\x18\x01 \x01(\x0b\x32\x11.hvp.v1.DataBatch\"O\n\x16ListDataBatchesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x17ListDataBatchesResponse\x12\'\n\x0c\x64\x61ta_batches\x18\x01 \x03(\x0b\x32\x11.hvp.v1.DataBatch\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16\x44\x65leteDataBatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x19\n\x17\x44\x65leteDataBatchResponse2\xd9\x02\n\x10\x44\x61taBatchService\x12R\n\x0f\x43reateDataBatch\x12\x1e.hvp.v1.CreateDataBatchRequest\x1a\x1f.hvp.v1.CreateDataBatchResponse\x12I\n\x0cGetDataBatch\x12\x1b.hvp.v1.GetDataBatchRequest\x1a\x1c.hvp.v1.GetDataBatchResponse\x12R\n\x0fListDataBatches\x12\x1e.hvp.v1.ListDataBatchesRequest\x1a\x1f.hvp.v1.ListDataBatchesResponse\x12R\n\x0f\x44\x65leteDataBatch\x12\x1e.hvp.v1.DeleteDataBatchRequest\x1a\x1f.hvp.v1.DeleteDataBatchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hvp_protos.v1.data_batch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_BATCHSCHEMA_LONGESTENTRY']._loaded_options = None
+  _globals['_BATCHSCHEMA_LONGESTENTRY']._serialized_options = b'8\001'
   _globals['_DATABATCH']._serialized_start=88
-  _globals['_DATABATCH']._serialized_end=313
-  _globals['_CREATEDATABATCHREQUEST']._serialized_start=315
-  _globals['_CREATEDATABATCHREQUEST']._serialized_end=407
-  _globals['_CREATEDATABATCHRESPONSE']._serialized_start=409
-  _globals['_CREATEDATABATCHRESPONSE']._serialized_end=473
-  _globals['_GETDATABATCHREQUEST']._serialized_start=475
-  _globals['_GETDATABATCHREQUEST']._serialized_end=510
-  _globals['_GETDATABATCHRESPONSE']._serialized_start=512
-  _globals['_GETDATABATCHRESPONSE']._serialized_end=573
-  _globals['_LISTDATABATCHESREQUEST']._serialized_start=575
-  _globals['_LISTDATABATCHESREQUEST']._serialized_end=654
-  _globals['_LISTDATABATCHESRESPONSE']._serialized_start=656
-  _globals['_LISTDATABATCHESRESPONSE']._serialized_end=747
-  _globals['_DELETEDATABATCHREQUEST']._serialized_start=749
-  _globals['_DELETEDATABATCHREQUEST']._serialized_end=787
-  _globals['_DELETEDATABATCHRESPONSE']._serialized_start=789
-  _globals['_DELETEDATABATCHRESPONSE']._serialized_end=814
-  _globals['_DATABATCHSERVICE']._serialized_start=817
-  _globals['_DATABATCHSERVICE']._serialized_end=1162
+  _globals['_DATABATCH']._serialized_end=357
+  _globals['_BATCHFIELDCONTENTS']._serialized_start=359
+  _globals['_BATCHFIELDCONTENTS']._serialized_end=447
+  _globals['_BATCHSCHEMA']._serialized_start=450
+  _globals['_BATCHSCHEMA']._serialized_end=750
+  _globals['_BATCHSCHEMA_LONGESTENTRY']._serialized_start=626
+  _globals['_BATCHSCHEMA_LONGESTENTRY']._serialized_end=672
+  _globals['_BATCHSCHEMA_UNIT']._serialized_start=674
+  _globals['_BATCHSCHEMA_UNIT']._serialized_end=750
+  _globals['_BATCHFIELD']._serialized_start=753
+  _globals['_BATCHFIELD']._serialized_end=1017
+  _globals['_BATCHFIELD_KIND']._serialized_start=918
+  _globals['_BATCHFIELD_KIND']._serialized_end=981
+  _globals['_CREATEDATABATCHREQUEST']._serialized_start=1019
+  _globals['_CREATEDATABATCHREQUEST']._serialized_end=1111
+  _globals['_CREATEDATABATCHRESPONSE']._serialized_start=1113
+  _globals['_CREATEDATABATCHRESPONSE']._serialized_end=1177
+  _globals['_GETDATABATCHREQUEST']._serialized_start=1179
+  _globals['_GETDATABATCHREQUEST']._serialized_end=1214
+  _globals['_GETDATABATCHRESPONSE']._serialized_start=1216
+  _globals['_GETDATABATCHRESPONSE']._serialized_end=1277
+  _globals['_LISTDATABATCHESREQUEST']._serialized_start=1279
+  _globals['_LISTDATABATCHESREQUEST']._serialized_end=1358
+  _globals['_LISTDATABATCHESRESPONSE']._serialized_start=1360
+  _globals['_LISTDATABATCHESRESPONSE']._serialized_end=1451
+  _globals['_DELETEDATABATCHREQUEST']._serialized_start=1453
+  _globals['_DELETEDATABATCHREQUEST']._serialized_end=1491
+  _globals['_DELETEDATABATCHRESPONSE']._serialized_start=1493
+  _globals['_DELETEDATABATCHRESPONSE']._serialized_end=1518
+  _globals['_DATABATCHSERVICE']._serialized_start=1521
+  _globals['_DATABATCHSERVICE']._serialized_end=1866
 # @@protoc_insertion_point(module_scope)

@@ -30,7 +30,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     ERROR_REASON_ARCHITECTURE_UNKNOWN: _ErrorReason.ValueType  # 1
-    """config.json names no causal language model that transformers knows; upload another model."""
+    """config.json names no model that transformers knows or an installed package registers; upload another."""
     ERROR_REASON_ATTEMPTS_EXHAUSTED: _ErrorReason.ValueType  # 2
     """A job lost its server or ranks in every attempt; look into the server's log and queue it
     again.
@@ -171,13 +171,19 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The ranks do not start; the message says what to change."""
     ERROR_REASON_WRITE_OFFSET_GAP: _ErrorReason.ValueType  # 68
     """A chunk begins behind what has come; go on at the committed size."""
+    ERROR_REASON_FORM_UNSPECIFIED: _ErrorReason.ValueType  # 70
+    """Say which number of each vector: the quadratic form, or the slope."""
+    ERROR_REASON_BATCH_VALUE_OUT_OF_RANGE: _ErrorReason.ValueType  # 75
+    """A value of the batch is outside of what the model takes."""
+    ERROR_REASON_LOSS_MISMATCH: _ErrorReason.ValueType  # 76
+    """The loss is no function of the model's outputs and the targets."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_ARCHITECTURE_UNKNOWN: ErrorReason.ValueType  # 1
-"""config.json names no causal language model that transformers knows; upload another model."""
+"""config.json names no model that transformers knows or an installed package registers; upload another."""
 ERROR_REASON_ATTEMPTS_EXHAUSTED: ErrorReason.ValueType  # 2
 """A job lost its server or ranks in every attempt; look into the server's log and queue it
 again.
@@ -318,6 +324,12 @@ ERROR_REASON_WORKER_GROUP_START_FAILED: ErrorReason.ValueType  # 67
 """The ranks do not start; the message says what to change."""
 ERROR_REASON_WRITE_OFFSET_GAP: ErrorReason.ValueType  # 68
 """A chunk begins behind what has come; go on at the committed size."""
+ERROR_REASON_FORM_UNSPECIFIED: ErrorReason.ValueType  # 70
+"""Say which number of each vector: the quadratic form, or the slope."""
+ERROR_REASON_BATCH_VALUE_OUT_OF_RANGE: ErrorReason.ValueType  # 75
+"""A value of the batch is outside of what the model takes."""
+ERROR_REASON_LOSS_MISMATCH: ErrorReason.ValueType  # 76
+"""The loss is no function of the model's outputs and the targets."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

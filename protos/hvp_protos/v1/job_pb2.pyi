@@ -405,7 +405,7 @@ class CreateJobRequest(_message.Message):
     parent: _builtins.str
     request_id: _builtins.str
     validate_only: _builtins.bool
-    """Check and answer without running."""
+    """Check and plan, and queue nothing. What does not fit is no refusal then: the plan says so."""
     @_builtins.property
     def spec(self) -> Global___JobSpec: ...
     @_builtins.property
@@ -432,16 +432,22 @@ class CreateJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def job(self) -> Global___Job: ...
+    def job(self) -> Global___Job:
+        """With the defaults of its operator filled in; with `validate_only` as it would be queued."""
+
+    @_builtins.property
+    def plan(self) -> Global___JobPlan: ...
     def __init__(
         self,
         *,
         job: Global___Job | None = ...,
+        plan: Global___JobPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,7 +455,7 @@ Global___CreateJobResponse: _TypeAlias = CreateJobResponse  # noqa: Y015
 
 @_typing.final
 class JobPlan(_message.Message):
-    """What a job would take, before anything is queued."""
+    """What a job takes, known before it is queued."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -497,55 +503,6 @@ class JobPlan(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobPlan: _TypeAlias = JobPlan  # noqa: Y015
-
-@_typing.final
-class PlanJobRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PARENT_FIELD_NUMBER: _builtins.int
-    SPEC_FIELD_NUMBER: _builtins.int
-    parent: _builtins.str
-    @_builtins.property
-    def spec(self) -> Global___JobSpec: ...
-    def __init__(
-        self,
-        *,
-        parent: _builtins.str = ...,
-        spec: Global___JobSpec | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "spec", b"spec"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PlanJobRequest: _TypeAlias = PlanJobRequest  # noqa: Y015
-
-@_typing.final
-class PlanJobResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SPEC_FIELD_NUMBER: _builtins.int
-    PLAN_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def spec(self) -> Global___JobSpec:
-        """With the defaults of its operator filled in."""
-
-    @_builtins.property
-    def plan(self) -> Global___JobPlan: ...
-    def __init__(
-        self,
-        *,
-        spec: Global___JobSpec | None = ...,
-        plan: Global___JobPlan | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "spec", b"spec"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "spec", b"spec"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PlanJobResponse: _TypeAlias = PlanJobResponse  # noqa: Y015
 
 @_typing.final
 class UpdateJobRequest(_message.Message):

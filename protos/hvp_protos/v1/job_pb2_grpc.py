@@ -43,11 +43,6 @@ class JobServiceStub:
                 request_serializer=hvp_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=hvp_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
-        self.PlanJob = channel.unary_unary(
-                '/hvp.v1.JobService/PlanJob',
-                request_serializer=hvp_dot_v1_dot_job__pb2.PlanJobRequest.SerializeToString,
-                response_deserializer=hvp_dot_v1_dot_job__pb2.PlanJobResponse.FromString,
-                _registered_method=True)
         self.UpdateJob = channel.unary_unary(
                 '/hvp.v1.JobService/UpdateJob',
                 request_serializer=hvp_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
@@ -93,20 +88,13 @@ class JobServiceServicer:
     """
 
     def CreateJob(self, request, context):
-        """Queues a job. Checks the operator as OperatorService does, and
+        """Queues a job, or with `validate_only` tells what it would take. Checks the operator as OperatorService does, and
         INVALID_ARGUMENT `SPEC_MISSING`; `<FIELD>_INVALID`, as in `K_INVALID`, for a value that the
         operation does not take, `<FIELD>_UNSUPPORTED` for an enum's value; metadata: the value.
         FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: not even the smallest basis fits; metadata
         `needed_bytes`, `available_bytes`.
         RESOURCE_EXHAUSTED `QUEUE_FULL`: retry later.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def PlanJob(self, request, context):
-        """Checks a job as CreateJob does, but for its room, and tells what it would take.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,11 +168,6 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=hvp_dot_v1_dot_job__pb2.CreateJobRequest.FromString,
                     response_serializer=hvp_dot_v1_dot_job__pb2.CreateJobResponse.SerializeToString,
             ),
-            'PlanJob': grpc.unary_unary_rpc_method_handler(
-                    servicer.PlanJob,
-                    request_deserializer=hvp_dot_v1_dot_job__pb2.PlanJobRequest.FromString,
-                    response_serializer=hvp_dot_v1_dot_job__pb2.PlanJobResponse.SerializeToString,
-            ),
             'UpdateJob': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateJob,
                     request_deserializer=hvp_dot_v1_dot_job__pb2.UpdateJobRequest.FromString,
@@ -252,33 +235,6 @@ class JobService:
             '/hvp.v1.JobService/CreateJob',
             hvp_dot_v1_dot_job__pb2.CreateJobRequest.SerializeToString,
             hvp_dot_v1_dot_job__pb2.CreateJobResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def PlanJob(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hvp.v1.JobService/PlanJob',
-            hvp_dot_v1_dot_job__pb2.PlanJobRequest.SerializeToString,
-            hvp_dot_v1_dot_job__pb2.PlanJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

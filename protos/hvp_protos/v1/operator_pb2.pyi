@@ -258,6 +258,76 @@ class ComputeGradientResponse(_message.Message):
 Global___ComputeGradientResponse: _TypeAlias = ComputeGradientResponse  # noqa: Y015
 
 @_typing.final
+class EvaluateFormsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Form:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EvaluateFormsRequest._Form.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FORM_UNSPECIFIED: EvaluateFormsRequest._Form.ValueType  # 0
+        FORM_QUADRATIC: EvaluateFormsRequest._Form.ValueType  # 1
+        """v^T A v with the operator's matrix A."""
+        FORM_SLOPE: EvaluateFormsRequest._Form.ValueType  # 2
+        """The derivative of L along v, dL/dtheta . v, whatever the kind of the operator."""
+
+    class Form(_Form, metaclass=_FormEnumTypeWrapper): ...
+    FORM_UNSPECIFIED: EvaluateFormsRequest.Form.ValueType  # 0
+    FORM_QUADRATIC: EvaluateFormsRequest.Form.ValueType  # 1
+    """v^T A v with the operator's matrix A."""
+    FORM_SLOPE: EvaluateFormsRequest.Form.ValueType  # 2
+    """The derivative of L along v, dL/dtheta . v, whatever the kind of the operator."""
+
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
+    form: Global___EvaluateFormsRequest.Form.ValueType
+    @_builtins.property
+    def operator(self) -> Global___OperatorSpec: ...
+    @_builtins.property
+    def vectors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of one or more vectors of parameter space."""
+
+    def __init__(
+        self,
+        *,
+        operator: Global___OperatorSpec | None = ...,
+        form: Global___EvaluateFormsRequest.Form.ValueType = ...,
+        vectors: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "operator", b"operator", "vectors", b"vectors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateFormsRequest: _TypeAlias = EvaluateFormsRequest  # noqa: Y015
+
+@_typing.final
+class EvaluateFormsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One number for each vector of the request, in its order."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateFormsResponse: _TypeAlias = EvaluateFormsResponse  # noqa: Y015
+
+@_typing.final
 class ApplyOperatorRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -69,6 +69,11 @@ class OperatorServiceStub:
                 request_serializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientRequest.SerializeToString,
                 response_deserializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientResponse.FromString,
                 _registered_method=True)
+        self.EvaluateForms = channel.unary_unary(
+                '/hvp.v1.OperatorService/EvaluateForms',
+                request_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsResponse.FromString,
+                _registered_method=True)
         self.ApplyOperator = channel.unary_unary(
                 '/hvp.v1.OperatorService/ApplyOperator',
                 request_serializer=hvp_dot_v1_dot_operator__pb2.ApplyOperatorRequest.SerializeToString,
@@ -120,6 +125,21 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvaluateForms(self, request, context):
+        """A number for each of K vectors that the server holds; nothing else leaves the ranks, and nothing is
+        left on them. Cost in GEMM passes: 1 + 2 K by going forward alone. The quadratic form of a Hessian
+        has no such rule: it is taken of a product, and costs as much.
+
+        INVALID_ARGUMENT `FORM_UNSPECIFIED`.
+        INVALID_ARGUMENT `OPERATOR_NOT_SYMMETRIC`: a Jacobian has no quadratic form.
+        INVALID_ARGUMENT `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`.
+        FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held a vector are gone; make it again.
+        RESOURCE_EXHAUSTED `VECTOR_MEMORY`: there is no room for a product on the ranks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ApplyOperator(self, request, context):
         """Products with vectors that the server holds. Cost in GEMM passes each: a Hessian 8, or 11 where
         memory is short; a GGN or Fisher 5 or 6; a Jacobian 3 either way.
@@ -148,6 +168,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ComputeGradient,
                     request_deserializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientRequest.FromString,
                     response_serializer=hvp_dot_v1_dot_operator__pb2.ComputeGradientResponse.SerializeToString,
+            ),
+            'EvaluateForms': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvaluateForms,
+                    request_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsResponse.SerializeToString,
             ),
             'ApplyOperator': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyOperator,
@@ -256,6 +281,33 @@ class OperatorService:
             '/hvp.v1.OperatorService/ComputeGradient',
             hvp_dot_v1_dot_operator__pb2.ComputeGradientRequest.SerializeToString,
             hvp_dot_v1_dot_operator__pb2.ComputeGradientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvaluateForms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.OperatorService/EvaluateForms',
+            hvp_dot_v1_dot_operator__pb2.EvaluateFormsRequest.SerializeToString,
+            hvp_dot_v1_dot_operator__pb2.EvaluateFormsResponse.FromString,
             options,
             channel_credentials,
             insecure,

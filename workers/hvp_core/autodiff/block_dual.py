@@ -26,10 +26,9 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.autodiff.parts import Group, Part, split
-from hvp_core.autodiff.product_spec import Passes
+from hvp_core.autodiff.passes import Passes, Way
 from hvp_core.autodiff.trace import Env, Stage, Trace
 
-Way = Literal["fast", "lean", "shared"]
 Half = Literal["primal", "tangent"]
 Collect = Callable[[Part, Env], None]
 

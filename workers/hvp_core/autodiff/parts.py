@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from hvp_core.autodiff.sums import Term
 from hvp_core.autodiff.trace import Env, Stage, Trace, is_parameters
 
 aten = torch.ops.aten
@@ -31,69 +32,6 @@ class Group:
 def group(stages: Iterable[Stage], outputs: Iterable[str] = ()) -> Group:
     """A group from any iterables."""
     return Group(frozenset(stages), tuple(outputs))
-
-
-@final
-@dataclass(frozen=True)
-class Term:
-    """One summand of a parameter's derivative.
-
-    `mm`: operands[0] @ operands[1]. `rows`: rows operands[1] added at the indices operands[0].
-    `dense`: operands[0] itself.
-    """
-
-    kind: str
-    operands: tuple[str, ...]
-
-    @property
-    def is_one(self) -> bool:
-        """It adds to no element more than once."""
-        return self.kind != "rows"
-
-    def add_to(self, total: Tensor, results: Mapping[str, Tensor], *, fresh: bool) -> None:
-        """Accumulate in place, in the precision of `total`.
-
-        Args:
-            total: The sum so far.
-            results: Of a part.
-            fresh: Nothing has been added yet, and `total` holds no particular values.
-        """
-        values = [results[name] for name in self.operands]
-        if self.kind == "mm":
-            add_product(total, values[0], values[1], fresh=fresh)
-            return
-        if fresh:
-            total.zero_()
-        if self.kind == "rows":
-            ids, rows = values
-            rows = rows.reshape(-1, rows.shape[-1]).to(total.dtype)
-            # On a GPU index_add_ adds in any order; this sorts first.
-            total.index_put_((ids.reshape(-1),), rows, accumulate=True)
-        else:
-            total += values[0]
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
-    """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once.
-
-    Unless the operands are wider than the total: then their product is made, and rounded.
-    """
-    widens = total.is_cuda and total.dtype == torch.float32
-    if total.dtype != left.dtype and not widens:
-        dtype = torch.promote_types(total.dtype, left.dtype)
-        left, right = left.to(dtype), right.to(dtype)
-    if total.dtype.itemsize < left.dtype.itemsize:
-        product = left @ right
-        total.copy_(product if fresh else product.add_(total))
-    elif total.dtype == left.dtype:
-        if fresh:
-            torch.mm(left, right, out=total)
-        else:
-            total.addmm_(left, right)
-    elif fresh:
-        torch.mm(left, right, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 @final

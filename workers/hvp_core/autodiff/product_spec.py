@@ -33,27 +33,10 @@ The empirical Fisher matrix
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import Literal, final
 
+from hvp_core.autodiff.passes import VALUE, Passes
 from hvp_core.losses import output_rules as rules
-
-
-class Passes(NamedTuple):
-    """How a product goes through the blocks before the last.
-
-    Attributes:
-        forward: With values y alone, or with tangents ẏ beside them.
-        backward: Not at all; with one cotangent ȳ for each product; or with the pair of the
-            gradient's cotangent ȳ and its tangent ȳ̇, which needs tangents forward.
-    """
-
-    forward: Literal["value", "tangent"]
-    backward: Literal["none", "cotangent", "pair"]
-
-    @property
-    def keeps(self) -> bool:
-        """Whether a primal half is worth keeping for later products: they take it both ways."""
-        return self.forward == "tangent" and self.backward != "none"
 
 
 @final
@@ -103,7 +86,7 @@ _GRADIENT = Passes("value", "cotangent")
 _GAUSS_NEWTON = Passes("tangent", "cotangent")
 _FORWARD = Passes("tangent", "none")
 
-LOSS = ProductSpec("loss", "loss", Passes("value", "none"))
+LOSS = ProductSpec("loss", "loss", VALUE)
 GRADIENT = ProductSpec("gradient", "gradient", _GRADIENT, rules.gradient)
 HESSIAN = ProductSpec(
     "hessian", "Hessian's product", Passes("tangent", "pair"), rules.gradient_and_curve

@@ -17,16 +17,18 @@ from torch import Tensor
 from hvp_core.attention import choice, seam
 from hvp_core.attention.mask import Mask
 from hvp_core.autodiff.block_dual import AttentionCall, BlockDual
-from hvp_core.autodiff.closing import Closing, ClosingDual, EagerClosing, TracedClosing
+from hvp_core.autodiff.closing_dual import ClosingDual
 from hvp_core.autodiff.compiler import COMPILER
-from hvp_core.autodiff.dual import Function
+from hvp_core.autodiff.eager import Eager, EagerClosing
+from hvp_core.autodiff.executor import Closing, Route
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.route import X_DATA, Eager, Route, Traced
-from hvp_core.autodiff.trace import Env, trace_block, trace_closing, trace_graph
+from hvp_core.autodiff.programs import trace_block, trace_closing
+from hvp_core.autodiff.trace import Env, trace_graph
+from hvp_core.autodiff.traced import X_DATA, Traced, TracedClosing
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
-from hvp_core.model.chain import Body, Chain
+from hvp_core.model.chain import Body, Chain, function_of
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
 
@@ -191,7 +193,7 @@ class Routes:
             def make() -> ClosingDual:
                 with listening() as remarks:
                     trace = trace_closing(f, loss, spec, values, inputs, constants)
-                return ClosingDual(trace, spec, of, remarks, self._prepare)
+                return ClosingDual(trace, spec.passes, of, remarks, self._prepare)
 
             dual = _duals.get(
                 (of, _signature(values | inputs | constants), self._policy.compile), make
@@ -237,15 +239,6 @@ def _loss_dtype(x: Tensor, values: Mapping[str, Tensor]) -> torch.dtype:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
-def function_of(body: Body) -> Function:
-    """A block with its constants in place, its attention in plain operations."""
-
-    def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return body.run(p, x, body.constants)
-
-    return f
 
 
 def _inputs(x: Tensor, is_data: bool, constants: Env) -> tuple[Env, Env]:

@@ -17,27 +17,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.closing import Closing, EagerClosing, TracedClosing
+from hvp_core.autodiff.directions import (
+    are_close,
+    inner_product,
+    noise_like,
+    norm,
+    random_direction,
+    tolerance_of,
+    weighed_directions,
+)
 from hvp_core.autodiff.dual import Function, Params, backward_dual, value_and_tangent
-from hvp_core.autodiff.product_spec import Passes, ProductSpec
-from hvp_core.autodiff.route import Bars, Eager, Route, Traced, Weights
-from hvp_core.autodiff.routes import Routes, function_of
-from hvp_core.autodiff.shards import Sums
+from hvp_core.autodiff.eager import Eager, EagerClosing
+from hvp_core.autodiff.executor import Bars, Closing, Route, Weights
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import explained, whose
-from hvp_core.losses.loss import at_least_float32
+from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
-from hvp_core.model.chain import Block, Chain, MicroBatch
-from hvp_core.policy import Policy
-from hvp_core.vectors.space import partial_products
+from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
 
-#: Of a number of size one. What the trace finds to be smaller than the largest by its root is
-#: weighed as if it were not: rounding is of that size.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 #: Directions to compare along. In float32 what is wrong by a hundredth hides from one direction in
 #: eight: the number that it changes may be small, and what rounding does to it is allowed for.
 _ROUNDS = {torch.float32: 4}
@@ -48,6 +52,36 @@ _verified: set[Hashable] = set()  # programs and what they were taken through, i
 _Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
+class Builder(Protocol):
+    """Builds what is compared: see `Routes`."""
+
+    def of(
+        self,
+        name: str,
+        parameters: Sequence[str],
+        bodies: Callable[[bool], Body],
+        p: Params,
+        x: Tensor,
+        is_data: bool,
+    ) -> Route:
+        """The route of a block, not the last."""
+
+    def closing(
+        self,
+        spec: ProductSpec,
+        name: str,
+        parameters: Sequence[str],
+        body: Body,
+        loss: Loss,
+        p: Params,
+        x: Tensor,
+        is_data: bool,
+        target: Tensor,
+        scale: float,
+    ) -> Closing:
+        """The route of the last block and a product's rule."""
+
+
 @final
 class Verifier:
     """Walks a small piece of the batch along with the preparation of an operator.
@@ -56,12 +90,15 @@ class Verifier:
         chain: The model.
         batches: This rank's first micro-batch, or none.
         spec: What is going to be computed.
+        routes: Builds the executors of the small piece, as they are without a policy.
     """
 
-    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], spec: ProductSpec):
+    def __init__(
+        self, chain: Chain, batches: Sequence[MicroBatch], spec: ProductSpec, routes: Builder
+    ):
         self._chain = chain
         self._spec, self._passes = spec, spec.passes
-        self._routes = Routes(chain, Policy())
+        self._routes = routes
         small = [chain.few(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_in(torch.float64, chain.first_input(batch)) for batch in small]
@@ -80,8 +117,8 @@ class Verifier:
         """
         block, dtype, is_data = self._chain.blocks[index], _dtype(p), index == 0
         key = None
-        if isinstance(route, Traced):
-            key = _key(route.dual.key, p, is_data, self._passes)
+        if route is not None and route.key is not None:
+            key = _key(route.key, p, is_data, self._passes)
         p = {name: each.to(dtype) for name, each in p.items()}
         right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
@@ -112,8 +149,8 @@ class Verifier:
             at = self._spec, block.name, block.parameters, body, self._chain.loss
             traced = self._routes.closing(*at, p, x, is_data, target, 1.0)
             f = function_of(body)
-            if isinstance(traced, TracedClosing):
-                key = _key(traced.dual.key, p, is_data, self._passes)
+            if traced.key is not None:
+                key = _key(traced.key, p, is_data, self._passes)
                 known = key in _verified
                 if known or _remembered(key, self._closing(traced, f, p, x, is_data, target)):
                     continue
@@ -133,10 +170,10 @@ class Verifier:
             x,
             is_data,
         )
-        if not isinstance(traced, Traced):
+        if traced.key is None:
             return False
         y = traced.like(p, x)
-        y_bar, y_bar_dot = _noise(y, 2), _noise(y, 3)
+        y_bar, y_bar_dot = noise_like(y, 2), noise_like(y, 3)
 
         def by(route: Route) -> _Run:
             def run(
@@ -159,7 +196,7 @@ class Verifier:
 
     def _closing(
         self,
-        traced: TracedClosing,
+        traced: Closing,
         f: Function,
         p: Params,
         x: Tensor,
@@ -171,7 +208,7 @@ class Verifier:
         if spec.given is not None:
             with torch.no_grad():
                 y = f(p, x)
-            given = _noise(
+            given = noise_like(
                 y if spec.given == "outputs" else y.reshape(len(y), -1)[:, 0].double(), 4
             )
 
@@ -227,8 +264,8 @@ class Verifier:
         """
         some, pair = self._passes.forward == "tangent", self._passes.backward == "pair"
         p = _own(p)
-        v = _direction(p, 1000) if some else None
-        x_dot = _noise(x, 1) if some and not is_data else None
+        v = random_direction(p, 1000) if some else None
+        x_dot = noise_like(x, 1) if some and not is_data else None
         weights = Weights(p, [] if v is None else [v])
 
         def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor], bool]:
@@ -257,12 +294,12 @@ class Verifier:
 
         def backward(directions: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
             values, truth, _ = found_by(other)
-            return values, _inner(truth, directions)
+            return values, inner_product(truth, directions)
 
-        allowed = sum(_tolerance(each) for each in found)
+        allowed = sum(tolerance_of(each) for each in found)
 
         def compare(directions: Sequence[Tensor]) -> bool | None:
-            product, undecided = _inner(found, directions), False
+            product, undecided = inner_product(found, directions), False
             for torchs_own in (forward, backward):
                 try:
                     with torch.enable_grad():  # without it torch picks what has no derivative
@@ -273,12 +310,12 @@ class Verifier:
                     continue  # it has no such derivative
                 # No number on either side is the data's fault.
                 undecided = not math.isfinite(truth) and not math.isfinite(product)
-                if all(map(_close, values, expected)) and abs(product - truth) <= allowed:
+                if all(map(are_close, values, expected)) and abs(product - truth) <= allowed:
                     seen = values if self._passes.backward == "none" else found
-                    return True if any(map(_size, seen)) else None
+                    return True if any(map(norm, seen)) else None
             return None if undecided else False
 
-        answers = (compare(_weighed(found, each)) for each in rounds)
+        answers = (compare(weighed_directions(found, each)) for each in rounds)
         return next((answer for answer in answers if answer is not True), True)
 
 
@@ -315,51 +352,15 @@ def _along(
     return y, y_s, y_t, zero
 
 
-def _weighed(found: Sequence[Tensor], turn: int) -> list[Tensor]:
-    """Directions along which all of these have a derivative of size one, others at each turn."""
-    sizes = [_size(each) for each in found]
-    known = [size for size in sizes if math.isfinite(size)]
-    seed = 20 + 10_000 * turn
-    directions = [_noise(each, seed + place) for place, each in enumerate(found)]
-    if len(known) == len(sizes):
-        for each, direction, size in zip(found, directions, sizes, strict=True):
-            least = max(known) * math.sqrt(_tolerance(each))
-            direction /= max(size, least, 1e-3)
-    return directions
-
-
-def _inner(found: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
-    return sum(
-        float(partial_products(u.reshape(1, -1), x.reshape(-1)))
-        for u, x in zip(directions, found, strict=True)
-    )
-
-
-def _tolerance(x: Tensor) -> float:
-    return _TOLERANCE.get(x.dtype, 1e-2)  # a block may round to 16 bits by itself
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    size = _size(expected)
-    if not math.isfinite(size):
-        return True  # the data's fault, not the trace's; the walk says which block
-    # False where only the trace has no number.
-    return _size(found - expected) <= _tolerance(found) * max(size, 1e-3)
-
-
-def _size(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
-
-
 def _there(found: Sequence[Tensor | None]) -> list[Tensor]:
     return [each for each in found if each is not None]
 
 
 def _try(block: Block, f: Function, p: Params, x: Tensor, is_data: bool) -> None:
     """Take a block's second derivative once, to see that it has one."""
-    x_dot = None if is_data else _noise(x, 1)
+    x_dot = None if is_data else noise_like(x, 1)
     try:
-        backward_dual(f, p, _direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
+        backward_dual(f, p, random_direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
     except Exception as error:
         raise explained(error, block.name, "the second derivative") from error
 
@@ -393,14 +394,3 @@ def _key(traced: Hashable, p: Params, is_data: bool, passes: Passes) -> Hashable
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
-
-
-def _direction(p: Params, seed: int) -> dict[str, Tensor]:
-    return {name: _noise(each, seed + place) for place, (name, each) in enumerate(p.items())}
-
-
-def _noise(like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
-        generator=generator
-    )

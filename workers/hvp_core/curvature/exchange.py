@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 from torch import Tensor
 
 from hvp_core.blame import InStep, raise_first
-from hvp_core.curvature.itinerary import Itinerary, merged
+from hvp_core.errors import CurvatureError
 from hvp_core.sharding.collective import Collective
 
 
@@ -18,11 +18,11 @@ class Exchange:
 
     Args:
         collective: Of the ranks.
-        itinerary: This rank's own, which says how its products are computed.
+        own_notes: Says how this rank's products are computed.
     """
 
-    def __init__(self, collective: Collective, itinerary: Itinerary):
-        self._collective, self._itinerary = collective, itinerary
+    def __init__(self, collective: Collective, own_notes: Callable[[], Mapping[str, str]]):
+        self._collective, self._own_notes = collective, own_notes
         self._told: dict[int, Mapping[str, str]] = {}  # notes, by rank
 
     def __call__(self, shards: Sequence[Tensor], step: InStep) -> bool:
@@ -37,7 +37,7 @@ class Exchange:
         """
         # One pass: what is not finite leaves no finite sum. The converse needs a closer look.
         fine = all(bool(shard.sum().isfinite()) or bool(shard.isfinite().all()) for shard in shards)
-        own, rank = self._itinerary.notes(), self._collective.rank
+        own, rank = self._own_notes(), self._collective.rank
         told = None if own == self._told.get(rank) else own
         answers = self._collective.gather_objects((fine, step.failure, told))
         self._told.update(
@@ -48,5 +48,32 @@ class Exchange:
 
     def notes(self) -> dict[str, str]:
         """How products were computed: as of the last one, for all ranks."""
-        told = {**self._told, self._collective.rank: self._itinerary.notes()}
+        told = {**self._told, self._collective.rank: self._own_notes()}
         return merged([told.get(rank, {}) for rank in range(self._collective.world_size)])
+
+
+def refuse_slower_ways(notes: Mapping[str, str]) -> None:
+    """See that everything was computed the fast way.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED, with what was not.
+    """
+    slower = [name for name in notes if name.startswith("fallback_") or name == "not_compiled"]
+    if slower:
+        why = "; ".join(f"{name}: {notes[name]}" for name in slower)
+        raise CurvatureError("MODEL_UNSUPPORTED", f"a strict policy allows no slower way: {why}")
+
+
+def merged(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Notes of all ranks, in order of rank, as one; a value that not all have names its ranks."""
+    found = {}
+    for key in dict.fromkeys(key for each in notes for key in each):
+        ranks: dict[str, list[str]] = {}
+        for rank, each in enumerate(notes):
+            if key in each:
+                ranks.setdefault(each[key], []).append(str(rank))
+        found[key] = "; ".join(
+            value if len(having) == len(notes) else f"{value} (on rank {', '.join(having)})"
+            for value, having in ranks.items()
+        )
+    return found

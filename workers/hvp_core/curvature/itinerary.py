@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.block_dual import Way
-from hvp_core.autodiff.closing import Closing, EagerClosing
 from hvp_core.autodiff.compiler import COMPILER
 from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.product_spec import LOSS, Passes, ProductSpec
-from hvp_core.autodiff.route import Eager, Route, Traced, Weights
-from hvp_core.autodiff.routes import Routes, function_of
-from hvp_core.autodiff.rows import RowCheck
-from hvp_core.autodiff.shards import Sums
+from hvp_core.autodiff.eager import Eager, EagerClosing
+from hvp_core.autodiff.executor import Bytes, Closing, Route, Weights
+from hvp_core.autodiff.passes import Way
+from hvp_core.autodiff.product_spec import LOSS, ProductSpec
+from hvp_core.autodiff.routes import Routes
+from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.verify import Verifier
 from hvp_core.blame import working_on
-from hvp_core.curvature.schedule import Bytes, Choice, choose
+from hvp_core.curvature.executors import Executors
+from hvp_core.curvature.schedule import Choice, choose
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import Block, Body, Chain, MicroBatch
+from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
+from hvp_core.model.rows import RowCheck
 from hvp_core.policy import Policy
 from hvp_core.precision import exact_products, listening
 from hvp_core.vectors.space import Space
@@ -32,7 +33,7 @@ _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is f
 
 
 @final
-class Itinerary:
+class Itinerary(Executors):
     """Which route each block takes with each micro-batch of this rank.
 
     Args:
@@ -54,7 +55,7 @@ class Itinerary:
         space: Space,
         batches: Sequence[MicroBatch],
         dtype: torch.dtype,
-        num_targets: int,
+        num_targets: float,
         policy: Policy,
         pair: MicroBatch | None,
     ):
@@ -68,7 +69,6 @@ class Itinerary:
             self._contexts = [chain.context(each) for each in batches]
         self._routes = Routes(chain, policy)
         self._pair = pair
-        #: By block and micro-batch.
         self.route_of: dict[tuple[int, int], Route] = {}
         #: Of a row of the output, once a product has asked for it; None on ranks without rows.
         self.output_shape: tuple[int, ...] | None = None
@@ -95,7 +95,7 @@ class Itinerary:
             return
         verifier = None
         if spec is not LOSS:
-            verifier = Verifier(self._chain, self._batches[:1], spec)
+            verifier = Verifier(self._chain, self._batches[:1], spec, Routes(self._chain, Policy()))
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
         last = len(self._chain.blocks) - 1
@@ -205,7 +205,7 @@ class Itinerary:
             sizes = []
             for index in blocks:
                 each = [
-                    _sizes(self.route_of[index, batch], spec.passes, num_probes)
+                    self.route_of[index, batch].kept_bytes(spec.passes, num_probes)
                     for batch in range(len(self._batches))
                 ]
                 sizes.append(
@@ -246,47 +246,6 @@ class Itinerary:
         return found
 
 
-def _sizes(route: Route, passes: Passes, num_probes: int) -> Bytes:
-    """What a route would keep of one micro-batch."""
-    if not isinstance(route, Traced):
-        return Bytes(0, 0, 0, 0)
-    dual = route.dual
-    shared, cached = dual.kept_bytes(passes, "shared"), dual.shared_bytes(passes)
-    return Bytes(
-        dual.kept_bytes(passes, "lean") * num_probes,
-        dual.kept_bytes(passes, "fast"),
-        shared * num_probes,
-        cached,
-    )
-
-
 def _never(error: Exception) -> CurvatureError:
     """What is worked on has its reason already."""
     raise error
-
-
-def refuse_slower_ways(notes: Mapping[str, str]) -> None:
-    """See that everything was computed the fast way.
-
-    Raises:
-        CurvatureError: MODEL_UNSUPPORTED, with what was not.
-    """
-    slower = [name for name in notes if name.startswith("fallback_") or name == "not_compiled"]
-    if slower:
-        why = "; ".join(f"{name}: {notes[name]}" for name in slower)
-        raise CurvatureError("MODEL_UNSUPPORTED", f"a strict policy allows no slower way: {why}")
-
-
-def merged(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Notes of all ranks, in order of rank, as one; a value that not all have names its ranks."""
-    found = {}
-    for key in dict.fromkeys(key for each in notes for key in each):
-        ranks: dict[str, list[str]] = {}
-        for rank, each in enumerate(notes):
-            if key in each:
-                ranks.setdefault(each[key], []).append(str(rank))
-        found[key] = "; ".join(
-            value if len(having) == len(notes) else f"{value} (on rank {', '.join(having)})"
-            for value, having in ranks.items()
-        )
-    return found

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from hvp_core.autodiff.route import Weights
-from hvp_core.autodiff.routes import function_of
-from hvp_core.autodiff.shards import Sums
-from hvp_core.curvature.itinerary import Itinerary
+from hvp_core.autodiff.executor import Weights
+from hvp_core.autodiff.sums import Sums
+from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import Chain, MicroBatch
+from hvp_core.model.chain import Chain, MicroBatch, function_of
 
 
 def first_non_finite_block(
-    chain: Chain, feed: ParameterFeed, itinerary: Itinerary, batches: Sequence[MicroBatch]
+    chain: Chain, feed: ParameterFeed, itinerary: Executors, batches: Sequence[MicroBatch]
 ) -> CurvatureError:
     """Walk again, looking at every block; all ranks come to the same answer.
 

@@ -8,18 +8,18 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.closing import Closing, joined
 from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.product_spec import Passes, ProductSpec
-from hvp_core.autodiff.route import Bars, Tape, Weights
-from hvp_core.autodiff.routes import function_of
-from hvp_core.autodiff.shards import Results, Sums
+from hvp_core.autodiff.executor import Bars, Closing, Tape, Weights, joined
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import InStep
-from hvp_core.curvature.itinerary import Itinerary
+from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.shards import Results
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.losses.loss import at_least_float32
-from hvp_core.model.chain import Chain, MicroBatch
+from hvp_core.model.chain import Chain, MicroBatch, function_of
 
 #: Of the last block: by which closing it goes, its input, its tangents.
 _Piece = tuple[Closing, Tensor, list[Tensor | None]]
@@ -37,7 +37,7 @@ class Passage:
         itinerary: The way of each through each block.
     """
 
-    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], itinerary: Itinerary):
+    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], itinerary: Executors):
         self._chain, self._batches, self._itinerary = chain, batches, itinerary
         self._kept_passes: Passes | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
@@ -69,6 +69,7 @@ class Passage:
                 f = function_of(self._itinerary.body(index, batch, True))
                 for piece, target in self._itinerary.pieces(batch, x):
                     y = at_least_float32(f(weights.p, piece))
+                    self._chain.loss.check(y, target)
                     total += float(self._chain.loss.value(y, target))
 
         sweep(feed, range(self._last), value, lambda block: step.on(block.name, "its value"))

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hvp_core.autodiff.block_dual import Way
+from hvp_core.autodiff.executor import Bytes
+from hvp_core.autodiff.passes import Way
 from hvp_core.policy import Schedule
-
-
-class Bytes(NamedTuple):
-    """Memory that one block keeps, over all micro-batches of a rank."""
-
-    lean: int
-    fast: int
-    shared: int  # within a product: the primal half and the tangents
-    cached: int  # from product to product: the primal half alone
 
 
 class Choice(NamedTuple):
@@ -35,7 +27,7 @@ def choose(
 
     Args:
         schedule: What is wanted; only `auto` looks at the budget.
-        blocks: What each would keep.
+        blocks: What each would keep, over all micro-batches of a rank.
         budget_bytes: For all of them.
         num_probes: Several share their primal half.
     """

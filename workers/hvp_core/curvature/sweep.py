@@ -8,8 +8,9 @@ from typing import final
 
 from torch import Tensor
 
-from hvp_core.autodiff.route import Weights
-from hvp_core.autodiff.shards import Results, Sums, gathered
+from hvp_core.autodiff.executor import Weights
+from hvp_core.autodiff.sums import Sums
+from hvp_core.curvature.shards import Results, gathered
 from hvp_core.model.chain import Block
 from hvp_core.vectors.space import Space
 

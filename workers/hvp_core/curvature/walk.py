@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hvp_core.autodiff.product_spec import (
-    GGN,
     GRADIENT,
     HESSIAN,
     LOSS,
@@ -25,17 +24,17 @@ from hvp_core.autodiff.product_spec import (
     SLOPES,
     ProductSpec,
 )
-from hvp_core.autodiff.shards import Results
 from hvp_core.blame import InStep, raise_first
-from hvp_core.curvature.exchange import Exchange
-from hvp_core.curvature.itinerary import Itinerary, refuse_slower_ways
+from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
+from hvp_core.curvature.itinerary import Itinerary
 from hvp_core.curvature.nonfinite import first_non_finite_block
 from hvp_core.curvature.passage import Passage
 from hvp_core.curvature.replay import Graphs
 from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.shards import Results
 from hvp_core.curvature.sweep import ParameterFeed
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import Chain, MicroBatch, rows, to_device
+from hvp_core.model.chain import Chain, MicroBatch, placed, rows
 from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.vectors.output_space import OutputSpace
@@ -92,7 +91,8 @@ class Curvature:
             for start in list(starts)[rank::world_size]
         ]
         self._batches = [
-            to_device(rows(batch, each.start, each.stop), space.device) for each in self._row_ranges
+            placed(rows(batch, each.start, each.stop), space.device, self._dtype)
+            for each in self._row_ranges
         ]
         pair = chain.pair(batch)
         self._itinerary = Itinerary(
@@ -102,12 +102,12 @@ class Curvature:
             self._dtype,
             self.num_targets,
             self.policy,
-            None if pair is None else to_device(pair, space.device),
+            None if pair is None else placed(pair, space.device, self._dtype),
         )
         self._passage = Passage(chain, self._batches, self._itinerary)
         self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
-        self._exchange = Exchange(space.collective, self._itinerary)
+        self._exchange = Exchange(space.collective, self._itinerary.notes)
         self.parameters = parameters
 
     @property
@@ -174,9 +174,26 @@ class Curvature:
             vector is: summed in float32, and rounded when a block is through.
 
         Raises:
-            CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block.
+            CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block;
+                KIND_UNSUPPORTED: the model has no outputs.
         """
+        if kind != HESSIAN.name:
+            self._require_outputs(MATRICES[kind])
         return self._product(MATRICES[kind], vectors, borrow=borrow)
+
+    def _require_outputs(self, spec: ProductSpec) -> None:
+        """Refuse a product that wants outputs of a model that gives its loss alone.
+
+        Raises:
+            CurvatureError: KIND_UNSUPPORTED.
+        """
+        if not self.chain.loss.has_outputs:
+            raise CurvatureError(
+                "KIND_UNSUPPORTED",
+                f"the {spec.title} is one of a model's outputs, and this model returns its loss "
+                "alone; ask for the Hessian, or register the model with its outputs and a loss",
+                {"kind": spec.name},
+            )
 
     def probes(self, count: int) -> list[Tensor]:
         """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
@@ -197,7 +214,7 @@ class Curvature:
 
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G v for each v, G = Jᵀ H_out J. Cost in GEMM passes: 6, 5 or 4 each by schedule."""
-        return self._product(GGN, vectors)
+        return self.product("ggn", vectors)
 
     def empirical_fisher(self, vectors: Sequence[Tensor], unit: Unit) -> list[Tensor]:
         """F v for each v, of the empirical Fisher matrix of tokens or of sequences.
@@ -233,8 +250,9 @@ class Curvature:
 
         Raises:
             KeyError: There is no rule for this kind.
-            CurvatureError: NON_FINITE.
+            CurvatureError: NON_FINITE; KIND_UNSUPPORTED: the model has no outputs.
         """
+        self._require_outputs(QUADRATICS[kind][0])
         return self._numbers(*QUADRATICS[kind], vectors)
 
     @property
@@ -243,6 +261,7 @@ class Curvature:
 
         Found at the first call, which all ranks make together.
         """
+        self._require_outputs(OUTPUT_JVP)
         if self._output_space is None:
             with matmuls(self.policy.precision):
                 self._itinerary.prepare(OUTPUT_JVP, self._feed)

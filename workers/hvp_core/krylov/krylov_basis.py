@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hvp_core.errors import CurvatureError
-from hvp_core.linop.linear_operator import VectorSpace
 from hvp_core.precision import exact_products
 from hvp_core.runs.algorithm import derived_seed
 from hvp_core.runs.snapshot import vectors_of_the_space
+from hvp_core.vectors.vector_space import VectorSpace
 
 _ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
 #: eps to this power is what rounding leaves of a vector that should vanish, relative to ‖T‖: 1e-6

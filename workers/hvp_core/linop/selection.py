@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hvp_core.linop.compositions import square
-from hvp_core.linop.linear_operator import LinearOperator, VectorSpace
+from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.sharding.layout import Run
-from hvp_core.vectors.probes import Distribution
+from hvp_core.vectors.vector_space import Distribution, VectorSpace
 
 #: Canonical indices [start, stop).
 Stretch = tuple[int, int]

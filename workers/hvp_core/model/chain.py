@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, final
@@ -25,6 +26,12 @@ class MicroBatch:
 
     inputs: Mapping[str, Tensor]  # what the model takes, by name; "x" is the chain's first input
     targets: Tensor
+
+    @property
+    def sequence_length(self) -> int:
+        """Of token sequences; 1 where the rows are none."""
+        ids = self.inputs.get("input_ids")
+        return 1 if ids is None else ids.shape[1]
 
 
 class Body(NamedTuple):
@@ -75,6 +82,15 @@ class Body(NamedTuple):
         return self._replace(constants=constants, call=call, settings=(self.settings, "cast"))
 
 
+def function_of(body: Body) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
+    """A block with its constants in place, its attention in plain operations."""
+
+    def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return body.run(p, x, body.constants)
+
+    return f
+
+
 class Block(ABC):
     """One link of the chain.
 
@@ -94,7 +110,7 @@ class Block(ABC):
     def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
         """Y = f(params, x); params by canonical name."""
         body = self.body(context, dense=True)
-        return body.run(params, x, body.constants)
+        return function_of(body)(params, x)
 
 
 class Chain(ABC):
@@ -105,12 +121,15 @@ class Chain(ABC):
         shapes: Shape of every parameter of the model by canonical name, in canonical order.
         loss: Applied to the last block's output.
         notes: How the model was taken apart, as `Curvature.notes` tells it.
+        positions_at_once: Of a chain whose last block takes its input in pieces, how large they
+            are; None chooses by memory.
     """
 
     blocks: Sequence[Block]
     shapes: Mapping[str, tuple[int, ...]]
     loss: Loss
     notes: Mapping[str, str] = MappingProxyType({})
+    positions_at_once: int | None = None
 
     @abstractmethod
     def context(self, batch: MicroBatch) -> Any:
@@ -163,28 +182,104 @@ def refuse_train_mode(module: nn.Module) -> None:
 
 @final
 class ModuleBlock(Block):
-    """A module of one tensor argument."""
+    """A module, called with its inputs in their order.
 
-    def __init__(self, name: str, module: nn.Module, names: Mapping[str, str]):
-        """Args: name; module; names: the module's own parameter names to canonical ones."""
+    Args:
+        name: Of the block.
+        module: Its parameters may be on the meta device; its buffers must be real.
+        names: The module's own parameter names to canonical ones.
+        gives_loss: It gives the mean loss of the rows that it is given, and not a tensor of rows.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, names: Mapping[str, str], gives_loss: bool = False
+    ):
         super().__init__(name, list(dict.fromkeys(names.values())))
         self._module = module
         self._names = dict(names)
+        self._gives_loss = gives_loss
 
-    def body(self, context: Any, dense: bool) -> Body:
-        """The module with these parameters and buffers in place of its own."""
+    def body(self, context: Sequence[Tensor], dense: bool) -> Body:
+        """The module with these parameters and buffers in place of its own.
+
+        Args:
+            context: Its inputs behind the first.
+            dense: There are no masks.
+        """
         buffers = dict(self._module.named_buffers())
-        places = {f"c/{index}": name for index, name in enumerate(buffers)}
+        count = len(buffers)
 
         def call(
             params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
         ) -> Tensor:
             own = {local: params[canonical] for local, canonical in self._names.items()}
-            held = {name: constants[place] for place, name in places.items()}
-            result: Tensor = functional_call(self._module, {**own, **held}, (x,))
-            return result
+            given = list(constants.values())
+            held = dict(zip(buffers, given, strict=False))
+            with unchanged(self._module):
+                y = functional_call(self._module, {**own, **held}, (x, *given[count:]))
+            return self._checked(y, x)
 
-        return Body({place: buffers[name] for place, name in places.items()}, call)
+        return Body(numbered([*buffers.values(), *context]), call)
+
+    def _checked(self, y: Any, x: Tensor) -> Tensor:
+        """The output (rows, ...); the loss, once for each row.
+
+        Raises:
+            CurvatureError: MODEL_UNSUPPORTED.
+        """
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            what = (
+                str(y.dtype).removeprefix("torch.") if isinstance(y, Tensor) else type(y).__name__
+            )
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{type(self._module).__name__}'s forward returns {what} and no tensor of floating "
+                "numbers; let it return one tensor",
+                {"block": self.name},
+            )
+        if not self._gives_loss:
+            return y
+        if y.numel() != 1:
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{type(self._module).__name__}'s forward returns a tensor of {tuple(y.shape)} "
+                "where the mean loss over its rows is wanted, one number; return that, or declare "
+                "the loss that is taken of the output",
+                {"block": self.name},
+            )
+        return y.reshape(1).expand(x.shape[0])
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Take back what a module's forward has written down in itself.
+
+    The next run then does not depend on this one, and holds none of its tensors.
+    """
+    before = [(each, dict(each.__dict__), dict(each._buffers)) for each in module.modules()]
+    try:
+        yield
+    finally:
+        for each, attributes, buffers in before:
+            now = each.__dict__
+            if len(now) != len(attributes) or any(
+                now.get(name) is not value for name, value in attributes.items()
+            ):
+                each.__dict__.clear()
+                each.__dict__.update(attributes)
+            each._buffers.clear()
+            each._buffers.update(buffers)
+
+
+def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """A zero for every parameter, each of one element's memory."""
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Constants of a body by the names that it gives them, in this order."""
+    return {f"c/{index}": each for index, each in enumerate(tensors)}
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
@@ -198,19 +293,25 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
 
 @final
 class ModuleChain(Chain):
-    """Any `nn.Module` of one tensor; `nn.Sequential` gives one block per child.
+    """Any `nn.Module`; an `nn.Sequential` of one input gives one block per child.
 
-    The module must be in eval mode.
+    Args:
+        module: In eval mode. Its parameters may be on the meta device; its buffers must be real.
+        loss: Of its output.
+        inputs: Names of its inputs, in the order that it takes them.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED: a part is in train mode, or normalises over the batch.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss):
+    def __init__(self, module: nn.Module, loss: Loss, inputs: Sequence[str] = ("x",)):
         refuse_train_mode(module)
         self.loss = loss
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._inputs = tuple(inputs)
         names = canonical_names(module)
-        children = (
-            list(module.named_children()) if isinstance(module, nn.Sequential) else [("", module)]
-        )
+        is_cut = isinstance(module, nn.Sequential) and len(inputs) == 1 and loss.has_outputs
+        children = list(module.named_children()) if is_cut else [("", module)]
         self.blocks = [
             ModuleBlock(
                 prefix or type(child).__name__,
@@ -219,12 +320,22 @@ class ModuleChain(Chain):
                     local: names[f"{prefix}.{local}" if prefix else local]
                     for local, _ in child.named_parameters(remove_duplicate=False)
                 },
+                gives_loss=not loss.has_outputs,
             )
             for prefix, child in children
         ]
 
-    def context(self, batch: MicroBatch) -> None:
-        """Nothing."""
+    def first_input(self, batch: MicroBatch) -> Tensor:
+        """The first of the module's inputs."""
+        return batch.inputs[self._inputs[0]]
+
+    def context(self, batch: MicroBatch) -> list[Tensor]:
+        """The others."""
+        return [batch.inputs[name] for name in self._inputs[1:]]
+
+    def pair(self, batch: MicroBatch) -> MicroBatch | None:
+        """Two rows; None where the loss of both is their mean, so that no row stands alone."""
+        return super().pair(batch) if self.loss.has_outputs else None
 
 
 def parameter_values(module: nn.Module) -> dict[str, Tensor]:
@@ -249,9 +360,20 @@ def rows(batch: MicroBatch, start: int, stop: int) -> MicroBatch:
     )
 
 
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The batch on a device."""
+def placed(batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> MicroBatch:
+    """The batch on a device, its floating numbers in a type that is at least float32.
+
+    Args:
+        batch: On a CPU.
+        device: Where to.
+        dtype: Of the parameters that it meets.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
     return MicroBatch(
-        inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()},
-        targets=batch.targets.to(device),
+        inputs={name: place(tensor) for name, tensor in batch.inputs.items()},
+        targets=place(batch.targets),
     )

@@ -1,11 +1,8 @@
-"""A batch of token sequences, read from a safetensors file."""
+"""Batches of token sequences, for models that predict each token from those before it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import pad
 
 from hvp_core.errors import CurvatureError
@@ -53,9 +50,3 @@ def token_batch(
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask.long()
     return MicroBatch(inputs=inputs, targets=targets)
-
-
-def read_token_batch(path: Path) -> MicroBatch:
-    """The batch in a safetensors file of input_ids, labels?, attention_mask?."""
-    tensors = load_file(path)
-    return token_batch(tensors["input_ids"], tensors.get("labels"), tensors.get("attention_mask"))

@@ -24,9 +24,10 @@ from hvp_operations.density import (
     Quadrature,
 )
 
-from hvp_core.linop.linear_operator import LinearOperator, VectorSpace
+from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_seed
 from hvp_core.stochastic.density_probe import Probe
+from hvp_core.vectors.vector_space import VectorSpace
 
 #: The ends of the spectrum are told anew after every step up to twice this many, and then less and
 #: less often: the eigenvalues of T take the cube of their number.

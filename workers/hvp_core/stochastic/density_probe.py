@@ -10,8 +10,8 @@ from hvp_operations.density import Quadrature
 from torch import Tensor
 
 from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, orthogonalise, rounding
-from hvp_core.linop.linear_operator import VectorSpace
 from hvp_core.runs.snapshot import vectors_of_the_space
+from hvp_core.vectors.vector_space import VectorSpace
 
 
 @final

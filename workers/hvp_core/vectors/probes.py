@@ -11,8 +11,6 @@ from typing import Literal
 
 import torch
 
-Distribution = Literal["rademacher", "gaussian", "sphere"]
-
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF

@@ -12,11 +12,11 @@ import psutil
 import torch
 
 from hvp_core.errors import CurvatureError
-from hvp_core.linop.linear_operator import VectorSpace
 from hvp_core.precision import exact_products
 from hvp_core.sharding.collective import Collective
 from hvp_core.sharding.layout import Layout, Run
-from hvp_core.vectors.probes import Distribution, fill
+from hvp_core.vectors.probes import fill
+from hvp_core.vectors.vector_space import Distribution, VectorSpace
 
 _PIECE = 1 << 18  # elements whose products are added in their own dtype before float64 takes over
 _PIECE_ON_GPU = 1 << 24  # where sums are trees, and each piece is a launch

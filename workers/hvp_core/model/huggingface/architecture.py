@@ -1,4 +1,4 @@
-"""The config of a checkpoint folder: a causal language model of transformers, or a refusal.
+"""The config of a checkpoint folder: a model of transformers of a task that is served.
 
 Only classes of transformers itself are ever built, whatever code comes with a checkpoint.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvp_folders.config import read_config
-from hvp_folders.refusal import FolderError
-from hvp_folders.weights import CONFIG
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hvp_core.errors import CurvatureError
-from hvp_core.model.huggingface.named_class import check_class, refuse_remote_code
+from hvp_core.model.config import config_of, config_refused
+from hvp_core.model.huggingface.named_class import Task, refuse_remote_code, task_of
 
 # What a training script may leave in a config without changing the function that the model
 # computes: the form of its outputs, and how it is differentiated. One form is served.
@@ -27,23 +25,21 @@ _INCIDENTAL = {
 }
 
 
-def load_config(directory: Path) -> PreTrainedConfig:
-    """The config of a checkpoint folder, whose class of model is a causal language model.
+def load_config(directory: Path) -> tuple[PreTrainedConfig, Task]:
+    """The config of a checkpoint folder, and what its class of model is for.
 
     Args:
         directory: Folder of config.json.
 
     Returns:
-        The config, with what does not change the function set to what the engine relies on.
+        The config, with what does not change the function set to what the engine relies on; the
+        task.
 
     Raises:
         CurvatureError: CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, ARCHITECTURE_UNKNOWN,
             TASK_UNSUPPORTED, REMOTE_CODE_REFUSED.
     """
-    try:
-        raw = read_config(directory / CONFIG)
-    except FolderError as error:
-        raise CurvatureError(error.reason, error.message, error.metadata) from None
+    raw = config_of(directory)
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         refuse_remote_code(raw, f"transformers has no model of type {kind!r}")
@@ -62,21 +58,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
             vars(part).pop("auto_map", None)  # nobody after this can even ask for remote code
     except Exception as error:  # a library of thousands of configs fails in every way there is
         raise config_refused(error) from error
-    check_class(raw, config)
-    return config
-
-
-def config_refused(error: Exception) -> CurvatureError:
-    """The refusal of a config of which no model can be built.
-
-    Args:
-        error: What transformers raised.
-    """
-    return CurvatureError(
-        "CONFIG_INVALID",
-        f"config.json describes no model that can be built ({type(error).__name__}: "
-        f"{str(error)[:300]}); take the config.json that the model came with",
-    )
+    return config, task_of(raw, config)
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

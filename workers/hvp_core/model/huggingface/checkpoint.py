@@ -1,36 +1,31 @@
-"""A folder of config.json and safetensors as a model without weights, and its weights as shards.
-
-The model is built on the meta device and each rank reads only its own stretches of the files, so no
-process ever holds the whole of it.
-"""
+"""A folder of config.json and safetensors as a model of transformers without weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
-from hvp_core import attention
-from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import canonical_names
-from hvp_core.model.huggingface.architecture import config_refused, load_config
-from hvp_core.model.huggingface.stored_tensors import (
-    READABLE,
+from hvp_core.model.config import config_refused
+from hvp_core.model.huggingface import attention
+from hvp_core.model.huggingface.architecture import load_config
+from hvp_core.model.huggingface.named_class import Task
+from hvp_core.model.stored_tensors import (
     StoredTensor,
     by_name_in_model,
     same_values,
     stored_tensors,
 )
-from hvp_core.vectors.space import Space
 
 
 def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -63,19 +58,27 @@ def build_from_config(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _build(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     attention.register()
-    config = load_config(directory)
+    config, task = load_config(directory)
     try:
         try:
-            return _from_config(config, dtype, attention.NAME)
+            return _from_config(config, task, dtype, attention.NAME)
         except KeyError:  # classes that look their attention up in a table of their own
-            return _from_config(config, dtype, "eager")
+            return _from_config(config, task, dtype, "eager")
     except Exception as error:  # a library of thousands of models fails in every way there is
         raise config_refused(error) from error
 
 
-def _from_config(config: PreTrainedConfig, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+_CLASSES: dict[Task, Any] = {
+    "causal language modelling": AutoModelForCausalLM,
+    "sequence classification": AutoModelForSequenceClassification,
+}
+
+
+def _from_config(
+    config: PreTrainedConfig, task: Task, dtype: torch.dtype, attn: str
+) -> PreTrainedModel:
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(
+        return _CLASSES[task].from_config(
             config, trust_remote_code=False, dtype=dtype, attn_implementation=attn
         )
 
@@ -89,127 +92,3 @@ def _finish(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> PreTr
             del tied[target]
     model.tie_weights(recompute_mapping=False)
     return model.eval().requires_grad_(False)
-
-
-def locate(model: PreTrainedModel, directory: Path) -> dict[str, StoredTensor]:
-    """The stored tensor of each parameter and each persistent buffer, by canonical name.
-
-    A tied parameter may be stored under any of its names.
-
-    Raises:
-        CurvatureError: TENSOR_MISSING, TENSOR_SHAPE_MISMATCH, DTYPE_UNSUPPORTED, naming the tensor;
-            CHECKPOINT_FILES_INVALID where one parameter is stored as two that differ; and as
-            stored_tensors.
-    """
-    stored = by_name_in_model(model, stored_tensors(directory))
-    aliases: dict[str, list[str]] = {}
-    for name, canonical in canonical_names(model).items():
-        aliases.setdefault(canonical, []).append(name)
-    found = {}
-    wanted = {**dict(model.named_parameters()), **_persistent_buffers(model)}
-    for canonical, parameter in wanted.items():
-        names = [name for name in aliases.get(canonical, [canonical]) if name in stored]
-        _refuse_different(model, {name: stored[name] for name in names})
-        tensor = stored[names[0]] if names else None
-        if tensor is None:
-            raise CurvatureError(
-                "TENSOR_MISSING",
-                f"{canonical} is in none of the files that transformers would read; add the shard "
-                "that holds it, or set tie_word_embeddings in config.json if it is the head and "
-                "equals the embedding (tensors that transformers renames or fuses as it loads are "
-                "not found yet)",
-                {"tensor": canonical},
-            )
-        if tensor.shape != tuple(parameter.shape):
-            raise CurvatureError(
-                "TENSOR_SHAPE_MISMATCH",
-                f"{canonical} is stored as {tensor.shape} and config.json makes it "
-                f"{tuple(parameter.shape)}; {_what_to_set(model, tensor, parameter)}",
-                {"tensor": canonical},
-            )
-        if parameter.is_floating_point() and tensor.dtype not in READABLE:
-            raise CurvatureError(
-                "DTYPE_UNSUPPORTED",
-                f"{canonical} is stored as {tensor.dtype}; convert it to one of "
-                + ", ".join(READABLE),
-                {"tensor": canonical},
-            )
-        found[canonical] = tensor
-    return found
-
-
-def _refuse_different(model: PreTrainedModel, same: Mapping[str, StoredTensor]) -> None:
-    """Refuse tensors that are one parameter of the model and two in the files."""
-    compared = model.all_tied_weights_keys.items()  # when the model was built
-    for one, other in pairwise(same):
-        known = (one, other) in compared or (other, one) in compared
-        if not known and not same_values(same[one], same[other]):
-            raise CurvatureError(
-                "CHECKPOINT_FILES_INVALID",
-                f"{one} and {other} are one parameter of the model and differ in the files; leave "
-                "the right one, or write the model with save_pretrained",
-                {"tensor": other, "path": same[other].file.name},
-            )
-
-
-def _what_to_set(model: PreTrainedModel, tensor: StoredTensor, parameter: torch.Tensor) -> str:
-    """Advice where a shape is not the config's; a vocabulary is often padded when it is stored."""
-    vocabulary = model.config.get_text_config().vocab_size
-    rows, width = tensor.shape[:1], tensor.shape[1:]
-    if tuple(parameter.shape) == (vocabulary, *width) and rows:
-        return f"set vocab_size in config.json to {rows[0]}, the rows that are stored"
-    return "take the config.json that the model came with"
-
-
-def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors that are part of a checkpoint and not parameters."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-
-
-def fill_buffers(model: PreTrainedModel, sources: Mapping[str, StoredTensor]) -> None:
-    """Read the model's persistent buffers from the checkpoint, in place."""
-    for name, buffer in _persistent_buffers(model).items():
-        source = sources[name]
-        with safe_open(source.file, framework="pt") as tensors:
-            buffer.copy_(tensors.get_tensor(source.key))
-
-
-def load_shard(space: Space, sources: Mapping[str, StoredTensor]) -> torch.Tensor:
-    """This rank's shard of θ, read straight from the files."""
-    shard = space.zeros()
-    with ExitStack() as stack:
-
-        @cache
-        def opened(file: Path) -> Any:
-            return stack.enter_context(safe_open(file, framework="pt"))
-
-        for run in space.layout.runs(space.collective.rank):
-            for parameter in space.layout.parameters:
-                start = max(run.flat_start, parameter.offset)
-                stop = min(run.flat_stop, parameter.offset + parameter.numel)
-                if start >= stop:
-                    continue
-                source = sources[parameter.name]
-                values = _stretch(
-                    opened(source.file).get_slice(source.key),
-                    source.shape,
-                    start - parameter.offset,
-                    stop - parameter.offset,
-                )
-                place = run.shard_offset + start - run.flat_start
-                shard[place : place + stop - start] = values
-    return shard
-
-
-def _stretch(tensor: Any, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a stored tensor's flat order, reading whole rows only."""
-    if not shape:
-        values: torch.Tensor = tensor[...]
-        return values.reshape(-1)[start:stop]
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    first, last = start // width, -(-stop // width)
-    part: torch.Tensor = tensor[first:last]
-    return part.reshape(-1)[start - first * width : stop - first * width]

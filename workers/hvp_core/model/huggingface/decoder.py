@@ -1,4 +1,4 @@
-"""Any Hugging Face decoder as a chain: embedding, one block per layer, head.
+"""Any layered model of transformers as a chain: embedding, one block per layer, head.
 
 No architecture is named here. The model's own forward is run with its layers replaced: to find out
 in which order they are called and with which constants, to stop before the first (the embedding
@@ -20,17 +20,17 @@ from transformers import PreTrainedModel
 
 from hvp_core.blame import explained, whose
 from hvp_core.errors import CurvatureError
-from hvp_core.losses.loss import CrossEntropy
-from hvp_core.model.chain import Block, Chain, MicroBatch, refuse_train_mode
+from hvp_core.losses.loss import CrossEntropy, OutputHead
+from hvp_core.model.chain import Block, Chain, MicroBatch, free_zeros, refuse_train_mode
 from hvp_core.model.huggingface.decoder_blocks import (
     Context,
     Embedding,
     Head,
     Layer,
     Parts,
+    RowHead,
     StopForward,
     Whole,
-    free_zeros,
     replaced,
 )
 from hvp_core.precision import exact, exact_products
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 LOGIT_ELEMENTS = 16 << 20
 _ON_GPU = 4  # times as many there, for GEMMs of full speed
 _FEW = 16  # positions that a check takes
+#: A language model: logits of the next token at every position.
+LANGUAGE = OutputHead(loss=CrossEntropy(), unit="token")
 
 
 def _candidate_layers(model: nn.Module) -> list[nn.ModuleList]:
@@ -58,13 +60,14 @@ def _candidate_layers(model: nn.Module) -> list[nn.ModuleList]:
 
 @final
 class DecoderChain(Chain):
-    """A causal language model from transformers, in eval mode.
+    """A model from transformers, in eval mode: a language model, or one that judges whole rows.
 
     Args:
         model: Its parameters may be on the meta device; its buffers must be real.
         dtype: Of the parameters it will be run with.
         device: Where it will be run.
         one_block: Do not cut the model, whatever is found.
+        head: What its outputs are, and the loss.
     """
 
     def __init__(
@@ -73,14 +76,13 @@ class DecoderChain(Chain):
         dtype: torch.dtype,
         device: torch.device,
         one_block: bool = False,
+        head: OutputHead = LANGUAGE,
     ):
         refuse_train_mode(model)
-        self.loss = CrossEntropy()
+        self.loss, self._unit = head.loss, head.unit
         self.notes: dict[str, str] = {}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._parts = Parts(model, dtype, device)
-        #: Positions that go through the head together; None chooses by memory.
-        self.positions_at_once: int | None = None
         self.blocks: list[Block] = [Whole(self._parts)]
         if not one_block:
             for candidate in _candidate_layers(model):
@@ -97,26 +99,29 @@ class DecoderChain(Chain):
         return batch.inputs["input_ids"]
 
     def few(self, batch: MicroBatch) -> MicroBatch:
-        """One row, a few positions that are there, each with a target."""
+        """One row, a few positions that are there, with a target that counts."""
         mask = batch.inputs.get("attention_mask")
         start = 0 if mask is None else int(mask[0].ne(0).int().argmax())
         place = slice(start, start + _FEW)
         inputs = {name: each[:1, place] for name, each in batch.inputs.items()}
-        return MicroBatch(inputs=inputs, targets=batch.targets[:1, place].clamp(min=0))
+        targets = batch.targets[:1, place] if self._unit == "token" else batch.targets[:1]
+        return MicroBatch(
+            inputs=inputs, targets=targets if targets.is_floating_point() else targets.clamp(min=0)
+        )
 
     def pair(self, batch: MicroBatch) -> None:
         """Known when it is built: its loss, row by row, has equalled the model's own of two."""
 
     def context(self, batch: MicroBatch) -> Context:
         """Masks, positions and the like, recorded from the model's own forward."""
-        context = Context(batch.inputs.get("attention_mask"))
+        context = Context(batch.inputs)
         if self.is_cut:
             context.layer_arguments = self._record(batch.inputs)[0]
         return context
 
     def pieces(self, x: Tensor) -> list[slice]:
         """Positions, so many at once that the logits stay small."""
-        if not self.is_cut:
+        if not self.is_cut or self._unit == "row":
             return []
         vocabulary = self._parts.model.config.get_text_config().vocab_size
         elements = LOGIT_ELEMENTS * (1 if x.device.type == "cpu" else _ON_GPU)
@@ -138,6 +143,7 @@ class DecoderChain(Chain):
         parts = self._parts
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         passed: list[Tensor] = []
+        given: dict[str, Any] = dict(inputs)
 
         def skip(index: int) -> Callable[..., Any]:
             def call(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,11 +163,7 @@ class DecoderChain(Chain):
         # Positions become angles by a product, which in tf32 would be off by radians.
         with torch.no_grad(), exact_products(), replaced(parts.layers, calls):
             try:
-                parts.run(
-                    {},
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs.get("attention_mask"),
-                )
+                parts.run({}, None, **given)
             except StopForward:
                 return arguments, passed[0]
         raise CurvatureError("MODEL_UNSUPPORTED", "the model did not call its layers")
@@ -196,7 +198,8 @@ class DecoderChain(Chain):
                 for local, _ in layer.named_parameters(remove_duplicate=False)
             }
             blocks.append(Layer(parts, index, self._name_of(layer), names))
-        self.blocks = [*blocks, Head(parts, after)]
+        head = Head(parts, after) if self._unit == "token" else RowHead(parts, after)
+        self.blocks = [*blocks, head]
         return True
 
     def _name_of(self, module: nn.Module, parameter: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The blocks of a decoder from transformers: embedding, layers, head, or the model as one.
+"""The blocks of a model from transformers: embedding, layers, head, or the model as one.
 
 Each runs the model's own code, with its layers replaced where they are not wanted and its buffers
 as arguments. Parameters that a run does not need are zeros of no memory.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -18,7 +19,14 @@ from transformers import PreTrainedModel
 
 from hvp_core.attention.mask import Mask
 from hvp_core.errors import CurvatureError
-from hvp_core.model.chain import Block, Body, canonical_names
+from hvp_core.model.chain import (
+    Block,
+    Body,
+    canonical_names,
+    free_zeros,
+    numbered,
+    unchanged,
+)
 
 
 class StopForward(Exception):  # noqa: N818 (a signal, not an error)
@@ -40,33 +48,6 @@ def replaced(layers: Sequence[nn.Module], calls: Sequence[Callable[..., Any]]) -
             del layer.__dict__["forward"]
 
 
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Take back what a module's forward has written down in itself.
-
-    The next run then does not depend on this one, and holds none of its tensors.
-    """
-    before = [(each, dict(each.__dict__), dict(each._buffers)) for each in module.modules()]
-    try:
-        yield
-    finally:
-        for each, attributes, buffers in before:
-            now = each.__dict__
-            if len(now) != len(attributes) or any(
-                now.get(name) is not value for name, value in attributes.items()
-            ):
-                each.__dict__.clear()
-                each.__dict__.update(attributes)
-            each._buffers.clear()
-            each._buffers.update(buffers)
-
-
-def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """A zero for every parameter, each of one element's memory."""
-    zero = torch.zeros((), dtype=dtype, device=device)
-    return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
-
-
 def _setting(leaf: Any) -> Hashable:
     """What an argument that is no tensor may decide; of anything else its kind."""
     # 1, 1.0 and True are equal and not the same argument.
@@ -74,13 +55,9 @@ def _setting(leaf: Any) -> Hashable:
     return type(leaf), leaf if plain else None
 
 
-def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"c/{index}": each for index, each in enumerate(tensors)}
-
-
 @final
 class Parts:
-    """What the blocks of one decoder share."""
+    """What the blocks of one model share."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device):
         self.model = model
@@ -124,22 +101,28 @@ class Parts:
         return int(weight.shape[-1])
 
     def constants(self, context: Context) -> dict[str, Tensor]:
-        """Buffers, and the mask of the keys that are there, if some are not."""
-        mask = context.attention_mask
-        return _numbered([*self.buffers.values(), *([] if mask is None else [mask])])
+        """The model's buffers, and what of a micro-batch goes beside its token ids."""
+        return numbered([*self.buffers.values(), *context.beside.values()])
 
-    def mask(self, constants: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-        """The mask among such constants.
+    def beside(
+        self, names: Sequence[str], constants: Mapping[str, Tensor], ids: Tensor
+    ) -> dict[str, Tensor]:
+        """What goes beside the token ids, among such constants.
 
-        Ones where there is none: without a mask, models look into their positions for packed
-        sequences, and what depends on values cannot be traced.
+        A mask of ones where there is none: without a mask, models look into their positions for
+        packed sequences, and what depends on values cannot be traced.
         """
-        found = constants.get(f"c/{len(self.buffers)}")
-        return torch.ones_like(ids) if found is None else found
+        given = list(constants.values())[len(self.buffers) :]
+        found = dict(zip(names, given, strict=False))
+        return found if "attention_mask" in found else {**found, "attention_mask": _ones(ids)}
 
     def as_layer_output(self, x: Tensor) -> Any:
         """As this model's layers return it."""
         return (x,) if self.tuples else x
+
+
+def _ones(ids: Tensor) -> Tensor:
+    return torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
 
 
 def _logits(output: Any) -> Tensor:
@@ -160,10 +143,14 @@ class Embedding(Block):
 
     def body(self, context: Any, dense: bool) -> Body:
         """The model up to its first layer."""
-        return Body(self._parts.constants(context), self._call, fixed=True)
+        return _body(self._parts, context, self._call)
 
     def _call(
-        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        self,
+        names: Sequence[str],
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        constants: Mapping[str, Tensor],
     ) -> Tensor:
         def stop(hidden: Tensor, *_: Any, **__: Any) -> Any:
             raise StopForward(hidden)
@@ -171,7 +158,7 @@ class Embedding(Block):
         parts = self._parts
         with replaced(parts.layers[:1], [stop]):
             try:
-                parts.run(params, constants, input_ids=x, attention_mask=parts.mask(constants, x))
+                parts.run(params, constants, input_ids=x, **parts.beside(names, constants, x))
             except StopForward as stopped:
                 return stopped.x
         raise CurvatureError("MODEL_UNSUPPORTED", "the model's forward never called its layers")
@@ -194,7 +181,7 @@ class Layer(Block):
             leaves = [each.dense() if isinstance(each, Mask) else each for each in leaves]
         buffers = dict(self._module.named_buffers())
         places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        constants = _numbered([*[leaves[index] for index in places], *buffers.values()])
+        constants = numbered([*[leaves[index] for index in places], *buffers.values()])
 
         def call(
             params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
@@ -218,7 +205,38 @@ class Layer(Block):
 
 @final
 class Head(Block):
-    """The last layer's output (b, s, d) to logits (b, s, V), position by position."""
+    """The last layer's output (b, s, d) to the logits of each position (b, s, V)."""
+
+    def __init__(self, parts: Parts, parameters: Sequence[str]):
+        super().__init__("head", parameters)
+        self._parts = parts
+
+    def body(self, context: Any, dense: bool) -> Body:
+        """The model behind its last layer; positions do not know of one another there."""
+        return Body(numbered(list(self._parts.buffers.values())), self._call, fixed=True)
+
+    def _call(
+        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
+        parts = self._parts
+        with replaced(parts.layers, _handing_on(parts, x)):
+            # What the model makes of these zeros never reaches the output.
+            return _logits(
+                parts.run(
+                    params,
+                    constants,
+                    inputs_embeds=x.new_zeros(*x.shape[:2], parts.embedding_width(x)),
+                    attention_mask=_ones(x),
+                )
+            )
+
+
+@final
+class RowHead(Block):
+    """The last layer's output (b, s, d) to the logits of each row (b, C).
+
+    What a row's positions are pooled by may depend on its token ids: the model is given them.
+    """
 
     def __init__(self, parts: Parts, parameters: Sequence[str]):
         super().__init__("head", parameters)
@@ -226,35 +244,44 @@ class Head(Block):
 
     def body(self, context: Any, dense: bool) -> Body:
         """The model behind its last layer."""
-        return Body(_numbered(list(self._parts.buffers.values())), self._call, fixed=True)
+        constants = numbered([*self._parts.constants(context).values(), context.ids])
+        call = partial(self._call, tuple(context.beside))
+        return Body(constants, call, fixed=True, settings=tuple(context.beside))
 
     def _call(
-        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        self,
+        names: Sequence[str],
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        constants: Mapping[str, Tensor],
     ) -> Tensor:
-        parts = self._parts
+        parts, ids = self._parts, list(constants.values())[-1]
+        with replaced(parts.layers, _handing_on(parts, x)):
+            beside = parts.beside(names, constants, ids)
+            return _logits(parts.run(params, constants, input_ids=ids, **beside))
 
-        def bypass(hidden: Tensor, *_: Any, **__: Any) -> Any:
-            return parts.as_layer_output(hidden)
 
-        def inject(*_: Any, **__: Any) -> Any:
-            return parts.as_layer_output(x)
+def _handing_on(parts: Parts, x: Tensor) -> list[Callable[..., Any]]:
+    """Calls of layers of which the last gives x, and the others what they are given."""
 
-        calls = [bypass] * (len(parts.layers) - 1) + [inject]
-        with replaced(parts.layers, calls):
-            # What the model makes of these zeros never reaches the output.
-            return _logits(
-                parts.run(
-                    params,
-                    constants,
-                    inputs_embeds=x.new_zeros(*x.shape[:2], parts.embedding_width(x)),
-                    attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
-                )
-            )
+    def bypass(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return parts.as_layer_output(hidden)
+
+    def inject(*_: Any, **__: Any) -> Any:
+        return parts.as_layer_output(x)
+
+    return [bypass] * (len(parts.layers) - 1) + [inject]
+
+
+def _body(parts: Parts, context: Context, call: Callable[..., Tensor]) -> Body:
+    """The body of a block that takes token ids, and beside them what this micro-batch has."""
+    names = tuple(context.beside)
+    return Body(parts.constants(context), partial(call, names), fixed=True, settings=names)
 
 
 @final
 class Whole(Block):
-    """Token ids (b, s) to logits (b, s, V) in one block."""
+    """Token ids (b, s) to the model's logits, in one block."""
 
     def __init__(self, parts: Parts):
         super().__init__(type(parts.model).__name__, list(parts.zeros()))
@@ -262,19 +289,30 @@ class Whole(Block):
 
     def body(self, context: Any, dense: bool) -> Body:
         """The model."""
-        return Body(self._parts.constants(context), self._call, fixed=True)
+        return _body(self._parts, context, self._call)
 
     def _call(
-        self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
+        self,
+        names: Sequence[str],
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        constants: Mapping[str, Tensor],
     ) -> Tensor:
-        mask = self._parts.mask(constants, x)
-        return _logits(self._parts.run(params, constants, input_ids=x, attention_mask=mask))
+        beside = self._parts.beside(names, constants, x)
+        return _logits(self._parts.run(params, constants, input_ids=x, **beside))
 
 
 @final
 class Context:
-    """Constants of one micro-batch."""
+    """Constants of one micro-batch.
 
-    def __init__(self, attention_mask: Tensor | None):
-        self.attention_mask = attention_mask
+    Attributes:
+        ids: Token ids (b, s).
+        beside: What else the model is given, by name, each (b, s).
+        layer_arguments: What the model gives each layer beside its input.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor]):
+        self.ids = inputs["input_ids"]
+        self.beside = {name: each for name, each in inputs.items() if name != "input_ids"}
         self.layer_arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -8,8 +8,8 @@ the one that was trained, so here the name decides.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import transformers
 from hvp_folders.config import sections
@@ -22,6 +22,8 @@ from hvp_core.errors import CurvatureError
 # Families of classes that say what a model is pretrained or embedded in, and not what it is for.
 _NO_TASK = ("PRETRAINING", "BACKBONE", "TEXT_ENCODING", "IMAGE", "RETRIEVAL")
 _CAUSAL = "causal language modelling"
+_CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+Task = Literal["causal language modelling", "sequence classification"]
 _WORDS = {
     "causal lm": _CAUSAL,
     "masked lm": "masked language modelling",
@@ -33,12 +35,15 @@ _WORDS = {
 _CAUSAL_SUFFIXES = ("forcausallm", "lmheadmodel")
 
 
-def check_class(raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse a checkpoint that says it is something else than what would be built of it.
+def task_of(raw: Mapping[str, Any], config: PreTrainedConfig) -> Task:
+    """What a checkpoint is for, by the class that it names; one that is not served is refused.
 
     Args:
         raw: config.json.
         config: Made of it.
+
+    Returns:
+        The task whose class of this type is to be built.
 
     Raises:
         CurvatureError: TASK_UNSUPPORTED, ARCHITECTURE_UNKNOWN, REMOTE_CODE_REFUSED, CONFIG_INVALID.
@@ -52,6 +57,15 @@ def check_class(raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
             {"file": CONFIG, "key": "architectures"},
         )
     kind = raw["model_type"]
+    if names and names[0] in _classes(_CLASSIFIERS, kind):
+        return "sequence classification"
+    _check_causal(names, raw, config)
+    return "causal language modelling"
+
+
+def _check_causal(names: Sequence[str], raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Refuse what is no causal language model."""
+    kind = raw["model_type"]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         refuse_remote_code(raw, f"transformers has no causal language model of type {kind!r}")
         if names and (task := _task(names[0])) not in ("", _CAUSAL):
@@ -64,8 +78,16 @@ def check_class(raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
     built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     own = {built, *_classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, kind)}
     bodies = _classes(modeling_auto.MODEL_MAPPING_NAMES, kind)
-    if not _reads_both_ways(kind, config):
+    both_ways = _reads_both_ways(kind, config)
+    if not both_ways:
         own |= bodies  # a body says nothing of a task, and a tied head needs no tensor of its own
+    elif not names:
+        raise CurvatureError(
+            "CONFIG_INVALID",
+            f"config.json names no class in architectures, and a model of type {kind!r} may be an "
+            "encoder, which is no causal language model; name the class that it was saved as",
+            {"file": CONFIG, "key": "architectures"},
+        )
     folded = {name.lower() for name in own}  # some names have changed case over the years
     if not names or any(name.lower() in folded for name in names):
         return
@@ -114,8 +136,8 @@ def _task_refused(name: str, task: str, kind: str) -> CurvatureError:
     return CurvatureError(
         "TASK_UNSUPPORTED",
         f"config.json says that this is {name}, a model whose task is {task}; causal language "
-        "models are served: give the checkpoint of one, or correct architectures in config.json if "
-        "it is one",
+        "models and sequence classifiers are served: give the checkpoint of one, or correct "
+        "architectures in config.json if it is one",
         {"class": name, "task": task, "model_type": kind},
     )
 

@@ -1,0 +1,68 @@
+"""Going down: one flag that new calls meet and long calls wake up to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from hvp_service.calls.errors import ServiceError
+
+Result = TypeVar("Result")
+
+RETRY_AFTER_S = 5.0
+
+
+def draining() -> ServiceError:
+    """What a call hears that comes too late."""
+    return ServiceError(
+        "SERVER_DRAINING",
+        "The server is going down; call again when it is back.",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+class Drain:
+    """Set once, when the server is asked to stop."""
+
+    def __init__(self) -> None:
+        self._begun = asyncio.Event()
+
+    def begin(self) -> None:
+        """Refuse new calls and end those that would wait."""
+        self._begun.set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the server is going down."""
+        return self._begun.is_set()
+
+    async def wait(self) -> None:
+        """Return when the server goes down."""
+        await self._begun.wait()
+
+    def refuse(self) -> None:
+        """Refuse a call while the server goes down.
+
+        Raises:
+            ServiceError: SERVER_DRAINING.
+        """
+        if self.begun:
+            raise draining()
+
+    async def or_refuse(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Wait for something only as long as the server stays up.
+
+        Raises:
+            ServiceError: SERVER_DRAINING.
+        """
+        task = asyncio.ensure_future(work)
+        begun = asyncio.ensure_future(self._begun.wait())
+        try:
+            await asyncio.wait({task, begun}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self.refuse()
+            return await task
+        finally:
+            begun.cancel()
+            task.cancel()

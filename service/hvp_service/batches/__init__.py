@@ -1,0 +1,1 @@
+"""Data batches: rows of statistics; the data are a blob."""

@@ -1,0 +1,111 @@
+"""What a data batch's file holds, as far as it can be said without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hvp_batches.contents import check_alone, check_names, contents
+from hvp_batches.fitting import BatchError
+from hvp_batches.schema import FieldContents
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from hvp_service.calls.errors import ServiceError
+from hvp_service.storage.safetensors_header import (
+    Header,
+    PickleError,
+    SafetensorsError,
+    read_header,
+)
+
+_DTYPES = ("I64", "BOOL", "F32", "F64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistics:
+    """What a batch says about itself; see the proto's DataBatch."""
+
+    num_sequences: int
+    sequence_length: int
+    num_targets: int
+    max_token_id: int
+    has_attention_mask: bool
+    fields: tuple[FieldContents, ...]
+
+
+def read_batch(path: Path) -> BatchStatistics:
+    """Check a batch. Blocks; memory: the file's size a few times.
+
+    Raises:
+        ServiceError: SAFETENSORS_INVALID, and what `check_names`, `contents` and `check_alone`
+            find.
+    """
+    try:
+        header = read_header(path)
+    except SafetensorsError as error:
+        raise ServiceError(
+            "SAFETENSORS_INVALID",
+            f"The batch is not a safetensors file: {error.message} (byte {error.byte_offset}).",
+            field="digest",
+            metadata={"byte_offset": str(error.byte_offset), "field": error.field},
+        ) from None
+    except PickleError:
+        raise ServiceError(
+            "SAFETENSORS_INVALID",
+            "The batch is a pickle, which could run code when read; write safetensors.",
+            field="digest",
+            metadata={"byte_offset": "0"},
+        ) from None
+    try:
+        check_names(list(header.tensors))
+        _check_dtypes(header)
+        tensors: dict[str, NDArray[np.generic]] = load_file(path)
+        fields = contents(tensors)
+        check_alone(fields)
+    except BatchError as error:
+        raise batch_refused(error, "digest") from None
+    return statistics_of(fields)
+
+
+def batch_refused(error: BatchError, field: str) -> ServiceError:
+    """The refusal of a batch.
+
+    Args:
+        error: What is wrong with it.
+        field: Of the request.
+    """
+    return ServiceError(error.reason, error.message, field=field, metadata=error.metadata)
+
+
+def _check_dtypes(header: Header) -> None:
+    for name, span in header.tensors.items():
+        if span.dtype not in _DTYPES:
+            raise BatchError(
+                "BATCH_FIELD_INVALID",
+                f"{name} is {span.dtype} and must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.",
+                name,
+            )
+
+
+def statistics_of(fields: tuple[FieldContents, ...]) -> BatchStatistics:
+    """The statistics of a batch that has been checked."""
+    found = {each.name: each for each in fields}
+    ids, labels = found.get("input_ids"), found.get("labels")
+    predicts = ids is not None and (labels is None or labels.shape == ids.shape)
+    if labels is not None and labels.kind == "number":
+        predicts = False
+    largest = [
+        int(each.maximum)
+        for each in (ids, labels if predicts else None)
+        if each is not None and each.maximum is not None
+    ]
+    return BatchStatistics(
+        num_sequences=fields[0].shape[0],
+        sequence_length=0 if ids is None else ids.shape[1],
+        num_targets=(labels or ids).num_predicted if predicts and ids is not None else 0,
+        max_token_id=max(largest, default=0),
+        has_attention_mask="attention_mask" in found,
+        fields=fields,
+    )

@@ -1,0 +1,1 @@
+"""What every call has: names, pages, refusals, limits, request ids."""

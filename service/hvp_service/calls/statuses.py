@@ -1,0 +1,126 @@
+"""Errors as google.rpc.Status with details; the innermost of what callers see."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc.aio
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from hvp_workers.backend import BackendError
+
+from hvp_service.calls.around import LIBRARY_STREAMS, SERVED_PREFIX, AroundInterceptor
+from hvp_service.calls.errors import DOMAIN, ServiceError, code_of, fault_message, is_fault
+
+# Status travels in HTTP/2 headers, of which gRPC takes 8 KiB unless told otherwise.
+_MAX_MESSAGE = 1000
+_MAX_VALUE = 300
+_MAX_ENTRIES = 8
+
+log = structlog.get_logger()
+
+
+class ErrorInterceptor(AroundInterceptor):
+    """Turns what handlers raise into statuses; what nobody foresaw is logged and INTERNAL."""
+
+    prefixes = (SERVED_PREFIX, *LIBRARY_STREAMS)
+
+    @contextlib.asynccontextmanager
+    async def around(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[None]:
+        """See the class."""
+        call_id = uuid.uuid4().hex
+        with structlog.contextvars.bound_contextvars(method=method, call_id=call_id):
+            try:
+                yield
+            except ServiceError as error:
+                log.info("refused", reason=error.reason, message=error.message)
+                await _abort(context, service_status(error, call_id))
+            except BackendError as error:
+                if is_fault(error.reason):
+                    log.error("a fault of the workers", error=str(error), exception=error.trace)
+                    status = internal_status(call_id)
+                else:
+                    log.info("workers refused", reason=error.reason, message=error.message)
+                    status = backend_status(error, call_id)
+                await _abort(context, status)
+            except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+                raise
+            except Exception:
+                log.exception("a fault of this server")
+                await _abort(context, internal_status(call_id))
+
+
+def service_status(error: ServiceError, call_id: str) -> status_pb2.Status:
+    """A refusal of the service."""
+    details: list[Message] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message[:_MAX_MESSAGE], reason=error.reason
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason == "INPUT_MISSING":
+        missing = error_details_pb2.PreconditionFailure.Violation(
+            type="MISSING", subject=error.resource, description=error.message[:_MAX_MESSAGE]
+        )
+        details.append(error_details_pb2.PreconditionFailure(violations=[missing]))
+    elif error.resource:
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_name=error.resource, description=error.message[:_MAX_MESSAGE]
+            )
+        )
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return _status(error.code, error.reason, error.message, error.metadata, call_id, details)
+
+
+def backend_status(error: BackendError, call_id: str) -> status_pb2.Status:
+    """A refusal of the workers."""
+    return _status(code_of(error.reason), error.reason, error.message, error.metadata, call_id, [])
+
+
+def internal_status(call_id: str) -> status_pb2.Status:
+    """A fault of this server, of which only the log knows more."""
+    return _status(code_of("INTERNAL"), "INTERNAL", fault_message(call_id), {}, call_id, [])
+
+
+def _status(
+    code: int,
+    reason: str,
+    message: str,
+    metadata: Mapping[str, str],
+    call_id: str,
+    details: list[Message],
+) -> status_pb2.Status:
+    info = error_details_pb2.ErrorInfo(
+        reason=reason,
+        domain=DOMAIN,
+        metadata={
+            key[:_MAX_VALUE]: value[:_MAX_VALUE]
+            for key, value in list(metadata.items())[:_MAX_ENTRIES]
+        },
+    )
+    request = error_details_pb2.RequestInfo(request_id=call_id)
+    status = status_pb2.Status(code=code, message=message[:_MAX_MESSAGE])
+    for detail in (info, *details, request):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> None:
+    # The abstract context lacks the method that the concrete one has.
+    await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Checkpoints: folders of hard links to blobs, and rows of what they hold."""

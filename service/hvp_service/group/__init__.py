@@ -1,0 +1,1 @@
+"""The worker group, kept alive, and what the server tells of itself."""

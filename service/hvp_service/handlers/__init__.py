@@ -1,1 +1,0 @@
-"""What each method does: plain async functions that know nothing of gRPC."""

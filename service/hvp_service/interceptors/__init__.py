@@ -1,1 +1,0 @@
-"""What happens around every call, one interceptor per module."""

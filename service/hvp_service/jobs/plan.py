@@ -1,0 +1,103 @@
+"""What a job takes, and whether it has room on the ranks: known before it is queued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvp_operations.operation import Cost, Facts
+from hvp_workers.room import needed_bytes
+
+from hvp_service.calls.errors import ServiceError
+from hvp_service.group.supervisor import GroupSupervisor
+from hvp_service.jobs.store import JobSpec
+from hvp_service.operators.resolver import ResolvedOperator
+from hvp_service.vectors.store import ITEM_BYTES
+
+
+def facts_of(resolved: ResolvedOperator) -> Facts:
+    """What an operation may know of an operator before anything runs."""
+    return Facts(num_parameters=resolved.num_parameters, kind=resolved.operator.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a job takes of the ranks, and what they have.
+
+    Attributes:
+        cost: Products and vectors.
+        seconds_per_product: Of the latest job on the same operator; 0 where there was none.
+        num_ranks: That share each vector.
+        least_bytes: On each rank, without which the job does not begin.
+        wished_bytes: On each rank, where memory allows.
+        available_bytes: Of the rank that has least, whether free or not; 0: the ranks do not tell.
+        problem: Why the job does not fit and what would; "" where it may fit.
+    """
+
+    cost: Cost
+    seconds_per_product: float
+    num_ranks: int
+    least_bytes: int
+    wished_bytes: int
+    available_bytes: int
+    problem: str
+
+
+async def plan_of(
+    group: GroupSupervisor,
+    asked: JobSpec,
+    resolved: ResolvedOperator,
+    seconds_per_product: float = 0.0,
+) -> Plan:
+    """Compare what a job takes with what the ranks would have if all their memory were free.
+
+    The bound is an optimistic one: whatever does not fit, the ranks' own plan would refuse too,
+    which also knows what is in use.
+
+    Args:
+        group: The ranks.
+        asked: What the job does.
+        resolved: Its operator.
+        seconds_per_product: The pace, where it is known.
+
+    Raises:
+        ServiceError: WORKER_GROUP_LOST.
+    """
+    cost = asked.declared.cost(asked.spec, facts_of(resolved))
+    ranks = await group.call(lambda backend: backend.ranks())
+    available = min((rank.memory_bytes for rank in ranks), default=0)
+    dimension, dtype = resolved.num_parameters, resolved.operator.space.dtype
+    vector_bytes = dimension * ITEM_BYTES[dtype] / max(1, len(ranks))
+    needed = needed_bytes(cost.least_vectors, vector_bytes)
+    problem = (
+        f"{asked.declared.headline(asked.spec)} of an operator of order {dimension} in {dtype} "
+        f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} in "
+        "all; ask for less, or use more workers or float32."
+    )
+    return Plan(
+        cost=cost,
+        seconds_per_product=seconds_per_product,
+        num_ranks=len(ranks),
+        least_bytes=needed,
+        wished_bytes=needed_bytes(cost.wished_vectors, vector_bytes),
+        available_bytes=available,
+        problem=problem if 0 < available < needed else "",
+    )
+
+
+def require_room(asked: JobSpec, plan: Plan) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        ServiceError: INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes, of the rank
+            that has least).
+    """
+    if plan.problem:
+        raise ServiceError(
+            "INSUFFICIENT_CLUSTER_MEMORY",
+            plan.problem,
+            field=f"spec.{asked.operation}",
+            metadata={
+                "needed_bytes": str(plan.least_bytes),
+                "available_bytes": str(plan.available_bytes),
+            },
+        )

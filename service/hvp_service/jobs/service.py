@@ -1,0 +1,205 @@
+"""Queueing, cancelling and following jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hvp_operations.checking import checked
+from hvp_operations.operation import SpecError
+from hvp_operations.registry import operations
+
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.labels import check_labels, check_mask
+from hvp_service.calls.names import Name
+from hvp_service.jobs.plan import Plan, facts_of, plan_of, require_room
+from hvp_service.jobs.store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
+from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
+from hvp_service.storage.clock import now_us
+
+MAX_WAIT_S = 60.0
+
+
+def job_id(project: str, request_id: str) -> str:
+    """The id that a request id always leads to: a retry after a crash finds the row."""
+    if not request_id:
+        return uuid.uuid4().hex
+    return hashlib.sha256(f"{project}\0{request_id}".encode()).hexdigest()[:32]
+
+
+@contextlib.asynccontextmanager
+async def _asked(
+    deps: Dependencies, operation: str | None, operator: OperatorRef, values: Mapping[str, Any]
+) -> AsyncIterator[tuple[JobSpec, ResolvedOperator]]:
+    """A question that can be asked, for a block in which its operator's files stay.
+
+    Raises:
+        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`.
+    """
+    if operation is None:
+        raise ServiceError(
+            "SPEC_MISSING", f"Say what the job does: {', '.join(operations())}.", field="spec"
+        )
+    where = f"spec.{operation}"
+    async with deps.operators.using(operator, f"{where}.operator") as resolved:
+        try:
+            spec = checked(operations()[operation], values, facts_of(resolved))
+        except SpecError as error:
+            raise ServiceError(
+                error.reason,
+                f"{error.message}.",
+                field=f"{where}.{error.field}",
+                metadata=error.metadata,
+            ) from None
+        filled_in = replace(
+            operator,
+            dtype=resolved.operator.space.dtype,
+            precision=resolved.operator.precision,
+        )
+        yield JobSpec(operation=operation, operator=filled_in, spec=spec), resolved
+
+
+async def create(
+    deps: Dependencies,
+    name: Name,
+    *,
+    operation: str | None,
+    operator: OperatorRef,
+    values: Mapping[str, Any],
+    labels: Mapping[str, str],
+    validate_only: bool,
+) -> tuple[Job, Plan]:
+    """Check a question about an operator, plan it and queue it.
+
+    Args:
+        deps: Dependencies.
+        name: Of the job; a job of this name and the same spec is answered as it stands.
+        operation: What is asked; None: nothing that this version knows.
+        operator: What it is asked of.
+        values: Of the operation's spec, by field, unchecked.
+        labels: The caller's own.
+        validate_only: Queue nothing; what does not fit is told by the plan and not refused.
+
+    Returns:
+        The job, and what it takes.
+
+    Raises:
+        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
+            LABELS_INVALID, QUEUE_FULL, REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
+    """
+    async with _asked(deps, operation, operator, values) as (asked, resolved):
+        check_labels(labels)
+        pace = await deps.jobs.pace(name.project, asked.operator)
+        planned = await plan_of(deps.group, asked, resolved, pace)
+        job = Job(
+            name=name,
+            spec=asked,
+            labels=labels,
+            max_attempts=deps.config.max_attempts,
+            create_time=now_us(),
+        )
+        if validate_only:
+            return job, planned
+        require_room(asked, planned)
+        created = await deps.jobs.create(job, deps.config.max_queued_jobs)
+        if created.spec != asked:
+            raise ServiceError(
+                "REQUEST_ID_REUSED",
+                "This request id came before with another job; use a new one.",
+                field="request_id",
+            )
+    deps.dispatcher.notice_work()
+    return created, planned
+
+
+async def update(
+    deps: Dependencies, name: Name, labels: Mapping[str, str], mask: Sequence[str], etag: str
+) -> Job:
+    """Change a job's labels.
+
+    Args:
+        deps: Dependencies.
+        name: Of the job.
+        labels: That it is to have.
+        mask: Names of the fields to change.
+        etag: Of the version to change; "" for whatever there is.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, FIELD_MASK_INVALID, LABELS_INVALID, ETAG_MISMATCH.
+    """
+    check_mask(mask)
+    check_labels(labels, "job.labels")
+    return await deps.jobs.relabel(name, labels, etag)
+
+
+async def cancel(deps: Dependencies, name: Name) -> Job:
+    """Ask a job to stop between two products.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND.
+    """
+    job = await deps.jobs.cancel(name)
+    deps.dispatcher.notice_cancel(name)
+    return job
+
+
+async def delete(deps: Dependencies, name: Name) -> None:
+    """Forget an ended job, its events, and its vectors but for those that are kept.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, JOB_NOT_ENDED.
+    """
+    # A job that has ended never begins again, so its vectors may go before the row that names them.
+    if (await deps.jobs.get(name)).state in FINAL_STATES:
+        await deps.vectors.delete_of_job(name)
+    await deps.jobs.delete(name)
+
+
+async def wait(deps: Dependencies, name: Name, timeout_s: float) -> Job:
+    """The job when it has ended or the time is up.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, TIMEOUT_INVALID, SERVER_DRAINING.
+    """
+    if timeout_s < 0:
+        raise ServiceError("TIMEOUT_INVALID", "A timeout is 0 s or more.", field="timeout")
+    end_time = now_us() + int(min(timeout_s, MAX_WAIT_S) * 1e6)
+    while True:
+        job = await deps.jobs.get(name)
+        left_s = (end_time - now_us()) / 1e6
+        if job.state in FINAL_STATES or left_s <= 0:
+            return job
+        await deps.drain.or_refuse(deps.jobs.events_after(name, job.last_sequence, left_s))
+
+
+async def watch(
+    deps: Dependencies, name: Name, after_sequence: int
+) -> AsyncIterator[JobEvent | None]:
+    """Replay stored events, then follow; None is a heartbeat.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, SERVER_DRAINING.
+    """
+    job = await deps.jobs.get(name)
+    if job.state in FINAL_STATES and after_sequence >= job.last_sequence:
+        return
+    while True:
+        events = await deps.drain.or_refuse(
+            deps.jobs.events_after(name, after_sequence, deps.config.heartbeat_s)
+        )
+        if not events:
+            job = await deps.jobs.get(name)
+            if job.state in FINAL_STATES and after_sequence >= job.last_sequence:
+                return  # it has ended in a way that no event of this version tells
+            yield None
+        for event in events:
+            yield event
+            after_sequence = event.sequence
+            body = event.body
+            if isinstance(body, StateChange) and body.state in FINAL_STATES:
+                return

@@ -1,0 +1,290 @@
+"""Jobs as rows: the states they pass through, and the contract of whatever stores them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hvp_operations.operation import Operation, Result
+from hvp_operations.registry import operations
+from hvp_workers.backend import RunProgress
+
+from hvp_service.calls.errors import code_of
+from hvp_service.calls.names import Name
+from hvp_service.calls.paging import PageRequest
+from hvp_service.operators.resolver import OperatorRef
+
+JobState = Literal["QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
+FINAL_STATES: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+EVENTS_PER_PAGE = 500
+HELD_STATES: frozenset[JobState] = frozenset({"RUNNING", "CANCELLING"})
+
+
+class StaleLeaseError(Exception):
+    """The job is no longer this attempt's: it was claimed again, or has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """A question about an operator.
+
+    Attributes:
+        operation: Its name.
+        operator: What it is asked of.
+        spec: The operation's own, checked.
+    """
+
+    operation: str
+    operator: OperatorRef
+    spec: Any
+
+    @property
+    def declared(self) -> Operation[Any]:
+        """What is declared of the operation."""
+        return operations()[self.operation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobError:
+    """Why a job failed, as a call would have said it."""
+
+    code: int  # google.rpc.Code
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What a job found.
+
+    Attributes:
+        result: The operation's own.
+        vectors: Names of those that belong to it, in the result's order.
+        num_elements: Of each vector.
+        vector_time: When they were made, in microseconds.
+    """
+
+    result: Result
+    vectors: tuple[str, ...] = ()
+    num_elements: int = 0
+    vector_time: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job as its row has it, as far as this version can read the row."""
+
+    name: Name
+    spec: JobSpec | None  # None: another version's
+    labels: Mapping[str, str]
+    state: JobState = "QUEUED"
+    attempt: int = 0
+    max_attempts: int
+    progress: RunProgress | None = None
+    result: JobResult | None = None
+    error: JobError | None = None
+    last_sequence: int = 0
+    create_time: int  # microseconds, as the others
+    start_time: int | None = None
+    end_time: int | None = None
+
+    @property
+    def lease(self) -> Lease:
+        """The right to write to this attempt."""
+        return Lease(self.name, self.attempt)
+
+    def uses(self, resource: Name) -> bool:
+        """Whether its spec names a checkpoint or a data batch."""
+        if self.spec is None:
+            return False
+        operator = self.spec.operator
+        return str(resource) in (operator.checkpoint, operator.data_batch)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One attempt of one job: every write of a runner carries it."""
+
+    name: Name
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """A job has come to a state."""
+
+    state: JobState
+    attempt: int
+    error: JobError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent:
+    """Something that happened to a job."""
+
+    sequence: int  # dense from 1
+    time: int  # microseconds
+    body: StateChange | RunProgress | None  # None: of a kind that this version does not know
+
+
+class JobStore(ABC):
+    """Rows of jobs and of their events.
+
+    Laws:
+        Every change of state is an event, and events are numbered densely from 1.
+        A final state never changes.
+        Of the attempts of a job only the newest can write; others raise StaleLeaseError.
+        What a method has returned survives a crash.
+        A row that this version cannot read is shown as far as it can be, changes nothing for
+        others, and FAILED with JOB_UNREADABLE when its turn to run comes.
+        When the rows cannot be reached, a method raises DatabaseBusyError and has done nothing.
+    """
+
+    @abstractmethod
+    async def create(self, job: Job, max_queued: int) -> Job:
+        """Queue a job; when one of that name is there, answer it as it is.
+
+        Raises:
+            ServiceError: QUEUE_FULL.
+        """
+
+    @abstractmethod
+    async def get(self, name: Name) -> Job:
+        """The job.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+    @abstractmethod
+    async def list_page(
+        self, project: str, states: Sequence[JobState], page: PageRequest
+    ) -> tuple[list[Job], str]:
+        """One page, newest first and without results, and the next page's token.
+
+        No states means all.
+        """
+
+    @abstractmethod
+    async def delete(self, name: Name) -> None:
+        """Forget an ended job and its events.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, JOB_NOT_ENDED.
+        """
+
+    @abstractmethod
+    async def ended_before(self, time_us: int) -> list[Name]:
+        """Jobs of all projects that ended before a time, the oldest first; at most a thousand."""
+
+    @abstractmethod
+    async def forget(self, name: Name) -> None:
+        """Forget an ended job and its events, whatever its row holds; no error without one."""
+
+    @abstractmethod
+    async def unfinished(self, project: str) -> list[Job]:
+        """Jobs of a project that have not ended."""
+
+    @abstractmethod
+    async def pace(self, project: str, operator: OperatorRef) -> float:
+        """Seconds per product of the latest job on this very operator; 0 where there was none."""
+
+    @abstractmethod
+    async def claim(self) -> Job | None:
+        """Begin the next attempt of the oldest queued job, or None.
+
+        What has a lease that ran out is settled first, as `recover` does.
+        """
+
+    @abstractmethod
+    async def renew(self, lease: Lease) -> None:
+        """Hold an attempt for another lease's time.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def report(self, lease: Lease, progress: RunProgress) -> None:
+        """Store where an attempt stands, as an event and as the job's progress.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def finish(self, lease: Lease, end: JobResult | JobError | None) -> Job:
+        """End a job: a result SUCCEEDED, an error FAILED, None CANCELLED.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def give_back(self, lease: Lease, *, counted: bool = True) -> Job:
+        """Queue an attempt's job again at its old place; one being cancelled is CANCELLED.
+
+        Args:
+            lease: Of the attempt.
+            counted: Whether the attempt counts: it was lost, and not only cut short.
+
+        Raises:
+            StaleLeaseError: It is not ours any more.
+        """
+
+    @abstractmethod
+    async def cancel(self, name: Name) -> Job:
+        """Ask a job to stop: QUEUED is CANCELLED, RUNNING is CANCELLING, others stay.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+    @abstractmethod
+    async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Job:
+        """Give a job other labels, if it has the tag, or if that is empty.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, ETAG_MISMATCH.
+        """
+
+    @abstractmethod
+    async def recover(self) -> list[Job]:
+        """Settle what servers that are gone were running; called once, at start.
+
+        RUNNING becomes QUEUED, or FAILED with ATTEMPTS_EXHAUSTED or JOB_UNREADABLE; CANCELLING
+        becomes CANCELLED.
+        """
+
+    @abstractmethod
+    async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
+        """Events behind a sequence number, waiting for the first; [] when the time is up.
+
+        At most `EVENTS_PER_PAGE` come at once, the oldest: ask again behind the last of them.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+
+
+def attempts_exhausted(job: Job, cause: str) -> JobError:
+    """The end of a job that has lost its server or ranks too often."""
+    return JobError(
+        code=code_of("ATTEMPTS_EXHAUSTED"),
+        reason="ATTEMPTS_EXHAUSTED",
+        message=f"All {job.max_attempts} attempts were lost; the last one: {cause}",
+        metadata={"attempts": str(job.attempt)},
+    )
+
+
+def unreadable(name: Name) -> JobError:
+    """The end of a job whose row this version cannot read."""
+    return JobError(
+        code=code_of("JOB_UNREADABLE"),
+        reason="JOB_UNREADABLE",
+        message=f"The row of {name} was written by another version of the server, or is damaged. "
+        "Run that version to see it, or delete this job and make it again.",
+    )

@@ -1,0 +1,1 @@
+"""Operators: losses, gradients, products, and what names and data they are of."""

@@ -1,0 +1,251 @@
+"""From the names in an operator to the paths that the workers read, with every check between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from hvp_batches.fitting import BatchError, check_fit
+from hvp_workers.backend import Dtype, Matrix, Operator, Precision, Space
+
+from hvp_service.batches.contents import batch_refused
+from hvp_service.batches.store import BatchStore, DataBatch
+from hvp_service.calls.errors import ServiceError, not_found
+from hvp_service.calls.names import parse
+from hvp_service.checkpoints.store import Checkpoint, CheckpointStore
+from hvp_service.storage.state_dir import StateDir
+from hvp_service.vectors.rows import Outputs
+
+DTYPES: tuple[Dtype, ...] = ("float32", "float64")
+KINDS: dict[str, Matrix | Literal["jacobian"]] = {
+    **{f"KIND_{kind.upper()}": kind for kind in get_args(Matrix)},
+    "KIND_JACOBIAN": "jacobian",
+}
+PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
+    "cpu": ("full", "bfloat16"),
+    "cuda": ("bfloat16", "full", "tf32"),
+}
+DEFAULT_DTYPE: Dtype = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorRef:
+    """An operator as a caller names it; the proto's OperatorSpec."""
+
+    checkpoint: str
+    data_batch: str
+    kind: str  # the enum value's name
+    dtype: str = ""
+    micro_batch_size: int = 0
+    precision: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOperator:
+    """An operator whose names exist and whose data fit the model."""
+
+    checkpoint: Checkpoint
+    batch: DataBatch
+    operator: Operator
+
+    @property
+    def num_parameters(self) -> int:
+        """n, the length of vectors of parameter space."""
+        return self.checkpoint.description.num_parameters
+
+    @property
+    def outputs(self) -> Outputs:
+        """The space of the model's outputs on the batch."""
+        return outputs_of(self.checkpoint, self.batch)
+
+    @property
+    def transposed(self) -> ResolvedOperator:
+        """The transposed matrix; a symmetric one is its own."""
+        if self.operator.kind != "jacobian":
+            return self
+        return replace(self, operator=replace(self.operator, kind="jacobian_transposed"))
+
+    @property
+    def domain(self) -> Outputs | None:
+        """Of the vectors that it takes; None: parameter space."""
+        return self.outputs if self.operator.kind == "jacobian_transposed" else None
+
+    @property
+    def codomain(self) -> Outputs | None:
+        """Of its products; None: parameter space."""
+        return self.outputs if self.operator.kind == "jacobian" else None
+
+
+def outputs_of(checkpoint: Checkpoint, batch: DataBatch) -> Outputs:
+    """The space of a model's outputs on a batch that fits it.
+
+    Raises:
+        ServiceError: KIND_UNSUPPORTED: the model has no outputs.
+    """
+    schema = checkpoint.description.batch_schema
+    if not schema.outputs:
+        raise _no_outputs(checkpoint, "kind")
+    return Outputs(batch=batch.name, shape=schema.output_shape(batch.statistics.fields))
+
+
+def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
+    """A served dtype; "" is the default.
+
+    Raises:
+        ServiceError: DTYPE_UNSUPPORTED.
+    """
+    if not dtype:
+        return DEFAULT_DTYPE
+    if dtype not in DTYPES:
+        raise ServiceError(
+            "DTYPE_UNSUPPORTED",
+            f"The dtype {dtype[:40]!r} is not served; {' and '.join(DTYPES)} are.",
+            field=field,
+        )
+    return dtype
+
+
+def check_kind(kind: str, field: str = "kind") -> Matrix | Literal["jacobian"]:
+    """A served kind by its enum value's name.
+
+    Raises:
+        ServiceError: KIND_UNSPECIFIED, KIND_UNSUPPORTED.
+    """
+    served = " or ".join(KINDS)
+    if kind == "KIND_UNSPECIFIED":
+        raise ServiceError("KIND_UNSPECIFIED", f"Say which operator: {served}.", field=field)
+    if kind not in KINDS:
+        raise ServiceError(
+            "KIND_UNSUPPORTED", f"{kind} is not served yet; ask for {served}.", field=field
+        )
+    return KINDS[kind]
+
+
+def check_precision(
+    precision: str, dtype: Dtype, device: str, field: str = "precision"
+) -> Precision:
+    """A precision that the dtype and the device have; "" is their default.
+
+    Raises:
+        ServiceError: PRECISION_UNSUPPORTED.
+    """
+    served = PRECISIONS[device] if dtype == "float32" else ("full",)
+    for known in served:
+        if precision in ("", known):
+            return known
+    raise ServiceError(
+        "PRECISION_UNSUPPORTED",
+        f"The precision {precision[:40]!r} is not served for {dtype} on {device}; "
+        f"{' and '.join(sorted(served))} {'is' if len(served) == 1 else 'are'}, and an empty one "
+        "lets the server choose.",
+        field=field,
+        metadata={"dtype": dtype, "device": device},
+    )
+
+
+class OperatorResolver:
+    """Looks operators up.
+
+    Args:
+        checkpoints: Where checkpoints are.
+        batches: Where batches are.
+        state_dir: Where their files lie.
+        device: Of the ranks: `cpu` or `cuda`.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointStore,
+        batches: BatchStore,
+        state_dir: StateDir,
+        device: str,
+    ):
+        self._checkpoints = checkpoints
+        self._batches = batches
+        self._state_dir = state_dir
+        self.device = device
+
+    @contextlib.asynccontextmanager
+    async def using(
+        self, ref: OperatorRef, field: str = "operator"
+    ) -> AsyncIterator[ResolvedOperator]:
+        """Resolve an operator for the block: its files stay until the block's end.
+
+        Raises:
+            ServiceError: As `resolve`.
+        """
+        with (
+            self._checkpoints.hold(parse(ref.checkpoint, "checkpoints")),
+            self._batches.hold(parse(ref.data_batch, "dataBatches")),
+        ):
+            yield await self.resolve(ref, field)
+
+    async def resolve(self, ref: OperatorRef, field: str = "operator") -> ResolvedOperator:
+        """Check an operator; nothing is computed.
+
+        Args:
+            ref: What the caller asks.
+            field: Path of the operator in the request, for errors.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
+                DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
+                and what `check_fit` finds.
+        """
+        kind = check_kind(ref.kind, f"{field}.kind")
+        dtype = check_dtype(ref.dtype, f"{field}.dtype")
+        precision = check_precision(ref.precision, dtype, self.device, f"{field}.precision")
+        if ref.micro_batch_size < 0:
+            raise ServiceError(
+                "MICRO_BATCH_INVALID",
+                "A micro-batch has at least one sequence; 0 lets the server choose.",
+                field=f"{field}.micro_batch_size",
+            )
+        if kind == "jacobian" and ref.micro_batch_size:
+            raise ServiceError(
+                "MICRO_BATCH_INVALID",
+                "Outputs lie on the ranks as the server cuts the batch; leave micro_batch_size of "
+                "a Jacobian 0.",
+                field=f"{field}.micro_batch_size",
+            )
+        checkpoint_name = parse(ref.checkpoint, "checkpoints")
+        batch_name = parse(ref.data_batch, "dataBatches")
+        if batch_name.project != checkpoint_name.project:
+            raise not_found(ref.data_batch, "data batch")
+        checkpoint = await self._checkpoints.get(checkpoint_name)
+        batch = await self._batches.get(batch_name)
+        self._check_fit(checkpoint, batch, field)
+        if kind != "hessian" and not checkpoint.description.batch_schema.outputs:
+            raise _no_outputs(checkpoint, f"{field}.kind")
+        return ResolvedOperator(
+            checkpoint=checkpoint,
+            batch=batch,
+            operator=Operator(
+                space=Space(
+                    checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id), dtype=dtype
+                ),
+                batch_path=self._batches.path(batch),
+                kind=kind,
+                micro_batch_size=ref.micro_batch_size,
+                precision=precision,
+            ),
+        )
+
+    @staticmethod
+    def _check_fit(checkpoint: Checkpoint, batch: DataBatch, field: str) -> None:
+        try:
+            check_fit(checkpoint.description.batch_schema, batch.statistics.fields)
+        except BatchError as error:
+            raise batch_refused(error, f"{field}.data_batch") from None
+
+
+def _no_outputs(checkpoint: Checkpoint, field: str) -> ServiceError:
+    return ServiceError(
+        "KIND_UNSUPPORTED",
+        f"{checkpoint.description.architecture} returns its loss alone, and this kind of operator "
+        "is one of a model's outputs; ask for the Hessian, or register the model with its outputs "
+        "and a loss.",
+        field=field,
+    )

@@ -1,0 +1,218 @@
+"""Losses, gradients and products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import structlog
+from hvp_workers.backend import Backend, Form
+
+from hvp_service.app.dependencies import Dependencies
+from hvp_service.calls.errors import ServiceError
+from hvp_service.calls.names import Name, parse
+from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
+from hvp_service.storage.lifetimes import Lifetime
+from hvp_service.vectors.rows import Outputs, Vector, words_of
+
+log = structlog.get_logger()
+
+FORMS: dict[str, Form] = {f"FORM_{form.upper()}": form for form in get_args(Form)}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A mean over targets, in nats."""
+
+    value: float
+    num_targets: int
+
+
+async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperator, int]:
+    """Check an operator and fill in its defaults; the ranks are not asked.
+
+    Returns:
+        The operator, and how many sequences a rank takes at once.
+
+    Raises:
+        ServiceError: As `OperatorResolver.resolve`.
+    """
+    resolved = await deps.operators.resolve(ref)
+    batch = resolved.batch.statistics
+    if resolved.operator.kind == "jacobian":
+        return resolved, 0  # whose outputs have one cut alone
+    return resolved, ref.micro_batch_size or deps.group.backend.default_micro_batch(
+        batch.num_sequences, max(1, batch.sequence_length)
+    )
+
+
+async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:
+    """L(θ). Cost: one forward pass."""
+    async with deps.operators.using(ref) as resolved:
+        value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
+    schema = resolved.checkpoint.description.batch_schema
+    return Loss(value, schema.num_targets(resolved.batch.statistics.fields))
+
+
+async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = "") -> Vector:
+    """∇L(θ), left on the ranks, in a session or in none.
+
+    Raises:
+        ServiceError: SESSION_EXPIRED, and as `OperatorResolver.resolve`.
+    """
+    async with (
+        deps.operators.using(ref) as resolved,
+        deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
+    ):
+        (gradient,) = _products(deps, resolved, None, 1, lifetime)
+
+        async def work(backend: Backend) -> None:
+            await backend.gradient(resolved.operator, gradient.name.id)
+
+        return (await deps.vectors.make([gradient], work))[0]
+
+
+async def apply(
+    deps: Dependencies,
+    ref: OperatorRef,
+    vectors: Sequence[str],
+    session: str = "",
+    *,
+    transposed: bool = False,
+) -> list[Vector]:
+    """The product with each vector, left on the ranks, in a session or in none.
+
+    Args:
+        deps: Dependencies.
+        ref: The operator.
+        vectors: Names.
+        session: That the products are to belong to; "" for none.
+        transposed: Take the transposed matrix.
+
+    Raises:
+        ServiceError: VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, SESSION_EXPIRED, and
+            as `OperatorResolver.resolve`.
+    """
+    names = _vector_names(vectors)
+    async with (
+        deps.operators.using(ref) as resolved,
+        deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
+        deps.vectors.using(names) as inputs,
+    ):
+        wanted = resolved.transposed if transposed else resolved
+        return await _apply(deps, ref, wanted, inputs, lifetime)
+
+
+async def evaluate_forms(
+    deps: Dependencies, ref: OperatorRef, form: str, vectors: Sequence[str]
+) -> list[float]:
+    """A number for each vector; only the numbers leave the ranks.
+
+    Args:
+        deps: Dependencies.
+        ref: The operator.
+        form: Which number: the enum value's name.
+        vectors: Names.
+
+    Raises:
+        ServiceError: FORM_UNSPECIFIED, OPERATOR_NOT_SYMMETRIC, VECTORS_MISSING,
+            VECTOR_SPACE_MISMATCH, INPUT_MISSING, and as `OperatorResolver.resolve`.
+    """
+    if form not in FORMS:
+        raise ServiceError(
+            "FORM_UNSPECIFIED", f"Say which number: {' or '.join(FORMS)}.", field="form"
+        )
+    wanted = FORMS[form]
+    names = _vector_names(vectors)
+    async with deps.operators.using(ref) as resolved, deps.vectors.using(names) as inputs:
+        if wanted == "quadratic" and resolved.operator.kind == "jacobian":
+            raise ServiceError(
+                "OPERATOR_NOT_SYMMETRIC",
+                "A Jacobian is no square matrix and has no quadratic form; ask for that of a GGN.",
+                field="operator.kind",
+            )
+        _check_domain(resolved, None, inputs)
+
+        async def work(backend: Backend) -> list[float]:
+            await deps.vectors.ensure_resident(backend, inputs)
+            return await backend.evaluate_forms(
+                resolved.operator, wanted, [vector.name.id for vector in inputs]
+            )
+
+        return await deps.group.call(work)
+
+
+async def _apply(
+    deps: Dependencies,
+    ref: OperatorRef,
+    resolved: ResolvedOperator,
+    inputs: Sequence[Vector],
+    lifetime: Lifetime,
+) -> list[Vector]:
+    _check_domain(resolved, resolved.domain, inputs)
+    outputs = _products(deps, resolved, resolved.codomain, len(inputs), lifetime)
+
+    async def work(backend: Backend) -> None:
+        await deps.vectors.ensure_resident(backend, inputs)
+        news = await backend.apply(
+            resolved.operator,
+            [vector.name.id for vector in inputs],
+            [vector.name.id for vector in outputs],
+        )
+        if news:
+            log.info(
+                "products",
+                checkpoint=ref.checkpoint,
+                data_batch=ref.data_batch,
+                kind=resolved.operator.kind,
+                precision=resolved.operator.precision,
+                notes=dict(news),
+            )
+
+    return await deps.vectors.make(outputs, work)
+
+
+def _vector_names(vectors: Sequence[str]) -> list[Name]:
+    if not vectors:
+        raise ServiceError("VECTORS_MISSING", "Name one or more vectors.", field="vectors")
+    return [parse(name, "vectors") for name in vectors]
+
+
+def _check_domain(
+    resolved: ResolvedOperator, domain: Outputs | None, inputs: Sequence[Vector]
+) -> None:
+    space = (
+        resolved.checkpoint.name,
+        resolved.operator.space.dtype,
+        None if domain is None else domain.batch,
+    )
+    for index, vector in enumerate(inputs):
+        if vector.space != space:
+            raise ServiceError(
+                "VECTOR_SPACE_MISMATCH",
+                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
+                f"{words_of(space)}.",
+                field=f"vectors[{index}]",
+            )
+
+
+def _products(
+    deps: Dependencies,
+    resolved: ResolvedOperator,
+    outputs: Outputs | None,
+    count: int,
+    lifetime: Lifetime,
+) -> list[Vector]:
+    return [
+        deps.vectors.new(
+            resolved.checkpoint.name,
+            resolved.operator.space.dtype,
+            resolved.num_parameters if outputs is None else math.prod(outputs.shape),
+            None,
+            lifetime=lifetime,
+            outputs=outputs,
+        )
+        for _ in range(count)
+    ]

@@ -1,0 +1,1 @@
+"""Sessions: leases of clients, whose vectors go when they do."""

@@ -1,0 +1,1 @@
+"""What outlives the server: the state folder, the database, and how long things live."""

@@ -1,0 +1,34 @@
+"""Waiting for a database that is busy, where nobody is there to be told to call again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from hvp_service.storage.database import DatabaseBusyError
+
+Result = TypeVar("Result")
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 5.0
+
+log = structlog.get_logger()
+
+
+async def until_done(call: Callable[[], Awaitable[Result]]) -> Result:
+    """Make a call until the database is not busy, for as long as that takes.
+
+    Args:
+        call: Has done nothing when it raises DatabaseBusyError.
+    """
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await call()
+        except DatabaseBusyError as error:
+            log.warning("the state folder is busy; trying again", why=str(error), pause_s=pause_s)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

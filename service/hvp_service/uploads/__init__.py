@@ -1,0 +1,1 @@
+"""Uploads that resume; their methods are BlobService's."""

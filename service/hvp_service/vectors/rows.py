@@ -1,0 +1,299 @@
+"""Vectors as rows: what names one, how it can be made again, and how long it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import sqlalchemy as sa
+from hvp_workers.backend import Dtype
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hvp_service.calls.errors import ServiceError, not_found, session_expired
+from hvp_service.calls.names import Name
+from hvp_service.calls.paging import Pager, PageRequest
+from hvp_service.storage.clock import SECOND, now_us
+from hvp_service.storage.database import Database, checkpoints, data_batches, sessions, vectors
+from hvp_service.storage.lifetimes import UNTIL_DELETED, Lifetime
+
+Recipe = Mapping[str, Any]  # JSON; "kind" is seeded, file, zeros or parameters
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """The space of a model's outputs on a batch.
+
+    Attributes:
+        batch: Name of the batch.
+        shape: (sequences, positions, vocabulary).
+    """
+
+    batch: Name
+    shape: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Vector:
+    """One vector as its row has it."""
+
+    name: Name
+    checkpoint_id: str
+    dtype: Dtype
+    num_elements: int
+    recipe: Recipe | None  # None: a product; it ends with the ranks
+    generation: str
+    create_time: int  # microseconds
+    lifetime: Lifetime = UNTIL_DELETED
+    batch_id: str = ""  # "": parameter space
+    output_shape: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n,), or of outputs (sequences, positions, vocabulary)."""
+        return self.output_shape or (self.num_elements,)
+
+    @property
+    def batch(self) -> Name | None:
+        """On which it is the model's outputs; None of parameter space."""
+        return Name(self.name.project, "dataBatches", self.batch_id) if self.batch_id else None
+
+    @property
+    def space(self) -> tuple[Name, Dtype, Name | None]:
+        """What it can be added to."""
+        return self.checkpoint, self.dtype, self.batch
+
+    @property
+    def durable(self) -> bool:
+        """Whether it can be made again."""
+        return self.recipe is not None
+
+    @property
+    def checkpoint(self) -> Name:
+        """Of the parameter space."""
+        return Name(self.name.project, "checkpoints", self.checkpoint_id)
+
+    @property
+    def session(self) -> Name | None:
+        """That it belongs to."""
+        identifier = self.lifetime.session
+        return Name(self.name.project, "sessions", identifier) if identifier else None
+
+
+@final
+class VectorRows:
+    """The table of vectors.
+
+    Law: the row of a vector was inserted while its checkpoint was there, and the session that it
+    belongs to, if any.
+
+    Args:
+        database: Where it is.
+        pager: Makes page tokens.
+        ttl_s: A vector with a time to live has this much of it after each use.
+    """
+
+    def __init__(self, database: Database, pager: Pager, *, ttl_s: float):
+        self._database = database
+        self._pager = pager
+        self._ttl_us = int(ttl_s * SECOND)
+
+    async def insert(self, made: Sequence[Vector]) -> None:
+        """Insert rows; a time to live begins now.
+
+        Raises:
+            ServiceError: SESSION_EXPIRED, RESOURCE_NOT_FOUND for the checkpoint.
+        """
+        later = now_us() + self._ttl_us
+        async with self._database.writing() as connection:
+            for space in {vector.checkpoint for vector in made}:
+                if not await _is_there(connection, checkpoints, space):
+                    raise not_found(str(space), "checkpoint", "It was deleted meanwhile.")
+            for batch in {vector.batch for vector in made if vector.batch is not None}:
+                if not await _is_there(connection, data_batches, batch):
+                    raise not_found(str(batch), "data batch", "It was deleted meanwhile.")
+            for owner in {vector.session for vector in made if vector.session is not None}:
+                if not await _is_there(connection, sessions, owner):
+                    raise session_expired(str(owner))
+            await connection.execute(
+                # An eigenvector's name follows from its job: a second attempt replaces the first's.
+                sa.insert(vectors).prefix_with("OR REPLACE"),
+                [
+                    {
+                        "project": vector.name.project,
+                        "id": vector.name.id,
+                        "checkpoint_id": vector.checkpoint_id,
+                        "dtype": vector.dtype,
+                        "num_elements": vector.num_elements,
+                        "recipe": vector.recipe,
+                        "generation": vector.generation,
+                        "create_time": vector.create_time,
+                        "session": vector.lifetime.session,
+                        "expire_time": None if vector.lifetime.expire_time is None else later,
+                        "kept": vector.lifetime.kept,
+                        "batch_id": vector.batch_id,
+                        "shape": list(vector.output_shape),
+                    }
+                    for vector in made
+                ],
+            )
+
+    async def get(self, name: Name) -> Vector:
+        """The vector of a name.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+        async with self._database.reading() as connection:
+            row = (
+                await connection.execute(
+                    sa.select(vectors).where(
+                        vectors.c.project == name.project, vectors.c.id == name.id
+                    )
+                )
+            ).one_or_none()
+        if row is None:
+            raise gone(name)
+        return _from_row(row)
+
+    async def list_page(
+        self, project: str, page: PageRequest, generation: str
+    ) -> tuple[list[Vector], str]:
+        """One page of the vectors that can be used, oldest first, and the next page's token.
+
+        Args:
+            project: Whose.
+            page: Which.
+            generation: Of the ranks: products of others are left out.
+        """
+        async with self._database.reading() as connection:
+            found, token = await self._pager.fetch(
+                connection,
+                vectors,
+                page,
+                scope=f"{project}/vectors",
+                where=[
+                    vectors.c.project == project,
+                    sa.or_(vectors.c.recipe.is_not(sa.null()), vectors.c.generation == generation),
+                ],
+            )
+        return [_from_row(row) for row in found], token
+
+    async def prolong(self, used: Sequence[Vector]) -> list[Vector]:
+        """Give vectors with a time to live all of it, unless they have most of it left."""
+        later = now_us() + self._ttl_us
+        due = {
+            vector.name.id
+            for vector in used
+            if vector.lifetime.expire_time is not None
+            and later - vector.lifetime.expire_time > self._ttl_us // 10
+        }
+        if not due:
+            return list(used)
+        async with self._database.writing() as connection:
+            await connection.execute(
+                sa.update(vectors)
+                # One that a caller keeps meanwhile has no time to live any more.
+                .where(vectors.c.id.in_(due), vectors.c.expire_time.is_not(None))
+                .values(expire_time=later)
+            )
+        return [
+            replace(vector, lifetime=Lifetime(expire_time=later))
+            if vector.name.id in due
+            else vector
+            for vector in used
+        ]
+
+    async def retain(self, vector: Vector, recipe: Recipe) -> Vector:
+        """Let a vector stay until it is deleted.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND.
+        """
+        kept = Lifetime(kept=True)
+        async with self._database.writing() as connection:
+            changed = await connection.execute(
+                sa.update(vectors)
+                .where(vectors.c.project == vector.name.project, vectors.c.id == vector.name.id)
+                .values(
+                    recipe=recipe,
+                    session=kept.session,
+                    expire_time=kept.expire_time,
+                    kept=kept.kept,
+                )
+            )
+        if not changed.rowcount:
+            raise gone(vector.name)
+        return replace(vector, recipe=recipe, lifetime=kept)
+
+    async def delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
+        """Delete rows; their ids."""
+        async with self._database.writing() as connection:
+            deleted = sa.delete(vectors).where(*where).returning(vectors.c.id)
+            return list((await connection.scalars(deleted)).all())
+
+    async def delete_outlived(self, in_use: Collection[str]) -> list[str]:
+        """Delete the rows of vectors whose session has ended or whose time is up; their ids.
+
+        Args:
+            in_use: Ids of vectors that are used just now, whose time is therefore not up.
+        """
+        living = sa.select(sessions.c.id).where(sessions.c.project == vectors.c.project)
+        return await self.delete(
+            sa.or_(
+                sa.and_(vectors.c.session != "", vectors.c.session.not_in(living)),
+                sa.and_(vectors.c.expire_time < now_us(), vectors.c.id.not_in(in_use)),
+            )
+        )
+
+    async def next_expiry(self) -> int | None:
+        """When the next vector with a time to live goes, in microseconds; None while none does."""
+        async with self._database.reading() as connection:
+            found: int | None = await connection.scalar(
+                sa.select(sa.func.min(vectors.c.expire_time))
+            )
+        return found
+
+    async def ids(self) -> set[str]:
+        """Of all projects' vectors."""
+        async with self._database.reading() as connection:
+            return set((await connection.scalars(sa.select(vectors.c.id))).all())
+
+
+def words_of(space: tuple[Name, Dtype, Name | None]) -> str:
+    """A space of vectors in words."""
+    checkpoint, dtype, batch = space
+    where = f"of {checkpoint}" if batch is None else f"of the outputs of {checkpoint} on {batch}"
+    return f"{dtype} vector {where}"
+
+
+def gone(name: Name) -> ServiceError:
+    """The refusal of a vector that has no row."""
+    return not_found(
+        str(name),
+        "vector",
+        "If it was there, it was deleted, or what it belonged to has ended: its session, its job, "
+        "or the time for which nobody used it. Make it again.",
+    )
+
+
+async def _is_there(connection: AsyncConnection, table: sa.Table, name: Name) -> bool:
+    row = sa.select(table.c.id).where(table.c.project == name.project, table.c.id == name.id)
+    return (await connection.execute(row)).first() is not None
+
+
+def _from_row(row: sa.Row[Any]) -> Vector:
+    return Vector(
+        name=Name(row.project, "vectors", row.id),
+        checkpoint_id=row.checkpoint_id,
+        dtype=row.dtype,
+        num_elements=row.num_elements,
+        recipe=row.recipe,
+        generation=row.generation,
+        create_time=row.create_time,
+        lifetime=Lifetime(session=row.session, expire_time=row.expire_time, kept=row.kept),
+        batch_id=row.batch_id,
+        output_shape=tuple(row.shape),
+    )

@@ -1,0 +1,118 @@
+"""The families of that package: one that gives its own loss, one with outputs, and wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from hvp_batches.schema import BatchField
+from hvp_core.losses.loss import CrossEntropy, Loss
+from hvp_core.model.modules import ModuleFamily
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+class Chain(nn.Module):
+    """½ Σ (θᵢ − θᵢ₊₁)² with zeros at both ends: the 1-D Laplacian is its Hessian."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = self.theta[0].square() + self.theta[-1].square()
+        return ((self.theta[1:] - self.theta[:-1]).square().sum() + ends) / 2
+
+
+class Laplacian(ModuleFamily):
+    """Rows carry nothing: the loss is of the parameters alone."""
+
+    def module(self, config: Mapping[str, Any]) -> nn.Module:
+        return Chain(config["length"]).eval()
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        return [BatchField(name="x", kind="number", dims=("n",))]
+
+
+class Net(nn.Module):
+    """Logits of two inputs; a buffer is part of the checkpoint."""
+
+    shift: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 3)
+        self.register_buffer("shift", torch.zeros(width))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        hidden: Tensor = self.first(x) * scale[:, None] + self.shift
+        logits: Tensor = self.last(torch.tanh(hidden))
+        return logits
+
+
+class OwnNet(Net):
+    """The same, with the loss inside."""
+
+    def forward(self, x: Tensor, scale: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return cross_entropy(super().forward(x, scale), y)
+
+
+class ScaledMlp(ModuleFamily):
+    """Cross-entropy of logits."""
+
+    loss: ClassVar[Loss | None] = CrossEntropy()
+    targets = "y"
+    outputs = ("n", "3")
+    net: type[nn.Module] = Net
+
+    def module(self, config: Mapping[str, Any]) -> nn.Module:
+        return self.net(config["width"]).eval()
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        return [
+            BatchField(name="x", kind="number", dims=("n", "4")),
+            BatchField(name="scale", kind="number", dims=("n",)),
+            BatchField(name="y", kind="integer", dims=("n",), minimum=0, maximum=2, ignored=-100),
+        ]
+
+
+class OwnMlp(ScaledMlp):
+    """The loss inside."""
+
+    loss = None
+    net = OwnNet
+
+
+class InTrainMode(ScaledMlp):
+    def module(self, config: Mapping[str, Any]) -> nn.Module:
+        return Net(config["width"])
+
+
+class _OfADict(Net):
+    def forward(self, x: Tensor, scale: Tensor) -> Any:
+        return {"logits": super().forward(x, scale)}
+
+
+class OfADict(ScaledMlp):
+    net = _OfADict
+
+
+class _OfNoRows(Net):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x, scale).mean(0)
+
+
+class OfNoRows(ScaledMlp):
+    net = _OfNoRows
+
+
+class _OfASum(OwnNet):
+    def forward(self, x: Tensor, scale: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, scale, y) * len(x)
+
+
+class OfASum(OwnMlp):
+    """A sum over rows where their mean is asked for."""
+
+    net = _OfASum

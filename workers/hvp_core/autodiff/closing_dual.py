@@ -1,0 +1,86 @@
+"""The derivatives of the last block with a product's rule behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from collections.abc import Set as AbstractSet
+from typing import final
+
+import torch
+
+from hvp_core.autodiff.parts import Group, Part, split
+from hvp_core.autodiff.passes import Passes
+from hvp_core.autodiff.trace import Stage, Trace
+
+
+@final
+class ClosingDual:
+    """The parts of a closing block at one shape, for one product.
+
+    Args:
+        trace: Of `trace_closing`.
+        passes: Of the product that is traced.
+        key: What it was traced from: the block's program, the loss with its settings, the product.
+        remarks: What is to be said of the block's code.
+        prepare: Called once with each new part; may replace how it runs.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        passes: Passes,
+        key: Hashable,
+        remarks: AbstractSet[str] = frozenset(),
+        prepare: Callable[[Part], None] | None = None,
+    ):
+        self._trace = trace
+        self.passes = passes
+        self.remarks = frozenset(remarks)
+        self.key = key
+        self._prepare = prepare
+        self._parts: dict[tuple[bool, tuple[str, ...], tuple[str, ...]], list[Part]] = {}
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of what a probe's cotangents pull back to."""
+        return "bar_dot" if self.passes.backward == "pair" else "bar"
+
+    @property
+    def given_dtype(self) -> torch.dtype:
+        """Of what the product is given."""
+        dtype: torch.dtype = self._trace.arguments["given_dot"].meta["val"].dtype
+        return dtype
+
+    def measuring(self, shared: bool) -> list[Part]:
+        """Parts that measure: one; or, `shared`, a primal one and one for each probe."""
+        return self._split(shared, (), ("measure",))
+
+    def parts(self, shared: bool, wants_primal: bool) -> list[Part]:
+        """Parts that go back: one; or, `shared`, a primal one and one for each probe."""
+        names = [
+            name
+            for name in self._trace.outputs
+            if name == f"x_{self.suffix}" or name.partition("/")[0] == f"p_{self.suffix}"
+        ]
+        return self._split(shared, ("x_bar",) if wants_primal else (), tuple(names))
+
+    def _split(self, shared: bool, primal: tuple[str, ...], rest: tuple[str, ...]) -> list[Part]:
+        key = shared, primal, rest
+        if key not in self._parts:
+            first, second = frozenset([Stage(0, False)]), frozenset([Stage(0, True)])
+            wanted = tuple(dict.fromkeys([*primal, *rest]))
+            groups = (
+                [Group(first, primal), Group(second, rest)]
+                if shared
+                else [Group(first | second, wanted)]
+            )
+            known = set(self._trace.outputs)
+            groups = [
+                Group(each.stages, tuple(name for name in each.outputs if name in known))
+                for each in groups
+            ]
+            self._parts[key] = split(self._trace, groups)
+            for part in self._parts[key]:
+                if self._prepare is not None:
+                    self._prepare(part)
+        return self._parts[key]

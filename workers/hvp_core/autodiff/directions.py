@@ -1,0 +1,69 @@
+"""Random directions to compare derivatives along, and when what is found along one agrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.dual import Params
+from hvp_core.vectors.space import partial_products
+
+#: Of a number of size one. What the trace finds to be smaller than the largest by its root is
+#: weighed as if it were not: rounding is of that size.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+def noise_like(like: Tensor, seed: int) -> Tensor:
+    """A tensor of this shape, dtype and device, Gaussian by seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
+        generator=generator
+    )
+
+
+def random_direction(p: Params, seed: int) -> dict[str, Tensor]:
+    """A direction of these parameters, by name."""
+    return {name: noise_like(each, seed + place) for place, (name, each) in enumerate(p.items())}
+
+
+def weighed_directions(found: Sequence[Tensor], turn: int) -> list[Tensor]:
+    """Directions along which all of these have a derivative of size one, others at each turn."""
+    sizes = [norm(each) for each in found]
+    known = [size for size in sizes if math.isfinite(size)]
+    seed = 20 + 10_000 * turn
+    directions = [noise_like(each, seed + place) for place, each in enumerate(found)]
+    if len(known) == len(sizes):
+        for each, direction, size in zip(found, directions, sizes, strict=True):
+            least = max(known) * math.sqrt(tolerance_of(each))
+            direction /= max(size, least, 1e-3)
+    return directions
+
+
+def inner_product(found: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
+    """Σ ⟨u, x⟩ over pairs of tensors, summed in float64."""
+    return sum(
+        float(partial_products(u.reshape(1, -1), x.reshape(-1)))
+        for u, x in zip(directions, found, strict=True)
+    )
+
+
+def tolerance_of(x: Tensor) -> float:
+    """How far off a number of size one may be that is found in this tensor's dtype."""
+    return _TOLERANCE.get(x.dtype, 1e-2)  # a block may round to 16 bits by itself
+
+
+def are_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether a value is the expected one to rounding, or the expected one is no number."""
+    size = norm(expected)
+    if not math.isfinite(size):
+        return True  # the data's fault, not the trace's; the walk says which block
+    # False where only the trace has no number.
+    return norm(found - expected) <= tolerance_of(found) * max(size, 1e-3)
+
+
+def norm(x: Tensor) -> float:
+    """Its Euclidean norm."""
+    return float(torch.linalg.vector_norm(x))

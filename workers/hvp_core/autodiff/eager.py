@@ -1,0 +1,192 @@
+"""A block taken through a product by torch's own differentiation of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.dual import (
+    Backward,
+    Function,
+    Params,
+    backward_dual,
+    forward_dual,
+    pull_back,
+)
+from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
+from hvp_core.autodiff.passes import Passes, Way
+from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.sums import Sums
+from hvp_core.losses.loss import Loss, at_least_float32
+from hvp_core.losses.output_rules import AtOutput
+
+
+@final
+class Eager(Route):
+    """By torch's own differentiation of the block: always lean.
+
+    Args:
+        f: The block.
+    """
+
+    def __init__(self, f: Function):
+        self._f = f
+
+    def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
+        """Nothing that a schedule decides about."""
+        return Bytes(0, 0, 0, 0)
+
+    @torch.no_grad()
+    def value(self, p: Params, x: Tensor) -> Tensor:
+        """The block itself."""
+        return self._f(p, x)
+
+    def like(self, p: Params, x: Tensor) -> Tensor:
+        """The value itself."""
+        return self.value(p, x)
+
+    def forward(
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        kept: Tape | None,
+    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        """The forward dual of each probe."""
+        tape = Tape({"x": x})
+        if passes.forward == "value":
+            return self.value(weights.p, x), [], tape
+        y_dots: list[Tensor | None] = []
+        for v, x_dot in zip(weights.v, x_dots, strict=True):
+            y, y_dot = forward_dual(self._f, weights.p, v, x, x_dot)
+            y_dots.append(y_dot)
+            tape.tangents.append({} if x_dot is None else {"x_dot": x_dot})
+        return y, y_dots, tape
+
+    def backward(
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        tape: Tape,
+        bars: Bars,
+        sums: Sequence[Sums],
+    ) -> Bars:
+        """The backward dual of each probe, or a plain one."""
+        x = tape.primal["x"]
+        if passes.backward == "pair":
+            dots = []
+            for v, tangent, y_bar_dot, sum_ in zip(
+                weights.v, tape.tangents, bars.dots, sums, strict=True
+            ):
+                pair = _constant_pair(bars.primal, y_bar_dot)
+                x_dot = tangent.get("x_dot")
+                found = backward_dual(self._f, weights.p, v, x, x_dot, pair)
+                sum_.add_dense(found.p_bar)
+                dots.append(found.x_bar_dot)
+            return Bars(found.x_bar, dots)
+        cotangents = []
+        for y_bar, sum_ in zip(bars.dots, sums, strict=True):
+            found = pull_back(self._f, weights.p, x, _constant(y_bar))
+            sum_.add_dense(found.p_bar)
+            cotangents.append(found.x_bar)
+        return Bars(None, cotangents)
+
+
+def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:
+    assert y_bar is not None
+    return lambda _: y_bar
+
+
+def _constant_pair(
+    y_bar: Tensor | None, y_bar_dot: Tensor | None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    assert y_bar is not None
+    assert y_bar_dot is not None
+    return lambda *_: (y_bar, y_bar_dot)
+
+
+@final
+class EagerClosing(Closing):
+    """By torch's own differentiation of the block.
+
+    Args:
+        f: The block.
+        spec: The product.
+        loss: Behind the block.
+        target: Of the piece.
+        scale: What the cotangents are multiplied by.
+    """
+
+    def __init__(
+        self,
+        f: Function,
+        spec: ProductSpec,
+        loss: Loss,
+        target: Tensor,
+        scale: float,
+    ):
+        self._f, self._spec, self._loss, self._target = f, spec, loss, target
+        self._scale = scale
+
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """A forward dual for each probe."""
+        assert self._spec.measure is not None
+        return [
+            self._spec.measure(self._at(*forward_dual(self._f, weights.p, v, x, x_dot)))
+            for v, x_dot in zip(weights.v, x_dots, strict=True)
+        ]
+
+    def run(
+        self,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Sums],
+        *,
+        wants_primal: bool,
+        given: Sequence[Tensor] = (),
+    ) -> Bars:
+        """A backward dual for each probe, or a plain one."""
+        more: list[Tensor | None] = [*given] or [None for _ in sums]
+        pair = self._spec.passes.backward == "pair"
+        x_bar, dots = None, []
+        for probe, (sum_, known) in enumerate(zip(sums, more, strict=True)):
+            if pair:
+                at = weights.p, weights.v[probe], x, x_dots[probe]
+                found = backward_dual(self._f, *at, self._pair)
+                x_bar = found.x_bar
+            elif self._spec.passes.forward == "tangent":
+                at = weights.p, weights.v[probe], x, x_dots[probe]
+                found = self._pull_back(forward_dual(self._f, *at)[1], weights.p, x, known)
+            else:
+                found = self._pull_back(None, weights.p, x, known)
+            sum_.add_dense(found.p_bar)
+            dots.append(found.x_bar_dot if pair else found.x_bar)
+        return Bars(x_bar, dots)
+
+    def _pull_back(
+        self, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None
+    ) -> Backward:
+        def y_bar(y: Tensor) -> Tensor:
+            return self._cotangents(y, torch.zeros_like(y) if y_dot is None else y_dot, given)[0]
+
+        return pull_back(self._f, p, x, y_bar)
+
+    def _at(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> AtOutput:
+        y, y_dot = at_least_float32(y), at_least_float32(y_dot)
+        return AtOutput(self._loss, y, y_dot, self._target, given)
+
+    def _cotangents(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> list[Tensor]:
+        assert self._spec.cotangents is not None
+        found = self._spec.cotangents(self._at(y, y_dot, given))
+        return [(each * self._scale).to(y.dtype) for each in found]
+
+    def _pair(self, y: Tensor, y_dot: Tensor) -> tuple[Tensor, Tensor]:
+        y_bar, y_bar_dot = self._cotangents(y, y_dot)
+        return y_bar, y_bar_dot

@@ -1,0 +1,264 @@
+"""Sums of matrix products in a trace: made one line, or handed out to be added where they belong.
+
+Dual rules are full of such sums: ẏ = ẋWᵀ + xẆᵀ, and the cotangent of an input is one over all that
+read it. As separate lines they cost a tensor each, and a compiler that fuses the addition into the
+second product first copies the result of the first. As one line each product is added where the one
+before was written. A parameter's derivative leaves as its terms: the operands of its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+aten = torch.ops.aten
+
+Summand = tuple[str, tuple[fx.Node, ...]]
+
+_RESHAPES = {aten._unsafe_view.default, aten.view.default}
+
+
+def _add_up(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    total = torch.mm(left[0], right[0])
+    for a, b in zip(left[1:], right[1:], strict=True):
+        total.addmm_(a, b)
+    return total
+
+
+def _like(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    return left[0].new_empty(left[0].shape[0], right[0].shape[1])
+
+
+_library = torch.library.Library("hvp", "DEF")
+_library.define("sum_of_products(Tensor[] left, Tensor[] right) -> Tensor")
+_library.impl("sum_of_products", _add_up, "CompositeExplicitAutograd")
+torch.library.register_fake("hvp::sum_of_products", _like)
+
+
+@register_flop_formula(torch.ops.hvp.sum_of_products)
+def _flops(left: list[torch.Size], right: list[torch.Size], **_: object) -> int:
+    return sum(2 * a[0] * a[1] * b[1] for a, b in zip(left, right, strict=True))
+
+
+sum_of_products = torch.ops.hvp.sum_of_products.default
+
+
+def merge_sums(
+    graph: fx.Graph, untouched: Collection[fx.Node], together: Callable[[fx.Node, fx.Node], bool]
+) -> None:
+    """Turn sums of products of matrices into single lines.
+
+    Args:
+        graph: To change.
+        untouched: Additions to leave alone.
+        together: Whether two lines run at the same time. A product that is known before the rest
+            stays a line of its own.
+    """
+
+    def is_inner(node: fx.Node) -> bool:
+        """Whether a sum is nothing but a summand of a larger one."""
+        users = list(node.users)
+        return (
+            len(users) == 1
+            and _is_sum(users[0])
+            and users[0] not in untouched
+            and together(node, users[0])
+        )
+
+    def summands(node: fx.Node) -> list[fx.Node]:
+        found = []
+        for each in node.all_input_nodes:
+            inner = _is_sum(each) and is_inner(each) and each not in untouched
+            found += summands(each) if inner else [each]
+        return found
+
+    for node in reversed(list(graph.nodes)):
+        if not _is_sum(node) or node in untouched or is_inner(node):
+            continue
+        parts = summands(node)
+        products: dict[torch.Size, dict[fx.Node, fx.Node]] = {}
+        for each in parts:
+            product = _product(each) if together(node, each) else None
+            if product is not None:  # as a matrix, it may have another shape than as a summand
+                products.setdefault(product.meta["val"].shape, {})[each] = product
+        merged = [each for each in products.values() if len(each) > 1]
+        if merged:
+            rest = [each for each in parts if not any(each in some for some in merged)]
+            _merge(node, [list(each.values()) for each in merged], rest)
+    graph.eliminate_dead_code()
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return (
+        node.target is aten.add.Tensor
+        and not node.kwargs
+        and len(node.all_input_nodes) == 2
+        and all(alike(node, each) for each in node.all_input_nodes)
+    )
+
+
+def _product(node: fx.Node) -> fx.Node | None:
+    """The product of two matrices that a line is, reshaped or not; nobody else reads it."""
+    while node.target in _RESHAPES and len(node.users) == 1:
+        (node,) = node.all_input_nodes
+    return node if node.target is aten.mm.default and len(node.users) == 1 else None
+
+
+def _merge(node: fx.Node, sums: Sequence[Sequence[fx.Node]], others: Sequence[fx.Node]) -> None:
+    """Replace a sum by one line for each of these sums of products, plus the other summands."""
+    value, graph = node.meta["val"], node.graph
+    with graph.inserting_before(node):
+        summands = list(others)
+        for products in sums:
+            left, right = ([each.args[side] for each in products] for side in (0, 1))
+            total = graph.call_function(sum_of_products, (left, right))
+            total.meta["val"] = products[0].meta["val"]
+            if total.meta["val"].shape != value.shape:
+                total = graph.call_function(aten._unsafe_view.default, (total, list(value.shape)))
+                total.meta["val"] = value
+            summands.append(total)
+        found = summands.pop()
+        while summands:
+            found = graph.call_function(aten.add.Tensor, (found, summands.pop()))
+            found.meta["val"] = value
+    node.replace_all_uses_with(found)
+
+
+# Terms of a parameter's derivative ----------------------------------------------------------------
+
+
+def terms_of(node: fx.Node) -> list[Summand]:
+    """The derivative of a parameter as terms that can be added to it where it is.
+
+    A matrix's derivative is a sum of products over the tokens. Handed out as operands, they are
+    accumulated by the GEMM itself, in the accumulator's precision, and no tensor of the
+    parameter's size is made. Products of one shape become one of operands laid end to end: the
+    parameter is written once.
+    """
+    found = _summands(node)
+    products = [operands for kind, operands in found if kind == "mm"]
+    dtypes = {tuple(each.meta["val"].dtype for each in operands) for operands in products}
+    if len(products) < 2 or len(products) < len(found) or len(dtypes) > 1:
+        return found
+    left = _laid(node.graph, [operands[0] for operands in products], 1)
+    right = _laid(node.graph, [operands[1] for operands in products], 0)
+    return [("mm", (left, right))]
+
+
+def sums_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The additions that become terms of parameters' derivatives."""
+    found: set[fx.Node] = set()
+    stack = [node for node in nodes if len(_summands(node)) > 1]
+    while stack:
+        node = stack.pop()
+        if node.target is aten.add.Tensor:
+            found.add(node)
+        if node.target in (aten.add.Tensor, aten.t.default):
+            stack += node.all_input_nodes
+    return found
+
+
+def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
+    """Matrices end to end, their rows contiguous wherever they were.
+
+    As early as can be, and before they are reshaped to matrices: what is computed line by line can
+    then be written where it belongs, instead of being copied there.
+    """
+    turned = all(each.target is aten.t.default for each in parts)
+    if turned:
+        parts, dim = [_turn(each) for each in parts], 1 - dim
+    shape = list(torch.cat([each.meta["val"] for each in parts], dim).shape)
+    if dim == 0:
+        parts = _unshaped(parts)
+    found = _end_to_end(graph, list(parts), dim)
+    if list(found.meta["val"].shape) != shape:
+        cat = found
+        with graph.inserting_after(cat):
+            found = graph.call_function(aten.view.default, (cat, shape))
+        found.meta["val"] = cat.meta["val"].view(shape)
+    return _turn(found) if turned else found
+
+
+def _end_to_end(graph: fx.Graph, parts: list[fx.Node], dim: int) -> fx.Node:
+    """These tensors as one, as early as can be; once for all who read it."""
+    for node in graph.nodes:
+        if node.target is aten.cat.default and node.args == (parts, dim):
+            same: fx.Node = node
+            return same
+    last = max(parts, key=list(graph.nodes).index)
+    with graph.inserting_after(_last_argument(graph) if last.op == "placeholder" else last):
+        found = graph.call_function(aten.cat.default, (parts, dim))
+    found.meta["val"] = torch.cat([each.meta["val"] for each in parts], dim)
+    return found
+
+
+def _last_argument(graph: fx.Graph) -> fx.Node:
+    arguments: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
+    return arguments[-1]
+
+
+def _unshaped(parts: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """What rows were reshaped from, if all were from tensors of one shape whose rows they are."""
+    sources = [_first(each) if each.target in _RESHAPES else each for each in parts]
+    values = [each.meta["val"] for each in sources]
+    rows = all(
+        value.is_contiguous() and value.shape[-1] == part.meta["val"].shape[-1]
+        for value, part in zip(values, parts, strict=True)
+    )
+    return sources if rows and len({value.shape for value in values}) == 1 else parts
+
+
+def _summands(node: fx.Node) -> list[Summand]:
+    transposed = False
+    while node.target is aten.t.default:
+        node, transposed = _first(node), not transposed
+    arguments = [each for each in node.args if isinstance(each, fx.Node)]
+    if node.target is aten.add.Tensor and not node.kwargs and len(arguments) == 2:
+        left, right = arguments
+        if alike(left, right):
+            found = _summands(left) + _summands(right)
+            if all(kind == "mm" for kind, _ in found):
+                return [_transposed(each) for each in found] if transposed else found
+    if node.target is aten.mm.default:
+        term = ("mm", tuple(arguments))
+        return [_transposed(term) if transposed else term]
+    if node.target is aten.embedding_dense_backward.default and not transposed:
+        _, _, _, padding, scaled = node.args
+        if padding == -1 and not scaled:
+            return [("rows", (arguments[1], arguments[0]))]
+    return [("dense", (_turn(node) if transposed else node,))]
+
+
+def _first(node: fx.Node) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def _transposed(term: Summand) -> Summand:
+    kind, (left, right) = term
+    return kind, (_turn(right), _turn(left))
+
+
+def _turn(node: fx.Node) -> fx.Node:
+    """The transpose of a line, as a line."""
+    if node.target is aten.t.default:
+        return _first(node)
+    with node.graph.inserting_after(node):
+        turned = node.graph.call_function(aten.t.default, (node,))
+    turned.meta["val"] = node.meta["val"].t()
+    return turned
+
+
+def alike(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two lines give tensors of one shape, dtype, device and layout."""
+    a, b = node.meta.get("val"), other.meta.get("val")
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+    )

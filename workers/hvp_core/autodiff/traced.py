@@ -1,0 +1,274 @@
+"""A block taken through a product by its trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.block_dual import AttentionCall, BlockDual, Leg
+from hvp_core.autodiff.closing_dual import ClosingDual
+from hvp_core.autodiff.dual import Params
+from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
+from hvp_core.autodiff.parts import Part
+from hvp_core.autodiff.passes import VALUE, Passes, Way
+from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.trace import Env, is_parameters
+
+X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
+
+
+@final
+class Traced(Route):
+    """By its trace.
+
+    Args:
+        dual: Of the block at this shape; its parameters are named by their place.
+        names: Of the block's parameters, in the order of those places.
+        constants: Of this micro-batch, by name; with the input itself, if that is data.
+        attention: Of this micro-batch, if the block is cut.
+    """
+
+    def __init__(
+        self,
+        dual: BlockDual,
+        names: Sequence[str],
+        constants: Env,
+        attention: AttentionCall | None,
+    ):
+        self.dual, self._names = dual, tuple(names)
+        self._constants, self._attention = constants, attention
+
+    @property
+    def key(self) -> Hashable:
+        """See Route."""
+        return self.dual.key
+
+    def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
+        """What legs behind the way forward read."""
+        shared, cached = self.dual.kept_bytes(passes, "shared"), self.dual.shared_bytes(passes)
+        return Bytes(
+            self.dual.kept_bytes(passes, "lean") * num_probes,
+            self.dual.kept_bytes(passes, "fast"),
+            shared * num_probes,
+            cached,
+        )
+
+    def _env(self, weights: Weights, probe: int | None = None) -> Env:
+        """Parameters, their tangents in a probe, and constants."""
+        found = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        if probe is not None:
+            v = weights.v[probe]
+            found |= {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+        return found | self._constants
+
+    def value(self, p: Params, x: Tensor) -> Tensor:
+        """By the leg of the loss."""
+        leg = self.dual.plan(VALUE, "fast").legs[0]
+        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
+
+    def like(self, p: Params, x: Tensor) -> Tensor:
+        """Zeros: blocks that cannot be traced are run with it, and must not see mere memory."""
+        shape, dtype = self.dual.output
+        return torch.zeros(shape, dtype=dtype, device=x.device)
+
+    def _input(self, x: Tensor, x_dot: Tensor | None = None) -> Env:
+        if X_DATA in self._constants:
+            return {}
+        return {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+
+    def forward(
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        kept: Tape | None,
+    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        """Its forward legs."""
+        plan = self.dual.plan(passes, way)
+        legs = [leg for leg in plan.legs if not leg.spec.backward]
+        if "primal" in legs[0].spec.halves and legs[0].spec.halves != ("primal",):
+            tape = Tape()  # this plan keeps nothing from product to product
+            names = plan.kept(legs[0])
+            y_dots: list[Tensor | None] = []
+            for probe, x_dot in enumerate(x_dots):
+                env = self._env(weights, probe) | self._input(x, x_dot)
+                found = legs[0].run(env, self._attention)
+                y, y_dot = found["y"], found["y_dot"]
+                y_dots.append(y_dot.contiguous())
+                tape.tangents.append(_only(names, env | found))
+            return y.contiguous(), y_dots, tape
+        tape = kept or Tape()
+        if not tape.complete:
+            env = self._env(weights) | self._input(x)
+            found = legs[0].run(env, self._attention)
+            tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
+        y_dots, tape.tangents = [], []
+        names = plan.kept(legs[1]) - set(tape.primal) if x_dots else frozenset[str]()
+        for probes in self._groups(len(x_dots), legs[-1]):
+            envs = [
+                self._env(weights, probe) | tape.primal | self._input(x, x_dots[probe])
+                for probe in probes
+            ]
+            results = legs[1].run_all(envs, self._attention, [None for _ in envs])
+            for env, found in zip(envs, results, strict=True):
+                y_dots.append(found["y_dot"].contiguous())
+                tape.tangents.append(_only(names, env | found))
+        return tape.primal["y"], y_dots, tape
+
+    def _groups(self, count: int, leg: Leg) -> Iterator[range]:
+        """Probes that go through a leg together: as many as its attention does at once."""
+        size = 1
+        if self._attention is not None and leg.spec.halves == ("tangent",):
+            size = self._attention.rule.together
+        for first in range(0, count, size):
+            yield range(first, min(first + size, count))
+
+    def backward(
+        self,
+        passes: Passes,
+        way: Way,
+        weights: Weights,
+        tape: Tape,
+        bars: Bars,
+        sums: Sequence[Sums],
+    ) -> Bars:
+        """Its backward legs."""
+        plan = self.dual.plan(passes, way)
+        legs = [leg for leg in plan.legs if leg.spec.backward]
+        if passes.forward == "value":
+            env = self._env(weights) | tape.primal
+            alone = [
+                legs[0].run(env | _bar(y_bar), self._attention, adder(sum_, self._names))
+                for y_bar, sum_ in zip(bars.dots, sums, strict=True)
+            ]
+            return Bars(None, [found.get("x_bar") for found in alone])
+        pair = passes.backward == "pair"
+        x_bar = tape.primal.get("x_bar")
+        if len(legs) == 2 and not tape.complete:
+            env = self._env(weights) | tape.primal | _bar(bars.primal)
+            found = legs[0].run(env, self._attention)
+            tape.primal |= _only(plan.kept(legs[0]), env | found)
+            if "x_bar" in found:
+                x_bar = tape.primal["x_bar"] = found["x_bar"]
+        dots: list[Tensor | None] = []
+        for probes in self._groups(len(bars.dots), legs[-1]):
+            envs = []
+            for probe in probes:
+                env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
+                y_bar_dot = bars.dots[probe]
+                env |= _bar(bars.primal, y_bar_dot) if pair else _bar(y_bar_dot)
+                envs.append(env)
+                tape.tangents[probe] = {}
+            adders = [adder(sums[probe], self._names) for probe in probes]
+            for found in legs[-1].run_all(envs, self._attention, adders):
+                dots.append(found.get("x_bar_dot" if pair else "x_bar"))
+                if pair:
+                    x_bar = found.get("x_bar", x_bar)
+        return Bars(x_bar, dots)
+
+
+def adder(sums: Sums, names: Sequence[str]) -> Callable[[Part, Env], None]:
+    """Adds a part's derivatives of parameters, numbered by place, to where they belong."""
+
+    def add(part: Part, results: Env) -> None:
+        for name, terms in part.terms.items():
+            sums.add(names[int(name.partition("/")[2])], terms, results)
+
+    return add
+
+
+def _only(names: frozenset[str], env: Env) -> Env:
+    return {name: env[name] for name in names if name in env}
+
+
+def _bar(y_bar: Tensor | None, y_bar_dot: Tensor | None = None) -> Env:
+    found = {"y_bar": y_bar, "y_bar_dot": y_bar_dot}
+    return {name: each.contiguous() for name, each in found.items() if each is not None}
+
+
+@final
+class TracedClosing(Closing):
+    """By the trace of block and rules.
+
+    Args:
+        dual: Of both, at this shape.
+        names: Of the block's parameters, by place.
+        constants: Of this piece.
+    """
+
+    def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
+        self.dual, self._names, self._constants = dual, tuple(names), constants
+
+    @property
+    def key(self) -> Hashable:
+        """See Closing."""
+        return self.dual.key
+
+    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts that measure."""
+        shared = len(x_dots) > 1
+        parts, env = self.dual.measuring(shared), self._primal(weights, x)
+        if shared:
+            env |= parts[0](env)
+        return [
+            parts[-1](env | self._along(weights, probe, x_dot))["measure"]
+            for probe, x_dot in enumerate(x_dots)
+        ]
+
+    def run(
+        self,
+        weights: Weights,
+        x: Tensor,
+        x_dots: Sequence[Tensor | None],
+        sums: Sequence[Sums],
+        *,
+        wants_primal: bool,
+        given: Sequence[Tensor] = (),
+    ) -> Bars:
+        """The parts one after the other."""
+        passes = self.dual.passes
+        wants_primal = wants_primal and passes.backward == "pair"
+        shared = len(sums) > 1
+        parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)
+        more: list[Env] = [{} for _ in sums]
+        if given:
+            more = [{"given_dot": each.to(self.dual.given_dtype)} for each in given]
+        if passes.forward == "tangent":
+            more = [
+                each | self._along(weights, probe, x_dot)
+                for probe, (each, x_dot) in enumerate(zip(more, x_dots, strict=True))
+            ]
+        x_bar = None
+        if shared:
+            kept = parts[0](env)
+            x_bar = kept.get("x_bar")
+            env |= kept
+        dots: list[Tensor | None] = []
+        for along, sum_ in zip(more, sums, strict=True):
+            found = self._step(parts[-1], env | along, sum_)
+            if wants_primal:
+                x_bar = found.get("x_bar", x_bar)
+            dots.append(found.get(f"x_{self.dual.suffix}"))
+        return Bars(x_bar, dots)
+
+    def _primal(self, weights: Weights, x: Tensor) -> Env:
+        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        env |= self._constants
+        return env if X_DATA in self._constants else {**env, "x": x}
+
+    def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
+        v = weights.v[probe]
+        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+        if x_dot is not None and X_DATA not in self._constants:
+            along["x_dot"] = x_dot
+        return along
+
+    def _step(self, part: Part, env: Env, sum_: Sums) -> Env:
+        found = part(env)
+        adder(sum_, self._names)(part, found)
+        return {name: each for name, each in found.items() if not is_parameters(name)}

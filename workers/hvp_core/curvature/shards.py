@@ -1,0 +1,119 @@
+"""A block's parameters gathered from the ranks' shards, and its results scattered back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hvp_core.autodiff.sums import Sums
+from hvp_core.model.chain import Block
+from hvp_core.vectors.space import Space
+
+
+@contextmanager
+def gathered(
+    space: Space, index: int, block: Block, shards: Sequence[Tensor]
+) -> Iterator[list[dict[str, Tensor]]]:
+    """The block's parameters in each of these vectors, by name, for as long as needed.
+
+    Args:
+        space: Of the vectors.
+        index: Of the block in the chain.
+        block: Whose parameters.
+        shards: Vectors, of any dtype.
+    """
+    wanted = set(block.parameters)
+    found: list[dict[str, Tensor]] = [{} for _ in shards]
+    for segment in (space.layout.segments[i] for i in space.layout.block_segments[index]):
+        place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+        for shard, views in zip(shards, found, strict=True):
+            flat = space.collective.gather(shard[place])
+            views.update(
+                (name, view) for name, view in segment.views(flat).items() if name in wanted
+            )
+    yield found
+    for views in found:
+        views.clear()
+
+
+@final
+class Results:
+    """The products of one walk: this rank's shards.
+
+    Args:
+        space: Of the vectors.
+        dtypes: Of each.
+        into: Shards to use, whatever they hold; None for new ones.
+    """
+
+    def __init__(
+        self, space: Space, dtypes: Sequence[torch.dtype], into: Sequence[Tensor] | None = None
+    ):
+        self._space = space
+        alone = space.layout.world_size == 1
+        self.shards = list(into or ()) or [
+            torch.empty(space.layout.shard_numel, dtype=dtype, device=space.device)
+            for dtype in dtypes
+        ]
+        if not alone:
+            for shard in self.shards:
+                shard.zero_()
+        names = {parameter.name for parameter in space.layout.parameters} if alone else set()
+        self._fresh = [set(names) for _ in dtypes]
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[list[Sums]]:
+        """Where to add up a block's part of each; at the end it is summed over the ranks.
+
+        A rank alone adds to the result itself: nothing of its size is allocated.
+        """
+        space, layout = self._space, self._space.layout
+        segments = [layout.segments[i] for i in layout.block_segments[index]]
+        places = [slice(each.shard_offset, each.shard_offset + each.chunk) for each in segments]
+        alone = layout.world_size == 1
+        flats = [
+            [
+                shard[place]
+                if alone
+                else shard.new_zeros(layout.world_size * segment.chunk, dtype=space.dtype)
+                for segment, place in zip(segments, places, strict=True)
+            ]
+            for shard in self.shards
+        ]
+        sums = [
+            Sums(
+                {
+                    name: view
+                    for segment, flat in zip(segments, each, strict=True)
+                    for name, view in segment.views(flat).items()
+                },
+                fresh,
+            )
+            for each, fresh in zip(flats, self._fresh, strict=True)
+        ]
+        yield sums
+        for total in sums:
+            total.settle()
+        if not alone:
+            for shard, each in zip(self.shards, flats, strict=True):
+                for place, flat in zip(places, each, strict=True):
+                    space.collective.scatter_sum(flat, shard[place])
+
+    def finish(self) -> list[Tensor]:
+        """The products, complete: a parameter to which nobody has added has a derivative of zero.
+
+        Segments are visited, not blocks: every parameter lies in a segment, and there are
+        parameters that no block uses.
+        """
+        for shard, fresh in zip(self.shards, self._fresh, strict=True):
+            for segment in self._space.layout.segments if fresh else ():
+                place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+                for name, view in segment.views(shard[place]).items():
+                    if name in fresh:
+                        view.zero_()
+            fresh.clear()
+        return self.shards

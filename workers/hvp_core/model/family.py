@@ -1,0 +1,206 @@
+"""What kind of model a checkpoint is: how it is built, what it takes, and how it is taken apart.
+
+The model_type of its config.json decides (`huggingface/choice.py`). Code never comes with a
+checkpoint: families are those of this package, and those that installed packages register
+(`modules.py`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from hvp_batches.contents import contents
+from hvp_batches.fitting import BatchError, check_fit
+from hvp_batches.schema import POSITIONS, ROWS, BatchField, BatchSchema, FieldContents
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hvp_core.errors import CurvatureError
+from hvp_core.losses.loss import OutputHead
+from hvp_core.model.chain import Chain, MicroBatch
+
+#: Sizes of the symbols of a schema in an example; any other is `_SIZE`.
+_SIZES = {ROWS: 2, POSITIONS: 16}
+_SIZE = 5
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way of taking a model apart.
+
+    Attributes:
+        words: What it is, for notes.
+        one_block: The model is not cut.
+        own_attention: It computes its attention in plain operations of its own.
+    """
+
+    words: str
+    one_block: bool = False
+    own_attention: bool = False
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a model that has been built.
+
+    Attributes:
+        task: What it is for.
+        schema: What a batch for it holds.
+        head: What its outputs are, and the loss.
+        vocab_size: Token ids are below it; 0 where there are none.
+        max_positions: The longest sequence; None where there is no limit, or no sequence.
+    """
+
+    task: str
+    schema: BatchSchema
+    head: OutputHead
+    vocab_size: int = 0
+    max_positions: int | None = None
+
+    def output_shape(self, batch: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The shape of the outputs on a batch that fits."""
+        return self.schema.output_shape(_contents(batch))
+
+
+class NotAChainError(Exception):
+    """A model that cannot be taken apart in the way that was asked for, and why."""
+
+    def __init__(self, why: CurvatureError):
+        super().__init__(why)
+        self.why = why
+
+
+class ModelFamily(ABC):
+    """Models that are built, fed and taken apart alike."""
+
+    @abstractmethod
+    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+        """The model of a folder, its parameters on the meta device, its buffers real, in eval mode.
+
+        Args:
+            directory: Of config.json and safetensors.
+            dtype: Of the parameters.
+
+        Raises:
+            CurvatureError: CONFIG_INVALID; and as the family says.
+        """
+
+    @abstractmethod
+    def facts(self, model: nn.Module, directory: Path) -> ModelFacts:
+        """What is known of a model that `build` gave of a folder.
+
+        Raises:
+            CurvatureError: CONFIG_INVALID.
+        """
+
+    @property
+    @abstractmethod
+    def ways(self) -> Sequence[Way]:
+        """How its models may be taken apart, the fastest way first."""
+
+    @abstractmethod
+    def chain(
+        self,
+        model: nn.Module,
+        facts: ModelFacts,
+        way: Way,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Chain:
+        """The model as a chain of blocks.
+
+        Args:
+            model: As `build` gave it.
+            facts: Of it.
+            way: How to take it apart.
+            dtype: Of the parameters that it will be run with.
+            device: Where it will be run.
+
+        Raises:
+            NotAChainError: It cannot be taken apart in this way.
+        """
+
+    @abstractmethod
+    def own_loss(self, model: nn.Module, facts: ModelFacts, batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss of a batch, all rows at once, as the model's own code computes it.
+
+        Args:
+            model: With values for its parameters wherever they are used.
+            facts: Of it.
+            batch: By field of the schema.
+
+        Raises:
+            CurvatureError: The model is none of this family, as its values tell.
+        """
+
+    def micro_batch(self, facts: ModelFacts, batch: Mapping[str, Tensor]) -> MicroBatch:
+        """A batch that fits, as the chain takes it: inputs apart from targets."""
+        target = facts.schema.targets
+        inputs = {
+            each.name: batch[each.name]
+            for each in facts.schema.fields
+            if each.name in batch and (each.name != target or not facts.head.loss.has_outputs)
+        }
+        first = next(iter(inputs.values()))
+        targets = batch[target] if target and target in batch else first.new_zeros(len(first))
+        return MicroBatch(inputs=inputs, targets=targets)
+
+    def example(self, facts: ModelFacts) -> dict[str, Tensor]:
+        """Two rows of every field that a batch must have, and padding at the end of the second.
+
+        Integers and normal numbers of a fixed seed, within the ranges of the schema.
+        """
+        generator = torch.Generator().manual_seed(0)
+        schema = facts.schema
+        sizes = {
+            symbol: min(size, schema.longest.get(symbol, size)) for symbol, size in _SIZES.items()
+        }
+        return {
+            each.name: _values(each, sizes, generator)
+            for each in schema.fields
+            if each.required or each.name == "attention_mask"
+        }
+
+    def read(self, facts: ModelFacts, path: Path) -> MicroBatch:
+        """The batch in a safetensors file.
+
+        Raises:
+            CurvatureError: What `check_fit` finds.
+        """
+        tensors = load_file(path)
+        try:
+            check_fit(facts.schema, _contents(tensors))
+        except BatchError as error:
+            raise CurvatureError(error.reason, error.message, error.metadata) from None
+        whole = {
+            name: each if each.is_floating_point() else each.long()
+            for name, each in tensors.items()
+        }
+        return self.micro_batch(facts, whole)
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> tuple[FieldContents, ...]:
+    return contents({name: each.numpy() for name, each in tensors.items()})
+
+
+def _values(wanted: BatchField, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
+    shape = [int(dim) if dim.isdecimal() else sizes.get(dim, _SIZE) for dim in wanted.dims]
+    if wanted.name == "attention_mask":
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[-1, -(shape[1] // 4) :] = 0
+        return mask
+    if wanted.kind == "number":
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if wanted.minimum is not None and wanted.maximum is not None:
+            values = values.sigmoid() * (wanted.maximum - wanted.minimum) + wanted.minimum
+        return values
+    low = 0 if wanted.minimum is None else wanted.minimum
+    high = low + 1 if wanted.maximum is None else wanted.maximum
+    return torch.randint(low, high + 1, shape, generator=generator)

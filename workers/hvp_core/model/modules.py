@@ -1,0 +1,198 @@
+"""Modules of installed packages as models: registered by entry point, never sent by anybody.
+
+A package that is installed where server and ranks run declares
+
+    [project.entry-points."hvp.families"]
+    laplacian = "my_package:Laplacian"
+
+with `Laplacian` a subclass of `ModuleFamily`. A checkpoint whose config.json says
+`"model_type": "laplacian"` is then built by it, and its weights are found by the names of the
+module's parameters.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from accelerate import init_empty_weights
+from hvp_batches.schema import BatchField, BatchSchema
+from torch import Tensor, nn
+
+from hvp_core.blame import working_on
+from hvp_core.errors import CurvatureError
+from hvp_core.losses.loss import Loss, OutputHead, OwnLoss
+from hvp_core.model.chain import (
+    Chain,
+    ModuleChain,
+    free_zeros,
+    placed,
+)
+from hvp_core.model.config import config_of, config_refused
+from hvp_core.model.family import ModelFacts, ModelFamily, Way
+
+GROUP = "hvp.families"
+_CPU = torch.device("cpu")
+
+
+class ModuleFamily(ModelFamily):
+    """Modules that one class makes of a config; to be subclassed by whoever registers one.
+
+    The module takes the fields of a batch in the order that `fields` gives them. Without a `loss`
+    it returns the mean loss over the rows that it is given, one number: such a model has a loss, a
+    gradient and a Hessian. With a `loss` it returns outputs, and every product is known; the field
+    of the targets then goes to the loss and not to the module.
+
+    Attributes:
+        loss: Of outputs and targets; None where the module returns its own.
+        targets: The field of the targets, where there is a `loss`.
+        outputs: Dimensions of the outputs, where there is a `loss`: symbols of the fields, or
+            sizes in digits.
+    """
+
+    loss: ClassVar[Loss | None] = None
+    targets: ClassVar[str] = ""
+    outputs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def module(self, config: Mapping[str, Any]) -> nn.Module:
+        """The module of a config, in eval mode; what its parameters hold is not looked at.
+
+        Args:
+            config: The object in config.json.
+        """
+
+    @abstractmethod
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        """What a batch holds, all of it; the first field is the module's first input.
+
+        Args:
+            config: The object in config.json.
+        """
+
+    @final
+    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+        """See ModelFamily; the module has been run once on an example.
+
+        Raises:
+            CurvatureError: CONFIG_INVALID: the class refuses the config. MODEL_UNSUPPORTED: a part
+                is in train mode, or the output is no tensor. LOSS_MISMATCH, DTYPE_UNSUPPORTED.
+        """
+        config = config_of(directory)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = self.module(config)
+        except Exception as error:  # whatever a stranger's config does to the class
+            raise config_refused(error) from error
+        finally:
+            torch.set_default_dtype(before)
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                raise CurvatureError(
+                    "DTYPE_UNSUPPORTED",
+                    f"{name} is a parameter of {parameter.dtype}; let the module have it as a "
+                    "buffer",
+                    {"tensor": name},
+                )
+        model.requires_grad_(False)
+        self._try(model, self.facts(model, directory), dtype)
+        return model
+
+    def _try(self, model: nn.Module, facts: ModelFacts, dtype: torch.dtype) -> None:
+        """Run the module on an example, with zeros for its parameters, and look at its output."""
+        chain = self.chain(model, facts, self.ways[0], dtype, _CPU)
+        example = self.example(facts)
+        batch = placed(self.micro_batch(facts, example), _CPU, dtype)
+        zeros = free_zeros(model, dtype, _CPU)
+        x, context = chain.first_input(batch), chain.context(batch)
+        with torch.no_grad(), working_on(type(model).__name__, "its output on an example"):
+            for block in chain.blocks:
+                x = block.forward(zeros, x, context)
+        facts.head.loss.check(x, batch.targets)
+        declared = facts.output_shape(example)
+        if facts.head.loss.has_outputs and tuple(x.shape) != declared:
+            raise CurvatureError(
+                "MODEL_UNSUPPORTED",
+                f"{type(model).__name__}'s output on an example is {tuple(x.shape)}, and "
+                f"{type(self).__name__} declares outputs {facts.schema.outputs}, which is "
+                f"{declared} there; correct the declaration",
+            )
+
+    @final
+    def facts(self, model: nn.Module, directory: Path) -> ModelFacts:
+        """See ModelFamily."""
+        config = config_of(directory)
+        loss = OwnLoss() if self.loss is None else self.loss
+        schema = BatchSchema(
+            fields=tuple(replace(each, required=True) for each in self.fields(config)),
+            outputs=self.outputs if loss.has_outputs else (),
+            unit=loss.counts,
+            targets=self.targets if loss.has_outputs else "",
+        )
+        return ModelFacts(
+            task=f"module {config['model_type']}",
+            schema=schema,
+            head=OutputHead(loss=loss, unit="row"),
+        )
+
+    @property
+    def ways(self) -> Sequence[Way]:
+        """As its children, where it is an `nn.Sequential` of one input; else in one block."""
+        return (Way(words="the module's own parts"),)
+
+    def chain(
+        self,
+        model: nn.Module,
+        facts: ModelFacts,
+        way: Way,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Chain:
+        """See ModelFamily."""
+        target = facts.schema.targets
+        inputs = [each.name for each in facts.schema.fields if each.name != target]
+        return ModuleChain(model, facts.head.loss, inputs)
+
+    def own_loss(self, model: nn.Module, facts: ModelFacts, batch: Mapping[str, Tensor]) -> Tensor:
+        """The module's own, or that of its outputs, of all rows at once."""
+        whole = self.micro_batch(facts, batch)
+        y: Tensor = model(*whole.inputs.values())
+        loss = facts.head.loss
+        if not loss.has_outputs:
+            return y
+        return loss.value(y, whole.targets) / loss.weight(whole.targets)
+
+
+@cache
+def registered(model_type: str) -> ModuleFamily | None:
+    """The family that an installed package registers under a name; None where none does.
+
+    Raises:
+        CurvatureError: ARCHITECTURE_UNKNOWN: it cannot be loaded, or two packages register one.
+    """
+    points = list(entry_points(group=GROUP, name=model_type))
+    if not points:
+        return None
+    try:
+        (point,) = points
+        family = point.load()()
+        if not isinstance(family, ModuleFamily):
+            raise TypeError(f"{point.value} is no ModuleFamily")
+    except Exception as error:  # an installed package fails in every way there is
+        raise CurvatureError(
+            "ARCHITECTURE_UNKNOWN",
+            f"the model_type {model_type!r} is registered by "
+            f"{', '.join(point.value for point in points)}, which cannot be taken "
+            f"({type(error).__name__}: {str(error)[:300]}); correct the package that is installed "
+            "beside the server",
+            {"model_type": model_type},
+        ) from error
+    return family

@@ -1,0 +1,45 @@
+"""A space of vectors, as whoever computes with vectors knows it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+from torch import Tensor, dtype
+
+Distribution = Literal["rademacher", "gaussian", "sphere"]
+
+
+class VectorSpace(ABC):
+    """Vectors of one length and dtype, of which this process holds a part.
+
+    Law: `dots` is an inner product of whole vectors, the same number on every process; what
+    `random` gives for a seed does not depend on how many processes there are.
+    """
+
+    dtype: dtype
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int:
+        """n, the length of a whole vector."""
+
+    @abstractmethod
+    def zeros(self) -> Tensor:
+        """The zero vector, (local,)."""
+
+    @abstractmethod
+    def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """Inner products (m,) of `rows` (m, local) with `vector` (local,): float64, on the CPU."""
+
+    @abstractmethod
+    def random(self, seed: int, distribution: Distribution) -> Tensor:
+        """The seeded vector, (local,)."""
+
+    @abstractmethod
+    def agree(self, found: Any) -> Any:
+        """One answer from those of all processes.
+
+        Two machines may solve the same small eigenproblem with other signs, and each would rotate
+        its part of a basis its own way.
+        """
