@@ -285,6 +285,26 @@ def name(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", found.group()).lower()
 
 
+def test_a_question_is_known_by_name_where_it_is_declared_and_answered_alone() -> None:
+    elsewhere = ["tests", "docs", "*.md"]
+    generated = ["*_pb2*", "client/hvp_client/_records.py", "client/hvp_client/*/questions.py"]
+    places = [f":!{place}" for place in elsewhere + generated]
+    listing = subprocess.run(
+        ["git", "grep", "-il", "eigsh", "--", *places],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    known = set(listing.stdout.splitlines())
+    assert known == {
+        *("protos/hvp_operations/eigsh/__init__.py", "protos/hvp_operations/eigsh/record.py"),
+        *("protos/hvp/v1/eigsh.proto", "protos/hvp/v1/job.proto"),
+        "workers/hvp_core/krylov/lanczos.py",
+        "client/hvp_demo/run.py",
+    }
+
+
 def test_tracked_files_name_no_folder_of_one_machine() -> None:
     listing = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True

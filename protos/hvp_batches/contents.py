@@ -65,16 +65,28 @@ def _field(
         )
     values = array.astype(np.int64)
     counts = values != IGNORED
-    counted = values[counts]
+    # The first label of a sequence is of no position: nobody looks at it.
+    looked_at = (
+        slice(1, None) if name == "labels" and _are_of_positions(array, arrays) else slice(None)
+    )
+    counted = values[..., looked_at][counts[..., looked_at]]
     return FieldContents(
         name=name,
         kind="integer",
         shape=array.shape,
         minimum=int(counted.min()) if counted.size else None,
         maximum=int(counted.max()) if counted.size else None,
-        num_ignored=int(values.size - counted.size),
+        num_ignored=int(values.size - counts.sum()),
         num_predicted=_num_predicted(name, counts, arrays),
     )
+
+
+def _are_of_positions(
+    labels: NDArray[np.generic], arrays: Mapping[str, NDArray[np.generic]]
+) -> bool:
+    """Whether labels are those of a causal language model, one for each token."""
+    ids = arrays.get("input_ids")
+    return ids is not None and labels.ndim == 2 and labels.shape == ids.shape
 
 
 def _num_predicted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,7 +41,12 @@ class Problem:
         return references.flatten(self.parameters)
 
     def curvature(
-        self, micro_batch_size: int, collective: Collective | None = None, *, strict: bool = True
+        self,
+        micro_batch_size: int,
+        collective: Collective | None = None,
+        *,
+        strict: bool = True,
+        selected: Collection[str] | None = None,
     ) -> Curvature:
         """Strict: a block that takes a slower way is an error, unless that is what is tested."""
         collective = collective or Alone()
@@ -58,6 +63,7 @@ class Problem:
             self.batch,
             micro_batch_size,
             Policy(strict=strict),
+            None if selected is None else space.part(selected),
         )
 
 

@@ -28,7 +28,7 @@ from transformers import (
     BertModel,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     LlamaModel,
     PreTrainedModel,
 )
@@ -191,11 +191,11 @@ def test_two_files_of_which_neither_is_the_model_are_refused(llama: Path) -> Non
 
 
 def test_a_checkpoint_of_another_task_is_refused_with_the_task(tmp_path: Path) -> None:
-    classifier = written(LlamaForSequenceClassification(llama_config()), tmp_path)
-    error = refusal(classifier)
+    tagger = written(LlamaForTokenClassification(llama_config()), tmp_path)
+    error = refusal(tagger)
     assert error.reason == "TASK_UNSUPPORTED"
-    assert error.metadata["class"] == "LlamaForSequenceClassification"
-    assert "sequence classification" in error.message
+    assert error.metadata["class"] == "LlamaForTokenClassification"
+    assert "token classification" in error.message
 
 
 @pytest.mark.parametrize(

@@ -158,11 +158,11 @@ def test_an_error_is_the_models_if_a_line_of_the_models_raised_it() -> None:
     # torch refuses an operation that we call with what the model gave us.
     problem = in_a_row(nn.Tanh())
     target = TARGETS + 100
-    weights = function_of(problem.chain.blocks[2].body(None, dense=True))
-    closing = EagerClosing(weights, GRADIENT, CrossEntropy(), target, 1.0)
+    weights = function_of(problem.chain.blocks[2].body((), dense=True))
+    closing = EagerClosing(weights, (), GRADIENT, CrossEntropy(), target, 1.0)
     y = torch.ones(5, 3)
     assert blamed(lambda: closing._cotangents(y, y)) == "model"
-    assert blamed(lambda: Eager(None).value({}, X)) == "ours"  # type: ignore[arg-type]
+    assert blamed(lambda: Eager(None, ()).value({}, X)) == "ours"  # type: ignore[arg-type]
 
 
 class Looks(nn.Module):

@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
+from hvp_core.curvature.shards import part_of
 from hvp_core.curvature.walk import Unit
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.data import token_batch
@@ -72,6 +73,26 @@ def of_outputs(collective: Collective) -> dict[str, torch.Tensor]:
     }
 
 
+def of_a_selection(collective: Collective) -> dict[str, torch.Tensor]:
+    """The same of an operator on some of the parameters, which lie on the ranks by themselves."""
+    problem = llama_problem()
+    whole = problem.curvature(2, collective).space
+    names = [name for name in problem.parameters if ".1." in name or "k_proj" in name]
+    curvature = problem.curvature(2, collective, selected=names)
+    space = curvature.space
+    u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
+    products = [*curvature.hvp([u, v]), *curvature.ggn([u])]
+    (ju,) = curvature.jvp([u])
+    return {
+        "point": space.to_flat(part_of(whole, whole.from_flat(problem.flat), space)),
+        "u": space.to_flat(u),
+        "gradient": space.to_flat(curvature.gradient()),
+        "products": torch.stack([space.to_flat(each) for each in products]),
+        "jvp": curvature.output_space.to_whole(ju),
+        "vjp": space.to_flat(curvature.vjp([ju])[0]),
+    }
+
+
 def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -101,6 +122,7 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
             torch.save(found, folder / f"{name}.pt")
     torch.save(told(collectives["memory"]), folder / f"told-{rank}.pt")
     torch.save(of_outputs(collectives["sockets"]), folder / f"outputs-{rank}.pt")
+    torch.save(of_a_selection(collectives["sockets"]), folder / f"selection-{rank}.pt")
     derivatives = unused(collectives["memory"])
     if rank == 0:
         torch.save(derivatives, folder / "unused.pt")
@@ -179,3 +201,8 @@ def test_products_with_outputs_do_not_depend_on_the_ranks_either(ranks: tuple[in
     for each in found:  # every rank knows the same
         for what in set(alone) - {"rows"}:
             assert relative_error(each[what], alone[what]) < 1e-11, what
+    selection = of_a_selection(Alone())
+    for rank in range(world_size):
+        each = torch.load(folder / f"selection-{rank}.pt")
+        for what, expected in selection.items():
+            assert relative_error(each[what], expected) < 1e-11, what

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hvp_core.autodiff.gemm_sums import merge_sums, sum_of_products
+from hvp_core.autodiff.rewrites import merge_sums, sum_of_products
 from hvp_core.autodiff.trace import Env, trace_graph
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node

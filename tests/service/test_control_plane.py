@@ -26,6 +26,7 @@ from hvp_service.operators import service as operators
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector
 from hvp_workers.backend import Tuning
 from hvp_workers.group import Group
@@ -155,6 +156,6 @@ async def test_what_computes_nothing_is_answered_while_a_product_is_under_way(
     assert status in (0, 1)  # 1 where something of this machine is in the way
 
     (product,) = await busy.product
-    taken = [piece async for piece in vectors.read(deps, product.name, 0, 0)]
+    taken = [piece async for piece in transfer.read(deps, product.name, 0, 0)]
     elements = np.frombuffer(b"".join(piece.data for piece in taken), np.float32)
     assert np.isfinite(elements).all()

@@ -25,6 +25,7 @@ from hvp_service.jobs.store import Job, JobError, JobEvent, JobResult, Lease, St
 from hvp_service.operators import service as operators
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector
 from hvp_workers.backend import BackendError, RunProgress
 from safetensors.numpy import save
@@ -219,7 +220,7 @@ async def test_eigenvectors_survive_the_ranks_and_a_restart(
         (name, _) = done.result.vectors
         assert await vectors.inner_products(again, [(name, name)]) == [pytest.approx(1.0)]
         found = await again.vectors.get(parse(name, "vectors"))
-        pieces = [p async for p in vectors.read(again, found.name, 0, 0)]
+        pieces = [p async for p in transfer.read(again, found.name, 0, 0)]
         assert sum(len(piece.data) for piece in pieces) == 48
     finally:
         await again.close()

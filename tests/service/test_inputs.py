@@ -233,8 +233,9 @@ async def test_labels_default_to_the_ids_that_are_no_padding(deps: Dependencies)
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ({"labels": ids(2, 4)}, "BATCH_FIELD_INVALID"),
-        ({"input_ids": ids(2, 4), "extra": ids(2, 4)}, "BATCH_FIELD_INVALID"),
+        ({"input_ids": ids(2, 4), "no name": ids(2, 4)}, "BATCH_FIELD_INVALID"),
+        ({"x": np.array([[0.5, np.nan]])}, "BATCH_FIELD_INVALID"),
+        ({"input_ids": ids(2, 4), "extra": ids(3, 4)}, "SHAPE_MISMATCH"),
         ({"input_ids": ids(2, 4).astype(np.int32)}, "BATCH_FIELD_INVALID"),
         ({"input_ids": ids(2, 4).astype(np.float64)}, "BATCH_FIELD_INVALID"),
         ({"input_ids": ids(2, 4), "attention_mask": ids(2, 4)}, "BATCH_FIELD_INVALID"),

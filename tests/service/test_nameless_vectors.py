@@ -14,6 +14,7 @@ from hvp_service.operators import service as operators
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.database import DatabaseBusyError
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -37,7 +38,7 @@ def on_disk(deps: Dependencies) -> set[str]:
 
 
 async def read(deps: Dependencies, ref: OperatorRef, vector: Vector) -> None:
-    async for _ in vectors.read(deps, vector.name, 0, 0):
+    async for _ in transfer.read(deps, vector.name, 0, 0):
         pass
 
 

@@ -26,6 +26,7 @@ from hvp_service.storage import database
 from hvp_service.storage.database import SchemaVersionError, open_database
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector
 from hvp_service.vectors.service import SeededSource
 
@@ -171,7 +172,7 @@ async def test_a_kept_vector_outlives_its_client_and_the_server(
     try:
         for name, wanted in zip(names, (values, quadratic()["A"] @ values), strict=True):
             vector = await again.vectors.get(parse(name, "vectors"))
-            pieces = [p async for p in vectors.read(again, vector.name, 0, 0)]
+            pieces = [p async for p in transfer.read(again, vector.name, 0, 0)]
             np.testing.assert_allclose(np.frombuffer(b"".join(p.data for p in pieces)), wanted)
             await again.vectors.delete(vector.name)
         assert not list(state_dir.vector("x").parent.iterdir())

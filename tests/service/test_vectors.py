@@ -20,8 +20,10 @@ from hvp_service.operators import service as operators
 from hvp_service.operators.resolver import OperatorRef, check_precision
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector
-from hvp_service.vectors.service import SeededSource, VectorPiece
+from hvp_service.vectors.service import SeededSource
+from hvp_service.vectors.transfer import VectorPiece
 from hvp_workers.backend import BackendError, Dtype
 from safetensors.numpy import save
 from structlog.testing import capture_logs
@@ -44,7 +46,7 @@ async def make(deps: Dependencies, ref: OperatorRef, source: Any = GAUSSIAN) -> 
 
 
 async def array(deps: Dependencies, vector: Vector, offset: int = 0, limit: int = 0) -> Any:
-    pieces = [piece async for piece in vectors.read(deps, vector.name, offset, limit)]
+    pieces = [piece async for piece in transfer.read(deps, vector.name, offset, limit)]
     assert all(google_crc32c.value(piece.data) == piece.crc32c for piece in pieces)
     return np.frombuffer(b"".join(piece.data for piece in pieces), vector.dtype)
 
@@ -101,7 +103,7 @@ async def test_ranges_of_a_vector_are_read_and_others_refused(deps: Dependencies
     np.testing.assert_array_equal(await array(deps, vector, 2, 3), whole[2:5])
     np.testing.assert_array_equal(await array(deps, vector, 6, 0), [])
     for offset, limit in [(0, 7), (7, 0), (-1, 0), (0, -2)]:
-        error = await refusal(anext(vectors.read(deps, vector.name, offset, limit)))
+        error = await refusal(anext(transfer.read(deps, vector.name, offset, limit)))
         assert error.reason == "READ_RANGE_INVALID"
     assert not list((deps.state_dir.root / "tmp").iterdir())
 
@@ -113,7 +115,7 @@ async def test_a_range_of_a_product_is_all_that_is_written_for_its_reader(
     product = await operators.compute_gradient(deps, ref)
     whole = quadratic()["A"] @ quadratic()["theta"]
     for offset, limit in [(4, 1), (0, 2), (3, 0)]:
-        pieces = vectors.read(deps, product.name, offset, limit)
+        pieces = transfer.read(deps, product.name, offset, limit)
         piece = await anext(pieces)
         written = [path.stat().st_size for path in (deps.state_dir.root / "tmp").iterdir()]
         assert written == [len(piece.data)] == [8 * (limit or 3)]
@@ -136,7 +138,9 @@ async def test_combinations_zeros_and_parameters_are_made_on_the_ranks(deps: Dep
 async def test_an_uploaded_vector_comes_back_bit_for_bit_both_ways(deps: Dependencies) -> None:
     ref = await make_operator(deps)
     data = np.random.default_rng(0).standard_normal(6).tobytes()
-    written = await vectors.write(deps, PROJECT, ref.checkpoint, "float64", "", pieces_of(data, 16))
+    written = await transfer.write(
+        deps, PROJECT, ref.checkpoint, "float64", "", pieces_of(data, 16)
+    )
     from_blob = await make(deps, ref, await upload(deps, data))
     for vector in (written, from_blob):
         assert vector.durable
@@ -165,7 +169,7 @@ async def test_what_can_be_made_again_survives_the_ranks(
         operators.apply(deps, ref, [str(product.name)]),
         operators.evaluate_forms(deps, ref, "FORM_SLOPE", [str(product.name)]),
         vectors.inner_products(deps, [(str(product.name), str(product.name))]),
-        anext(vectors.read(deps, product.name, 0, 0)),
+        anext(transfer.read(deps, product.name, 0, 0)),
         make(deps, ref, vectors.CombinationSource(terms=((1.0, str(product.name)),))),
     ):
         assert (await refusal(work)).reason == "INPUT_MISSING"
@@ -241,7 +245,7 @@ async def test_a_vector_of_another_length_is_refused(deps: Dependencies, size: i
     blob = await upload(deps, bytes(size))
     assert (await refusal(make(deps, ref, blob))).reason == "SHAPE_MISMATCH"
     stream = pieces_of(bytes(size))
-    written = vectors.write(deps, PROJECT, ref.checkpoint, "float64", "", stream)
+    written = transfer.write(deps, PROJECT, ref.checkpoint, "float64", "", stream)
     assert (await refusal(written)).reason == "SHAPE_MISMATCH"
     assert not list((deps.state_dir.root / "tmp").iterdir())
     assert not list((deps.state_dir.root / "vectors").iterdir())
@@ -257,7 +261,7 @@ async def test_a_vector_that_is_not_finite_is_refused_with_the_index(
     blob = await upload(deps, values.tobytes())
     for work in (
         make(deps, ref, blob),
-        vectors.write(deps, PROJECT, ref.checkpoint, "float64", "", pieces_of(values.tobytes())),
+        transfer.write(deps, PROJECT, ref.checkpoint, "float64", "", pieces_of(values.tobytes())),
     ):
         error = await refusal(work)
         assert (error.reason, error.metadata["index"]) == ("NON_FINITE", "4")
@@ -279,7 +283,7 @@ async def test_a_written_vector_with_a_damaged_or_missing_piece_is_refused(
         ({"element_offset": 3}, "WRITE_OFFSET_GAP"),
     ]:
         stream = changed(**change)
-        error = await refusal(vectors.write(deps, PROJECT, ref.checkpoint, "float64", "", stream))
+        error = await refusal(transfer.write(deps, PROJECT, ref.checkpoint, "float64", "", stream))
         assert error.reason == reason
 
 

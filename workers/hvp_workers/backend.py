@@ -90,18 +90,27 @@ class Space:
         dtype: Of the elements.
         outputs_on: File of the batch on which the vectors are outputs of the model, for a language
             model (sequences, positions, vocabulary); None: they are of parameter space.
+        parameters: Names of the tensors that vectors of parameter space have, in canonical order;
+            empty for all. Outputs have none.
     """
 
     checkpoint_dir: Path
     dtype: Dtype
     outputs_on: Path | None = None
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> Space:
+        """The space of all parameters."""
+        return replace(self, outputs_on=None, parameters=())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """A matrix of the mean loss of a checkpoint on a batch, or the Jacobian of the outputs.
 
-    Law: `space` is the parameter space; a Jacobian takes its vectors to those of `outputs`.
+    Law: `space` is the parameter space, whose parameters are those that the loss, or the outputs,
+    are a function of: the others are constants. A Jacobian takes its vectors to those of `outputs`.
     """
 
     space: Space
@@ -113,7 +122,7 @@ class Operator:
     @property
     def outputs(self) -> Space:
         """The space of the model's outputs on the batch."""
-        return replace(self.space, outputs_on=self.batch_path)
+        return replace(self.space.whole, outputs_on=self.batch_path)
 
     @property
     def domain(self) -> Space:

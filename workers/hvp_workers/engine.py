@@ -133,12 +133,10 @@ class RankEngine:
 
         Outputs are cut as the batch is by default, which is why a Jacobian has no other cut.
         """
-        model = self._models.get(replace(space, outputs_on=None))
+        model = self._models.get(space)
         if space.outputs_on is None:
-            return model.space
-        operator = api.Operator(
-            space=replace(space, outputs_on=None), batch_path=space.outputs_on, kind="jacobian"
-        )
+            return model.operators.space_of(space.parameters)
+        operator = api.Operator(space=space.whole, batch_path=space.outputs_on, kind="jacobian")
         return model.operators.get(operator).curvature.output_space
 
     # Products -----------------------------------------------------------------------------------
@@ -199,8 +197,8 @@ class RankEngine:
             if vector.space != space:
                 raise CurvatureError(
                     "VECTOR_SPACE_MISMATCH",
-                    f"{name} belongs to another checkpoint, batch or dtype than the operator's "
-                    "vectors",
+                    f"{name} belongs to another checkpoint, selection of parameters, batch or "
+                    "dtype than the operator's vectors",
                 )
         return [vector.shard for vector in vectors]
 
@@ -227,13 +225,14 @@ class RankEngine:
                 vectors = [(coefficient, self._vector(term)) for coefficient, term in terms]
                 if any(vector.space != space for _, vector in vectors):
                     raise CurvatureError(
-                        "VECTOR_SPACE_MISMATCH", "a term belongs to another checkpoint or dtype"
+                        "VECTOR_SPACE_MISMATCH",
+                        "a term belongs to another checkpoint, selection of parameters or dtype",
                     )
                 shard = numbers.combine([(c, vector.shard) for c, vector in vectors])
             case api.Zeros():
                 shard = numbers.zeros()
             case api.Parameters():
-                shard = self._models.get(space).parameters.clone()
+                shard = self._models.get(space).part_of_parameters(space.parameters)
         self._vectors[name] = _Vector(space, shard)
 
     @command
@@ -355,6 +354,7 @@ class RankEngine:
             "num_ranks": str(self.collective.world_size),
             "num_targets": str(curvature.num_targets),
             "num_parameters": str(curvature.space.dimension),
+            "num_tensors": str(len(curvature.space.layout.parameters)),
             "probe": "Philox4x32-10 by flat index, Box-Muller",
             "blocks": str(len(curvature.chain.blocks)),
         }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
+from hvp_core.curvature.shards import part_of
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain
@@ -53,6 +54,10 @@ class Model:
     space: Space
     parameters: torch.Tensor
     operators: OperatorCache
+
+    def part_of_parameters(self, names: Sequence[str]) -> torch.Tensor:
+        """θ of some of the parameters, this rank's shard of their own space; all for no names."""
+        return part_of(self.space, self.parameters, self.operators.space_of(names)).clone()
 
 
 class _NotThisWayError(Exception):
@@ -106,6 +111,7 @@ class ModelStore:
 
     def get(self, space: api.Space) -> Model:
         """The model, loaded if it is not."""
+        space = space.whole
         if space in self._models:
             self._models.move_to_end(space)
             return self._models[space]

@@ -191,6 +191,7 @@ class _Key(NamedTuple):
     batch_path: Path
     micro_batch_size: int
     precision: api.Precision
+    parameters: tuple[str, ...]
 
 
 @final
@@ -222,10 +223,34 @@ class OperatorCache:
         self._memory = memory
         self._tuning = tuning
         self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
+        self._parts: dict[tuple[str, ...], Space] = {}
+
+    def space_of(self, names: Sequence[str]) -> Space:
+        """The space of the parameters of these names; of all, for none.
+
+        Raises:
+            CurvatureError: PARAMETERS_NOT_FOUND.
+        """
+        key = tuple(names)
+        if not key:
+            return self._space
+        if key not in self._parts:
+            missing = sorted(set(key) - set(self._chain.shapes))
+            if missing:
+                raise CurvatureError(
+                    "PARAMETERS_NOT_FOUND", f"the model has no parameter {missing[0]}"
+                )
+            self._parts[key] = self._space.part(set(key))
+        return self._parts[key]
 
     def get(self, operator: api.Operator) -> LoadedOperator:
         """The operator, built if it is not; every rank must call it."""
-        key = _Key(operator.batch_path, operator.micro_batch_size, operator.precision)
+        key = _Key(
+            operator.batch_path,
+            operator.micro_batch_size,
+            operator.precision,
+            operator.space.parameters,
+        )
         if key not in self._loaded:
             while len(self._loaded) >= _KEPT:
                 self._loaded.popitem(last=False)
@@ -248,17 +273,18 @@ class OperatorCache:
             available_bytes=self._memory.least_available(),
         )
 
+        selected = self.space_of(operator.space.parameters)
+
         def curvature_with(how: Policy) -> Curvature:
             return Curvature(
-                self._chain, self._space, self._parameters, batch, micro_batch_size, how
+                self._chain, self._space, self._parameters, batch, micro_batch_size, how, selected
             )
 
         def widest() -> Curvature | None:
             if self._space.dtype == torch.float64:
                 return curvature
-            affordable = (
-                exact_bytes(self._space.layout.shard_numel) <= self._memory.least_available()
-            )
+            needed = exact_bytes(self._space.layout.shard_numel, selected.layout.shard_numel)
+            affordable = needed <= self._memory.least_available()
             return curvature_with(EXACT) if affordable else None
 
         curvature = curvature_with(chosen)

@@ -39,9 +39,14 @@ def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes
 EXACT = Policy(schedule="lean", precision="float64")
 
 
-def exact_bytes(shard_numel: int) -> int:
-    """Memory on a rank for a float64 product with a float32 vector: θ and v are copied too."""
-    return int(_EXACT_WORKING * shard_numel * (8 + 8 + 4))
+def exact_bytes(theta_numel: int, vector_numel: int) -> int:
+    """Memory on a rank for a float64 product with a float32 vector: θ and v are copied too.
+
+    Args:
+        theta_numel: Elements of θ on the rank.
+        vector_numel: Of a vector, which may be of some of the parameters alone.
+    """
+    return int(_EXACT_WORKING * (8 * theta_numel + (8 + 4) * vector_numel))
 
 
 def room_for(cost: Cost, *, vector_bytes: int, available_bytes: int) -> int:

@@ -15,8 +15,9 @@ from hvp_service.blobs.messages import digest_value
 from hvp_service.calls.messages import enum_name, page_request
 from hvp_service.calls.names import parse, parse_parent
 from hvp_service.vectors import service as vectors
+from hvp_service.vectors import transfer
 from hvp_service.vectors.messages import vector_message
-from hvp_service.vectors.service import VectorPiece
+from hvp_service.vectors.transfer import VectorPiece
 
 
 class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
@@ -77,7 +78,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
     async def ReadVector(
         self, request: pb.ReadVectorRequest, context: Any
     ) -> AsyncIterator[pb.ReadVectorResponse]:
-        async for piece in vectors.read(
+        async for piece in transfer.read(
             self._deps,
             parse(request.name, "vectors"),
             request.element_offset,
@@ -91,7 +92,7 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
         self, request_iterator: AsyncIterator[pb.WriteVectorRequest], context: Any
     ) -> pb.WriteVectorResponse:
         first = await anext(request_iterator, pb.WriteVectorRequest())
-        made = await vectors.write(
+        made = await transfer.write(
             self._deps,
             parse_parent(first.create.parent),
             first.create.checkpoint,

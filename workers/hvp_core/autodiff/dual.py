@@ -17,7 +17,7 @@ is the truth that traces are compared with, and what serves blocks that cannot b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,24 @@ class Backward(NamedTuple):
     x_bar: Tensor | None  # x̄, like x; None where x has no tangent (data, token ids)
     x_bar_dot: Tensor | None  # x̄̇, like x
     p_bar: dict[str, Tensor]  # Hv, or the gradient, like p
+
+
+def held(f: Function, p: Params, selected: Collection[str]) -> tuple[Function, Params]:
+    """A block as a function of the selected ones of its parameters, the others held where they are.
+
+    Args:
+        f: The block.
+        p: All of its parameters.
+        selected: Names.
+
+    Returns:
+        The function, and the parameters that it is one of.
+    """
+    constants = {name: value for name, value in p.items() if name not in selected}
+    if not constants:
+        return f, p
+    moving = {name: value for name, value in p.items() if name in selected}
+    return lambda moving, x: f({**constants, **moving}, x), moving
 
 
 def forward_dual(
@@ -68,6 +86,8 @@ def pull_back(f: Function, p: Params, x: Tensor, y_bar: Callable[[Tensor], Tenso
     """
     with torch.enable_grad():
         if not x.is_floating_point():
+            if not p:  # of data alone
+                return Backward(None, None, {})
             y, pull = vjp(lambda p: f(p, x), dict(p))[:2]
             return Backward(None, None, pull(y_bar(y))[0])
         y, pull = vjp(f, dict(p), x)[:2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import final
 
 import torch
@@ -14,6 +14,7 @@ from hvp_core.autodiff.dual import (
     Params,
     backward_dual,
     forward_dual,
+    held,
     pull_back,
 )
 from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
@@ -30,10 +31,11 @@ class Eager(Route):
 
     Args:
         f: The block.
+        selected: The parameters that it is differentiated by.
     """
 
-    def __init__(self, f: Function):
-        self._f = f
+    def __init__(self, f: Function, selected: Collection[str]):
+        self._f, self._selected = f, selected
 
     def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
         """Nothing that a schedule decides about."""
@@ -62,8 +64,9 @@ class Eager(Route):
         if passes.forward == "value":
             return self.value(weights.p, x), [], tape
         y_dots: list[Tensor | None] = []
+        f, p = held(self._f, weights.p, self._selected)
         for v, x_dot in zip(weights.v, x_dots, strict=True):
-            y, y_dot = forward_dual(self._f, weights.p, v, x, x_dot)
+            y, y_dot = forward_dual(f, p, v, x, x_dot)
             y_dots.append(y_dot)
             tape.tangents.append({} if x_dot is None else {"x_dot": x_dot})
         return y, y_dots, tape
@@ -79,6 +82,7 @@ class Eager(Route):
     ) -> Bars:
         """The backward dual of each probe, or a plain one."""
         x = tape.primal["x"]
+        f, p = held(self._f, weights.p, self._selected)
         if passes.backward == "pair":
             dots = []
             for v, tangent, y_bar_dot, sum_ in zip(
@@ -86,13 +90,13 @@ class Eager(Route):
             ):
                 pair = _constant_pair(bars.primal, y_bar_dot)
                 x_dot = tangent.get("x_dot")
-                found = backward_dual(self._f, weights.p, v, x, x_dot, pair)
+                found = backward_dual(f, p, v, x, x_dot, pair)
                 sum_.add_dense(found.p_bar)
                 dots.append(found.x_bar_dot)
             return Bars(found.x_bar, dots)
         cotangents = []
         for y_bar, sum_ in zip(bars.dots, sums, strict=True):
-            found = pull_back(self._f, weights.p, x, _constant(y_bar))
+            found = pull_back(f, p, x, _constant(y_bar))
             sum_.add_dense(found.p_bar)
             cotangents.append(found.x_bar)
         return Bars(None, cotangents)
@@ -117,6 +121,7 @@ class EagerClosing(Closing):
 
     Args:
         f: The block.
+        selected: The parameters that it is differentiated by.
         spec: The product.
         loss: Behind the block.
         target: Of the piece.
@@ -126,19 +131,22 @@ class EagerClosing(Closing):
     def __init__(
         self,
         f: Function,
+        selected: Collection[str],
         spec: ProductSpec,
         loss: Loss,
         target: Tensor,
         scale: float,
     ):
-        self._f, self._spec, self._loss, self._target = f, spec, loss, target
+        self._f, self._selected = f, selected
+        self._spec, self._loss, self._target = spec, loss, target
         self._scale = scale
 
     def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
         """A forward dual for each probe."""
         assert self._spec.measure is not None
+        f, p = held(self._f, weights.p, self._selected)
         return [
-            self._spec.measure(self._at(*forward_dual(self._f, weights.p, v, x, x_dot)))
+            self._spec.measure(self._at(*forward_dual(f, p, v, x, x_dot)))
             for v, x_dot in zip(weights.v, x_dots, strict=True)
         ]
 
@@ -156,27 +164,28 @@ class EagerClosing(Closing):
         more: list[Tensor | None] = [*given] or [None for _ in sums]
         pair = self._spec.passes.backward == "pair"
         x_bar, dots = None, []
+        f, p = held(self._f, weights.p, self._selected)
         for probe, (sum_, known) in enumerate(zip(sums, more, strict=True)):
             if pair:
-                at = weights.p, weights.v[probe], x, x_dots[probe]
-                found = backward_dual(self._f, *at, self._pair)
+                at = p, weights.v[probe], x, x_dots[probe]
+                found = backward_dual(f, *at, self._pair)
                 x_bar = found.x_bar
             elif self._spec.passes.forward == "tangent":
-                at = weights.p, weights.v[probe], x, x_dots[probe]
-                found = self._pull_back(forward_dual(self._f, *at)[1], weights.p, x, known)
+                at = p, weights.v[probe], x, x_dots[probe]
+                found = self._pull_back(f, forward_dual(f, *at)[1], p, x, known)
             else:
-                found = self._pull_back(None, weights.p, x, known)
+                found = self._pull_back(f, None, p, x, known)
             sum_.add_dense(found.p_bar)
             dots.append(found.x_bar_dot if pair else found.x_bar)
         return Bars(x_bar, dots)
 
     def _pull_back(
-        self, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None
+        self, f: Function, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None
     ) -> Backward:
         def y_bar(y: Tensor) -> Tensor:
             return self._cotangents(y, torch.zeros_like(y) if y_dot is None else y_dot, given)[0]
 
-        return pull_back(self._f, p, x, y_bar)
+        return pull_back(f, p, x, y_bar)
 
     def _at(self, y: Tensor, y_dot: Tensor, given: Tensor | None = None) -> AtOutput:
         y, y_dot = at_least_float32(y), at_least_float32(y_dot)

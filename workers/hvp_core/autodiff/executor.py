@@ -62,7 +62,7 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
 @final
 @dataclass(frozen=True)
 class Weights:
-    """A block's parameters, and their tangents in each probe."""
+    """A block's parameters, and tangents of the selected ones in each probe."""
 
     p: Params
     v: Sequence[Params]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, final
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from hvp_core.attention import choice, seam
@@ -22,9 +23,10 @@ from hvp_core.autodiff.compiler import COMPILER
 from hvp_core.autodiff.eager import Eager, EagerClosing
 from hvp_core.autodiff.executor import Closing, Route
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.programs import trace_block, trace_closing
+from hvp_core.autodiff.programs import trace_block, trace_closing, trace_value
+from hvp_core.autodiff.selected_parameters import Link
 from hvp_core.autodiff.trace import Env, trace_graph
-from hvp_core.autodiff.traced import X_DATA, Traced, TracedClosing
+from hvp_core.autodiff.traced import Traced, TracedClosing, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
@@ -68,6 +70,7 @@ class _Look(NamedTuple):
     text: str  # the program; blocks of one text are one block
     calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors; without their masks
     masks: tuple[int | None, ...]  # places of their masks among the block's, or made in the block
+    moves: tuple[bool, ...]  # whether what they are given may have a derivative
 
 
 _MADE_INSIDE = -1
@@ -93,65 +96,57 @@ class Routes:
 
     def of(
         self,
-        name: str,
-        parameters: Sequence[str],
+        link: Link,
         bodies: Callable[[bool], Body],
         p: Mapping[str, Tensor],
         x: Tensor,
-        is_data: bool,
     ) -> Route:
         """The route of a block, not the last, for one micro-batch.
 
         Args:
-            name: Of the block.
-            parameters: Their names.
+            link: The block in its place.
             bodies: The block; with masks as tensors if called with True.
             p: The block's parameters. Of these and x only shapes matter.
             x: Its input.
-            is_data: The input is the first block's, and has no derivative.
         """
         for cut in (True, False):
             try:
-                return self._traced(name, parameters, bodies(not cut), p, x, is_data, cut=cut)
+                return self._traced(link, bodies(not cut), p, x, cut=cut)
             except _UncutError as error:
-                self.say(name, f"its attention is taken as plain operations: {error}")
+                self.say(link.name, f"its attention is taken as plain operations: {error}")
             except Exception as error:
-                self._untraced(name, error)
+                self._untraced(link.name, error)
                 break
-        return Eager(function_of(bodies(True)))
+        return Eager(function_of(bodies(True)), link.selected)
 
     def _traced(
         self,
-        name: str,
-        names: Sequence[str],
+        link: Link,
         body: Body,
         p: Mapping[str, Tensor],
         x: Tensor,
-        is_data: bool,
         *,
         cut: bool,
     ) -> Route:
-        values = {str(place): p[name] for place, name in enumerate(names)}
-        inputs, constants = _inputs(x, is_data, body.constants)
-        f = _placed(body, names)
-        look = self._look(name, body, f, values, inputs, constants, cut)
-        call = _attention(look, body, self._policy) if look.calls and cut else None
+        values, inputs, constants = _inputs(link, p, x, body.constants)
+        f = _placed(body, link.parameters)
+        look = self._look(link.name, body, f, values, inputs, constants, cut)
+        attentions = _attentions(look, body, self._policy) if cut else []
 
         def make() -> BlockDual:
             with listening() as remarks:
-                if call is None:
-                    trace = trace_block(f, values, inputs, constants)
-                else:
-                    q, _, v = look.calls[0].qkv
-                    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-                    o = torch.zeros(shape, dtype=v.dtype, device=x.device)
-                    trace = trace_block(_cut_open(f), values, {**inputs, "o": o}, constants)
+                g, at, still = f, dict(inputs), dict(constants)
+                if attentions:
+                    g = _cut_open(f, len(attentions))
+                for call, moves, each in zip(look.calls, look.moves, attentions, strict=True):
+                    (at if moves else still)[f"o/{each.place}"] = _output(call, x.device)
+                trace = trace_block(g, values, at, still) if link.moves else trace_value(g, still)
             return BlockDual(trace, of, remarks, self._prepare)
 
-        of = look.text, call is not None
+        of = look.text, len(attentions), link.takes_data
         dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
-        self.remark(name, dual.remarks)
-        return Traced(dual, names, constants, call)
+        self.remark(link.name, dual.remarks)
+        return Traced(dual, link.parameters, link.selected, body.constants, attentions)
 
     def _look(
         self,
@@ -164,31 +159,30 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (name, _signature(p | inputs | constants), body.settings, cut)
+        of = _signature(p | inputs | constants), len(p), len(inputs)
+        key = (name, of, body.settings, cut)
         return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
 
     def closing(
         self,
         spec: ProductSpec,
-        name: str,
-        parameters: Sequence[str],
+        link: Link,
         body: Body,
         loss: Loss,
         p: Mapping[str, Tensor],
         x: Tensor,
-        is_data: bool,
         target: Tensor,
         scale: float,
     ) -> Closing:
         """The route of the last block and a product's rule for one piece of a micro-batch."""
-        values = {str(place): p[each] for place, each in enumerate(parameters)}
-        inputs, constants = _inputs(x, is_data, body.constants)
-        factor = torch.tensor(scale, dtype=_loss_dtype(x, values), device=target.device)
-        constants = {**constants, "c/target": target, "c/scale": factor}
-        f = _placed(body, parameters)
+        values, inputs, constants = _inputs(link, p, x, body.constants)
+        factor = torch.tensor(scale, dtype=_loss_dtype(x, p), device=target.device)
+        own = {"c/target": target, "c/scale": factor}
+        constants |= own
+        f = _placed(body, link.parameters)
         try:
-            look = self._look(name, body, f, values, inputs, constants, False)
-            of = look.text, loss, spec
+            look = self._look(link.name, body, f, values, inputs, constants, False)
+            of = look.text, loss, spec, link.takes_data
 
             def make() -> ClosingDual:
                 with listening() as remarks:
@@ -199,10 +193,10 @@ class Routes:
                 (of, _signature(values | inputs | constants), self._policy.compile), make
             )
         except Exception as error:
-            self._untraced(name, error)
-            return EagerClosing(function_of(body), spec, loss, target, scale)
-        self.remark(name, dual.remarks)
-        return TracedClosing(dual, parameters, constants)
+            self._untraced(link.name, error)
+            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
+        self.remark(link.name, dual.remarks)
+        return TracedClosing(dual, link.parameters, link.selected, body.constants | own)
 
     def _untraced(self, name: str, error: Exception) -> None:
         """Note that a block cannot be traced, unless that is no property of the block.
@@ -241,11 +235,17 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
-def _inputs(x: Tensor, is_data: bool, constants: Env) -> tuple[Env, Env]:
-    """What has a tangent, and what has none."""
-    if not is_data:
-        return {"x": x}, dict(constants)
-    return {}, {**constants, X_DATA: x}
+def _inputs(link: Link, p: Mapping[str, Tensor], x: Tensor, own: Env) -> tuple[Env, Env, Env]:
+    """Parameters by place and inputs that a block is a function of, and what is constant."""
+    values, constants = {}, dict(own)
+    for name, place in places(link.parameters, link.selected).items():
+        if place.startswith("p/"):
+            values[place.removeprefix("p/")] = p[name]
+        else:
+            constants[place] = p[name]
+    if not link.takes_data:
+        return values, {"x": x}, constants
+    return values, {}, {**constants, "x": x}
 
 
 Placed = Callable[[Env, Env, Env], Env]
@@ -255,24 +255,43 @@ def _placed(body: Body, names: Sequence[str]) -> Placed:
     """The block with its parameters named by their place, as all blocks of its kind name them."""
 
     def f(p: Env, inputs: Env, constants: Env) -> Env:
-        given = {name: p[str(place)] for place, name in enumerate(names)}
+        given = {
+            name: p[str(place)] if str(place) in p else constants[f"w/{place}"]
+            for place, name in enumerate(names)
+        }
         held = {name: each for name, each in constants.items() if name in body.constants}
-        x = inputs["x"] if "x" in inputs else constants[X_DATA]
+        x = inputs["x"] if "x" in inputs else constants["x"]
         return {"y": body.run(given, x, held)}
 
     return f
 
 
-def _cut_open(f: Placed) -> Placed:
-    """The block with its attention's output as an input."""
+def _output(call: seam.Call, device: torch.device) -> Tensor:
+    """A tensor like what an attention gives, (b, s, h, e)."""
+    q, _, v = call.qkv
+    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    return torch.zeros(shape, dtype=v.dtype, device=device)
+
+
+def _cut_open(f: Placed, num_calls: int) -> Placed:
+    """The block with its attentions' outputs as inputs."""
+    names = [f"o/{place}" for place in range(num_calls)]
 
     def g(p: Env, inputs: Env, constants: Env) -> Env:
-        with seam.cut(inputs["o"]) as found:
+        with seam.cut([(inputs if name in inputs else constants)[name] for name in names]) as found:
             y = f(p, inputs, constants)
-        q, k, v = found.calls[0].qkv
-        return {"q": q, "k": k, "v": v, **y}
+        return _asked(found.calls) | y
 
     return g
+
+
+def _asked(calls: Sequence[seam.Call]) -> Env:
+    """What attentions were asked, by name."""
+    return {
+        f"{name}/{place}": each
+        for place, call in enumerate(calls)
+        for name, each in call.qkv._asdict().items()
+    }
 
 
 def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
@@ -285,40 +304,63 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
         with seam.cut(None) as found:
             y = f(*at, {name: env[name] for name in constants})
         calls[:] = found.calls
-        for place, call in enumerate(calls):
-            y |= {f"{name}/{place}": each for name, each in call.qkv._asdict().items()}
-            if isinstance(call.mask, Tensor):
-                y[f"mask/{place}"] = call.mask
-        return y
+        masks = {f"mask/{place}": call.mask for place, call in enumerate(calls)}
+        return (
+            y
+            | _asked(calls)
+            | {name: each for name, each in masks.items() if isinstance(each, Tensor)}
+        )
 
-    graph, _ = trace_graph(program, arguments)
-    places = {id(mask): place for place, mask in enumerate(masks)}
+    graph, names = trace_graph(program, arguments)
+    moves = [
+        _reads(graph, names, tuple(f"{name}/{place}" for name in "qkv"), len(p) + len(inputs))
+        for place in range(len(calls))
+    ]
+    place_of = {id(mask): place for place, mask in enumerate(masks)}
     text = str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls)
     return _Look(
         sys.intern(text),
         tuple(replace(each, mask=None) for each in calls),
         tuple(
-            None if each.mask is None else places.get(id(each.mask), _MADE_INSIDE) for each in calls
+            None if each.mask is None else place_of.get(id(each.mask), _MADE_INSIDE)
+            for each in calls
         ),
+        # Behind one that moves, whatever is computed may.
+        tuple(any(moves[: place + 1]) for place in range(len(calls))),
     )
 
 
-def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:
-    """How a block's attention is computed.
+def _reads(graph: fx.Graph, names: Sequence[str], which: Sequence[str], count: int) -> bool:
+    """Whether outputs of these names depend on the first arguments."""
+    wanted = [node for node in graph.nodes if node.op == "placeholder"][:count]
+    output = next(node for node in graph.nodes if node.op == "output")
+    stack = [node for name, node in zip(names, output.args[0], strict=True) if name in which]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return not seen.isdisjoint(wanted)
+
+
+def _attentions(look: _Look, body: Body, policy: Policy) -> list[AttentionCall]:
+    """How a block's attentions are computed, in the order of their calls.
 
     Raises:
-        _UncutError: It is called more than once, or has an irregular mask.
+        _UncutError: One has an irregular mask.
     """
-    if len(look.calls) != 1:
-        raise _UncutError(f"it is called {len(look.calls)} times in a block")
-    call, place = look.calls[0], look.masks[0]
-    if place == _MADE_INSIDE:
-        raise _UncutError("its mask is made inside the layer")
-    shape = call.shape(None if place is None else body.masks[place])
-    if shape is None:
-        raise _UncutError("its mask is irregular")
-    pattern, span = shape
-    return AttentionCall(choice.choose(call.qkv, pattern, span, policy.precision), pattern, span)
+    found = []
+    for place, (call, of_mask) in enumerate(zip(look.calls, look.masks, strict=True)):
+        if of_mask == _MADE_INSIDE:
+            raise _UncutError("its mask is made inside the layer")
+        shape = call.shape(None if of_mask is None else body.masks[of_mask])
+        if shape is None:
+            raise _UncutError("its mask is irregular")
+        pattern, span = shape
+        rule = choice.choose(call.qkv, pattern, span, policy.precision)
+        found.append(AttentionCall(place, rule, pattern, span))
+    return found
 
 
 def _signature(values: Mapping[str, Tensor]) -> Hashable:

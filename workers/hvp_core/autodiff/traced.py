@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -15,9 +15,7 @@ from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weight
 from hvp_core.autodiff.parts import Part
 from hvp_core.autodiff.passes import VALUE, Passes, Way
 from hvp_core.autodiff.sums import Sums
-from hvp_core.autodiff.trace import Env, is_parameters
-
-X_DATA = "c/x"  # the input of a block that takes data, which has no derivative
+from hvp_core.autodiff.trace import Env, dotted, is_parameters
 
 
 @final
@@ -27,19 +25,22 @@ class Traced(Route):
     Args:
         dual: Of the block at this shape; its parameters are named by their place.
         names: Of the block's parameters, in the order of those places.
-        constants: Of this micro-batch, by name; with the input itself, if that is data.
-        attention: Of this micro-batch, if the block is cut.
+        selected: Of these, the ones that it was traced as a function of.
+        constants: Of this micro-batch, by name.
+        attentions: Of this micro-batch, those that the block is cut at.
     """
 
     def __init__(
         self,
         dual: BlockDual,
         names: Sequence[str],
+        selected: Collection[str],
         constants: Env,
-        attention: AttentionCall | None,
+        attentions: Sequence[AttentionCall],
     ):
         self.dual, self._names = dual, tuple(names)
-        self._constants, self._attention = constants, attention
+        self._place_of = places(names, selected)
+        self._constants, self._attentions = constants, attentions
 
     @property
     def key(self) -> Hashable:
@@ -57,17 +58,16 @@ class Traced(Route):
         )
 
     def _env(self, weights: Weights, probe: int | None = None) -> Env:
-        """Parameters, their tangents in a probe, and constants."""
-        found = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
+        """Parameters, tangents of the selected ones in a probe, and constants."""
+        found = values_at(self._place_of, weights.p)
         if probe is not None:
-            v = weights.v[probe]
-            found |= {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
+            found |= tangents_at(self._place_of, weights.v[probe])
         return found | self._constants
 
     def value(self, p: Params, x: Tensor) -> Tensor:
         """By the leg of the loss."""
         leg = self.dual.plan(VALUE, "fast").legs[0]
-        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
+        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attentions)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
         """Zeros: blocks that cannot be traced are run with it, and must not see mere memory."""
@@ -75,8 +75,6 @@ class Traced(Route):
         return torch.zeros(shape, dtype=dtype, device=x.device)
 
     def _input(self, x: Tensor, x_dot: Tensor | None = None) -> Env:
-        if X_DATA in self._constants:
-            return {}
         return {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
 
     def forward(
@@ -97,7 +95,7 @@ class Traced(Route):
             y_dots: list[Tensor | None] = []
             for probe, x_dot in enumerate(x_dots):
                 env = self._env(weights, probe) | self._input(x, x_dot)
-                found = legs[0].run(env, self._attention)
+                found = legs[0].run(env, self._attentions)
                 y, y_dot = found["y"], found["y_dot"]
                 y_dots.append(y_dot.contiguous())
                 tape.tangents.append(_only(names, env | found))
@@ -105,7 +103,7 @@ class Traced(Route):
         tape = kept or Tape()
         if not tape.complete:
             env = self._env(weights) | self._input(x)
-            found = legs[0].run(env, self._attention)
+            found = legs[0].run(env, self._attentions)
             tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
         y_dots, tape.tangents = [], []
         names = plan.kept(legs[1]) - set(tape.primal) if x_dots else frozenset[str]()
@@ -114,17 +112,17 @@ class Traced(Route):
                 self._env(weights, probe) | tape.primal | self._input(x, x_dots[probe])
                 for probe in probes
             ]
-            results = legs[1].run_all(envs, self._attention, [None for _ in envs])
+            results = legs[1].run_all(envs, self._attentions, [None for _ in envs])
             for env, found in zip(envs, results, strict=True):
                 y_dots.append(found["y_dot"].contiguous())
                 tape.tangents.append(_only(names, env | found))
         return tape.primal["y"], y_dots, tape
 
     def _groups(self, count: int, leg: Leg) -> Iterator[range]:
-        """Probes that go through a leg together: as many as its attention does at once."""
+        """Probes that go through a leg together: as many as its attentions do at once."""
         size = 1
-        if self._attention is not None and leg.spec.halves == ("tangent",):
-            size = self._attention.rule.together
+        if self._attentions and leg.spec.halves == ("tangent",):
+            size = min(each.rule.together for each in self._attentions)
         for first in range(0, count, size):
             yield range(first, min(first + size, count))
 
@@ -143,7 +141,7 @@ class Traced(Route):
         if passes.forward == "value":
             env = self._env(weights) | tape.primal
             alone = [
-                legs[0].run(env | _bar(y_bar), self._attention, adder(sum_, self._names))
+                legs[0].run(env | _bar(y_bar), self._attentions, adder(sum_, self._names))
                 for y_bar, sum_ in zip(bars.dots, sums, strict=True)
             ]
             return Bars(None, [found.get("x_bar") for found in alone])
@@ -151,7 +149,7 @@ class Traced(Route):
         x_bar = tape.primal.get("x_bar")
         if len(legs) == 2 and not tape.complete:
             env = self._env(weights) | tape.primal | _bar(bars.primal)
-            found = legs[0].run(env, self._attention)
+            found = legs[0].run(env, self._attentions)
             tape.primal |= _only(plan.kept(legs[0]), env | found)
             if "x_bar" in found:
                 x_bar = tape.primal["x_bar"] = found["x_bar"]
@@ -165,11 +163,26 @@ class Traced(Route):
                 envs.append(env)
                 tape.tangents[probe] = {}
             adders = [adder(sums[probe], self._names) for probe in probes]
-            for found in legs[-1].run_all(envs, self._attention, adders):
+            for found in legs[-1].run_all(envs, self._attentions, adders):
                 dots.append(found.get("x_bar_dot" if pair else "x_bar"))
                 if pair:
                     x_bar = found.get("x_bar", x_bar)
         return Bars(x_bar, dots)
+
+
+def places(names: Sequence[str], selected: Collection[str]) -> dict[str, str]:
+    """What a trace calls a block's parameters: `p/PLACE`, or `w/PLACE` for a constant."""
+    return {name: f"{'p' if name in selected else 'w'}/{place}" for place, name in enumerate(names)}
+
+
+def values_at(place_of: Mapping[str, str], p: Params) -> Env:
+    """A block's parameters as its trace calls them."""
+    return {place: p[name] for name, place in place_of.items()}
+
+
+def tangents_at(place_of: Mapping[str, str], v: Params) -> Env:
+    """Tangents of the selected ones of a block's parameters as its trace calls them."""
+    return {dotted(place): v[name] for name, place in place_of.items() if place.startswith("p/")}
 
 
 def adder(sums: Sums, names: Sequence[str]) -> Callable[[Part, Env], None]:
@@ -198,11 +211,15 @@ class TracedClosing(Closing):
     Args:
         dual: Of both, at this shape.
         names: Of the block's parameters, by place.
+        selected: Of these, the ones that it was traced as a function of.
         constants: Of this piece.
     """
 
-    def __init__(self, dual: ClosingDual, names: Sequence[str], constants: Env):
+    def __init__(
+        self, dual: ClosingDual, names: Sequence[str], selected: Collection[str], constants: Env
+    ):
         self.dual, self._names, self._constants = dual, tuple(names), constants
+        self._place_of = places(names, selected)
 
     @property
     def key(self) -> Hashable:
@@ -257,14 +274,11 @@ class TracedClosing(Closing):
         return Bars(x_bar, dots)
 
     def _primal(self, weights: Weights, x: Tensor) -> Env:
-        env = {f"p/{place}": weights.p[name] for place, name in enumerate(self._names)}
-        env |= self._constants
-        return env if X_DATA in self._constants else {**env, "x": x}
+        return values_at(self._place_of, weights.p) | self._constants | {"x": x}
 
     def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
-        v = weights.v[probe]
-        along = {f"p_dot/{place}": v[name] for place, name in enumerate(self._names)}
-        if x_dot is not None and X_DATA not in self._constants:
+        along = tangents_at(self._place_of, weights.v[probe])
+        if x_dot is not None:
             along["x_dot"] = x_dot
         return along
 

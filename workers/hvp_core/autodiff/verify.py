@@ -31,11 +31,12 @@ from hvp_core.autodiff.directions import (
     tolerance_of,
     weighed_directions,
 )
-from hvp_core.autodiff.dual import Function, Params, backward_dual, value_and_tangent
+from hvp_core.autodiff.dual import Function, Params, backward_dual, held, value_and_tangent
 from hvp_core.autodiff.eager import Eager, EagerClosing
 from hvp_core.autodiff.executor import Bars, Closing, Route, Weights
 from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.selected_parameters import Link, SelectedParameters
 from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import explained, whose
 from hvp_core.losses.loss import Loss, at_least_float32
@@ -57,25 +58,21 @@ class Builder(Protocol):
 
     def of(
         self,
-        name: str,
-        parameters: Sequence[str],
+        link: Link,
         bodies: Callable[[bool], Body],
         p: Params,
         x: Tensor,
-        is_data: bool,
     ) -> Route:
         """The route of a block, not the last."""
 
     def closing(
         self,
         spec: ProductSpec,
-        name: str,
-        parameters: Sequence[str],
+        link: Link,
         body: Body,
         loss: Loss,
         p: Params,
         x: Tensor,
-        is_data: bool,
         target: Tensor,
         scale: float,
     ) -> Closing:
@@ -91,14 +88,19 @@ class Verifier:
         batches: This rank's first micro-batch, or none.
         spec: What is going to be computed.
         routes: Builds the executors of the small piece, as they are without a policy.
+        selected: The parameters that it is a derivative by.
     """
 
     def __init__(
-        self, chain: Chain, batches: Sequence[MicroBatch], spec: ProductSpec, routes: Builder
+        self,
+        chain: Chain,
+        batches: Sequence[MicroBatch],
+        spec: ProductSpec,
+        routes: Builder,
+        selected: SelectedParameters,
     ):
-        self._chain = chain
-        self._spec, self._passes = spec, spec.passes
-        self._routes = routes
+        self._chain, self._selected = chain, selected
+        self._spec, self._routes = spec, routes
         small = [chain.few(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_in(torch.float64, chain.first_input(batch)) for batch in small]
@@ -115,19 +117,20 @@ class Verifier:
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
-        block, dtype, is_data = self._chain.blocks[index], _dtype(p), index == 0
+        block, dtype, link = self._chain.blocks[index], _dtype(p), self._selected.links[index]
+        passes = self._selected.passes(index, self._spec.passes)
         key = None
         if route is not None and route.key is not None:
-            key = _key(route.key, p, is_data, self._passes)
+            key = _key(route.key, p, link, passes)
         p = {name: each.to(dtype) for name, each in p.items()}
         right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
             f = function_of(block.body(context, dense=True).cast(dtype))
             x = _in(dtype, x)
             if key is not None and key not in _verified:
-                right = _remembered(key, self._block(block, context, f, p, x, is_data))
-            if not right and self._passes.backward == "pair":
-                _try(block, f, p, x, is_data)
+                right = _remembered(key, self._block(link, passes, block, context, f, p, x))
+            if not right and passes.backward == "pair":
+                _try(link, f, p, x)
             with torch.no_grad():
                 self._xs = [_in(torch.float64, f(p, x))]
         return right or key is None
@@ -141,34 +144,35 @@ class Verifier:
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
         """
-        block, is_data, dtype = self._chain.blocks[-1], len(self._chain.blocks) == 1, _dtype(p)
+        block, dtype, link = self._chain.blocks[-1], _dtype(p), self._selected.links[-1]
         p = {name: each.to(dtype) for name, each in p.items()}
         for context, x, target in zip(self._contexts, self._xs, self._targets, strict=True):
             body = block.body(context, dense=True).cast(dtype)
             x = _in(dtype, x)
-            at = self._spec, block.name, block.parameters, body, self._chain.loss
-            traced = self._routes.closing(*at, p, x, is_data, target, 1.0)
-            f = function_of(body)
+            loss, f = self._chain.loss, function_of(body)
+            traced = self._routes.closing(self._spec, link, body, loss, p, x, target, 1.0)
             if traced.key is not None:
-                key = _key(traced.key, p, is_data, self._passes)
+                key = _key(traced.key, p, link, self._spec.passes)
                 known = key in _verified
-                if known or _remembered(key, self._closing(traced, f, p, x, is_data, target)):
+                if known or _remembered(key, self._closing(link, traced, f, p, x, target)):
                     continue
-            if self._passes.backward == "pair":
-                _try(block, f, p, x, is_data)
+            if self._spec.passes.backward == "pair":
+                _try(link, f, p, x)
             return False
         return True
 
     def _block(
-        self, block: Block, context: Any, f: Function, p: Params, x: Tensor, is_data: bool
+        self,
+        link: Link,
+        passes: Passes,
+        block: Block,
+        context: Any,
+        f: Function,
+        p: Params,
+        x: Tensor,
     ) -> bool | None:
         traced = self._routes.of(
-            block.name,
-            block.parameters,
-            lambda dense: block.body(context, dense).cast(_dtype(p)),
-            p,
-            x,
-            is_data,
+            link, lambda dense: block.body(context, dense).cast(_dtype(p)), p, x
         )
         if traced.key is None:
             return False
@@ -180,27 +184,27 @@ class Verifier:
                 weights: Weights, x_dot: Tensor | None, sums: Sums
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
-                y, y_dots, tape = route.forward(self._passes, "fast", weights, x, dots, None)
-                if self._passes.backward == "none":
+                y, y_dots, tape = route.forward(passes, "fast", weights, x, dots, None)
+                if passes.backward == "none":
                     return [y, *_there(y_dots)], []
                 bars = Bars(y_bar, [y_bar_dot])
-                found = route.backward(self._passes, "fast", weights, tape, bars, [sums])
-                return [y, *_there(y_dots)], self._wanted(found)
+                found = route.backward(passes, "fast", weights, tape, bars, [sums])
+                return [y, *_there(y_dots)], _wanted(passes, found)
 
             return run
 
-        other = by(Eager(f))
+        other = by(Eager(f, link.selected))
         seeds = {"none": (), "cotangent": (y_bar_dot,), "pair": (y_bar, y_bar_dot)}
-        back = seeds[self._passes.backward]
-        return self._matches(by(traced), other, f, p, x, is_data, lambda *ys: (ys, back))
+        back = seeds[passes.backward]
+        return self._matches(link, passes, by(traced), other, f, p, x, lambda *ys: (ys, back))
 
     def _closing(
         self,
+        link: Link,
         traced: Closing,
         f: Function,
         p: Params,
         x: Tensor,
-        is_data: bool,
         target: Tensor,
     ) -> bool | None:
         loss, spec = self._chain.loss, self._spec
@@ -223,7 +227,7 @@ class Verifier:
                     return values, []
                 shares = [] if given is None else [given]
                 bars = closing.run(weights, x, dots, [sums], wants_primal=True, given=shares)
-                return values, self._wanted(bars)
+                return values, _wanted(spec.passes, bars)
 
             return run
 
@@ -234,39 +238,38 @@ class Verifier:
                 () if spec.cotangents is None else spec.cotangents(at),
             )
 
-        other = by(EagerClosing(f, spec, loss, target, 1.0))
-        return self._matches(by(traced), other, f, p, x, is_data, at_output)
-
-    def _wanted(self, bars: Bars) -> list[Tensor | None]:
-        """Cotangents that the block below is given."""
-        return [*bars.dots, bars.primal] if self._passes.backward == "pair" else bars.dots
+        other = by(EagerClosing(f, link.selected, spec, loss, target, 1.0))
+        return self._matches(link, spec.passes, by(traced), other, f, p, x, at_output)
 
     def _matches(
         self,
+        link: Link,
+        passes: Passes,
         run: _Run,
         other: _Run,
         f: Function,
         p: Params,
         x: Tensor,
-        is_data: bool,
         at_output: Callable[[Tensor, Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]],
     ) -> bool | None:
         """Whether a trace finds what torch finds; None where that is no number or nothing.
 
         Args:
+            link: The block in its place.
+            passes: Through it.
             run: By the trace.
             other: By torch, going backward.
             f: The block.
             p: Its parameters.
             x: Its input.
-            is_data: It has no tangent.
             at_output: Of (y, ẏ): the values there, and ȳ, the pair (ȳ, ȳ̇), or nothing.
         """
-        some, pair = self._passes.forward == "tangent", self._passes.backward == "pair"
-        p = _own(p)
+        some, pair = passes.forward == "tangent", passes.backward == "pair"
+        everything, is_data = _own(p), link.takes_data
+        f, p = held(f, everything, link.selected)
         v = random_direction(p, 1000) if some else None
         x_dot = noise_like(x, 1) if some and not is_data else None
-        weights = Weights(p, [] if v is None else [v])
+        weights = Weights(everything, [] if v is None else [v])
 
         def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor], bool]:
             sums = {name: torch.zeros_like(each) for name, each in p.items()}
@@ -311,12 +314,17 @@ class Verifier:
                 # No number on either side is the data's fault.
                 undecided = not math.isfinite(truth) and not math.isfinite(product)
                 if all(map(are_close, values, expected)) and abs(product - truth) <= allowed:
-                    seen = values if self._passes.backward == "none" else found
+                    seen = values if passes.backward == "none" else found
                     return True if any(map(norm, seen)) else None
             return None if undecided else False
 
         answers = (compare(weighed_directions(found, each)) for each in rounds)
         return next((answer for answer in answers if answer is not True), True)
+
+
+def _wanted(passes: Passes, bars: Bars) -> list[Tensor | None]:
+    """Cotangents that the block below is given."""
+    return [*bars.dots, bars.primal] if passes.backward == "pair" else bars.dots
 
 
 def _along(
@@ -356,13 +364,14 @@ def _there(found: Sequence[Tensor | None]) -> list[Tensor]:
     return [each for each in found if each is not None]
 
 
-def _try(block: Block, f: Function, p: Params, x: Tensor, is_data: bool) -> None:
+def _try(link: Link, f: Function, p: Params, x: Tensor) -> None:
     """Take a block's second derivative once, to see that it has one."""
-    x_dot = None if is_data else noise_like(x, 1)
+    x_dot = None if link.takes_data else noise_like(x, 1)
+    f, p = held(f, p, link.selected)
     try:
         backward_dual(f, p, random_direction(p, 1000), x, x_dot, lambda y, y_dot: (y, y_dot))
     except Exception as error:
-        raise explained(error, block.name, "the second derivative") from error
+        raise explained(error, link.name, "the second derivative") from error
 
 
 def _dtype(p: Params) -> torch.dtype:
@@ -387,9 +396,11 @@ def _remembered(key: Hashable, answer: bool | None) -> bool:
     return answer is not False
 
 
-def _key(traced: Hashable, p: Params, is_data: bool, passes: Passes) -> Hashable:
+def _key(traced: Hashable, p: Params, link: Link, passes: Passes) -> Hashable:
     """What is verified at once: a program says nothing of widths, nor of what is differentiated."""
-    return traced, tuple(tuple(each.shape) for each in p.values()), is_data, passes
+    shapes = tuple(tuple(p[name].shape) for name in link.parameters)
+    selected = tuple(name in link.selected for name in link.parameters)
+    return traced, shapes, selected, link.takes_data, passes
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:

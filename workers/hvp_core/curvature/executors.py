@@ -10,6 +10,7 @@ from torch import Tensor
 from hvp_core.autodiff.dual import Params
 from hvp_core.autodiff.executor import Closing, Route
 from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.selected_parameters import SelectedParameters
 from hvp_core.model.chain import Body
 
 
@@ -18,9 +19,11 @@ class Executors(ABC):
 
     Attributes:
         route_of: By block and micro-batch, as far as they have been asked for.
+        selected: The parameters that have a derivative.
     """
 
     route_of: Mapping[tuple[int, int], Route]
+    selected: SelectedParameters
 
     @abstractmethod
     def body(self, index: int, batch: int, dense: bool) -> Body:

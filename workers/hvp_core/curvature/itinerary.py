@@ -16,6 +16,7 @@ from hvp_core.autodiff.executor import Bytes, Closing, Route, Weights
 from hvp_core.autodiff.passes import Way
 from hvp_core.autodiff.product_spec import LOSS, ProductSpec
 from hvp_core.autodiff.routes import Routes
+from hvp_core.autodiff.selected_parameters import SelectedParameters
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.verify import Verifier
 from hvp_core.blame import working_on
@@ -38,7 +39,7 @@ class Itinerary(Executors):
 
     Args:
         chain: The model.
-        space: Of its parameters.
+        space: Of the vectors: their parameters are the selected ones.
         batches: This rank's micro-batches.
         dtype: Of the operands of products.
         num_targets: Of the whole batch.
@@ -60,6 +61,7 @@ class Itinerary(Executors):
         pair: MicroBatch | None,
     ):
         self._chain, self._space, self._batches = chain, space, batches
+        self.selected = SelectedParameters(chain, space)
         self._dtype, self._num_targets, self._policy = dtype, num_targets, policy
         # Constants are the model's own, in the model's own arithmetic.
         with (
@@ -95,7 +97,8 @@ class Itinerary(Executors):
             return
         verifier = None
         if spec is not LOSS:
-            verifier = Verifier(self._chain, self._batches[:1], spec, Routes(self._chain, Policy()))
+            few, routes = self._batches[:1], Routes(self._chain, Policy())
+            verifier = Verifier(self._chain, few, spec, routes, self.selected)
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
         last = len(self._chain.blocks) - 1
@@ -149,7 +152,9 @@ class Itinerary(Executors):
             return
         for batch in range(len(self._batches)):
             body = self.body(index, batch, True)
-            self.route_of[index, batch] = Eager(function_of(body))
+            self.route_of[index, batch] = Eager(
+                function_of(body), self.selected.links[index].selected
+            )
 
     def body(self, index: int, batch: int, dense: bool) -> Body:
         """A block's body, its constants in the precision of the products."""
@@ -158,14 +163,8 @@ class Itinerary(Executors):
     def route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
         """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
         if (index, batch) not in self.route_of:
-            block = self._chain.blocks[index]
             self.route_of[index, batch] = self._routes.of(
-                block.name,
-                block.parameters,
-                lambda dense: self.body(index, batch, dense),
-                p,
-                x,
-                index == 0,
+                self.selected.links[index], lambda dense: self.body(index, batch, dense), p, x
             )
         return self.route_of[index, batch]
 
@@ -182,19 +181,17 @@ class Itinerary(Executors):
         self, spec: ProductSpec, batch: int, p: Params, x: Tensor, target: Tensor
     ) -> Closing:
         last = len(self._chain.blocks) - 1
-        block, loss, scale = self._chain.blocks[last], self._chain.loss, 1 / self._num_targets
+        link, loss, scale = self.selected.links[last], self._chain.loss, 1 / self._num_targets
         if spec.given == "outputs":
             scale = 1.0
         body = self.body(last, batch, True)
         if not self._traces_closing:
-            return EagerClosing(function_of(body), spec, loss, target, scale)
-        return self._routes.closing(
-            spec, block.name, block.parameters, body, loss, p, x, last == 0, target, scale
-        )
+            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
+        return self._routes.closing(spec, link, body, loss, p, x, target, scale)
 
     def choose(self, spec: ProductSpec, num_probes: int) -> list[Choice]:
-        """The way of every block but the last."""
-        blocks = range(len(self._chain.blocks) - 1)
+        """The way of every block that moves, but the last."""
+        blocks = range(self.selected.first, len(self._chain.blocks) - 1)
         if not spec.passes.keeps:
             way: Way = "lean" if self._policy.schedule == "lean" else "fast"
             if spec.passes.forward == "tangent" and num_probes > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
@@ -42,9 +42,15 @@ class Passage:
         self._kept_passes: Passes | None = None
         self._kept: dict[tuple[int, int], Tape] = {}
         self._closing_bars: list[Bars] = []
+        self._still: list[Tensor] | None = None
 
     def drop(self) -> None:
         """Forget what is kept for later products."""
+        self.drop_tapes()
+        self._still = None
+
+    def drop_tapes(self) -> None:
+        """Forget what is kept for later products of the same passes alone."""
         self._kept_passes, self._kept, self._closing_bars = None, {}, []
 
     def is_of_use_to(self, passes: Passes) -> bool:
@@ -55,13 +61,14 @@ class Passage:
     def _last(self) -> int:
         return len(self._chain.blocks) - 1
 
+    @property
+    def _moving(self) -> range:
+        """Blocks that have a derivative, but for the last."""
+        return range(self._itinerary.selected.first, self._last)
+
     def loss(self, feed: ParameterFeed, step: InStep) -> float:
         """Σ w ℓ over this rank's rows."""
-        xs, total = [self._chain.first_input(batch) for batch in self._batches], 0.0
-
-        def value(index: int, weights: Weights, _: Sequence[Sums]) -> None:
-            for batch, x in enumerate(step.live(xs)):
-                xs[batch] = self._itinerary.route(index, batch, weights.p, x).value(weights.p, x)
+        xs, total = self._up_to_what_moves(feed, step), 0.0
 
         def end(index: int, weights: Weights, _: Sequence[Sums]) -> None:
             nonlocal total
@@ -72,9 +79,30 @@ class Passage:
                     self._chain.loss.check(y, target)
                     total += float(self._chain.loss.value(y, target))
 
-        sweep(feed, range(self._last), value, lambda block: step.on(block.name, "its value"))
+        self._values(self._moving, xs, feed, step)
         sweep(feed, [self._last], end, lambda block: step.on(block.name, "the loss"))
         return total
+
+    def _values(
+        self, blocks: Iterable[int], xs: list[Tensor], feed: ParameterFeed, step: InStep
+    ) -> None:
+        """Take each micro-batch's input through blocks, for its value alone."""
+
+        def value(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                xs[batch] = self._itinerary.route(index, batch, weights.p, x).value(weights.p, x)
+
+        sweep(feed, blocks, value, lambda block: step.on(block.name, "its value"))
+
+    def _up_to_what_moves(self, feed: ParameterFeed, step: InStep) -> list[Tensor]:
+        """Each micro-batch's input of the first block that has a derivative; kept from then on.
+
+        It does not change from product to product. Where a rank fails, all ranks drop it.
+        """
+        if self._still is None:
+            self._still = [self._chain.first_input(batch) for batch in self._batches]
+            self._values(range(self._moving.start), self._still, feed, step)
+        return list(self._still)
 
     def there_and_back(
         self,
@@ -90,7 +118,7 @@ class Passage:
 
         Args:
             spec: The product; it goes back.
-            choices: The way of every block but the last.
+            choices: The way of every block that has a derivative, but the last.
             feed: Of the parameters.
             tangents: One vector for each probe.
             results: Where the products are added up.
@@ -105,7 +133,7 @@ class Passage:
             self._closing_bars = [Bars(each.primal, []) for each in bars]
 
         def visit(index: int, weights: Weights, sums: Sequence[Sums]) -> None:
-            choice = choices[index]
+            choice = choices[index - self._moving.start]
             for batch, bar in enumerate(step.live(bars)):
                 tape = tapes.pop((index, batch))
                 route = self._itinerary.route_of[index, batch]
@@ -117,7 +145,7 @@ class Passage:
 
         sweep(
             feed,
-            reversed(range(self._last)),
+            reversed(self._moving),
             visit,
             lambda block: step.on(block.name, "the derivative backward"),
             tangents,
@@ -138,7 +166,7 @@ class Passage:
 
         Args:
             spec: The product; it measures.
-            choices: The way of every block but the last.
+            choices: The way of every block that has a derivative, but the last.
             feed: Of the parameters.
             tangents: One vector for each probe.
             into: For each probe zeros, of this rank's rows: float64 (rows,), or like the output.
@@ -168,7 +196,7 @@ class Passage:
         step: InStep,
     ) -> _Front:
         """Up to the last block: its inputs, their tangents in each probe, and tapes."""
-        xs = [self._chain.first_input(batch) for batch in self._batches]
+        xs = self._up_to_what_moves(feed, step)
         dots: list[list[Tensor | None]] = [[None for _ in tangents] for _ in xs]
         tapes: dict[tuple[int, int], Tape] = {}
         kept = self._kept if spec.passes == self._kept_passes else {}
@@ -178,7 +206,7 @@ class Passage:
                 route = self._itinerary.route(index, batch, weights.p, x)
                 xs[batch], dots[batch], tape = route.forward(
                     spec.passes,
-                    choices[index].way,
+                    choices[index - self._moving.start].way,
                     weights,
                     x,
                     dots[batch],
@@ -189,7 +217,7 @@ class Passage:
 
         sweep(
             feed,
-            range(self._last),
+            self._moving,
             visit,
             lambda block: step.on(block.name, "the derivative forward"),
             tangents,

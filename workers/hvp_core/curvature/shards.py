@@ -40,6 +40,34 @@ def gathered(
         views.clear()
 
 
+def part_of(whole: Space, vector: Tensor, part: Space) -> Tensor:
+    """Of a vector of all parameters those elements that belong to some, cut as theirs are.
+
+    Called by all ranks together. Memory: the result, and the largest segment.
+
+    Args:
+        whole: Space of all parameters.
+        vector: Of it, this rank's shard.
+        part: Space of some of them (see `Space.part`).
+
+    Returns:
+        This rank's shard of the vector of `part`; the vector itself, where that is the whole.
+    """
+    if part is whole:
+        return vector
+    found = part.zeros()
+    starts = {parameter.name: parameter.offset for parameter in part.layout.parameters}
+    for segment in whole.layout.segments:
+        if not any(parameter.name in starts for parameter in segment.parameters):
+            continue
+        place = slice(segment.shard_offset, segment.shard_offset + segment.chunk)
+        views = segment.views(whole.collective.gather(vector[place]))
+        for name, view in views.items():
+            if name in starts:
+                part.fill(found, starts[name], view.reshape(-1))
+    return found
+
+
 @final
 class Results:
     """The products of one walk: this rank's shards.

@@ -27,24 +27,30 @@ class ParameterFeed:
     Law: every rank asks for the same blocks in the same order.
 
     Args:
-        space: Of the parameters.
+        space: Of all parameters.
         blocks: Whose.
         theta: θ, this rank's shard, of the type of the operands of products.
+        vectors: Space of the tangents: of some of the parameters, or of all.
     """
 
-    def __init__(self, space: Space, blocks: Sequence[Block], theta: Tensor):
-        self.space, self.blocks, self._theta = space, blocks, theta
+    def __init__(self, space: Space, blocks: Sequence[Block], theta: Tensor, vectors: Space):
+        self.space, self.blocks, self._theta, self._vectors = space, blocks, theta, vectors
 
     @contextmanager
     def block(self, index: int, tangents: Sequence[Tensor] = ()) -> Iterator[Weights]:
-        """A block's parameters and their tangents in each probe, for as long as needed.
+        """A block's parameters, and tangents of the selected ones in each probe.
+
+        They are there for as long as they are needed.
 
         Args:
             index: Of the block.
             tangents: Vectors, this rank's shards.
         """
-        shards = [self._theta, *tangents]
-        with gathered(self.space, index, self.blocks[index], shards) as (p, *vs):
+        block = self.blocks[index]
+        with (
+            gathered(self.space, index, block, [self._theta]) as (p,),
+            gathered(self._vectors, index, block, tangents) as vs,
+        ):
             yield Weights(p, vs)
 
 

@@ -57,6 +57,11 @@ class Curvature:
         micro_batch_size: Rows that go through a block at once. Rank r of N takes every N-th
             micro-batch. Results do not depend on it.
         policy: How.
+        selected: Space of the vectors, if they are of some of the parameters (see `Space.part`).
+            All others are constants. None: of all.
+
+    Attributes:
+        space: Of the vectors.
 
     Raises:
         CurvatureError: NO_TARGETS, MICRO_BATCH_INVALID, PRECISION_UNSUPPORTED.
@@ -70,13 +75,15 @@ class Curvature:
         batch: MicroBatch,
         micro_batch_size: int,
         policy: Policy | None = None,
+        selected: Space | None = None,
     ):
         if micro_batch_size < 1:
             raise CurvatureError(
                 "MICRO_BATCH_INVALID", f"micro_batch_size is {micro_batch_size}; give 1 or more"
             )
         self.chain = chain
-        self.space = space
+        self.space = selected or space
+        self._theta_space = space
         self.policy = policy or Policy()
         self.num_targets = chain.loss.weight(batch.targets)
         if self.num_targets == 0:
@@ -97,7 +104,7 @@ class Curvature:
         pair = chain.pair(batch)
         self._itinerary = Itinerary(
             chain,
-            space,
+            self.space,
             self._batches,
             self._dtype,
             self.num_targets,
@@ -118,7 +125,9 @@ class Curvature:
     @parameters.setter
     def parameters(self, parameters: Tensor) -> None:
         self._parameters = parameters
-        self._feed = ParameterFeed(self.space, self.chain.blocks, parameters.to(self._dtype))
+        self._feed = ParameterFeed(
+            self._theta_space, self.chain.blocks, parameters.to(self._dtype), self.space
+        )
         self._drop()
 
     def _drop(self) -> None:
@@ -143,6 +152,8 @@ class Curvature:
             self._itinerary.prepare(LOSS, self._feed)
             total = self._passage.loss(self._feed, step)
             answers = self.space.collective.gather_objects((total, step.failure))
+            if any(failure for _, failure in answers):
+                self._drop()
             raise_first(failure for _, failure in answers)
             value: float = sum(part for part, _ in answers) / self.num_targets
             if value - value != 0:  # NaN or infinite, on every rank alike
@@ -335,7 +346,8 @@ class Curvature:
         if spec.passes.forward == "tangent" and not vectors:
             return []
         if not self._passage.is_of_use_to(spec.passes):
-            self._drop()
+            self._passage.drop_tapes()
+            self._graphs = Graphs()
         step = InStep()
         with matmuls(self.policy.precision):
             self._itinerary.prepare(spec, self._feed)

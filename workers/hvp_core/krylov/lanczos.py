@@ -2,28 +2,40 @@
 
 Nothing here knows of models or ranks: the operator is known by its products, and a vector is
 whatever part of it this process holds. A residual certifies an eigenvalue, not the k-th:
-`lanczos_search` goes on until none of the wanted can be missing, and `verification` says what may
-be claimed.
+`lanczos_search` goes on until none of the wanted can be missing, `verification` gives each pair a
+product of its own, and here is said what may be claimed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import final
 
-from hvp_operations.eigsh import WORKING_VECTORS, EigshSpec
+import torch
+from hvp_operations.eigsh import (
+    WORKING_VECTORS,
+    Completeness,
+    EigshProgress,
+    EigshResult,
+    EigshSpec,
+    Outcome,
+)
 
-from hvp_core.krylov.krylov_basis import KrylovBasis
-from hvp_core.krylov.lanczos_search import LanczosSearch
-from hvp_core.krylov.lanczos_state import EigshState
-from hvp_core.krylov.verification import is_verified, verified, verify_next
+from hvp_core.krylov.krylov_basis import KrylovBasis, rounding
+from hvp_core.krylov.lanczos_search import FAILURE, LanczosSearch
+from hvp_core.krylov.lanczos_state import LanczosState, Sought, Stage, Standing
+from hvp_core.krylov.verification import is_verified, verification_of, verify_next
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
+
+#: A residual is trusted to this many times what rounding leaves.
+_TRUSTED = 10
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Eigsh(Algorithm[EigshState]):
+class Eigsh(Algorithm[LanczosState]):
     """The search for k extremal eigenpairs; every step makes one product.
 
     The outcome is `CONVERGED` when every true residual meets the tolerance, or rounding, and none
@@ -63,23 +75,31 @@ class Eigsh(Algorithm[EigshState]):
             num_vectors=min(room, operator.domain.dimension),
         )
 
-    def begin(self, operator: LinearOperator) -> EigshState:
+    def begin(self, operator: LinearOperator) -> LanczosState:
         """See Algorithm."""
         space = operator.domain
         # A fresh run has to have room for two vectors beside the wanted ones.
         capacity = min(max(self.num_vectors, self.spec.k + 2), space.dimension)
-        return EigshState(KrylovBasis.begin(space, capacity, self.spec.seed, operator.noise))
+        return LanczosState(KrylovBasis.begin(space, capacity, self.spec.seed, operator.noise))
 
-    def step(self, operator: LinearOperator, state: EigshState) -> Advance | None:
+    def step(self, operator: LinearOperator, state: LanczosState) -> Advance | None:
         """See Algorithm."""
         search = self._search(operator, state)
+        stage: Stage
+        standing: Standing
         if state.verification is None:
-            return search.step()
-        return None if is_verified(search) else verify_next(search)
+            stage, standing = search.step()
+        elif not is_verified(search):
+            verify_next(search)
+            stage, standing = "verifying", state.verification.standing
+        else:
+            return None
+        detail = EigshProgress(**vars(standing))
+        return Advance(stage=stage, num_products=state.num_products, detail=detail)
 
-    def result(self, operator: LinearOperator, state: EigshState) -> Found:
+    def result(self, operator: LinearOperator, state: LanczosState) -> Found:
         """See Algorithm."""
-        found = verified(self._search(operator, state))
+        found = _claims(self._search(operator, state))
         provenance = {
             "num_lanczos_vectors": str(self.num_vectors),
             "seed": str(self.spec.seed),
@@ -90,5 +110,68 @@ class Eigsh(Algorithm[EigshState]):
             vectors=tuple(state.basis.rows[: len(found.eigenvalues)]),
         )
 
-    def _search(self, operator: LinearOperator, state: EigshState) -> LanczosSearch:
-        return LanczosSearch(self.spec, self.max_products, operator, state)
+    def _search(self, operator: LinearOperator, state: LanczosState) -> LanczosSearch:
+        sought = Sought(k=self.spec.k, which=self.spec.which, tol=self.spec.tol)
+        return LanczosSearch(sought, self.max_products, operator, state)
+
+
+def _claims(search: LanczosSearch) -> EigshResult:
+    """What a search has found, and what may be claimed of it; its vectors are the first rows.
+
+    Args:
+        search: All of whose pairs have had their product.
+    """
+    state, basis = search.state, search.basis
+    verification = verification_of(search)
+    values, residuals = verification.values, verification.residuals
+    is_exact = verification.is_exact
+    least = rounding(torch.finfo(basis.rows.dtype).eps)  # of the verifying products
+    trusted = search.tolerance(_TRUSTED * least)
+    return EigshResult(
+        eigenvalues=tuple(values),
+        residuals=tuple(residuals),
+        error_bounds=tuple(each + least * state.scale for each in residuals) if is_exact else (),
+        num_products=state.num_products,
+        outcome=_outcome(search, all(each <= trusted for each in residuals), is_exact),
+        completeness=_completeness(search) if is_exact else _nothing_known(search),
+        symmetry_defect=basis.symmetry_defect,
+        ritz_values=tuple(state.ritz_values.tolist()),
+        ritz_weights=tuple(state.ritz_weights.tolist()),
+    )
+
+
+def _completeness(search: LanczosSearch) -> Completeness:
+    """What is known of the eigenvalues beyond these."""
+    state, verification = search.state, verification_of(search)
+    noise, largest = max(verification.residuals), verification.values[-1]
+    margin, failure = search.margin, min(1.0, FAILURE * state.num_rounds)
+    shown = state.is_complete
+    if search.basis.whole:
+        failure = 0.0
+    elif not shown and search.operator.semidefinite and search.sought.which == "SA":
+        # The i-th smallest is at most the i-th Ritz value, and not negative.
+        shown, margin, failure = True, max(0.0, largest), 0.0
+    return Completeness(
+        shown=shown,
+        margin=margin + noise,
+        failure_probability=failure,
+        num_products=state.num_fresh_products,
+    )
+
+
+def _nothing_known(search: LanczosSearch) -> Completeness:
+    return Completeness(
+        shown=False,
+        margin=math.inf,
+        failure_probability=1.0,
+        num_products=search.state.num_fresh_products,
+    )
+
+
+def _outcome(search: LanczosSearch, meets: bool, is_exact: bool) -> Outcome:
+    state = search.state
+    if state.has_converged and not is_exact:
+        return "UNVERIFIED"
+    if meets:
+        return "CONVERGED" if state.is_complete else "MULTIPLICITY_UNCERTAIN"
+    return "NOISE_LIMIT" if state.has_converged else "MAX_PRODUCTS"

@@ -12,13 +12,18 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from hvp_operations.eigsh import EigshProgress, EigshSpec
 from torch import Tensor
 
 from hvp_core.krylov.completeness import Claim, Deflated, Recurrence, hold
-from hvp_core.krylov.lanczos_state import EigshState, Stage, Verification, wanted
+from hvp_core.krylov.lanczos_state import (
+    LanczosState,
+    Sought,
+    Stage,
+    Standing,
+    Verification,
+    wanted,
+)
 from hvp_core.linop.linear_operator import LinearOperator
-from hvp_core.runs.algorithm import Advance
 
 #: Probability with which one fresh start may overlook something.
 FAILURE = 1e-3
@@ -37,16 +42,16 @@ class LanczosSearch:
     What lasts is in the state alone; this object is made for a step and has its Ritz values.
 
     Args:
-        spec: What to find.
+        sought: What to find.
         max_products: Upper bound on products, those of the verification included.
         operator: Whose eigenpairs are sought.
         state: Where the search stands; each step changes it.
     """
 
     def __init__(
-        self, spec: EigshSpec, max_products: int, operator: LinearOperator, state: EigshState
+        self, sought: Sought, max_products: int, operator: LinearOperator, state: LanczosState
     ):
-        self.spec, self.max_products = spec, max_products
+        self.sought, self.max_products = sought, max_products
         self.operator, self.space = operator, operator.domain
         self.state, self.basis = state, state.basis
 
@@ -56,7 +61,7 @@ class LanczosSearch:
         self.values, self.vectors = self.space.agree(
             tuple(torch.linalg.eigh(self.basis.T[:size, :size]))
         )
-        self.index = wanted(self.values, self.spec.k, self.spec.which)
+        self.index = wanted(self.values, self.sought.k, self.sought.which)
         state.scale = max(state.scale, float(self.values.abs().max()) if size else 0.0)
 
     @property
@@ -66,15 +71,15 @@ class LanczosSearch:
 
     def tolerance(self, least: float) -> float:
         """The largest residual that counts as converged; `least` relative to max |θ|."""
-        return max(self.spec.tol, least) * self.state.scale
+        return max(self.sought.tol, least) * self.state.scale
 
     @property
     def margin(self) -> float:
         """How far beyond the i-th wanted value the i-th eigenvalue may lie."""
         return self.tolerance(self.state.blur * self.basis.rounding)
 
-    def _progress(self) -> EigshProgress:
-        """Where the search stands; no estimate is below what its products can show.
+    def _standing(self) -> Standing:
+        """Where the search stands.
 
         Of many pairs it tells the furthest from done, in their order: an event is stored for each
         product, and k may be thousands.
@@ -82,7 +87,7 @@ class LanczosSearch:
         values = self.values[self.index].tolist()
         estimates = self.estimates.clamp(min=self.basis.eps * self.state.scale).tolist()
         worst = sorted(range(len(estimates)), key=lambda index: -estimates[index])[:_PAIRS_TOLD]
-        return EigshProgress(
+        return Standing(
             num_restarts=self.state.num_restarts,
             ritz_values=tuple(values[index] for index in sorted(worst)),
             residual_estimates=tuple(estimates[index] for index in sorted(worst)),
@@ -90,8 +95,11 @@ class LanczosSearch:
 
     # Searching ----------------------------------------------------------------------------------
 
-    def step(self) -> Advance:
+    def step(self) -> tuple[Stage, Standing]:
         """One product, and what follows from it: more of the same, a restart, a fresh run, the end.
+
+        Returns:
+            What the product was for, and where the search stood after it.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -99,9 +107,7 @@ class LanczosSearch:
         exhausted = self._extend()
         is_searching = self.state.fresh is None or self._moved()
         stage: Stage = "iterating" if is_searching else "completeness"
-        advance = Advance(
-            stage=stage, num_products=self.state.num_products, detail=self._progress()
-        )
+        standing = self._standing()
         if self._is_over(is_searching, exhausted):
             self._end()
         elif is_searching and self.state.has_converged and self.space.agree(self._is_ready()):
@@ -110,7 +116,7 @@ class LanczosSearch:
             self._start_afresh()
         elif self.basis.full:
             self._make_room()
-        return advance
+        return stage, standing
 
     def _extend(self) -> bool:
         """One product and one new basis vector; true when the Krylov space was exhausted."""
@@ -133,7 +139,7 @@ class LanczosSearch:
             state.has_converged = self._converged()
         else:
             state.is_complete = self.space.agree(self._complete(exhausted))
-        if state.is_complete or state.num_products >= self.max_products - self.spec.k:
+        if state.is_complete or state.num_products >= self.max_products - self.sought.k:
             return True
         if is_searching and state.has_converged and not self._ends():
             state.is_complete = True  # nothing can lie beyond
@@ -144,12 +150,12 @@ class LanczosSearch:
         self._keep_first_ritz()
         if self.state.fresh is not None and not self.basis.whole and not self._moved():
             self._take_back()
-        self.state.verification = Verification(self._progress())
+        self.state.verification = Verification(self._standing())
         self.basis.rotate(self.vectors[:, self.index])
 
     def _converged(self) -> bool:
         """Whether the wanted pairs are those of the tolerance."""
-        enough = self.basis.size >= self.spec.k and (self._moved() or not self.state.must_move)
+        enough = self.basis.size >= self.sought.k and (self._moved() or not self.state.must_move)
         return enough and bool((self.estimates <= self.tolerance(4 * self.basis.eps)).all())
 
     def _moved(self) -> bool:
@@ -204,9 +210,9 @@ class LanczosSearch:
     def _restart(self) -> None:
         """Compress the basis to the wanted Ritz vectors and as many more as half the rest."""
         self._keep_first_ritz()
-        capacity, k = self.basis.capacity, self.spec.k
+        capacity, k = self.basis.capacity, self.sought.k
         keep = min(k + (capacity - k) // 2, capacity - 1)
-        index = wanted(self.values, keep, self.spec.which)
+        index = wanted(self.values, keep, self.sought.which)
         self.basis.compress(self.values[index], self.vectors[:, index])
         self.state.fresh = None
         self.state.num_restarts += 1
@@ -247,8 +253,8 @@ class LanczosSearch:
         distance = (self.values[:, None] - ends).abs().amin(1)
         settled = self.basis.residuals(self.vectors) <= _SETTLED * self._leak
         settled[self.index] = True
-        room = self.basis.capacity - self.spec.k
-        most = self.spec.k + max(0, min(room // 2, room - _ROOM))
+        room = self.basis.capacity - self.sought.k
+        most = self.sought.k + max(0, min(room // 2, room - _ROOM))
         # The nearest to the wanted ends first; these themselves have distance zero.
         nearest = distance.argsort(stable=True)
         found: Tensor = nearest[settled[nearest]][:most].sort().values
@@ -262,7 +268,7 @@ class LanczosSearch:
         """
         known = self.state.fresh is not None and not self._moved()
         values = self.state.reference if known else self.values[self.index]
-        k, which, margin = self.spec.k, self.spec.which, self.margin
+        k, which, margin = self.sought.k, self.sought.which, self.margin
         num_low = {"LA": 0, "SA": k, "BE": k // 2, "LM": int((values < 0).sum())}[which]
         low, high = (-values[:num_low]).tolist(), values[num_low:].flip(0).tolist()
         up, down = (

@@ -6,13 +6,47 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
-from hvp_operations.eigsh import EigshProgress, Which
 from torch import Tensor
 
 from hvp_core.krylov.completeness import Deflated, Recurrence
 from hvp_core.krylov.krylov_basis import KrylovBasis
 
 Stage = Literal["iterating", "completeness", "verifying"]
+Which = Literal["LA", "SA", "LM", "BE"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sought:
+    """Which eigenpairs a search is for, and when it has them.
+
+    Attributes:
+        k: How many.
+        which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and
+            the odd one from the high end.
+        tol: The largest residual that counts as converged, relative to the largest Ritz value's
+            magnitude.
+    """
+
+    k: int
+    which: Which
+    tol: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a search stands; no estimate is below what its products can show.
+
+    Attributes:
+        num_restarts: Times the basis was compressed.
+        ritz_values: Of the wanted pairs, or of those furthest from done, ascending.
+        residual_estimates: One for each Ritz value.
+    """
+
+    num_restarts: int
+    ritz_values: tuple[float, ...]
+    residual_estimates: tuple[float, ...]
 
 
 @final
@@ -21,14 +55,14 @@ class Verification:
     """The products of their own that each pair gets when the search is over.
 
     Attributes:
-        progress: Where the search ended.
+        standing: Where the search ended.
         is_exact: Whether the products are as exact as the vectors' dtype can hold them; otherwise
             nothing may be claimed.
         values: Rayleigh quotients of the pairs that have had their product.
         residuals: Norms ‖Ay − θy‖ / ‖y‖ of the same.
     """
 
-    progress: EigshProgress
+    standing: Standing
     is_exact: bool = True
     values: list[float] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
@@ -36,7 +70,7 @@ class Verification:
 
 @final
 @dataclass
-class EigshState:
+class LanczosState:
     """A search under way: everything that it knows.
 
     Law: what `fresh` is set against (`deflated`, the first `basis.origin` rows) stays as it is for

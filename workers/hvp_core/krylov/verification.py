@@ -1,4 +1,4 @@
-"""Eigenpairs verified by products of their own, and what may be claimed of them."""
+"""Eigenpairs verified by products of their own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from hvp_operations.eigsh import Completeness, EigshResult, Outcome
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, rounding
-from hvp_core.krylov.lanczos_search import FAILURE, LanczosSearch
-from hvp_core.krylov.lanczos_state import Stage, Verification
-from hvp_core.runs.algorithm import Advance
-
-#: A residual is trusted to this many times what rounding leaves.
-_TRUSTED = 10
+from hvp_core.krylov.krylov_basis import finite_dots, finite_norm
+from hvp_core.krylov.lanczos_search import LanczosSearch
+from hvp_core.krylov.lanczos_state import Verification
 
 
 def verification_of(search: LanczosSearch) -> Verification:
@@ -32,10 +27,10 @@ def is_verified(search: LanczosSearch) -> bool:
 
 
 def _num_pairs(search: LanczosSearch) -> int:
-    return min(search.spec.k, search.basis.size)
+    return min(search.sought.k, search.basis.size)
 
 
-def verify_next(search: LanczosSearch) -> Advance:
+def verify_next(search: LanczosSearch) -> None:
     """The product with the next of the Ritz vectors, its Rayleigh quotient and true residual.
 
     Args:
@@ -58,70 +53,6 @@ def verify_next(search: LanczosSearch) -> Advance:
     verification.residuals.append(finite_norm(space, rest) / math.sqrt(squared))
     if is_verified(search):
         _sort(rows, verification)
-    stage: Stage = "verifying"
-    return Advance(stage=stage, num_products=state.num_products, detail=verification.progress)
-
-
-def verified(search: LanczosSearch) -> EigshResult:
-    """What a search has found, and what may be claimed of it; its vectors are the first rows.
-
-    Args:
-        search: All of whose pairs have had their product.
-    """
-    state, basis = search.state, search.basis
-    verification = verification_of(search)
-    values, residuals = verification.values, verification.residuals
-    is_exact = verification.is_exact
-    least = rounding(torch.finfo(basis.rows.dtype).eps)  # of the verifying products
-    trusted = search.tolerance(_TRUSTED * least)
-    return EigshResult(
-        eigenvalues=tuple(values),
-        residuals=tuple(residuals),
-        error_bounds=tuple(each + least * state.scale for each in residuals) if is_exact else (),
-        num_products=state.num_products,
-        outcome=_outcome(search, all(each <= trusted for each in residuals), is_exact),
-        completeness=_completeness(search) if is_exact else _nothing_known(search),
-        symmetry_defect=basis.symmetry_defect,
-        ritz_values=tuple(state.ritz_values.tolist()),
-        ritz_weights=tuple(state.ritz_weights.tolist()),
-    )
-
-
-def _completeness(search: LanczosSearch) -> Completeness:
-    """What is known of the eigenvalues beyond these."""
-    state, verification = search.state, verification_of(search)
-    noise, largest = max(verification.residuals), verification.values[-1]
-    margin, failure = search.margin, min(1.0, FAILURE * state.num_rounds)
-    shown = state.is_complete
-    if search.basis.whole:
-        failure = 0.0
-    elif not shown and search.operator.semidefinite and search.spec.which == "SA":
-        # The i-th smallest is at most the i-th Ritz value, and not negative.
-        shown, margin, failure = True, max(0.0, largest), 0.0
-    return Completeness(
-        shown=shown,
-        margin=margin + noise,
-        failure_probability=failure,
-        num_products=state.num_fresh_products,
-    )
-
-
-def _nothing_known(search: LanczosSearch) -> Completeness:
-    return Completeness(
-        shown=False,
-        margin=math.inf,
-        failure_probability=1.0,
-        num_products=search.state.num_fresh_products,
-    )
-
-
-def _outcome(search: LanczosSearch, meets: bool, is_exact: bool) -> Outcome:
-    state = search.state
-    if state.has_converged and not is_exact:
-        return "UNVERIFIED"
-    if meets:
-        return "CONVERGED" if state.is_complete else "MULTIPLICITY_UNCERTAIN"
-    return "NOISE_LIMIT" if state.has_converged else "MAX_PRODUCTS"
 
 
 def _sort(rows: Tensor, verification: Verification) -> None:

@@ -10,7 +10,7 @@ that inner products need not know of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -80,6 +80,7 @@ class Layout:
         world_size: int,
     ):
         self.world_size = world_size
+        self._users = [tuple(names) for names in users]
         offset = 0
         parameters = []
         for name, shape in shapes.items():
@@ -88,7 +89,7 @@ class Layout:
         self.parameters = tuple(parameters)
         self.numel = offset
         used_by: dict[str, list[int]] = {name: [] for name in shapes}
-        for block, names in enumerate(users):
+        for block, names in enumerate(self._users):
             for name in names:
                 used_by[name].append(block)
         groups: list[list[Parameter]] = []
@@ -106,8 +107,20 @@ class Layout:
         }
         #: For each block, the indices of the segments it needs.
         self.block_segments: tuple[tuple[int, ...], ...] = tuple(
-            tuple(sorted({segment_of[name] for name in names})) for names in users
+            tuple(sorted({segment_of[name] for name in names})) for names in self._users
         )
+
+    def part(self, names: Collection[str]) -> Layout:
+        """Of some of the parameters alone, in the same order; this one, where these are all.
+
+        Args:
+            names: Of parameters. They are numbered from zero and cut by themselves.
+        """
+        shapes = {each.name: each.shape for each in self.parameters if each.name in names}
+        if len(shapes) == len(self.parameters):
+            return self
+        users = [[name for name in user if name in shapes] for user in self._users]
+        return Layout(shapes, users, self.world_size)
 
     def _cut(self, groups: list[list[Parameter]]) -> Iterator[Segment]:
         shard_offset = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -213,6 +213,17 @@ class ShardedSpace(VectorSpace):
             part.copy_(flat[flat_start : flat_start + part.numel()])
         return vector
 
+    def fill(self, vector: torch.Tensor, start: int, elements: torch.Tensor) -> None:
+        """Put elements (m,) where they belong in a vector, as far as this rank holds them.
+
+        Args:
+            vector: This rank's part (local,); written.
+            start: Flat index of the first element.
+            elements: The same on every rank.
+        """
+        for flat, part in self._pieces(vector, start, start + elements.numel()):
+            part.copy_(elements[flat - start : flat - start + part.numel()])
+
     def combine(self, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
         """Σ coefficient · vector."""
         total = self.zeros()
@@ -237,3 +248,10 @@ class Space(ShardedSpace):
             device,
         )
         self.layout = layout
+
+    def part(self, names: Collection[str]) -> Space:
+        """The space of some of the parameters; this one, where these are all."""
+        layout = self.layout.part(names)
+        if layout is self.layout:
+            return self
+        return Space(layout, self.collective, self.dtype, self.device)

@@ -1,0 +1,63 @@
+"""Which parameters move: those that vectors have. All others are constants of the model.
+
+Nothing before the first block that uses a selected parameter has a derivative: its values do not
+change from product to product, and nothing goes back to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, final
+
+from hvp_core.autodiff.passes import VALUE, Passes
+from hvp_core.model.chain import Chain
+from hvp_core.vectors.space import Space
+
+
+class Link(NamedTuple):
+    """A block in its place in a chain, and what of it has a derivative.
+
+    Attributes:
+        name: Of the block.
+        parameters: Names of all of its parameters.
+        selected: Of these, the ones that it is differentiated by.
+        takes_data: Its input has no derivative.
+    """
+
+    name: str
+    parameters: Sequence[str]
+    selected: Collection[str]
+    takes_data: bool
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything of it has a derivative."""
+        return bool(self.selected) or not self.takes_data
+
+
+@final
+class SelectedParameters:
+    """The parameters of a space of vectors, block by block.
+
+    Args:
+        chain: The model.
+        space: Of all of its parameters, or of some.
+
+    Attributes:
+        first: Index of the first block that uses a selected parameter; of the last block, where
+            none does.
+    """
+
+    def __init__(self, chain: Chain, space: Space):
+        selected = {parameter.name for parameter in space.layout.parameters}
+        of = [selected.intersection(block.parameters) for block in chain.blocks]
+        self.first = min((i for i, names in enumerate(of) if names), default=len(of) - 1)
+        #: The blocks, in their order.
+        self.links = [
+            Link(block.name, block.parameters, names, index <= self.first)
+            for index, (block, names) in enumerate(zip(chain.blocks, of, strict=True))
+        ]
+
+    def passes(self, index: int, passes: Passes) -> Passes:
+        """How a product goes through a block: only with values before the first that moves."""
+        return VALUE if index < self.first else passes
