@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import pytest_asyncio
 import torch
 from hvp_core.autodiff.product_spec import MATRICES
 from hvp_core.model.huggingface import attention
@@ -36,6 +37,8 @@ from transformers import LlamaForCausalLM
 from tests.core.problems import llama_config, ragged_tokens, scatter
 from tests.core.test_checkpoint import save
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 @pytest.fixture(scope="module")
 def operator(tmp_path_factory: pytest.TempPathFactory) -> Operator:
@@ -51,8 +54,9 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Operator:
     )
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend() -> AsyncIterator[Backend]:
+    """One for the module: models are loaded and their blocks traced once."""
     opened = open_backend(kind="inprocess", num_workers=1, device="cpu")
     await opened.start()
     yield opened
@@ -137,12 +141,12 @@ async def test_products_and_other_calls_fit_between_the_products_of_a_run(
 
 
 async def test_a_run_that_is_closed_frees_its_basis(backend: Backend, operator: Operator) -> None:
-    run = backend.run(operator, "eigsh", EigshSpec(k=2), ["e0", "e1"])
+    run = backend.run(operator, "eigsh", EigshSpec(k=2), ["f0", "f1"])
     for _ in range(4):
         await anext(run)
     await run.aclose()  # type: ignore[attr-defined]
-    with pytest.raises(BackendError, match="e0 is not on the ranks"):
-        await backend.inner_products([("e0", "e0")])
+    with pytest.raises(BackendError, match="f0 is not on the ranks"):
+        await backend.inner_products([("f0", "f0")])
 
 
 async def test_the_same_seed_gives_the_same_run(backend: Backend, operator: Operator) -> None:

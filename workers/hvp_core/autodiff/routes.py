@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx as fx
@@ -27,7 +30,7 @@ from hvp_core.autodiff.traced import Traced, TracedClosing, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
-from hvp_core.model.chain import Body, function_of
+from hvp_core.model.chain import Body, Chain, function_of
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
 
@@ -35,34 +38,42 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _DUALS_KEPT = 64  # programs, not tensors: a few hundred kilobytes each
+_LOOKS_KEPT = 512  # of one chain: tens of kilobytes each, and the blocks of a program share a text
 
 
 class _Cache:
-    """Duals by what they are made of: blocks of one program share one."""
+    """What was made last, by what it is made of."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._found:
             self._found[key] = make()
-            while len(self._found) > _DUALS_KEPT:
+            while len(self._found) > self._kept:
                 self._found.popitem(last=False)
         self._found.move_to_end(key)
         found: T = self._found[key]
         return found
 
 
-_duals = _Cache()
+#: Blocks of one program share a dual, whatever chain they are of.
+_duals = _Cache(_DUALS_KEPT)
+#: All operators of a chain share what a look at its blocks has shown: by law they do not change.
+_looks: WeakKeyDictionary[Chain, _Cache] = WeakKeyDictionary()
 
 
 class _Look(NamedTuple):
     """What one look at a block's forward shows."""
 
     text: str  # the program; blocks of one text are one block
-    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors
-    masks: tuple[int | None, ...]  # places of their masks among the block's
+    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors; without their masks
+    masks: tuple[int | None, ...]  # places of their masks among the block's, or made in the block
     moves: tuple[bool, ...]  # whether what they are given may have a derivative
+
+
+_MADE_INSIDE = -1
 
 
 @final
@@ -70,13 +81,14 @@ class Routes:
     """Makes the routes of one operator.
 
     Args:
+        chain: Whose blocks they go through.
         policy: Whether to compile, and with what precision.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, chain: Chain, policy: Policy):
         self._policy = policy
         self._prepare = COMPILER if policy.compile else None
-        self._looks: dict[Hashable, _Look] = {}
+        self._looks = _looks.setdefault(chain, _Cache(_LOOKS_KEPT))
         #: Blocks that are not cut or not traced, and why.
         self.fallbacks: dict[str, str] = {}
         #: Blocks of whose code something is to be said.
@@ -147,10 +159,9 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (name, _signature(p | inputs | constants), len(p), body.settings, cut)
-        if key not in self._looks:
-            self._looks[key] = _look(f, p, inputs, constants, body.masks)
-        return self._looks[key]
+        of = _signature(p | inputs | constants), len(p), len(inputs)
+        key = (name, of, body.settings, cut)
+        return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
 
     def closing(
         self,
@@ -306,10 +317,14 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
         for place in range(len(calls))
     ]
     place_of = {id(mask): place for place, mask in enumerate(masks)}
+    text = str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls)
     return _Look(
-        str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
-        tuple(calls),
-        tuple(place_of.get(id(each.mask)) for each in calls),
+        sys.intern(text),
+        tuple(replace(each, mask=None) for each in calls),
+        tuple(
+            None if each.mask is None else place_of.get(id(each.mask), _MADE_INSIDE)
+            for each in calls
+        ),
         # Behind one that moves, whatever is computed may.
         tuple(any(moves[: place + 1]) for place in range(len(calls))),
     )
@@ -337,7 +352,7 @@ def _attentions(look: _Look, body: Body, policy: Policy) -> list[AttentionCall]:
     """
     found = []
     for place, (call, of_mask) in enumerate(zip(look.calls, look.masks, strict=True)):
-        if call.mask is not None and of_mask is None:
+        if of_mask == _MADE_INSIDE:
             raise _UncutError("its mask is made inside the layer")
         shape = call.shape(None if of_mask is None else body.masks[of_mask])
         if shape is None:
