@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import final
 
 import torch
-from hvp_core.curvature.walk import Curvature, Kind
+from hvp_core.curvature.walk import Curvature
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface.checkpoint import build_from_config
 from hvp_core.model.huggingface.decoder import DecoderChain
@@ -108,7 +108,7 @@ def _open(variant: Variant, problem: Problem) -> Entry:
             own_weights=own_weights,
             notes=curvature.notes,
         )
-    kind: Kind = "hessian" if variant.product == "hvp" else "ggn"
+    kind: str = "hessian" if variant.product == "hvp" else "ggn"
     # As for the other contestants, vectors are of the model's type, and where they are multiplied.
     multiply = partial(curvature.product, kind, borrow=True)
     vectors = curvature.probes(variant.probes)

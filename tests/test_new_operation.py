@@ -1,4 +1,4 @@
-"""One more operation is one folder, one proto and a line in each `oneof`, no more."""
+"""One more operation is one folder, one proto and a line in each `oneof`; a product is a row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ with Client(address) as client:
         H.moments(0)
     except InvalidArgumentError as error:
         refusal = [error.reason, error.field]
+    u = H.random_vector(seed=4)
+    G = client.operator(checkpoint, batch, kind="output_gram", dtype="float64")
+    J = client.jacobian(checkpoint, batch, dtype="float64")
     print(json.dumps({
+        "product": (G @ u).numpy().tolist(),
+        "of the Jacobian": (J.T @ (J @ u)).numpy().tolist(),
         "found": job.result().moments.tolist(),
         "expected": expected,
         "stages": [event.progress.stage for event in events],
@@ -53,9 +58,17 @@ with Client(address) as client:
 """
 
 
+COPIED = ("protos", "client", "workers")
+PRODUCT = """
+OUTPUT_GRAM = ProductSpec(
+    "output_gram", "product with J^T J", _GAUSS_NEWTON, lambda at: (at.y_dot,), semidefinite=True
+)
+"""
+
+
 @dataclass(frozen=True)
 class Tree:
-    """Protos and SDK with one operation more, beside everything else as it is."""
+    """The project with one operation and one product more; the service is as it is."""
 
     root: Path
     changed: frozenset[str]
@@ -63,7 +76,7 @@ class Tree:
     @property
     def environment(self) -> dict[str, str]:
         """In which it comes before the project's own."""
-        folders = (self.root / "protos", self.root / "client", ROOT / "service", ROOT / "workers")
+        folders = *[self.root / each for each in COPIED], ROOT / "service"
         return os.environ | {"PYTHONPATH": ":".join(map(str, folders)), "OMP_NUM_THREADS": "1"}
 
     def run(self, *command: str) -> str:
@@ -83,7 +96,7 @@ def is_written(path: Path) -> bool:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     root = tmp_path_factory.mktemp("tree")
-    for folder in ("protos", "client"):
+    for folder in COPIED:
         shutil.copytree(ROOT / folder, root / folder)
     shutil.copy(ROOT / "pyproject.toml", root)
     mine = Path(__file__).parent / "moments"
@@ -99,6 +112,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     for oneof, kind in (("spec", "Spec"), ("detail", "Progress"), ("result", "Result")):
         text = re.sub(rf"(  oneof {oneof} {{\n)", rf"\1    Moments{kind} moments = 99;\n", text)
     job.write_text(text)
+    operator = root / "protos/hvp/v1/operator.proto"
+    text = operator.read_text()
+    operator.write_text(
+        re.sub(r"(KIND_UNSPECIFIED = 0;\n)", r"\1    KIND_OUTPUT_GRAM = 99;\n", text)
+    )
+    products = root / "workers/hvp_core/autodiff/product_spec.py"
+    text, listed = products.read_text(), "#: Symmetric matrices"
+    text = text.replace(listed, f"{PRODUCT}\n{listed}").replace(
+        "(HESSIAN, ", "(OUTPUT_GRAM, HESSIAN, "
+    )
+    products.write_text(text)
     tools = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(root / "protos")}
     for generator in ("protos", "client"):
         subprocess.run(
@@ -139,8 +163,11 @@ def address(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 def test_an_operation_is_one_folder_one_proto_and_a_line_in_each_oneof(tree: Tree) -> None:
+    """And a product a row of the core's table, and a value of the wire's enum."""
     folder = "protos/hvp_operations/moments"
     assert tree.changed == {
+        "protos/hvp/v1/operator.proto",
+        "workers/hvp_core/autodiff/product_spec.py",
         f"{folder}/__init__.py",
         f"{folder}/algorithm.py",
         f"{folder}/record.py",
@@ -166,6 +193,9 @@ def test_it_runs_through_server_sdk_and_command_line(
     assert set(told["stages"]) == {"iterating"}
     assert told["latest"] == pytest.approx(told["expected"][-1], rel=1e-12)
     assert told["headline"] == "moments to degree 5"
+    num_targets = 6
+    gram = np.array(told["of the Jacobian"]) / num_targets
+    np.testing.assert_allclose(told["product"], gram, rtol=1e-9, atol=1e-12)
     assert told["refusal"] == ["DEGREE_INVALID", "degree"]
 
     hvp = str(Path(sys.executable).with_name("hvp"))
@@ -177,4 +207,5 @@ def test_it_runs_through_server_sdk_and_command_line(
     )
     assert json.loads(answer)["moments"] == told["found"]
     assert "--degree" in tree.run(hvp, "moments", "--help")
+    assert "output_gram" in tree.run(hvp, "moments", "--help")
     assert "moments to degree 5 of hessian float64" in tree.run(hvp, "jobs", "--address", address)

@@ -25,7 +25,7 @@ def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
     return plain_name(operator_pb2.OperatorSpec.Kind, kind, "KIND_").lower()
 
 
-_KINDS = [
+KINDS = [
     kind_name(kind)
     for kind in operator_pb2.OperatorSpec.Kind.values()
     # A Jacobian is no square matrix: client.jacobian.
@@ -64,7 +64,7 @@ def operator_spec(
         wire_kind = operator_pb2.OperatorSpec.Kind.Value(f"KIND_{str(kind).upper()}")
     except ValueError:
         raise InvalidArgumentError(
-            f"no operator kind {kind!r}; there are {', '.join(_KINDS)}",
+            f"no operator kind {kind!r}; there are {', '.join(KINDS)}",
             reason="KIND_UNSPECIFIED",
             field="kind",
         ) from None

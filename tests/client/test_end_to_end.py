@@ -387,7 +387,7 @@ def test_names_say_the_same_of_both_clients() -> None:
 @pytest.mark.parametrize(
     "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_watcher_and_a_waiter_live_through_a_restart_of_the_server(
+def test_a_watcher_and_a_waiter_live_through_a_restart_of_the_server_and_nothing_is_lost(
     tmp_path: Path, llama_dir: Path, input_ids: NDArray[np.int64], how: signal.Signals
 ) -> None:
     server = Server.start(tmp_path / "state")
@@ -396,7 +396,7 @@ def test_a_watcher_and_a_waiter_live_through_a_restart_of_the_server(
             checkpoint = client.upload_checkpoint(llama_dir)
             batch = client.upload_batch({"input_ids": input_ids})
             H = client.operator(checkpoint, batch, dtype="float64")
-            job = H.eigsh(k=2, tol=1e-300, max_products=60)
+            job = H.eigsh(k=2, which="LA", tol=1e-300, max_products=80)
             sequences, attempts, restarted = [], [], False
             for event in job.watch():
                 sequences.append(event.sequence)
@@ -413,5 +413,19 @@ def test_a_watcher_and_a_waiter_live_through_a_restart_of_the_server(
             assert len(job.result(timeout_s=60).eigenvalues) == 2
             assert job.attempt == expected
             assert isinstance(job.error, HvpError | None)
+        with Client(server.address) as client:  # who knew nothing of the first server
+            found = client.job(job.name)
+            assert (found.state, found.attempt) == ("SUCCEEDED", expected)
+            result = found.result(timeout_s=60)
+            assert np.all(result.residuals < 1e-9)
+            again = (
+                client.upload_checkpoint(llama_dir),
+                client.upload_batch({"input_ids": input_ids}),
+            )
+            assert again == (checkpoint, batch)
+            H = client.operator(*again, dtype="float64")
+            for value, vector in zip(result.eigenvalues, result.eigenvectors, strict=True):
+                y = vector.numpy()
+                np.testing.assert_allclose(H @ y, value * y, rtol=0, atol=1e-9)
     finally:
-        server.stop()
+        assert server.stop() == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from hvp_core.curvature.walk import Curvature
@@ -115,7 +117,7 @@ def llama_config(pad_token_id: int | None = None) -> LlamaConfig:
     )
 
 
-def gpt2_config() -> GPT2Config:
+def gpt2_config(pad_token_id: int | None = None) -> GPT2Config:
     return GPT2Config(
         n_embd=4,
         n_layer=2,
@@ -124,27 +126,54 @@ def gpt2_config() -> GPT2Config:
         vocab_size=VOCABULARY,
         bos_token_id=1,
         eos_token_id=2,
+        pad_token_id=pad_token_id,
         attn_implementation=attention.NAME,
     )
 
 
-def llama_problem(dtype: torch.dtype = torch.float64, pad_token_id: int | None = None) -> Problem:
+def llama_problem(
+    dtype: torch.dtype = torch.float64,
+    pad_token_id: int | None = None,
+    positions_at_once: int | None = None,
+) -> Problem:
+    chain = _chain("llama", dtype, pad_token_id, positions_at_once)
+    return _problem(chain, references.llama)
+
+
+def gpt2_problem(
+    dtype: torch.dtype = torch.float64,
+    pad_token_id: int | None = None,
+    positions_at_once: int | None = None,
+) -> Problem:
+    chain = _chain("gpt2", dtype, pad_token_id, positions_at_once)
+    return _problem(chain, references.gpt2)
+
+
+@cache
+def _chain(
+    name: str, dtype: torch.dtype, pad_token_id: int | None, positions_at_once: int | None
+) -> DecoderChain:
+    """One chain for all tests that want it so, and what is traced of it is traced once."""
     attention.register()
-    return _decoder(LlamaForCausalLM(llama_config(pad_token_id)), references.llama, dtype)
-
-
-def gpt2_problem(dtype: torch.dtype = torch.float64) -> Problem:
-    attention.register()
-    return _decoder(GPT2LMHeadModel(gpt2_config()), references.gpt2, dtype)
-
-
-def _decoder(model: nn.Module, reference: Callable[..., Tensor], dtype: torch.dtype) -> Problem:
+    model: Any = (
+        LlamaForCausalLM(llama_config(pad_token_id))
+        if name == "llama"
+        else GPT2LMHeadModel(gpt2_config(pad_token_id))
+    )
     model = model.to(dtype).eval()
     scatter(model)
+    chain = DecoderChain(model, dtype, CPU)
+    chain.positions_at_once = positions_at_once
+    return chain
+
+
+def _problem(chain: DecoderChain, reference: Callable[..., Tensor]) -> Problem:
+    """Parameters and batch are the caller's own, to be changed as a test likes."""
+    model = chain._parts.model
     ids, labels, mask = ragged_tokens()
-    parameters = parameter_values(model)
+    parameters = {name: each.clone() for name, each in parameter_values(model).items()}
     return Problem(
-        DecoderChain(model, dtype, CPU),
+        chain,
         parameters,
         token_batch(ids, labels, mask),
         references.token_loss(lambda p: reference(p, ids, mask, model.config), labels, parameters),

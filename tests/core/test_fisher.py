@@ -46,10 +46,9 @@ def test_of_a_decoder_it_is_made_of_the_gradients_of_single_units(name: str, uni
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_the_head_in_pieces_sees_whole_rows(unit: Unit) -> None:
-    problem = llama_problem()
+    problem = llama_problem(positions_at_once=4)  # of six: the last has two
     probes = probes_of(problem, 2)
     expected = [dense("llama", problem, unit) @ each for each in probes]
-    problem.chain.positions_at_once = 4  # of six: the last has two
     curvature = problem.curvature(2)
     assert distance(curvature.empirical_fisher(probes, unit), expected) < EXACT
     assert distance(curvature.empirical_fisher(probes[:1], unit), expected[:1]) < EXACT

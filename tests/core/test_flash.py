@@ -162,7 +162,9 @@ def test_without_the_interpreter_a_cpu_has_no_kernels(monkeypatch: pytest.Monkey
 
 
 @needs_triton
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize(
+    "name", ["Hopper", *(pytest.param(name, marks=pytest.mark.slow) for name in [*CARDS][1:])]
+)
 def test_the_committed_launches_compile_for_cards_that_are_not_here_and_fit_their_memory(
     name: str,
 ) -> None:

@@ -119,7 +119,7 @@ def test_a_bug_of_ours_never_becomes_a_slow_success(
     scope: dict[str, Any] = {"bug": bug}
     exec(source, scope)  # noqa: S102 (a function that claims to be of another file)
     monkeypatch.setattr(module, name, scope["broken"])
-    monkeypatch.setattr(routes, "_duals", routes._Cache())
+    monkeypatch.setattr(routes, "_duals", routes._Cache(64))
     problem = in_a_row(nn.Tanh())
     with pytest.raises(CurvatureError) as caught:
         curvature_of(problem).hvp([problem.flat])

@@ -38,8 +38,7 @@ def logits_of(name: str, problem: Problem) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("pieces", [None, 4])
 def test_the_logits_have_torchs_own_jvp_and_vjp(name: str, pieces: int | None) -> None:
-    problem = DECODERS[name][0]()
-    problem.chain.positions_at_once = pieces
+    problem = DECODERS[name][0](positions_at_once=pieces)
     logits, vectors = logits_of(name, problem), probes_of(problem, 3)
     jacobian = [torch.func.jvp(logits, (problem.flat,), (v,))[1] for v in vectors]
     generator = torch.Generator().manual_seed(9)
@@ -119,8 +118,7 @@ def test_slopes_are_the_gradients_inner_products(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ggn", "empirical_fisher_token", "empirical_fisher_sequence"])
 def test_quadratic_forms_are_the_products_inner_products(kind: Any) -> None:
-    problem = llama_problem()
-    problem.chain.positions_at_once = 4
+    problem = llama_problem(positions_at_once=4)
     vectors = probes_of(problem, 3)
     curvature = problem.curvature(2)
     products = curvature.product(kind, vectors)

@@ -151,8 +151,7 @@ def test_the_head_in_pieces_gives_the_same_numbers() -> None:
     problem = llama_problem()
     probe = torch.cos(torch.arange(problem.flat.numel(), dtype=torch.float64))
     whole = problem.curvature(2).hvp([probe])[0]
-    problem.chain.positions_at_once = 4
-    pieces = problem.curvature(2)
+    pieces = llama_problem(positions_at_once=4).curvature(2)
     assert relative_error(pieces.hvp([probe])[0], whole) < 1e-12
 
 

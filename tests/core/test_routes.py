@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hvp_core.autodiff import inductor, routes, traced, verify
 from hvp_core.autodiff.compiler import Compiler
 from hvp_core.autodiff.parts import Part, group, split
 from hvp_core.autodiff.programs import trace_block
-from hvp_core.autodiff.trace import PRIMAL, TANGENT, Env, Trace
+from hvp_core.autodiff.trace import Env, Stage, Trace
 from hvp_core.autodiff.traced import TracedClosing
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy
@@ -24,14 +25,17 @@ from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.decoder import DecoderChain
 from torch import Tensor, nn
 from transformers import (
+    DiffLlamaConfig,
     Gemma2Config,
     GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
     OPTConfig,
     PretrainedConfig,
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.core.problems import (
     CPU,
@@ -43,6 +47,7 @@ from tests.core.problems import (
     scatter,
 )
 from tests.core.test_schedules import KINDS, curvature_of, distance, probes
+from tests.core.test_selected_parameters import curvature_of as of_some
 
 SMALL: dict[str, Any] = {
     "hidden_size": 8,
@@ -66,6 +71,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "positions counted by the mask": lambda: OPTConfig(
         **SMALL, ffn_dim=12, word_embed_proj_dim=8, activation_function="gelu"
+    ),
+    "two attentions side by side": lambda: DiffLlamaConfig(
+        **{**GATED, "num_key_value_heads": 2, "intermediate_size": 8}
     ),
 }
 
@@ -99,6 +107,51 @@ def test_every_architecture_is_cut_at_its_attention_and_equals_torchs_own_differ
     for kind in KINDS:
         assert distance(found[kind], whole.product(kind, v)) < 1e-11
     assert len([note for note in whole.notes() if note.startswith("fallback")]) == 4
+
+
+class AttendsTwice(LlamaDecoderLayer):  # type: ignore[misc]
+    """A second attention, of what the first has given."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = hidden_states
+        for _ in range(2):
+            x = x + self.self_attn(self.input_layernorm(x), *args, **kwargs)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@pytest.mark.parametrize("selected", ["everything", "the second layer"])
+def test_a_block_is_cut_at_each_of_its_attentions(selected: str) -> None:
+    def make() -> Problem:
+        problem = decoder(LlamaConfig(**GATED))
+        model = problem.chain._parts.model  # type: ignore[attr-defined]
+        for layer in model.model.layers:
+            layer.__class__ = AttendsTwice
+        return replace(problem, chain=DecoderChain(model, torch.float64, CPU))
+
+    problem = make()
+    of = {
+        "everything": lambda name: True,
+        "the second layer": lambda name: "layers.1." in name,
+    }[selected]
+    names = [name for name in problem.chain.shapes if of(name)]
+    fast = of_some(problem, names)
+    v = [fast.space.random(seed, "gaussian") for seed in (1, 2, 3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "trace_graph", _refuse)
+        whole = of_some(problem, names, strict=False)
+        expected = {kind: whole.product(kind, v) for kind in KINDS}
+        gradient, slopes = whole.gradient(), whole.slopes(v)
+    for schedule in ("lean", "fast", "cached"):
+        ours = of_some(problem, names, schedule=schedule)
+        for kind in (*KINDS, *KINDS):  # and again, of what was kept
+            assert distance(ours.product(kind, v), expected[kind]) < 1e-11, (schedule, kind)
+        assert not [note for note in ours.notes() if note.startswith("fallback")]
+    assert distance([fast.gradient()], [gradient]) < 1e-11
+    assert fast.slopes(v) == pytest.approx(slopes, rel=1e-11)
+
+
+def _refuse(*_: Any) -> Any:
+    raise RuntimeError("nothing is traced")
 
 
 class Cast(nn.Module):
@@ -273,7 +326,7 @@ def parts_of(f: Callable[[Env, Env, Env], Env]) -> tuple[Trace, list[Part], Env]
     generator = torch.Generator().manual_seed(0)
     p, x = torch.randn(3, 4, generator=generator), torch.randn(5, 4, generator=generator)
     trace = trace_block(f, {"0": p}, {"x": x}, {})
-    parts = split(trace, [group([PRIMAL[0], TANGENT[0]], ["y", "y_dot"])])
+    parts = split(trace, [group([Stage(0, False), Stage(0, True)], ["y", "y_dot"])])
     return trace, parts, {"p/0": p, "p_dot/0": p.cos(), "x": x, "x_dot": x.sin()}
 
 
@@ -369,8 +422,8 @@ def test_between_forward_and_backward_only_what_is_dear_is_kept() -> None:
     forward, _ = split(
         trace,
         [
-            group([PRIMAL[0], TANGENT[0]], ["y", "y_dot"]),
-            group([PRIMAL[2], TANGENT[2]], ["x_bar", "x_bar_dot", *trace.terms]),
+            group([Stage(0, False), Stage(0, True)], ["y", "y_dot"]),
+            group([Stage(1, False), Stage(1, True)], ["x_bar", "x_bar_dot", *trace.terms]),
         ],
     )
     kept = {name: size for name, size in forward.bytes_of.items() if name.startswith("r/")}

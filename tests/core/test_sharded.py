@@ -93,16 +93,6 @@ def of_a_selection(collective: Collective) -> dict[str, torch.Tensor]:
     }
 
 
-def rank_of_outputs(rank: int, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
-    torch.save(of_outputs(Distributed(CPU)), folder / f"{rank}.pt")
-    torch.save(of_a_selection(Distributed(CPU)), folder / f"selection-{rank}.pt")
-    dist.destroy_process_group()
-
-
 def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -131,6 +121,8 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
         if rank == 0:
             torch.save(found, folder / f"{name}.pt")
     torch.save(told(collectives["memory"]), folder / f"told-{rank}.pt")
+    torch.save(of_outputs(collectives["sockets"]), folder / f"outputs-{rank}.pt")
+    torch.save(of_a_selection(collectives["sockets"]), folder / f"selection-{rank}.pt")
     derivatives = unused(collectives["memory"])
     if rank == 0:
         torch.save(derivatives, folder / "unused.pt")
@@ -165,23 +157,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """How many there were, and the folder with what they have found."""
+    world_size, folder = request.param, tmp_path_factory.mktemp("ranks")
     session = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn(rank_main, (world_size, free_port(), session, tmp_path), nprocs=world_size, join=True)
+        spawn(rank_main, (world_size, free_port(), session, folder), nprocs=world_size, join=True)
     assert not Path(f"/dev/shm/hvp-{session}").exists()  # noqa: S108 (the place the code uses)
+    return world_size, folder
+
+
+def test_any_number_of_ranks_gives_the_same_numbers(ranks: tuple[int, Path]) -> None:
+    world_size, folder = ranks
     for rank in range(world_size):
-        notes = torch.load(tmp_path / f"told-{rank}.pt")
+        notes = torch.load(folder / f"told-{rank}.pt")
         for layer in (0, 1):
             note = notes[f"fallback_model.layers.{layer}"]
             assert note.endswith("its mask is irregular (on rank 1)")
-    for ours, whole in zip(torch.load(tmp_path / "unused.pt"), unused(Alone()), strict=True):
+    for ours, whole in zip(torch.load(folder / "unused.pt"), unused(Alone()), strict=True):
         assert relative_error(ours, whole) < 1e-11
     for name, make in PROBLEMS.items():
         alone = numbers(make(), Alone())
-        found = torch.load(tmp_path / f"{name}.pt")
+        found = torch.load(folder / f"{name}.pt")
         assert torch.equal(found["u"], alone["u"])
         for what in ("loss", "gradient", "hu", "hv", "uhv", "eigenvalues"):
             assert relative_error(found[what], alone[what]) < 1e-11, (name, what)
@@ -192,21 +193,16 @@ def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, tmp_path: P
         assert int(found["shard"]) <= n // world_size + segments
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_products_with_outputs_do_not_depend_on_the_ranks_either(
-    world_size: int, tmp_path: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn(rank_of_outputs, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
+def test_products_with_outputs_do_not_depend_on_the_ranks_either(ranks: tuple[int, Path]) -> None:
+    world_size, folder = ranks
     alone = of_outputs(Alone())
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    found = [torch.load(folder / f"outputs-{rank}.pt") for rank in range(world_size)]
     assert sum(int(each["rows"]) for each in found) == int(alone["rows"]) == 5
     for each in found:  # every rank knows the same
         for what in set(alone) - {"rows"}:
             assert relative_error(each[what], alone[what]) < 1e-11, what
     selection = of_a_selection(Alone())
     for rank in range(world_size):
-        each = torch.load(tmp_path / f"selection-{rank}.pt")
+        each = torch.load(folder / f"selection-{rank}.pt")
         for what, expected in selection.items():
             assert relative_error(each[what], expected) < 1e-11, what

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import pytest
 import torch
-from hvp_core.autodiff import verify
+from hvp_core.autodiff import routes, verify
 from hvp_core.autodiff.product_spec import HESSIAN
 from hvp_core.autodiff.traced import TracedClosing
 from hvp_core.losses.loss import CrossEntropy, Loss
@@ -104,3 +104,57 @@ def test_losses_of_equal_settings_share_their_programs() -> None:
     assert Smoothed(0.1) == Smoothed(0.1) != Smoothed(0.2)
     assert CrossEntropy() == CrossEntropy()
     assert len({CrossEntropy(), CrossEntropy(), Smoothed(0.1), Smoothed(0.1)}) == 2
+
+
+class Twice(nn.Module):
+    """Two weights of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.eye(3) + 0.3)
+        self.other = nn.Parameter(torch.eye(3) - 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(torch.tanh(x @ self.one.T) @ self.other.T)
+
+
+def test_operators_of_one_chain_look_at_its_blocks_once_and_are_each_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = nn.Sequential(Twice(), Twice(), nn.Linear(3, 3)).double()
+    problem = module_problem(module, CrossEntropy(), X, TARGETS)
+    sizes = [each.numel() for each in problem.parameters.values()]
+
+    def loss(flat: Tensor) -> Tensor:
+        values = {
+            name: part.view(each.shape)
+            for (name, each), part in zip(
+                problem.parameters.items(), flat.split(sizes), strict=True
+            )
+        }
+        return nn.functional.cross_entropy(
+            torch.func.functional_call(module, values, (X,)), TARGETS
+        )
+
+    hessian = torch.func.hessian(loss)(problem.flat)
+    looks: list[object] = []
+    right = routes._look
+
+    def counted(*arguments: Any) -> Any:
+        looks.append(arguments)
+        return right(*arguments)
+
+    monkeypatch.setattr(routes, "_look", counted)
+    names = list(problem.parameters)
+    # Parameters of one shape in turn; of the second block alone, whose input then is data.
+    for selected in (["0.one", "2.weight"], ["0.other", "2.weight"], ["1.one"], ["1.other"], names):
+        of = torch.cat(
+            [torch.full((size,), name in selected) for name, size in zip(names, sizes, strict=True)]
+        )
+        for _ in range(2):
+            before = len(looks)
+            curvature = problem.curvature(2, selected=selected)
+            identity = torch.eye(int(of.sum()), dtype=torch.float64)
+            found = torch.stack(curvature.hvp(list(identity)))
+            assert relative_error(found, hessian[of][:, of]) < 1e-9
+        assert len(looks) == before  # the second operator had none of its own

@@ -118,45 +118,6 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_killed_server_loses_no_job_and_no_upload(servers: Any, checkpoint: Path) -> None:
-    ids = np.random.default_rng(1).integers(0, 64, (2, 6))
-    first = servers()
-    with Client(first.address) as client:
-        model, batch = client.upload_checkpoint(checkpoint), client.upload_batch({"input_ids": ids})
-        hessian = client.operator(model, batch, kind="hessian", dtype="float64")
-        job = hessian.eigsh(k=3, which="LA")
-        name = job.name
-        for event in job.watch():
-            if event.progress is not None and event.progress.num_products >= 2:
-                break
-        first.end(signal.SIGKILL)
-    second = servers()
-    with Client(second.address) as client:
-        job = client.job(name)
-        result = job.result(timeout_s=240)
-        assert job.status().ended
-        assert job.state == "SUCCEEDED"
-        assert job.attempt == 2
-        assert np.all(result.residuals < 1e-9)
-        assert client.upload_checkpoint(checkpoint).name == model.name
-        hessian = client.operator(
-            client.upload_checkpoint(checkpoint),
-            client.upload_batch({"input_ids": ids}),
-            kind="hessian",
-            dtype="float64",
-        )
-        vector = result.eigenvectors[-1].numpy()
-        np.testing.assert_allclose(
-            hessian @ vector, result.eigenvalues[-1] * vector, rtol=0, atol=1e-9
-        )
-    assert second.end(signal.SIGTERM) == 0
-
-
-def test_a_server_that_is_asked_to_stop_exits_with_zero(servers: Any) -> None:
-    server = servers()
-    assert server.end(signal.SIGINT) == 0
-
-
 @pytest.mark.parametrize(
     "backend", ["inprocess", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
@@ -183,8 +144,8 @@ def test_a_product_that_outlasts_the_grace_is_ended_and_its_job_waits_uncounted(
     assert found == [("QUEUED", 0, "")]
 
 
-def test_a_second_server_on_the_state_directory_is_refused(
-    servers: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_second_server_on_the_state_directory_is_refused_and_the_first_ends_with_zero_when_asked(
+    servers: Any, tmp_path: Path
 ) -> None:
     server = servers()
     other = subprocess.run(
@@ -209,3 +170,4 @@ def test_a_second_server_on_the_state_directory_is_refused(
     assert other.returncode == 1
     assert f"pid {server.process.pid}" in other.stderr
     assert other.stdout == ""
+    assert server.end(signal.SIGINT) == 0

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from hvp_core.curvature.walk import Curvature
 from hvp_core.krylov.lanczos import Eigsh
@@ -33,8 +34,9 @@ from tests.core.problems import CPU, llama_config, ragged_tokens, scatter
 from tests.core.test_checkpoint import save
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend() -> AsyncIterator[Backend]:
+    """One for the module: models are loaded and their blocks traced once."""
     opened = open_backend(kind="inprocess", num_workers=1, device="cpu")
     await opened.start()
     yield opened
@@ -53,11 +55,37 @@ def written(
     model: LlamaForCausalLM, folder: Path, ids: Tensor, dtype: str, **more: str
 ) -> Operator:
     save_file({"input_ids": ids}, folder / "batch")
+    save(model, folder / "model")
+    return operator_of(folder, dtype, **more)
+
+
+def operator_of(folder: Path, dtype: str, **more: str) -> Operator:
+    """Of what was written to a folder."""
     return Operator(
-        space=Space(checkpoint_dir=save(model, folder / "model"), dtype=dtype),  # type: ignore[arg-type]
+        space=Space(checkpoint_dir=folder / "model", dtype=dtype),  # type: ignore[arg-type]
         batch_path=folder / "batch",
         **more,  # type: ignore[arg-type]
     )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama and a batch."""
+    attention.register()
+    model = LlamaForCausalLM(llama_config())
+    scatter(model)
+    folder = tmp_path_factory.mktemp("llama")
+    written(model, folder, ragged_tokens()[0], "float64")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """A folder with a Llama whose head is zero, and the eigenvalues of its G."""
+    model, folder = blank_head(), tmp_path_factory.mktemp("blank")
+    ids = torch.randint(5, (3, 6), generator=torch.Generator().manual_seed(0))
+    written(model, folder, ids, "float64")
+    return folder, closed_form(model, ids)
 
 
 def blank_head(vocabulary: int = 5) -> LlamaForCausalLM:
@@ -87,14 +115,13 @@ def closed_form(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return values.repeat_interleave(model.config.vocab_size - 1)
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
 async def test_each_largest_eigenvalue_of_a_gauss_newton_matrix_comes_as_often_as_it_is_there(
-    backend: Backend, tmp_path: Path, tol: float
+    backend: Backend, blank: tuple[Path, Tensor], tol: float
 ) -> None:
-    model = blank_head()
-    ids = torch.randint(5, (3, 6), generator=torch.Generator().manual_seed(0))
-    operator = written(model, tmp_path, ids, "float64", kind="ggn")
-    true = closed_form(model, ids)
+    folder, true = blank
+    operator = operator_of(folder, "float64", kind="ggn")
     assert float(true[0] - true[3]) == 0
     found = await eigenpairs(backend, operator, EigshSpec(k=6, which="LA", tol=tol))
     assert found.outcome == "CONVERGED"
@@ -104,14 +131,12 @@ async def test_each_largest_eigenvalue_of_a_gauss_newton_matrix_comes_as_often_a
     assert float(errors.abs().max()) <= found.completeness.margin + 1e-7 * float(true[0])
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
 async def test_the_smallest_of_a_gauss_newton_matrix_are_k_zeros(
-    backend: Backend, tmp_path: Path, tol: float
+    backend: Backend, llama: Path, tol: float
 ) -> None:
-    attention.register()
-    model = LlamaForCausalLM(llama_config())
-    scatter(model)
-    operator = written(model, tmp_path, ragged_tokens()[0], "float64", kind="ggn")
+    operator = operator_of(llama, "float64", kind="ggn")
     found = await eigenpairs(backend, operator, EigshSpec(k=4, which="SA", tol=tol))
     largest = (await eigenpairs(backend, operator, EigshSpec(k=1, which="LA"))).eigenvalues[0]
     # Where the budget ends before a tolerance of rounding, that none is negative still tells.
@@ -121,17 +146,15 @@ async def test_the_smallest_of_a_gauss_newton_matrix_are_k_zeros(
     assert max(map(abs, found.eigenvalues)) <= found.completeness.margin
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_coarse_precision_is_named_as_the_limit_and_its_intervals_hold(
-    backend: Backend, tmp_path: Path
+    backend: Backend, llama: Path
 ) -> None:
-    attention.register()
-    model = LlamaForCausalLM(llama_config())
-    scatter(model)
-    operator = written(model, tmp_path, ragged_tokens()[0], "float32", precision="bfloat16")
+    operator = operator_of(llama, "float32", precision="bfloat16")
     found = await eigenpairs(backend, operator, EigshSpec(k=6, which="BE"))
     assert found.outcome == "NOISE_LIMIT"
     assert found.provenance["verified_in"] == "float64"
-    exact = written(model, tmp_path, ragged_tokens()[0], "float64")
+    exact = operator_of(llama, "float64")
     true = torch.tensor((await eigenpairs(backend, exact, EigshSpec(k=60, which="BE"))).eigenvalues)
     for value, bound in zip(found.eigenvalues, found.error_bounds, strict=True):
         assert float((true - value).abs().min()) <= bound
@@ -141,16 +164,14 @@ async def test_a_coarse_precision_is_named_as_the_limit_and_its_intervals_hold(
     assert loose.outcome == "CONVERGED"
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_in_float32_pairs_meet_a_tolerance_that_float64_confirms(
-    backend: Backend, tmp_path: Path
+    backend: Backend, llama: Path
 ) -> None:
-    attention.register()
-    model = LlamaForCausalLM(llama_config())
-    scatter(model)
-    operator = written(model, tmp_path, ragged_tokens()[0], "float32")
+    operator = operator_of(llama, "float32")
     found = await eigenpairs(backend, operator, EigshSpec(k=4, which="LA", tol=1e-4))
     assert found.outcome == "CONVERGED"
-    wide = written(model, tmp_path, ragged_tokens()[0], "float64")
+    wide = operator_of(llama, "float64")
     true = (await eigenpairs(backend, wide, EigshSpec(k=4, which="LA"))).eigenvalues
     for value, bound, other in zip(found.eigenvalues, found.error_bounds, true, strict=True):
         assert abs(value - other) <= min(bound, found.completeness.margin)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import psutil
 import pytest
+import pytest_asyncio
 import torch
+from hvp_core.autodiff.product_spec import MATRICES
 from hvp_core.model.huggingface import attention
 from hvp_core.sharding.collective import Alone
 from hvp_operations.checking import Seed
@@ -19,7 +20,6 @@ from hvp_workers.backend import (
     Backend,
     BackendError,
     Combination,
-    Matrix,
     Operator,
     Parameters,
     RawFile,
@@ -37,6 +37,8 @@ from transformers import LlamaForCausalLM
 from tests.core.problems import llama_config, ragged_tokens, scatter
 from tests.core.test_checkpoint import save
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 @pytest.fixture(scope="module")
 def operator(tmp_path_factory: pytest.TempPathFactory) -> Operator:
@@ -52,8 +54,9 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Operator:
     )
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend() -> AsyncIterator[Backend]:
+    """One for the module: models are loaded and their blocks traced once."""
     opened = open_backend(kind="inprocess", num_workers=1, device="cpu")
     await opened.start()
     yield opened
@@ -138,12 +141,12 @@ async def test_products_and_other_calls_fit_between_the_products_of_a_run(
 
 
 async def test_a_run_that_is_closed_frees_its_basis(backend: Backend, operator: Operator) -> None:
-    run = backend.run(operator, "eigsh", EigshSpec(k=2), ["e0", "e1"])
+    run = backend.run(operator, "eigsh", EigshSpec(k=2), ["f0", "f1"])
     for _ in range(4):
         await anext(run)
     await run.aclose()  # type: ignore[attr-defined]
-    with pytest.raises(BackendError, match="e0 is not on the ranks"):
-        await backend.inner_products([("e0", "e0")])
+    with pytest.raises(BackendError, match="f0 is not on the ranks"):
+        await backend.inner_products([("f0", "f0")])
 
 
 async def test_the_same_seed_gives_the_same_run(backend: Backend, operator: Operator) -> None:
@@ -192,7 +195,7 @@ async def test_forms_are_the_products_inner_products_whatever_is_taken_at_once(
     for seed, name in enumerate(names):
         await backend.create_vector(name, operator.space, Seeded(seed, "gaussian"))
     products = [f"A{name}" for name in names]
-    for kind in get_args(Matrix):
+    for kind in MATRICES:
         matrix = replace(operator, kind=kind)
         await backend.apply(matrix, names, products)
         expected = await backend.inner_products(list(zip(names, products, strict=True)))

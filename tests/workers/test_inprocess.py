@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
 from typing import Any, final
 
 import pytest
 from hvp_workers.backend import BackendError, GroupLostError, Tuning
 from hvp_workers.inprocess import InProcessGroup
+from hvp_workers.rank_process import loading_modules
 
 
 @final
@@ -118,3 +121,15 @@ async def test_a_caller_who_goes_away_does_not_take_the_rank_out_of_step(
     assert engine.noted == [1, 2]
     await group.close()
     assert "hvp-rank" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_the_garbage_collector_rests_only_while_modules_are_loaded() -> None:
+    for before in (True, False):
+        gc.enable() if before else gc.disable()
+        try:
+            with contextlib.suppress(ImportError), loading_modules():
+                assert not gc.isenabled()
+                raise ImportError
+            assert gc.isenabled() == before
+        finally:
+            gc.enable()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from hvp_core.model.huggingface import attention
 from hvp_core.precision import exact
@@ -27,6 +28,8 @@ from transformers import LlamaForCausalLM
 
 from tests.core.problems import llama_config, ragged_tokens, scatter
 from tests.core.test_checkpoint import save
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,9 @@ def J(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Oper
     )
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend() -> AsyncIterator[Backend]:
+    """One for the module: models are loaded and their blocks traced once."""
     opened = open_backend(kind="inprocess", num_workers=1, device="cpu")
     await opened.start()
     yield opened

@@ -17,9 +17,8 @@ from hvp_batches.schema import BatchSchema
 from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
-Matrix = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
-Jacobian = Literal["jacobian", "jacobian_transposed"]
-Kind = Matrix | Jacobian
+#: Kinds of operator that are no symmetric matrix; those that are have a row in the core's table.
+JACOBIANS = ("jacobian", "jacobian_transposed")
 Form = Literal["quadratic", "slope"]
 Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
@@ -115,7 +114,7 @@ class Operator:
 
     space: Space
     batch_path: Path  # safetensors: the fields of the model's batch schema
-    kind: Kind = "hessian"
+    kind: str = "hessian"
     micro_batch_size: int = 0  # 0: by memory
     precision: Precision = "full"  # of the operands of matrix products
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hvp_workers.describer import MEMORY_EXIT_CODE, READY
+from hvp_workers.rank_process import loading_modules
 
 
 def main(memory_bytes: int) -> None:
@@ -37,10 +38,11 @@ def main(memory_bytes: int) -> None:
     # From the start, and in a thread: a server that dies ends this process whatever it is doing.
     threading.Thread(target=_receive, args=(sys.stdin, requests), daemon=True).start()
 
-    import torch  # noqa: F401  (here, so that its memory is no description's)
-    import transformers  # noqa: F401
+    with loading_modules():
+        import torch  # noqa: F401  (here, so that its memory is no description's)
+        import transformers  # noqa: F401
 
-    from hvp_workers import models  # noqa: F401
+        from hvp_workers import models  # noqa: F401
 
     limit = _private_bytes() + memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final, get_args
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
 from hvp_core.errors import CurvatureError, is_out_of_memory
@@ -177,9 +177,9 @@ class RankEngine:
             case "slope":
                 return loaded.slopes(vectors)
             case "quadratic":
-                assert operator.kind not in get_args(api.Jacobian)  # which the service refuses
+                assert operator.kind not in api.JACOBIANS  # which the service refuses
                 room = self._vector_budget - self._held_bytes()
-                return loaded.quadratic(cast("api.Matrix", operator.kind), vectors, room)
+                return loaded.quadratic(operator.kind, vectors, room)
 
     # Vectors ------------------------------------------------------------------------------------
 
@@ -285,9 +285,8 @@ class RankEngine:
                 available_bytes=self._memory.least_available() - promised,
             ),
         )
-        assert operator.kind not in get_args(api.Jacobian)  # the facts have refused it
-        matrix = cast("api.Matrix", operator.kind)
-        linear = CurvatureOperator(loaded, matrix, operator.precision)
+        assert operator.kind not in api.JACOBIANS  # the facts have refused it
+        linear = CurvatureOperator(loaded, operator.kind, operator.precision)
         self._runs[run] = _Run(
             operation=operation,
             operator=linear,

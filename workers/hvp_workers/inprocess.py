@@ -20,7 +20,7 @@ from hvp_workers.backend import BackendError, GroupLostError, RankInfo, Tuning
 from hvp_workers.environment import OFFLINE
 from hvp_workers.group import Group, as_backend_error
 from hvp_workers.group_backend import GroupBackend
-from hvp_workers.rank_process import total_memory, use_compile_cache
+from hvp_workers.rank_process import loading_modules, total_memory, use_compile_cache
 
 # An engine that is idle goes in milliseconds; what it computes can take an hour.
 _LEAVE_S = 1.0
@@ -124,13 +124,15 @@ class InProcessGroup(Group):
     def _make_engine(self) -> Any:
         use_compile_cache(self._tuning.compile_cache)
         os.environ.update(OFFLINE)
-        import torch
-        from hvp_core.sharding.collective import Alone
+        module, _, name = self._engine_name.partition(":")
+        with loading_modules():
+            import torch
+            from hvp_core.sharding.collective import Alone
 
+            make = getattr(importlib.import_module(module), name)
         self._num_threads = torch.get_num_threads()
         self._memory_bytes = total_memory(self.device)
-        module, _, name = self._engine_name.partition(":")
-        return getattr(importlib.import_module(module), name)(Alone(), self.device, self._tuning)
+        return make(Alone(), self.device, self._tuning)
 
     async def run(self, method: str, *arguments: Any) -> list[Any]:
         """Call the engine in its thread."""

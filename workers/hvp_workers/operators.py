@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-from hvp_core.autodiff.product_spec import QUADRATICS
+from hvp_core.autodiff.product_spec import matrix
 from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
@@ -66,7 +66,7 @@ class LoadedOperator:
     _told: Mapping[str, str] = field(default_factory=dict)
 
     def product(
-        self, kind: api.Kind, vectors: Sequence[torch.Tensor], *, borrow: bool = False
+        self, kind: str, vectors: Sequence[torch.Tensor], *, borrow: bool = False
     ) -> list[torch.Tensor]:
         """The product with each vector, this rank's part; `borrow`: good until the next one."""
         match kind:
@@ -74,8 +74,8 @@ class LoadedOperator:
                 products = self.curvature.jvp(vectors)
             case "jacobian_transposed":
                 products = self.curvature.vjp(vectors)
-            case matrix:
-                products = self.curvature.product(matrix, vectors, borrow=borrow)
+            case _:
+                products = self.curvature.product(kind, vectors, borrow=borrow)
         self.has_products = True
         return products
 
@@ -85,9 +85,7 @@ class LoadedOperator:
             value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
         ]
 
-    def quadratic(
-        self, kind: api.Matrix, vectors: Sequence[torch.Tensor], room_bytes: int
-    ) -> list[float]:
+    def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
         """v·Av for each vector: by going forward alone where there is such a rule.
 
         A Hessian has none here: its forms are taken of products, a few at a time, which do not
@@ -104,7 +102,7 @@ class LoadedOperator:
         Raises:
             CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
         """
-        if kind in QUADRATICS:
+        if matrix(kind).form is not None:
             return [
                 value
                 for some in _together(vectors, TOGETHER)
@@ -155,9 +153,9 @@ class CurvatureOperator(LinearOperator):
     symmetric = True
     most_together = TOGETHER
 
-    def __init__(self, loaded: LoadedOperator, kind: api.Matrix, precision: api.Precision):
+    def __init__(self, loaded: LoadedOperator, kind: str, precision: api.Precision):
         self.domain = self.codomain = loaded.curvature.space
-        self.semidefinite = kind != "hessian"
+        self.semidefinite = matrix(kind).semidefinite
         self.noise = _NOISE[precision]
         self._loaded = loaded
         self._kind = kind

@@ -17,7 +17,7 @@ from hvp_workers.backend import BackendError, Tuning
 from hvp_workers.environment import limit_environment
 from hvp_workers.group import as_backend_error
 from hvp_workers.orphans import ProcessMark
-from hvp_workers.rank_process import prepare_process, total_memory
+from hvp_workers.rank_process import loading_modules, prepare_process, total_memory
 
 LOOPBACK = "127.0.0.1"
 
@@ -120,9 +120,10 @@ class Rank:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ["NCCL_SOCKET_IFNAME"] = interface
         prepare_process(seat.tuning, device=seat.device, num_threads=seat.num_threads)
-        import torch
-        from hvp_core.sharding.collective import open_collective
-        from torch import distributed
+        with loading_modules():
+            import torch
+            from hvp_core.sharding.collective import open_collective
+            from torch import distributed
 
         torch.set_num_threads(seat.num_threads)
         if self._store is None:
@@ -144,7 +145,9 @@ class Rank:
             session=seat.session,
         )
         module, _, name = seat.engine.partition(":")
-        return getattr(importlib.import_module(module), name)(collective, str(device), seat.tuning)
+        with loading_modules():
+            make = getattr(importlib.import_module(module), name)
+        return make(collective, str(device), seat.tuning)
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Outcome:
         """Run one method of the engine."""

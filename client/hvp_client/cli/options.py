@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hvp_client._specs import KINDS
+
 
 class Format(StrEnum):
     """How results are printed."""
@@ -22,13 +24,8 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
-class Kind(StrEnum):
-    """Which matrix."""
-
-    hessian = "hessian"
-    ggn = "ggn"
-    empirical_fisher_token = "empirical_fisher_token"  # noqa: S105 - the name of a matrix
-    empirical_fisher_sequence = "empirical_fisher_sequence"
+#: Which matrix, of all that the protos know.
+Kind = StrEnum("Kind", {kind: kind for kind in KINDS})  # type: ignore[misc]
 
 
 class Precision(StrEnum):

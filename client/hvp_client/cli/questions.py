@@ -127,7 +127,7 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
             "operator",
             Kind,
             typer.Option(help="Of which matrix; ggn is the Gauss-Newton matrix."),
-            Kind.hessian,
+            Kind["hessian"],
         ),
         _parameter(
             "parameters",

@@ -71,7 +71,8 @@ def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
         width = sigma or _FINE * (high - low) or 1.0
         margin = max(4 * width, 0.02 * (high - low))
         _panel(axes, result, low - margin, high + margin, width)
-    name = _NAMES.get(result.provenance.get("operator", ""), "the operator")
+    kind = result.provenance.get("operator", "operator")
+    name = _NAMES.get(kind, f"the {kind.replace('_', ' ')}")
     figure.suptitle(
         f"Spectral density of {name}, {result.num_parameters:,} parameters",
         x=0.01,

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from hvp_protos.v1 import operator_pb2, system_pb2_grpc
 from hvp_protos.v1 import system_pb2 as pb
-from hvp_protos.v1 import system_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.messages import timestamp
 from hvp_service.calls.names import parse_parent
 from hvp_service.group import service as system
-from hvp_service.operators.resolver import DTYPES, KINDS, PRECISIONS
+from hvp_service.operators.resolver import DTYPES, PRECISIONS
+
+KINDS = operator_pb2.OperatorSpec.Kind.keys()
 
 
 class SystemServicer(system_pb2_grpc.SystemServiceServicer):
@@ -28,7 +30,7 @@ class SystemServicer(system_pb2_grpc.SystemServiceServicer):
         return pb.GetServerInfoResponse(
             version=self._deps.version,
             dtypes=DTYPES,
-            operator_kinds=KINDS,
+            operator_kinds=[kind for kind in KINDS if kind != "KIND_UNSPECIFIED"],
             precisions=sorted(PRECISIONS[self._deps.operators.device]),
             max_chunk_bytes=self._deps.config.max_chunk_bytes,
             max_message_bytes=self._deps.config.max_message_bytes,

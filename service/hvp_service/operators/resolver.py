@@ -6,12 +6,11 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from hvp_batches.fitting import BatchError, check_fit
 from hvp_operations.operation import SpecError
 from hvp_operations.parameters import select
-from hvp_workers.backend import Dtype, Matrix, Operator, ParameterTensor, Precision, Space
+from hvp_workers.backend import Dtype, Operator, ParameterTensor, Precision, Space
 
 from hvp_service.batches.contents import batch_refused
 from hvp_service.batches.store import BatchStore, DataBatch
@@ -22,10 +21,6 @@ from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Selection
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
-KINDS: dict[str, Matrix | Literal["jacobian"]] = {
-    **{f"KIND_{kind.upper()}": kind for kind in get_args(Matrix)},
-    "KIND_JACOBIAN": "jacobian",
-}
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
     "cpu": ("full", "bfloat16"),
     "cuda": ("bfloat16", "full", "tf32"),
@@ -146,20 +141,19 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
     return dtype
 
 
-def check_kind(kind: str, field: str = "kind") -> Matrix | Literal["jacobian"]:
-    """A served kind by its enum value's name.
+def check_kind(kind: str, field: str = "kind") -> str:
+    """A kind by its enum value's name, in plain words: `ggn` of `KIND_GGN`.
 
     Raises:
-        ServiceError: KIND_UNSPECIFIED, KIND_UNSUPPORTED.
+        ServiceError: KIND_UNSPECIFIED, also of a number that this server does not know.
     """
-    served = " or ".join(KINDS)
     if kind == "KIND_UNSPECIFIED":
-        raise ServiceError("KIND_UNSPECIFIED", f"Say which operator: {served}.", field=field)
-    if kind not in KINDS:
         raise ServiceError(
-            "KIND_UNSUPPORTED", f"{kind} is not served yet; ask for {served}.", field=field
+            "KIND_UNSPECIFIED",
+            "Say which operator: KIND_HESSIAN, KIND_GGN or another kind that this server knows.",
+            field=field,
         )
-    return KINDS[kind]
+    return kind.removeprefix("KIND_").lower()
 
 
 def check_precision(

@@ -1,13 +1,14 @@
 """The seam: where a layer is cut so that its attention gets a rule of its own.
 
-Inside `cut(o)` an attention that is called is noted and returns `o` in place of a result (zeros for
-None). The layer then is a function of its input and of `o`, whose outputs are the
-query, key and value and the layer's output, whatever its architecture.
+Inside `cut(outputs)` every attention that is called is noted and returns the next of these in place
+of a result (zeros for None). The layer then is a function of its input and of the outputs of its
+attentions, and gives the queries, keys and values of each beside its own output, whatever its
+architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,9 +24,9 @@ from hvp_core.attention.rule import Pattern, Qkv, Span
 @final
 @dataclass
 class Seam:
-    """What the attention of a layer was called with."""
+    """What the attentions of a layer were called with, in their order."""
 
-    o: Tensor | None  # (b, s, h, e), what it returns; None for zeros
+    outputs: Sequence[Tensor] | None  # each (b, s, h, e), what they return; None for zeros
     calls: list[Call] = field(default_factory=list)
 
 
@@ -55,9 +56,9 @@ _open: ContextVar[Seam | None] = ContextVar("seam", default=None)
 
 
 @contextmanager
-def cut(o: Tensor | None) -> Iterator[Seam]:
+def cut(outputs: Sequence[Tensor] | None) -> Iterator[Seam]:
     """Cut every attention that is called inside."""
-    seam = Seam(o)
+    seam = Seam(outputs)
     token = _open.set(seam)
     try:
         yield seam
@@ -70,8 +71,8 @@ def attend(call: Call) -> Tensor:
     seam = _open.get()
     if seam is not None:
         seam.calls.append(call)
-        if seam.o is not None:
-            return seam.o
+        if seam.outputs is not None:
+            return seam.outputs[len(seam.calls) - 1]
         b, h, s, _ = call.qkv.q.shape
         return call.qkv.v.new_zeros(b, s, h, call.qkv.v.shape[-1])
     mask = call.mask.dense() if isinstance(call.mask, Mask) else call.mask

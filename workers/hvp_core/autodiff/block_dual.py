@@ -1,7 +1,7 @@
 """One block's products, by schedule: which stages run when, and what is kept between.
 
 A product's passes take a block through *legs*: forward and backward, each for the primal half, the
-tangent half, or both at once. Between the two parts of a leg the attention is called.
+tangent half, or both at once. Between the parts of a leg the block's attentions are called.
 
     tangent, pair        fast      forward both │ backward both
                          lean      forward both ┆ again both, backward both
@@ -9,8 +9,8 @@ tangent half, or both at once. Between the two parts of a leg the attention is c
     tangent, cotangent   fast      forward both │ backward primal, of the cotangent H_out J v, say
     value, cotangent     fast      forward primal │ backward primal
 
-What crosses │ is kept; what crosses ┆ is not, but for the block's input and its attention's
-output. In `shared`, primal legs run once for any number of tangents: of several probes, whose
+What crosses │ is kept; what crosses ┆ is not, but for the block's input and its attentions'
+outputs. In `shared`, primal legs run once for any number of tangents: of several probes, whose
 attention is computed together, and, kept, of several products.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.autodiff.parts import Group, Part, split
 from hvp_core.autodiff.passes import Passes, Way
-from hvp_core.autodiff.trace import Env, Stage, Trace
+from hvp_core.autodiff.trace import Env, Stage, Trace, dotted, stages
 
 Half = Literal["primal", "tangent"]
 Collect = Callable[[Part, Env], None]
@@ -73,8 +73,9 @@ def _legs(passes: Passes, way: Way) -> list[list[LegSpec]]:
 @final
 @dataclass(frozen=True)
 class AttentionCall:
-    """How a block's attention is computed."""
+    """How one of a block's attentions is computed."""
 
+    place: int  # among the attentions of the block, in the order of their calls
     rule: Attention
     pattern: Pattern
     span: Span | None
@@ -82,50 +83,93 @@ class AttentionCall:
     def forward(self, envs: Sequence[Env], halves: tuple[Half, ...]) -> list[Env]:
         """O, L or their tangents from q, k, v; tangents of several probes at once."""
         if halves == ("tangent",):
-            at = Output(_heads_first(envs[0]["o"]), envs[0]["lse"])
-            x_dots = [_qkv(env, "_dot") for env in envs]
-            found = self.rule.tangents(_qkv(envs[0]), x_dots, at, self.pattern, self.span)
-            return [_output(each, "_dot") for each in found]
+            at = Output(_heads_first(self._of(envs[0], "o")), self._of(envs[0], "lse"))
+            x_dots = [self._qkv(env, "_dot") for env in envs]
+            found = self.rule.tangents(self._qkv(envs[0]), x_dots, at, self.pattern, self.span)
+            return [self._output(each, "_dot") for each in found]
         (env,) = envs
-        x = _qkv(env)
+        x = self._qkv(env)
         if halves == ("primal",):
-            return [_output(self.rule.forward(x, self.pattern, self.span), "")]
-        y, y_dot = self.rule.dual(x, _qkv(env, "_dot"), self.pattern, self.span)
-        return [_output(y, "") | _output(y_dot, "_dot")]
+            return [self._output(self.rule.forward(x, self.pattern, self.span), "")]
+        y, y_dot = self.rule.dual(x, self._qkv(env, "_dot"), self.pattern, self.span)
+        return [self._output(y, "") | self._output(y_dot, "_dot")]
 
     def backward(self, envs: Sequence[Env], halves: tuple[Half, ...]) -> list[Env]:
         """Cotangents of q, k, v or their tangents from that of O; tangents of several at once."""
-        at = _point(envs[0])
+        at = self._point(envs[0])
         if halves == ("tangent",):
-            dots = [_point(env, "_dot") for env in envs]
+            dots = [self._point(env, "_dot") for env in envs]
             found = self.rule.backward_tangents(at, dots, self.pattern, self.span)
-            return [_bars(each, "_dot") for each in found]
+            return [self._bars(each, "_dot") for each in found]
         (env,) = envs
         if halves == ("primal",):
-            return [_bars(self.rule.backward(at, self.pattern, self.span), "")]
-        bars, bars_dot = self.rule.backward_dual(at, _point(env, "_dot"), self.pattern, self.span)
-        return [_bars(bars, "") | _bars(bars_dot, "_dot")]
+            return [self._bars(self.rule.backward(at, self.pattern, self.span), "")]
+        at_dot = self._point(env, "_dot")
+        bars, bars_dot = self.rule.backward_dual(at, at_dot, self.pattern, self.span)
+        return [self._bars(bars, "") | self._bars(bars_dot, "_dot")]
+
+    def _of(self, env: Env, name: str) -> Tensor:
+        return env[f"{name}/{self.place}"]
+
+    def _point(self, env: Env, suffix: str = "") -> Point:
+        o, lse, o_bar = (self._of(env, name + suffix) for name in ("o", "lse", "o_bar"))
+        return Point(self._qkv(env, suffix), Output(_heads_first(o), lse), _heads_first(o_bar))
+
+    def _qkv(self, env: Env, suffix: str = "") -> Qkv:
+        return Qkv(*[self._of(env, name + suffix) for name in _QKV])
+
+    def _output(self, y: Output, suffix: str) -> Env:
+        names = f"o{suffix}/{self.place}", f"lse{suffix}/{self.place}"
+        return dict(zip(names, (_heads_first(y.o), y.lse), strict=True))
+
+    def _bars(self, x: Qkv, suffix: str) -> Env:
+        return {
+            f"{name}_bar{suffix}/{self.place}": each for name, each in zip(_QKV, x, strict=True)
+        }
 
 
 def _heads_first(o: Tensor) -> Tensor:
     return o.transpose(1, 2)
 
 
-def _point(env: Env, suffix: str = "") -> Point:
-    o, lse, o_bar = (env[name + suffix] for name in ("o", "lse", "o_bar"))
-    return Point(_qkv(env, suffix), Output(_heads_first(o), lse), _heads_first(o_bar))
+@final
+@dataclass(frozen=True)
+class Between:
+    """An attention between two parts of a leg.
+
+    Attributes:
+        place: Which of the block's.
+        halves: Of the leg, those that it is computed in.
+    """
+
+    place: int
+    halves: tuple[Half, ...]
+
+    def needs(self, backward: bool) -> set[str]:
+        """Names of what it reads."""
+        names = {*_QKV}
+        if backward:
+            names |= {*_OUTPUT, "o_bar"}
+        if "tangent" in self.halves:
+            names |= {f"{name}_dot" for name in names}
+        if self.halves == ("tangent",):
+            names |= {*_OUTPUT}
+        return {f"{name}/{self.place}" for name in names}
+
+    def makes(self, backward: bool) -> set[str]:
+        """Names of what it gives."""
+        names = [f"{name}_bar" for name in _QKV] if backward else list(_OUTPUT)
+        return _of_halves(self.halves, [f"{name}/{self.place}" for name in names])
+
+    def before(self, backward: bool) -> set[str]:
+        """Names of what the part before it hands to it."""
+        names = ("o_bar",) if backward else _QKV
+        return _of_halves(self.halves, [f"{name}/{self.place}" for name in names])
 
 
-def _qkv(env: Env, suffix: str = "") -> Qkv:
-    return Qkv(*[env[name + suffix] for name in _QKV])
-
-
-def _output(y: Output, suffix: str) -> Env:
-    return {f"o{suffix}": _heads_first(y.o), f"lse{suffix}": y.lse}
-
-
-def _bars(x: Qkv, suffix: str) -> Env:
-    return {f"{name}_bar{suffix}": each for name, each in zip(_QKV, x, strict=True)}
+def _of_halves(halves: tuple[Half, ...], names: Iterable[str]) -> set[str]:
+    """Values, tangents or both of these names."""
+    return {dotted(name) if half == "tangent" else name for half in halves for name in names}
 
 
 @final
@@ -134,34 +178,37 @@ class Leg:
     """A leg, ready to run."""
 
     spec: LegSpec
-    attends: tuple[Half, ...]  # of its halves those with an attention, between its two parts
+    between: tuple[Between, ...]  # the attentions between its parts
     parts: tuple[Part, ...]
     needs: frozenset[str]  # what it reads of earlier legs, parameters and constants aside
 
-    def run(self, env: Env, attention: AttentionCall | None, collect: Collect | None = None) -> Env:
+    def run(
+        self, env: Env, attentions: Sequence[AttentionCall], collect: Collect | None = None
+    ) -> Env:
         """Everything it computes, by name.
 
         Args:
             env: Everything it needs.
-            attention: What lies between its two parts, if it has two.
+            attentions: Those that the block is cut at.
             collect: Takes derivatives of parameters out of a part's results.
         """
-        return self.run_all([env], attention, [collect])[0]
+        return self.run_all([env], attentions, [collect])[0]
 
     def run_all(
         self,
         envs: Sequence[Env],
-        attention: AttentionCall | None,
+        attentions: Sequence[AttentionCall],
         collects: Sequence[Collect | None],
     ) -> list[Env]:
-        """The tangents of several probes: as `run` of each, but the attention does all at once."""
+        """The tangents of several probes: as `run` of each, but an attention does all at once."""
         found: list[Env] = [{} for _ in envs]
         for index, part in enumerate(self.parts):
             if index:
-                assert attention is not None
+                between = self.between[index - 1]
+                attention = attentions[between.place]
                 step = attention.backward if self.spec.backward else attention.forward
                 known = [{**env, **results} for env, results in zip(envs, found, strict=True)]
-                for results, made in zip(found, step(known, self.attends), strict=True):
+                for results, made in zip(found, step(known, between.halves), strict=True):
                     results |= made
             for env, results, collect in zip(envs, found, collects, strict=True):
                 results |= _run_part(part, {**env, **results}, collect)
@@ -203,7 +250,7 @@ class BlockDual:
     """The derivatives of one kind of block at one shape.
 
     Args:
-        trace: Of the block; one that takes `o` is cut at its attention.
+        trace: Of the block; one that takes `o/0` and so on is cut at its attentions.
         key: What it was traced from: the block's program.
         remarks: What is to be said of the block's code.
         prepare: Called once with each new part; may replace how it runs.
@@ -219,8 +266,9 @@ class BlockDual:
         self._trace = trace
         self.remarks = frozenset(remarks)
         self.key = key
-        self.is_cut = "o" in trace.arguments
-        self._attention_moves = "o_dot" in trace.arguments
+        calls = range(trace.num_calls)
+        #: For each attention that it is cut at, whether its output has a tangent.
+        self._moves = [f"o_dot/{place}" in trace.arguments for place in calls]
         self._prepare = prepare
         self._plans: dict[tuple[Passes, Way], Plan] = {}
 
@@ -235,95 +283,80 @@ class BlockDual:
         if (passes, way) not in self._plans:
             legs: list[Leg] = []
             for run in _legs(passes, way):
-                groups = [self._groups(spec) for spec in run]
-                parts = split(self._trace, [each for pair in groups for each in pair])
-                for spec, pair in zip(run, groups, strict=True):
-                    mine, parts = tuple(parts[: len(pair)]), parts[len(pair) :]
+                between = [self._between(spec) for spec in run]
+                groups = [self._groups(*each) for each in zip(run, between, strict=True)]
+                parts = split(self._trace, [each for some in groups for each in some])
+                for spec, calls, some in zip(run, between, groups, strict=True):
+                    mine, parts = tuple(parts[: len(some)]), parts[len(some) :]
                     for part in mine:
                         if self._prepare is not None:
                             self._prepare(part)
-                    needs = self._needs(self._attends(spec), spec.backward, mine)
-                    legs.append(Leg(spec, self._attends(spec), mine, needs))
+                    legs.append(Leg(spec, calls, mine, self._needs(spec.backward, calls, mine)))
             self._plans[passes, way] = Plan(tuple(legs))
         return self._plans[passes, way]
 
-    def _attends(self, spec: LegSpec) -> tuple[Half, ...]:
-        """Halves of a leg that have an attention between them.
+    def _between(self, spec: LegSpec) -> tuple[Between, ...]:
+        """The attentions of a leg in the order that it calls them.
 
-        What it is made of may have no tangent: then it has its value, and nothing goes back.
+        What one is made of may have no tangent: then it has its value, and nothing goes back.
         """
-        if not self.is_cut or (spec.backward and not self._attention_moves):
-            return ()
-        if self._attention_moves or "primal" not in spec.halves:
-            return spec.halves if self._attention_moves else ()
-        return ("primal",)
+        found = []
+        for place, moves in enumerate(self._moves):
+            still = () if spec.backward or "primal" not in spec.halves else ("primal",)
+            halves: tuple[Half, ...] = spec.halves if moves else still  # type: ignore[assignment]
+            if halves:
+                found.append(Between(place, halves))
+        return tuple(reversed(found) if spec.backward else found)
 
-    def _groups(self, spec: LegSpec) -> list[Group]:
-        """The parts of a leg: before and behind the attention, or one."""
-        attends = self._attends(spec)
-        first, second = (2, 3) if spec.backward else (0, 1)
-        before = {0, 1, 2} if spec.again else {first}
-        last = ("x_bar",) if spec.backward else ("y",)
-        middle: tuple[str, ...] = ("o_bar",) if spec.backward else _QKV
-        if spec.again:
-            middle += _QKV
+    def _groups(self, spec: LegSpec, between: tuple[Between, ...]) -> list[Group]:
+        """The parts of a leg: up to each attention that it calls, and behind the last of them."""
+        count = len(self._moves) + 1  # of stages each way
+        first = count if spec.backward else 0
+        start = 0 if spec.again else first
+        # An attention's stage ends the part before it.
+        ends = [2 * count - 2 - each.place if spec.backward else each.place for each in between]
         names = [name for name in self._trace.terms if name.partition("/")[0] == spec.parameters]
-        if not attends:
-            # Without a tangent of its attention's output a block may go back to before it at once.
-            return [self._group(before | {second}, last, spec, names, spec.halves)]
-        early = [name for name in names if self._trace.time_of(name) < second]
-        late = [name for name in names if name not in early]
-        return [
-            self._group(before, middle, spec, early, attends),
-            self._group({second}, last, spec, late, spec.halves),
-        ]
+        groups = []
+        for index, end in enumerate([*ends, first + count - 1]):
+            if index < len(between):
+                outputs = between[index].before(spec.backward)
+            else:
+                outputs = _of_halves(spec.halves, ["x_bar" if spec.backward else "y"])
+            if spec.again and index == 0:
+                for each in between:
+                    outputs |= each.before(backward=False)
+            mine = [name for name in names if self._trace.time_of(name) <= end]
+            names = [name for name in names if name not in mine]
+            groups.append(self._group(range(start, end + 1), sorted(outputs), spec, mine))
+            start = end + 1
+        return groups
 
     def _group(
-        self,
-        times: set[int],
-        outputs: Iterable[str],
-        spec: LegSpec,
-        parameters: Sequence[str],
-        halves: tuple[Half, ...],
+        self, times: Iterable[int], outputs: Iterable[str], spec: LegSpec, parameters: Sequence[str]
     ) -> Group:
-        """Stages of a leg, with the outputs of some of its halves and derivatives of parameters."""
-        dots = [half == "tangent" for half in spec.halves]
-        wanted = [half == "tangent" for half in halves]
-        names = [f"{name}_dot" if dot else name for name in outputs for dot in wanted]
+        """Stages of a leg, with outputs of them and derivatives of parameters."""
         # Constants have no tangent, yet a tangent leg may compute with what is made of them alone.
+        every = [stages(times, dotted=half == "tangent") for half in spec.halves]
         return Group(
-            frozenset(Stage(time, dot) for time in times for dot in dots),
-            (*[name for name in names if name in self._trace.outputs], *parameters),
+            frozenset[Stage]().union(*every),
+            (*[name for name in outputs if name in self._trace.outputs], *parameters),
         )
 
     def _needs(
-        self, attends: tuple[Half, ...], backward: bool, parts: Sequence[Part]
+        self, backward: bool, between: tuple[Between, ...], parts: Sequence[Part]
     ) -> frozenset[str]:
+        """What a leg reads of what is before it, parameters and constants aside."""
         made: set[str] = set()
         needs: set[str] = set()
         for index, part in enumerate(parts):
             if index:
-                needs |= self._attention_needs(attends, backward) - made
-                made |= self._attention_makes(attends, backward)
+                needs |= between[index - 1].needs(backward) - made
+                made |= between[index - 1].makes(backward)
             needs |= set(part.inputs) - made
             made |= set(part.outputs)
         return frozenset(
             name for name in needs if not name.startswith(("p/", "p_dot/", "w/", "c/"))
         )
-
-    def _attention_needs(self, halves: tuple[Half, ...], backward: bool) -> set[str]:
-        names = {*_QKV}
-        if backward:
-            names |= {*_OUTPUT, "o_bar"}
-        if "tangent" in halves:
-            names |= {f"{name}_dot" for name in names}
-        if halves == ("tangent",):
-            names |= {*_OUTPUT}
-        return names
-
-    def _attention_makes(self, halves: tuple[Half, ...], backward: bool) -> set[str]:
-        names = [f"{name}_bar" for name in _QKV] if backward else list(_OUTPUT)
-        return {f"{name}_dot" if half == "tangent" else name for half in halves for name in names}
 
     def kept_bytes(self, passes: Passes, way: Way) -> int:
         """Memory between the forward and the backward legs of one product."""

@@ -16,7 +16,8 @@ mean. Blocks before the last know of a product only its `passes`: two products o
 share their programs, what is verified of them, and what is kept from product to product. The last
 block knows the rules.
 
-A new product is a row here and, where no rule fits, a rule in `output_rules.py`.
+A new product is a row here and, where no rule fits, a rule in `output_rules.py`. It is served where
+the enum of `hvp/v1/operator.proto` has a value of the same name.
 
 The empirical Fisher matrix
     is F = (1/W) Σ_u g_u g_uᵀ, with W the number of targets of the whole batch, the same that the
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from hvp_core.autodiff.passes import VALUE, Passes
+from hvp_core.errors import CurvatureError
 from hvp_core.losses import output_rules as rules
 
 
@@ -57,6 +59,12 @@ class ProductSpec:
         given: What the cotangents are made of beside the output: the measured numbers of rows, or
             a tensor like the output. Such a one is no derivative of the loss, and is not divided by
             the number of targets.
+        power: Of the measured numbers of rows the one that is summed for a quadratic form.
+        semidefinite: The matrix has no negative eigenvalue.
+        form: The product that measures v·Av of each row, by going forward alone; None where there
+            is no such rule.
+        of_outputs: It is one of the model's outputs, which a model that gives its loss alone has
+            not.
 
     Raises:
         ValueError: The fields contradict one another.
@@ -69,6 +77,10 @@ class ProductSpec:
     measure: rules.MeasureRule | None = None
     given: Literal["rows", "outputs"] | None = None
     measured: Literal["rows", "outputs"] = "rows"
+    power: int = 1
+    semidefinite: bool = False
+    form: ProductSpec | None = None
+    of_outputs: bool = True
 
     def __post_init__(self) -> None:
         """See that what goes back has a beginning."""
@@ -86,27 +98,11 @@ _GRADIENT = Passes("value", "cotangent")
 _GAUSS_NEWTON = Passes("tangent", "cotangent")
 _FORWARD = Passes("tangent", "none")
 
-LOSS = ProductSpec("loss", "loss", VALUE)
-GRADIENT = ProductSpec("gradient", "gradient", _GRADIENT, rules.gradient)
-HESSIAN = ProductSpec(
-    "hessian", "Hessian's product", Passes("tangent", "pair"), rules.gradient_and_curve
+LOSS = ProductSpec("loss", "loss", VALUE, of_outputs=False)
+GRADIENT = ProductSpec("gradient", "gradient", _GRADIENT, rules.gradient, of_outputs=False)
+SLOPES = ProductSpec(
+    "slopes", "derivative of the loss", _FORWARD, measure=rules.slopes_of_rows, of_outputs=False
 )
-GGN = ProductSpec("ggn", "Gauss-Newton product", _GAUSS_NEWTON, rules.curve)
-FISHER_TOKEN = ProductSpec(
-    "empirical_fisher_token",
-    "product with the empirical Fisher matrix of tokens",
-    _GAUSS_NEWTON,
-    rules.gradient_by_slopes_of_targets,
-)
-FISHER_SEQUENCE = ProductSpec(
-    "empirical_fisher_sequence",
-    "product with the empirical Fisher matrix of sequences",
-    _GAUSS_NEWTON,
-    rules.gradient_by_given_rows,
-    rules.slopes_of_rows,
-    given="rows",
-)
-SLOPES = ProductSpec("slopes", "derivative of the loss", _FORWARD, measure=rules.slopes_of_rows)
 OUTPUT_JVP = ProductSpec(
     "output_jvp",
     "derivative of the output",
@@ -121,21 +117,67 @@ OUTPUT_VJP = ProductSpec(
     rules.given,
     given="outputs",
 )
-GGN_QUADRATIC = ProductSpec(
-    "ggn_quadratic", "Gauss-Newton form", _FORWARD, measure=rules.curvature_of_rows
+HESSIAN = ProductSpec(
+    "hessian",
+    "Hessian's product",
+    Passes("tangent", "pair"),
+    rules.gradient_and_curve,
+    of_outputs=False,
 )
-FISHER_TOKEN_QUADRATIC = ProductSpec(
-    "empirical_fisher_token_quadratic",
-    "form of the empirical Fisher matrix of tokens",
-    _FORWARD,
-    measure=rules.squared_slopes_of_targets,
+GGN = ProductSpec(
+    "ggn",
+    "Gauss-Newton product",
+    _GAUSS_NEWTON,
+    rules.curve,
+    semidefinite=True,
+    form=ProductSpec(
+        "ggn_quadratic", "Gauss-Newton form", _FORWARD, measure=rules.curvature_of_rows
+    ),
+)
+FISHER_TOKEN = ProductSpec(
+    "empirical_fisher_token",
+    "product with the empirical Fisher matrix of tokens",
+    _GAUSS_NEWTON,
+    rules.gradient_by_slopes_of_targets,
+    semidefinite=True,
+    form=ProductSpec(
+        "empirical_fisher_token_quadratic",
+        "form of the empirical Fisher matrix of tokens",
+        _FORWARD,
+        measure=rules.squared_slopes_of_targets,
+    ),
+)
+FISHER_SEQUENCE = ProductSpec(
+    "empirical_fisher_sequence",
+    "product with the empirical Fisher matrix of sequences",
+    _GAUSS_NEWTON,
+    rules.gradient_by_given_rows,
+    rules.slopes_of_rows,
+    given="rows",
+    semidefinite=True,
+    form=ProductSpec(
+        "empirical_fisher_sequence_quadratic",
+        "form of the empirical Fisher matrix of sequences",
+        _FORWARD,
+        measure=rules.slopes_of_rows,
+        power=2,
+    ),
 )
 
 #: Symmetric matrices on the space of the parameters, by the name of their kind.
 MATRICES = {each.name: each for each in (HESSIAN, GGN, FISHER_TOKEN, FISHER_SEQUENCE)}
-#: What is measured of each row for v·Av, and the power of it that is summed, by the kind of A.
-QUADRATICS = {
-    GGN.name: (GGN_QUADRATIC, 1),
-    FISHER_TOKEN.name: (FISHER_TOKEN_QUADRATIC, 1),
-    FISHER_SEQUENCE.name: (SLOPES, 2),
-}
+
+
+def matrix(kind: str) -> ProductSpec:
+    """The product of a kind of symmetric matrix.
+
+    Raises:
+        CurvatureError: KIND_UNSUPPORTED: there is none of this name.
+    """
+    if kind not in MATRICES:
+        raise CurvatureError(
+            "KIND_UNSUPPORTED",
+            f"there is no matrix {kind!r}; there are {', '.join(MATRICES)}",
+            {"kind": kind},
+        )
+    return MATRICES[kind]

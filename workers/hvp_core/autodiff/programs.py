@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.trace import Env, Trace, dotted
+from hvp_core.autodiff.trace import Env, Trace, dotted, suffixed
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
 
@@ -21,25 +21,27 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     """The trace of a block with its jvp, its vjp and the jvp of its vjp.
 
     Args:
-        f: The block. Its outputs are `y`, and `q`, `k`, `v` if it takes `o`.
+        f: The block. Its outputs are `y`, and `q/j`, `k/j`, `v/j` for each attention's output
+            `o/j` that it takes.
         p: Parameters by name, those that it is differentiated by.
-        inputs: `x` and, in a block cut at its attention, `o`.
-        constants: `w/0`, `c/0` and so on; `x` where that is data, and `o` where it has no tangent.
+        inputs: `x` and, in a block cut at its attentions, `o/0` and so on.
+        constants: `w/0`, `c/0` and so on; `x` where that is data, and `o/j` where it has no
+            tangent.
     """
     with torch.no_grad():
         y = f(p, inputs, constants)
-    bars = {f"{name}_bar": _as_given(name, each) for name, each in y.items()}
+    bars = {suffixed(name, "_bar"): _as_given(name, each) for name, each in y.items()}
     at = _flat("p", p) | inputs
     arguments = at | {dotted(name): each for name, each in at.items()} | constants
     arguments |= bars | {dotted(name): each for name, each in bars.items()}
 
     def program(env: Env) -> Env:
-        y_bar = {name: env[f"{name}_bar"] for name in y}
-        y_bar_dot = {name: env[f"{name}_bar_dot"] for name in y}
+        y_bar = {name: env[suffixed(name, "_bar")] for name in y}
+        y_bar_dot = {name: env[suffixed(name, "_bar_dot")] for name in y}
         (value, primal), (value_dot, tangent) = _dual_and_back(
             f, p, inputs, constants, env, y_bar, y_bar_dot
         )
-        found = value | {f"{name}_dot": each for name, each in value_dot.items()}
+        found = value | {dotted(name): each for name, each in value_dot.items()}
         return found | _named("bar", primal) | _named("bar_dot", tangent)
 
     return Trace(program, arguments)
@@ -50,7 +52,8 @@ def trace_value(f: Block, constants: Env) -> Trace:
 
     Args:
         f: The block.
-        constants: All that it computes with: `x` too and, in a block cut at its attention, `o`.
+        constants: All that it computes with: `x` too and, in a block cut at its attentions, `o/0`
+            and so on.
     """
     return Trace(lambda env: f({}, {}, env), constants)
 
@@ -153,7 +156,8 @@ def _dual_and_back(
 
 def _named(suffix: str, cotangents: tuple[Env, Env]) -> Env:
     p_bar, x_bar = cotangents
-    return {f"{name}_{suffix}": each for name, each in x_bar.items()} | _flat(f"p_{suffix}", p_bar)
+    found = {suffixed(name, f"_{suffix}"): each for name, each in x_bar.items()}
+    return found | _flat(f"p_{suffix}", p_bar)
 
 
 def _flat(prefix: str, values: Mapping[str, Tensor]) -> Env:

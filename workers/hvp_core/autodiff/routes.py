@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx as fx
@@ -27,7 +30,7 @@ from hvp_core.autodiff.traced import Traced, TracedClosing, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
-from hvp_core.model.chain import Body, function_of
+from hvp_core.model.chain import Body, Chain, function_of
 from hvp_core.policy import Policy
 from hvp_core.precision import listening
 
@@ -35,34 +38,42 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _DUALS_KEPT = 64  # programs, not tensors: a few hundred kilobytes each
+_LOOKS_KEPT = 512  # of one chain: tens of kilobytes each, and the blocks of a program share a text
 
 
 class _Cache:
-    """Duals by what they are made of: blocks of one program share one."""
+    """What was made last, by what it is made of."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._found:
             self._found[key] = make()
-            while len(self._found) > _DUALS_KEPT:
+            while len(self._found) > self._kept:
                 self._found.popitem(last=False)
         self._found.move_to_end(key)
         found: T = self._found[key]
         return found
 
 
-_duals = _Cache()
+#: Blocks of one program share a dual, whatever chain they are of.
+_duals = _Cache(_DUALS_KEPT)
+#: All operators of a chain share what a look at its blocks has shown: by law they do not change.
+_looks: WeakKeyDictionary[Chain, _Cache] = WeakKeyDictionary()
 
 
 class _Look(NamedTuple):
     """What one look at a block's forward shows."""
 
     text: str  # the program; blocks of one text are one block
-    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors
-    masks: tuple[int | None, ...]  # places of their masks among the block's
-    moves: bool  # whether what they are given has a derivative
+    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors; without their masks
+    masks: tuple[int | None, ...]  # places of their masks among the block's, or made in the block
+    moves: tuple[bool, ...]  # whether what they are given may have a derivative
+
+
+_MADE_INSIDE = -1
 
 
 @final
@@ -70,13 +81,14 @@ class Routes:
     """Makes the routes of one operator.
 
     Args:
+        chain: Whose blocks they go through.
         policy: Whether to compile, and with what precision.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, chain: Chain, policy: Policy):
         self._policy = policy
         self._prepare = COMPILER if policy.compile else None
-        self._looks: dict[Hashable, _Look] = {}
+        self._looks = _looks.setdefault(chain, _Cache(_LOOKS_KEPT))
         #: Blocks that are not cut or not traced, and why.
         self.fallbacks: dict[str, str] = {}
         #: Blocks of whose code something is to be said.
@@ -119,27 +131,22 @@ class Routes:
         values, inputs, constants = _inputs(link, p, x, body.constants)
         f = _placed(body, link.parameters)
         look = self._look(link.name, body, f, values, inputs, constants, cut)
-        call = _attention(look, body, self._policy) if look.calls and cut else None
+        attentions = _attentions(look, body, self._policy) if cut else []
 
         def make() -> BlockDual:
             with listening() as remarks:
-                g, at, still = f, inputs, constants
-                if call is not None:
-                    q, _, v = look.calls[0].qkv
-                    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-                    o = torch.zeros(shape, dtype=v.dtype, device=x.device)
-                    g = _cut_open(f)
-                    if look.moves:
-                        at = {**inputs, "o": o}
-                    else:
-                        still = {**constants, "o": o}
+                g, at, still = f, dict(inputs), dict(constants)
+                if attentions:
+                    g = _cut_open(f, len(attentions))
+                for call, moves, each in zip(look.calls, look.moves, attentions, strict=True):
+                    (at if moves else still)[f"o/{each.place}"] = _output(call, x.device)
                 trace = trace_block(g, values, at, still) if link.moves else trace_value(g, still)
             return BlockDual(trace, of, remarks, self._prepare)
 
-        of = look.text, call is not None, link.takes_data
+        of = look.text, len(attentions), link.takes_data
         dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
         self.remark(link.name, dual.remarks)
-        return Traced(dual, link.parameters, link.selected, body.constants, call)
+        return Traced(dual, link.parameters, link.selected, body.constants, attentions)
 
     def _look(
         self,
@@ -152,10 +159,9 @@ class Routes:
         cut: bool,
     ) -> _Look:
         """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
-        key = (name, _signature(p | inputs | constants), len(p), body.settings, cut)
-        if key not in self._looks:
-            self._looks[key] = _look(f, p, inputs, constants, body.masks)
-        return self._looks[key]
+        of = _signature(p | inputs | constants), len(p), len(inputs)
+        key = (name, of, body.settings, cut)
+        return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
 
     def closing(
         self,
@@ -260,16 +266,32 @@ def _placed(body: Body, names: Sequence[str]) -> Placed:
     return f
 
 
-def _cut_open(f: Placed) -> Placed:
-    """The block with its attention's output as an input."""
+def _output(call: seam.Call, device: torch.device) -> Tensor:
+    """A tensor like what an attention gives, (b, s, h, e)."""
+    q, _, v = call.qkv
+    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    return torch.zeros(shape, dtype=v.dtype, device=device)
+
+
+def _cut_open(f: Placed, num_calls: int) -> Placed:
+    """The block with its attentions' outputs as inputs."""
+    names = [f"o/{place}" for place in range(num_calls)]
 
     def g(p: Env, inputs: Env, constants: Env) -> Env:
-        with seam.cut(inputs["o"] if "o" in inputs else constants["o"]) as found:
+        with seam.cut([(inputs if name in inputs else constants)[name] for name in names]) as found:
             y = f(p, inputs, constants)
-        q, k, v = found.calls[0].qkv
-        return {"q": q, "k": k, "v": v, **y}
+        return _asked(found.calls) | y
 
     return g
+
+
+def _asked(calls: Sequence[seam.Call]) -> Env:
+    """What attentions were asked, by name."""
+    return {
+        f"{name}/{place}": each
+        for place, call in enumerate(calls)
+        for name, each in call.qkv._asdict().items()
+    }
 
 
 def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
@@ -282,29 +304,37 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
         with seam.cut(None) as found:
             y = f(*at, {name: env[name] for name in constants})
         calls[:] = found.calls
-        for place, call in enumerate(calls):
-            y |= {f"{name}/{place}": each for name, each in call.qkv._asdict().items()}
-            if isinstance(call.mask, Tensor):
-                y[f"mask/{place}"] = call.mask
-        return y
+        masks = {f"mask/{place}": call.mask for place, call in enumerate(calls)}
+        return (
+            y
+            | _asked(calls)
+            | {name: each for name, each in masks.items() if isinstance(each, Tensor)}
+        )
 
     graph, names = trace_graph(program, arguments)
+    moves = [
+        _reads(graph, names, tuple(f"{name}/{place}" for name in "qkv"), len(p) + len(inputs))
+        for place in range(len(calls))
+    ]
     place_of = {id(mask): place for place, mask in enumerate(masks)}
+    text = str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls)
     return _Look(
-        str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls),
-        tuple(calls),
-        tuple(place_of.get(id(each.mask)) for each in calls),
-        _reads(graph, names, ("q/", "k/", "v/"), len(p) + len(inputs)),
+        sys.intern(text),
+        tuple(replace(each, mask=None) for each in calls),
+        tuple(
+            None if each.mask is None else place_of.get(id(each.mask), _MADE_INSIDE)
+            for each in calls
+        ),
+        # Behind one that moves, whatever is computed may.
+        tuple(any(moves[: place + 1]) for place in range(len(calls))),
     )
 
 
-def _reads(graph: fx.Graph, names: Sequence[str], which: tuple[str, ...], count: int) -> bool:
-    """Whether outputs whose names begin so depend on the first arguments."""
+def _reads(graph: fx.Graph, names: Sequence[str], which: Sequence[str], count: int) -> bool:
+    """Whether outputs of these names depend on the first arguments."""
     wanted = [node for node in graph.nodes if node.op == "placeholder"][:count]
     output = next(node for node in graph.nodes if node.op == "output")
-    stack = [
-        node for name, node in zip(names, output.args[0], strict=True) if name.startswith(which)
-    ]
+    stack = [node for name, node in zip(names, output.args[0], strict=True) if name in which]
     seen: set[fx.Node] = set()
     while stack:
         node = stack.pop()
@@ -314,22 +344,23 @@ def _reads(graph: fx.Graph, names: Sequence[str], which: tuple[str, ...], count:
     return not seen.isdisjoint(wanted)
 
 
-def _attention(look: _Look, body: Body, policy: Policy) -> AttentionCall:
-    """How a block's attention is computed.
+def _attentions(look: _Look, body: Body, policy: Policy) -> list[AttentionCall]:
+    """How a block's attentions are computed, in the order of their calls.
 
     Raises:
-        _UncutError: It is called more than once, or has an irregular mask.
+        _UncutError: One has an irregular mask.
     """
-    if len(look.calls) != 1:
-        raise _UncutError(f"it is called {len(look.calls)} times in a block")
-    call, place = look.calls[0], look.masks[0]
-    if call.mask is not None and place is None:
-        raise _UncutError("its mask is made inside the layer")
-    shape = call.shape(None if place is None else body.masks[place])
-    if shape is None:
-        raise _UncutError("its mask is irregular")
-    pattern, span = shape
-    return AttentionCall(choice.choose(call.qkv, pattern, span, policy.precision), pattern, span)
+    found = []
+    for place, (call, of_mask) in enumerate(zip(look.calls, look.masks, strict=True)):
+        if of_mask == _MADE_INSIDE:
+            raise _UncutError("its mask is made inside the layer")
+        shape = call.shape(None if of_mask is None else body.masks[of_mask])
+        if shape is None:
+            raise _UncutError("its mask is irregular")
+        pattern, span = shape
+        rule = choice.choose(call.qkv, pattern, span, policy.precision)
+        found.append(AttentionCall(place, rule, pattern, span))
+    return found
 
 
 def _signature(values: Mapping[str, Tensor]) -> Hashable:

@@ -1,21 +1,22 @@
 """A block's derivatives as one straight-line program of tensors.
 
 The forward-over-reverse dual of a block is traced once for each shape. Every line of the trace then
-belongs to a *stage*, found from what it depends on:
+belongs to a *stage*, found from what it depends on. Of a block with one attention:
 
     0  p, x                     0' v, ẋ               the block up to its attention
     1  o                        1' ȯ                  the block behind it
     2  ȳ                        2' ȳ̇                  back to the attention
     3  q̄, k̄, v̄                  3' their tangents     back to x and p
 
-A stage without prime does not depend on any tangent, so in a Krylov run it is the same for every
-product. Every schedule is a grouping of these stages (`parts.split`): what one group has
-computed and a later one needs is kept, except for pointwise work, which is cheaper to do again than
-to load. Stages 1 and 3 are empty in a block without attention.
+A block with C attentions has C + 1 stages on the way forward and as many on the way back, one
+between each two of them; a block without has one each way. A stage without prime does not depend on
+any tangent, so in a Krylov run it is the same for every product. Every schedule is a grouping of
+these stages (`parts.split`): what one group has computed and a later one needs is kept, except for
+pointwise work, which is cheaper to do again than to load.
 
-Values have names, the same everywhere in this package: `x`, `o`, `q`, `k`, `v`, `y`; parameters
-`p/NAME`; those that are constants `w/NAME`, other constants `c/0`...; a tangent has `_dot` appended
-to the part before the slash, a cotangent `_bar`, the tangent of a cotangent `_bar_dot`:
+Values have names, the same everywhere in this package: `x`, `y`; of the j-th attention `q/j`,
+`k/j`, `v/j` and its output `o/j`; parameters `p/NAME`; constants `c/0`...; a tangent has `_dot`
+appended to the part before the slash, a cotangent `_bar`, the tangent of a cotangent `_bar_dot`:
 `p_bar_dot/NAME` is a block's part of Hv.
 """
 
@@ -48,26 +49,24 @@ class Stage:
     dotted: bool
 
 
-_TIMES = {
-    "x": 0,
-    "p": 0,
-    "w": 0,
-    "c": 0,
-    "given": 0,
-    "o": 1,
-    "y_bar": 2,
-    "q_bar": 3,
-    "k_bar": 3,
-    "v_bar": 3,
-}
-
-PRIMAL = tuple(Stage(time, False) for time in range(4))
-TANGENT = tuple(Stage(time, True) for time in range(4))
+def stages(times: Iterable[int], *, dotted: bool) -> frozenset[Stage]:
+    """The stages of these times, with a tangent or without."""
+    return frozenset(Stage(time, dotted) for time in times)
 
 
-def _stage_of_input(name: str) -> Stage:
-    base = name.partition("/")[0]
-    return Stage(_TIMES[base.removesuffix("_dot")], base.endswith("_dot"))
+def _stage_of_input(name: str, num_calls: int) -> Stage:
+    """When an argument comes, in a block of so many attentions."""
+    base, _, place = name.partition("/")
+    plain = base.removesuffix("_dot")
+    if plain == "o":
+        time = int(place) + 1
+    elif plain == "y_bar":
+        time = num_calls + 1
+    elif plain in ("q_bar", "k_bar", "v_bar"):
+        time = 2 * num_calls + 1 - int(place)
+    else:  # x, parameters, constants, what is given
+        time = 0
+    return Stage(time, base.endswith("_dot"))
 
 
 @final
@@ -88,12 +87,14 @@ class Trace:
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
         self._inputs = dict(zip(placeholders, arguments, strict=True))
         self.arguments = dict(zip(arguments, placeholders, strict=True))
+        #: How many attentions it is cut at.
+        self.num_calls = sum(name.startswith("o/") for name in arguments)
         output = next(node for node in self._graph.nodes if node.op == "output")
         derivatives = [
             node for name, node in zip(names, output.args[0], strict=True) if is_parameters(name)
         ]
-        stages = self._find_stages()
-        merge_sums(self._graph, sums_behind(derivatives), lambda a, b: stages[a] == stages[b])
+        found = self._find_stages()
+        merge_sums(self._graph, sums_behind(derivatives), lambda a, b: found[a] == found[b])
         self.outputs: dict[str, fx.Node] = dict(zip(names, output.args[0], strict=True))
         #: For each derivative of a parameter, the terms whose sum it is.
         self.terms = {
@@ -105,7 +106,7 @@ class Trace:
         found: dict[fx.Node, Stage] = {}
         for node in self._graph.nodes:
             if node in self._inputs:
-                found[node] = _stage_of_input(self._inputs[node])
+                found[node] = _stage_of_input(self._inputs[node], self.num_calls)
                 continue
             before = [found[each] for each in node.all_input_nodes]
             found[node] = Stage(
@@ -144,10 +145,15 @@ class Trace:
         return self._inputs.get(node)
 
 
+def suffixed(name: str, suffix: str) -> str:
+    """A name with something appended to the part before the slash."""
+    base, slash, rest = name.partition("/")
+    return f"{base}{suffix}{slash}{rest}"
+
+
 def dotted(name: str) -> str:
     """The name of a tangent."""
-    base, slash, rest = name.partition("/")
-    return f"{base}_dot{slash}{rest}"
+    return suffixed(name, "_dot")
 
 
 def is_parameters(name: str) -> bool:

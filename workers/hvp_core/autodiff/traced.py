@@ -27,7 +27,7 @@ class Traced(Route):
         names: Of the block's parameters, in the order of those places.
         selected: Of these, the ones that it was traced as a function of.
         constants: Of this micro-batch, by name.
-        attention: Of this micro-batch, if the block is cut.
+        attentions: Of this micro-batch, those that the block is cut at.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Traced(Route):
         names: Sequence[str],
         selected: Collection[str],
         constants: Env,
-        attention: AttentionCall | None,
+        attentions: Sequence[AttentionCall],
     ):
         self.dual, self._names = dual, tuple(names)
         self._place_of = places(names, selected)
-        self._constants, self._attention = constants, attention
+        self._constants, self._attentions = constants, attentions
 
     @property
     def key(self) -> Hashable:
@@ -67,7 +67,7 @@ class Traced(Route):
     def value(self, p: Params, x: Tensor) -> Tensor:
         """By the leg of the loss."""
         leg = self.dual.plan(VALUE, "fast").legs[0]
-        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attention)["y"]
+        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attentions)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
         """Zeros: blocks that cannot be traced are run with it, and must not see mere memory."""
@@ -95,7 +95,7 @@ class Traced(Route):
             y_dots: list[Tensor | None] = []
             for probe, x_dot in enumerate(x_dots):
                 env = self._env(weights, probe) | self._input(x, x_dot)
-                found = legs[0].run(env, self._attention)
+                found = legs[0].run(env, self._attentions)
                 y, y_dot = found["y"], found["y_dot"]
                 y_dots.append(y_dot.contiguous())
                 tape.tangents.append(_only(names, env | found))
@@ -103,7 +103,7 @@ class Traced(Route):
         tape = kept or Tape()
         if not tape.complete:
             env = self._env(weights) | self._input(x)
-            found = legs[0].run(env, self._attention)
+            found = legs[0].run(env, self._attentions)
             tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
         y_dots, tape.tangents = [], []
         names = plan.kept(legs[1]) - set(tape.primal) if x_dots else frozenset[str]()
@@ -112,17 +112,17 @@ class Traced(Route):
                 self._env(weights, probe) | tape.primal | self._input(x, x_dots[probe])
                 for probe in probes
             ]
-            results = legs[1].run_all(envs, self._attention, [None for _ in envs])
+            results = legs[1].run_all(envs, self._attentions, [None for _ in envs])
             for env, found in zip(envs, results, strict=True):
                 y_dots.append(found["y_dot"].contiguous())
                 tape.tangents.append(_only(names, env | found))
         return tape.primal["y"], y_dots, tape
 
     def _groups(self, count: int, leg: Leg) -> Iterator[range]:
-        """Probes that go through a leg together: as many as its attention does at once."""
+        """Probes that go through a leg together: as many as its attentions do at once."""
         size = 1
-        if self._attention is not None and leg.spec.halves == ("tangent",):
-            size = self._attention.rule.together
+        if self._attentions and leg.spec.halves == ("tangent",):
+            size = min(each.rule.together for each in self._attentions)
         for first in range(0, count, size):
             yield range(first, min(first + size, count))
 
@@ -141,7 +141,7 @@ class Traced(Route):
         if passes.forward == "value":
             env = self._env(weights) | tape.primal
             alone = [
-                legs[0].run(env | _bar(y_bar), self._attention, adder(sum_, self._names))
+                legs[0].run(env | _bar(y_bar), self._attentions, adder(sum_, self._names))
                 for y_bar, sum_ in zip(bars.dots, sums, strict=True)
             ]
             return Bars(None, [found.get("x_bar") for found in alone])
@@ -149,7 +149,7 @@ class Traced(Route):
         x_bar = tape.primal.get("x_bar")
         if len(legs) == 2 and not tape.complete:
             env = self._env(weights) | tape.primal | _bar(bars.primal)
-            found = legs[0].run(env, self._attention)
+            found = legs[0].run(env, self._attentions)
             tape.primal |= _only(plan.kept(legs[0]), env | found)
             if "x_bar" in found:
                 x_bar = tape.primal["x_bar"] = found["x_bar"]
@@ -163,7 +163,7 @@ class Traced(Route):
                 envs.append(env)
                 tape.tangents[probe] = {}
             adders = [adder(sums[probe], self._names) for probe in probes]
-            for found in legs[-1].run_all(envs, self._attention, adders):
+            for found in legs[-1].run_all(envs, self._attentions, adders):
                 dots.append(found.get("x_bar_dot" if pair else "x_bar"))
                 if pair:
                     x_bar = found.get("x_bar", x_bar)

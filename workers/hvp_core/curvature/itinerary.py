@@ -69,7 +69,7 @@ class Itinerary(Executors):
             working_on("constants", "the masks and positions of the layers"),
         ):
             self._contexts = [chain.context(each) for each in batches]
-        self._routes = Routes(policy)
+        self._routes = Routes(chain, policy)
         self._pair = pair
         self.route_of: dict[tuple[int, int], Route] = {}
         #: Of a row of the output, once a product has asked for it; None on ranks without rows.
@@ -97,7 +97,7 @@ class Itinerary(Executors):
             return
         verifier = None
         if spec is not LOSS:
-            few, routes = self._batches[:1], Routes(Policy())
+            few, routes = self._batches[:1], Routes(self._chain, Policy())
             verifier = Verifier(self._chain, few, spec, routes, self.selected)
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]

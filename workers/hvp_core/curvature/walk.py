@@ -17,12 +17,11 @@ from hvp_core.autodiff.product_spec import (
     GRADIENT,
     HESSIAN,
     LOSS,
-    MATRICES,
     OUTPUT_JVP,
     OUTPUT_VJP,
-    QUADRATICS,
     SLOPES,
     ProductSpec,
+    matrix,
 )
 from hvp_core.blame import InStep, raise_first
 from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
@@ -40,7 +39,6 @@ from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import Space
 
-Kind = Literal["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
 Unit = Literal["token", "sequence"]
 
 
@@ -169,13 +167,12 @@ class Curvature:
         return self._product(GRADIENT, [])[0]
 
     def product(
-        self, kind: Kind, vectors: Sequence[Tensor], *, borrow: bool = False
+        self, kind: str, vectors: Sequence[Tensor], *, borrow: bool = False
     ) -> list[Tensor]:
         """The curvature matrix times each vector.
 
         Args:
-            kind: `hessian`, `ggn`, `empirical_fisher_token` or
-                `empirical_fisher_sequence`; see `product_spec.py`.
+            kind: Of a row of `product_spec.MATRICES`, such as `hessian` or `ggn`.
             vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
                 gave are read where they are.
             borrow: The products may be overwritten by the next call, which saves copying them.
@@ -188,9 +185,9 @@ class Curvature:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block;
                 KIND_UNSUPPORTED: the model has no outputs.
         """
-        if kind != HESSIAN.name:
-            self._require_outputs(MATRICES[kind])
-        return self._product(MATRICES[kind], vectors, borrow=borrow)
+        spec = matrix(kind)
+        self._require_outputs(spec)
+        return self._product(spec, vectors, borrow=borrow)
 
     def _require_outputs(self, spec: ProductSpec) -> None:
         """Refuse a product that wants outputs of a model that gives its loss alone.
@@ -198,7 +195,7 @@ class Curvature:
         Raises:
             CurvatureError: KIND_UNSUPPORTED.
         """
-        if not self.chain.loss.has_outputs:
+        if spec.of_outputs and not self.chain.loss.has_outputs:
             raise CurvatureError(
                 "KIND_UNSUPPORTED",
                 f"the {spec.title} is one of a model's outputs, and this model returns its loss "
@@ -238,7 +235,7 @@ class Curvature:
             vectors: As for `product`.
             unit: What each g_u is of: a target, or a row of the batch with all its targets.
         """
-        kinds: dict[Unit, Kind] = {
+        kinds: dict[Unit, str] = {
             "token": "empirical_fisher_token",
             "sequence": "empirical_fisher_sequence",
         }
@@ -250,9 +247,9 @@ class Curvature:
         Raises:
             CurvatureError: NON_FINITE.
         """
-        return self._numbers(SLOPES, 1, vectors)
+        return self._numbers(SLOPES, vectors)
 
-    def quadratic(self, kind: Kind, vectors: Sequence[Tensor]) -> list[float]:
+    def quadratic(self, kind: str, vectors: Sequence[Tensor]) -> list[float]:
         """v·Av for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
 
         Args:
@@ -263,8 +260,11 @@ class Curvature:
             KeyError: There is no rule for this kind.
             CurvatureError: NON_FINITE; KIND_UNSUPPORTED: the model has no outputs.
         """
-        self._require_outputs(QUADRATICS[kind][0])
-        return self._numbers(*QUADRATICS[kind], vectors)
+        form = matrix(kind).form
+        if form is None:
+            raise KeyError(kind)
+        self._require_outputs(form)
+        return self._numbers(form, vectors)
 
     @property
     def output_space(self) -> OutputSpace:
@@ -377,12 +377,12 @@ class Curvature:
             self._passage.there(spec, choices, self._feed, tangents, into, step)
         self._agree(into, f"the {spec.title}", step)
 
-    def _numbers(self, spec: ProductSpec, power: int, vectors: Sequence[Tensor]) -> list[float]:
-        """(1/W) Σ over all rows of this power of what is measured, for each vector."""
+    def _numbers(self, spec: ProductSpec, vectors: Sequence[Tensor]) -> list[float]:
+        """(1/W) Σ over all rows of a power of what is measured, for each vector."""
         shape = len(vectors), sum(len(each) for each in self._row_ranges)
         measured = torch.zeros(shape, dtype=torch.float64, device=self.space.device)
         self._measure(spec, vectors, list(measured))
-        own = measured.pow(power).sum(1).cpu()
+        own = measured.pow(spec.power).sum(1).cpu()
         return [float(each) / self.num_targets for each in self.space.collective.sum(own)]
 
     def _replayed(

@@ -42,7 +42,7 @@ class Body(NamedTuple):
         call: (params by canonical name, x, constants) -> y.
         masks: What it hands to its attention unread.
         fixed: Whether the constants keep their dtype when the block is run in another one.
-        settings: Whatever else of the micro-batch decides what `call` does.
+        settings: Whatever else decides what `call` does: of the micro-batch, and the cast.
     """
 
     constants: dict[str, Tensor]
@@ -79,7 +79,7 @@ class Body(NamedTuple):
         ) -> Tensor:
             return at_least_float32(narrow(params, x, constants))
 
-        return self._replace(constants=constants, call=call)
+        return self._replace(constants=constants, call=call, settings=(self.settings, "cast"))
 
 
 def function_of(body: Body) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
@@ -95,7 +95,8 @@ class Block(ABC):
     """One link of the chain.
 
     Law: it depends on `params` and `x` alone, given the constants in `context`, and rows (the first
-    dimension) do not depend on one another.
+    dimension) do not depend on one another. Its code does not change: what one operator has traced
+    of it holds for every other operator of its chain.
     """
 
     def __init__(self, name: str, parameters: Sequence[str]):
