@@ -14,24 +14,10 @@ from hvp_protos.v1 import job_pb2, operator_pb2
 
 from hvp_client._batches import Batch
 from hvp_client._checkpoints import Checkpoint
-from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._kinds import KINDS, kind_name
 from hvp_client._names import name_of
 from hvp_client._selections import as_globs
-
-
-def kind_name(kind: operator_pb2.OperatorSpec.Kind.ValueType) -> str:
-    """Plain name of a kind of operator, as in `ggn`."""
-    return plain_name(operator_pb2.OperatorSpec.Kind, kind, "KIND_").lower()
-
-
-KINDS = [
-    kind_name(kind)
-    for kind in operator_pb2.OperatorSpec.Kind.values()
-    # A Jacobian is no square matrix: client.jacobian.
-    if kind
-    not in (operator_pb2.OperatorSpec.KIND_UNSPECIFIED, operator_pb2.OperatorSpec.KIND_JACOBIAN)
-]
 
 
 def operator_spec(

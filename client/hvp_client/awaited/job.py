@@ -23,6 +23,7 @@ from hvp_client._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
+from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
 from hvp_client._results import (
     Event,
@@ -34,7 +35,6 @@ from hvp_client._results import (
     status_from_proto,
 )
 from hvp_client._session import Session
-from hvp_client._specs import kind_name
 from hvp_client._wire import Pauses, is_transient
 from hvp_client.awaited.vector import AsyncVector
 

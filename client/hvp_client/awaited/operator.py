@@ -14,12 +14,13 @@ from hvp_client._arrays import like
 from hvp_client._bulk import as_real
 from hvp_client._checkpoints import tensors_from_proto
 from hvp_client._handles import is_sequence_of, require_handle
+from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
 from hvp_client._results import Plan, plan_from_proto
 from hvp_client._selections import in_blocks, in_words
 from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
-from hvp_client._specs import job_spec, kind_name
+from hvp_client._specs import job_spec
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.linear_map import AsyncLinearMap, describe_operator
 from hvp_client.awaited.questions import AsyncQuestions

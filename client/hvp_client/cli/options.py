@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hvp_client._specs import KINDS
+from hvp_client._kinds import KINDS
 
 
 class Format(StrEnum):
