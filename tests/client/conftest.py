@@ -145,3 +145,27 @@ def batch(client: Client, input_ids: NDArray[np.int64]) -> Batch:
 def hessian(client: Client, checkpoint: Checkpoint, batch: Batch) -> Operator:
     """The tiny model's Hessian in float64."""
     return client.operator(checkpoint, batch, dtype="float64", micro_batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def small_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small enough for a matrix: n = 184."""
+    return save_llama(tmp_path_factory.mktemp("small"), vocab_size=7, hidden_size=4)
+
+
+@pytest.fixture(scope="session")
+def small_input_ids() -> NDArray[np.int64]:
+    """(2, 5) token ids."""
+    return np.random.default_rng(0).integers(0, 7, (2, 5))
+
+
+@pytest.fixture(scope="session")
+def dense(
+    server: Server, small_llama_dir: Path, small_input_ids: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """All of the small model's H, from products with the columns of the identity."""
+    with Client(server.address) as client:
+        batch = client.upload_batch({"input_ids": small_input_ids})
+        H = client.operator(client.upload_checkpoint(small_llama_dir), batch, dtype="float64")
+        matrix: NDArray[np.float64] = H.matmat(np.eye(H.shape[0]))
+    return matrix

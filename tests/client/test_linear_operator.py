@@ -14,30 +14,17 @@ from hvp_client import Client, InvalidArgumentError, Operator, Vector
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, lobpcg
 
-from tests.client.conftest import Server, save_llama
-
 Array = NDArray[np.float64]
 
 
-@pytest.fixture(scope="module")
-def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small enough for a matrix: n = 184."""
-    return save_llama(tmp_path_factory.mktemp("llama"), vocab_size=7, hidden_size=4)
+@pytest.fixture
+def llama_dir(small_llama_dir: Path) -> Path:
+    return small_llama_dir
 
 
-@pytest.fixture(scope="module")
-def input_ids() -> NDArray[np.int64]:
-    return np.random.default_rng(0).integers(0, 7, (2, 5))
-
-
-@pytest.fixture(name="dense", scope="module")
-def dense_matrix(server: Server, llama_dir: Path, input_ids: NDArray[np.int64]) -> Array:
-    """All of H, from products with the columns of the identity."""
-    with Client(server.address) as client:
-        batch = client.upload_batch({"input_ids": input_ids})
-        H = client.operator(client.upload_checkpoint(llama_dir), batch, dtype="float64")
-        dense: Array = H.matmat(np.eye(H.shape[0]))
-    return dense
+@pytest.fixture
+def input_ids(small_input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    return small_input_ids
 
 
 def identity(H: Operator) -> Any:

@@ -136,10 +136,10 @@ class Routes:
         def make() -> BlockDual:
             with listening() as remarks:
                 g, at, still = f, dict(inputs), dict(constants)
-                if attentions:
+                if attentions:  # a block that is not cut has calls too
                     g = _cut_open(f, len(attentions))
-                for call, moves, each in zip(look.calls, look.moves, attentions, strict=True):
-                    (at if moves else still)[f"o/{each.place}"] = _output(call, x.device)
+                    for call, moves, each in zip(look.calls, look.moves, attentions, strict=True):
+                        (at if moves else still)[f"o/{each.place}"] = _output(call, x.device)
                 trace = trace_block(g, values, at, still) if link.moves else trace_value(g, still)
             return BlockDual(trace, of, remarks, self._prepare)
 
