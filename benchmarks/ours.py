@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import final
 
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface.checkpoint import build_from_config
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.policy import Policy, Schedule
-from hvp_core.policy import Precision as Arithmetic
+from hvp_core.model.huggingface.layered import LayeredChain
+from hvp_core.settings import ComputeSettings, Schedule
+from hvp_core.settings import Precision as Arithmetic
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from torch import Tensor
 
 from benchmarks.contest import Contestant, Entry
@@ -91,7 +91,7 @@ def _open(variant: Variant, problem: Problem) -> Entry:
     curvature = _curvature(
         problem,
         torch.float32,
-        policy=Policy(
+        settings=ComputeSettings(
             schedule=variant.schedule,
             compile=problem.compiled,
             graphs=variant.graphs,
@@ -136,7 +136,11 @@ def _open(variant: Variant, problem: Problem) -> Entry:
 
 
 def _curvature(
-    problem: Problem, dtype: torch.dtype, *, policy: Policy, micro_batch_size: int | None = None
+    problem: Problem,
+    dtype: torch.dtype,
+    *,
+    settings: ComputeSettings,
+    micro_batch_size: int | None = None,
 ) -> Curvature:
     """The product engine of one rank, as a worker builds it, on the problem's own weights.
 
@@ -150,15 +154,15 @@ def _curvature(
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(problem.device)
-        chain = DecoderChain(model, dtype, problem.device)
+        chain = LayeredChain(model, dtype, problem.device)
         layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
-        space = Space(layout, Alone(), dtype, problem.device)
+        space = ParameterSpace(layout, Alone(), dtype, problem.device)
         # A bfloat16 checkpoint is held as it is stored.
-        stored = torch.bfloat16 if policy.precision == "bfloat16" else dtype
+        stored = torch.bfloat16 if settings.precision == "bfloat16" else dtype
         problem.memo[key] = chain, space, problem.theta(stored)
     chain, space, theta = problem.memo[key]
     rows = micro_batch_size or problem.shape.rows
-    return Curvature(chain, space, theta, token_batch(problem.ids.cpu()), rows, policy=policy)
+    return Curvature(chain, space, theta, token_batch(problem.ids.cpu()), rows, settings=settings)
 
 
 # What is exact -----------------------------------------------------------------------------------
@@ -196,8 +200,8 @@ def references(
 def _exact(
     problem: Problem, products: Collection[Product], dtype: torch.dtype
 ) -> dict[Product, Tensor]:
-    policy = Policy(schedule="lean", strict=True)
-    curvature = _curvature(problem, dtype, micro_batch_size=1, policy=policy)
+    settings = ComputeSettings(schedule="lean", strict=True)
+    curvature = _curvature(problem, dtype, micro_batch_size=1, settings=settings)
     v = problem.probe(0, dtype)
     ways: dict[Product, Callable[[], Tensor]] = {
         "gradient": curvature.gradient,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hvp_core.autodiff import routes
+from hvp_core.autodiff import builder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _room_for_the_programs_of_all_tests() -> Iterator[None]:
     """Tests take turns with more models and shapes than a rank would keep."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "_duals", routes._Cache(1000))
+        patch.setattr(builder, "_duals", builder._Cache(1000))
         yield

@@ -8,16 +8,16 @@ from functools import cache
 from typing import Any
 
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.losses.loss import Loss
 from hvp_core.model.chain import Chain, MicroBatch, ModuleChain, parameter_values
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.policy import Policy
+from hvp_core.model.huggingface.layered import LayeredChain
+from hvp_core.settings import ComputeSettings
 from hvp_core.sharding.collective import Alone, Collective
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -55,14 +55,14 @@ class Problem:
             [block.parameters for block in self.chain.blocks],
             collective.world_size,
         )
-        space = Space(layout, collective, self.flat.dtype, CPU)
+        space = ParameterSpace(layout, collective, self.flat.dtype, CPU)
         return Curvature(
             self.chain,
             space,
             space.from_flat(self.flat),
             self.batch,
             micro_batch_size,
-            Policy(strict=strict),
+            ComputeSettings(strict=strict),
             None if selected is None else space.part(selected),
         )
 
@@ -152,7 +152,7 @@ def gpt2_problem(
 @cache
 def _chain(
     name: str, dtype: torch.dtype, pad_token_id: int | None, positions_at_once: int | None
-) -> DecoderChain:
+) -> LayeredChain:
     """One chain for all tests that want it so, and what is traced of it is traced once."""
     attention.register()
     model: Any = (
@@ -162,12 +162,12 @@ def _chain(
     )
     model = model.to(dtype).eval()
     scatter(model)
-    chain = DecoderChain(model, dtype, CPU)
+    chain = LayeredChain(model, dtype, CPU)
     chain.positions_at_once = positions_at_once
     return chain
 
 
-def _problem(chain: DecoderChain, reference: Callable[..., Tensor]) -> Problem:
+def _problem(chain: LayeredChain, reference: Callable[..., Tensor]) -> Problem:
     """Parameters and batch are the caller's own, to be changed as a test likes."""
     model = chain._parts.model
     ids, labels, mask = ragged_tokens()

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
+from hvp_core.model.agreement import disagreement
 from hvp_core.model.chain import MicroBatch
-from hvp_core.model.check import disagreement
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.checkpoint import build_empty
-from hvp_core.model.huggingface.decoder import DecoderChain
 from hvp_core.model.huggingface.families import CausalLanguageModels
+from hvp_core.model.huggingface.layered import LayeredChain
 from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -55,11 +55,11 @@ def tiny_llama() -> PreTrainedModel:
 
 def load(
     folder: Path, dtype: torch.dtype = torch.float64
-) -> tuple[DecoderChain, Space, torch.Tensor]:
+) -> tuple[LayeredChain, ParameterSpace, torch.Tensor]:
     model = build_empty(folder, dtype)
-    chain = DecoderChain(model, dtype, CPU)
+    chain = LayeredChain(model, dtype, CPU)
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
-    space = Space(layout, Alone(), dtype, CPU)
+    space = ParameterSpace(layout, Alone(), dtype, CPU)
     parameters = load_shard(space, locate(model, folder))
     family = CausalLanguageModels()
     facts = family.facts(model, folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
@@ -20,7 +20,7 @@ from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -74,7 +74,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     model = build_empty(folder, torch.float64)
     sources = locate(model, folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    space = Space(Layout(shapes, [tuple(shapes)], 1), Alone(), torch.float64, CPU)
+    space = ParameterSpace(Layout(shapes, [tuple(shapes)], 1), Alone(), torch.float64, CPU)
     flat = space.to_flat(load_shard(space, sources))
     return {each.name: flat[each.offset :][: each.numel] for each in space.layout.parameters}
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.policy import Policy, Precision, Schedule
+from hvp_core.model.huggingface.layered import LayeredChain
+from hvp_core.settings import ComputeSettings, Precision, Schedule
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +27,7 @@ pytestmark = [
 VOCABULARY = 500
 
 
-def curvature(device: str, dtype: torch.dtype, **policy: Any) -> Curvature:
+def curvature(device: str, dtype: torch.dtype, **settings: Any) -> Curvature:
     """Of a small model, seeded; three rows, one padded, in micro-batches of two."""
     attention.register()
     config = LlamaConfig(
@@ -41,14 +41,16 @@ def curvature(device: str, dtype: torch.dtype, **policy: Any) -> Curvature:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).bfloat16().to(dtype).eval()
-    chain = DecoderChain(model.to(device), dtype, torch.device(device))
+    chain = LayeredChain(model.to(device), dtype, torch.device(device))
     layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
-    space = Space(layout, Alone(), dtype, torch.device(device))
+    space = ParameterSpace(layout, Alone(), dtype, torch.device(device))
     theta = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
     ids = torch.randint(VOCABULARY, (3, 100), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[2, 80:] = 0
-    return Curvature(chain, space, theta, token_batch(ids, None, mask), 2, Policy(**policy))
+    return Curvature(
+        chain, space, theta, token_batch(ids, None, mask), 2, ComputeSettings(**settings)
+    )
 
 
 @cache

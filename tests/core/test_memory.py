@@ -19,11 +19,11 @@ from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.model.data import token_batch
-from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.model.huggingface.layered import DecoderChain
 from hvp_core.sharding.layout import Layout
-from hvp_core.policy import Policy
+from hvp_core.settings import Policy
 from hvp_core.vectors.space import Space
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 
 
 def resident(field):

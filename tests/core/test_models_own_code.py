@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.autodiff import parts, routes, trace
-from hvp_core.autodiff.eager import Eager, EagerClosing
+from hvp_core.autodiff import builder, subprograms, trace
+from hvp_core.autodiff.eager import EagerExecutor, EagerHead
 from hvp_core.autodiff.product_spec import GRADIENT
 from hvp_core.blame import whose
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy, SquaredError
 from hvp_core.model.chain import ModuleChain, function_of
@@ -109,17 +109,17 @@ BUGS = [AssertionError("ours"), TypeError("ours"), KeyError("ours"), ZeroDivisio
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
-@pytest.mark.parametrize("where", [(trace, "_clean"), (trace, "terms_of"), (routes, "_signature")])
+@pytest.mark.parametrize("where", [(trace, "_clean"), (trace, "terms_of"), (builder, "_signature")])
 def test_a_bug_of_ours_never_becomes_a_slow_success(
     monkeypatch: pytest.MonkeyPatch, where: Any, bug: Exception
 ) -> None:
     module, name = where
     # Raised in a frame of this library, as a bug of it would be.
-    source = compile("def broken(*_, **__):\n    raise bug", parts.__file__, "exec")
+    source = compile("def broken(*_, **__):\n    raise bug", subprograms.__file__, "exec")
     scope: dict[str, Any] = {"bug": bug}
     exec(source, scope)  # noqa: S102 (a function that claims to be of another file)
     monkeypatch.setattr(module, name, scope["broken"])
-    monkeypatch.setattr(routes, "_duals", routes._Cache(64))
+    monkeypatch.setattr(builder, "_duals", builder._Cache(64))
     problem = in_a_row(nn.Tanh())
     with pytest.raises(CurvatureError) as caught:
         curvature_of(problem).hvp([problem.flat])
@@ -159,10 +159,10 @@ def test_an_error_is_the_models_if_a_line_of_the_models_raised_it() -> None:
     problem = in_a_row(nn.Tanh())
     target = TARGETS + 100
     weights = function_of(problem.chain.blocks[2].body((), dense=True))
-    closing = EagerClosing(weights, (), GRADIENT, CrossEntropy(), target, 1.0)
+    closing = EagerHead(weights, (), GRADIENT, CrossEntropy(), target, 1.0)
     y = torch.ones(5, 3)
     assert blamed(lambda: closing._cotangents(y, y)) == "model"
-    assert blamed(lambda: Eager(None, ()).value({}, X)) == "ours"  # type: ignore[arg-type]
+    assert blamed(lambda: EagerExecutor(None, ()).value({}, X)) == "ours"  # type: ignore[arg-type]
 
 
 class Looks(nn.Module):

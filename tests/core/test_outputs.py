@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.autodiff import routes, verify
-from hvp_core.autodiff.traced import Traced, TracedClosing
-from hvp_core.curvature.walk import Curvature
+from hvp_core.autodiff import builder, verify
+from hvp_core.autodiff.traced import TracedExecutor, TracedHead
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.losses.loss import CrossEntropy, SquaredError
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ def test_the_gauss_newton_matrix_is_made_of_both(monkeypatch: pytest.MonkeyPatch
         def refuse(*_: Any) -> Any:
             raise RuntimeError("nothing is traced")
 
-        monkeypatch.setattr(routes, "trace_graph", refuse)
+        monkeypatch.setattr(builder, "trace_graph", refuse)
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     problem = module_problem(module, SquaredError(), data(6, 3), data(6, 2))
     curvature = problem.curvature(4, strict=way == "traced")
@@ -178,8 +178,8 @@ def test_a_trace_that_is_wrong_is_never_used(
     vectors = probes_of(problem, 2)
     expected = ASKED[what](problem.curvature(2), vectors)
     measure, run, forward, backward = (
-        *(TracedClosing.measure, TracedClosing.run),
-        *(Traced.forward, Traced.backward),
+        *(TracedHead.measure, TracedHead.run),
+        *(TracedExecutor.forward, TracedExecutor.backward),
     )
 
     def wrong_measure(self: Any, *args: Any) -> Any:
@@ -200,11 +200,11 @@ def test_a_trace_that_is_wrong_is_never_used(
         return backward(self, *args)
 
     if where == "head":
-        monkeypatch.setattr(TracedClosing, "measure", wrong_measure)
-        monkeypatch.setattr(TracedClosing, "run", wrong_run)
+        monkeypatch.setattr(TracedHead, "measure", wrong_measure)
+        monkeypatch.setattr(TracedHead, "run", wrong_run)
     else:
-        monkeypatch.setattr(Traced, "forward", wrong_forward)
-        monkeypatch.setattr(Traced, "backward", wrong_backward)
+        monkeypatch.setattr(TracedExecutor, "forward", wrong_forward)
+        monkeypatch.setattr(TracedExecutor, "backward", wrong_backward)
     monkeypatch.setattr(verify, "_verified", set())
     curvature = problem.curvature(2, strict=False)
     assert distance(ASKED[what](curvature, vectors), expected) < 1e-12

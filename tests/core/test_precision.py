@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.losses.loss import CrossEntropy
+from hvp_core.model.agreement import disagreement
 from hvp_core.model.chain import MicroBatch
-from hvp_core.model.check import disagreement
 from hvp_core.model.huggingface.families import CausalLanguageModels
-from hvp_core.policy import Precision
 from hvp_core.precision import exact, exact_products, matmuls
+from hvp_core.settings import Precision
 from hvp_core.vectors.space import partial_products
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,17 +12,17 @@ import pytest
 import torch
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
-from hvp_core.autodiff import inductor, routes, traced, verify
+from hvp_core.autodiff import builder, inductor, traced, verify
 from hvp_core.autodiff.compiler import Compiler
-from hvp_core.autodiff.parts import Part, group, split
 from hvp_core.autodiff.programs import trace_block
-from hvp_core.autodiff.trace import Env, Stage, Trace
-from hvp_core.autodiff.traced import TracedClosing
+from hvp_core.autodiff.subprograms import Subprogram, group, partition
+from hvp_core.autodiff.trace import Env, Phase, Trace
+from hvp_core.autodiff.traced import TracedHead
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.model.huggingface.layered import LayeredChain
 from torch import Tensor, nn
 from transformers import (
     DiffLlamaConfig,
@@ -85,7 +85,7 @@ def decoder(config: PretrainedConfig) -> Problem:
     scatter(model)
     ids, labels, mask = ragged_tokens()
     parameters = {name: each.detach() for name, each in model.named_parameters()}
-    chain = DecoderChain(model, torch.float64, CPU)
+    chain = LayeredChain(model, torch.float64, CPU)
     return Problem(chain, parameters, token_batch(ids, labels, mask))
 
 
@@ -102,7 +102,7 @@ def test_every_architecture_is_cut_at_its_attention_and_equals_torchs_own_differ
     def refuse(*_: Any) -> Any:
         raise RuntimeError("nothing is traced")
 
-    monkeypatch.setattr(routes, "trace_graph", refuse)
+    monkeypatch.setattr(builder, "trace_graph", refuse)
     whole = curvature_of(problem, 5)  # every block as it is, with dense masks
     for kind in KINDS:
         assert distance(found[kind], whole.product(kind, v)) < 1e-11
@@ -126,7 +126,7 @@ def test_a_block_is_cut_at_each_of_its_attentions(selected: str) -> None:
         model = problem.chain._parts.model  # type: ignore[attr-defined]
         for layer in model.model.layers:
             layer.__class__ = AttendsTwice
-        return replace(problem, chain=DecoderChain(model, torch.float64, CPU))
+        return replace(problem, chain=LayeredChain(model, torch.float64, CPU))
 
     problem = make()
     of = {
@@ -137,7 +137,7 @@ def test_a_block_is_cut_at_each_of_its_attentions(selected: str) -> None:
     fast = of_some(problem, names)
     v = [fast.space.random(seed, "gaussian") for seed in (1, 2, 3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "trace_graph", _refuse)
+        patch.setattr(builder, "trace_graph", _refuse)
         whole = of_some(problem, names, strict=False)
         expected = {kind: whole.product(kind, v) for kind in KINDS}
         gradient, slopes = whole.gradient(), whole.slopes(v)
@@ -203,14 +203,14 @@ def test_a_closing_whose_trace_is_wrong_is_never_used(
     )
     v = probes(problem, 1)
     expected = {kind: curvature_of(problem).product(kind, v) for kind in KINDS}
-    right = TracedClosing.run
+    right = TracedHead.run
 
-    def wrong(self: TracedClosing, *args: Any, **kwargs: Any) -> Any:
+    def wrong(self: TracedHead, *args: Any, **kwargs: Any) -> Any:
         for each in args[3][0]._views.values():
             each.add_(shift)
         return right(self, *args, **kwargs)
 
-    monkeypatch.setattr(TracedClosing, "run", wrong)
+    monkeypatch.setattr(TracedHead, "run", wrong)
     monkeypatch.setattr(verify, "_verified", set())
     for kind in KINDS:
         curvature = curvature_of(problem)
@@ -239,9 +239,9 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
     trusted = curvature_of(problem)
     expected = trusted.product(kind, v)
     assert not any(name.startswith("fallback") for name in trusted.notes())
-    right = traced.Traced.backward
+    right = traced.TracedExecutor.backward
 
-    def wrong(self: traced.Traced, mode: Any, way: Any, weights: Any, *args: Any) -> Any:
+    def wrong(self: traced.TracedExecutor, mode: Any, way: Any, weights: Any, *args: Any) -> Any:
         if weights.p and where == "parameters":
             for each in args[2][0]._views.values():
                 each.add_(1e-2)
@@ -252,7 +252,7 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
             found.primal = found.primal * 1.01
         return found
 
-    monkeypatch.setattr(traced.Traced, "backward", wrong)
+    monkeypatch.setattr(traced.TracedExecutor, "backward", wrong)
     # What was found without numbers says nothing of the next.
     for seen in (False, True):
         monkeypatch.setattr(verify, "_verified", set())
@@ -279,14 +279,14 @@ def test_a_closing_is_compared_where_labels_are_ignored_too(
     problem.batch.targets[0] = -100
     v = probes(problem, 1)
     expected = curvature_of(problem).hvp(v)
-    right = TracedClosing.run
+    right = TracedHead.run
 
-    def wrong(self: TracedClosing, *args: Any, **kwargs: Any) -> Any:
+    def wrong(self: TracedHead, *args: Any, **kwargs: Any) -> Any:
         found = right(self, *args, **kwargs)
         found.dots = [None if each is None else -each for each in found.dots]
         return found
 
-    monkeypatch.setattr(TracedClosing, "run", wrong)
+    monkeypatch.setattr(TracedHead, "run", wrong)
     monkeypatch.setattr(verify, "_verified", set())
     assert distance(curvature_of(problem).hvp(v), expected) < 1e-12
 
@@ -322,11 +322,11 @@ def affine(p: Env, inputs: Env, constants: Env) -> Env:
     return {"y": torch.tanh(inputs["x"]) @ p["0"].t()}
 
 
-def parts_of(f: Callable[[Env, Env, Env], Env]) -> tuple[Trace, list[Part], Env]:
+def parts_of(f: Callable[[Env, Env, Env], Env]) -> tuple[Trace, list[Subprogram], Env]:
     generator = torch.Generator().manual_seed(0)
     p, x = torch.randn(3, 4, generator=generator), torch.randn(5, 4, generator=generator)
     trace = trace_block(f, {"0": p}, {"x": x}, {})
-    parts = split(trace, [group([Stage(0, False), Stage(0, True)], ["y", "y_dot"])])
+    parts = partition(trace, [group([Phase(0, False), Phase(0, True)], ["y", "y_dot"])])
     return trace, parts, {"p/0": p, "p_dot/0": p.cos(), "x": x, "x_dot": x.sin()}
 
 
@@ -355,7 +355,7 @@ def test_a_compiled_part_that_is_wrong_is_never_used(
 
 
 def test_a_compiler_that_fails_leaves_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(part: Part) -> Any:
+    def fail(part: Subprogram) -> Any:
         raise FileNotFoundError("no C++ compiler")
 
     with monkeypatch.context() as broken:
@@ -419,11 +419,11 @@ def gated(p: Env, inputs: Env, constants: Env) -> Env:
 def test_between_forward_and_backward_only_what_is_dear_is_kept() -> None:
     p = {"0": torch.randn(6, 4), "1": torch.randn(6, 4), "2": torch.randn(4, 6)}
     trace = trace_block(gated, p, {"x": torch.randn(5, 4)}, {})
-    forward, _ = split(
+    forward, _ = partition(
         trace,
         [
-            group([Stage(0, False), Stage(0, True)], ["y", "y_dot"]),
-            group([Stage(1, False), Stage(1, True)], ["x_bar", "x_bar_dot", *trace.terms]),
+            group([Phase(0, False), Phase(0, True)], ["y", "y_dot"]),
+            group([Phase(1, False), Phase(1, True)], ["x_bar", "x_bar_dot", *trace.terms]),
         ],
     )
     kept = {name: size for name, size in forward.bytes_of.items() if name.startswith("r/")}

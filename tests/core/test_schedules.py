@@ -10,17 +10,17 @@ import pytest
 import torch
 from hvp_core.autodiff.executor import Bytes
 from hvp_core.autodiff.product_spec import HESSIAN
-from hvp_core.autodiff.sums import Sums, Term
-from hvp_core.curvature.schedule import Choice, choose
-from hvp_core.curvature.walk import Curvature
+from hvp_core.autodiff.sums import GradientTerm, Sums
+from hvp_core.curvature.curvature import Curvature
+from hvp_core.curvature.retention import BlockRetention, choose
 from hvp_core.errors import CurvatureError
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.policy import Policy, Schedule
+from hvp_core.model.huggingface.layered import LayeredChain
+from hvp_core.settings import ComputeSettings, Schedule
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,11 +33,13 @@ SCHEDULES: tuple[Schedule, ...] = ("lean", "fast", "cached", "auto")
 KINDS: tuple[str, ...] = ("hessian", "ggn")
 
 
-def curvature_of(problem: Problem, micro_batch_size: int = 2, **policy: Any) -> Curvature:
+def curvature_of(problem: Problem, micro_batch_size: int = 2, **settings: Any) -> Curvature:
     layout = Layout(problem.chain.shapes, [b.parameters for b in problem.chain.blocks], 1)
-    space = Space(layout, Alone(), problem.flat.dtype, CPU)
+    space = ParameterSpace(layout, Alone(), problem.flat.dtype, CPU)
     theta = space.from_flat(problem.flat)
-    return Curvature(problem.chain, space, theta, problem.batch, micro_batch_size, Policy(**policy))
+    return Curvature(
+        problem.chain, space, theta, problem.batch, micro_batch_size, ComputeSettings(**settings)
+    )
 
 
 def probes(problem: Problem, count: int) -> list[Tensor]:
@@ -129,7 +131,7 @@ def test_a_product_is_of_its_vectors_type_and_only_stored_in_it(make: Any, kind:
 
 
 def test_numbers_of_16_bits_are_summed_in_32() -> None:
-    view, term = torch.empty(3, dtype=torch.bfloat16), Term("rows", ("ids", "rows"))
+    view, term = torch.empty(3, dtype=torch.bfloat16), GradientTerm("rows", ("ids", "rows"))
     sums = Sums({"a": view.view(3, 1)}, {"a"})
     ids, rows = torch.zeros(1000, dtype=torch.long), torch.ones(1000, 1)
     sums.add("a", [term], {"ids": ids, "rows": rows})
@@ -168,7 +170,7 @@ def wide_llama(length: int, vocabulary: int = 64, layers: int = 2) -> Problem:
     model = LlamaForCausalLM(config).bfloat16().float().eval()
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
     parameters = {name: each.detach() for name, each in model.named_parameters()}
-    return Problem(DecoderChain(model, torch.float32, CPU), parameters, token_batch(ids))
+    return Problem(LayeredChain(model, torch.float32, CPU), parameters, token_batch(ids))
 
 
 def test_several_probes_do_not_meet_what_was_kept_for_one() -> None:
@@ -176,9 +178,9 @@ def test_several_probes_do_not_meet_what_was_kept_for_one() -> None:
     vectors = probes(problem, 4)
     curvature = curvature_of(problem)
     expected = curvature.hvp(vectors)
-    itinerary = curvature._itinerary
+    itinerary = curvature._executors
     for exponent in range(30, 100):  # until some block is cached for one probe, lean for four
-        itinerary._policy = Policy(budget_bytes=int(1.15**exponent))
+        itinerary._settings = ComputeSettings(budget_bytes=int(1.15**exponent))
         itinerary._choices.clear()
         pairs = list(zip(*(itinerary.choose(HESSIAN, n) for n in (1, 4)), strict=True))
         if any(one.cached and several.way == "lean" for one, several in pairs):
@@ -290,10 +292,10 @@ def test_a_budget_buys_speed_block_by_block(budget: int, ways: list[str]) -> Non
 
 
 def test_a_schedule_that_is_asked_for_is_taken() -> None:
-    assert choose("lean", BLOCKS, 10**9, 1) == [Choice("lean", False)] * 3
-    assert choose("fast", BLOCKS, 0, 1) == [Choice("fast", False)] * 3
-    assert choose("fast", BLOCKS, 0, 4) == [Choice("shared", False)] * 3
-    assert choose("cached", BLOCKS, 0, 1) == [Choice("shared", True)] * 3
+    assert choose("lean", BLOCKS, 10**9, 1) == [BlockRetention("lean", False)] * 3
+    assert choose("fast", BLOCKS, 0, 1) == [BlockRetention("fast", False)] * 3
+    assert choose("fast", BLOCKS, 0, 4) == [BlockRetention("shared", False)] * 3
+    assert choose("cached", BLOCKS, 0, 1) == [BlockRetention("shared", True)] * 3
 
 
 def test_a_loss_in_bfloat16_is_rounded_in_its_logits_and_no_more() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.autodiff.product_spec import MATRICES
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.curvature.shards import part_of
-from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy
-from hvp_core.policy import Policy
+from hvp_core.settings import ComputeSettings
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,17 +72,17 @@ def indices(problem: Problem, names: Sequence[str]) -> Tensor:
 
 
 def curvature_of(
-    problem: Problem, names: Sequence[str], micro_batch_size: int = 2, **policy: Any
+    problem: Problem, names: Sequence[str], micro_batch_size: int = 2, **settings: Any
 ) -> Curvature:
     layout = Layout(problem.chain.shapes, [b.parameters for b in problem.chain.blocks], 1)
-    space = Space(layout, Alone(), problem.flat.dtype, CPU)
+    space = ParameterSpace(layout, Alone(), problem.flat.dtype, CPU)
     return Curvature(
         problem.chain,
         space,
         space.from_flat(problem.flat),
         problem.batch,
         micro_batch_size,
-        Policy(**{"strict": True, **policy}),
+        ComputeSettings(**{"strict": True, **settings}),
         space.part(names),
     )
 
@@ -115,7 +115,7 @@ def dense(name: str) -> dict[str, Tensor]:
     }
 
 
-def probes(space: Space, count: int) -> list[Tensor]:
+def probes(space: ParameterSpace, count: int) -> list[Tensor]:
     return [space.random(seed, "gaussian") for seed in range(1, count + 1)]
 
 
@@ -207,7 +207,7 @@ def test_plain_modules_too_traced_or_not(
             def fail(*args: Any) -> Any:
                 raise RuntimeError("no trace today")
 
-            monkeypatch.setattr(f"hvp_core.autodiff.routes.{name}", fail)
+            monkeypatch.setattr(f"hvp_core.autodiff.builder.{name}", fail)
     names = chosen(problem, globs)
     at = indices(problem, names)
 
@@ -336,7 +336,7 @@ def test_a_selection_starts_at_its_own_zero_and_takes_its_part_of_the_point() ->
     assert [each.name for each in curvature.space.layout.parameters] == names
     part = part_of(space, space.from_flat(problem.flat), curvature.space)
     assert torch.equal(part, problem.flat[indices(problem, names)])
-    alone = Space(Layout({"a": (len(part),)}, [["a"]], 1), Alone(), torch.float64, CPU)
+    alone = ParameterSpace(Layout({"a": (len(part),)}, [["a"]], 1), Alone(), torch.float64, CPU)
     assert torch.equal(curvature.space.random(3, "gaussian"), alone.random(3, "gaussian"))
 
 

@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
+from hvp_core.curvature.curvature import Unit
 from hvp_core.curvature.shards import part_of
-from hvp_core.curvature.walk import Unit
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.data import token_batch
 from hvp_core.runs.algorithm import drive

@@ -16,7 +16,7 @@ from hvp_core.runs.algorithm import Budget, drive
 from hvp_core.sharding.collective import Alone, Collective, Distributed
 from hvp_core.sharding.layout import Layout
 from hvp_core.stochastic.density import Density
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.eigsh import EigshSpec
@@ -41,7 +41,7 @@ class ShardedMatrix(LinearOperator):
 
     def __init__(self, a: Tensor, collective: Collective):
         layout = Layout(SHAPES, [["first", "second"], ["second", "third"]], collective.world_size)
-        self.domain = self.codomain = self.space = Space(layout, collective, a.dtype, CPU)
+        self.domain = self.codomain = self.space = ParameterSpace(layout, collective, a.dtype, CPU)
         self._a = a
 
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:

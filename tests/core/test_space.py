@@ -10,7 +10,7 @@ from hvp_core.errors import CurvatureError
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
 from hvp_core.vectors.probes import fill, philox4x32
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,8 +113,8 @@ def test_seeded_vectors_have_the_moments_of_their_law() -> None:
     assert abs(float(v.mean())) < 5 * sigma
 
 
-def small_space() -> Space:
-    return Space(
+def small_space() -> ParameterSpace:
+    return ParameterSpace(
         Layout({"a": [3, 2], "b": [5]}, [["a"], ["b"]], 1),
         Alone(),
         torch.float64,
@@ -155,6 +155,6 @@ def test_a_range_is_written_by_the_ranks_that_hold_it_into_a_file_of_that_length
     for rank in range(world_size):
         alone = Alone()  # of several ranks that write one after another
         alone.rank = rank
-        space = Space(layout, alone, torch.float64, torch.device("cpu"))
+        space = ParameterSpace(layout, alone, torch.float64, torch.device("cpu"))
         space.write(space.from_flat(flat), path, start, stop)
     assert path.read_bytes() == flat[start:stop].numpy().tobytes()

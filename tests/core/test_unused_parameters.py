@@ -9,10 +9,10 @@ import torch
 from hvp_core.curvature.shards import Results
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.decoder import DecoderChain
+from hvp_core.model.huggingface.layered import LayeredChain
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -29,7 +29,7 @@ def with_a_tower() -> Problem:
     scatter(model)
     ids, labels, mask = ragged_tokens()
     parameters = {name: each.detach() for name, each in model.eval().named_parameters()}
-    chain = DecoderChain(model, torch.float64, CPU)
+    chain = LayeredChain(model, torch.float64, CPU)
     return Problem(chain, parameters, token_batch(ids, labels, mask))
 
 
@@ -75,7 +75,7 @@ def test_what_no_block_uses_has_a_gradient_and_a_product_of_zero(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_nobody_adds_to_is_zero_in_memory_that_is_given_too(dtype: torch.dtype) -> None:
     layout = Layout({"a": (2,), "tower": (3,), "b": (1, 2)}, [["a"], ["b"]], 1)
-    space = Space(layout, Alone(), torch.float32, CPU)
+    space = ParameterSpace(layout, Alone(), torch.float32, CPU)
     into = [torch.full((layout.shard_numel,), 7, dtype=dtype)]
     results = Results(space, [dtype], into)
     with results.block(1) as (sums,):

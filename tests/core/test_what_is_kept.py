@@ -7,9 +7,9 @@ from typing import Any, final
 
 import pytest
 import torch
-from hvp_core.autodiff import routes, verify
+from hvp_core.autodiff import builder, verify
 from hvp_core.autodiff.product_spec import HESSIAN
-from hvp_core.autodiff.traced import TracedClosing
+from hvp_core.autodiff.traced import TracedHead
 from hvp_core.losses.loss import CrossEntropy, Loss
 from torch import Tensor, nn
 
@@ -33,15 +33,15 @@ def test_a_last_block_that_one_product_refuses_is_used_by_none(
     problem = three_blocks()
     v = probes(problem, 1)
     expected = curvature_of(problem).hvp(v)
-    right = TracedClosing.run
+    right = TracedHead.run
 
-    def wrong(self: TracedClosing, *args: Any, **kwargs: Any) -> Any:
+    def wrong(self: TracedHead, *args: Any, **kwargs: Any) -> Any:
         if self.dual.passes == HESSIAN.passes:
             for each in args[3][0]._views.values():
                 each.add_(1e-3)
         return right(self, *args, **kwargs)
 
-    monkeypatch.setattr(TracedClosing, "run", wrong)
+    monkeypatch.setattr(TracedHead, "run", wrong)
     monkeypatch.setattr(verify, "_verified", set())
     curvature = curvature_of(problem)
     curvature.gradient()  # keeps the last block's trace, which is right for a gradient
@@ -138,13 +138,13 @@ def test_operators_of_one_chain_look_at_its_blocks_once_and_are_each_their_own(
 
     hessian = torch.func.hessian(loss)(problem.flat)
     looks: list[object] = []
-    right = routes._look
+    right = builder._look
 
     def counted(*arguments: Any) -> Any:
         looks.append(arguments)
         return right(*arguments)
 
-    monkeypatch.setattr(routes, "_look", counted)
+    monkeypatch.setattr(builder, "_look", counted)
     names = list(problem.parameters)
     # Parameters of one shape in turn; of the second block alone, whose input then is data.
     for selected in (["0.one", "2.weight"], ["0.other", "2.weight"], ["1.one"], ["1.other"], names):

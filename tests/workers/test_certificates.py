@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.chain import Chain, MicroBatch
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.decoder import DecoderChain
-from hvp_core.policy import Policy
+from hvp_core.model.huggingface.layered import LayeredChain
 from hvp_core.precision import exact
 from hvp_core.runs.algorithm import drive
+from hvp_core.settings import ComputeSettings
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space as CoreSpace
+from hvp_core.vectors.space import ParameterSpace as CoreSpace
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_workers.backend import Backend, Operator, Space
@@ -188,7 +188,7 @@ def tiny() -> tuple[Chain, MicroBatch, int]:
     config._attn_implementation = attention.NAME
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(0))
-    chain = DecoderChain(model, torch.float32, CPU)
+    chain = LayeredChain(model, torch.float32, CPU)
     return chain, token_batch(ids), sum(each.numel() for each in model.parameters())
 
 
@@ -203,7 +203,7 @@ def curvatures(chain: Chain, batch: MicroBatch) -> Iterator[Curvature]:
             space.zeros(),
             batch,
             5,
-            Policy(precision=precision),
+            ComputeSettings(precision=precision),
         )
 
 

@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 from hvp_core.errors import CurvatureError
-from hvp_core.policy import Policy
+from hvp_core.settings import ComputeSettings
 from hvp_operations.eigsh import OPERATION, EigshSpec
 from hvp_operations.operation import Cost, Facts
 from hvp_workers.backend import Tuning
 from hvp_workers.micro_batch import default_micro_batch
-from hvp_workers.plan import policy, room_for
+from hvp_workers.plan import room_for, settings
 from hvp_workers.room import needed_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-PLAIN = Policy(schedule="auto", budget_bytes=250, compile=False, graphs=False, precision="full")
+PLAIN = ComputeSettings(
+    schedule="auto", budget_bytes=250, compile=False, graphs=False, precision="full"
+)
 
 
 @pytest.mark.parametrize(
@@ -30,13 +32,13 @@ PLAIN = Policy(schedule="auto", budget_bytes=250, compile=False, graphs=False, p
     ],
 )
 def test_compiling_is_for_gpus_unless_somebody_says_otherwise(
-    device: str, tuning: Tuning, expected: Policy
+    device: str, tuning: Tuning, expected: ComputeSettings
 ) -> None:
-    assert policy("full", tuning, device=device, available_bytes=1000) == expected
+    assert settings("full", tuning, device=device, available_bytes=1000) == expected
 
 
 def test_the_precision_is_the_operators() -> None:
-    assert policy("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
+    assert settings("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
 
 
 def cost(spec: EigshSpec, dimension: int) -> Cost:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hvp_core.errors import CurvatureError, is_out_of_memory
-from hvp_core.policy import Precision
+from hvp_core.settings import Precision
 
 
 def layer_norm(

@@ -195,7 +195,7 @@ class Tuning:
     """What whoever runs the server may say of how ranks compute; results do not depend on it.
 
     Attributes:
-        schedule: What is kept of a forward walk (see `hvp_core.policy`).
+        schedule: What is kept of a forward walk (see `hvp_core.settings`).
         compile: Whether blocks are compiled at the first product; `auto` where that pays.
         compile_cache: Folder for what was compiled, on a file system that the ranks see, so that
             it is compiled once; None leaves it to torch.

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import final
 
 import torch
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.curvature.shards import part_of
-from hvp_core.curvature.walk import Curvature
 from hvp_core.errors import CurvatureError
+from hvp_core.model.agreement import disagreement
 from hvp_core.model.chain import Chain
-from hvp_core.model.check import disagreement
 from hvp_core.model.family import ModelFacts, ModelFamily, NotAChainError, Way
 from hvp_core.model.huggingface.choice import family_of
 from hvp_core.model.loading import fill_buffers, load_shard, locate
 from hvp_core.model.stored_tensors import StoredTensor
 from hvp_core.sharding.collective import Collective
 from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
@@ -51,7 +51,7 @@ class Model:
     """A checkpoint in memory, in shards."""
 
     chain: Chain
-    space: Space
+    space: ParameterSpace
     parameters: torch.Tensor
     operators: OperatorCache
 
@@ -174,7 +174,7 @@ class ModelStore:
         layout = Layout(
             chain.shapes, [block.parameters for block in chain.blocks], self._collective.world_size
         )
-        numbers = Space(layout, self._collective, dtype, self._device)
+        numbers = ParameterSpace(layout, self._collective, dtype, self._device)
         parameters = load_shard(numbers, description.sources)
         disagrees = disagreement(
             family,

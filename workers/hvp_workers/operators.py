@@ -11,17 +11,17 @@ from typing import NamedTuple, final
 
 import torch
 from hvp_core.autodiff.product_spec import matrix
-from hvp_core.curvature.walk import Curvature
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.model.chain import Chain, MicroBatch
-from hvp_core.policy import Policy
-from hvp_core.vectors.space import Space
+from hvp_core.settings import ComputeSettings
+from hvp_core.vectors.space import ParameterSpace
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
 from hvp_workers.micro_batch import default_micro_batch
-from hvp_workers.plan import EXACT, exact_bytes, policy
+from hvp_workers.plan import EXACT, exact_bytes, settings
 
 #: Unit roundoff of the operands of matrix products, where it is more than the vectors' own.
 _NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
@@ -208,7 +208,7 @@ class OperatorCache:
     def __init__(
         self,
         chain: Chain,
-        space: Space,
+        space: ParameterSpace,
         parameters: torch.Tensor,
         read: Callable[[Path], MicroBatch],
         memory: Memory,
@@ -221,9 +221,9 @@ class OperatorCache:
         self._memory = memory
         self._tuning = tuning
         self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
-        self._parts: dict[tuple[str, ...], Space] = {}
+        self._parts: dict[tuple[str, ...], ParameterSpace] = {}
 
-    def space_of(self, names: Sequence[str]) -> Space:
+    def space_of(self, names: Sequence[str]) -> ParameterSpace:
         """The space of the parameters of these names; of all, for none.
 
         Raises:
@@ -264,7 +264,7 @@ class OperatorCache:
             self._space.collective.world_size,
             self._space.device.type,
         )
-        chosen = policy(
+        chosen = settings(
             operator.precision,
             self._tuning,
             device=self._space.device.type,
@@ -273,7 +273,7 @@ class OperatorCache:
 
         selected = self.space_of(operator.space.parameters)
 
-        def curvature_with(how: Policy) -> Curvature:
+        def curvature_with(how: ComputeSettings) -> Curvature:
             return Curvature(
                 self._chain, self._space, self._parameters, batch, micro_batch_size, how, selected
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvp_core.errors import CurvatureError
-from hvp_core.policy import Policy
+from hvp_core.settings import ComputeSettings
 from hvp_operations.operation import Cost
 
 from hvp_workers.backend import Precision, Tuning
@@ -13,7 +13,9 @@ _EXACT_WORKING = 1.5  # blocks and activations in float64, beside the vectors
 _KEPT = 0.25  # of the memory that is free, for what a product leaves to the next one
 
 
-def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes: int) -> Policy:
+def settings(
+    precision: Precision, tuning: Tuning, *, device: str, available_bytes: int
+) -> ComputeSettings:
     """How the products of an operator are computed.
 
     Compiling takes minutes once and then saves most of the time on a GPU; on a CPU, where large
@@ -26,7 +28,7 @@ def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes
         available_bytes: Free on the rank that has least.
     """
     compiled = tuning.compile == "on" or (tuning.compile == "auto" and device == "cuda")
-    return Policy(
+    return ComputeSettings(
         schedule=tuning.schedule,
         budget_bytes=int(available_bytes * _KEPT),
         compile=compiled,
@@ -36,7 +38,7 @@ def policy(precision: Precision, tuning: Tuning, *, device: str, available_bytes
 
 
 #: How pairs are verified: a few products, each as exact as they come, nothing kept or compiled.
-EXACT = Policy(schedule="lean", precision="float64")
+EXACT = ComputeSettings(schedule="lean", precision="float64")
 
 
 def exact_bytes(theta_numel: int, vector_numel: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from hvp_core.attention.flash import Flash
 from hvp_core.attention.rule import Attention, Pattern, Qkv, Span
 from hvp_core.attention.tiled import Tiled
-from hvp_core.policy import Precision
+from hvp_core.settings import Precision
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()

@@ -1,7 +1,7 @@
-"""One block's products, by schedule: which stages run when, and what is kept between.
+"""One block's products, by schedule: which phases run when, and what is kept between.
 
 A product's passes take a block through *legs*: forward and backward, each for the primal half, the
-tangent half, or both at once. Between the parts of a leg the block's attentions are called.
+tangent half, or both at once. Between the subprograms of a leg the block's attentions are called.
 
     tangent, pair        fast      forward both │ backward both
                          lean      forward both ┆ again both, backward both
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
-from hvp_core.autodiff.parts import Group, Part, split
-from hvp_core.autodiff.passes import Passes, Way
-from hvp_core.autodiff.trace import Env, Stage, Trace, dotted, stages
+from hvp_core.autodiff.passes import Passes, Retention
+from hvp_core.autodiff.subprograms import Group, Subprogram, partition
+from hvp_core.autodiff.trace import Env, Phase, Trace, dotted, phases
 
 Half = Literal["primal", "tangent"]
-Collect = Callable[[Part, Env], None]
+Collect = Callable[[Subprogram, Env], None]
 
 _QKV = ("q", "k", "v")
 _OUTPUT = ("o", "lse")
@@ -39,7 +39,7 @@ _OUTPUT = ("o", "lse")
 @final
 @dataclass(frozen=True)
 class LegSpec:
-    """A leg before it is traced out into parts."""
+    """A leg before it is traced out into subprograms."""
 
     backward: bool
     halves: tuple[Half, ...]
@@ -50,7 +50,7 @@ class LegSpec:
 _BOTH: tuple[Half, ...] = ("primal", "tangent")
 
 
-def _legs(passes: Passes, way: Way) -> list[list[LegSpec]]:
+def _legs(passes: Passes, way: Retention) -> list[list[LegSpec]]:
     """The legs of a product, in runs: nothing is kept from one run for the next."""
     primal, tangent = LegSpec(False, ("primal",)), LegSpec(False, ("tangent",))
     if passes.forward == "value":
@@ -105,8 +105,8 @@ class AttentionCall:
         if halves == ("primal",):
             return [self._bars(self.rule.backward(at, self.pattern, self.span), "")]
         at_dot = self._point(env, "_dot")
-        bars, bars_dot = self.rule.backward_dual(at, at_dot, self.pattern, self.span)
-        return [self._bars(bars, "") | self._bars(bars_dot, "_dot")]
+        cotangents, bars_dot = self.rule.backward_dual(at, at_dot, self.pattern, self.span)
+        return [self._bars(cotangents, "") | self._bars(bars_dot, "_dot")]
 
     def _of(self, env: Env, name: str) -> Tensor:
         return env[f"{name}/{self.place}"]
@@ -135,7 +135,7 @@ def _heads_first(o: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Between:
-    """An attention between two parts of a leg.
+    """An attention between two subprograms of a leg.
 
     Attributes:
         place: Which of the block's.
@@ -162,7 +162,7 @@ class Between:
         return _of_halves(self.halves, [f"{name}/{self.place}" for name in names])
 
     def before(self, backward: bool) -> set[str]:
-        """Names of what the part before it hands to it."""
+        """Names of what the subprogram before it hands to it."""
         names = ("o_bar",) if backward else _QKV
         return _of_halves(self.halves, [f"{name}/{self.place}" for name in names])
 
@@ -178,8 +178,8 @@ class Leg:
     """A leg, ready to run."""
 
     spec: LegSpec
-    between: tuple[Between, ...]  # the attentions between its parts
-    parts: tuple[Part, ...]
+    between: tuple[Between, ...]  # the attentions between its subprograms
+    subprograms: tuple[Subprogram, ...]
     needs: frozenset[str]  # what it reads of earlier legs, parameters and constants aside
 
     def run(
@@ -190,7 +190,7 @@ class Leg:
         Args:
             env: Everything it needs.
             attentions: Those that the block is cut at.
-            collect: Takes derivatives of parameters out of a part's results.
+            collect: Takes derivatives of parameters out of a subprogram's results.
         """
         return self.run_all([env], attentions, [collect])[0]
 
@@ -202,7 +202,7 @@ class Leg:
     ) -> list[Env]:
         """The tangents of several probes: as `run` of each, but an attention does all at once."""
         found: list[Env] = [{} for _ in envs]
-        for index, part in enumerate(self.parts):
+        for index, subprogram in enumerate(self.subprograms):
             if index:
                 between = self.between[index - 1]
                 attention = attentions[between.place]
@@ -211,18 +211,20 @@ class Leg:
                 for results, made in zip(found, step(known, between.halves), strict=True):
                     results |= made
             for env, results, collect in zip(envs, found, collects, strict=True):
-                results |= _run_part(part, {**env, **results}, collect)
+                results |= _run_part(subprogram, {**env, **results}, collect)
         return found
 
 
-def _run_part(part: Part, env: Env, collect: Collect | None) -> Env:
+def _run_part(subprogram: Subprogram, env: Env, collect: Collect | None) -> Env:
     """Its results, without those that only parameters' derivatives are made of."""
-    results = part(env)
-    if not part.terms:
+    results = subprogram(env)
+    if not subprogram.terms:
         return results
     assert collect is not None
-    collect(part, results)
-    operands = {name for terms in part.terms.values() for term in terms for name in term.operands}
+    collect(subprogram, results)
+    operands = {
+        name for terms in subprogram.terms.values() for term in terms for name in term.operands
+    }
     return {name: each for name, each in results.items() if name not in operands}
 
 
@@ -253,7 +255,7 @@ class BlockDual:
         trace: Of the block; one that takes `o/0` and so on is cut at its attentions.
         key: What it was traced from: the block's program.
         remarks: What is to be said of the block's code.
-        prepare: Called once with each new part; may replace how it runs.
+        prepare: Called once with each new subprogram; may replace how it runs.
     """
 
     def __init__(
@@ -261,7 +263,7 @@ class BlockDual:
         trace: Trace,
         key: Hashable,
         remarks: AbstractSet[str] = frozenset(),
-        prepare: Callable[[Part], None] | None = None,
+        prepare: Callable[[Subprogram], None] | None = None,
     ):
         self._trace = trace
         self.remarks = frozenset(remarks)
@@ -270,7 +272,7 @@ class BlockDual:
         #: For each attention that it is cut at, whether its output has a tangent.
         self._moves = [f"o_dot/{place}" in trace.arguments for place in calls]
         self._prepare = prepare
-        self._plans: dict[tuple[Passes, Way], Plan] = {}
+        self._plans: dict[tuple[Passes, Retention], Plan] = {}
 
     @property
     def output(self) -> tuple[torch.Size, torch.dtype]:
@@ -278,19 +280,19 @@ class BlockDual:
         value = self._trace.outputs["y"].meta["val"]
         return value.shape, value.dtype
 
-    def plan(self, passes: Passes, way: Way) -> Plan:
+    def plan(self, passes: Passes, way: Retention) -> Plan:
         """The legs of the products of these passes."""
         if (passes, way) not in self._plans:
             legs: list[Leg] = []
             for run in _legs(passes, way):
                 between = [self._between(spec) for spec in run]
                 groups = [self._groups(*each) for each in zip(run, between, strict=True)]
-                parts = split(self._trace, [each for some in groups for each in some])
+                subprograms = partition(self._trace, [each for some in groups for each in some])
                 for spec, calls, some in zip(run, between, groups, strict=True):
-                    mine, parts = tuple(parts[: len(some)]), parts[len(some) :]
-                    for part in mine:
+                    mine, subprograms = tuple(subprograms[: len(some)]), subprograms[len(some) :]
+                    for subprogram in mine:
                         if self._prepare is not None:
-                            self._prepare(part)
+                            self._prepare(subprogram)
                     legs.append(Leg(spec, calls, mine, self._needs(spec.backward, calls, mine)))
             self._plans[passes, way] = Plan(tuple(legs))
         return self._plans[passes, way]
@@ -309,11 +311,11 @@ class BlockDual:
         return tuple(reversed(found) if spec.backward else found)
 
     def _groups(self, spec: LegSpec, between: tuple[Between, ...]) -> list[Group]:
-        """The parts of a leg: up to each attention that it calls, and behind the last of them."""
-        count = len(self._moves) + 1  # of stages each way
+        """The subprograms of a leg: up to each attention that it calls, and behind the last."""
+        count = len(self._moves) + 1  # of phases each way
         first = count if spec.backward else 0
         start = 0 if spec.again else first
-        # An attention's stage ends the part before it.
+        # An attention's phase ends the subprogram before it.
         ends = [2 * count - 2 - each.place if spec.backward else each.place for each in between]
         names = [name for name in self._trace.terms if name.partition("/")[0] == spec.parameters]
         groups = []
@@ -336,29 +338,29 @@ class BlockDual:
     ) -> Group:
         """Stages of a leg, with outputs of them and derivatives of parameters."""
         # Constants have no tangent, yet a tangent leg may compute with what is made of them alone.
-        every = [stages(times, dotted=half == "tangent") for half in spec.halves]
+        every = [phases(times, dotted=half == "tangent") for half in spec.halves]
         return Group(
-            frozenset[Stage]().union(*every),
+            frozenset[Phase]().union(*every),
             (*[name for name in outputs if name in self._trace.outputs], *parameters),
         )
 
     def _needs(
-        self, backward: bool, between: tuple[Between, ...], parts: Sequence[Part]
+        self, backward: bool, between: tuple[Between, ...], subprograms: Sequence[Subprogram]
     ) -> frozenset[str]:
         """What a leg reads of what is before it, parameters and constants aside."""
         made: set[str] = set()
         needs: set[str] = set()
-        for index, part in enumerate(parts):
+        for index, subprogram in enumerate(subprograms):
             if index:
                 needs |= between[index - 1].needs(backward) - made
                 made |= between[index - 1].makes(backward)
-            needs |= set(part.inputs) - made
-            made |= set(part.outputs)
+            needs |= set(subprogram.inputs) - made
+            made |= set(subprogram.outputs)
         return frozenset(
             name for name in needs if not name.startswith(("p/", "p_dot/", "w/", "c/"))
         )
 
-    def kept_bytes(self, passes: Passes, way: Way) -> int:
+    def kept_bytes(self, passes: Passes, way: Retention) -> int:
         """Memory between the forward and the backward legs of one product."""
         plan = self.plan(passes, way)
         forward = [leg for leg in plan.legs if not leg.spec.backward]
@@ -379,6 +381,6 @@ class BlockDual:
     def _bytes(self, plan: Plan, names: frozenset[str]) -> int:
         sizes = dict(self._trace.argument_bytes)
         for leg in plan.legs:
-            for part in leg.parts:
-                sizes |= part.bytes_of
+            for subprogram in leg.subprograms:
+                sizes |= subprogram.bytes_of
         return sum(sizes.get(name, 0) for name in names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from hvp_core.autodiff.parts import Kernels, Part
+from hvp_core.autodiff.subprograms import Kernels, Subprogram
 from hvp_core.blame import whose
 
 logger = logging.getLogger(__name__)
@@ -31,28 +31,28 @@ _WIDER = {
 @final
 @dataclass
 class Compiler:
-    """Compiles parts, and remembers what that took. Parts outlive operators: one for a process.
+    """Compiles subprograms, which outlive operators: there is one compiler in a process.
 
     Attributes:
         seconds: Spent compiling.
         compiled: Parts that run compiled.
-        refused: Why parts run line by line.
+        refused: Why subprograms run line by line.
     """
 
     seconds: float = 0.0
     compiled: int = 0
     refused: list[str] = field(default_factory=list)
 
-    def __call__(self, part: Part) -> None:
-        """Compile a part when it is first called."""
-        if any(node.op == "call_function" for node in part.module.graph.nodes):
-            part.run = _Checked(self, part)
+    def __call__(self, subprogram: Subprogram) -> None:
+        """Compile a subprogram when it is first called."""
+        if any(node.op == "call_function" for node in subprogram.module.graph.nodes):
+            subprogram.run = _Checked(self, subprogram)
 
-    def compile(self, part: Part) -> Kernels | None:
-        """Kernels of a part; None, with one warning, where there are none."""
+    def compile(self, subprogram: Subprogram) -> Kernels | None:
+        """Kernels of a subprogram; None, with one warning, where there are none."""
         began = time.perf_counter()
         try:
-            kernels = _compiled(part)
+            kernels = _compiled(subprogram)
         except Exception as error:  # whatever a compiler does
             self.failed(error)
             return None
@@ -72,7 +72,7 @@ class Compiler:
         self.refuse(f"{type(error).__name__}: {str(error).strip()[:200]}")
 
     def refuse(self, why: str) -> None:
-        """Note, and say once, that a part is not compiled."""
+        """Note, and say once, that a subprogram is not compiled."""
         if not self.refused:
             logger.warning(
                 "a block's dual runs line by line, which is slower and as correct: %s", why
@@ -80,21 +80,21 @@ class Compiler:
         self.refused.append(why)
 
 
-def _compiled(part: Part) -> Kernels:
-    """Kernels of a part."""
+def _compiled(subprogram: Subprogram) -> Kernels:
+    """Kernels of a subprogram."""
     try:
         from hvp_core.autodiff.inductor import compiled  # takes seconds, and most CPUs never ask
     except (ImportError, AttributeError) as error:  # another torch, whose inside lies elsewhere
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
-    return compiled(part)
+    return compiled(subprogram)
 
 
 @final
 class _Checked:
     """Runs lines and kernels at the first call, and whichever is to be trusted ever after."""
 
-    def __init__(self, compiler: Compiler, part: Part):
-        self._compiler, self._part = compiler, part
+    def __init__(self, compiler: Compiler, subprogram: Subprogram):
+        self._compiler, self._subprogram = compiler, subprogram
         self._run: Any = None  # lines or kernels, when it is known which
 
     @torch.no_grad()
@@ -102,8 +102,8 @@ class _Checked:
         if self._run is not None:
             ready: Sequence[Tensor] = self._run(*arguments)
             return ready
-        lines: Any = self._part.module
-        kernels = self._compiler.compile(self._part)
+        lines: Any = self._subprogram.module
+        kernels = self._compiler.compile(self._subprogram)
         expected: Sequence[Tensor] = lines(*arguments)
         if kernels is not None and self._agree(kernels, expected, arguments):
             self._run = kernels
@@ -121,7 +121,7 @@ class _Checked:
             self._compiler.compiled -= 1
             self._compiler.failed(error)
             return False
-        truth = _Wide(self._part.module, arguments).run(*arguments)
+        truth = _Wide(self._subprogram.module, arguments).run(*arguments)
         longest = max((size for each in arguments for size in each.shape), default=1)
         triples = zip(found, expected, truth, strict=True)
         worst = max((_excess(*each, longest) for each in triples), default=0)

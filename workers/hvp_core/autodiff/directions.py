@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.dual import Params
+from hvp_core.autodiff.reference import Params
 from hvp_core.vectors.space import partial_products
 
 #: Of a number of size one. What the trace finds to be smaller than the largest by its root is

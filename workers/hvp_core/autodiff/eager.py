@@ -8,7 +8,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.dual import (
+from hvp_core.autodiff.executor import (
+    BlockExecutor,
+    Bytes,
+    Cotangents,
+    HeadExecutor,
+    ParamsAndTangents,
+    Residuals,
+)
+from hvp_core.autodiff.passes import Passes, Retention
+from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.reference import (
     Backward,
     Function,
     Params,
@@ -17,16 +27,13 @@ from hvp_core.autodiff.dual import (
     held,
     pull_back,
 )
-from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
-from hvp_core.autodiff.passes import Passes, Way
-from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.sums import Sums
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
 
 
 @final
-class Eager(Route):
+class EagerExecutor(BlockExecutor):
     """By torch's own differentiation of the block: always lean.
 
     Args:
@@ -53,53 +60,53 @@ class Eager(Route):
     def forward(
         self,
         passes: Passes,
-        way: Way,
-        weights: Weights,
+        way: Retention,
+        weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        kept: Tape | None,
-    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        kept: Residuals | None,
+    ) -> tuple[Tensor, list[Tensor | None], Residuals]:
         """The forward dual of each probe."""
-        tape = Tape({"x": x})
+        residuals = Residuals({"x": x})
         if passes.forward == "value":
-            return self.value(weights.p, x), [], tape
+            return self.value(weights.p, x), [], residuals
         y_dots: list[Tensor | None] = []
         f, p = held(self._f, weights.p, self._selected)
         for v, x_dot in zip(weights.v, x_dots, strict=True):
             y, y_dot = forward_dual(f, p, v, x, x_dot)
             y_dots.append(y_dot)
-            tape.tangents.append({} if x_dot is None else {"x_dot": x_dot})
-        return y, y_dots, tape
+            residuals.tangents.append({} if x_dot is None else {"x_dot": x_dot})
+        return y, y_dots, residuals
 
     def backward(
         self,
         passes: Passes,
-        way: Way,
-        weights: Weights,
-        tape: Tape,
-        bars: Bars,
+        way: Retention,
+        weights: ParamsAndTangents,
+        residuals: Residuals,
+        cotangents: Cotangents,
         sums: Sequence[Sums],
-    ) -> Bars:
+    ) -> Cotangents:
         """The backward dual of each probe, or a plain one."""
-        x = tape.primal["x"]
+        x = residuals.primal["x"]
         f, p = held(self._f, weights.p, self._selected)
         if passes.backward == "pair":
             dots = []
             for v, tangent, y_bar_dot, sum_ in zip(
-                weights.v, tape.tangents, bars.dots, sums, strict=True
+                weights.v, residuals.tangents, cotangents.dots, sums, strict=True
             ):
-                pair = _constant_pair(bars.primal, y_bar_dot)
+                pair = _constant_pair(cotangents.primal, y_bar_dot)
                 x_dot = tangent.get("x_dot")
                 found = backward_dual(f, p, v, x, x_dot, pair)
                 sum_.add_dense(found.p_bar)
                 dots.append(found.x_bar_dot)
-            return Bars(found.x_bar, dots)
-        cotangents = []
-        for y_bar, sum_ in zip(bars.dots, sums, strict=True):
+            return Cotangents(found.x_bar, dots)
+        pulled = []
+        for y_bar, sum_ in zip(cotangents.dots, sums, strict=True):
             found = pull_back(f, p, x, _constant(y_bar))
             sum_.add_dense(found.p_bar)
-            cotangents.append(found.x_bar)
-        return Bars(None, cotangents)
+            pulled.append(found.x_bar)
+        return Cotangents(None, pulled)
 
 
 def _constant(y_bar: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -116,7 +123,7 @@ def _constant_pair(
 
 
 @final
-class EagerClosing(Closing):
+class EagerHead(HeadExecutor):
     """By torch's own differentiation of the block.
 
     Args:
@@ -141,7 +148,9 @@ class EagerClosing(Closing):
         self._spec, self._loss, self._target = spec, loss, target
         self._scale = scale
 
-    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+    def measure(
+        self, weights: ParamsAndTangents, x: Tensor, x_dots: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """A forward dual for each probe."""
         assert self._spec.measure is not None
         f, p = held(self._f, weights.p, self._selected)
@@ -152,14 +161,14 @@ class EagerClosing(Closing):
 
     def run(
         self,
-        weights: Weights,
+        weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
         given: Sequence[Tensor] = (),
-    ) -> Bars:
+    ) -> Cotangents:
         """A backward dual for each probe, or a plain one."""
         more: list[Tensor | None] = [*given] or [None for _ in sums]
         pair = self._spec.passes.backward == "pair"
@@ -177,7 +186,7 @@ class EagerClosing(Closing):
                 found = self._pull_back(f, None, p, x, known)
             sum_.add_dense(found.p_bar)
             dots.append(found.x_bar_dot if pair else found.x_bar)
-        return Bars(x_bar, dots)
+        return Cotangents(x_bar, dots)
 
     def _pull_back(
         self, f: Function, y_dot: Tensor | None, p: Params, x: Tensor, given: Tensor | None

@@ -10,15 +10,15 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.passes import Passes, Way
+from hvp_core.autodiff.passes import Passes, Retention
+from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.trace import Env
 
 
 @final
 @dataclass
-class Tape:
+class Residuals:
     """What one block keeps of one micro-batch on the way forward.
 
     Attributes:
@@ -34,11 +34,11 @@ class Tape:
 
 @final
 @dataclass
-class Bars:
+class Cotangents:
     """Cotangents of one micro-batch between two blocks.
 
     Attributes:
-        primal: ȳ of a pair; None where it is kept on a tape, or nothing is a pair.
+        primal: ȳ of a pair; None where it is kept on a residuals, or nothing is a pair.
         dots: For each probe ȳ̇ of a pair, or the one cotangent that a product has.
     """
 
@@ -46,10 +46,12 @@ class Bars:
     dots: list[Tensor | None]
 
 
-def joined(bars: Sequence[Bars]) -> Bars:
+def joined(cotangents: Sequence[Cotangents]) -> Cotangents:
     """Cotangents of pieces, one behind the other."""
-    dots = [_cat([each.dots[probe] for each in bars]) for probe in range(len(bars[0].dots))]
-    return Bars(_cat([each.primal for each in bars]), dots)
+    dots = [
+        _cat([each.dots[probe] for each in cotangents]) for probe in range(len(cotangents[0].dots))
+    ]
+    return Cotangents(_cat([each.primal for each in cotangents]), dots)
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -61,7 +63,7 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 @final
 @dataclass(frozen=True)
-class Weights:
+class ParamsAndTangents:
     """A block's parameters, and tangents of the selected ones in each probe."""
 
     p: Params
@@ -77,10 +79,10 @@ class Bytes(NamedTuple):
     cached: int  # from product to product: the primal half alone
 
 
-class Route(ABC):
+class BlockExecutor(ABC):
     """Takes one block, with the constants of one micro-batch, forward and backward.
 
-    Law: all routes give the same numbers, to rounding.
+    Law: all executors give the same numbers, to rounding.
     """
 
     @property
@@ -104,31 +106,31 @@ class Route(ABC):
     def forward(
         self,
         passes: Passes,
-        way: Way,
-        weights: Weights,
+        way: Retention,
+        weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        kept: Tape | None,
-    ) -> tuple[Tensor, list[Tensor | None], Tape]:
-        """(y, ẏ of each probe, tape); `kept` is the tape of an earlier product at the same θ."""
+        kept: Residuals | None,
+    ) -> tuple[Tensor, list[Tensor | None], Residuals]:
+        """(y, ẏ of each probe, residuals); `kept` are those of an earlier one at the same θ."""
 
     @abstractmethod
     def backward(
         self,
         passes: Passes,
-        way: Way,
-        weights: Weights,
-        tape: Tape,
-        bars: Bars,
+        way: Retention,
+        weights: ParamsAndTangents,
+        residuals: Residuals,
+        cotangents: Cotangents,
         sums: Sequence[Sums],
-    ) -> Bars:
+    ) -> Cotangents:
         """Cotangents of x; adds the parameters' derivatives to `sums`, one for each probe."""
 
 
-class Closing(ABC):
+class HeadExecutor(ABC):
     """Takes one piece of a micro-batch through the last block and a product's rules.
 
-    Law: all closings of one product give the same numbers, to rounding.
+    Law: all heads of one product give the same numbers, to rounding.
     """
 
     @property
@@ -137,7 +139,9 @@ class Closing(ABC):
         return None
 
     @abstractmethod
-    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
+    def measure(
+        self, weights: ParamsAndTangents, x: Tensor, x_dots: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """What the product measures of the piece, for each probe: (rows,), or like y.
 
         Args:
@@ -149,14 +153,14 @@ class Closing(ABC):
     @abstractmethod
     def run(
         self,
-        weights: Weights,
+        weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
         given: Sequence[Tensor] = (),
-    ) -> Bars:
+    ) -> Cotangents:
         """Cotangents of x; adds the parameters' derivatives to `sums`.
 
         Args:

@@ -15,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
-from hvp_core.autodiff.parts import Kernels, Part
+from hvp_core.autodiff.subprograms import Kernels, Subprogram
 
 _LONGEST_ROW = 8192
 
@@ -65,8 +65,8 @@ def _laid_end_to_end() -> Iterator[None]:
         lowering.lowerings[torch.ops.aten.cat.default] = _CAT
 
 
-def compiled(part: Part) -> Kernels:
-    """Kernels of a part's lines."""
+def compiled(subprogram: Subprogram) -> Kernels:
+    """Kernels of a subprogram's lines."""
     # The key of the compiler's cache says nothing of its choices.
     settings: Any = torch.compiler.config
     tag = settings.patch(cache_key_tag=f"rows of {_LONGEST_ROW}, end to end")
@@ -78,6 +78,6 @@ def compiled(part: Part) -> Kernels:
         _laid_end_to_end(),
     ):
         warnings.simplefilter("ignore")  # of the compiler's own making
-        found: Any = compile_fx(copy.deepcopy(part.module), list(part.examples))
+        found: Any = compile_fx(copy.deepcopy(subprogram.module), list(subprogram.examples))
     kernels: Kernels = found
     return kernels

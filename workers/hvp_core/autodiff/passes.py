@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 #: What a block keeps of a product on the way forward (see `block_dual.py`).
-Way = Literal["fast", "lean", "shared"]
+Retention = Literal["fast", "lean", "shared"]
 
 
 class Passes(NamedTuple):

@@ -30,10 +30,10 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     """
     with torch.no_grad():
         y = f(p, inputs, constants)
-    bars = {suffixed(name, "_bar"): _as_given(name, each) for name, each in y.items()}
+    cotangents = {suffixed(name, "_bar"): _as_given(name, each) for name, each in y.items()}
     at = _flat("p", p) | inputs
     arguments = at | {dotted(name): each for name, each in at.items()} | constants
-    arguments |= bars | {dotted(name): each for name, each in bars.items()}
+    arguments |= cotangents | {dotted(name): each for name, each in cotangents.items()}
 
     def program(env: Env) -> Env:
         y_bar = {name: env[suffixed(name, "_bar")] for name in y}
@@ -58,10 +58,10 @@ def trace_value(f: Block, constants: Env) -> Trace:
     return Trace(lambda env: f({}, {}, env), constants)
 
 
-def trace_closing(
+def trace_head(
     f: Block, loss: Loss, spec: ProductSpec, p: Env, inputs: Env, constants: Env
 ) -> Trace:
-    """The trace of the last block with what a product does at its output; all is of stage 0.
+    """The trace of the last block with what a product does at its output; all is of phase 0.
 
     Its outputs are named as those of any block: `x_bar` and `p_bar` are what the product's
     cotangent pulls back to, or the primal half of a pair, whose tangents are `x_bar_dot` and

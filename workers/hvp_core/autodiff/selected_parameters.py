@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 
 from hvp_core.autodiff.passes import VALUE, Passes
 from hvp_core.model.chain import Chain
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 
 class Link(NamedTuple):
@@ -48,7 +48,7 @@ class SelectedParameters:
             none does.
     """
 
-    def __init__(self, chain: Chain, space: Space):
+    def __init__(self, chain: Chain, space: ParameterSpace):
         selected = {parameter.name for parameter in space.layout.parameters}
         of = [selected.intersection(block.parameters) for block in chain.blocks]
         self.first = min((i for i, names in enumerate(of) if names), default=len(of) - 1)

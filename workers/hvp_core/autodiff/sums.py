@@ -12,7 +12,7 @@ from torch import Tensor
 
 @final
 @dataclass(frozen=True)
-class Term:
+class GradientTerm:
     """One summand of a parameter's derivative.
 
     `mm`: operands[0] @ operands[1]. `rows`: rows operands[1] added at the indices operands[0].
@@ -32,7 +32,7 @@ class Term:
 
         Args:
             total: The sum so far.
-            results: Of a part.
+            results: Of a subprogram.
             fresh: Nothing has been added yet, and `total` holds no particular values.
         """
         values = [results[name] for name in self.operands]
@@ -90,8 +90,8 @@ class Sums:
         self._views, self._fresh = views, fresh
         self._wide: dict[str, Tensor] = {}
 
-    def add(self, name: str, terms: Sequence[Term], results: Mapping[str, Tensor]) -> None:
-        """Add terms of a part's results."""
+    def add(self, name: str, terms: Sequence[GradientTerm], results: Mapping[str, Tensor]) -> None:
+        """Add terms of a subprogram's results."""
         for term in terms:
             fresh = name in self._fresh
             term.add_to(self._total(name, fresh and term.is_one), results, fresh=fresh)

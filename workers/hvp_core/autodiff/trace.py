@@ -1,17 +1,17 @@
 """A block's derivatives as one straight-line program of tensors.
 
 The forward-over-reverse dual of a block is traced once for each shape. Every line of the trace then
-belongs to a *stage*, found from what it depends on. Of a block with one attention:
+belongs to a *phase*, found from what it depends on. Of a block with one attention:
 
     0  p, x                     0' v, ẋ               the block up to its attention
     1  o                        1' ȯ                  the block behind it
     2  ȳ                        2' ȳ̇                  back to the attention
     3  q̄, k̄, v̄                  3' their tangents     back to x and p
 
-A block with C attentions has C + 1 stages on the way forward and as many on the way back, one
-between each two of them; a block without has one each way. A stage without prime does not depend on
+A block with C attentions has C + 1 phases on the way forward and as many on the way back, one
+between each two of them; a block without has one each way. A phase without prime does not depend on
 any tangent, so in a Krylov run it is the same for every product. Every schedule is a grouping of
-these stages (`parts.split`): what one group has computed and a later one needs is kept, except for
+these phases (`parts.split`): what one group has computed and a later one needs is kept, except for
 pointwise work, which is cheaper to do again than to load.
 
 Values have names, the same everywhere in this package: `x`, `y`; of the j-th attention `q/j`,
@@ -42,19 +42,19 @@ Program = Callable[[Env], Env]
 
 @final
 @dataclass(frozen=True, order=True)
-class Stage:
+class Phase:
     """When a line can run: after the inputs of `time`, and of their tangents if `dotted`."""
 
     time: int
     dotted: bool
 
 
-def stages(times: Iterable[int], *, dotted: bool) -> frozenset[Stage]:
-    """The stages of these times, with a tangent or without."""
-    return frozenset(Stage(time, dotted) for time in times)
+def phases(times: Iterable[int], *, dotted: bool) -> frozenset[Phase]:
+    """The phases of these times, with a tangent or without."""
+    return frozenset(Phase(time, dotted) for time in times)
 
 
-def _stage_of_input(name: str, num_calls: int) -> Stage:
+def _phase_of_input(name: str, num_calls: int) -> Phase:
     """When an argument comes, in a block of so many attentions."""
     base, _, place = name.partition("/")
     plain = base.removesuffix("_dot")
@@ -66,12 +66,12 @@ def _stage_of_input(name: str, num_calls: int) -> Stage:
         time = 2 * num_calls + 1 - int(place)
     else:  # x, parameters, constants, what is given
         time = 0
-    return Stage(time, base.endswith("_dot"))
+    return Phase(time, base.endswith("_dot"))
 
 
 @final
 class Trace:
-    """A program of named values, with the stage of every line.
+    """A program of named values, with the phase of every line.
 
     Args:
         program: Tensors by name -> tensors by name.
@@ -93,25 +93,25 @@ class Trace:
         derivatives = [
             node for name, node in zip(names, output.args[0], strict=True) if is_parameters(name)
         ]
-        found = self._find_stages()
+        found = self._find_phases()
         merge_sums(self._graph, sums_behind(derivatives), lambda a, b: found[a] == found[b])
         self.outputs: dict[str, fx.Node] = dict(zip(names, output.args[0], strict=True))
         #: For each derivative of a parameter, the terms whose sum it is.
         self.terms = {
             name: terms_of(node) for name, node in self.outputs.items() if is_parameters(name)
         }
-        self._stages = self._find_stages()
+        self._phases = self._find_phases()
 
-    def _find_stages(self) -> dict[fx.Node, Stage]:
-        found: dict[fx.Node, Stage] = {}
+    def _find_phases(self) -> dict[fx.Node, Phase]:
+        found: dict[fx.Node, Phase] = {}
         for node in self._graph.nodes:
             if node in self._inputs:
-                found[node] = _stage_of_input(self._inputs[node], self.num_calls)
+                found[node] = _phase_of_input(self._inputs[node], self.num_calls)
                 continue
             before = [found[each] for each in node.all_input_nodes]
-            found[node] = Stage(
-                max((stage.time for stage in before), default=0),
-                any(stage.dotted for stage in before),
+            found[node] = Phase(
+                max((phase.time for phase in before), default=0),
+                any(phase.dotted for phase in before),
             )
         return found
 
@@ -120,11 +120,11 @@ class Trace:
         nodes = [self.outputs[name]]
         if name in self.terms:
             nodes = [node for _, operands in self.terms[name] for node in operands]
-        return max(self._stages[node].time for node in nodes)
+        return max(self._phases[node].time for node in nodes)
 
     def is_dotted(self, line: str) -> bool:
         """Whether a line, by its own name, depends on a tangent."""
-        return next(stage.dotted for node, stage in self._stages.items() if node.name == line)
+        return next(phase.dotted for node, phase in self._phases.items() if node.name == line)
 
     @property
     def argument_bytes(self) -> dict[str, int]:
@@ -136,9 +136,9 @@ class Trace:
         """Its lines, in order."""
         return self._graph.nodes
 
-    def stage(self, node: fx.Node) -> Stage:
-        """The stage of a line."""
-        return self._stages[node]
+    def phase(self, node: fx.Node) -> Phase:
+        """The phase of a line."""
+        return self._phases[node]
 
     def input_name(self, node: fx.Node) -> str | None:
         """The name of an argument, None for a computed line."""

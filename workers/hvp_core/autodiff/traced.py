@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from hvp_core.autodiff.block_dual import AttentionCall, BlockDual, Leg
-from hvp_core.autodiff.closing_dual import ClosingDual
-from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.executor import Bars, Bytes, Closing, Route, Tape, Weights
-from hvp_core.autodiff.parts import Part
-from hvp_core.autodiff.passes import VALUE, Passes, Way
+from hvp_core.autodiff.executor import (
+    BlockExecutor,
+    Bytes,
+    Cotangents,
+    HeadExecutor,
+    ParamsAndTangents,
+    Residuals,
+)
+from hvp_core.autodiff.head_dual import HeadDual
+from hvp_core.autodiff.passes import VALUE, Passes, Retention
+from hvp_core.autodiff.reference import Params
+from hvp_core.autodiff.subprograms import Subprogram
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.trace import Env, dotted, is_parameters
 
 
 @final
-class Traced(Route):
+class TracedExecutor(BlockExecutor):
     """By its trace.
 
     Args:
@@ -44,7 +51,7 @@ class Traced(Route):
 
     @property
     def key(self) -> Hashable:
-        """See Route."""
+        """See BlockExecutor."""
         return self.dual.key
 
     def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
@@ -57,7 +64,7 @@ class Traced(Route):
             cached,
         )
 
-    def _env(self, weights: Weights, probe: int | None = None) -> Env:
+    def _env(self, weights: ParamsAndTangents, probe: int | None = None) -> Env:
         """Parameters, tangents of the selected ones in a probe, and constants."""
         found = values_at(self._place_of, weights.p)
         if probe is not None:
@@ -67,7 +74,7 @@ class Traced(Route):
     def value(self, p: Params, x: Tensor) -> Tensor:
         """By the leg of the loss."""
         leg = self.dual.plan(VALUE, "fast").legs[0]
-        return leg.run(self._env(Weights(p, [])) | self._input(x), self._attentions)["y"]
+        return leg.run(self._env(ParamsAndTangents(p, [])) | self._input(x), self._attentions)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
         """Zeros: blocks that cannot be traced are run with it, and must not see mere memory."""
@@ -80,17 +87,17 @@ class Traced(Route):
     def forward(
         self,
         passes: Passes,
-        way: Way,
-        weights: Weights,
+        way: Retention,
+        weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        kept: Tape | None,
-    ) -> tuple[Tensor, list[Tensor | None], Tape]:
+        kept: Residuals | None,
+    ) -> tuple[Tensor, list[Tensor | None], Residuals]:
         """Its forward legs."""
         plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if not leg.spec.backward]
         if "primal" in legs[0].spec.halves and legs[0].spec.halves != ("primal",):
-            tape = Tape()  # this plan keeps nothing from product to product
+            residuals = Residuals()  # this plan keeps nothing from product to product
             names = plan.kept(legs[0])
             y_dots: list[Tensor | None] = []
             for probe, x_dot in enumerate(x_dots):
@@ -98,25 +105,27 @@ class Traced(Route):
                 found = legs[0].run(env, self._attentions)
                 y, y_dot = found["y"], found["y_dot"]
                 y_dots.append(y_dot.contiguous())
-                tape.tangents.append(_only(names, env | found))
-            return y.contiguous(), y_dots, tape
-        tape = kept or Tape()
-        if not tape.complete:
+                residuals.tangents.append(_only(names, env | found))
+            return y.contiguous(), y_dots, residuals
+        residuals = kept or Residuals()
+        if not residuals.complete:
             env = self._env(weights) | self._input(x)
             found = legs[0].run(env, self._attentions)
-            tape.primal = _only(plan.kept(legs[0]), env | found) | {"y": found["y"].contiguous()}
-        y_dots, tape.tangents = [], []
-        names = plan.kept(legs[1]) - set(tape.primal) if x_dots else frozenset[str]()
+            residuals.primal = _only(plan.kept(legs[0]), env | found) | {
+                "y": found["y"].contiguous()
+            }
+        y_dots, residuals.tangents = [], []
+        names = plan.kept(legs[1]) - set(residuals.primal) if x_dots else frozenset[str]()
         for probes in self._groups(len(x_dots), legs[-1]):
             envs = [
-                self._env(weights, probe) | tape.primal | self._input(x, x_dots[probe])
+                self._env(weights, probe) | residuals.primal | self._input(x, x_dots[probe])
                 for probe in probes
             ]
             results = legs[1].run_all(envs, self._attentions, [None for _ in envs])
             for env, found in zip(envs, results, strict=True):
                 y_dots.append(found["y_dot"].contiguous())
-                tape.tangents.append(_only(names, env | found))
-        return tape.primal["y"], y_dots, tape
+                residuals.tangents.append(_only(names, env | found))
+        return residuals.primal["y"], y_dots, residuals
 
     def _groups(self, count: int, leg: Leg) -> Iterator[range]:
         """Probes that go through a leg together: as many as its attentions do at once."""
@@ -129,45 +138,45 @@ class Traced(Route):
     def backward(
         self,
         passes: Passes,
-        way: Way,
-        weights: Weights,
-        tape: Tape,
-        bars: Bars,
+        way: Retention,
+        weights: ParamsAndTangents,
+        residuals: Residuals,
+        cotangents: Cotangents,
         sums: Sequence[Sums],
-    ) -> Bars:
+    ) -> Cotangents:
         """Its backward legs."""
         plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if leg.spec.backward]
         if passes.forward == "value":
-            env = self._env(weights) | tape.primal
+            env = self._env(weights) | residuals.primal
             alone = [
                 legs[0].run(env | _bar(y_bar), self._attentions, adder(sum_, self._names))
-                for y_bar, sum_ in zip(bars.dots, sums, strict=True)
+                for y_bar, sum_ in zip(cotangents.dots, sums, strict=True)
             ]
-            return Bars(None, [found.get("x_bar") for found in alone])
+            return Cotangents(None, [found.get("x_bar") for found in alone])
         pair = passes.backward == "pair"
-        x_bar = tape.primal.get("x_bar")
-        if len(legs) == 2 and not tape.complete:
-            env = self._env(weights) | tape.primal | _bar(bars.primal)
+        x_bar = residuals.primal.get("x_bar")
+        if len(legs) == 2 and not residuals.complete:
+            env = self._env(weights) | residuals.primal | _bar(cotangents.primal)
             found = legs[0].run(env, self._attentions)
-            tape.primal |= _only(plan.kept(legs[0]), env | found)
+            residuals.primal |= _only(plan.kept(legs[0]), env | found)
             if "x_bar" in found:
-                x_bar = tape.primal["x_bar"] = found["x_bar"]
+                x_bar = residuals.primal["x_bar"] = found["x_bar"]
         dots: list[Tensor | None] = []
-        for probes in self._groups(len(bars.dots), legs[-1]):
+        for probes in self._groups(len(cotangents.dots), legs[-1]):
             envs = []
             for probe in probes:
-                env = self._env(weights, probe) | tape.primal | tape.tangents[probe]
-                y_bar_dot = bars.dots[probe]
-                env |= _bar(bars.primal, y_bar_dot) if pair else _bar(y_bar_dot)
+                env = self._env(weights, probe) | residuals.primal | residuals.tangents[probe]
+                y_bar_dot = cotangents.dots[probe]
+                env |= _bar(cotangents.primal, y_bar_dot) if pair else _bar(y_bar_dot)
                 envs.append(env)
-                tape.tangents[probe] = {}
+                residuals.tangents[probe] = {}
             adders = [adder(sums[probe], self._names) for probe in probes]
             for found in legs[-1].run_all(envs, self._attentions, adders):
                 dots.append(found.get("x_bar_dot" if pair else "x_bar"))
                 if pair:
                     x_bar = found.get("x_bar", x_bar)
-        return Bars(x_bar, dots)
+        return Cotangents(x_bar, dots)
 
 
 def places(names: Sequence[str], selected: Collection[str]) -> dict[str, str]:
@@ -185,11 +194,11 @@ def tangents_at(place_of: Mapping[str, str], v: Params) -> Env:
     return {dotted(place): v[name] for name, place in place_of.items() if place.startswith("p/")}
 
 
-def adder(sums: Sums, names: Sequence[str]) -> Callable[[Part, Env], None]:
-    """Adds a part's derivatives of parameters, numbered by place, to where they belong."""
+def adder(sums: Sums, names: Sequence[str]) -> Callable[[Subprogram, Env], None]:
+    """Adds a subprogram's derivatives of parameters, numbered by place, to where they belong."""
 
-    def add(part: Part, results: Env) -> None:
-        for name, terms in part.terms.items():
+    def add(subprogram: Subprogram, results: Env) -> None:
+        for name, terms in subprogram.terms.items():
             sums.add(names[int(name.partition("/")[2])], terms, results)
 
     return add
@@ -205,7 +214,7 @@ def _bar(y_bar: Tensor | None, y_bar_dot: Tensor | None = None) -> Env:
 
 
 @final
-class TracedClosing(Closing):
+class TracedHead(HeadExecutor):
     """By the trace of block and rules.
 
     Args:
@@ -216,42 +225,44 @@ class TracedClosing(Closing):
     """
 
     def __init__(
-        self, dual: ClosingDual, names: Sequence[str], selected: Collection[str], constants: Env
+        self, dual: HeadDual, names: Sequence[str], selected: Collection[str], constants: Env
     ):
         self.dual, self._names, self._constants = dual, tuple(names), constants
         self._place_of = places(names, selected)
 
     @property
     def key(self) -> Hashable:
-        """See Closing."""
+        """See HeadExecutor."""
         return self.dual.key
 
-    def measure(self, weights: Weights, x: Tensor, x_dots: Sequence[Tensor | None]) -> list[Tensor]:
-        """The parts that measure."""
+    def measure(
+        self, weights: ParamsAndTangents, x: Tensor, x_dots: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The subprograms that measure."""
         shared = len(x_dots) > 1
-        parts, env = self.dual.measuring(shared), self._primal(weights, x)
+        subprograms, env = self.dual.measuring(shared), self._primal(weights, x)
         if shared:
-            env |= parts[0](env)
+            env |= subprograms[0](env)
         return [
-            parts[-1](env | self._along(weights, probe, x_dot))["measure"]
+            subprograms[-1](env | self._along(weights, probe, x_dot))["measure"]
             for probe, x_dot in enumerate(x_dots)
         ]
 
     def run(
         self,
-        weights: Weights,
+        weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         *,
         wants_primal: bool,
         given: Sequence[Tensor] = (),
-    ) -> Bars:
-        """The parts one after the other."""
+    ) -> Cotangents:
+        """The subprograms one after the other."""
         passes = self.dual.passes
         wants_primal = wants_primal and passes.backward == "pair"
         shared = len(sums) > 1
-        parts, env = self.dual.parts(shared, wants_primal), self._primal(weights, x)
+        subprograms, env = self.dual.subprograms(shared, wants_primal), self._primal(weights, x)
         more: list[Env] = [{} for _ in sums]
         if given:
             more = [{"given_dot": each.to(self.dual.given_dtype)} for each in given]
@@ -262,27 +273,27 @@ class TracedClosing(Closing):
             ]
         x_bar = None
         if shared:
-            kept = parts[0](env)
+            kept = subprograms[0](env)
             x_bar = kept.get("x_bar")
             env |= kept
         dots: list[Tensor | None] = []
         for along, sum_ in zip(more, sums, strict=True):
-            found = self._step(parts[-1], env | along, sum_)
+            found = self._step(subprograms[-1], env | along, sum_)
             if wants_primal:
                 x_bar = found.get("x_bar", x_bar)
             dots.append(found.get(f"x_{self.dual.suffix}"))
-        return Bars(x_bar, dots)
+        return Cotangents(x_bar, dots)
 
-    def _primal(self, weights: Weights, x: Tensor) -> Env:
+    def _primal(self, weights: ParamsAndTangents, x: Tensor) -> Env:
         return values_at(self._place_of, weights.p) | self._constants | {"x": x}
 
-    def _along(self, weights: Weights, probe: int, x_dot: Tensor | None) -> Env:
+    def _along(self, weights: ParamsAndTangents, probe: int, x_dot: Tensor | None) -> Env:
         along = tangents_at(self._place_of, weights.v[probe])
         if x_dot is not None:
             along["x_dot"] = x_dot
         return along
 
-    def _step(self, part: Part, env: Env, sum_: Sums) -> Env:
-        found = part(env)
-        adder(sum_, self._names)(part, found)
+    def _step(self, subprogram: Subprogram, env: Env, sum_: Sums) -> Env:
+        found = subprogram(env)
+        adder(sum_, self._names)(subprogram, found)
         return {name: each for name, each in found.items() if not is_parameters(name)}

@@ -31,11 +31,11 @@ from hvp_core.autodiff.directions import (
     tolerance_of,
     weighed_directions,
 )
-from hvp_core.autodiff.dual import Function, Params, backward_dual, held, value_and_tangent
-from hvp_core.autodiff.eager import Eager, EagerClosing
-from hvp_core.autodiff.executor import Bars, Closing, Route, Weights
+from hvp_core.autodiff.eager import EagerExecutor, EagerHead
+from hvp_core.autodiff.executor import BlockExecutor, Cotangents, HeadExecutor, ParamsAndTangents
 from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.reference import Function, Params, backward_dual, held, value_and_tangent
 from hvp_core.autodiff.selected_parameters import Link, SelectedParameters
 from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import explained, whose
@@ -50,11 +50,13 @@ _LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
 _verified: set[Hashable] = set()  # programs and what they were taken through, in this process
 
 #: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
-_Run = Callable[[Weights, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
+_Run = Callable[
+    [ParamsAndTangents, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]
+]
 
 
 class Builder(Protocol):
-    """Builds what is compared: see `Routes`."""
+    """Builds what is compared: see `ExecutorBuilder`."""
 
     def of(
         self,
@@ -62,10 +64,10 @@ class Builder(Protocol):
         bodies: Callable[[bool], Body],
         p: Params,
         x: Tensor,
-    ) -> Route:
-        """The route of a block, not the last."""
+    ) -> BlockExecutor:
+        """The executor of a block, not the last."""
 
-    def closing(
+    def head(
         self,
         spec: ProductSpec,
         link: Link,
@@ -75,8 +77,8 @@ class Builder(Protocol):
         x: Tensor,
         target: Tensor,
         scale: float,
-    ) -> Closing:
-        """The route of the last block and a product's rule."""
+    ) -> HeadExecutor:
+        """The executor of the last block and a product's rule."""
 
 
 @final
@@ -87,7 +89,8 @@ class Verifier:
         chain: The model.
         batches: This rank's first micro-batch, or none.
         spec: What is going to be computed.
-        routes: Builds the executors of the small piece, as they are without a policy.
+        executors: Builds the executors of the small piece, as they are without settings of any
+            kind.
         selected: The parameters that it is a derivative by.
     """
 
@@ -96,23 +99,23 @@ class Verifier:
         chain: Chain,
         batches: Sequence[MicroBatch],
         spec: ProductSpec,
-        routes: Builder,
+        executors: Builder,
         selected: SelectedParameters,
     ):
         self._chain, self._selected = chain, selected
-        self._spec, self._routes = spec, routes
-        small = [chain.few(batch) for batch in batches]
+        self._spec, self._builder = spec, executors
+        small = [chain.sample_for_checks(batch) for batch in batches]
         self._contexts = [chain.context(batch) for batch in small]
         self._xs = [_in(torch.float64, chain.first_input(batch)) for batch in small]
         self._targets = [batch.targets for batch in small]
 
-    def agrees(self, index: int, p: Params, route: Route | None) -> bool:
-        """Whether a block, not the last, is what its route takes it for.
+    def agrees(self, index: int, p: Params, executor: BlockExecutor | None) -> bool:
+        """Whether a block, not the last, is what its executor takes it for.
 
         Args:
             index: Of the block.
             p: Its parameters.
-            route: What it has; None if this rank has nothing to take through it.
+            executor: What it has; None if this rank has nothing to take through it.
 
         Raises:
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
@@ -120,8 +123,8 @@ class Verifier:
         block, dtype, link = self._chain.blocks[index], _dtype(p), self._selected.links[index]
         passes = self._selected.passes(index, self._spec.passes)
         key = None
-        if route is not None and route.key is not None:
-            key = _key(route.key, p, link, passes)
+        if executor is not None and executor.key is not None:
+            key = _key(executor.key, p, link, passes)
         p = {name: each.to(dtype) for name, each in p.items()}
         right = key is not None
         for context, x in zip(self._contexts, self._xs, strict=True):
@@ -135,7 +138,7 @@ class Verifier:
                 self._xs = [_in(torch.float64, f(p, x))]
         return right or key is None
 
-    def closes(self, p: Params) -> bool:
+    def head_agrees(self, p: Params) -> bool:
         """Whether the trace of the last block and the loss is right.
 
         Args:
@@ -150,11 +153,11 @@ class Verifier:
             body = block.body(context, dense=True).cast(dtype)
             x = _in(dtype, x)
             loss, f = self._chain.loss, function_of(body)
-            traced = self._routes.closing(self._spec, link, body, loss, p, x, target, 1.0)
+            traced = self._builder.head(self._spec, link, body, loss, p, x, target, 1.0)
             if traced.key is not None:
                 key = _key(traced.key, p, link, self._spec.passes)
                 known = key in _verified
-                if known or _remembered(key, self._closing(link, traced, f, p, x, target)):
+                if known or _remembered(key, self._head(link, traced, f, p, x, target)):
                     continue
             if self._spec.passes.backward == "pair":
                 _try(link, f, p, x)
@@ -171,7 +174,7 @@ class Verifier:
         p: Params,
         x: Tensor,
     ) -> bool | None:
-        traced = self._routes.of(
+        traced = self._builder.of(
             link, lambda dense: block.body(context, dense).cast(_dtype(p)), p, x
         )
         if traced.key is None:
@@ -179,29 +182,29 @@ class Verifier:
         y = traced.like(p, x)
         y_bar, y_bar_dot = noise_like(y, 2), noise_like(y, 3)
 
-        def by(route: Route) -> _Run:
+        def by(executor: BlockExecutor) -> _Run:
             def run(
-                weights: Weights, x_dot: Tensor | None, sums: Sums
+                weights: ParamsAndTangents, x_dot: Tensor | None, sums: Sums
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
-                y, y_dots, tape = route.forward(passes, "fast", weights, x, dots, None)
+                y, y_dots, residuals = executor.forward(passes, "fast", weights, x, dots, None)
                 if passes.backward == "none":
                     return [y, *_there(y_dots)], []
-                bars = Bars(y_bar, [y_bar_dot])
-                found = route.backward(passes, "fast", weights, tape, bars, [sums])
+                cotangents = Cotangents(y_bar, [y_bar_dot])
+                found = executor.backward(passes, "fast", weights, residuals, cotangents, [sums])
                 return [y, *_there(y_dots)], _wanted(passes, found)
 
             return run
 
-        other = by(Eager(f, link.selected))
+        other = by(EagerExecutor(f, link.selected))
         seeds = {"none": (), "cotangent": (y_bar_dot,), "pair": (y_bar, y_bar_dot)}
         back = seeds[passes.backward]
         return self._matches(link, passes, by(traced), other, f, p, x, lambda *ys: (ys, back))
 
-    def _closing(
+    def _head(
         self,
         link: Link,
-        traced: Closing,
+        traced: HeadExecutor,
         f: Function,
         p: Params,
         x: Tensor,
@@ -216,18 +219,18 @@ class Verifier:
                 y if spec.given == "outputs" else y.reshape(len(y), -1)[:, 0].double(), 4
             )
 
-        def by(closing: Closing) -> _Run:
+        def by(head: HeadExecutor) -> _Run:
             def run(
-                weights: Weights, x_dot: Tensor | None, sums: Sums
+                weights: ParamsAndTangents, x_dot: Tensor | None, sums: Sums
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
-                measured = [] if spec.measure is None else closing.measure(weights, x, dots)
+                measured = [] if spec.measure is None else head.measure(weights, x, dots)
                 values = [each.to(_dtype(p)) for each in measured]
                 if spec.cotangents is None:
                     return values, []
                 shares = [] if given is None else [given]
-                bars = closing.run(weights, x, dots, [sums], wants_primal=True, given=shares)
-                return values, _wanted(spec.passes, bars)
+                cotangents = head.run(weights, x, dots, [sums], wants_primal=True, given=shares)
+                return values, _wanted(spec.passes, cotangents)
 
             return run
 
@@ -238,7 +241,7 @@ class Verifier:
                 () if spec.cotangents is None else spec.cotangents(at),
             )
 
-        other = by(EagerClosing(f, link.selected, spec, loss, target, 1.0))
+        other = by(EagerHead(f, link.selected, spec, loss, target, 1.0))
         return self._matches(link, spec.passes, by(traced), other, f, p, x, at_output)
 
     def _matches(
@@ -269,13 +272,13 @@ class Verifier:
         f, p = held(f, everything, link.selected)
         v = random_direction(p, 1000) if some else None
         x_dot = noise_like(x, 1) if some and not is_data else None
-        weights = Weights(everything, [] if v is None else [v])
+        weights = ParamsAndTangents(everything, [] if v is None else [v])
 
         def found_by(run: _Run) -> tuple[Sequence[Tensor], list[Tensor], bool]:
             sums = {name: torch.zeros_like(each) for name, each in p.items()}
-            values, bars = run(weights, x_dot, Sums(sums, set()))
-            there = [] if is_data else _there(bars)
-            return values, [*sums.values(), *there], is_data or len(there) == len(bars)
+            values, cotangents = run(weights, x_dot, Sums(sums, set()))
+            there = [] if is_data else _there(cotangents)
+            return values, [*sums.values(), *there], is_data or len(there) == len(cotangents)
 
         values, found, complete = found_by(run)
         if not complete:
@@ -286,11 +289,11 @@ class Verifier:
             u = dict(zip(p, directions, strict=False))
             u_x, *u_gradient = [*directions[len(p) :], None]
             y, y_s, y_t, y_ts = _along(f, p, x, (u, u_x), (v, x_dot), pair)
-            expected, bars = at_output(y, y_t)
-            if not bars:
+            expected, cotangents = at_output(y, y_t)
+            if not cotangents:
                 return expected, 0.0
-            y_bar = bars[0]
-            truth = bars[1] * y_s + y_bar * y_ts if pair else y_bar * y_s
+            y_bar = cotangents[0]
+            truth = cotangents[1] * y_s + y_bar * y_ts if pair else y_bar * y_s
             for each in _there(u_gradient):
                 truth = truth + y_bar * value_and_tangent(lambda x: f(p, x), (x,), (each,))[1]
             return expected, float(truth.sum())
@@ -322,9 +325,9 @@ class Verifier:
         return next((answer for answer in answers if answer is not True), True)
 
 
-def _wanted(passes: Passes, bars: Bars) -> list[Tensor | None]:
+def _wanted(passes: Passes, cotangents: Cotangents) -> list[Tensor | None]:
     """Cotangents that the block below is given."""
-    return [*bars.dots, bars.primal] if passes.backward == "pair" else bars.dots
+    return [*cotangents.dots, cotangents.primal] if passes.backward == "pair" else cotangents.dots
 
 
 def _along(

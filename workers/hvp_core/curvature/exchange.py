@@ -23,7 +23,7 @@ class Exchange:
 
     def __init__(self, collective: Collective, own_notes: Callable[[], Mapping[str, str]]):
         self._collective, self._own_notes = collective, own_notes
-        self._told: dict[int, Mapping[str, str]] = {}  # notes, by rank
+        self._last_notes: dict[int, Mapping[str, str]] = {}  # notes, by rank
 
     def __call__(self, shards: Sequence[Tensor], step: InStep) -> bool:
         """Whether this product is finite on every rank.
@@ -38,18 +38,22 @@ class Exchange:
         # One pass: what is not finite leaves no finite sum. The converse needs a closer look.
         fine = all(bool(shard.sum().isfinite()) or bool(shard.isfinite().all()) for shard in shards)
         own, rank = self._own_notes(), self._collective.rank
-        told = None if own == self._told.get(rank) else own
-        answers = self._collective.gather_objects((fine, step.failure, told))
-        self._told.update(
-            {rank: told for rank, (*_, told) in enumerate(answers) if told is not None}
+        changed_notes = None if own == self._last_notes.get(rank) else own
+        answers = self._collective.gather_objects((fine, step.failure, changed_notes))
+        self._last_notes.update(
+            {
+                rank: changed_notes
+                for rank, (*_, changed_notes) in enumerate(answers)
+                if changed_notes is not None
+            }
         )
         raise_first(failure for _, failure, _ in answers)
         return all(fine for fine, *_ in answers)
 
     def notes(self) -> dict[str, str]:
         """How products were computed: as of the last one, for all ranks."""
-        told = {**self._told, self._collective.rank: self._own_notes()}
-        return merged([told.get(rank, {}) for rank in range(self._collective.world_size)])
+        changed_notes = {**self._last_notes, self._collective.rank: self._own_notes()}
+        return merged([changed_notes.get(rank, {}) for rank in range(self._collective.world_size)])
 
 
 def refuse_slower_ways(notes: Mapping[str, str]) -> None:

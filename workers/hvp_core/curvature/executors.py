@@ -7,22 +7,22 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.executor import Closing, Route
+from hvp_core.autodiff.executor import BlockExecutor, HeadExecutor
 from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.selected_parameters import SelectedParameters
 from hvp_core.model.chain import Body
 
 
 class Executors(ABC):
-    """The routes of one operator, for each block and each micro-batch of this rank.
+    """The executors of one operator, for each block and each micro-batch of this rank.
 
     Attributes:
-        route_of: By block and micro-batch, as far as they have been asked for.
+        executor_of: By block and micro-batch, as far as they have been asked for.
         selected: The parameters that have a derivative.
     """
 
-    route_of: Mapping[tuple[int, int], Route]
+    executor_of: Mapping[tuple[int, int], BlockExecutor]
     selected: SelectedParameters
 
     @abstractmethod
@@ -30,13 +30,13 @@ class Executors(ABC):
         """A block's body, its constants in the precision of the products."""
 
     @abstractmethod
-    def route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
+    def executor(self, index: int, batch: int, p: Params, x: Tensor) -> BlockExecutor:
         """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
 
     @abstractmethod
-    def closing(
+    def head(
         self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
-    ) -> Closing:
+    ) -> HeadExecutor:
         """Of the last block and a product's rule, with one piece of a micro-batch."""
 
     @abstractmethod

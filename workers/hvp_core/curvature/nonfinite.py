@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from hvp_core.autodiff.executor import Weights
+from hvp_core.autodiff.executor import ParamsAndTangents
 from hvp_core.autodiff.sums import Sums
 from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.sweep import ParameterFeed, sweep
@@ -14,14 +14,14 @@ from hvp_core.model.chain import Chain, MicroBatch, function_of
 
 
 def first_non_finite_block(
-    chain: Chain, feed: ParameterFeed, itinerary: Executors, batches: Sequence[MicroBatch]
+    chain: Chain, feed: ParameterFeed, executors: Executors, batches: Sequence[MicroBatch]
 ) -> CurvatureError:
     """Walk again, looking at every block; all ranks come to the same answer.
 
     Args:
         chain: The model.
         feed: Of its parameters.
-        itinerary: Prepared for the loss.
+        executors: Prepared for the loss.
         batches: This rank's micro-batches.
 
     Returns:
@@ -31,14 +31,14 @@ def first_non_finite_block(
     first = len(names)
     xs = [chain.first_input(batch) for batch in batches]
 
-    def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+    def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
         nonlocal first
         p = weights.p
         for batch, x in enumerate(xs):
             if index < len(names) - 1:
-                xs[batch] = itinerary.route(index, batch, p, x).value(p, x)
+                xs[batch] = executors.executor(index, batch, p, x).value(p, x)
             else:
-                xs[batch] = function_of(itinerary.body(index, batch, True))(p, x)
+                xs[batch] = function_of(executors.body(index, batch, True))(p, x)
         if first == len(names) and not all(bool(x.isfinite().all()) for x in xs):
             first = index
 

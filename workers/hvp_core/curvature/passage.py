@@ -8,23 +8,29 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.executor import Bars, Closing, Tape, Weights, joined
+from hvp_core.autodiff.executor import (
+    Cotangents,
+    HeadExecutor,
+    ParamsAndTangents,
+    Residuals,
+    joined,
+)
 from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import ProductSpec
+from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import InStep
 from hvp_core.curvature.executors import Executors
-from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.retention import BlockRetention
 from hvp_core.curvature.shards import Results
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.losses.loss import at_least_float32
 from hvp_core.model.chain import Chain, MicroBatch, function_of
 
-#: Of the last block: by which closing it goes, its input, its tangents.
-_Piece = tuple[Closing, Tensor, list[Tensor | None]]
-#: Before the last block: its input of each micro-batch, their tangents, and all tapes.
-_Front = tuple[list[Tensor], list[list[Tensor | None]], dict[tuple[int, int], Tape]]
+#: Of the last block: by which head it goes, its input, its tangents.
+_Piece = tuple[HeadExecutor, Tensor, list[Tensor | None]]
+#: Before the last block: its input of each micro-batch, their tangents, and all residuals.
+_Front = tuple[list[Tensor], list[list[Tensor | None]], dict[tuple[int, int], Residuals]]
 
 
 @final
@@ -34,24 +40,24 @@ class Passage:
     Args:
         chain: The model.
         batches: This rank's micro-batches.
-        itinerary: The way of each through each block.
+        executors: The way of each through each block.
     """
 
-    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], itinerary: Executors):
-        self._chain, self._batches, self._itinerary = chain, batches, itinerary
+    def __init__(self, chain: Chain, batches: Sequence[MicroBatch], executors: Executors):
+        self._chain, self._batches, self._executors = chain, batches, executors
         self._kept_passes: Passes | None = None
-        self._kept: dict[tuple[int, int], Tape] = {}
-        self._closing_bars: list[Bars] = []
+        self._kept: dict[tuple[int, int], Residuals] = {}
+        self._head_cotangents: list[Cotangents] = []
         self._still: list[Tensor] | None = None
 
     def drop(self) -> None:
         """Forget what is kept for later products."""
-        self.drop_tapes()
+        self.drop_residuals()
         self._still = None
 
-    def drop_tapes(self) -> None:
+    def drop_residuals(self) -> None:
         """Forget what is kept for later products of the same passes alone."""
-        self._kept_passes, self._kept, self._closing_bars = None, {}, []
+        self._kept_passes, self._kept, self._head_cotangents = None, {}, []
 
     def is_of_use_to(self, passes: Passes) -> bool:
         """Whether what is kept, if anything, may stay when a product of these passes comes."""
@@ -64,17 +70,17 @@ class Passage:
     @property
     def _moving(self) -> range:
         """Blocks that have a derivative, but for the last."""
-        return range(self._itinerary.selected.first, self._last)
+        return range(self._executors.selected.first, self._last)
 
     def loss(self, feed: ParameterFeed, step: InStep) -> float:
         """Σ w ℓ over this rank's rows."""
         xs, total = self._up_to_what_moves(feed, step), 0.0
 
-        def end(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        def end(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             nonlocal total
             for batch, x in enumerate(step.live(xs)):
-                f = function_of(self._itinerary.body(index, batch, True))
-                for piece, target in self._itinerary.pieces(batch, x):
+                f = function_of(self._executors.body(index, batch, True))
+                for piece, target in self._executors.pieces(batch, x):
                     y = at_least_float32(f(weights.p, piece))
                     self._chain.loss.check(y, target)
                     total += float(self._chain.loss.value(y, target))
@@ -88,9 +94,9 @@ class Passage:
     ) -> None:
         """Take each micro-batch's input through blocks, for its value alone."""
 
-        def value(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        def value(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             for batch, x in enumerate(step.live(xs)):
-                xs[batch] = self._itinerary.route(index, batch, weights.p, x).value(weights.p, x)
+                xs[batch] = self._executors.executor(index, batch, weights.p, x).value(weights.p, x)
 
         sweep(feed, blocks, value, lambda block: step.on(block.name, "its value"))
 
@@ -107,7 +113,7 @@ class Passage:
     def there_and_back(
         self,
         spec: ProductSpec,
-        choices: Sequence[Choice],
+        choices: Sequence[BlockRetention],
         feed: ParameterFeed,
         tangents: Sequence[Tensor],
         results: Results,
@@ -125,22 +131,24 @@ class Passage:
             step: Keeps this rank in step where it fails.
             given: For each probe, of this rank's rows, a tensor like the output.
         """
-        xs, dots, tapes = self._forward(spec, choices, feed, tangents, step)
-        bars = self._turn(spec, feed, tangents, results, step, xs, dots, given)
+        xs, dots, residuals_of = self._forward(spec, choices, feed, tangents, step)
+        cotangents = self._turn(spec, feed, tangents, results, step, xs, dots, given)
         del xs, dots  # nobody reads them on the way back
         pair = spec.passes.backward == "pair"
         if pair and any(each.cached for each in choices):
-            self._closing_bars = [Bars(each.primal, []) for each in bars]
+            self._head_cotangents = [Cotangents(each.primal, []) for each in cotangents]
 
-        def visit(index: int, weights: Weights, sums: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, sums: Sequence[Sums]) -> None:
             choice = choices[index - self._moving.start]
-            for batch, bar in enumerate(step.live(bars)):
-                tape = tapes.pop((index, batch))
-                route = self._itinerary.route_of[index, batch]
-                bars[batch] = route.backward(spec.passes, choice.way, weights, tape, bar, sums)
+            for batch, cotangent in enumerate(step.live(cotangents)):
+                residuals = residuals_of.pop((index, batch))
+                executor = self._executors.executor_of[index, batch]
+                cotangents[batch] = executor.backward(
+                    spec.passes, choice.way, weights, residuals, cotangent, sums
+                )
                 if choice.cached:
-                    tape.complete, tape.tangents = True, []
-                    self._kept[index, batch] = tape
+                    residuals.complete, residuals.tangents = True, []
+                    self._kept[index, batch] = residuals
                     self._kept_passes = spec.passes
 
         sweep(
@@ -156,7 +164,7 @@ class Passage:
     def there(
         self,
         spec: ProductSpec,
-        choices: Sequence[Choice],
+        choices: Sequence[BlockRetention],
         feed: ParameterFeed,
         tangents: Sequence[Tensor],
         into: Sequence[Tensor],
@@ -174,7 +182,7 @@ class Passage:
         """
         xs, dots, _ = self._forward(spec, choices, feed, tangents, step)
 
-        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 pieces = self._pieces(spec, weights.p, batch, x, dots[batch])
                 _measure(spec, weights, pieces, [self._rows(each, batch) for each in into])
@@ -190,21 +198,21 @@ class Passage:
     def _forward(
         self,
         spec: ProductSpec,
-        choices: Sequence[Choice],
+        choices: Sequence[BlockRetention],
         feed: ParameterFeed,
         tangents: Sequence[Tensor],
         step: InStep,
     ) -> _Front:
-        """Up to the last block: its inputs, their tangents in each probe, and tapes."""
+        """Up to the last block: its inputs, their tangents in each probe, and residuals."""
         xs = self._up_to_what_moves(feed, step)
         dots: list[list[Tensor | None]] = [[None for _ in tangents] for _ in xs]
-        tapes: dict[tuple[int, int], Tape] = {}
+        residuals_of: dict[tuple[int, int], Residuals] = {}
         kept = self._kept if spec.passes == self._kept_passes else {}
 
-        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             for batch, x in enumerate(step.live(xs)):
-                route = self._itinerary.route(index, batch, weights.p, x)
-                xs[batch], dots[batch], tape = route.forward(
+                executor = self._executors.executor(index, batch, weights.p, x)
+                xs[batch], dots[batch], residuals = executor.forward(
                     spec.passes,
                     choices[index - self._moving.start].way,
                     weights,
@@ -213,7 +221,7 @@ class Passage:
                     kept.get((index, batch)),
                 )
                 if spec.passes.backward != "none":
-                    tapes[index, batch] = tape
+                    residuals_of[index, batch] = residuals
 
         sweep(
             feed,
@@ -222,7 +230,7 @@ class Passage:
             lambda block: step.on(block.name, "the derivative forward"),
             tangents,
         )
-        return xs, dots, tapes
+        return xs, dots, residuals_of
 
     def _turn(
         self,
@@ -234,16 +242,18 @@ class Passage:
         xs: Sequence[Tensor],
         dots: Sequence[Sequence[Tensor | None]],
         given: Sequence[Tensor],
-    ) -> list[Bars]:
+    ) -> list[Cotangents]:
         """Through the last block and back through it: cotangents of its input."""
-        known = spec.passes.backward == "pair" and bool(self._closing_bars)
-        bars: list[Bars] = []
+        known = spec.passes.backward == "pair" and bool(self._head_cotangents)
+        cotangents: list[Cotangents] = []
 
-        def visit(index: int, weights: Weights, sums: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, sums: Sequence[Sums]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 own = [self._rows(each, batch) for each in given]
                 found = self._close(spec, weights, batch, x, dots[batch], sums, own, not known)
-                bars.append(Bars(self._closing_bars[batch].primal, found.dots) if known else found)
+                cotangents.append(
+                    Cotangents(self._head_cotangents[batch].primal, found.dots) if known else found
+                )
 
         sweep(
             feed,
@@ -253,19 +263,19 @@ class Passage:
             tangents,
             results,
         )
-        return bars
+        return cotangents
 
     def _close(
         self,
         spec: ProductSpec,
-        weights: Weights,
+        weights: ParamsAndTangents,
         batch: int,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
         sums: Sequence[Sums],
         given: Sequence[Tensor],
         wants_primal: bool,
-    ) -> Bars:
+    ) -> Cotangents:
         """The last block there and back, piece by piece."""
         pieces = self._pieces(spec, weights.p, batch, x, x_dots)
         if spec.given == "rows":
@@ -274,12 +284,12 @@ class Passage:
             _measure(spec, weights, pieces, given)
         shares = [list(given) for _ in pieces]
         if spec.given == "outputs":
-            cut = [[part for part, _ in self._itinerary.pieces(batch, each)] for each in given]
+            cut = [[part for part, _ in self._executors.pieces(batch, each)] for each in given]
             shares = [list(each) for each in zip(*cut, strict=True)]
         return joined(
             [
-                closing.run(weights, piece, dots, sums, wants_primal=wants_primal, given=share)
-                for (closing, piece, dots), share in zip(pieces, shares, strict=True)
+                head.run(weights, piece, dots, sums, wants_primal=wants_primal, given=share)
+                for (head, piece, dots), share in zip(pieces, shares, strict=True)
             ]
         )
 
@@ -291,17 +301,17 @@ class Passage:
         x: Tensor,
         x_dots: Sequence[Tensor | None],
     ) -> list[_Piece]:
-        """What goes through the last block at once, with its tangents, and by which closing."""
-        pieces = list(self._itinerary.pieces(batch, x))
+        """What goes through the last block at once, with its tangents, and by which head."""
+        pieces = list(self._executors.pieces(batch, x))
         tangents = [
             [None for _ in pieces]
             if dot is None
-            else [each for each, _ in self._itinerary.pieces(batch, dot)]
+            else [each for each, _ in self._executors.pieces(batch, dot)]
             for dot in x_dots
         ]
         return [
             (
-                self._itinerary.closing(spec, batch, index, p, piece, target),
+                self._executors.head(spec, batch, index, p, piece, target),
                 piece,
                 [each[index] for each in tangents],
             )
@@ -315,12 +325,12 @@ class Passage:
 
 
 def _measure(
-    spec: ProductSpec, weights: Weights, pieces: Sequence[_Piece], into: Sequence[Tensor]
+    spec: ProductSpec, weights: ParamsAndTangents, pieces: Sequence[_Piece], into: Sequence[Tensor]
 ) -> None:
     """Measure a micro-batch: numbers of rows add up, tensors like the output lie side by side."""
     start = 0
-    for closing, piece, dots in pieces:
-        for found, total in zip(closing.measure(weights, piece, dots), into, strict=True):
+    for head, piece, dots in pieces:
+        for found, total in zip(head.measure(weights, piece, dots), into, strict=True):
             if spec.measured == "rows":
                 total += found
             elif len(pieces) > 1:

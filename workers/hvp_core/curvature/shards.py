@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hvp_core.autodiff.sums import Sums
 from hvp_core.model.chain import Block
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 
 @contextmanager
 def gathered(
-    space: Space, index: int, block: Block, shards: Sequence[Tensor]
+    space: ParameterSpace, index: int, block: Block, shards: Sequence[Tensor]
 ) -> Iterator[list[dict[str, Tensor]]]:
     """The block's parameters in each of these vectors, by name, for as long as needed.
 
@@ -40,7 +40,7 @@ def gathered(
         views.clear()
 
 
-def part_of(whole: Space, vector: Tensor, part: Space) -> Tensor:
+def part_of(whole: ParameterSpace, vector: Tensor, part: ParameterSpace) -> Tensor:
     """Of a vector of all parameters those elements that belong to some, cut as theirs are.
 
     Called by all ranks together. Memory: the result, and the largest segment.
@@ -48,7 +48,7 @@ def part_of(whole: Space, vector: Tensor, part: Space) -> Tensor:
     Args:
         whole: Space of all parameters.
         vector: Of it, this rank's shard.
-        part: Space of some of them (see `Space.part`).
+        part: Space of some of them (see `ParameterSpace.part`).
 
     Returns:
         This rank's shard of the vector of `part`; the vector itself, where that is the whole.
@@ -79,7 +79,10 @@ class Results:
     """
 
     def __init__(
-        self, space: Space, dtypes: Sequence[torch.dtype], into: Sequence[Tensor] | None = None
+        self,
+        space: ParameterSpace,
+        dtypes: Sequence[torch.dtype],
+        into: Sequence[Tensor] | None = None,
     ):
         self._space = space
         alone = space.layout.world_size == 1

@@ -8,14 +8,14 @@ from typing import final
 
 from torch import Tensor
 
-from hvp_core.autodiff.executor import Weights
+from hvp_core.autodiff.executor import ParamsAndTangents
 from hvp_core.autodiff.sums import Sums
 from hvp_core.curvature.shards import Results, gathered
 from hvp_core.model.chain import Block
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 #: What is done at a block: (index, its parameters and their tangents, where to add derivatives).
-Visit = Callable[[int, Weights, Sequence[Sums]], None]
+Visit = Callable[[int, ParamsAndTangents, Sequence[Sums]], None]
 #: Around what is done at a block: what becomes of what it raises.
 Guard = Callable[[Block], AbstractContextManager[object]]
 
@@ -33,11 +33,13 @@ class ParameterFeed:
         vectors: Space of the tangents: of some of the parameters, or of all.
     """
 
-    def __init__(self, space: Space, blocks: Sequence[Block], theta: Tensor, vectors: Space):
+    def __init__(
+        self, space: ParameterSpace, blocks: Sequence[Block], theta: Tensor, vectors: ParameterSpace
+    ):
         self.space, self.blocks, self._theta, self._vectors = space, blocks, theta, vectors
 
     @contextmanager
-    def block(self, index: int, tangents: Sequence[Tensor] = ()) -> Iterator[Weights]:
+    def block(self, index: int, tangents: Sequence[Tensor] = ()) -> Iterator[ParamsAndTangents]:
         """A block's parameters, and tangents of the selected ones in each probe.
 
         They are there for as long as they are needed.
@@ -51,7 +53,7 @@ class ParameterFeed:
             gathered(self.space, index, block, [self._theta]) as (p,),
             gathered(self._vectors, index, block, tangents) as vs,
         ):
-            yield Weights(p, vs)
+            yield ParamsAndTangents(p, vs)
 
 
 def sweep(

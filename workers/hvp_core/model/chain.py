@@ -139,7 +139,7 @@ class Chain(ABC):
         """X of the first block."""
         return batch.inputs["x"]
 
-    def few(self, batch: MicroBatch) -> MicroBatch:
+    def sample_for_checks(self, batch: MicroBatch) -> MicroBatch:
         """A little of a micro-batch, for checks."""
         return rows(batch, 0, 1)
 

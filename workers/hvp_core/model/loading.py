@@ -25,7 +25,7 @@ from hvp_core.model.stored_tensors import (
     same_values,
     stored_tensors,
 )
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 
 def locate(model: nn.Module, directory: Path) -> dict[str, StoredTensor]:
@@ -114,7 +114,7 @@ def fill_buffers(model: nn.Module, sources: Mapping[str, StoredTensor]) -> None:
             buffer.copy_(tensors.get_tensor(source.key))
 
 
-def load_shard(space: Space, sources: Mapping[str, StoredTensor]) -> torch.Tensor:
+def load_shard(space: ParameterSpace, sources: Mapping[str, StoredTensor]) -> torch.Tensor:
     """This rank's shard of θ, read straight from the files."""
     shard = space.zeros()
     with ExitStack() as stack:

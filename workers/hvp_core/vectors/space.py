@@ -233,7 +233,7 @@ class ShardedSpace(VectorSpace):
 
 
 @final
-class Space(ShardedSpace):
+class ParameterSpace(ShardedSpace):
     """The parameter space of one model in one dtype, cut over the ranks as its layout says."""
 
     def __init__(
@@ -249,9 +249,9 @@ class Space(ShardedSpace):
         )
         self.layout = layout
 
-    def part(self, names: Collection[str]) -> Space:
+    def part(self, names: Collection[str]) -> ParameterSpace:
         """The space of some of the parameters; this one, where these are all."""
         layout = self.layout.part(names)
         if layout is self.layout:
             return self
-        return Space(layout, self.collective, self.dtype, self.device)
+        return ParameterSpace(layout, self.collective, self.dtype, self.device)

@@ -28,7 +28,7 @@ from hvp_core.model.family import ModelFacts, ModelFamily, NotAChainError, Way
 from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.architecture import longest_sequence
 from hvp_core.model.huggingface.checkpoint import build_empty
-from hvp_core.model.huggingface.decoder import LANGUAGE, DecoderChain
+from hvp_core.model.huggingface.layered import LANGUAGE, LayeredChain
 
 _TOKENS = ROWS, POSITIONS
 
@@ -72,7 +72,7 @@ class _HuggingFace(ModelFamily):
         own = cast(PreTrainedModel, model)
         if way.own_attention:
             attention.use(own, "eager")
-        chain = DecoderChain(own, dtype, device, one_block=way.one_block, head=facts.head)
+        chain = LayeredChain(own, dtype, device, one_block=way.one_block, head=facts.head)
         if not (way.one_block or chain.is_cut):
             why = CurvatureError("MODEL_UNSUPPORTED", "the model's layers are not a chain")
             raise NotAChainError(why)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hvp_core.autodiff.executor import Bytes
-from hvp_core.autodiff.passes import Way
-from hvp_core.policy import Schedule
+from hvp_core.autodiff.passes import Retention
+from hvp_core.settings import Schedule
 
 
-class Choice(NamedTuple):
+class BlockRetention(NamedTuple):
     """One block's way."""
 
-    way: Way
+    way: Retention
     cached: bool  # keep the primal half for the next product
 
 
 def choose(
     schedule: Schedule, blocks: Sequence[Bytes], budget_bytes: int, num_probes: int
-) -> list[Choice]:
+) -> list[BlockRetention]:
     """The way of each block.
 
     Every block is lean to begin with. As long as the budget lasts, blocks become fast, the last
@@ -31,14 +31,14 @@ def choose(
         budget_bytes: For all of them.
         num_probes: Several share their primal half.
     """
-    keeping: Way = "fast" if num_probes == 1 else "shared"
+    keeping: Retention = "fast" if num_probes == 1 else "shared"
     if schedule == "lean":
-        return [Choice("lean", False) for _ in blocks]
+        return [BlockRetention("lean", False) for _ in blocks]
     if schedule == "fast":
-        return [Choice(keeping, False) for _ in blocks]
+        return [BlockRetention(keeping, False) for _ in blocks]
     if schedule == "cached":
-        return [Choice("shared", True) for _ in blocks]
-    found = [Choice("lean", False) for _ in blocks]
+        return [BlockRetention("shared", True) for _ in blocks]
+    found = [BlockRetention("lean", False) for _ in blocks]
     left = budget_bytes - sum(each.lean for each in blocks)
     for index in reversed(range(len(blocks))):
         each = blocks[index]
@@ -46,11 +46,11 @@ def choose(
         if extra > left:
             return found
         left -= extra
-        found[index] = Choice(keeping, False)
+        found[index] = BlockRetention(keeping, False)
     for index, each in enumerate(blocks):
         extra = max(each.shared, each.cached) - (each.fast if num_probes == 1 else each.shared)
         if extra > left:
             return found
         left -= extra
-        found[index] = Choice("shared", True)
+        found[index] = BlockRetention("shared", True)
     return found

@@ -11,7 +11,7 @@ Precision = Literal["full", "tf32", "bfloat16", "float64"]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class ComputeSettings:
     """Choices that change time and memory, and rounding, but not the meaning of a result.
 
     Attributes:

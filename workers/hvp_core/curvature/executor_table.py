@@ -1,4 +1,4 @@
-"""The way of one operator through its blocks: routes, found and checked before the first walk."""
+"""The executors of one operator, found and checked before its first product."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hvp_core.autodiff.builder import ExecutorBuilder
 from hvp_core.autodiff.compiler import COMPILER
-from hvp_core.autodiff.dual import Params
-from hvp_core.autodiff.eager import Eager, EagerClosing
-from hvp_core.autodiff.executor import Bytes, Closing, Route, Weights
-from hvp_core.autodiff.passes import Way
+from hvp_core.autodiff.eager import EagerExecutor, EagerHead
+from hvp_core.autodiff.executor import BlockExecutor, Bytes, HeadExecutor, ParamsAndTangents
+from hvp_core.autodiff.passes import Retention
 from hvp_core.autodiff.product_spec import LOSS, ProductSpec
-from hvp_core.autodiff.routes import Routes
+from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.selected_parameters import SelectedParameters
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.verify import Verifier
 from hvp_core.blame import working_on
 from hvp_core.curvature.executors import Executors
-from hvp_core.curvature.schedule import Choice, choose
+from hvp_core.curvature.retention import BlockRetention, choose
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
 from hvp_core.model.rows import RowCheck
-from hvp_core.policy import Policy
 from hvp_core.precision import exact_products, listening
-from hvp_core.vectors.space import Space
+from hvp_core.settings import ComputeSettings
+from hvp_core.vectors.space import ParameterSpace
 
 _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is for the work itself
 
 
 @final
-class Itinerary(Executors):
-    """Which route each block takes with each micro-batch of this rank.
+class ExecutorTable(Executors):
+    """Which executor each block takes with each micro-batch of this rank.
 
     Args:
         chain: The model.
@@ -43,7 +43,7 @@ class Itinerary(Executors):
         batches: This rank's micro-batches.
         dtype: Of the operands of products.
         num_targets: Of the whole batch.
-        policy: How.
+        settings: How.
         pair: Two rows of the whole batch, as `Chain.pair` gives them.
 
     Raises:
@@ -53,35 +53,35 @@ class Itinerary(Executors):
     def __init__(
         self,
         chain: Chain,
-        space: Space,
+        space: ParameterSpace,
         batches: Sequence[MicroBatch],
         dtype: torch.dtype,
         num_targets: float,
-        policy: Policy,
+        settings: ComputeSettings,
         pair: MicroBatch | None,
     ):
         self._chain, self._space, self._batches = chain, space, batches
         self.selected = SelectedParameters(chain, space)
-        self._dtype, self._num_targets, self._policy = dtype, num_targets, policy
+        self._dtype, self._num_targets, self._settings = dtype, num_targets, settings
         # Constants are the model's own, in the model's own arithmetic.
         with (
             space.collective.same_fate(_never),
             working_on("constants", "the masks and positions of the layers"),
         ):
             self._contexts = [chain.context(each) for each in batches]
-        self._routes = Routes(chain, policy)
+        self._builder = ExecutorBuilder(chain, settings)
         self._pair = pair
-        self.route_of: dict[tuple[int, int], Route] = {}
+        self.executor_of: dict[tuple[int, int], BlockExecutor] = {}
         #: Of a row of the output, once a product has asked for it; None on ranks without rows.
         self.output_shape: tuple[int, ...] | None = None
-        self._closing_of: dict[tuple[ProductSpec, int, int], Closing] = {}
-        self._traces_closing = True
+        self._head_of: dict[tuple[ProductSpec, int, int], HeadExecutor] = {}
+        self._traces_head = True
         self._prepared: set[ProductSpec] = set()
-        self._choices: dict[tuple[ProductSpec, int], list[Choice]] = {}
+        self._choices: dict[tuple[ProductSpec, int], list[BlockRetention]] = {}
         self._compile_seconds_before = COMPILER.seconds
 
     def prepare(self, spec: ProductSpec, feed: ParameterFeed) -> None:
-        """Find the route of every block, and see that it is right, before the first walk.
+        """Find the executor of every block, and see that it is right, before the first walk.
 
         Only shapes are walked: no block is computed at full size.
 
@@ -97,24 +97,24 @@ class Itinerary(Executors):
             return
         verifier = None
         if spec is not LOSS:
-            few, routes = self._batches[:1], Routes(self._chain, Policy())
-            verifier = Verifier(self._chain, few, spec, routes, self.selected)
+            few, executors = self._batches[:1], ExecutorBuilder(self._chain, ComputeSettings())
+            verifier = Verifier(self._chain, few, spec, executors, self.selected)
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
         xs = [self._chain.first_input(batch) for batch in self._batches]
         last = len(self._chain.blocks) - 1
 
-        def visit(index: int, weights: Weights, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             block, p = self._chain.blocks[index], weights.p
             with listening() as remarks:
                 takes_rows(block, p)
                 if index < last:
                     for batch, x in enumerate(xs):
-                        xs[batch] = self.route(index, batch, p, x).like(p, x)
+                        xs[batch] = self.executor(index, batch, p, x).like(p, x)
                 elif "outputs" in (spec.given, spec.measured) and xs:
                     self._look_at_output(p, xs[0])
                 if verifier is not None:
                     self._verify(verifier, index, p)
-                self._routes.remark(block.name, remarks)
+                self._builder.remark(block.name, remarks)
 
         def guard(block: Block) -> AbstractContextManager[object]:
             stack = ExitStack()
@@ -136,23 +136,23 @@ class Itinerary(Executors):
 
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
         """See that a block's trace is the block; where it is not, torch differentiates it."""
-        closing = index == len(self._chain.blocks) - 1
-        route = self.route_of.get((index, 0))
+        head = index == len(self._chain.blocks) - 1
+        executor = self.executor_of.get((index, 0))
         with exact_products():
-            right = verifier.closes(p) if closing else verifier.agrees(index, p, route)
+            right = verifier.head_agrees(p) if head else verifier.agrees(index, p, executor)
         if right:
             return
         name = self._chain.blocks[index].name
-        self._routes.say(
+        self._builder.record_fallback(
             name, "torch does not confirm its trace: it is differentiated line by line"
         )
-        if closing:
-            self._traces_closing = False
-            self._closing_of.clear()  # what another product has made of that trace too
+        if head:
+            self._traces_head = False
+            self._head_of.clear()  # what another product has made of that trace too
             return
         for batch in range(len(self._batches)):
             body = self.body(index, batch, True)
-            self.route_of[index, batch] = Eager(
+            self.executor_of[index, batch] = EagerExecutor(
                 function_of(body), self.selected.links[index].selected
             )
 
@@ -160,58 +160,58 @@ class Itinerary(Executors):
         """A block's body, its constants in the precision of the products."""
         return self._chain.blocks[index].body(self._contexts[batch], dense).cast(self._dtype)
 
-    def route(self, index: int, batch: int, p: Params, x: Tensor) -> Route:
+    def executor(self, index: int, batch: int, p: Params, x: Tensor) -> BlockExecutor:
         """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
-        if (index, batch) not in self.route_of:
-            self.route_of[index, batch] = self._routes.of(
+        if (index, batch) not in self.executor_of:
+            self.executor_of[index, batch] = self._builder.of(
                 self.selected.links[index], lambda dense: self.body(index, batch, dense), p, x
             )
-        return self.route_of[index, batch]
+        return self.executor_of[index, batch]
 
-    def closing(
+    def head(
         self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
-    ) -> Closing:
+    ) -> HeadExecutor:
         """Of the last block and a product's rule, with one piece of a micro-batch."""
         key = spec, batch, piece
-        if key not in self._closing_of:
-            self._closing_of[key] = self._close(spec, batch, p, x, target)
-        return self._closing_of[key]
+        if key not in self._head_of:
+            self._head_of[key] = self._close(spec, batch, p, x, target)
+        return self._head_of[key]
 
     def _close(
         self, spec: ProductSpec, batch: int, p: Params, x: Tensor, target: Tensor
-    ) -> Closing:
+    ) -> HeadExecutor:
         last = len(self._chain.blocks) - 1
         link, loss, scale = self.selected.links[last], self._chain.loss, 1 / self._num_targets
         if spec.given == "outputs":
             scale = 1.0
         body = self.body(last, batch, True)
-        if not self._traces_closing:
-            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
-        return self._routes.closing(spec, link, body, loss, p, x, target, scale)
+        if not self._traces_head:
+            return EagerHead(function_of(body), link.selected, spec, loss, target, scale)
+        return self._builder.head(spec, link, body, loss, p, x, target, scale)
 
-    def choose(self, spec: ProductSpec, num_probes: int) -> list[Choice]:
+    def choose(self, spec: ProductSpec, num_probes: int) -> list[BlockRetention]:
         """The way of every block that moves, but the last."""
         blocks = range(self.selected.first, len(self._chain.blocks) - 1)
         if not spec.passes.keeps:
-            way: Way = "lean" if self._policy.schedule == "lean" else "fast"
+            way: Retention = "lean" if self._settings.schedule == "lean" else "fast"
             if spec.passes.forward == "tangent" and num_probes > 1:
                 way = "shared"  # keeps nothing, for nothing goes back
-            return [Choice(way, False) for _ in blocks]
+            return [BlockRetention(way, False) for _ in blocks]
         key = spec, num_probes
         if key not in self._choices:
             sizes = []
             for index in blocks:
                 each = [
-                    self.route_of[index, batch].kept_bytes(spec.passes, num_probes)
+                    self.executor_of[index, batch].kept_bytes(spec.passes, num_probes)
                     for batch in range(len(self._batches))
                 ]
                 sizes.append(
                     Bytes(*[sum(column) for column in zip(Bytes(0, 0, 0, 0), *each, strict=True)])
                 )
-            budget = self._policy.budget_bytes
+            budget = self._settings.budget_bytes
             if budget is None:
                 budget = int(_USABLE * self._space.free_bytes())
-            self._choices[key] = choose(self._policy.schedule, sizes, budget, num_probes)
+            self._choices[key] = choose(self._settings.schedule, sizes, budget, num_probes)
         return self._choices[key]
 
     def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -225,8 +225,8 @@ class Itinerary(Executors):
 
     def notes(self) -> dict[str, str]:
         """How products are computed, for whoever wants to reproduce or explain them."""
-        found = {"precision": self._policy.precision, **self._chain.notes}
-        if self._policy.compile:
+        found = {"precision": self._settings.precision, **self._chain.notes}
+        if self._settings.compile:
             found["compiled_parts"] = str(COMPILER.compiled)
             found["compile_seconds"] = f"{COMPILER.seconds - self._compile_seconds_before:.1f}"
             if COMPILER.refused:
@@ -236,9 +236,9 @@ class Itinerary(Executors):
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             key = f"schedule_{spec.name}{f'_of_{num_probes}' if num_probes > 1 else ''}"
             found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())
-        for name, why in self._routes.fallbacks.items():
+        for name, why in self._builder.fallbacks.items():
             found[f"fallback_{name}"] = why
-        for name, remark in self._routes.remarks.items():
+        for name, remark in self._builder.remarks.items():
             found[f"remark_{name}"] = remark
         return found
 

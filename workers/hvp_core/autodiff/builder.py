@@ -1,4 +1,4 @@
-"""Finding the route of every block: traced, cut, compiled and checked, or by torch itself."""
+"""Finding the executor of every block: traced, cut, compiled and checked, or by torch itself."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch import Tensor
 from hvp_core.attention import choice, seam
 from hvp_core.attention.mask import Mask
 from hvp_core.autodiff.block_dual import AttentionCall, BlockDual
-from hvp_core.autodiff.closing_dual import ClosingDual
 from hvp_core.autodiff.compiler import COMPILER
-from hvp_core.autodiff.eager import Eager, EagerClosing
-from hvp_core.autodiff.executor import Closing, Route
+from hvp_core.autodiff.eager import EagerExecutor, EagerHead
+from hvp_core.autodiff.executor import BlockExecutor, HeadExecutor
+from hvp_core.autodiff.head_dual import HeadDual
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.programs import trace_block, trace_closing, trace_value
+from hvp_core.autodiff.programs import trace_block, trace_head, trace_value
 from hvp_core.autodiff.selected_parameters import Link
 from hvp_core.autodiff.trace import Env, trace_graph
-from hvp_core.autodiff.traced import Traced, TracedClosing, places
+from hvp_core.autodiff.traced import TracedExecutor, TracedHead, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
 from hvp_core.model.chain import Body, Chain, function_of
-from hvp_core.policy import Policy
 from hvp_core.precision import listening
+from hvp_core.settings import ComputeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +77,17 @@ _MADE_INSIDE = -1
 
 
 @final
-class Routes:
-    """Makes the routes of one operator.
+class ExecutorBuilder:
+    """Makes the executors of one operator.
 
     Args:
         chain: Whose blocks they go through.
-        policy: Whether to compile, and with what precision.
+        settings: Whether to compile, and with what precision.
     """
 
-    def __init__(self, chain: Chain, policy: Policy):
-        self._policy = policy
-        self._prepare = COMPILER if policy.compile else None
+    def __init__(self, chain: Chain, settings: ComputeSettings):
+        self._settings = settings
+        self._prepare = COMPILER if settings.compile else None
         self._looks = _looks.setdefault(chain, _Cache(_LOOKS_KEPT))
         #: Blocks that are not cut or not traced, and why.
         self.fallbacks: dict[str, str] = {}
@@ -100,8 +100,8 @@ class Routes:
         bodies: Callable[[bool], Body],
         p: Mapping[str, Tensor],
         x: Tensor,
-    ) -> Route:
-        """The route of a block, not the last, for one micro-batch.
+    ) -> BlockExecutor:
+        """The executor of a block, not the last, for one micro-batch.
 
         Args:
             link: The block in its place.
@@ -113,11 +113,13 @@ class Routes:
             try:
                 return self._traced(link, bodies(not cut), p, x, cut=cut)
             except _UncutError as error:
-                self.say(link.name, f"its attention is taken as plain operations: {error}")
+                self.record_fallback(
+                    link.name, f"its attention is taken as plain operations: {error}"
+                )
             except Exception as error:
                 self._untraced(link.name, error)
                 break
-        return Eager(function_of(bodies(True)), link.selected)
+        return EagerExecutor(function_of(bodies(True)), link.selected)
 
     def _traced(
         self,
@@ -127,11 +129,11 @@ class Routes:
         x: Tensor,
         *,
         cut: bool,
-    ) -> Route:
+    ) -> BlockExecutor:
         values, inputs, constants = _inputs(link, p, x, body.constants)
         f = _placed(body, link.parameters)
         look = self._look(link.name, body, f, values, inputs, constants, cut)
-        attentions = _attentions(look, body, self._policy) if cut else []
+        attentions = _attentions(look, body, self._settings) if cut else []
 
         def make() -> BlockDual:
             with listening() as remarks:
@@ -144,9 +146,11 @@ class Routes:
             return BlockDual(trace, of, remarks, self._prepare)
 
         of = look.text, len(attentions), link.takes_data
-        dual = _duals.get((of, _signature(values | inputs | constants), self._policy.compile), make)
+        dual = _duals.get(
+            (of, _signature(values | inputs | constants), self._settings.compile), make
+        )
         self.remark(link.name, dual.remarks)
-        return Traced(dual, link.parameters, link.selected, body.constants, attentions)
+        return TracedExecutor(dual, link.parameters, link.selected, body.constants, attentions)
 
     def _look(
         self,
@@ -163,7 +167,7 @@ class Routes:
         key = (name, of, body.settings, cut)
         return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
 
-    def closing(
+    def head(
         self,
         spec: ProductSpec,
         link: Link,
@@ -173,8 +177,8 @@ class Routes:
         x: Tensor,
         target: Tensor,
         scale: float,
-    ) -> Closing:
-        """The route of the last block and a product's rule for one piece of a micro-batch."""
+    ) -> HeadExecutor:
+        """The executor of the last block and a product's rule for one piece of a micro-batch."""
         values, inputs, constants = _inputs(link, p, x, body.constants)
         factor = torch.tensor(scale, dtype=_loss_dtype(x, p), device=target.device)
         own = {"c/target": target, "c/scale": factor}
@@ -184,19 +188,19 @@ class Routes:
             look = self._look(link.name, body, f, values, inputs, constants, False)
             of = look.text, loss, spec, link.takes_data
 
-            def make() -> ClosingDual:
+            def make() -> HeadDual:
                 with listening() as remarks:
-                    trace = trace_closing(f, loss, spec, values, inputs, constants)
-                return ClosingDual(trace, spec.passes, of, remarks, self._prepare)
+                    trace = trace_head(f, loss, spec, values, inputs, constants)
+                return HeadDual(trace, spec.passes, of, remarks, self._prepare)
 
             dual = _duals.get(
-                (of, _signature(values | inputs | constants), self._policy.compile), make
+                (of, _signature(values | inputs | constants), self._settings.compile), make
             )
         except Exception as error:
             self._untraced(link.name, error)
-            return EagerClosing(function_of(body), link.selected, spec, loss, target, scale)
+            return EagerHead(function_of(body), link.selected, spec, loss, target, scale)
         self.remark(link.name, dual.remarks)
-        return TracedClosing(dual, link.parameters, link.selected, body.constants | own)
+        return TracedHead(dual, link.parameters, link.selected, body.constants | own)
 
     def _untraced(self, name: str, error: Exception) -> None:
         """Note that a block cannot be traced, unless that is no property of the block.
@@ -206,14 +210,14 @@ class Routes:
         """
         if isinstance(error, CurvatureError) or whose(error) != "model":
             raise error
-        self.say(name, f"it is differentiated line by line: {_words(error)}")
+        self.record_fallback(name, f"it is differentiated line by line: {_words(error)}")
 
     def remark(self, name: str, remarks: AbstractSet[str]) -> None:
         """Note what is to be said of a block's code."""
         if remarks:
             self.remarks[name] = "; ".join(sorted(remarks))
 
-    def say(self, name: str, why: str) -> None:
+    def record_fallback(self, name: str, why: str) -> None:
         """Note why a block is slower than it could be; the first time, warn."""
         if name not in self.fallbacks:
             if not self.fallbacks:
@@ -344,7 +348,7 @@ def _reads(graph: fx.Graph, names: Sequence[str], which: Sequence[str], count: i
     return not seen.isdisjoint(wanted)
 
 
-def _attentions(look: _Look, body: Body, policy: Policy) -> list[AttentionCall]:
+def _attentions(look: _Look, body: Body, settings: ComputeSettings) -> list[AttentionCall]:
     """How a block's attentions are computed, in the order of their calls.
 
     Raises:
@@ -358,7 +362,7 @@ def _attentions(look: _Look, body: Body, policy: Policy) -> list[AttentionCall]:
         if shape is None:
             raise _UncutError("its mask is irregular")
         pattern, span = shape
-        rule = choice.choose(call.qkv, pattern, span, policy.precision)
+        rule = choice.choose(call.qkv, pattern, span, settings.precision)
         found.append(AttentionCall(place, rule, pattern, span))
     return found
 

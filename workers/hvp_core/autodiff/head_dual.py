@@ -8,21 +8,21 @@ from typing import final
 
 import torch
 
-from hvp_core.autodiff.parts import Group, Part, split
 from hvp_core.autodiff.passes import Passes
-from hvp_core.autodiff.trace import Stage, Trace
+from hvp_core.autodiff.subprograms import Group, Subprogram, partition
+from hvp_core.autodiff.trace import Phase, Trace
 
 
 @final
-class ClosingDual:
-    """The parts of a closing block at one shape, for one product.
+class HeadDual:
+    """The subprograms of a head block at one shape, for one product.
 
     Args:
         trace: Of `trace_closing`.
         passes: Of the product that is traced.
         key: What it was traced from: the block's program, the loss with its settings, the product.
         remarks: What is to be said of the block's code.
-        prepare: Called once with each new part; may replace how it runs.
+        prepare: Called once with each new subprogram; may replace how it runs.
     """
 
     def __init__(
@@ -31,14 +31,16 @@ class ClosingDual:
         passes: Passes,
         key: Hashable,
         remarks: AbstractSet[str] = frozenset(),
-        prepare: Callable[[Part], None] | None = None,
+        prepare: Callable[[Subprogram], None] | None = None,
     ):
         self._trace = trace
         self.passes = passes
         self.remarks = frozenset(remarks)
         self.key = key
         self._prepare = prepare
-        self._parts: dict[tuple[bool, tuple[str, ...], tuple[str, ...]], list[Part]] = {}
+        self._subprograms: dict[
+            tuple[bool, tuple[str, ...], tuple[str, ...]], list[Subprogram]
+        ] = {}
 
     @property
     def suffix(self) -> str:
@@ -51,11 +53,11 @@ class ClosingDual:
         dtype: torch.dtype = self._trace.arguments["given_dot"].meta["val"].dtype
         return dtype
 
-    def measuring(self, shared: bool) -> list[Part]:
+    def measuring(self, shared: bool) -> list[Subprogram]:
         """Parts that measure: one; or, `shared`, a primal one and one for each probe."""
         return self._split(shared, (), ("measure",))
 
-    def parts(self, shared: bool, wants_primal: bool) -> list[Part]:
+    def subprograms(self, shared: bool, wants_primal: bool) -> list[Subprogram]:
         """Parts that go back: one; or, `shared`, a primal one and one for each probe."""
         names = [
             name
@@ -64,10 +66,12 @@ class ClosingDual:
         ]
         return self._split(shared, ("x_bar",) if wants_primal else (), tuple(names))
 
-    def _split(self, shared: bool, primal: tuple[str, ...], rest: tuple[str, ...]) -> list[Part]:
+    def _split(
+        self, shared: bool, primal: tuple[str, ...], rest: tuple[str, ...]
+    ) -> list[Subprogram]:
         key = shared, primal, rest
-        if key not in self._parts:
-            first, second = frozenset([Stage(0, False)]), frozenset([Stage(0, True)])
+        if key not in self._subprograms:
+            first, second = frozenset([Phase(0, False)]), frozenset([Phase(0, True)])
             wanted = tuple(dict.fromkeys([*primal, *rest]))
             groups = (
                 [Group(first, primal), Group(second, rest)]
@@ -76,11 +80,11 @@ class ClosingDual:
             )
             known = set(self._trace.outputs)
             groups = [
-                Group(each.stages, tuple(name for name in each.outputs if name in known))
+                Group(each.phases, tuple(name for name in each.outputs if name in known))
                 for each in groups
             ]
-            self._parts[key] = split(self._trace, groups)
-            for part in self._parts[key]:
+            self._subprograms[key] = partition(self._trace, groups)
+            for subprogram in self._subprograms[key]:
                 if self._prepare is not None:
-                    self._prepare(part)
-        return self._parts[key]
+                    self._prepare(subprogram)
+        return self._subprograms[key]

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 @final
-class Replay:
+class GraphedProduct:
     """A captured walk.
 
     Args:
@@ -34,7 +34,7 @@ class Replay:
         walk: Callable[[Sequence[Tensor], Sequence[Tensor]], object],
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
-    ) -> Replay | None:
+    ) -> GraphedProduct | None:
         """Run a walk once more and record it; None, with a warning, where that is not possible."""
         graph = torch.cuda.CUDAGraph()
         try:
@@ -54,7 +54,7 @@ class Replay:
                 "products are launched kernel by kernel, which is slower: %s", str(error)[:200]
             )
             return None
-        return Replay(graph, inputs, outputs)
+        return GraphedProduct(graph, inputs, outputs)
 
     def __call__(self, vectors: Sequence[Tensor], *, borrow: bool) -> list[Tensor]:
         """The products; with `borrow`, valid until the next call."""
@@ -66,14 +66,14 @@ class Replay:
 
 
 @final
-class Graphs:
+class GraphedProducts:
     """Products as graphs, by what they are of; recorded at their second walk.
 
     The first compiles kernels and keeps what later ones read.
     """
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, Replay | None] = {}
+        self._found: dict[Hashable, GraphedProduct | None] = {}
         self._walked: set[Hashable] = set()
 
     def get(
@@ -82,7 +82,7 @@ class Graphs:
         walk: Callable[[Sequence[Tensor], Sequence[Tensor]], object],
         inputs: Callable[[], Sequence[Tensor]],
         outputs: Callable[[], Sequence[Tensor]],
-    ) -> Replay | None:
+    ) -> GraphedProduct | None:
         """The graph of a product; None the first time, and where there can be none.
 
         Args:
@@ -95,5 +95,5 @@ class Graphs:
             self._walked.add(key)
             return None
         if key not in self._found:
-            self._found[key] = Replay.capture(walk, inputs(), outputs())
+            self._found[key] = GraphedProduct.capture(walk, inputs(), outputs())
         return self._found[key]

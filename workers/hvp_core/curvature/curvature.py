@@ -25,19 +25,19 @@ from hvp_core.autodiff.product_spec import (
 )
 from hvp_core.blame import InStep, raise_first
 from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
-from hvp_core.curvature.itinerary import Itinerary
+from hvp_core.curvature.executor_table import ExecutorTable
+from hvp_core.curvature.graphed_product import GraphedProducts
 from hvp_core.curvature.nonfinite import first_non_finite_block
 from hvp_core.curvature.passage import Passage
-from hvp_core.curvature.replay import Graphs
-from hvp_core.curvature.schedule import Choice
+from hvp_core.curvature.retention import BlockRetention
 from hvp_core.curvature.shards import Results
 from hvp_core.curvature.sweep import ParameterFeed
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain, MicroBatch, placed, rows
-from hvp_core.policy import Policy
 from hvp_core.precision import compute_dtype, matmuls
+from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.output_space import OutputSpace
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 Unit = Literal["token", "sequence"]
 
@@ -54,9 +54,9 @@ class Curvature:
         batch: The whole batch, on every rank.
         micro_batch_size: Rows that go through a block at once. Rank r of N takes every N-th
             micro-batch. Results do not depend on it.
-        policy: How.
-        selected: Space of the vectors, if they are of some of the parameters (see `Space.part`).
-            All others are constants. None: of all.
+        settings: How.
+        selected: Space of the vectors, if they are of some of the parameters (see
+            `ParameterSpace.part`). All others are constants. None: of all.
 
     Attributes:
         space: Of the vectors.
@@ -68,12 +68,12 @@ class Curvature:
     def __init__(
         self,
         chain: Chain,
-        space: Space,
+        space: ParameterSpace,
         parameters: Tensor,
         batch: MicroBatch,
         micro_batch_size: int,
-        policy: Policy | None = None,
-        selected: Space | None = None,
+        settings: ComputeSettings | None = None,
+        selected: ParameterSpace | None = None,
     ):
         if micro_batch_size < 1:
             raise CurvatureError(
@@ -82,11 +82,11 @@ class Curvature:
         self.chain = chain
         self.space = selected or space
         self._theta_space = space
-        self.policy = policy or Policy()
+        self.settings = settings or ComputeSettings()
         self.num_targets = chain.loss.weight(batch.targets)
         if self.num_targets == 0:
             raise CurvatureError("NO_TARGETS", "no target of the batch counts")
-        self._dtype = compute_dtype(space.dtype, self.policy.precision)
+        self._dtype = compute_dtype(space.dtype, self.settings.precision)
         count = len(batch.targets)
         starts = range(0, count, micro_batch_size)
         rank, world_size = space.collective.rank, space.collective.world_size
@@ -100,19 +100,19 @@ class Curvature:
             for each in self._row_ranges
         ]
         pair = chain.pair(batch)
-        self._itinerary = Itinerary(
+        self._executors = ExecutorTable(
             chain,
             self.space,
             self._batches,
             self._dtype,
             self.num_targets,
-            self.policy,
+            self.settings,
             None if pair is None else placed(pair, space.device, self._dtype),
         )
-        self._passage = Passage(chain, self._batches, self._itinerary)
+        self._passage = Passage(chain, self._batches, self._executors)
         self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
-        self._exchange = Exchange(space.collective, self._itinerary.notes)
+        self._exchange = Exchange(space.collective, self._executors.notes)
         self.parameters = parameters
 
     @property
@@ -131,7 +131,7 @@ class Curvature:
     def _drop(self) -> None:
         """Forget what was kept for later products."""
         self._passage.drop()
-        self._graphs = Graphs()
+        self._graphs = GraphedProducts()
 
     def release(self) -> None:
         """Give back the memory of what was kept for later products."""
@@ -146,8 +146,8 @@ class Curvature:
             CurvatureError: NON_FINITE, naming the first block with an infinite or undefined value.
         """
         step = InStep()
-        with matmuls(self.policy.precision):
-            self._itinerary.prepare(LOSS, self._feed)
+        with matmuls(self.settings.precision):
+            self._executors.prepare(LOSS, self._feed)
             total = self._passage.loss(self._feed, step)
             answers = self.space.collective.gather_objects((total, step.failure))
             if any(failure for _, failure in answers):
@@ -155,7 +155,7 @@ class Curvature:
             raise_first(failure for _, failure in answers)
             value: float = sum(part for part, _ in answers) / self.num_targets
             if value - value != 0:  # NaN or infinite, on every rank alike
-                raise first_non_finite_block(self.chain, self._feed, self._itinerary, self._batches)
+                raise first_non_finite_block(self.chain, self._feed, self._executors, self._batches)
         return value
 
     def gradient(self) -> Tensor:
@@ -217,7 +217,7 @@ class Curvature:
         return list(self._probes[count])
 
     def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule (see `Policy`)."""
+        """H v for each v. Cost in GEMM passes: 11, 8 or 6 each by schedule."""
         return self._product(HESSIAN, vectors)
 
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -274,9 +274,9 @@ class Curvature:
         """
         self._require_outputs(OUTPUT_JVP)
         if self._output_space is None:
-            with matmuls(self.policy.precision):
-                self._itinerary.prepare(OUTPUT_JVP, self._feed)
-            shapes = self.space.collective.gather_objects(self._itinerary.output_shape)
+            with matmuls(self.settings.precision):
+                self._executors.prepare(OUTPUT_JVP, self._feed)
+            shapes = self.space.collective.gather_objects(self._executors.output_shape)
             shape = next(each for each in shapes if each is not None)
             self._output_space = OutputSpace(
                 self._num_rows,
@@ -346,12 +346,12 @@ class Curvature:
         if spec.passes.forward == "tangent" and not vectors:
             return []
         if not self._passage.is_of_use_to(spec.passes):
-            self._passage.drop_tapes()
-            self._graphs = Graphs()
+            self._passage.drop_residuals()
+            self._graphs = GraphedProducts()
         step = InStep()
-        with matmuls(self.policy.precision):
-            self._itinerary.prepare(spec, self._feed)
-            choices = self._itinerary.choose(spec, len(vectors))
+        with matmuls(self.settings.precision):
+            self._executors.prepare(spec, self._feed)
+            choices = self._executors.choose(spec, len(vectors))
             results = None if given else self._replayed(spec, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
@@ -370,9 +370,9 @@ class Curvature:
         if not vectors:
             return
         step = InStep()
-        with matmuls(self.policy.precision):
-            self._itinerary.prepare(spec, self._feed)
-            choices = self._itinerary.choose(spec, len(vectors))
+        with matmuls(self.settings.precision):
+            self._executors.prepare(spec, self._feed)
+            choices = self._executors.choose(spec, len(vectors))
             tangents = [vector.to(self._dtype) for vector in vectors]
             self._passage.there(spec, choices, self._feed, tangents, into, step)
         self._agree(into, f"the {spec.title}", step)
@@ -386,11 +386,15 @@ class Curvature:
         return [float(each) / self.num_targets for each in self.space.collective.sum(own)]
 
     def _replayed(
-        self, spec: ProductSpec, choices: Sequence[Choice], vectors: Sequence[Tensor], borrow: bool
+        self,
+        spec: ProductSpec,
+        choices: Sequence[BlockRetention],
+        vectors: Sequence[Tensor],
+        borrow: bool,
     ) -> list[Tensor] | None:
         """The product by a CUDA graph; None where there is none, or not yet."""
         alone = self.space.collective.world_size == 1
-        if not (self.policy.graphs and alone and self.space.device.type == "cuda"):
+        if not (self.settings.graphs and alone and self.space.device.type == "cuda"):
             return None
         probes = self._probes.get(len(vectors), [])
         in_place = bool(probes) and all(a is b for a, b in zip(vectors, probes, strict=True))
@@ -419,7 +423,7 @@ class Curvature:
         """See, with all ranks, that a product is one.
 
         Raises:
-            CurvatureError: NON_FINITE; what was raised on a rank; under a strict policy
+            CurvatureError: NON_FINITE; what was raised on a rank; under strict settings
                 MODEL_UNSUPPORTED where a slower way was taken.
         """
         try:
@@ -427,7 +431,7 @@ class Curvature:
         except CurvatureError:
             self._drop()
             raise
-        if self.policy.strict:
+        if self.settings.strict:
             refuse_slower_ways(self.notes())
         if fine:
             return

@@ -26,7 +26,7 @@ from torch.func import jvp, vjp
 
 Params = Mapping[str, Tensor]
 Function = Callable[[Params, Tensor], Tensor]
-Cotangents = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+PairOfCotangents = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Backward(NamedTuple):
@@ -101,7 +101,7 @@ def backward_dual(
     v: Params,
     x: Tensor,
     x_dot: Tensor | None,
-    cotangents: Cotangents,
+    cotangents: PairOfCotangents,
 ) -> Backward:
     """(x̄, x̄̇, Hv) of one block, recomputing its forward dual. Cost: 3 + 9 GEMM passes.
 

@@ -22,7 +22,7 @@ from hvp_core.blame import explained, whose
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy, OutputHead
 from hvp_core.model.chain import Block, Chain, MicroBatch, free_zeros, refuse_train_mode
-from hvp_core.model.huggingface.decoder_blocks import (
+from hvp_core.model.huggingface.layered_blocks import (
     Context,
     Embedding,
     Head,
@@ -59,7 +59,7 @@ def _candidate_layers(model: nn.Module) -> list[nn.ModuleList]:
 
 
 @final
-class DecoderChain(Chain):
+class LayeredChain(Chain):
     """A model from transformers, in eval mode: a language model, or one that judges whole rows.
 
     Args:
@@ -98,7 +98,7 @@ class DecoderChain(Chain):
         """Token ids."""
         return batch.inputs["input_ids"]
 
-    def few(self, batch: MicroBatch) -> MicroBatch:
+    def sample_for_checks(self, batch: MicroBatch) -> MicroBatch:
         """One row, a few positions that are there, with a target that counts."""
         mask = batch.inputs.get("attention_mask")
         start = 0 if mask is None else int(mask[0].ne(0).int().argmax())

@@ -1,4 +1,4 @@
-"""A trace cut into parts, and what is kept between them."""
+"""A trace cut into subprograms, and what is kept between them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from hvp_core.autodiff.sums import Term
-from hvp_core.autodiff.trace import Env, Stage, Trace, is_parameters
+from hvp_core.autodiff.sums import GradientTerm
+from hvp_core.autodiff.trace import Env, Phase, Trace, is_parameters
 
 aten = torch.ops.aten
 
@@ -25,18 +25,18 @@ Kernels = Callable[..., Sequence[Tensor]]
 class Group:
     """Stages that run together, and what of their results is wanted."""
 
-    stages: frozenset[Stage]
+    phases: frozenset[Phase]
     outputs: tuple[str, ...] = ()
 
 
-def group(stages: Iterable[Stage], outputs: Iterable[str] = ()) -> Group:
+def group(phases: Iterable[Phase], outputs: Iterable[str] = ()) -> Group:
     """A group from any iterables."""
-    return Group(frozenset(stages), tuple(outputs))
+    return Group(frozenset(phases), tuple(outputs))
 
 
 @final
 @dataclass
-class Part:
+class Subprogram:
     """A piece of a trace: values by name in, values by name out.
 
     Attributes:
@@ -52,7 +52,7 @@ class Part:
     module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    terms: dict[str, list[Term]]
+    terms: dict[str, list[GradientTerm]]
     examples: tuple[Tensor, ...]
     bytes_of: dict[str, int]
     run: Kernels = field(init=False)
@@ -67,30 +67,30 @@ class Part:
         return dict(zip(self.outputs, found, strict=True))
 
 
-def split(trace: Trace, groups: Sequence[Group]) -> list[Part]:
-    """Cut a trace into parts that run one after the other.
+def partition(trace: Trace, groups: Sequence[Group]) -> list[Subprogram]:
+    """Cut a trace into subprograms that run one after the other.
 
-    What one part computes and a later one needs is kept as `r/...`: the fewest bytes from which the
-    rest follows by pointwise work.
+    What one subprogram computes and a later one needs is kept as `r/...`: the fewest bytes from
+    which the rest follows by pointwise work.
 
     Args:
         trace: The program.
-        groups: In order; a stage in one group at most. Stages in no group must not be needed.
+        groups: In order; a phase in one group at most. Phases in no group must not be needed.
     """
-    home = {stage: index for index, each in enumerate(groups) for stage in each.stages}
+    home = {phase: index for index, each in enumerate(groups) for phase in each.phases}
     wanted = [_wanted(trace, each.outputs) for each in groups]
-    kept: dict[fx.Node, int] = {}  # line -> part that computes it
+    kept: dict[fx.Node, int] = {}  # line -> subprogram that computes it
     for index in range(1, len(groups)):
         later = [node for _, nodes, _ in wanted[index:] for node in nodes]
         for node in _cut(trace, index, home, later, kept):
-            kept[node] = home[trace.stage(node)]
-    parts = []
+            kept[node] = home[trace.phase(node)]
+    subprograms = []
     for index, (names, nodes, terms) in enumerate(wanted):
         owed = [node for node, owner in kept.items() if owner == index]
         given = {node for node, owner in kept.items() if owner < index}
         names += [_residual_name(node) for node in owed]
-        parts.append(_build(trace, names, [*nodes, *owed], terms, given))
-    return parts
+        subprograms.append(_build(trace, names, [*nodes, *owed], terms, given))
+    return subprograms
 
 
 def _residual_name(node: fx.Node) -> str:
@@ -104,11 +104,11 @@ def _bytes(node: fx.Node) -> int:
 
 def _wanted(
     trace: Trace, outputs: Sequence[str]
-) -> tuple[list[str], list[fx.Node], dict[str, list[Term]]]:
-    """Results of a part, with the operands of parameters' derivatives in place of those."""
+) -> tuple[list[str], list[fx.Node], dict[str, list[GradientTerm]]]:
+    """Results of a subprogram, with the operands of parameters' derivatives in place of those."""
     names: list[str] = []
     nodes: list[fx.Node] = []
-    terms: dict[str, list[Term]] = {}
+    terms: dict[str, list[GradientTerm]] = {}
     for name in outputs:
         if not is_parameters(name):
             names.append(name)
@@ -119,7 +119,7 @@ def _wanted(
             places = [f"{name}.{len(names) + place}" for place in range(len(operands))]
             names += places
             nodes += operands
-            terms[name].append(Term(kind, tuple(places)))
+            terms[name].append(GradientTerm(kind, tuple(places)))
     return names, nodes, terms
 
 
@@ -176,23 +176,23 @@ def is_cheap(node: fx.Node) -> bool:
 def _cut(
     trace: Trace,
     index: int,
-    home: Mapping[Stage, int],
+    home: Mapping[Phase, int],
     wanted: Sequence[fx.Node],
     already: Mapping[fx.Node, int],
 ) -> set[fx.Node]:
-    """Lines of earlier parts to keep for this and later ones: a minimum cut, weighted by bytes.
+    """Lines to keep for this and later subprograms: a minimum cut, weighted by bytes.
 
-    On its near side lie the expensive lines of earlier parts, on its far side what later parts
-    read; what is kept already costs nothing.
+    On its near side lie the expensive lines of earlier subprograms, on its far side what later
+    subprograms read; what is kept already costs nothing.
     """
 
     def early(node: fx.Node) -> bool:
-        return trace.input_name(node) is None and home[trace.stage(node)] < index
+        return trace.input_name(node) is None and home[trace.phase(node)] < index
 
     flow = nx.DiGraph()
     flow.add_nodes_from(("source", "sink"))
     seen: set[fx.Node] = set()
-    stack = [(node, True) for node in wanted]  # (line, whether a later part reads it)
+    stack = [(node, True) for node in wanted]  # (line, whether a later subprogram reads it)
     while stack:
         node, direct = stack.pop()
         if early(node):
@@ -222,9 +222,9 @@ def _build(
     trace: Trace,
     names: Sequence[str],
     nodes: Sequence[fx.Node],
-    terms: dict[str, list[Term]],
+    terms: dict[str, list[GradientTerm]],
     saved: set[fx.Node],
-) -> Part:
+) -> Subprogram:
     """The lines from the arguments and the saved lines to the results."""
     found: set[fx.Node] = set()
     stack = list(nodes)
@@ -247,7 +247,7 @@ def _build(
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in nodes))
-    return Part(
+    return Subprogram(
         fx.GraphModule({}, graph),
         tuple(arguments),
         tuple(names),

@@ -17,7 +17,7 @@ from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain, MicroBatch, canonical_names, unchanged
 from hvp_core.model.family import ModelFacts, ModelFamily
 from hvp_core.precision import exact, exact_products
-from hvp_core.vectors.space import Space
+from hvp_core.vectors.space import ParameterSpace
 
 _POSITIONS_AT_ONCE = 5  # so that the head is seen to work position by position
 
@@ -28,7 +28,7 @@ def disagreement(
     facts: ModelFacts,
     model: nn.Module,
     chain: Chain,
-    space: Space,
+    space: ParameterSpace,
     parameters: torch.Tensor,
     loss: Callable[[MicroBatch], float],
 ) -> CurvatureError | None:
@@ -101,7 +101,7 @@ class _OnDemand(TorchFunctionMode):
         parameters: θ, this rank's shard. Of it two segments at most are gathered at a time.
     """
 
-    def __init__(self, model: nn.Module, space: Space, parameters: torch.Tensor):
+    def __init__(self, model: nn.Module, space: ParameterSpace, parameters: torch.Tensor):
         super().__init__()
         self._space, self._parameters = space, parameters
         names = canonical_names(model)
