@@ -202,7 +202,7 @@ def test_plain_modules_too_traced_or_not(
     ).double()
     problem = module_problem(net, CrossEntropy(), x, targets)
     if not traced:
-        for name in ("trace_block", "trace_closing"):
+        for name in ("trace_block", "trace_head"):
 
             def fail(*args: Any) -> Any:
                 raise RuntimeError("no trace today")
