@@ -126,13 +126,14 @@ class CausalLanguageModels(_HuggingFace):
         """
         ids = batch["input_ids"]
         changed = ids[:1].clone()
-        changed[:, -1] = ids[1, -1] if bool(ids[1, -1] != ids[0, -1]) else ids[1, 0]
+        changed[:, -1] = (changed[:, -1] + 1) % (ids.max() + 1)
         three = torch.cat([ids, changed])
         labels = torch.cat([ids, torch.full_like(changed, IGNORED)])
         output = model(input_ids=three, labels=labels, use_cache=False)
         first, same = output.logits[0, :-1].double(), output.logits[2, :-1].double()
         scale = float(first.abs().max())
-        if scale - scale == 0 and float((first - same).abs().max()) > _SAME * max(1.0, scale):
+        tolerance = _SAME * torch.finfo(output.logits.dtype).eps * scale
+        if scale - scale == 0 and float((first - same).abs().max()) > tolerance:
             name = type(model).__name__
             raise CurvatureError(
                 "TASK_UNSUPPORTED",
@@ -145,8 +146,8 @@ class CausalLanguageModels(_HuggingFace):
         return loss
 
 
-#: Between logits of the same tokens before a position, relative to the largest.
-_SAME = 1e-4
+#: Roundings, of the largest logit, between logits of the same tokens in another row.
+_SAME = 300
 
 
 @final
