@@ -48,21 +48,22 @@ class Curvature:
 
     Args:
         chain: The model.
-        space: Of its parameters.
-        parameters: θ, this rank's shard. What is computed from it may be kept: put another tensor
-            here to move.
+        space: Space of all of its parameters.
+        parameters: θ, this rank's shard. What is computed from it may be kept: to move to another
+            θ, assign another tensor to the attribute `parameters`.
         batch: The whole batch, on every rank.
         micro_batch_size: Rows that go through a block at once. Rank r of N takes every N-th
             micro-batch. Results do not depend on it.
-        settings: How.
-        selected: Space of the vectors, if they are of some of the parameters (see
-            `ParameterSpace.part`). All others are constants. None: of all.
+        settings: How products are computed.
+        selected: Space of the vectors, if these have only some of the parameters (see
+            `ParameterSpace.part`); all other parameters are constants. None: vectors of all.
 
     Attributes:
-        space: Of the vectors.
+        space: Space of the vectors.
 
     Raises:
-        CurvatureError: NO_TARGETS, MICRO_BATCH_INVALID, PRECISION_UNSUPPORTED.
+        CurvatureError: NO_TARGETS: no target of the batch counts; MICRO_BATCH_INVALID: the size is
+            below 1; PRECISION_UNSUPPORTED.
     """
 
     def __init__(
@@ -178,8 +179,8 @@ class Curvature:
             borrow: The products may be overwritten by the next call, which saves copying them.
 
         Returns:
-            Shards of the products, one for each vector, of the space's type; of 16 bits where the
-            vector is: summed in float32, and rounded when a block is through.
+            Shards of the products, one for each vector, of the space's type. Where a vector has 16
+            bits, so has its product: it is summed in float32, and rounded when a block is through.
 
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block;
@@ -193,7 +194,7 @@ class Curvature:
         """Refuse a product that wants outputs of a model that gives its loss alone.
 
         Raises:
-            CurvatureError: KIND_UNSUPPORTED.
+            CurvatureError: KIND_UNSUPPORTED: the model has no outputs.
         """
         if spec.of_outputs and not self.chain.loss.has_outputs:
             raise CurvatureError(
@@ -207,7 +208,7 @@ class Curvature:
         """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
 
         Args:
-            count: How many. Asked for again, the same ones are given.
+            count: Number of vectors. A second call with the same count gives the same vectors.
 
         Returns:
             Shards (shard_numel,) of the type of the operands of matrix products; zero at first.
@@ -228,12 +229,14 @@ class Curvature:
         """F v for each v, of the empirical Fisher matrix of tokens or of sequences.
 
         F = (1/W) Σ_u g_u g_uᵀ, with g_u the gradient of the summed losses of a unit and W the
-        number of targets, whatever the unit (see `product_spec.py`). Cost in GEMM passes: as `ggn`;
-        of sequences the last block is gone through once more, before any piece of a row goes back.
+        number of targets, whatever the unit (see `product_spec.py`). Cost in GEMM passes: as `ggn`.
+        With sequences the last block is gone through once more, before any piece of a row goes
+        back.
 
         Args:
-            vectors: As for `product`.
-            unit: What each g_u is of: a target, or a row of the batch with all its targets.
+            vectors: Shards, as for `product`.
+            unit: `token`: each g_u is the gradient of one target's loss. `sequence`: it is that of
+                a row of the batch with all its targets.
         """
         kinds: dict[Unit, str] = {
             "token": "empirical_fisher_token",
@@ -242,7 +245,10 @@ class Curvature:
         return self.product(kinds[unit], vectors)
 
     def slopes(self, vectors: Sequence[Tensor]) -> list[float]:
-        """∇L·v for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
+        """∇L·v for each v, by going forward alone. Cost for K vectors: 1 + 2K GEMM passes.
+
+        Args:
+            vectors: Shards, as for `product`.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -250,11 +256,11 @@ class Curvature:
         return self._numbers(SLOPES, vectors)
 
     def quadratic(self, kind: str, vectors: Sequence[Tensor]) -> list[float]:
-        """v·Av for each v, by going forward alone. Cost in GEMM passes: 3; 1 + 2K for K.
+        """v·Av for each v, by going forward alone. Cost for K vectors: 1 + 2K GEMM passes.
 
         Args:
-            kind: Of A, as for `product`; not `hessian`, which has no such rule here.
-            vectors: As for `product`.
+            kind: The kind of A, as for `product`; not `hessian`, which has no such rule here.
+            vectors: Shards, as for `product`.
 
         Raises:
             KeyError: There is no rule for this kind.
@@ -270,7 +276,11 @@ class Curvature:
     def output_space(self) -> OutputSpace:
         """The space of the model's outputs on the batch, cut by rows over the ranks.
 
-        Found at the first call, which all ranks make together.
+        The space is found at the first call, which all ranks make together.
+
+        Raises:
+            CurvatureError: KIND_UNSUPPORTED: the model has no outputs; the errors of the
+                preparation of `jvp`.
         """
         self._require_outputs(OUTPUT_JVP)
         if self._output_space is None:
@@ -292,10 +302,10 @@ class Curvature:
         """J v for each v, J = ∂(outputs)/∂θ, of every position, whether its label counts or not.
 
         The outputs are what the loss is given: a language model's logits. Memory: the results, and
-        pieces of the last block. Cost in GEMM passes: 3; 1 + 2K for K.
+        pieces of the last block. Cost for K vectors: 1 + 2K GEMM passes.
 
         Args:
-            vectors: As for `product`.
+            vectors: Shards, as for `product`.
 
         Returns:
             Vectors of `output_space`, (local,): each rank has those of its own rows.
@@ -309,7 +319,9 @@ class Curvature:
         return found
 
     def vjp(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Jᵀ u for each u of the `output_space`, J as for `jvp`. Cost in GEMM passes: 1 + 2K for K.
+        """Jᵀ u for each u of the `output_space`, J as for `jvp`.
+
+        Cost for K vectors: 1 + 2K GEMM passes.
 
         Args:
             outputs: Vectors (local,), this rank's rows.
@@ -328,7 +340,8 @@ class Curvature:
     def notes(self) -> dict[str, str]:
         """How products were computed, for whoever wants to reproduce or explain them.
 
-        As of the last product, for all ranks; what only some did names them.
+        The notes are those of all ranks, as of the last product. A note that only some ranks made
+        names these ranks.
         """
         return self._exchange.notes()
 
@@ -342,7 +355,7 @@ class Curvature:
         borrow: bool = False,
         given: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """A product that goes back: one without vectors, or one with each."""
+        """Products that go back: one without vectors, or one with each vector."""
         if spec.passes.forward == "tangent" and not vectors:
             return []
         if not self._passage.is_of_use_to(spec.passes):
@@ -366,7 +379,7 @@ class Curvature:
     def _measure(
         self, spec: ProductSpec, vectors: Sequence[Tensor], into: Sequence[Tensor]
     ) -> None:
-        """What a product that goes forward alone measures of this rank's rows."""
+        """Write into `into` what a product that goes forward alone measures of this rank's rows."""
         if not vectors:
             return
         step = InStep()
@@ -378,7 +391,7 @@ class Curvature:
         self._agree(into, f"the {spec.title}", step)
 
     def _numbers(self, spec: ProductSpec, vectors: Sequence[Tensor]) -> list[float]:
-        """(1/W) Σ over all rows of a power of what is measured, for each vector."""
+        """(1/W) Σ mᵖ for each vector, over all rows: m is a row's measured number, p the power."""
         shape = len(vectors), sum(len(each) for each in self._row_ranges)
         measured = torch.zeros(shape, dtype=torch.float64, device=self.space.device)
         self._measure(spec, vectors, list(measured))
@@ -392,7 +405,7 @@ class Curvature:
         vectors: Sequence[Tensor],
         borrow: bool,
     ) -> list[Tensor] | None:
-        """The product by a CUDA graph; None where there is none, or not yet."""
+        """The products by a CUDA graph; None where there is no graph, or not yet."""
         alone = self.space.collective.world_size == 1
         if not (self.settings.graphs and alone and self.space.device.type == "cuda"):
             return None
@@ -414,16 +427,19 @@ class Curvature:
         return None if replay is None else replay(vectors, borrow=borrow)
 
     def _dtypes(self, vectors: Sequence[Tensor]) -> list[torch.dtype]:
-        """Of the products: the vectors' own where that is of 16 bits, or one for the gradient."""
+        """The products' dtypes: a vector's own where it has 16 bits, otherwise the space's.
+
+        Without vectors there is one, for the gradient.
+        """
         space = self.space.dtype
         found = [each.dtype if each.itemsize == 2 else space for each in vectors]
         return found or [space]
 
     def _agree(self, shards: Sequence[Tensor], what: str, step: InStep) -> None:
-        """See, with all ranks, that a product is one.
+        """See, with all ranks, that a product is finite and that no rank failed.
 
         Raises:
-            CurvatureError: NON_FINITE; what was raised on a rank; under strict settings
+            CurvatureError: NON_FINITE; the error that was raised on a rank; under strict settings
                 MODEL_UNSUPPORTED where a slower way was taken.
         """
         try:

@@ -1,4 +1,4 @@
-"""What ranks tell one another once a product: is it one, and how was it made?"""
+"""What ranks tell one another after each product: whether it is finite, and how it was made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Exchange:
     """One exchange between the ranks after each product, and what was learnt from it.
 
     Args:
-        collective: Of the ranks.
+        collective: The exchange between the ranks.
         own_notes: Says how this rank's products are computed.
     """
 
@@ -26,14 +26,14 @@ class Exchange:
         self._last_notes: dict[int, Mapping[str, str]] = {}  # notes, by rank
 
     def __call__(self, shards: Sequence[Tensor], step: InStep) -> bool:
-        """Whether this product is finite on every rank.
+        """Whether this product is finite on every rank. All ranks call it together.
 
         Args:
-            shards: What this rank has found.
-            step: Of its work, which may have failed.
+            shards: This rank's shards of the products.
+            step: This rank's work on the product, which may have failed.
 
         Raises:
-            CurvatureError: What was raised on a rank.
+            CurvatureError: The error that was raised on the first rank that failed.
         """
         # One pass: what is not finite leaves no finite sum. The converse needs a closer look.
         fine = all(bool(shard.sum().isfinite()) or bool(shard.isfinite().all()) for shard in shards)
@@ -51,7 +51,7 @@ class Exchange:
         return all(fine for fine, *_ in answers)
 
     def notes(self) -> dict[str, str]:
-        """How products were computed: as of the last one, for all ranks."""
+        """How products were computed: the notes of all ranks, as of the last product."""
         changed_notes = {**self._last_notes, self._collective.rank: self._own_notes()}
         return merged([changed_notes.get(rank, {}) for rank in range(self._collective.world_size)])
 
@@ -60,7 +60,7 @@ def refuse_slower_ways(notes: Mapping[str, str]) -> None:
     """See that everything was computed the fast way.
 
     Raises:
-        CurvatureError: MODEL_UNSUPPORTED, with what was not.
+        CurvatureError: MODEL_UNSUPPORTED, naming what was computed in a slower way, and why.
     """
     slower = [name for name in notes if name.startswith("fallback_") or name == "not_compiled"]
     if slower:
@@ -69,7 +69,11 @@ def refuse_slower_ways(notes: Mapping[str, str]) -> None:
 
 
 def merged(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Notes of all ranks, in order of rank, as one; a value that not all have names its ranks."""
+    """The notes of all ranks as one mapping; a value that not all ranks have names its ranks.
+
+    Args:
+        notes: The notes of each rank, in order of rank.
+    """
     found = {}
     for key in dict.fromkeys(key for each in notes for key in each):
         ranks: dict[str, list[str]] = {}

@@ -39,11 +39,12 @@ class ExecutorTable(Executors):
 
     Args:
         chain: The model.
-        space: Of the vectors: their parameters are the selected ones.
+        space: Space of the vectors: their parameters are the selected ones.
         batches: This rank's micro-batches.
-        dtype: Of the operands of products.
-        num_targets: Of the whole batch.
-        settings: How.
+        dtype: The dtype of the operands of products.
+        num_targets: Number of targets of the whole batch, which derivatives of the loss are divided
+            by.
+        settings: How products are computed.
         pair: Two rows of the whole batch, as `Chain.pair` gives them.
 
     Raises:
@@ -72,7 +73,8 @@ class ExecutorTable(Executors):
         self._builder = ExecutorBuilder(chain, settings)
         self._pair = pair
         self.executor_of: dict[tuple[int, int], BlockExecutor] = {}
-        #: Of a row of the output, once a product has asked for it; None on ranks without rows.
+        #: Shape of a row of the output, once a product has asked for it; None on ranks without
+        #: rows.
         self.output_shape: tuple[int, ...] | None = None
         self._head_of: dict[tuple[ProductSpec, int, int], HeadExecutor] = {}
         self._traces_head = True
@@ -83,15 +85,16 @@ class ExecutorTable(Executors):
     def prepare(self, spec: ProductSpec, feed: ParameterFeed) -> None:
         """Find the executor of every block, and see that it is right, before the first walk.
 
-        Only shapes are walked: no block is computed at full size.
+        Only shapes are walked: no block that can be traced is computed at full size. A second call
+        for the same product returns at once.
 
         Args:
-            spec: What is going to be computed.
-            feed: Of the parameters.
+            spec: The product that is going to be computed.
+            feed: Brings the parameters of each block.
 
         Raises:
-            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block, on
-                all ranks: also on those that have no micro-batch and would never have met it.
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block. All
+                ranks raise it, also those that have no micro-batch and would never have met it.
         """
         if spec in self._prepared:
             return
@@ -135,7 +138,7 @@ class ExecutorTable(Executors):
             self.output_shape = (x.shape[1], *y.shape[2:])
 
     def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
-        """See that a block's trace is the block; where it is not, torch differentiates it."""
+        """See that a block's trace is the block; if it is not, torch differentiates the block."""
         head = index == len(self._chain.blocks) - 1
         executor = self.executor_of.get((index, 0))
         with exact_products():
@@ -157,11 +160,11 @@ class ExecutorTable(Executors):
             )
 
     def body(self, index: int, batch: int, dense: bool) -> Body:
-        """A block's body, its constants in the precision of the products."""
+        """See Executors."""
         return self._chain.blocks[index].body(self._contexts[batch], dense).cast(self._dtype)
 
     def executor(self, index: int, batch: int, p: Params, x: Tensor) -> BlockExecutor:
-        """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
+        """See Executors."""
         if (index, batch) not in self.executor_of:
             self.executor_of[index, batch] = self._builder.of(
                 self.selected.links[index], lambda dense: self.body(index, batch, dense), p, x
@@ -171,7 +174,7 @@ class ExecutorTable(Executors):
     def head(
         self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
     ) -> HeadExecutor:
-        """Of the last block and a product's rule, with one piece of a micro-batch."""
+        """See Executors."""
         key = spec, batch, piece
         if key not in self._head_of:
             self._head_of[key] = self._close(spec, batch, p, x, target)
@@ -190,7 +193,11 @@ class ExecutorTable(Executors):
         return self._builder.head(spec, link, body, loss, p, x, target, scale)
 
     def choose(self, spec: ProductSpec, num_probes: int) -> list[BlockRetention]:
-        """The way of every block that moves, but the last."""
+        """What every block keeps that has a derivative, but for the last block.
+
+        The choice is made once for each product and number of probes, from the memory that is free
+        then.
+        """
         blocks = range(self.selected.first, len(self._chain.blocks) - 1)
         if not spec.passes.keeps:
             way: Retention = "lean" if self._settings.schedule == "lean" else "fast"
@@ -215,7 +222,7 @@ class ExecutorTable(Executors):
         return self._choices[key]
 
     def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What of the last block's input goes through it at once, with its targets."""
+        """See Executors."""
         targets = self._batches[batch].targets
         pieces = self._chain.pieces(x)
         if not pieces:
@@ -224,7 +231,7 @@ class ExecutorTable(Executors):
             yield x[:, piece].contiguous(), targets[:, piece].contiguous()
 
     def notes(self) -> dict[str, str]:
-        """How products are computed, for whoever wants to reproduce or explain them."""
+        """How this rank computes products, for whoever wants to reproduce or explain them."""
         found = {"precision": self._settings.precision, **self._chain.notes}
         if self._settings.compile:
             found["compiled_parts"] = str(COMPILER.compiled)
@@ -244,5 +251,5 @@ class ExecutorTable(Executors):
 
 
 def _never(error: Exception) -> CurvatureError:
-    """What is worked on has its reason already."""
+    """Raise the error again: `working_on` has given it its reason already."""
     raise error

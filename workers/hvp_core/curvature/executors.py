@@ -1,4 +1,4 @@
-"""What goes with each micro-batch through each block, as whoever takes it there sees it."""
+"""The interface of an operator's executors, as `Passage` and the search for NaN use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Executors(ABC):
     """The executors of one operator, for each block and each micro-batch of this rank.
 
     Attributes:
-        executor_of: By block and micro-batch, as far as they have been asked for.
+        executor_of: Executors by (index of the block, index of the micro-batch), as far as they
+            have been asked for.
         selected: The parameters that have a derivative.
     """
 
@@ -27,18 +28,32 @@ class Executors(ABC):
 
     @abstractmethod
     def body(self, index: int, batch: int, dense: bool) -> Body:
-        """A block's body, its constants in the precision of the products."""
+        """A block's body, its constants in the dtype of the operands of products.
+
+        Args:
+            index: Index of the block.
+            batch: Index of the micro-batch whose constants the body computes with.
+            dense: The body gets its attention masks as tensors.
+        """
 
     @abstractmethod
     def executor(self, index: int, batch: int, p: Params, x: Tensor) -> BlockExecutor:
-        """Of a block, not the last, with one micro-batch; of p and x only shapes matter."""
+        """The executor of a block, not the last, with one micro-batch.
+
+        Of p and x only shapes, dtypes and devices matter.
+        """
 
     @abstractmethod
     def head(
         self, spec: ProductSpec, batch: int, piece: int, p: Params, x: Tensor, target: Tensor
     ) -> HeadExecutor:
-        """Of the last block and a product's rule, with one piece of a micro-batch."""
+        """The executor of the last block and a product's rule, with one piece of a micro-batch."""
 
     @abstractmethod
     def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What of the last block's input goes through it at once, with its targets."""
+        """The pieces of the last block's input that go through it one by one, with their targets.
+
+        Args:
+            batch: Index of the micro-batch.
+            x: The last block's whole input of that micro-batch, or a tensor cut like it.
+        """

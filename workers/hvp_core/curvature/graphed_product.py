@@ -19,9 +19,9 @@ class GraphedProduct:
     """A captured walk.
 
     Args:
-        graph: Reads `inputs`, writes `outputs`.
-        inputs: Vectors, in the precision of the products; the caller's own are not copied.
-        outputs: Products.
+        graph: The CUDA graph, which reads `inputs` and writes `outputs`.
+        inputs: Vectors, in the dtype of the operands of products.
+        outputs: The products of these vectors.
     """
 
     def __init__(
@@ -57,7 +57,12 @@ class GraphedProduct:
         return GraphedProduct(graph, inputs, outputs)
 
     def __call__(self, vectors: Sequence[Tensor], *, borrow: bool) -> list[Tensor]:
-        """The products; with `borrow`, valid until the next call."""
+        """The products of these vectors.
+
+        Args:
+            vectors: Vectors; one that is an input of the graph itself is not copied.
+            borrow: Give the graph's own outputs, valid until the next call, instead of copies.
+        """
         for each, vector in zip(self._inputs, vectors, strict=True):
             if each is not vector:
                 each.copy_(vector)
@@ -67,9 +72,9 @@ class GraphedProduct:
 
 @final
 class GraphedProducts:
-    """Products as graphs, by what they are of; recorded at their second walk.
+    """CUDA graphs of products, each by its key and recorded at the product's second walk.
 
-    The first compiles kernels and keeps what later ones read.
+    The first walk compiles kernels and keeps what later walks read.
     """
 
     def __init__(self) -> None:
@@ -86,10 +91,10 @@ class GraphedProducts:
         """The graph of a product; None the first time, and where there can be none.
 
         Args:
-            key: Of the product.
-            walk: What is recorded: (vectors, products to write).
-            inputs: Makes the vectors that it reads.
-            outputs: Makes the products that it writes.
+            key: What tells this product from others.
+            walk: The walk to record, called as (vectors, products to write).
+            inputs: Makes the vectors that the walk reads.
+            outputs: Makes the products that the walk writes.
         """
         if key not in self._walked:
             self._walked.add(key)

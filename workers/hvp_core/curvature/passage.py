@@ -1,4 +1,4 @@
-"""The way of this rank's micro-batches through all blocks, there and back."""
+"""How this rank's micro-batches go through all blocks, forward and backward."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.losses.loss import at_least_float32
 from hvp_core.model.chain import Chain, MicroBatch, function_of
 
-#: Of the last block: by which head it goes, its input, its tangents.
+#: A piece that goes through the last block: its head, its input, the input's tangents.
 _Piece = tuple[HeadExecutor, Tensor, list[Tensor | None]]
-#: Before the last block: its input of each micro-batch, their tangents, and all residuals.
+#: What reaches the last block: its input of each micro-batch, their tangents, and all residuals.
 _Front = tuple[list[Tensor], list[list[Tensor | None]], dict[tuple[int, int], Residuals]]
 
 
@@ -40,7 +40,7 @@ class Passage:
     Args:
         chain: The model.
         batches: This rank's micro-batches.
-        executors: The way of each through each block.
+        executors: Take each micro-batch through each block.
     """
 
     def __init__(self, chain: Chain, batches: Sequence[MicroBatch], executors: Executors):
@@ -73,7 +73,7 @@ class Passage:
         return range(self._executors.selected.first, self._last)
 
     def loss(self, feed: ParameterFeed, step: InStep) -> float:
-        """Σ w ℓ over this rank's rows."""
+        """The sum of the losses of this rank's targets, not yet divided by their number."""
         xs, total = self._up_to_what_moves(feed, step), 0.0
 
         def end(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
@@ -92,7 +92,7 @@ class Passage:
     def _values(
         self, blocks: Iterable[int], xs: list[Tensor], feed: ParameterFeed, step: InStep
     ) -> None:
-        """Take each micro-batch's input through blocks, for its value alone."""
+        """Take each micro-batch's input through blocks, for its value alone; `xs` is updated."""
 
         def value(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             for batch, x in enumerate(step.live(xs)):
@@ -101,9 +101,10 @@ class Passage:
         sweep(feed, blocks, value, lambda block: step.on(block.name, "its value"))
 
     def _up_to_what_moves(self, feed: ParameterFeed, step: InStep) -> list[Tensor]:
-        """Each micro-batch's input of the first block that has a derivative; kept from then on.
+        """Each micro-batch's input of the first block that has a derivative.
 
-        It does not change from product to product. Where a rank fails, all ranks drop it.
+        These inputs do not change from product to product, and are kept from the first call on.
+        Where a rank fails, all ranks drop them.
         """
         if self._still is None:
             self._still = [self._chain.first_input(batch) for batch in self._batches]
@@ -120,16 +121,20 @@ class Passage:
         step: InStep,
         given: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """Forward, through the last block, and backward: the products.
+        """Compute the products: forward, through the last block, and backward.
 
         Args:
-            spec: The product; it goes back.
-            choices: The way of every block that has a derivative, but the last.
-            feed: Of the parameters.
-            tangents: One vector for each probe.
-            results: Where the products are added up.
+            spec: The product; one with a backward pass.
+            choices: What every block keeps that has a derivative, but for the last block.
+            feed: Brings the parameters of each block.
+            tangents: One vector for each probe, this rank's shards.
+            results: Adds up the products.
             step: Keeps this rank in step where it fails.
-            given: For each probe, of this rank's rows, a tensor like the output.
+            given: For each probe a cotangent of the output, this rank's rows of it. Only a product
+                that is given outputs has any.
+
+        Returns:
+            This rank's shards of the products.
         """
         xs, dots, residuals_of = self._forward(spec, choices, feed, tangents, step)
         cotangents = self._turn(spec, feed, tangents, results, step, xs, dots, given)
@@ -170,14 +175,15 @@ class Passage:
         into: Sequence[Tensor],
         step: InStep,
     ) -> None:
-        """Forward alone, to what the product measures.
+        """Go forward alone, and write down what the product measures.
 
         Args:
-            spec: The product; it measures.
-            choices: The way of every block that has a derivative, but the last.
-            feed: Of the parameters.
-            tangents: One vector for each probe.
-            into: For each probe zeros, of this rank's rows: float64 (rows,), or like the output.
+            spec: The product; one that measures.
+            choices: What every block keeps that has a derivative, but for the last block.
+            feed: Brings the parameters of each block.
+            tangents: One vector for each probe, this rank's shards.
+            into: For each probe zeros to fill, for this rank's rows: (rows,) float64, or a tensor
+                like the output.
             step: Keeps this rank in step where it fails.
         """
         xs, dots, _ = self._forward(spec, choices, feed, tangents, step)
@@ -203,7 +209,7 @@ class Passage:
         tangents: Sequence[Tensor],
         step: InStep,
     ) -> _Front:
-        """Up to the last block: its inputs, their tangents in each probe, and residuals."""
+        """Go up to the last block: its inputs, their tangents in each probe, and all residuals."""
         xs = self._up_to_what_moves(feed, step)
         dots: list[list[Tensor | None]] = [[None for _ in tangents] for _ in xs]
         residuals_of: dict[tuple[int, int], Residuals] = {}
@@ -243,7 +249,7 @@ class Passage:
         dots: Sequence[Sequence[Tensor | None]],
         given: Sequence[Tensor],
     ) -> list[Cotangents]:
-        """Through the last block and back through it: cotangents of its input."""
+        """Go through the last block and back through it; the cotangents of its input."""
         known = spec.passes.backward == "pair" and bool(self._head_cotangents)
         cotangents: list[Cotangents] = []
 
@@ -276,7 +282,7 @@ class Passage:
         given: Sequence[Tensor],
         wants_primal: bool,
     ) -> Cotangents:
-        """The last block there and back, piece by piece."""
+        """Take one micro-batch through the last block and back, piece by piece."""
         pieces = self._pieces(spec, weights.p, batch, x, x_dots)
         if spec.given == "rows":
             # A piece's cotangents need the number of the whole row: all are seen before any.
@@ -301,7 +307,7 @@ class Passage:
         x: Tensor,
         x_dots: Sequence[Tensor | None],
     ) -> list[_Piece]:
-        """What goes through the last block at once, with its tangents, and by which head."""
+        """The pieces that go through the last block, with their tangents and their heads."""
         pieces = list(self._executors.pieces(batch, x))
         tangents = [
             [None for _ in pieces]
@@ -319,7 +325,7 @@ class Passage:
         ]
 
     def _rows(self, whole: Tensor, batch: int) -> Tensor:
-        """The part of a micro-batch of a tensor of all of this rank's rows."""
+        """One micro-batch's rows of a tensor that has all of this rank's rows."""
         start = sum(len(each.targets) for each in self._batches[:batch])
         return whole[start : start + len(self._batches[batch].targets)]
 
@@ -327,7 +333,10 @@ class Passage:
 def _measure(
     spec: ProductSpec, weights: ParamsAndTangents, pieces: Sequence[_Piece], into: Sequence[Tensor]
 ) -> None:
-    """Measure a micro-batch: numbers of rows add up, tensors like the output lie side by side."""
+    """Measure a micro-batch, piece by piece.
+
+    Numbers of rows are added to `into`; tensors like the output are written side by side.
+    """
     start = 0
     for head, piece, dots in pieces:
         for found, total in zip(head.measure(weights, piece, dots), into, strict=True):

@@ -1,4 +1,4 @@
-"""Which block keeps what, within a budget of memory."""
+"""Which block keeps which residuals, within a budget of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvp_core.settings import Schedule
 
 
 class BlockRetention(NamedTuple):
-    """One block's way."""
+    """What one block keeps."""
 
     way: Retention
     cached: bool  # keep the primal half for the next product
@@ -20,16 +20,17 @@ class BlockRetention(NamedTuple):
 def choose(
     schedule: Schedule, blocks: Sequence[Bytes], budget_bytes: int, num_probes: int
 ) -> list[BlockRetention]:
-    """The way of each block.
+    """Choose what each block keeps.
 
-    Every block is lean to begin with. As long as the budget lasts, blocks become fast, the last
-    ones first (what they keep is soonest free again); if all are, they become cached.
+    Under `auto` every block is lean to begin with. As long as the budget lasts, blocks become fast,
+    the last ones first (what they keep is soonest free again). Once all blocks are fast, they
+    become cached, the first ones first.
 
     Args:
-        schedule: What is wanted; only `auto` looks at the budget.
-        blocks: What each would keep, over all micro-batches of a rank.
-        budget_bytes: For all of them.
-        num_probes: Several share their primal half.
+        schedule: The schedule that was asked for; only `auto` looks at the budget.
+        blocks: Memory that each block would keep, over all micro-batches of a rank.
+        budget_bytes: Memory that all blocks may keep together.
+        num_probes: Number of vectors that are multiplied together. Several share their primal half.
     """
     keeping: Retention = "fast" if num_probes == 1 else "shared"
     if schedule == "lean":

@@ -18,13 +18,15 @@ from hvp_core.vectors.space import ParameterSpace
 def gathered(
     space: ParameterSpace, index: int, block: Block, shards: Sequence[Tensor]
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """The block's parameters in each of these vectors, by name, for as long as needed.
+    """A block's parameters in each of these vectors, by name, until the context ends.
+
+    All ranks enter it together. Memory: the block's segments of each vector.
 
     Args:
-        space: Of the vectors.
-        index: Of the block in the chain.
-        block: Whose parameters.
-        shards: Vectors, of any dtype.
+        space: Space of the vectors.
+        index: Index of the block in the chain.
+        block: The block, which names its parameters.
+        shards: Vectors, of any dtype, this rank's shards.
     """
     wanted = set(block.parameters)
     found: list[dict[str, Tensor]] = [{} for _ in shards]
@@ -41,17 +43,17 @@ def gathered(
 
 
 def part_of(whole: ParameterSpace, vector: Tensor, part: ParameterSpace) -> Tensor:
-    """Of a vector of all parameters those elements that belong to some, cut as theirs are.
+    """Take the elements of some parameters out of a vector of all parameters.
 
-    Called by all ranks together. Memory: the result, and the largest segment.
+    All ranks call it together. Memory: the result, and the largest segment.
 
     Args:
         whole: Space of all parameters.
-        vector: Of it, this rank's shard.
-        part: Space of some of them (see `ParameterSpace.part`).
+        vector: A vector of that space, this rank's shard.
+        part: Space of some of the parameters (see `ParameterSpace.part`).
 
     Returns:
-        This rank's shard of the vector of `part`; the vector itself, where that is the whole.
+        This rank's shard of the vector of `part`; `vector` itself, where `part` is the whole.
     """
     if part is whole:
         return vector
@@ -73,9 +75,9 @@ class Results:
     """The products of one walk: this rank's shards.
 
     Args:
-        space: Of the vectors.
-        dtypes: Of each.
-        into: Shards to use, whatever they hold; None for new ones.
+        space: Space of the products.
+        dtypes: The dtype of each product.
+        into: Shards to write the products to, whatever they hold; None for new ones.
     """
 
     def __init__(
@@ -98,9 +100,9 @@ class Results:
 
     @contextmanager
     def block(self, index: int) -> Iterator[list[Sums]]:
-        """Where to add up a block's part of each; at the end it is summed over the ranks.
+        """The sums that take a block's part of each product; summed over the ranks at the end.
 
-        A rank alone adds to the result itself: nothing of its size is allocated.
+        A rank alone adds to the result itself: nothing of the block's size is allocated.
         """
         space, layout = self._space, self._space.layout
         segments = [layout.segments[i] for i in layout.block_segments[index]]

@@ -1,4 +1,4 @@
-"""One pass over the blocks: the parameters of each arrive, something is done, they go again."""
+"""One pass over the blocks: a block's parameters arrive, it is visited, its parameters go again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hvp_core.curvature.shards import Results, gathered
 from hvp_core.model.chain import Block
 from hvp_core.vectors.space import ParameterSpace
 
-#: What is done at a block: (index, its parameters and their tangents, where to add derivatives).
+#: A visit to a block: (its index, its parameters and their tangents, sums of derivatives, one for
+#: each result).
 Visit = Callable[[int, ParamsAndTangents, Sequence[Sums]], None]
-#: Around what is done at a block: what becomes of what it raises.
+#: A context around each visit, which decides what becomes of the errors that the visit raises.
 Guard = Callable[[Block], AbstractContextManager[object]]
 
 
@@ -27,10 +28,10 @@ class ParameterFeed:
     Law: every rank asks for the same blocks in the same order.
 
     Args:
-        space: Of all parameters.
-        blocks: Whose.
+        space: Space of all parameters.
+        blocks: The chain's blocks, in their order.
         theta: θ, this rank's shard, of the type of the operands of products.
-        vectors: Space of the tangents: of some of the parameters, or of all.
+        vectors: Space of the tangents, which have some of the parameters or all.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class ParameterFeed:
     def block(self, index: int, tangents: Sequence[Tensor] = ()) -> Iterator[ParamsAndTangents]:
         """A block's parameters, and tangents of the selected ones in each probe.
 
-        They are there for as long as they are needed.
+        The tensors are there until the context ends. All ranks enter it together.
 
         Args:
-            index: Of the block.
+            index: Index of the block.
             tangents: Vectors, this rank's shards.
         """
         block = self.blocks[index]
@@ -69,12 +70,13 @@ def sweep(
     Exchanges between ranks lie outside the guard: a rank whose visit fails stays in step.
 
     Args:
-        feed: Of the parameters.
+        feed: Brings the parameters of each block.
         order: Indices of the blocks to visit.
-        visit: What to do at each.
-        guard: Around each visit.
-        tangents: Vectors whose parts are gathered too.
-        results: Where the visits add derivatives; summed over the ranks when a block is through.
+        visit: Called once for each block.
+        guard: Makes the context of each visit.
+        tangents: Vectors whose parts are gathered too, this rank's shards.
+        results: Adds up the derivatives that visits find. They are summed over the ranks when a
+            block is through.
     """
     for index in order:
         with ExitStack() as stack:
