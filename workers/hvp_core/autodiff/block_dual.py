@@ -1,4 +1,4 @@
-"""One block's products, by schedule: which phases run when, and what is kept between.
+"""One block's products under each retention: which phases run when, and what is kept between them.
 
 A product's passes take a block through *legs*: forward and backward, each for the primal half, the
 tangent half, or both at once. Between the subprograms of a leg the block's attentions are called.
@@ -9,9 +9,9 @@ tangent half, or both at once. Between the subprograms of a leg the block's atte
     tangent, cotangent   fast      forward both │ backward primal, of the cotangent H_out J v, say
     value, cotangent     fast      forward primal │ backward primal
 
-What crosses │ is kept; what crosses ┆ is not, but for the block's input and its attentions'
-outputs. In `shared`, primal legs run once for any number of tangents: of several probes, whose
-attention is computed together, and, kept, of several products.
+Values that cross │ are kept. Of those that cross ┆ only the block's input and its attentions'
+outputs are. In `shared`, primal legs run once for any number of tangents: those of several probes,
+whose attention is computed together, and, if the primal half is kept, those of several products.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OUTPUT = ("o", "lse")
 @final
 @dataclass(frozen=True)
 class LegSpec:
-    """A leg before it is traced out into subprograms."""
+    """A leg before it is cut into subprograms."""
 
     backward: bool
     halves: tuple[Half, ...]
@@ -51,7 +51,7 @@ _BOTH: tuple[Half, ...] = ("primal", "tangent")
 
 
 def _legs(passes: Passes, way: Retention) -> list[list[LegSpec]]:
-    """The legs of a product, in runs: nothing is kept from one run for the next."""
+    """The legs of a product, in runs: no residuals are kept from one run for the next."""
     primal, tangent = LegSpec(False, ("primal",)), LegSpec(False, ("tangent",))
     if passes.forward == "value":
         forward = [primal]
@@ -81,7 +81,12 @@ class AttentionCall:
     span: Span | None
 
     def forward(self, envs: Sequence[Env], halves: tuple[Half, ...]) -> list[Env]:
-        """O, L or their tangents from q, k, v; tangents of several probes at once."""
+        """The output o and the log-sum-exps, or their tangents, from q, k, v.
+
+        Args:
+            envs: Values by name: one mapping, or for tangents alone one for each probe.
+            halves: The halves to compute.
+        """
         if halves == ("tangent",):
             at = Output(_heads_first(self._of(envs[0], "o")), self._of(envs[0], "lse"))
             x_dots = [self._qkv(env, "_dot") for env in envs]
@@ -95,7 +100,12 @@ class AttentionCall:
         return [self._output(y, "") | self._output(y_dot, "_dot")]
 
     def backward(self, envs: Sequence[Env], halves: tuple[Half, ...]) -> list[Env]:
-        """Cotangents of q, k, v or their tangents from that of O; tangents of several at once."""
+        """Cotangents of q, k, v, or their tangents, from the cotangent of o.
+
+        Args:
+            envs: Values by name: one mapping, or for tangents alone one for each probe.
+            halves: The halves to compute.
+        """
         at = self._point(envs[0])
         if halves == ("tangent",):
             dots = [self._point(env, "_dot") for env in envs]
@@ -138,15 +148,15 @@ class Between:
     """An attention between two subprograms of a leg.
 
     Attributes:
-        place: Which of the block's.
-        halves: Of the leg, those that it is computed in.
+        place: Place of the attention among the block's, in the order of their calls.
+        halves: The halves of the leg in which the attention is computed.
     """
 
     place: int
     halves: tuple[Half, ...]
 
     def needs(self, backward: bool) -> set[str]:
-        """Names of what it reads."""
+        """Names of the values that the attention reads."""
         names = {*_QKV}
         if backward:
             names |= {*_OUTPUT, "o_bar"}
@@ -157,12 +167,12 @@ class Between:
         return {f"{name}/{self.place}" for name in names}
 
     def makes(self, backward: bool) -> set[str]:
-        """Names of what it gives."""
+        """Names of the values that the attention gives."""
         names = [f"{name}_bar" for name in _QKV] if backward else list(_OUTPUT)
         return _of_halves(self.halves, [f"{name}/{self.place}" for name in names])
 
     def before(self, backward: bool) -> set[str]:
-        """Names of what the subprogram before it hands to it."""
+        """Names of the values that the subprogram before the attention hands to it."""
         names = ("o_bar",) if backward else _QKV
         return _of_halves(self.halves, [f"{name}/{self.place}" for name in names])
 
@@ -185,11 +195,11 @@ class Leg:
     def run(
         self, env: Env, attentions: Sequence[AttentionCall], collect: Collect | None = None
     ) -> Env:
-        """Everything it computes, by name.
+        """Run the leg: all values that it computes, by name.
 
         Args:
-            env: Everything it needs.
-            attentions: Those that the block is cut at.
+            env: All values that the leg needs, by name.
+            attentions: The attentions that the block is cut at.
             collect: Takes derivatives of parameters out of a subprogram's results.
         """
         return self.run_all([env], attentions, [collect])[0]
@@ -200,7 +210,13 @@ class Leg:
         attentions: Sequence[AttentionCall],
         collects: Sequence[Collect | None],
     ) -> list[Env]:
-        """The tangents of several probes: as `run` of each, but an attention does all at once."""
+        """Run the leg for several probes: as `run` for each, but an attention takes all at once.
+
+        Args:
+            envs: All values that the leg needs, for each probe.
+            attentions: The attentions that the block is cut at.
+            collects: For each probe what takes derivatives of parameters out of results.
+        """
         found: list[Env] = [{} for _ in envs]
         for index, subprogram in enumerate(self.subprograms):
             if index:
@@ -216,7 +232,7 @@ class Leg:
 
 
 def _run_part(subprogram: Subprogram, env: Env, collect: Collect | None) -> Env:
-    """Its results, without those that only parameters' derivatives are made of."""
+    """A subprogram's results, without the operands of parameters' derivatives."""
     results = subprogram(env)
     if not subprogram.terms:
         return results
@@ -236,13 +252,13 @@ class Plan:
     legs: tuple[Leg, ...]
 
     def leg(self, *, backward: bool, half: Half) -> Leg:
-        """The leg that does this half of this way."""
+        """The leg, forward or backward, that computes this half."""
         return next(
             leg for leg in self.legs if leg.spec.backward == backward and half in leg.spec.halves
         )
 
     def kept(self, after: Leg) -> frozenset[str]:
-        """What later legs need of everything up to and including this one."""
+        """Names of the values that later legs need, of all that are known after this leg."""
         later = self.legs[self.legs.index(after) + 1 :]
         return frozenset().union(*[leg.needs for leg in later])
 
@@ -252,9 +268,9 @@ class BlockDual:
     """The derivatives of one kind of block at one shape.
 
     Args:
-        trace: Of the block; one that takes `o/0` and so on is cut at its attentions.
-        key: What it was traced from: the block's program.
-        remarks: What is to be said of the block's code.
+        trace: Trace of the block. One that takes `o/0` and so on is cut at its attentions.
+        key: What the trace was made from: the block's program.
+        remarks: Remarks on the block's code.
         prepare: Called once with each new subprogram; may replace how it runs.
     """
 
@@ -269,7 +285,7 @@ class BlockDual:
         self.remarks = frozenset(remarks)
         self.key = key
         calls = range(trace.num_calls)
-        #: For each attention that it is cut at, whether its output has a tangent.
+        #: For each attention that the block is cut at, whether its output has a tangent.
         self._moves = [f"o_dot/{place}" in trace.arguments for place in calls]
         self._prepare = prepare
         self._plans: dict[tuple[Passes, Retention], Plan] = {}
@@ -298,9 +314,10 @@ class BlockDual:
         return self._plans[passes, way]
 
     def _between(self, spec: LegSpec) -> tuple[Between, ...]:
-        """The attentions of a leg in the order that it calls them.
+        """The attentions of a leg in the order in which it calls them.
 
-        What one is made of may have no tangent: then it has its value, and nothing goes back.
+        An attention may read nothing that has a tangent: then only its value is computed, and
+        nothing goes back through it.
         """
         found = []
         for place, moves in enumerate(self._moves):
@@ -336,7 +353,7 @@ class BlockDual:
     def _group(
         self, times: Iterable[int], outputs: Iterable[str], spec: LegSpec, parameters: Sequence[str]
     ) -> Group:
-        """Stages of a leg, with outputs of them and derivatives of parameters."""
+        """Phases of a leg, with the outputs and the parameters' derivatives wanted of them."""
         # Constants have no tangent, yet a tangent leg may compute with what is made of them alone.
         every = [phases(times, dotted=half == "tangent") for half in spec.halves]
         return Group(
@@ -347,7 +364,7 @@ class BlockDual:
     def _needs(
         self, backward: bool, between: tuple[Between, ...], subprograms: Sequence[Subprogram]
     ) -> frozenset[str]:
-        """What a leg reads of what is before it, parameters and constants aside."""
+        """Names of the values that a leg reads of earlier ones, parameters and constants aside."""
         made: set[str] = set()
         needs: set[str] = set()
         for index, subprogram in enumerate(subprograms):
@@ -361,19 +378,19 @@ class BlockDual:
         )
 
     def kept_bytes(self, passes: Passes, way: Retention) -> int:
-        """Memory between the forward and the backward legs of one product."""
+        """Bytes that are kept between the forward and the backward legs of one product."""
         plan = self.plan(passes, way)
         forward = [leg for leg in plan.legs if not leg.spec.backward]
         return self._bytes(plan, plan.kept(forward[-1]))
 
     def shared_bytes(self, passes: Passes) -> int:
-        """Memory that a shared plan keeps from one product to the next."""
+        """Bytes that a shared plan keeps from one product to the next."""
         plan = self.plan(passes, "shared")
         names = frozenset[str]().union(*[leg.needs for leg in plan.legs])
         return self._bytes(plan, frozenset(name for name in names if not self.is_tangent(name)))
 
     def is_tangent(self, name: str) -> bool:
-        """Whether a value changes from product to product."""
+        """Whether a value, by its name, changes from product to product."""
         if name.startswith("r/"):
             return self._trace.is_dotted(name.removeprefix("r/"))
         return name.partition("/")[0].endswith("_dot")

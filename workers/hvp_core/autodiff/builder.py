@@ -42,7 +42,7 @@ _LOOKS_KEPT = 512  # of one chain: tens of kilobytes each, and the blocks of a p
 
 
 class _Cache:
-    """What was made last, by what it is made of."""
+    """The values that were used last, each by the key of what it was made from."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -65,7 +65,7 @@ _looks: WeakKeyDictionary[Chain, _Cache] = WeakKeyDictionary()
 
 
 class _Look(NamedTuple):
-    """What one look at a block's forward shows."""
+    """What the traced forward of a block shows."""
 
     text: str  # the program; blocks of one text are one block
     calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors; without their masks
@@ -81,17 +81,17 @@ class ExecutorBuilder:
     """Makes the executors of one operator.
 
     Args:
-        chain: Whose blocks they go through.
-        settings: Whether to compile, and with what precision.
+        chain: The model.
+        settings: Whether subprograms are compiled, and the precision of matrix products.
     """
 
     def __init__(self, chain: Chain, settings: ComputeSettings):
         self._settings = settings
         self._prepare = COMPILER if settings.compile else None
         self._looks = _looks.setdefault(chain, _Cache(_LOOKS_KEPT))
-        #: Blocks that are not cut or not traced, and why.
+        #: For each block that is not cut or not traced, why.
         self.fallbacks: dict[str, str] = {}
-        #: Blocks of whose code something is to be said.
+        #: For each block whose code calls for a remark, the remark.
         self.remarks: dict[str, str] = {}
 
     def of(
@@ -105,9 +105,9 @@ class ExecutorBuilder:
 
         Args:
             link: The block in its place.
-            bodies: The block; with masks as tensors if called with True.
-            p: The block's parameters. Of these and x only shapes matter.
-            x: Its input.
+            bodies: Gives the block's body; with masks as tensors if called with True.
+            p: The block's parameters. Of these and x only shapes, dtypes and devices matter.
+            x: The block's input.
         """
         for cut in (True, False):
             try:
@@ -162,7 +162,7 @@ class ExecutorBuilder:
         constants: Env,
         cut: bool,
     ) -> _Look:
-        """Trace the forward alone, its attentions left out; once for all micro-batches alike."""
+        """Trace a block's forward alone, without its attentions; once for micro-batches alike."""
         of = _signature(p | inputs | constants), len(p), len(inputs)
         key = (name, of, body.settings, cut)
         return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
@@ -178,7 +178,18 @@ class ExecutorBuilder:
         target: Tensor,
         scale: float,
     ) -> HeadExecutor:
-        """The executor of the last block and a product's rule for one piece of a micro-batch."""
+        """The executor of the last block and a product's rule, for one piece of a micro-batch.
+
+        Args:
+            spec: The product.
+            link: The last block in its place.
+            body: The block's body.
+            loss: The loss at the end of the chain.
+            p: The block's parameters. Of these and x only shapes, dtypes and devices matter.
+            x: Input of the piece.
+            target: Targets of the piece.
+            scale: Factor of the cotangents.
+        """
         values, inputs, constants = _inputs(link, p, x, body.constants)
         factor = torch.tensor(scale, dtype=_loss_dtype(x, p), device=target.device)
         own = {"c/target": target, "c/scale": factor}
@@ -206,14 +217,15 @@ class ExecutorBuilder:
         """Note that a block cannot be traced, unless that is no property of the block.
 
         Raises:
-            Exception: This one, where it has a reason, or is a lack of memory or a bug of ours.
+            Exception: The error itself, where it has a reason, or is a lack of memory or a bug of
+                this library.
         """
         if isinstance(error, CurvatureError) or whose(error) != "model":
             raise error
         self.record_fallback(name, f"it is differentiated line by line: {_words(error)}")
 
     def remark(self, name: str, remarks: AbstractSet[str]) -> None:
-        """Note what is to be said of a block's code."""
+        """Note remarks on a block's code."""
         if remarks:
             self.remarks[name] = "; ".join(sorted(remarks))
 
@@ -240,7 +252,7 @@ def _words(error: Exception) -> str:
 
 
 def _inputs(link: Link, p: Mapping[str, Tensor], x: Tensor, own: Env) -> tuple[Env, Env, Env]:
-    """Parameters by place and inputs that a block is a function of, and what is constant."""
+    """What a block is a function of: (parameters by place, inputs); and its constants."""
     values, constants = {}, dict(own)
     for name, place in places(link.parameters, link.selected).items():
         if place.startswith("p/"):
@@ -271,7 +283,7 @@ def _placed(body: Body, names: Sequence[str]) -> Placed:
 
 
 def _output(call: seam.Call, device: torch.device) -> Tensor:
-    """A tensor like what an attention gives, (b, s, h, e)."""
+    """Zeros like an attention's output, (b, s, h, e)."""
     q, _, v = call.qkv
     shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     return torch.zeros(shape, dtype=v.dtype, device=device)
@@ -290,7 +302,7 @@ def _cut_open(f: Placed, num_calls: int) -> Placed:
 
 
 def _asked(calls: Sequence[seam.Call]) -> Env:
-    """What attentions were asked, by name."""
+    """What the attentions were called with: `q/j`, `k/j`, `v/j` of the j-th call."""
     return {
         f"{name}/{place}": each
         for place, call in enumerate(calls)
@@ -299,7 +311,7 @@ def _asked(calls: Sequence[seam.Call]) -> Env:
 
 
 def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
-    """Trace the forward with zeros for what its attentions return, and all that they are given."""
+    """Trace a block's forward, with zeros in place of the outputs of its attentions."""
     calls: list[seam.Call] = []
     arguments = {f"p/{name}": each for name, each in p.items()} | inputs | constants
 
@@ -335,7 +347,7 @@ def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask])
 
 
 def _reads(graph: fx.Graph, names: Sequence[str], which: Sequence[str], count: int) -> bool:
-    """Whether outputs of these names depend on the first arguments."""
+    """Whether outputs of the names in `which` depend on any of the first `count` arguments."""
     wanted = [node for node in graph.nodes if node.op == "placeholder"][:count]
     output = next(node for node in graph.nodes if node.op == "output")
     stack = [node for name, node in zip(names, output.args[0], strict=True) if name in which]
@@ -352,7 +364,7 @@ def _attentions(look: _Look, body: Body, settings: ComputeSettings) -> list[Atte
     """How a block's attentions are computed, in the order of their calls.
 
     Raises:
-        _UncutError: One has an irregular mask.
+        _UncutError: An attention has an irregular mask, or one that is made inside the layer.
     """
     found = []
     for place, (call, of_mask) in enumerate(zip(look.calls, look.masks, strict=True)):

@@ -1,4 +1,4 @@
-"""Parts compiled with TorchInductor, each compared with its own lines before it is believed."""
+"""Subprograms compiled with TorchInductor, each compared with its operations before it is used."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hvp_core.blame import whose
 
 logger = logging.getLogger(__name__)
 
-#: How many times further from the truth than the lines a compiled result may be. Fusion rounds less
-#: often than the lines do, in another order; a wrong kernel is wrong in the first digit.
+#: How many times further from the truth a compiled result may be than that of the operations one by
+#: one. Fusion rounds less often than these do, and in another order; a wrong kernel is wrong in the
+#: first digit.
 _SLACK = 8.0
 _WIDER = {
     torch.float32: torch.float64,
@@ -34,9 +35,9 @@ class Compiler:
     """Compiles subprograms, which outlive operators: there is one compiler in a process.
 
     Attributes:
-        seconds: Spent compiling.
-        compiled: Parts that run compiled.
-        refused: Why subprograms run line by line.
+        seconds: Seconds spent compiling.
+        compiled: Number of subprograms that run compiled.
+        refused: For each subprogram that runs operation by operation, why.
     """
 
     seconds: float = 0.0
@@ -62,10 +63,10 @@ class Compiler:
         return kernels
 
     def failed(self, error: Exception) -> None:
-        """Take a failure of the compiler, or of what it made, for a reason to run the lines.
+        """Note a failure of the compiler or of its kernels: the operations run one by one.
 
         Raises:
-            Exception: This one, where it is a bug of ours or a lack of memory.
+            Exception: The error itself, where it is a bug of this library or a lack of memory.
         """
         if whose(error) != "model":
             raise error
@@ -81,7 +82,12 @@ class Compiler:
 
 
 def _compiled(subprogram: Subprogram) -> Kernels:
-    """Kernels of a subprogram."""
+    """Kernels of a subprogram.
+
+    Raises:
+        RuntimeError: This torch does not have the compiler where it is looked for; the compiler
+            raises other errors too.
+    """
     try:
         from hvp_core.autodiff.inductor import compiled  # takes seconds, and most CPUs never ask
     except (ImportError, AttributeError) as error:  # another torch, whose inside lies elsewhere
@@ -91,7 +97,7 @@ def _compiled(subprogram: Subprogram) -> Kernels:
 
 @final
 class _Checked:
-    """Runs lines and kernels at the first call, and whichever is to be trusted ever after."""
+    """Runs a subprogram both ways at the first call, and by the trusted way ever after."""
 
     def __init__(self, compiler: Compiler, subprogram: Subprogram):
         self._compiler, self._subprogram = compiler, subprogram
@@ -114,7 +120,7 @@ class _Checked:
     def _agree(
         self, kernels: Kernels, expected: Sequence[Tensor], arguments: Sequence[Tensor]
     ) -> bool:
-        """Whether the kernels run, and find what the lines find."""
+        """Whether the kernels run, and find what the operations one by one find."""
         try:
             found = kernels(*arguments)
         except Exception as error:
@@ -135,7 +141,7 @@ class _Checked:
 
 @final
 class _Wide(Interpreter):
-    """Runs the lines in the next wider precision."""
+    """Runs a subprogram's operations in the next wider precision."""
 
     def __init__(self, module: GraphModule, arguments: Sequence[Tensor]):
         super().__init__(module)
@@ -144,11 +150,11 @@ class _Wide(Interpreter):
         self._dtype = _WIDER.get(narrowest, torch.float64)
 
     def run_node(self, n: Node) -> Any:
-        """A line, with every floating-point tensor widened."""
+        """An operation's results, with every floating-point tensor widened."""
         return _map(super().run_node(n), self._tensor)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A line, asked for wider results."""
+        """An operation whose arguments ask for the wider dtype wherever they name one."""
         return super().call_function(target, _map(args, self._name), _map(kwargs, self._name))
 
     def _tensor(self, value: Any) -> Any:
@@ -176,9 +182,9 @@ def _excess(found: Tensor, expected: Tensor, truth: Tensor, longest: int) -> flo
     512 tokens, x̄̇ of the head from a kept softmax over 49,152: 160 eps, and 6 by the lines.
 
     Args:
-        found: By the kernels.
-        expected: By the lines.
-        truth: By the lines in wider arithmetic.
+        found: Result of the kernels.
+        expected: Result of the operations one by one.
+        truth: Result of the operations in wider arithmetic.
         longest: The most numbers that a sum may have.
     """
     if found.shape != expected.shape or found.dtype != expected.dtype:

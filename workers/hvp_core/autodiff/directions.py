@@ -1,4 +1,4 @@
-"""Random directions to compare derivatives along, and when what is found along one agrees."""
+"""Random directions to compare derivatives along, and when two derivatives along one agree."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from hvp_core.autodiff.reference import Params
 from hvp_core.vectors.space import partial_products
 
-#: Of a number of size one. What the trace finds to be smaller than the largest by its root is
-#: weighed as if it were not: rounding is of that size.
+#: Error that a number of size one may have. A derivative below its root times the largest one is
+#: weighed as if it were that large: rounding is of that size.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def noise_like(like: Tensor, seed: int) -> Tensor:
-    """A tensor of this shape, dtype and device, Gaussian by seed."""
+    """A contiguous tensor of this shape, dtype and device, Gaussian by seed."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
         generator=generator
@@ -25,12 +25,17 @@ def noise_like(like: Tensor, seed: int) -> Tensor:
 
 
 def random_direction(p: Params, seed: int) -> dict[str, Tensor]:
-    """A direction of these parameters, by name."""
+    """A Gaussian tensor for each of these parameters, by name."""
     return {name: noise_like(each, seed + place) for place, (name, each) in enumerate(p.items())}
 
 
 def weighed_directions(found: Sequence[Tensor], turn: int) -> list[Tensor]:
-    """Directions along which all of these have a derivative of size one, others at each turn."""
+    """Directions along which each of these derivatives counts about as much as the others.
+
+    Args:
+        found: Derivatives; their directions are Gaussian, divided by the derivatives' norms.
+        turn: Number of the comparison; each has directions of its own.
+    """
     sizes = [norm(each) for each in found]
     known = [size for size in sizes if math.isfinite(size)]
     seed = 20 + 10_000 * turn
@@ -51,7 +56,7 @@ def inner_product(found: Sequence[Tensor], directions: Sequence[Tensor]) -> floa
 
 
 def tolerance_of(x: Tensor) -> float:
-    """How far off a number of size one may be that is found in this tensor's dtype."""
+    """The error that a number of size one may have, in this tensor's dtype."""
     return _TOLERANCE.get(x.dtype, 1e-2)  # a block may round to 16 bits by itself
 
 
@@ -65,5 +70,5 @@ def are_close(found: Tensor, expected: Tensor) -> bool:
 
 
 def norm(x: Tensor) -> float:
-    """Its Euclidean norm."""
+    """The Euclidean norm of all elements."""
     return float(torch.linalg.vector_norm(x))

@@ -34,27 +34,27 @@ from hvp_core.losses.output_rules import AtOutput
 
 @final
 class EagerExecutor(BlockExecutor):
-    """By torch's own differentiation of the block: always lean.
+    """Takes a block through a product by torch's own differentiation of it: always lean.
 
     Args:
         f: The block.
-        selected: The parameters that it is differentiated by.
+        selected: Names of the parameters that the block is differentiated by.
     """
 
     def __init__(self, f: Function, selected: Collection[str]):
         self._f, self._selected = f, selected
 
     def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
-        """Nothing that a schedule decides about."""
+        """Zero bytes: the executor keeps nothing that a schedule decides about."""
         return Bytes(0, 0, 0, 0)
 
     @torch.no_grad()
     def value(self, p: Params, x: Tensor) -> Tensor:
-        """The block itself."""
+        """The block's output, by its own code."""
         return self._f(p, x)
 
     def like(self, p: Params, x: Tensor) -> Tensor:
-        """The value itself."""
+        """The block's output itself. Cost: 1 GEMM pass."""
         return self.value(p, x)
 
     def forward(
@@ -66,7 +66,7 @@ class EagerExecutor(BlockExecutor):
         x_dots: Sequence[Tensor | None],
         kept: Residuals | None,
     ) -> tuple[Tensor, list[Tensor | None], Residuals]:
-        """The forward dual of each probe."""
+        """See BlockExecutor: a forward dual for each probe."""
         residuals = Residuals({"x": x})
         if passes.forward == "value":
             return self.value(weights.p, x), [], residuals
@@ -87,7 +87,7 @@ class EagerExecutor(BlockExecutor):
         cotangents: Cotangents,
         sums: Sequence[Sums],
     ) -> Cotangents:
-        """The backward dual of each probe, or a plain one."""
+        """See BlockExecutor: a backward dual for each probe, or a plain backward pass."""
         x = residuals.primal["x"]
         f, p = held(self._f, weights.p, self._selected)
         if passes.backward == "pair":
@@ -124,15 +124,15 @@ def _constant_pair(
 
 @final
 class EagerHead(HeadExecutor):
-    """By torch's own differentiation of the block.
+    """Takes a piece through the last block by torch's own differentiation of the block.
 
     Args:
         f: The block.
-        selected: The parameters that it is differentiated by.
+        selected: Names of the parameters that the block is differentiated by.
         spec: The product.
-        loss: Behind the block.
-        target: Of the piece.
-        scale: What the cotangents are multiplied by.
+        loss: The loss of the block's output.
+        target: Targets of the piece.
+        scale: Factor of the cotangents.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class EagerHead(HeadExecutor):
     def measure(
         self, weights: ParamsAndTangents, x: Tensor, x_dots: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """A forward dual for each probe."""
+        """See HeadExecutor: a forward dual for each probe."""
         assert self._spec.measure is not None
         f, p = held(self._f, weights.p, self._selected)
         return [
@@ -169,7 +169,7 @@ class EagerHead(HeadExecutor):
         wants_primal: bool,
         given: Sequence[Tensor] = (),
     ) -> Cotangents:
-        """A backward dual for each probe, or a plain one."""
+        """See HeadExecutor: a backward dual for each probe, or a plain backward pass."""
         more: list[Tensor | None] = [*given] or [None for _ in sums]
         pair = self._spec.passes.backward == "pair"
         x_bar, dots = None, []

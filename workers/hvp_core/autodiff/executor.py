@@ -1,4 +1,4 @@
-"""How a block is taken through a product: what whoever takes it gives, and is given."""
+"""The interface of what takes a block through a product, and the records that it is handed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Residuals:
     """What one block keeps of one micro-batch on the way forward.
 
     Attributes:
-        primal: What does not depend on a tangent.
-        tangents: For each probe, the rest.
-        complete: `primal` holds what every leg needs: the primal ones need not run again.
+        primal: Values, by name, that do not depend on a tangent.
+        tangents: For each probe, the values that do.
+        complete: `primal` holds what every leg needs: the primal legs need not run again.
     """
 
     primal: Env = field(default_factory=dict)
@@ -38,8 +38,9 @@ class Cotangents:
     """Cotangents of one micro-batch between two blocks.
 
     Attributes:
-        primal: ȳ of a pair; None where it is kept on a residuals, or nothing is a pair.
-        dots: For each probe ȳ̇ of a pair, or the one cotangent that a product has.
+        primal: ȳ of a pair; None where it is kept in the residuals, or where the product has no
+            pair.
+        dots: For each probe ȳ̇ of a pair, or the one cotangent that the product has.
     """
 
     primal: Tensor | None
@@ -47,7 +48,7 @@ class Cotangents:
 
 
 def joined(cotangents: Sequence[Cotangents]) -> Cotangents:
-    """Cotangents of pieces, one behind the other."""
+    """The cotangents of a micro-batch from those of its pieces, laid end to end."""
     dots = [
         _cat([each.dots[probe] for each in cotangents]) for probe in range(len(cotangents[0].dots))
     ]
@@ -64,14 +65,14 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
 @final
 @dataclass(frozen=True)
 class ParamsAndTangents:
-    """A block's parameters, and tangents of the selected ones in each probe."""
+    """A block's parameters `p` by name, and for each probe tangents `v` of the selected ones."""
 
     p: Params
     v: Sequence[Params]
 
 
 class Bytes(NamedTuple):
-    """Memory that a block keeps on the way forward, by what it keeps."""
+    """Memory that a block keeps on the way forward, under each retention."""
 
     lean: int
     fast: int
@@ -92,15 +93,15 @@ class BlockExecutor(ABC):
 
     @abstractmethod
     def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
-        """What it would keep of one micro-batch for a product of these passes."""
+        """Memory that the block would keep of one micro-batch for a product of these passes."""
 
     @abstractmethod
     def value(self, p: Params, x: Tensor) -> Tensor:
-        """Y = f(p, x)."""
+        """The block's output y = f(p, x)."""
 
     @abstractmethod
     def like(self, p: Params, x: Tensor) -> Tensor:
-        """A tensor shaped as y."""
+        """A tensor of y's shape and dtype; its values do not matter."""
 
     @abstractmethod
     def forward(
@@ -112,7 +113,16 @@ class BlockExecutor(ABC):
         x_dots: Sequence[Tensor | None],
         kept: Residuals | None,
     ) -> tuple[Tensor, list[Tensor | None], Residuals]:
-        """(y, ẏ of each probe, residuals); `kept` are those of an earlier one at the same θ."""
+        """(y, ẏ of each probe, residuals).
+
+        Args:
+            passes: How the product goes through the block.
+            way: What the block keeps for the way back.
+            weights: The block's parameters and their tangents.
+            x: The block's input.
+            x_dots: Tangent of the input in each probe; None where it has none.
+            kept: Residuals of an earlier product of these passes at the same θ; None for none.
+        """
 
     @abstractmethod
     def backward(
@@ -124,7 +134,16 @@ class BlockExecutor(ABC):
         cotangents: Cotangents,
         sums: Sequence[Sums],
     ) -> Cotangents:
-        """Cotangents of x; adds the parameters' derivatives to `sums`, one for each probe."""
+        """Cotangents of x; adds the parameters' derivatives to `sums`.
+
+        Args:
+            passes: How the product goes through the block.
+            way: What the block has kept, as in `forward`.
+            weights: The block's parameters and their tangents.
+            residuals: The residuals that `forward` gave.
+            cotangents: Cotangents of y.
+            sums: Sums of the parameters' derivatives, one for each probe.
+        """
 
 
 class HeadExecutor(ABC):
@@ -145,9 +164,9 @@ class HeadExecutor(ABC):
         """What the product measures of the piece, for each probe: (rows,), or like y.
 
         Args:
-            weights: The block's.
+            weights: The block's parameters and their tangents.
             x: Input of the piece.
-            x_dots: Its tangent in each probe.
+            x_dots: Tangent of the input in each probe.
         """
 
     @abstractmethod
@@ -164,10 +183,13 @@ class HeadExecutor(ABC):
         """Cotangents of x; adds the parameters' derivatives to `sums`.
 
         Args:
-            weights: The block's.
+            weights: The block's parameters and their tangents.
             x: Input of the piece.
-            x_dots: Its tangent in each probe.
-            sums: One for each probe; without tangents, for each thing that is given, or one.
-            wants_primal: Of a pair x̄ is needed too; it does not change from product to product.
-            given: For each probe what its cotangents are made of, where the product is given that.
+            x_dots: Tangent of the input in each probe.
+            sums: Sums of the parameters' derivatives, one for each probe. Without tangents there is
+                one for each tensor of `given`, or a single one.
+            wants_primal: Of a pair of cotangents x̄ is wanted too. It is the same for every product
+                at this θ.
+            given: For each probe the tensor that its cotangents are made of, where the product is
+                given one.
         """

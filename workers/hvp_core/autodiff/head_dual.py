@@ -15,13 +15,14 @@ from hvp_core.autodiff.trace import Phase, Trace
 
 @final
 class HeadDual:
-    """The subprograms of a head block at one shape, for one product.
+    """The subprograms of the last block at one shape, for one product.
 
     Args:
-        trace: Of `trace_closing`.
-        passes: Of the product that is traced.
-        key: What it was traced from: the block's program, the loss with its settings, the product.
-        remarks: What is to be said of the block's code.
+        trace: The trace that `trace_head` makes.
+        passes: The passes of the product that is traced.
+        key: What the trace was made from: the block's program, the loss with its settings, the
+            product.
+        remarks: Remarks on the block's code.
         prepare: Called once with each new subprogram; may replace how it runs.
     """
 
@@ -44,21 +45,21 @@ class HeadDual:
 
     @property
     def suffix(self) -> str:
-        """Of the names of what a probe's cotangents pull back to."""
+        """The suffix in the names of the derivatives that a probe's cotangents pull back to."""
         return "bar_dot" if self.passes.backward == "pair" else "bar"
 
     @property
     def given_dtype(self) -> torch.dtype:
-        """Of what the product is given."""
+        """The dtype of what the product is given."""
         dtype: torch.dtype = self._trace.arguments["given_dot"].meta["val"].dtype
         return dtype
 
     def measuring(self, shared: bool) -> list[Subprogram]:
-        """Parts that measure: one; or, `shared`, a primal one and one for each probe."""
+        """The subprograms that measure: one; if `shared`, a primal one and one for each probe."""
         return self._split(shared, (), ("measure",))
 
     def subprograms(self, shared: bool, wants_primal: bool) -> list[Subprogram]:
-        """Parts that go back: one; or, `shared`, a primal one and one for each probe."""
+        """The subprograms that go back: one; if `shared`, a primal one and one for each probe."""
         names = [
             name
             for name in self._trace.outputs

@@ -12,9 +12,9 @@ class Passes(NamedTuple):
     """How a product goes through the blocks before the last.
 
     Attributes:
-        forward: With values y alone, or with tangents ẏ beside them.
-        backward: Not at all; with one cotangent ȳ for each product; or with the pair of the
-            gradient's cotangent ȳ and its tangent ȳ̇, which needs tangents forward.
+        forward: `value`: blocks hand on their values y alone; `tangent`: tangents ẏ beside them.
+        backward: `none`: nothing goes back; `cotangent`: one cotangent ȳ for each product; `pair`:
+            the gradient's cotangent ȳ and its tangent ȳ̇, which needs tangents forward.
     """
 
     forward: Literal["value", "tangent"]
@@ -22,9 +22,9 @@ class Passes(NamedTuple):
 
     @property
     def keeps(self) -> bool:
-        """Whether a primal half is worth keeping for later products: they take it both ways."""
+        """Whether later products can use the primal half: they take it forward and backward."""
         return self.forward == "tangent" and self.backward != "none"
 
 
-#: Forward alone, without tangents.
+#: The passes of the loss: forward alone, without tangents.
 VALUE = Passes("value", "none")

@@ -47,24 +47,24 @@ class ProductSpec:
     """One product.
 
     Attributes:
-        name: As `Curvature.product` and notes call it.
-        title: What it is, in a sentence.
-        passes: Through the blocks before the last.
-        cotangents: What goes back from the output: one tensor, or two for a pair. None where
-            nothing goes back.
-        measure: Numbers of the output, (rows,), or a tensor like it. Where something goes
-            back too, they are known of whole rows, in every piece of them, before it does.
-        measured: What it measures: a number of each row, which pieces of the row add up to, or the
+        name: The product's name in `Curvature.product` and in notes.
+        title: The product in words, to be put into a sentence.
+        passes: How the product goes through the blocks before the last.
+        cotangents: Rule that makes what goes back from the output: one tensor, or two for a pair.
+            None where nothing goes back.
+        measure: Rule that makes numbers of the output, (rows,), or a tensor like it. Where
+            cotangents go back too, all pieces of a row are measured before any of them goes back.
+        measured: `rows`: a number of each row, to which the row's pieces add up; `outputs`: the
             output's tangent.
-        given: What the cotangents are made of beside the output: the measured numbers of rows, or
-            a tensor like the output. Such a one is no derivative of the loss, and is not divided by
-            the number of targets.
-        power: Of the measured numbers of rows the one that is summed for a quadratic form.
+        given: What the cotangents are made of beside the output. `rows`: the measured numbers of
+            rows; `outputs`: a tensor like the output, which is no derivative of the loss and is
+            not divided by the number of targets.
+        power: Power of the measured numbers of rows that is summed for a quadratic form.
         semidefinite: The matrix has no negative eigenvalue.
         form: The product that measures v·Av of each row, by going forward alone; None where there
             is no such rule.
-        of_outputs: It is one of the model's outputs, which a model that gives its loss alone has
-            not.
+        of_outputs: The product is one of the model's outputs. A model that gives its loss alone has
+            none.
 
     Raises:
         ValueError: The fields contradict one another.
@@ -83,7 +83,7 @@ class ProductSpec:
     of_outputs: bool = True
 
     def __post_init__(self) -> None:
-        """See that what goes back has a beginning."""
+        """See that the fields do not contradict one another."""
         if (self.cotangents is None) != (self.passes.backward == "none"):
             raise ValueError(f"{self.name}: cotangents and a backward pass belong together")
         if self.passes == Passes("value", "pair"):

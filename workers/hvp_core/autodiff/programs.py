@@ -1,4 +1,4 @@
-"""What is traced: a block with its duals, and the last block with what a product does behind it."""
+"""The programs that are traced: blocks with their duals, the last block with a product's rules."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def trace_block(f: Block, p: Env, inputs: Env, constants: Env) -> Trace:
     Args:
         f: The block. Its outputs are `y`, and `q/j`, `k/j`, `v/j` for each attention's output
             `o/j` that it takes.
-        p: Parameters by name, those that it is differentiated by.
-        inputs: `x` and, in a block cut at its attentions, `o/0` and so on.
-        constants: `w/0`, `c/0` and so on; `x` where that is data, and `o/j` where it has no
-            tangent.
+        p: Parameters, by name, that the block is differentiated by.
+        inputs: Differentiable inputs: `x` and, in a block cut at its attentions, `o/0` and so on.
+        constants: Other values: `w/0`, `c/0` and so on; `x` where that is data, and `o/j` where it
+            has no tangent.
     """
     with torch.no_grad():
         y = f(p, inputs, constants)
@@ -52,8 +52,8 @@ def trace_value(f: Block, constants: Env) -> Trace:
 
     Args:
         f: The block.
-        constants: All that it computes with: `x` too and, in a block cut at its attentions, `o/0`
-            and so on.
+        constants: All values that the block computes with: `x` too and, in a block cut at its
+            attentions, `o/0` and so on.
     """
     return Trace(lambda env: f({}, {}, env), constants)
 
@@ -61,20 +61,21 @@ def trace_value(f: Block, constants: Env) -> Trace:
 def trace_head(
     f: Block, loss: Loss, spec: ProductSpec, p: Env, inputs: Env, constants: Env
 ) -> Trace:
-    """The trace of the last block with what a product does at its output; all is of phase 0.
+    """The trace of the last block with a product's rules at its output; all is of time 0.
 
-    Its outputs are named as those of any block: `x_bar` and `p_bar` are what the product's
+    The outputs are named as those of any block: `x_bar` and `p_bar` are what the product's
     cotangent pulls back to, or the primal half of a pair, whose tangents are `x_bar_dot` and
     `p_bar_dot`. `measure` is what the product measures.
 
     Args:
         f: The block.
         loss: A sum over targets.
-        spec: The product. What it is given is `given_dot`: like a tangent, it is another one for
-            each probe.
-        p: Parameters by name.
-        inputs: `x`, or nothing where the whole model is one block.
-        constants: The block's, `c/target`, and `c/scale`: what the sum is multiplied by.
+        spec: The product. What it is given has the name `given_dot`: like a tangent, it differs
+            from probe to probe.
+        p: Parameters, by name, that the block is differentiated by.
+        inputs: `x`; nothing where that is data, as where the whole model is one block.
+        constants: The block's constants, `c/target`, and `c/scale`, which the cotangents are
+            multiplied by.
     """
     at = _flat("p", p) | inputs
     arguments = at | {dotted(name): each for name, each in at.items()} | constants
@@ -109,7 +110,7 @@ def trace_head(
 
 
 def _as_given(name: str, value: Tensor) -> Tensor:
-    """Laid out as whoever computes its cotangent does: q, k, v as (b, s, h, d), y plainly."""
+    """A tensor laid out as the value's cotangent will be: q, k, v as (b, s, h, d), y contiguous."""
     if name == "y":
         return torch.empty_like(value, memory_format=torch.contiguous_format)
     return torch.empty_like(value.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
@@ -141,7 +142,7 @@ def _vjp(f: Block, p: Env, inputs: Env, constants: Env, env: Env) -> Any:
 def _dual_and_back(
     f: Block, p: Env, inputs: Env, constants: Env, env: Env, y_bar: Env, y_bar_dot: Env
 ) -> tuple[tuple[Env, tuple[Env, Env]], tuple[Env, tuple[Env, Env]]]:
-    """(y, (p̄, x̄)), and their tangents."""
+    """(y, (p̄, x̄)) of a block, and the tangents of these."""
     held = {name: env[name] for name in constants}
 
     def there_and_back(p: Env, inputs: Env, y_bar: Env) -> Any:

@@ -30,7 +30,7 @@ PairOfCotangents = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Backward(NamedTuple):
-    """What a backward dual gives."""
+    """The derivatives that a backward dual gives."""
 
     x_bar: Tensor | None  # x̄, like x; None where x has no tangent (data, token ids)
     x_bar_dot: Tensor | None  # x̄̇, like x
@@ -38,15 +38,15 @@ class Backward(NamedTuple):
 
 
 def held(f: Function, p: Params, selected: Collection[str]) -> tuple[Function, Params]:
-    """A block as a function of the selected ones of its parameters, the others held where they are.
+    """A block as a function of its selected parameters; the others are constants.
 
     Args:
         f: The block.
-        p: All of its parameters.
-        selected: Names.
+        p: All of its parameters, by name.
+        selected: Names of the selected parameters.
 
     Returns:
-        The function, and the parameters that it is one of.
+        The function, and the selected parameters.
     """
     constants = {name: value for name, value in p.items() if name not in selected}
     if not constants:
@@ -58,7 +58,7 @@ def held(f: Function, p: Params, selected: Collection[str]) -> tuple[Function, P
 def forward_dual(
     f: Function, p: Params, v: Params, x: Tensor, x_dot: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(y, ẏ), keeping nothing. Cost: 3 GEMM passes."""
+    """(y, ẏ) of one block; nothing is kept. Cost: 3 GEMM passes."""
     if x_dot is None:
         if not p:  # of data alone
             y = f(p, x)
@@ -70,19 +70,19 @@ def forward_dual(
 def value_and_tangent(
     f: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """(f, ḟ) at a point, along a direction."""
+    """(f, ḟ): a function's value at a point, and its derivative along a direction there."""
     found: Any = jvp(f, at, along)
     return found[0], found[1]
 
 
 def pull_back(f: Function, p: Params, x: Tensor, y_bar: Callable[[Tensor], Tensor]) -> Backward:
-    """The gradient alone.
+    """The gradient of one block alone: (x̄, p̄). Cost: 3 GEMM passes.
 
     Args:
         f: The block.
-        p: Its parameters.
-        x: Its input.
-        y_bar: Gives the cotangent of y once y is known. Cost: 3 passes.
+        p: Parameters of the block.
+        x: Input of the block.
+        y_bar: Gives the cotangent of y once y is known.
     """
     with torch.enable_grad():
         if not x.is_floating_point():
@@ -107,9 +107,9 @@ def backward_dual(
 
     Args:
         f: The block.
-        p: Parameters.
-        v: Their tangent.
-        x: Input.
+        p: Parameters of the block.
+        v: Tangent of the parameters.
+        x: Input of the block.
         x_dot: Tangent of the input; None for data, which has none and gets no cotangent.
         cotangents: Gives (ȳ, ȳ̇) once (y, ẏ) is known.
 

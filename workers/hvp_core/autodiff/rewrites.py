@@ -1,13 +1,14 @@
-"""How the lines of a trace are rewritten: sums of matrix products, and zeros.
+"""How the operations of a trace are rewritten: sums of matrix products, and zeros.
 
-Dual rules are full of sums: ẏ = ẋWᵀ + xẆᵀ, and the cotangent of an input is one over all that read
-it. As separate lines they cost a tensor each, and a compiler that fuses the addition into the
-second product first copies the result of the first. As one line each product is added where the one
-before was written. A parameter's derivative leaves as its terms: the operands of its products.
+Dual rules are full of sums: ẏ = ẋWᵀ + xẆᵀ, and the cotangent of an input is a sum over all
+operations that read it. As separate operations the products cost a tensor each, and a compiler that
+fuses the addition into the second product first copies the result of the first. As one operation
+each product is added where the one before was written. A parameter's derivative leaves as its
+terms: the operands of its products.
 
 Some tangents are zero whatever the arguments are. Where one operand of an operation has a tangent
-and another has none, torch goes by the rule for both and puts a zero in the place of the one that
-is not there: the product of a constant matrix with it is a product of matrices all the same.
+and another has none, torch goes by the rule for both and puts a zero in place of the missing
+tangent: the product of a constant matrix with that zero is a matrix product all the same.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ sum_of_products = torch.ops.hvp.sum_of_products.default
 def merge_sums(
     graph: fx.Graph, untouched: Collection[fx.Node], together: Callable[[fx.Node, fx.Node], bool]
 ) -> None:
-    """Turn sums of products of matrices into single lines.
+    """Turn sums of matrix products into single operations.
 
     Args:
-        graph: To change.
+        graph: The graph of a program; changed.
         untouched: Additions to leave alone.
-        together: Whether two lines run at the same time. A product that is known before the rest
-            stays a line of its own.
+        together: Whether two operations run at the same time. A product that is known before the
+            rest stays an operation of its own.
     """
 
     def is_inner(node: fx.Node) -> bool:
@@ -106,14 +107,14 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _product(node: fx.Node) -> fx.Node | None:
-    """The product of two matrices that a line is, reshaped or not; nobody else reads it."""
+    """The matrix product that an operation is, reshaped or not; None if others read it too."""
     while node.target in _RESHAPES and len(node.users) == 1:
         (node,) = node.all_input_nodes
     return node if node.target is aten.mm.default and len(node.users) == 1 else None
 
 
 def _merge(node: fx.Node, sums: Sequence[Sequence[fx.Node]], others: Sequence[fx.Node]) -> None:
-    """Replace a sum by one line for each of these sums of products, plus the other summands."""
+    """Replace a sum by one operation for each of these sums of products, plus other summands."""
     value, graph = node.meta["val"], node.graph
     with graph.inserting_before(node):
         summands = list(others)
@@ -136,12 +137,12 @@ def _merge(node: fx.Node, sums: Sequence[Sequence[fx.Node]], others: Sequence[fx
 
 
 def terms_of(node: fx.Node) -> list[Summand]:
-    """The derivative of a parameter as terms that can be added to it where it is.
+    """The terms of a parameter's derivative, which are added to their sum in place.
 
-    A matrix's derivative is a sum of products over the tokens. Handed out as operands, they are
-    accumulated by the GEMM itself, in the accumulator's precision, and no tensor of the
-    parameter's size is made. Products of one shape become one of operands laid end to end: the
-    parameter is written once.
+    A matrix's derivative is a sum of products over the tokens. The products are handed out as their
+    operands: the GEMM itself accumulates them, in the accumulator's precision, and no tensor of the
+    parameter's size is made. Several products become one, of operands laid end to end: the sum is
+    written once.
     """
     found = _summands(node)
     products = [operands for kind, operands in found if kind == "mm"]
@@ -167,10 +168,10 @@ def sums_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
-    """Matrices end to end, their rows contiguous wherever they were.
+    """Matrices laid end to end, their rows contiguous wherever they were.
 
-    As early as can be, and before they are reshaped to matrices: what is computed line by line can
-    then be written where it belongs, instead of being copied there.
+    They are laid so as early as can be, and before they are reshaped to matrices: a value that is
+    computed row by row can then be written where it belongs, instead of being copied there.
     """
     turned = all(each.target is aten.t.default for each in parts)
     if turned:
@@ -188,7 +189,7 @@ def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
 
 
 def _end_to_end(graph: fx.Graph, parts: list[fx.Node], dim: int) -> fx.Node:
-    """These tensors as one, as early as can be; once for all who read it."""
+    """These tensors as one, joined as early as can be; once for all operations that read it."""
     for node in graph.nodes:
         if node.target is aten.cat.default and node.args == (parts, dim):
             same: fx.Node = node
@@ -206,7 +207,7 @@ def _last_argument(graph: fx.Graph) -> fx.Node:
 
 
 def _unshaped(parts: Sequence[fx.Node]) -> Sequence[fx.Node]:
-    """What rows were reshaped from, if all were from tensors of one shape whose rows they are."""
+    """The tensors that these rows were reshaped from, if all have one shape; else the rows."""
     sources = [_first(each) if each.target in _RESHAPES else each for each in parts]
     values = [each.meta["val"] for each in sources]
     rows = all(
@@ -249,7 +250,7 @@ def _transposed(term: Summand) -> Summand:
 
 
 def _turn(node: fx.Node) -> fx.Node:
-    """The transpose of a line, as a line."""
+    """The operation that transposes an operation's result."""
     if node.target is aten.t.default:
         return _first(node)
     with node.graph.inserting_after(node):
@@ -259,7 +260,7 @@ def _turn(node: fx.Node) -> fx.Node:
 
 
 def alike(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two lines give tensors of one shape, dtype, device and layout."""
+    """Whether two operations give tensors of one shape, dtype, device and layout."""
     a, b = node.meta.get("val"), other.meta.get("val")
     return (
         isinstance(a, Tensor)
@@ -273,7 +274,7 @@ def alike(node: fx.Node, other: fx.Node) -> bool:
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor}
 _COSTLY = {aten.mm.default, aten.bmm.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
-#: Linear in their first argument.
+#: Operations that are linear in their first argument.
 _LINEAR = {
     aten._softmax_backward_data.default,
     aten._to_copy.default,
@@ -303,12 +304,12 @@ _LINEAR = {
 
 
 def drop_zeros(graph: fx.Graph) -> None:
-    """Pass by sums with torch's zero tangents, and products with them.
+    """Pass by sums with torch's zero tangents, and matrix products with them.
 
-    What a line reads that is left is still there; lines that nobody reads any more are not removed.
+    Operations that nobody reads any more are not removed.
 
     Args:
-        graph: Of a program with its derivatives; changed.
+        graph: The graph of a program with its derivatives; changed.
     """
     zeros: set[fx.Node] = set()
     for node in graph.nodes:
@@ -347,7 +348,7 @@ def _of_tensors(node: fx.Node) -> bool:
 
 
 def _other_summand(node: fx.Node, zeros: set[fx.Node]) -> fx.Node | None:
-    """What a sum with zero is the same as."""
+    """The summand that a sum with zero equals; None where the sum has no zero."""
     if node.target not in _SUMS or node.kwargs or not _of_tensors(node):
         return None
     left, right = node.args

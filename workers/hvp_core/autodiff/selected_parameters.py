@@ -18,10 +18,10 @@ class Link(NamedTuple):
     """A block in its place in a chain, and what of it has a derivative.
 
     Attributes:
-        name: Of the block.
+        name: Name of the block.
         parameters: Names of all of its parameters.
-        selected: Of these, the ones that it is differentiated by.
-        takes_data: Its input has no derivative.
+        selected: Names of the parameters that it is differentiated by.
+        takes_data: The block's input has no derivative.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Link(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether anything of it has a derivative."""
+        """Whether the block has a derivative, by its parameters or by its input."""
         return bool(self.selected) or not self.takes_data
 
 
@@ -41,11 +41,11 @@ class SelectedParameters:
 
     Args:
         chain: The model.
-        space: Of all of its parameters, or of some.
+        space: Space of the vectors, which have all of the model's parameters or some.
 
     Attributes:
-        first: Index of the first block that uses a selected parameter; of the last block, where
-            none does.
+        first: Index of the first block that uses a selected parameter; where none does, index of
+            the last block.
     """
 
     def __init__(self, chain: Chain, space: ParameterSpace):

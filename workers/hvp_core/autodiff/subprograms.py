@@ -23,7 +23,7 @@ Kernels = Callable[..., Sequence[Tensor]]
 @final
 @dataclass(frozen=True)
 class Group:
-    """Stages that run together, and what of their results is wanted."""
+    """Phases that run together, and the names of the results that are wanted of them."""
 
     phases: frozenset[Phase]
     outputs: tuple[str, ...] = ()
@@ -40,13 +40,13 @@ class Subprogram:
     """A piece of a trace: values by name in, values by name out.
 
     Attributes:
-        module: The lines, as a function of positional tensors.
-        inputs: Names of its arguments.
-        outputs: Names of its results.
+        module: The operations, as a function of positional tensors.
+        inputs: Names of the arguments, in the order of their positions.
+        outputs: Names of the results, in their order.
         terms: For each wanted `p_bar/NAME` or `p_bar_dot/NAME`, the terms whose sum it is; their
             operands are among the results.
         examples: Fake tensors like the arguments.
-        bytes_of: Size of each result.
+        bytes_of: Bytes of each result, by name.
     """
 
     module: fx.GraphModule
@@ -58,7 +58,7 @@ class Subprogram:
     run: Kernels = field(init=False)
 
     def __post_init__(self) -> None:
-        """Run line by line until somebody compiles it."""
+        """Run operation by operation until the subprogram is compiled."""
         self.run = self.module
 
     def __call__(self, env: Mapping[str, Tensor]) -> Env:
@@ -70,12 +70,13 @@ class Subprogram:
 def partition(trace: Trace, groups: Sequence[Group]) -> list[Subprogram]:
     """Cut a trace into subprograms that run one after the other.
 
-    What one subprogram computes and a later one needs is kept as `r/...`: the fewest bytes from
-    which the rest follows by pointwise work.
+    Of what one subprogram computes and a later one needs, residuals are kept under names `r/...`:
+    the fewest bytes from which the rest follows by pointwise work.
 
     Args:
         trace: The program.
-        groups: In order; a phase in one group at most. Phases in no group must not be needed.
+        groups: The phases and wanted outputs of each subprogram, in the order in which they run. A
+            phase is in one group at most; phases in no group must not be needed.
     """
     home = {phase: index for index, each in enumerate(groups) for phase in each.phases}
     wanted = [_wanted(trace, each.outputs) for each in groups]
@@ -105,7 +106,10 @@ def _bytes(node: fx.Node) -> int:
 def _wanted(
     trace: Trace, outputs: Sequence[str]
 ) -> tuple[list[str], list[fx.Node], dict[str, list[GradientTerm]]]:
-    """Results of a subprogram, with the operands of parameters' derivatives in place of those."""
+    """Names and nodes of a subprogram's results, and the terms of parameters' derivatives.
+
+    A derivative of a parameter is no result itself: the operands of its terms are.
+    """
     names: list[str] = []
     nodes: list[fx.Node] = []
     terms: dict[str, list[GradientTerm]] = {}
@@ -125,7 +129,7 @@ def _wanted(
 
 # What to keep -------------------------------------------------------------------------------------
 
-#: Lines that move values and compute nothing.
+#: Operations that move values and compute nothing.
 _MOVES = {
     aten._unsafe_view.default,
     aten.cat.default,
@@ -166,7 +170,7 @@ _CHEAP = _MOVES | {
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Whether a line costs no more than reading what it reads: it may be done twice."""
+    """Whether an operation costs no more than reading its operands, so that it may run twice."""
     target = node.target
     if target in _CHEAP:
         return True
@@ -180,10 +184,11 @@ def _cut(
     wanted: Sequence[fx.Node],
     already: Mapping[fx.Node, int],
 ) -> set[fx.Node]:
-    """Lines to keep for this and later subprograms: a minimum cut, weighted by bytes.
+    """Operations whose results are kept for this and later subprograms.
 
-    On its near side lie the expensive lines of earlier subprograms, on its far side what later
-    subprograms read; what is kept already costs nothing.
+    They are a minimum cut, weighted by bytes. On its near side lie the expensive operations of
+    earlier subprograms, on its far side what later subprograms read. Results that are kept already
+    cost nothing.
     """
 
     def early(node: fx.Node) -> bool:
@@ -225,7 +230,7 @@ def _build(
     terms: dict[str, list[GradientTerm]],
     saved: set[fx.Node],
 ) -> Subprogram:
-    """The lines from the arguments and the saved lines to the results."""
+    """The subprogram that leads from arguments and saved results to the wanted results."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

@@ -24,7 +24,7 @@ class GradientTerm:
 
     @property
     def is_one(self) -> bool:
-        """It adds to no element more than once."""
+        """Whether the term adds to no element more than once."""
         return self.kind != "rows"
 
     def add_to(self, total: Tensor, results: Mapping[str, Tensor], *, fresh: bool) -> None:
@@ -32,7 +32,7 @@ class GradientTerm:
 
         Args:
             total: The sum so far.
-            results: Of a subprogram.
+            results: Results of a subprogram, by name.
             fresh: Nothing has been added yet, and `total` holds no particular values.
         """
         values = [results[name] for name in self.operands]
@@ -53,7 +53,13 @@ class GradientTerm:
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
     """Total += left @ right; the GEMM's own accumulator holds the sum and rounds once.
 
-    Unless the operands are wider than the total: then their product is made, and rounded.
+    Where the operands are wider than the total, their product is made first, and then rounded.
+
+    Args:
+        total: The sum so far, (m, n); changed.
+        left: (m, k).
+        right: (k, n).
+        fresh: Nothing has been added yet, and `total` holds no particular values.
     """
     widens = total.is_cuda and total.dtype == torch.float32
     if total.dtype != left.dtype and not widens:
@@ -77,11 +83,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> N
 class Sums:
     """Where the derivatives of a block's parameters are added up.
 
-    Numbers of 16 bits are summed in 32: a view of them takes one term as it is, and more than one
-    by way of a tensor that lives until the block's end.
+    Derivatives of 16 bits are summed in 32 bits: a view of 16 bits takes a single term as it is,
+    and more than one by way of a float32 tensor that lives until the block's end.
 
     Args:
-        views: By name.
+        views: Tensors to add to, by the parameters' names.
         fresh: Names to which nothing has been added, whose tensors hold no particular values.
             Shared by all blocks of a product: a tied tensor is written by more than one.
     """
@@ -91,14 +97,14 @@ class Sums:
         self._wide: dict[str, Tensor] = {}
 
     def add(self, name: str, terms: Sequence[GradientTerm], results: Mapping[str, Tensor]) -> None:
-        """Add terms of a subprogram's results."""
+        """Add terms to a parameter's derivative; their operands are among the results."""
         for term in terms:
             fresh = name in self._fresh
             term.add_to(self._total(name, fresh and term.is_one), results, fresh=fresh)
             self._fresh.discard(name)
 
     def add_dense(self, parts: Mapping[str, Tensor]) -> None:
-        """Add tensors."""
+        """Add tensors of the parameters' size, by the parameters' names."""
         for name, part in parts.items():
             fresh = name in self._fresh
             total = self._total(name, fresh)
@@ -109,7 +115,12 @@ class Sums:
                 total.add_(part)
 
     def _total(self, name: str, alone: bool) -> Tensor:
-        """Where to add to; `alone` if nothing was added before, nor is more than once now."""
+        """The tensor to add to.
+
+        Args:
+            name: Name of the parameter.
+            alone: Nothing was added before, and now at most once to each element.
+        """
         view = self._views[name]
         if alone or view.dtype.itemsize >= torch.float32.itemsize:
             return view
@@ -118,7 +129,7 @@ class Sums:
         return self._wide[name]
 
     def settle(self) -> None:
-        """Round what was summed in 32 bits: the block is through."""
+        """Round into the views what was summed in 32 bits; called when the block is through."""
         for name, total in self._wide.items():
             self._views[name].copy_(total)
         self._wide.clear()

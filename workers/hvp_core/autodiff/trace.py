@@ -1,7 +1,8 @@
 """A block's derivatives as one straight-line program of tensors.
 
-The forward-over-reverse dual of a block is traced once for each shape. Every line of the trace then
-belongs to a *phase*, found from what it depends on. Of a block with one attention:
+The forward-over-reverse dual of a block is traced once for each shape. Every operation of the trace
+then belongs to a *phase*, found from the values that it depends on. The phases of a block with one
+attention:
 
     0  p, x                     0' v, ẋ               the block up to its attention
     1  o                        1' ȯ                  the block behind it
@@ -9,10 +10,10 @@ belongs to a *phase*, found from what it depends on. Of a block with one attenti
     3  q̄, k̄, v̄                  3' their tangents     back to x and p
 
 A block with C attentions has C + 1 phases on the way forward and as many on the way back, one
-between each two of them; a block without has one each way. A phase without prime does not depend on
-any tangent, so in a Krylov run it is the same for every product. Every schedule is a grouping of
-these phases (`parts.split`): what one group has computed and a later one needs is kept, except for
-pointwise work, which is cheaper to do again than to load.
+between each two attentions; a block without attention has one each way. A phase without prime does
+not depend on any tangent, so in a Krylov run it is the same for every product. Every schedule is a
+grouping of these phases (`subprograms.partition`): what one group has computed and a later one
+needs is kept, except for pointwise work, which is cheaper to do again than to load.
 
 Values have names, the same everywhere in this package: `x`, `y`; of the j-th attention `q/j`,
 `k/j`, `v/j` and its output `o/j`; parameters `p/NAME`; constants `c/0`...; a tangent has `_dot`
@@ -43,7 +44,7 @@ Program = Callable[[Env], Env]
 @final
 @dataclass(frozen=True, order=True)
 class Phase:
-    """When a line can run: after the inputs of `time`, and of their tangents if `dotted`."""
+    """When an operation can run: after the inputs of `time`, and their tangents if `dotted`."""
 
     time: int
     dotted: bool
@@ -55,7 +56,7 @@ def phases(times: Iterable[int], *, dotted: bool) -> frozenset[Phase]:
 
 
 def _phase_of_input(name: str, num_calls: int) -> Phase:
-    """When an argument comes, in a block of so many attentions."""
+    """The phase in which an argument comes, in a block that is cut at `num_calls` attentions."""
     base, _, place = name.partition("/")
     plain = base.removesuffix("_dot")
     if plain == "o":
@@ -71,15 +72,15 @@ def _phase_of_input(name: str, num_calls: int) -> Phase:
 
 @final
 class Trace:
-    """A program of named values, with the phase of every line.
+    """A program of named values, with the phase of every operation.
 
     Args:
-        program: Tensors by name -> tensors by name.
-        arguments: Only shapes, dtypes, strides and devices matter.
+        program: The program, from tensors by name to tensors by name.
+        arguments: Examples of its arguments; only shapes, dtypes, strides and devices matter.
 
     Raises:
-        RuntimeError, NotImplementedError, torch errors: a line has no derivative that is asked for,
-            or depends on the values of the arguments.
+        RuntimeError, NotImplementedError, torch errors: An operation has no derivative that is
+            asked for, or depends on the values of the arguments.
     """
 
     def __init__(self, program: Program, arguments: Env):
@@ -87,7 +88,7 @@ class Trace:
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
         self._inputs = dict(zip(placeholders, arguments, strict=True))
         self.arguments = dict(zip(arguments, placeholders, strict=True))
-        #: How many attentions it is cut at.
+        #: Number of attentions that the block is cut at.
         self.num_calls = sum(name.startswith("o/") for name in arguments)
         output = next(node for node in self._graph.nodes if node.op == "output")
         derivatives = [
@@ -116,32 +117,32 @@ class Trace:
         return found
 
     def time_of(self, name: str) -> int:
-        """When an output is known."""
+        """The time of the phase after which an output is known."""
         nodes = [self.outputs[name]]
         if name in self.terms:
             nodes = [node for _, operands in self.terms[name] for node in operands]
         return max(self._phases[node].time for node in nodes)
 
     def is_dotted(self, line: str) -> bool:
-        """Whether a line, by its own name, depends on a tangent."""
+        """Whether an operation, by its name in the graph, depends on a tangent."""
         return next(phase.dotted for node, phase in self._phases.items() if node.name == line)
 
     @property
     def argument_bytes(self) -> dict[str, int]:
-        """Size of each argument."""
+        """Bytes of each argument."""
         return {name: node.meta["val"].nbytes for name, node in self.arguments.items()}
 
     @property
     def nodes(self) -> Iterable[fx.Node]:
-        """Its lines, in order."""
+        """The operations and arguments, in order."""
         return self._graph.nodes
 
     def phase(self, node: fx.Node) -> Phase:
-        """The phase of a line."""
+        """The phase of an operation or argument."""
         return self._phases[node]
 
     def input_name(self, node: fx.Node) -> str | None:
-        """The name of an argument, None for a computed line."""
+        """The name of an argument; None for an operation."""
         return self._inputs.get(node)
 
 
@@ -152,7 +153,7 @@ def suffixed(name: str, suffix: str) -> str:
 
 
 def dotted(name: str) -> str:
-    """The name of a tangent."""
+    """The name of a value's tangent."""
     return suffixed(name, "_dot")
 
 
@@ -165,10 +166,14 @@ def is_parameters(name: str) -> bool:
 
 
 def trace_graph(program: Program, arguments: Env) -> tuple[fx.Graph, list[str]]:
-    """The lines of a program on tensors like these, cleaned of what does nothing.
+    """The operations of a program on tensors like these, without those that do nothing.
 
     Returns:
-        The graph, its placeholders in the order of the arguments, and the names of its outputs.
+        The graph, its placeholders in the order of the arguments; and the names of its outputs.
+
+    Raises:
+        RuntimeError: The program computes with a tensor that is not among its arguments, or an
+            operation is given operands of several types.
     """
     names: list[str] = []
 
@@ -193,7 +198,11 @@ def trace_graph(program: Program, arguments: Env) -> tuple[fx.Graph, list[str]]:
 
 
 def _refuse_mixed(node: fx.Node) -> None:
-    """Tensors without values let pass what real ones would not: 16 bits times 32, for one."""
+    """Refuse what fake tensors let pass and real ones would not: 16 bits times 32, for one.
+
+    Raises:
+        RuntimeError: An operation is given operands of several types.
+    """
     values = [each.meta.get("val") for each in node.all_input_nodes]
     dtypes = {
         each.dtype for each in values if isinstance(each, Tensor) and each.is_floating_point()
@@ -209,7 +218,7 @@ _IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.def
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Drop lines of zeros, that change nothing, that are twice there, or that nobody reads."""
+    """Drop operations on zeros, and those that change nothing, are repeated, or are not read."""
     drop_zeros(graph)
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -238,7 +247,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
-    """The argument that a line only passes on."""
+    """The argument that an operation only passes on; None for any other operation."""
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return None

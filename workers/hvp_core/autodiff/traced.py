@@ -27,14 +27,14 @@ from hvp_core.autodiff.trace import Env, dotted, is_parameters
 
 @final
 class TracedExecutor(BlockExecutor):
-    """By its trace.
+    """Takes a block through a product by its trace.
 
     Args:
-        dual: Of the block at this shape; its parameters are named by their place.
-        names: Of the block's parameters, in the order of those places.
-        selected: Of these, the ones that it was traced as a function of.
-        constants: Of this micro-batch, by name.
-        attentions: Of this micro-batch, those that the block is cut at.
+        dual: Subprograms of the block at this shape; they name its parameters by place.
+        names: Names of the block's parameters, in the order of those places.
+        selected: Names of the parameters that the block was traced as a function of.
+        constants: Constants of this micro-batch, by name.
+        attentions: Calls of this micro-batch's attentions, at which the block is cut.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TracedExecutor(BlockExecutor):
         return self.dual.key
 
     def kept_bytes(self, passes: Passes, num_probes: int) -> Bytes:
-        """What legs behind the way forward read."""
+        """Memory that legs behind the forward ones read."""
         shared, cached = self.dual.kept_bytes(passes, "shared"), self.dual.shared_bytes(passes)
         return Bytes(
             self.dual.kept_bytes(passes, "lean") * num_probes,
@@ -65,19 +65,22 @@ class TracedExecutor(BlockExecutor):
         )
 
     def _env(self, weights: ParamsAndTangents, probe: int | None = None) -> Env:
-        """Parameters, tangents of the selected ones in a probe, and constants."""
+        """The values that every leg reads: parameters, their tangents in a probe, constants."""
         found = values_at(self._place_of, weights.p)
         if probe is not None:
             found |= tangents_at(self._place_of, weights.v[probe])
         return found | self._constants
 
     def value(self, p: Params, x: Tensor) -> Tensor:
-        """By the leg of the loss."""
+        """The block's output, by the leg of the loss."""
         leg = self.dual.plan(VALUE, "fast").legs[0]
         return leg.run(self._env(ParamsAndTangents(p, [])) | self._input(x), self._attentions)["y"]
 
     def like(self, p: Params, x: Tensor) -> Tensor:
-        """Zeros: blocks that cannot be traced are run with it, and must not see mere memory."""
+        """Zeros of y's shape and dtype.
+
+        Later blocks that cannot be traced are run with them, and must not see uninitialised memory.
+        """
         shape, dtype = self.dual.output
         return torch.zeros(shape, dtype=dtype, device=x.device)
 
@@ -93,7 +96,7 @@ class TracedExecutor(BlockExecutor):
         x_dots: Sequence[Tensor | None],
         kept: Residuals | None,
     ) -> tuple[Tensor, list[Tensor | None], Residuals]:
-        """Its forward legs."""
+        """See BlockExecutor: the block's forward legs."""
         plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if not leg.spec.backward]
         if "primal" in legs[0].spec.halves and legs[0].spec.halves != ("primal",):
@@ -128,7 +131,7 @@ class TracedExecutor(BlockExecutor):
         return residuals.primal["y"], y_dots, residuals
 
     def _groups(self, count: int, leg: Leg) -> Iterator[range]:
-        """Probes that go through a leg together: as many as its attentions do at once."""
+        """The probes that go through a leg together: as many as its attentions take at once."""
         size = 1
         if self._attentions and leg.spec.halves == ("tangent",):
             size = min(each.rule.together for each in self._attentions)
@@ -144,7 +147,7 @@ class TracedExecutor(BlockExecutor):
         cotangents: Cotangents,
         sums: Sequence[Sums],
     ) -> Cotangents:
-        """Its backward legs."""
+        """See BlockExecutor: the block's backward legs."""
         plan = self.dual.plan(passes, way)
         legs = [leg for leg in plan.legs if leg.spec.backward]
         if passes.forward == "value":
@@ -180,22 +183,27 @@ class TracedExecutor(BlockExecutor):
 
 
 def places(names: Sequence[str], selected: Collection[str]) -> dict[str, str]:
-    """What a trace calls a block's parameters: `p/PLACE`, or `w/PLACE` for a constant."""
+    """The trace's name for each of a block's parameters: `p/PLACE`, or `w/PLACE` for a constant."""
     return {name: f"{'p' if name in selected else 'w'}/{place}" for place, name in enumerate(names)}
 
 
 def values_at(place_of: Mapping[str, str], p: Params) -> Env:
-    """A block's parameters as its trace calls them."""
+    """A block's parameters, by the names that its trace has for them."""
     return {place: p[name] for name, place in place_of.items()}
 
 
 def tangents_at(place_of: Mapping[str, str], v: Params) -> Env:
-    """Tangents of the selected ones of a block's parameters as its trace calls them."""
+    """Tangents of a block's selected parameters, by the names that its trace has for them."""
     return {dotted(place): v[name] for name, place in place_of.items() if place.startswith("p/")}
 
 
 def adder(sums: Sums, names: Sequence[str]) -> Callable[[Subprogram, Env], None]:
-    """Adds a subprogram's derivatives of parameters, numbered by place, to where they belong."""
+    """A function that adds a subprogram's derivatives of parameters to their sums.
+
+    Args:
+        sums: Sums of the derivatives, by the parameters' names.
+        names: Names of the block's parameters; a trace numbers them by their place here.
+    """
 
     def add(subprogram: Subprogram, results: Env) -> None:
         for name, terms in subprogram.terms.items():
@@ -215,13 +223,13 @@ def _bar(y_bar: Tensor | None, y_bar_dot: Tensor | None = None) -> Env:
 
 @final
 class TracedHead(HeadExecutor):
-    """By the trace of block and rules.
+    """Takes a piece through the last block and the product's rules by their trace.
 
     Args:
-        dual: Of both, at this shape.
-        names: Of the block's parameters, by place.
-        selected: Of these, the ones that it was traced as a function of.
-        constants: Of this piece.
+        dual: Subprograms of block and rules, at this shape.
+        names: Names of the block's parameters, by place.
+        selected: Names of the parameters that the block was traced as a function of.
+        constants: Constants of this piece, by name.
     """
 
     def __init__(
@@ -238,7 +246,7 @@ class TracedHead(HeadExecutor):
     def measure(
         self, weights: ParamsAndTangents, x: Tensor, x_dots: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """The subprograms that measure."""
+        """See HeadExecutor: the subprograms that measure."""
         shared = len(x_dots) > 1
         subprograms, env = self.dual.measuring(shared), self._primal(weights, x)
         if shared:
@@ -258,7 +266,7 @@ class TracedHead(HeadExecutor):
         wants_primal: bool,
         given: Sequence[Tensor] = (),
     ) -> Cotangents:
-        """The subprograms one after the other."""
+        """See HeadExecutor: the subprograms that go back, one after the other."""
         passes = self.dual.passes
         wants_primal = wants_primal and passes.backward == "pair"
         shared = len(sums) > 1

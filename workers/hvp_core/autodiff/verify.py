@@ -1,16 +1,17 @@
-"""Is a block's trace the block? Compared with torch's own derivatives, once for each program.
+"""Checks that a block's trace is the block: it is compared with torch's own derivatives.
 
-On one row and a few positions of the batch, along random directions. A trace gives derivatives by
-going backward, cut at its attention; their inner product with a direction u is a derivative along
-u, which torch takes of the whole block by going forward, twice for the Hessian's:
+Each program is compared once, on one row and a few positions of the batch, along random directions.
+A trace gives derivatives by going backward, cut at its attention. Their inner product with a
+direction u is a derivative along u, which torch takes of the whole block by going forward, twice
+for the Hessian's product:
 
     u · Hv = ∂s ∂t ⟨ȳ + t ȳ̇, f(p + t v + s u, x + t ẋ + s u_x)⟩
 
-One number for all parameters, each weighed by the size of what the trace has found for it; no
-tensor of their size is made but v, u and the trace's own. Where the two differ, torch's derivatives
-by going backward decide: some layers have no forward derivative of a forward one, or a wrong one.
-In float64; in float32 where a block has so many parameters that copies of them count, as a large
-vocabulary's table has.
+This is one number for all parameters, each weighed by the size of the derivative that the trace has
+found for it; no tensor of the parameters' size is made but v, u and the trace's own. Where the two
+numbers differ, torch's derivatives by going backward decide: some layers have no forward derivative
+of a forward one, or a wrong one. The comparison is in float64; it is in float32 where a block has
+so many parameters that copies of them count, as a large vocabulary's table has.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _Run = Callable[
 
 
 class Builder(Protocol):
-    """Builds what is compared: see `ExecutorBuilder`."""
+    """Builds the executors that are compared (see `ExecutorBuilder`)."""
 
     def of(
         self,
@@ -88,10 +89,9 @@ class Verifier:
     Args:
         chain: The model.
         batches: This rank's first micro-batch, or none.
-        spec: What is going to be computed.
-        executors: Builds the executors of the small piece, as they are without settings of any
-            kind.
-        selected: The parameters that it is a derivative by.
+        spec: The product that is going to be computed.
+        executors: Builds the executors of the small piece, under default settings.
+        selected: The parameters that the model is differentiated by.
     """
 
     def __init__(
@@ -113,12 +113,13 @@ class Verifier:
         """Whether a block, not the last, is what its executor takes it for.
 
         Args:
-            index: Of the block.
-            p: Its parameters.
-            executor: What it has; None if this rank has nothing to take through it.
+            index: Index of the block.
+            p: Parameters of the block.
+            executor: Executor of the block; None if this rank has nothing to take through it.
 
         Raises:
-            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
+            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED: torch has no second derivative of the
+                block either; other errors of the block's code as `explained` says.
         """
         block, dtype, link = self._chain.blocks[index], _dtype(p), self._selected.links[index]
         passes = self._selected.passes(index, self._spec.passes)
@@ -142,10 +143,10 @@ class Verifier:
         """Whether the trace of the last block and the loss is right.
 
         Args:
-            p: The block's parameters.
+            p: Parameters of the block.
 
         Raises:
-            CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED.
+            CurvatureError: As for `agrees`.
         """
         block, dtype, link = self._chain.blocks[-1], _dtype(p), self._selected.links[-1]
         p = {name: each.to(dtype) for name, each in p.items()}
@@ -255,17 +256,21 @@ class Verifier:
         x: Tensor,
         at_output: Callable[[Tensor, Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]],
     ) -> bool | None:
-        """Whether a trace finds what torch finds; None where that is no number or nothing.
+        """Whether a trace finds the derivatives that torch finds.
 
         Args:
             link: The block in its place.
-            passes: Through it.
-            run: By the trace.
-            other: By torch, going backward.
+            passes: How the product goes through the block.
+            run: Takes the block there and back by its trace.
+            other: Takes the block there and back by torch, going backward.
             f: The block.
-            p: Its parameters.
-            x: Its input.
-            at_output: Of (y, ẏ): the values there, and ȳ, the pair (ȳ, ȳ̇), or nothing.
+            p: Parameters of the block.
+            x: Input of the block.
+            at_output: Gives for (y, ẏ) the values that the trace has to find there, and the
+                cotangents: ȳ, the pair (ȳ, ȳ̇), or none.
+
+        Returns:
+            None where nothing can be told: the derivatives are no numbers, or all of them are zero.
         """
         some, pair = passes.forward == "tangent", passes.backward == "pair"
         everything, is_data = _own(p), link.takes_data
@@ -326,7 +331,7 @@ class Verifier:
 
 
 def _wanted(passes: Passes, cotangents: Cotangents) -> list[Tensor | None]:
-    """Cotangents that the block below is given."""
+    """The cotangents that the block before this one is given."""
     return [*cotangents.dots, cotangents.primal] if passes.backward == "pair" else cotangents.dots
 
 
@@ -340,7 +345,7 @@ def _along(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A block's y, ∂s y, ∂t y and, if `both`, ∂s ∂t y, in directions of its parameters and input.
 
-    What is not asked for is zero.
+    A derivative that is not asked for is zero.
     """
     v, x_dot = t
     at: tuple[Any, ...] = (dict(p),) if s[1] is None else (dict(p), x)
@@ -368,7 +373,11 @@ def _there(found: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _try(link: Link, f: Function, p: Params, x: Tensor) -> None:
-    """Take a block's second derivative once, to see that it has one."""
+    """Take a block's second derivative once, to see that it has one.
+
+    Raises:
+        CurvatureError: What `explained` makes of the error that torch raises.
+    """
     x_dot = None if link.takes_data else noise_like(x, 1)
     f, p = held(f, p, link.selected)
     try:
@@ -378,14 +387,17 @@ def _try(link: Link, f: Function, p: Params, x: Tensor) -> None:
 
 
 def _dtype(p: Params) -> torch.dtype:
-    """In which a block is compared."""
+    """The dtype in which a block is compared."""
     numel = sum(each.numel() for each in p.values())
     narrow = all(each.dtype != torch.float64 for each in p.values())
     return torch.float32 if narrow and numel > _LARGE else torch.float64
 
 
 def _own(p: Params) -> dict[str, Tensor]:
-    """No views: torch would give each direction the whole storage of which a parameter is one."""
+    """The parameters, none of them a view of a larger storage.
+
+    Torch would give the direction of a view the whole storage.
+    """
     return {
         name: each.clone() if each.untyped_storage().nbytes() > each.nbytes else each
         for name, each in p.items()
@@ -393,14 +405,17 @@ def _own(p: Params) -> dict[str, Tensor]:
 
 
 def _remembered(key: Hashable, answer: bool | None) -> bool:
-    """Whether nothing speaks against a trace; what speaks for it need not be asked again."""
+    """Whether nothing speaks against a trace; a trace that is right is not compared again."""
     if answer:
         _verified.add(key)
     return answer is not False
 
 
 def _key(traced: Hashable, p: Params, link: Link, passes: Passes) -> Hashable:
-    """What is verified at once: a program says nothing of widths, nor of what is differentiated."""
+    """The key under which a verified trace is remembered.
+
+    A program says nothing of widths, nor of what is differentiated: the key adds both.
+    """
     shapes = tuple(tuple(p[name].shape) for name in link.parameters)
     selected = tuple(name in link.selected for name in link.parameters)
     return traced, shapes, selected, link.takes_data, passes
