@@ -20,8 +20,8 @@ class CurvatureError(Exception):
 
     Attributes:
         reason: UPPER_SNAKE code, as in the protos' comments.
-        message: What happened and what to do.
-        metadata: Names and figures for programs.
+        message: A sentence that says what happened and what to do.
+        metadata: Names and figures for programs, by key.
     """
 
     def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None):

@@ -35,8 +35,8 @@ class Recurrence:
 
     Attributes:
         dimension: n, the order of the operator.
-        noise: Size of rounding errors relative to the largest coefficient. They are taken to point
-            nowhere in particular: to have a part of 1/√n along any one eigenvector.
+        noise: Size of rounding errors relative to the largest coefficient. Their direction is taken
+            to be random: they have a part of 1/√n along any one eigenvector.
         alphas: Diagonal of the run's tridiagonal matrix.
         betas: Couplings of each vector to the next.
     """
@@ -47,7 +47,7 @@ class Recurrence:
     betas: list[float] = field(default_factory=list)
 
     def append(self, alpha: float, beta: float) -> None:
-        """Note one step; where the space is exhausted, the coupling is that of rounding."""
+        """Note the coefficients of one step; a coupling below rounding is raised to it."""
         self.alphas.append(alpha)
         size = max(map(abs, (*self.alphas, *self.betas, beta)), default=0.0)
         self.betas.append(max(beta, self.noise * size / math.sqrt(self.dimension), 1e-300))
@@ -80,7 +80,10 @@ class Recurrence:
         return total
 
     def bound(self, failure: float) -> float:
-        """Where B has no eigenvalue beyond, but with probability `failure`; may be infinite."""
+        """A bound beyond which B has no eigenvalue, but with probability `failure`.
+
+        It is infinite where the run is too short to give one.
+        """
         if not self.alphas:
             return math.inf
         target = 2 * self.dimension / (math.pi * failure**2)
@@ -100,18 +103,18 @@ class Recurrence:
 @final
 @dataclass(frozen=True)
 class Deflated:
-    """What was taken out of the operator before the fresh run.
+    """The subspace that was taken out of the operator before the fresh run.
 
     Attributes:
-        projected: T (r, r) float64.
-        leaks: Rows g (c, r) float64 with E = Σ vᵢ gᵢᵀ for unit vectors vᵢ.
+        projected: T, the operator projected to the subspace, (r, r) float64.
+        leaks: Rows gᵢ, (c, r) float64, with E = Σ vᵢ gᵢᵀ for unit vectors vᵢ.
     """
 
     projected: Tensor
     leaks: Tensor
 
     def mirrored(self) -> Deflated:
-        """The same of −A."""
+        """The same subspace taken out of −A."""
         return Deflated(-self.projected, self.leaks)
 
     def most_beyond(self, t: float, bound: float) -> int:
@@ -135,12 +138,12 @@ class Claim:
 
 
 def hold(claims: Sequence[Claim], deflated: Deflated, bound: float) -> bool:
-    """Whether all claims hold, if what was left has no eigenvalue beyond `bound`.
+    """Whether all claims hold, if B has no eigenvalue beyond `bound`.
 
     Args:
-        claims: Of what lies beyond, upwards.
-        deflated: What was taken out.
-        bound: As from `Recurrence.bound`.
+        claims: How many eigenvalues A has beyond some values, at most.
+        deflated: The subspace that was taken out of A.
+        bound: A bound on the eigenvalues of B, as `Recurrence.bound` gives it.
     """
     return all(
         bound < claim.t and deflated.most_beyond(claim.t, bound) <= claim.most

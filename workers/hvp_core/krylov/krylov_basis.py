@@ -1,9 +1,9 @@
 """An orthonormal basis that grows by products, and the operator projected to it.
 
-Every process holds its part of each basis vector; what is small (the projected matrix) each has
-whole. Vectors are made orthogonal to all before them, twice ("twice is enough": Parlett, "The
-Symmetric Eigenvalue Problem", section 6.9). The coefficients are float64, the vectors have the
-operator's dtype.
+Every process holds its part of each basis vector, and the whole of the small projected matrix.
+Vectors are made orthogonal to all before them, twice ("twice is enough": Parlett, "The Symmetric
+Eigenvalue Problem", section 6.9). The coefficients are float64, the vectors have the operator's
+dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_STARTS = 20  # random vectors looked at before one keeps its length
 
 
 def rounding(eps: float) -> float:
-    """What errors of eps leave of a vector that should vanish, relative to the operator's norm."""
+    """The norm that errors of eps leave of a vector that should vanish, relative to ‖A‖."""
     return float(eps**_ROUNDING_POWER)
 
 
@@ -38,7 +38,7 @@ def finite_dots(space: VectorSpace, rows: Tensor, vector: Tensor) -> Tensor:
     """Inner products (m,) float64 of the vectors in `rows` (m, local) with `vector` (local,).
 
     Raises:
-        CurvatureError: NON_FINITE.
+        CurvatureError: NON_FINITE: an inner product is infinite or NaN.
     """
     found = space.dots(rows, vector)
     if not bool(found.isfinite().all()):
@@ -62,13 +62,13 @@ def finite_norm(space: VectorSpace, vector: Tensor) -> float:
 def orthogonalise(
     space: VectorSpace, known: Tensor, w: Tensor, *, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Take a vector's parts along orthonormal ones out of it, twice.
+    """Take a vector's parts along orthonormal vectors out of it, twice.
 
     Args:
-        space: Of the vectors.
-        known: The orthonormal ones, (m, local).
+        space: Space of the vectors.
+        known: The orthonormal vectors, (m, local).
         w: The vector, (local,); read only.
-        out: Where what is left goes, (local,).
+        out: Takes the rest of the vector, (local,).
 
     Returns:
         The coefficients (m,) float64 of the first pass, and of the second.
@@ -97,11 +97,11 @@ class KrylovBasis:
         T: The projected operator, (capacity + 1, capacity + 1) float64 on the CPU.
         leaks: The gᵢ, (c, size) float64.
         dimension: n, the length of a whole vector.
-        seed: What the random vectors are derived from.
+        seed: Seed from which the seeds of all random vectors are derived.
         eps: Relative error of a product: the rounding of the dtype, or more.
-        size: How many rows have a known product.
-        origin: How many rows were known before the present run of the recurrence began.
-        num_starts: How many random vectors were taken after the first one.
+        size: Number of rows with a known product.
+        origin: Number of such rows before the present run of the recurrence began.
+        num_starts: Number of random vectors that were drawn after the first one.
         symmetry_defect: Largest |u·Av − v·Au| / ‖Av‖ met between rows.
     """
 
@@ -120,10 +120,12 @@ class KrylovBasis:
     def begin(cls, space: VectorSpace, capacity: int, seed: int, noise: float = 0.0) -> KrylovBasis:
         """A basis of which only the first vector is known: a random one, Gaussian.
 
+        Memory: capacity + 2 vectors.
+
         Args:
-            space: Of the vectors.
+            space: Space of the vectors.
             capacity: Rows whose products can be known at a time; one more is allocated.
-            seed: Of the vector, and of fresh starts.
+            seed: Seed of the first vector, and of fresh starts.
             noise: Relative error of a product, where that is more than the rounding of the dtype.
         """
         start = space.random(derived_seed(seed, 0), "gaussian")
@@ -145,22 +147,22 @@ class KrylovBasis:
 
     @property
     def num_rows(self) -> int:
-        """How many rows hold something: those with a known product, and the next vector."""
+        """Number of rows that hold a vector: those with a known product, and the next vector."""
         return self.size + 1
 
     @property
     def rounding(self) -> float:
-        """What rounding leaves of a vector that should vanish, relative to the operator's norm."""
+        """The norm that rounding leaves of a vector that should vanish, relative to ‖A‖."""
         return rounding(self.eps)
 
     @property
     def full(self) -> bool:
-        """No room for another product."""
+        """Whether there is no room for another product."""
         return self.size == self.capacity
 
     @property
     def whole(self) -> bool:
-        """The rows span everything."""
+        """Whether the rows span the whole space."""
         return self.size == self.dimension
 
     @property
@@ -180,15 +182,18 @@ class KrylovBasis:
         return self.rows[self.size]
 
     def extend(self, space: VectorSpace, w: Tensor) -> tuple[float, float]:
-        """Take in one product more.
+        """Take in one more product. Cost: 4 m n multiplications, with m rows known.
 
         Args:
-            space: Of the vectors.
+            space: Space of the vectors.
             w: The product with `newest`, (local,); read, not written to: it may be `newest` itself.
 
         Returns:
-            α and β of the recurrence; β is zero where rounding is all that is left, and the next
-            row then is not yet chosen (see `start_afresh`).
+            α and β of the recurrence. β is zero where only rounding is left of the product; the
+            next row then is not chosen yet (see `start_afresh`).
+
+        Raises:
+            CurvatureError: NON_FINITE.
         """
         j = self.size
         known, following = self.rows[: j + 1], self.rows[j + 1]
@@ -217,10 +222,11 @@ class KrylovBasis:
         """Give up the next vector and take a random one, orthogonal to all rows, in its place.
 
         Args:
-            space: Of the vectors.
+            space: Space of the vectors.
 
         Raises:
-            CurvatureError: NON_FINITE.
+            CurvatureError: NON_FINITE: an inner product is not finite, or no random vector has a
+                part outside the rows.
         """
         coupling = self.coupling.clone()
         if float(coupling.norm()) > 0:
@@ -245,11 +251,11 @@ class KrylovBasis:
         )
 
     def compress(self, values: Tensor, vectors: Tensor) -> None:
-        """Keep these Ritz vectors only, and the next vector.
+        """Keep only these Ritz vectors and the next vector.
 
         Args:
             values: Ritz values (r,), r <= capacity.
-            vectors: Their coefficients (size, r).
+            vectors: Coefficients (size, r) of the Ritz vectors in the rows.
         """
         r = len(values)
         coupling = self.coupling @ vectors
@@ -263,7 +269,7 @@ class KrylovBasis:
         self.size = self.origin = r
 
     def slide(self) -> None:
-        """Forget the present run's vectors but the latest two: its coefficients go on."""
+        """Forget the present run's vectors but for the latest two, from which the run goes on."""
         last, origin = self.size - 1, self.origin
         before = self.T[:origin, last].clone()
         alpha, beta = float(self.T[last, last]), float(self.T[last, last + 1])
@@ -284,7 +290,11 @@ class KrylovBasis:
 
     @exact_products()
     def rotate(self, vectors: Tensor) -> None:
-        """rows[:r] = vectorsᵀ @ rows, in place. vectors: (size, r) float64."""
+        """Set rows[:r] to vectorsᵀ @ rows, in place.
+
+        Args:
+            vectors: Coefficients (size, r) float64 of the new rows in the old ones.
+        """
         rotation = vectors.T.to(self.rows)
         rows = self.rows[: vectors.shape[0]]
         for start in range(0, rows.shape[1], _ROTATED):

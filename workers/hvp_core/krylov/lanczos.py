@@ -1,9 +1,9 @@
 """Extremal eigenpairs of a symmetric operator from its products: thick-restart Lanczos.
 
 Nothing here knows of models or ranks: the operator is known by its products, and a vector is
-whatever part of it this process holds. A residual certifies an eigenvalue, not the k-th:
-`lanczos_search` goes on until none of the wanted can be missing, `verification` gives each pair a
-product of its own, and here is said what may be claimed.
+whatever part of it this process holds. A residual certifies an eigenvalue, not the k-th. So
+`lanczos_search` goes on until none of the wanted pairs can be missing, `verification` gives each
+pair a product of its own, and this module decides what may be claimed.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ _TRUSTED = 10
 class Eigsh(Algorithm[LanczosState]):
     """The search for k extremal eigenpairs; every step makes one product.
 
-    The outcome is `CONVERGED` when every true residual meets the tolerance, or rounding, and none
-    was missed; `MULTIPLICITY_UNCERTAIN` when the latter could not be shown within the budget;
-    `NOISE_LIMIT` when the search had converged and the verifying products do not confirm it: more
-    of the same products would not help; `UNVERIFIED` when there were none such: nothing is claimed;
-    else `MAX_PRODUCTS`. Error bounds are of the operator's `exact()`.
+    The outcome is one of these. `CONVERGED`: every true residual meets the tolerance, or rounding,
+    and no pair was missed. `MULTIPLICITY_UNCERTAIN`: the latter could not be shown within the
+    budget. `NOISE_LIMIT`: the search had converged and the verifying products do not confirm it;
+    more of the same products would not help. `UNVERIFIED`: the search had converged, but there was
+    no exact operator to verify it with; nothing is claimed. `MAX_PRODUCTS`: none of these. Error
+    bounds are those of the operator's `exact()`.
 
     Cost: at most `max_products` products, and 4 m n multiplications for orthogonality in each;
     (num_vectors + 1) vectors of memory. To show that none was missed takes about as many products
     as it takes to separate the wanted ends from the rest: some ten where they stand far apart.
 
     Attributes:
-        spec: What to find, 1 <= k < n, or k = n; its budgets are those below.
+        spec: The eigenpairs to find, 1 <= k <= n; its budgets are those below.
         max_products: Upper bound on products, the k of the verification included; at least 2k.
         num_vectors: Rows of the basis, k < num_vectors <= n (k = num_vectors only where k = n).
 
@@ -116,10 +117,12 @@ class Eigsh(Algorithm[LanczosState]):
 
 
 def _claims(search: LanczosSearch) -> EigshResult:
-    """What a search has found, and what may be claimed of it; its vectors are the first rows.
+    """The pairs that a search has found, and what may be claimed of them.
+
+    The eigenvectors are the first rows of the basis.
 
     Args:
-        search: All of whose pairs have had their product.
+        search: A search all of whose pairs have had their product.
     """
     state, basis = search.state, search.basis
     verification = verification_of(search)
@@ -141,7 +144,7 @@ def _claims(search: LanczosSearch) -> EigshResult:
 
 
 def _completeness(search: LanczosSearch) -> Completeness:
-    """What is known of the eigenvalues beyond these."""
+    """What is known of eigenvalues beyond those that were found."""
     state, verification = search.state, verification_of(search)
     noise, largest = max(verification.residuals), verification.values[-1]
     margin, failure = search.margin, min(1.0, FAILURE * state.num_rounds)

@@ -25,11 +25,12 @@ from hvp_core.krylov.lanczos_state import (
 )
 from hvp_core.linop.linear_operator import LinearOperator
 
-#: Probability with which one fresh start may overlook something.
+#: Probability with which one fresh start may overlook an eigenvalue.
 FAILURE = 1e-3
-#: Where a fresh run ends in rounding, what it has not seen it tells only from so many times that.
+#: A fresh run that ends in rounding resolves only gaps of so many times what rounding leaves.
 _BLUR = 2000
-#: Others are taken out with the wanted pairs if their residuals are this part of what may leak.
+#: Other pairs are taken out with the wanted ones if their residuals are this part of the leak that
+#: is allowed.
 _SETTLED = 0.1
 _PAIRS_TOLD = 64  # of a search that is under way
 _ROOM = 4  # rows that a fresh run has at least, where there are so many
@@ -39,13 +40,13 @@ _ROOM = 4  # rows that a fresh run has at least, where there are so many
 class LanczosSearch:
     """A step of thick-restart Lanczos, and of the fresh runs that look for what it missed.
 
-    What lasts is in the state alone; this object is made for a step and has its Ritz values.
+    All that lasts is in the state; this object is made for one step and holds its Ritz values.
 
     Args:
-        sought: What to find.
+        sought: Which eigenpairs the search is for.
         max_products: Upper bound on products, those of the verification included.
-        operator: Whose eigenpairs are sought.
-        state: Where the search stands; each step changes it.
+        operator: The operator whose eigenpairs are sought.
+        state: State of the search; each step changes it.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class LanczosSearch:
     def _standing(self) -> Standing:
         """Where the search stands.
 
-        Of many pairs it tells the furthest from done, in their order: an event is stored for each
-        product, and k may be thousands.
+        Of many pairs only those furthest from done are told, in their order: an event is stored for
+        each product, and k may be thousands.
         """
         values = self.values[self.index].tolist()
         estimates = self.estimates.clamp(min=self.basis.eps * self.state.scale).tolist()
@@ -96,10 +97,10 @@ class LanczosSearch:
     # Searching ----------------------------------------------------------------------------------
 
     def step(self) -> tuple[Stage, Standing]:
-        """One product, and what follows from it: more of the same, a restart, a fresh run, the end.
+        """Make one product, and act on it: go on, restart, begin a fresh run, or end the search.
 
         Returns:
-            What the product was for, and where the search stood after it.
+            The stage that the product was for, and where the search stood after it.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -119,7 +120,7 @@ class LanczosSearch:
         return stage, standing
 
     def _extend(self) -> bool:
-        """One product and one new basis vector; true when the Krylov space was exhausted."""
+        """Make one product and one new basis vector; true when the Krylov space is exhausted."""
         state, basis = self.state, self.basis
         (product,) = self.operator.apply([basis.newest], borrow=True)
         alpha, beta = basis.extend(self.space, product)
@@ -154,12 +155,12 @@ class LanczosSearch:
         self.basis.rotate(self.vectors[:, self.index])
 
     def _converged(self) -> bool:
-        """Whether the wanted pairs are those of the tolerance."""
+        """Whether the residuals of the wanted pairs meet the tolerance."""
         enough = self.basis.size >= self.sought.k and (self._moved() or not self.state.must_move)
         return enough and bool((self.estimates <= self.tolerance(4 * self.basis.eps)).all())
 
     def _moved(self) -> bool:
-        """Whether the fresh run has found something beyond what was wanted when it began."""
+        """Whether the fresh run has changed the wanted values by more than the margin."""
         if not len(self.state.reference) or self.state.has_slid:
             return False
         gap = (self.values[self.index] - self.state.reference).abs().max()
@@ -171,7 +172,7 @@ class LanczosSearch:
             self.state.ritz_weights = self.vectors[0].square()
 
     def _make_room(self) -> None:
-        """A full basis: restart it, or let a fresh run that has found nothing yet go on."""
+        """Make room in a full basis: restart, or let a fresh run that has found nothing go on."""
         if self.state.fresh is None or self._moved():
             self._restart()
         elif not self.state.has_slid and len(self._settled()) > self.basis.origin:
@@ -189,7 +190,7 @@ class LanczosSearch:
             self.state.must_move = True
 
     def _take_back(self) -> None:
-        """Forget the fresh run, and go back to what it was set against."""
+        """Forget the fresh run, and go back to the basis that it was set against."""
         assert self.state.deflated is not None
         self.basis.size = self.basis.origin
         self.basis.leaks = self.state.deflated.leaks.clone()
@@ -198,7 +199,7 @@ class LanczosSearch:
         self._solve()
 
     def _start_afresh(self) -> None:
-        """The Krylov space is exhausted: search on from a random vector."""
+        """Search on from a random vector; called when the Krylov space is exhausted."""
         self._keep_first_ritz()
         if self.state.has_slid:
             self._take_back()
@@ -222,9 +223,9 @@ class LanczosSearch:
     def _is_ready(self) -> bool:
         """Whether the wanted pairs are known well enough to be shown complete.
 
-        What pairs leak when a fresh run begins they leak for ever, and with (t - θ) (t - μ) above
-        the square of all that leaks, nothing of it matters. So the first round may leak a quarter
-        of the margin, and each one after it half as much as the one before.
+        The leak that pairs have when a fresh run begins stays for ever, and where (t - θ) (t - μ)
+        is above the square of all leaks, none of them matters. So the first round may leak a
+        quarter of the margin, and each one after it half as much as the one before.
         """
         leak = self.basis.coupling @ self.vectors[:, self._settled()]
         return float(leak.norm()) <= self._leak
@@ -234,7 +235,7 @@ class LanczosSearch:
         return self.margin * 0.5 ** (self.state.num_rounds + 2)
 
     def _look_for_missed(self) -> None:
-        """Take the wanted pairs, and what has settled beside them, out; start a fresh run."""
+        """Take out the wanted pairs and others that have settled; begin a fresh run."""
         self._keep_first_ritz()
         basis, index = self.basis, self._settled()
         basis.compress(self.values[index], self.vectors[:, index])
@@ -261,10 +262,10 @@ class LanczosSearch:
         return found
 
     def _ends(self) -> list[tuple[int, list[Claim]]]:
-        """What has to hold for the wanted values to be complete.
+        """The claims that have to hold for the wanted values to be complete.
 
         Returns:
-            The sign of an end and, of the operator times it, what has to hold upwards.
+            For each end of the spectrum its sign, and claims on the operator times that sign.
         """
         known = self.state.fresh is not None and not self._moved()
         values = self.state.reference if known else self.values[self.index]

@@ -1,4 +1,4 @@
-"""What a search for extremal eigenpairs knows between two products."""
+"""The state of a search for extremal eigenpairs between two products."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sought:
     """Which eigenpairs a search is for, and when it has them.
 
     Attributes:
-        k: How many.
+        k: Number of eigenpairs.
         which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and
             the odd one from the high end.
         tol: The largest residual that counts as converged, relative to the largest Ritz value's
@@ -40,8 +40,8 @@ class Standing:
 
     Attributes:
         num_restarts: Times the basis was compressed.
-        ritz_values: Of the wanted pairs, or of those furthest from done, ascending.
-        residual_estimates: One for each Ritz value.
+        ritz_values: Ritz values of the wanted pairs, or of those furthest from done, ascending.
+        residual_estimates: Estimated residual norm of each of these pairs.
     """
 
     num_restarts: int
@@ -55,11 +55,11 @@ class Verification:
     """The products of their own that each pair gets when the search is over.
 
     Attributes:
-        standing: Where the search ended.
+        standing: Where the search stood when it ended.
         is_exact: Whether the products are as exact as the vectors' dtype can hold them; otherwise
             nothing may be claimed.
         values: Rayleigh quotients of the pairs that have had their product.
-        residuals: Norms ‖Ay − θy‖ / ‖y‖ of the same.
+        residuals: Residual norms ‖Ay − θy‖ / ‖y‖ of the same pairs.
     """
 
     standing: Standing
@@ -71,30 +71,31 @@ class Verification:
 @final
 @dataclass
 class LanczosState:
-    """A search under way: everything that it knows.
+    """The whole state of a search under way.
 
     Law: what `fresh` is set against (`deflated`, the first `basis.origin` rows) stays as it is for
     as long as the fresh run lasts, and holds the wanted pairs. From the end of the search on, the
-    first rows of the basis are the wanted Ritz vectors, and T is still of the rows before.
+    first rows of the basis are the wanted Ritz vectors, while T still belongs to the rows before.
 
     Attributes:
         basis: The Krylov basis, and the operator projected to it.
         scale: max |θ| met: the operator's norm as far as it is known.
         num_products: Products so far.
         num_restarts: Times the basis was compressed for want of room.
-        ritz_values: Of the first basis, before any restart, (m,) float64; (0,) until then.
-        ritz_weights: Squared overlaps with the starting vector, (m,) float64.
-        fresh: The fresh run that looks for what was missed; None while there is none.
-        deflated: What was taken out of the operator before it.
-        reference: Wanted values when it began, (k,) float64.
+        ritz_values: Ritz values of the first basis, as it was before any restart or fresh start,
+            (m,) float64; (0,) until then.
+        ritz_weights: Squared overlaps of their Ritz vectors with the starting vector, (m,) float64.
+        fresh: The fresh run that looks for missed eigenpairs; None while there is none.
+        deflated: The pairs that were taken out of the operator before the fresh run.
+        reference: Wanted values when the fresh run began, (k,) float64.
         has_slid: Whether the basis has lost some of the fresh run's vectors.
         must_move: Whether the fresh run has seen something that the basis does not show yet.
-        blur: How many times what rounding leaves the fresh run can tell things from.
-        num_rounds: Fresh runs so far.
-        num_fresh_products: Products spent on them.
-        is_complete: Whether none of the wanted can be missing.
-        has_converged: Whether the wanted pairs were those of the tolerance.
-        verification: Of the pairs; None while the search goes on.
+        blur: The smallest gap that the fresh run can resolve, in units of what rounding leaves.
+        num_rounds: Number of fresh runs so far.
+        num_fresh_products: Number of products spent on fresh runs.
+        is_complete: Whether it is shown that none of the wanted pairs is missing.
+        has_converged: Whether the residuals of the wanted pairs met the tolerance.
+        verification: The verification of the pairs; None while the search goes on.
     """
 
     basis: KrylovBasis
@@ -117,7 +118,7 @@ class LanczosState:
 
 
 def wanted(values: Tensor, k: int, which: Which) -> Tensor:
-    """Indices of the k wanted among ascending values, ascending."""
+    """Indices, in ascending order, of the k wanted among ascending values (m,)."""
     m = len(values)
     k = min(k, m)
     if which == "LA":

@@ -14,7 +14,7 @@ from hvp_core.krylov.lanczos_state import Verification
 
 
 def verification_of(search: LanczosSearch) -> Verification:
-    """What a search that is over has verified so far."""
+    """The verification of a search that is over."""
     verification = search.state.verification
     assert verification is not None
     return verification
@@ -31,10 +31,10 @@ def _num_pairs(search: LanczosSearch) -> int:
 
 
 def verify_next(search: LanczosSearch) -> None:
-    """The product with the next of the Ritz vectors, its Rayleigh quotient and true residual.
+    """Make the product with the next Ritz vector; note its Rayleigh quotient and true residual.
 
     Args:
-        search: That is over, and not all of whose pairs have had their product.
+        search: A search that is over, and not all of whose pairs have had their product.
 
     Raises:
         CurvatureError: NON_FINITE.

@@ -16,7 +16,7 @@ def square(operator: LinearOperator) -> None:
     """Check that an operator gives vectors of the space that it takes them from.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The operator's products are of another space than its arguments.
     """
     if operator.domain != operator.codomain:
         raise ValueError("the operator's products are of another space than its arguments")
@@ -61,7 +61,7 @@ class Sum(LinearOperator):
     sum is known less well than that.
 
     Args:
-        terms: One or more.
+        terms: One operator or more.
 
     Raises:
         ValueError: The terms are of different spaces, or there is none.
@@ -91,7 +91,7 @@ class Sum(LinearOperator):
         return totals
 
     def exact(self) -> LinearOperator | None:
-        """The sum of the exact operators; None where one of them is."""
+        """The sum of the exact operators; None where a term has no exact operator."""
         return self._exact
 
     @cached_property

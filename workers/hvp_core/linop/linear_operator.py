@@ -19,12 +19,12 @@ class LinearOperator(ABC):
     Attributes:
         domain: The space of its arguments.
         codomain: The space of its products.
-        symmetric: Whether it is known to be symmetric.
+        symmetric: Whether the operator is known to be symmetric.
         semidefinite: Whether it is known to be symmetric without a negative eigenvalue.
         noise: Relative error of one product where that is more than the rounding of the vectors'
             dtype; else 0.
-        most_together: How many vectors it should be given at once, for the memory that it takes for
-            each; None where any number will do.
+        most_together: The most vectors that the operator should be given at once, for the memory
+            that each of them takes; None where any number will do.
     """
 
     domain: VectorSpace
@@ -36,23 +36,25 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
-        """The products with K vectors at once, which share what does not depend on them.
+        """The products with K vectors at once, which share the work that does not depend on them.
 
         Args:
-            vectors: K of the domain, (local,) each; read, never written to.
-            borrow: The products are good until the next call only, and are not written to: the
-                operator may keep them where it computes them. Otherwise they are the caller's own.
+            vectors: K vectors of the domain, (local,) each; read, never written to.
+            borrow: The products are good until the next call only, and the caller does not write to
+                them: the operator may lend the memory that it computes them in. Otherwise they are
+                the caller's own.
 
         Returns:
-            K vectors of the codomain.
+            K vectors of the codomain, (local,) each.
         """
 
     def exact(self) -> LinearOperator | None:
         """The same operator, as exact as the vectors' dtype can hold its products.
 
-        It is asked for before each product that needs it, so what is made the first time is kept.
+        This method is called before each product that needs the exact operator, so an operator that
+        is made at the first call is kept.
 
         Returns:
-            An operator; None where there is no memory for it. By default this one is exact.
+            The exact operator; None where there is no memory for it. By default it is this one.
         """
         return self

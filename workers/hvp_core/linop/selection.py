@@ -29,10 +29,10 @@ class Selection:
     """Some of the coordinates of a space.
 
     Args:
-        space: The whole one.
-        runs: Where this process' part of a vector lies in the canonical order.
-        stretches: The coordinates, as canonical indices in ascending order, the same on every
-            process.
+        space: The whole space.
+        runs: Stretches of the canonical order that this process' part of a vector covers.
+        stretches: The selected coordinates, as canonical indices in ascending order, the same on
+            every process.
 
     Raises:
         ValueError: The stretches overlap or leave the space, or there is none.
@@ -48,7 +48,7 @@ class Selection:
             )
         self.stretches = tuple(stretches)
         self.dimension = sum(stop - start for start, stop in stretches)
-        #: Where this process holds one of the coordinates, (local,).
+        #: Boolean (local,): true where this process holds a selected coordinate.
         self.mask = space.zeros().bool()
         for run in runs:
             offset = run.shard_offset - run.flat_start
@@ -58,9 +58,9 @@ class Selection:
                     self.mask[offset + first : offset + last] = True
 
     def only(self, vector: Tensor) -> Tensor:
-        """The vector (local,) with zeros for all other coordinates; a new one.
+        """A new vector (local,): this one, with zeros for all coordinates that are not selected.
 
-        What is not finite there is dropped too.
+        Infinities and NaN of other coordinates become zeros too.
         """
         return torch.where(self.mask, vector, 0)
 
@@ -70,8 +70,8 @@ class SelectedSpace(VectorSpace):
     """Vectors of a space that are zero outside a selection.
 
     Args:
-        whole: The space.
-        selection: Of its coordinates.
+        whole: The whole space.
+        selection: The selected coordinates of that space.
     """
 
     def __init__(self, whole: VectorSpace, selection: Selection):
@@ -90,7 +90,7 @@ class SelectedSpace(VectorSpace):
 
     @property
     def dimension(self) -> int:
-        """How many coordinates are selected."""
+        """Number of selected coordinates."""
         return self._selection.dimension
 
     def zeros(self) -> Tensor:
@@ -124,7 +124,7 @@ class Restricted(LinearOperator):
 
     Args:
         operator: A.
-        selection: The coordinates.
+        selection: The selected coordinates.
 
     Raises:
         ValueError: A gives vectors of another space than it takes.
@@ -155,14 +155,14 @@ class Restricted(LinearOperator):
 
 @final
 class BlockDiagonal(LinearOperator):
-    """The sum of P A P over disjoint selections: A without what couples them.
+    """The sum of P A P over disjoint selections: A without the parts that couple them.
 
-    Each product takes as many of A's as there are blocks, in one call. Its noise is that of A,
-    relative to A's norm, which may be larger than its own.
+    Each product takes as many products with A as there are blocks, in one call. The operator's
+    noise is that of A, relative to A's norm, which may be larger than its own.
 
     Args:
         operator: A.
-        blocks: Selections; coordinates of none of them are in the operator's null space.
+        blocks: Selections; coordinates in none of them belong to the operator's null space.
 
     Raises:
         ValueError: A gives vectors of another space than it takes; blocks overlap.

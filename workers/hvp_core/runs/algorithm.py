@@ -21,8 +21,8 @@ class Budget:
 
     Attributes:
         max_products: Products with the operator.
-        num_vectors: Vectors that it may hold beside the operator's own; at least the operation's
-            `least_vectors`.
+        num_vectors: Vectors that the run may hold beside the operator's own; at least the
+            operation's `least_vectors`.
     """
 
     max_products: int
@@ -48,11 +48,12 @@ class Advance:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a run came to.
+    """The answer of a finished run.
 
     Attributes:
-        result: The operation's own, without loss; `provenance` holds what the algorithm adds.
-        vectors: Vectors that belong to it, (local,) each, in the result's order. They may be views
+        result: The operation's own result, without the loss; its `provenance` holds what the
+            algorithm adds.
+        vectors: Vectors that belong to the result, (local,) each, in its order. They may be views
             of the run's own memory: copy them before the state goes.
     """
 
@@ -66,7 +67,7 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 class Algorithm(ABC, Generic[StateT]):
-    """A question and how it is answered; frozen.
+    """A question and the method that answers it; frozen.
 
     Laws: everything that a run knows is in its state, a dataclass that `hvp_core.runs.snapshot` can
     write down after any step; a step makes a bounded number of products; the same state and
@@ -80,9 +81,9 @@ class Algorithm(ABC, Generic[StateT]):
         """Fill in what the spec leaves open; nothing is computed.
 
         Args:
-            spec: Of the operation, checked.
-            operator: What it is asked of.
-            budget: What it may take.
+            spec: Spec of the operation, checked.
+            operator: Operator that the question is about.
+            budget: Products and memory that the run may take.
         """
 
     @abstractmethod
@@ -94,7 +95,7 @@ class Algorithm(ABC, Generic[StateT]):
         """Go on by a few products, changing the state.
 
         Returns:
-            Where the run stands; None when it was finished already, and nothing was done.
+            Where the run stands; None, with nothing done, if the run was finished already.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -113,8 +114,8 @@ def drive(
     """Run an algorithm from its beginning to its end.
 
     Args:
-        algorithm: Configured for the operator.
-        operator: What it is asked of.
+        algorithm: Algorithm that is configured for the operator.
+        operator: Operator that the question is about.
         tell: Called with where the run stands, after every step.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The state of a run written down: what lies in shards, what is small, and what is plain.
+"""The state of a run written down: as shards of vectors, small tensors and plain values.
 
 A state is a dataclass of numbers, words, tensors and dataclasses of these, singly or in lists. Its
 fields are all that a run knows, so a state that is written at one step and read in another process
@@ -37,10 +37,10 @@ class Snapshot:
     """A state without its types.
 
     Attributes:
-        shards: By the field's path: rows (r, local) of vectors, this process' part of each, on the
+        shards: Rows (r, local) of vectors by the field's path: this process' part of each, on the
             device of the run's vectors.
-        tensors: By the field's path: small tensors on the CPU, the same on every process.
-        values: By the field's path: numbers, words and lists of these, the same on every process;
+        tensors: Small tensors on the CPU by the field's path, the same on every process.
+        values: Numbers, words and lists of these by the field's path, the same on every process;
             JSON holds them exactly.
     """
 
@@ -50,10 +50,10 @@ class Snapshot:
 
 
 def written(state: Any) -> Snapshot:
-    """What is in a state, by the paths of its fields.
+    """Take a snapshot of a state.
 
     Args:
-        state: A dataclass, as the module's text says.
+        state: A dataclass of the kinds of fields that the module's docstring lists.
 
     Returns:
         The snapshot. Its tensors are the state's own: they change with its next step.
@@ -98,11 +98,11 @@ def _plain(value: Any, path: str) -> Any:
 
 
 def restored(kind: type[StateT], snapshot: Snapshot) -> StateT:
-    """Make a state of what was written.
+    """Make a state from a snapshot.
 
     Args:
         kind: The state's dataclass.
-        snapshot: As from `written`.
+        snapshot: A snapshot, as `written` gives it.
 
     Returns:
         A state with tensors of its own.

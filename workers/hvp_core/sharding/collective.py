@@ -1,8 +1,8 @@
 """What ranks exchange: scalars in a fixed order, gathered segments, scattered sums.
 
-Three ways behind one interface: one rank alone; any `torch.distributed` group; and CPU ranks on one
-host, which pass segments through a small shared-memory window instead of sockets (gloo over
-loopback moves 0.2 to 0.5 GB/s, a copy through memory 7 to 11).
+One interface has three implementations: one rank alone; any `torch.distributed` group; and CPU
+ranks on one host, which pass segments through a small shared-memory window instead of sockets (gloo
+over loopback moves 0.2 to 0.5 GB/s, a copy through memory 7 to 11).
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class Collective(ABC):
         The body must not communicate. Nobody leaves before everybody has finished it.
 
         Args:
-            explain: Makes a reason of what is not a CurvatureError.
+            explain: Makes a CurvatureError from any other exception of the body.
+
+        Raises:
+            CurvatureError: This rank's own error; otherwise that of the first rank that failed.
         """
         failure: CurvatureError | None = None
         try:
@@ -200,9 +203,9 @@ def open_collective(
     """The fastest way for these ranks to exchange tensors.
 
     Args:
-        rank: This process.
+        rank: Number of this process in the group, from 0.
         world_size: Number of ranks; above one, `torch.distributed` must be initialised.
-        device: Where tensors live.
+        device: The device that holds this rank's tensors.
         same_host: All ranks share one machine.
         session: A name that no other group on the machine uses.
     """

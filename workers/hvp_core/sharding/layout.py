@@ -111,10 +111,10 @@ class Layout:
         )
 
     def part(self, names: Collection[str]) -> Layout:
-        """Of some of the parameters alone, in the same order; this one, where these are all.
+        """The layout of some of the parameters, in the same order; this one, where these are all.
 
         Args:
-            names: Of parameters. They are numbered from zero and cut by themselves.
+            names: Names of the parameters, which are numbered from zero and cut by themselves.
         """
         shapes = {each.name: each.shape for each in self.parameters if each.name in names}
         if len(shapes) == len(self.parameters):

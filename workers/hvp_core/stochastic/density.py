@@ -29,8 +29,8 @@ from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_s
 from hvp_core.stochastic.density_probe import Probe
 from hvp_core.vectors.vector_space import VectorSpace
 
-#: The ends of the spectrum are told anew after every step up to twice this many, and then less and
-#: less often: the eigenvalues of T take the cube of their number.
+#: The ends of the spectrum are computed anew after every step up to twice this many, and then less
+#: and less often: the cost of T's eigenvalues grows as the cube of their number.
 _TOLD = 32
 
 
@@ -40,12 +40,12 @@ class DensityState:
     """Quadratures that are known, and the probes on their way.
 
     Attributes:
-        probes: Those that go in lockstep; empty when all are done.
-        quadratures: Of the probes before them, in the order of their seeds.
+        probes: The probes that go in lockstep; empty when all are done.
+        quadratures: Quadratures of the probes before them, in the order of the probes' seeds.
         num_products: Products so far.
-        smallest: Smallest Ritz value told so far: of one probe under way, and of all that are done.
-        largest: Largest of the same.
-        orthogonality_defect: Largest entry of |QᵀQ − I| met in the bases before.
+        smallest: Smallest Ritz value seen so far, of one probe under way and of all that are done.
+        largest: Largest Ritz value seen so far, of the same probes.
+        orthogonality_defect: Largest entry of |QᵀQ − I| met in the bases of probes that are done.
     """
 
     probes: list[Probe]
@@ -69,10 +69,10 @@ class Density(Algorithm[DensityState]):
     in the j-th step of each probe, to make its vector orthogonal and to measure that.
 
     Attributes:
-        spec: What was asked for.
+        spec: The request.
         num_steps: Steps of each probe, at most n.
-        num_together: Probes that go in lockstep.
-        is_kept: Whether their bases fit into memory and are kept orthogonal.
+        num_together: Number of probes that go in lockstep.
+        is_kept: Whether the probes' bases fit into memory and are kept orthogonal.
     """
 
     spec: DensitySpec
@@ -82,7 +82,7 @@ class Density(Algorithm[DensityState]):
 
     @classmethod
     def configure(cls, spec: DensitySpec, operator: LinearOperator, budget: Budget) -> Density:
-        """See Algorithm. Where no basis fits, more probes at once are preferred to none kept."""
+        """See Algorithm. Where no whole basis fits, none is kept and more probes go at once."""
         num_steps = min(spec.num_steps, operator.domain.dimension)
         kept = num_steps + WORKING_VECTORS
         is_kept = budget.num_vectors >= kept
@@ -105,7 +105,7 @@ class Density(Algorithm[DensityState]):
         return DensityState(self._group(space, 0, memory))
 
     def _group(self, space: VectorSpace, first: int, memory: list[torch.Tensor]) -> list[Probe]:
-        """The probes from this one on that go together."""
+        """The next group of probes, as many as there is memory for, from number `first` on."""
         return [
             Probe.begin(space, rows, self.is_kept, derived_seed(self.spec.seed, index))
             for index, rows in zip(range(first, self.spec.num_probes), memory, strict=False)
@@ -139,12 +139,12 @@ class Density(Algorithm[DensityState]):
 
     @staticmethod
     def _tell(state: DensityState, values: Sequence[float]) -> None:
-        """Note the ends of ascending Ritz values."""
+        """Note the smallest and the largest of ascending Ritz values."""
         state.smallest = min(state.smallest, values[0])
         state.largest = max(state.largest, values[-1])
 
     def _close(self, space: VectorSpace, state: DensityState) -> None:
-        """Take the quadratures of probes that are done, and begin the next in their memory."""
+        """Take the quadratures of a group that is done, and begin the next group in its memory."""
         for probe in state.probes:
             quadrature = probe.quadrature(space)
             state.quadratures.append(quadrature)

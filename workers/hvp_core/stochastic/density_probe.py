@@ -19,12 +19,12 @@ from hvp_core.vectors.vector_space import VectorSpace
 class Probe:
     """A run of the recurrence β₊ q₊ = A q − α q − β q₋ from a probe q₀ of norm 1.
 
-    Law: `alphas` and `betas` are the diagonals of the operator projected to the Krylov space of the
-    probe, if its vectors are kept: each new one is made orthogonal to all before it, twice. If they
-    are not, orthogonality goes once a Ritz value has converged, and copies of it appear later,
-    among which its weight is divided: they are what exact Lanczos gives of a larger matrix that has
-    a tight cluster for each eigenvalue (Greenbaum, "Behavior of slightly perturbed Lanczos and
-    conjugate-gradient recurrences", Linear Algebra Appl. 113 (1989)).
+    Law: if the vectors are kept, each new one is made orthogonal to all before it, twice, and
+    `alphas` and `betas` are the diagonals of the operator projected to the probe's Krylov space. If
+    they are not kept, orthogonality is lost once a Ritz value has converged. Copies of that value
+    appear later, and its weight is divided among them: they are what exact Lanczos gives of a
+    larger matrix that has a tight cluster for each eigenvalue (Greenbaum, "Behavior of slightly
+    perturbed Lanczos and conjugate-gradient recurrences", Linear Algebra Appl. 113 (1989)).
 
     Attributes:
         rows: The vectors, (num_steps, local), where they are kept; otherwise the newest and the one
@@ -32,8 +32,8 @@ class Probe:
         is_kept: Whether `rows` are the whole basis.
         alphas: Diagonal of the projected operator, one for each product.
         betas: Couplings of each vector to the next.
-        is_done: Whether it has all its steps, or its Krylov space is exhausted.
-        defect: Largest entry met of |QᵀQ − I|, of the vectors that are kept.
+        is_done: Whether the probe has had all its steps, or its Krylov space is exhausted.
+        defect: Largest entry met of |QᵀQ − I|, with the vectors that are kept as columns of Q.
     """
 
     rows: Tensor = field(metadata=vectors_of_the_space("num_rows"))
@@ -48,10 +48,10 @@ class Probe:
         """Draw the probe: independent signs, each with the probability of a half.
 
         Args:
-            space: Of the vectors.
-            rows: Memory for them, as in the class.
-            is_kept: As in the class.
-            seed: Of the probe.
+            space: Space of the vectors.
+            rows: Memory for the vectors, shaped as the attribute `rows`.
+            is_kept: Whether `rows` has room for the whole basis.
+            seed: Seed of the probe.
         """
         start = space.random(seed, "rademacher")
         torch.div(start, finite_norm(space, start), out=rows[0])
@@ -61,7 +61,7 @@ class Probe:
 
     @property
     def num_rows(self) -> int:
-        """How many of the rows hold something."""
+        """Number of rows that hold a vector."""
         return min(len(self.alphas) + 1, len(self.rows))
 
     @property
@@ -70,12 +70,12 @@ class Probe:
         return self.rows[len(self.alphas) % len(self.rows)]
 
     def extend(self, space: VectorSpace, w: Tensor, num_steps: int) -> None:
-        """Take in one product more.
+        """Take in one more product.
 
         Args:
-            space: Of the vectors.
+            space: Space of the vectors.
             w: The product with `newest`, (local,); read, not written to.
-            num_steps: How many products there will be at most.
+            num_steps: The most products that the probe will have.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -97,17 +97,17 @@ class Probe:
         self._measure(space)
 
     def _from_all(self, space: VectorSpace, w: Tensor, following: Tensor) -> float:
-        """Make `following` of w, orthogonal to all vectors; α."""
+        """Make `following` from w, orthogonal to all vectors before it; α."""
         known = self.rows[: len(self.alphas) + 1]
         first, second = orthogonalise(space, known, w, out=following)
         return float(first[-1] + second[-1])
 
     def _from_two(self, space: VectorSpace, w: Tensor, following: Tensor) -> float:
-        """Make `following` of w and of the vector before the newest, whose place it takes; α.
+        """Make `following` from w and the vector before the newest, whose place it takes; α.
 
-        In the order that keeps the recurrence's own error smallest (Paige, "Error analysis of the
-        Lanczos algorithm for tridiagonalizing a symmetric matrix", J. Inst. Maths Applics 18
-        (1976)).
+        The terms are subtracted in the order that keeps the recurrence's own error smallest (Paige,
+        "Error analysis of the Lanczos algorithm for tridiagonalizing a symmetric matrix", J. Inst.
+        Maths Applics 18 (1976)).
         """
         newest = self.newest
         if self.betas:
@@ -119,7 +119,7 @@ class Probe:
         return alpha
 
     def _measure(self, space: VectorSpace) -> None:
-        """Note how far the newest of the vectors that are kept is from being orthonormal."""
+        """Note how far the newest vector is from being orthonormal, if the vectors are kept."""
         if self.is_kept:
             overlaps = finite_dots(space, self.rows[: self.num_rows], self.newest)
             overlaps[-1] -= 1
@@ -132,7 +132,7 @@ class Probe:
         return torch.diag(diagonal) + torch.diag(couplings, 1) + torch.diag(couplings, -1)
 
     def quadrature(self, space: VectorSpace) -> Quadrature:
-        """Ritz values and the squared first components of their vectors; the same on all ranks."""
+        """Ritz values, and the squared first components of T's eigenvectors; alike on all ranks."""
         values, vectors = torch.linalg.eigh(self.projected())
         nodes, weights = space.agree((values.tolist(), vectors[0].square().tolist()))
         return Quadrature(nodes=tuple(nodes), weights=tuple(weights))

@@ -1,4 +1,4 @@
-"""The space of a model's outputs on a batch: vectors cut by rows over the ranks."""
+"""The space of a model's outputs on a batch, whose vectors are cut by rows over the ranks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hvp_core.vectors.space import ShardedSpace
 
 @final
 class OutputSpace(ShardedSpace):
-    """What a model gives for every row of a batch, as one vector.
+    """A model's outputs for every row of a batch, as one vector.
 
     The canonical index is row-major over (rows of the batch, ...), in the batch's own order: for a
     language model (rows, positions, vocabulary), padding and ignored labels included. A rank holds
     the rows of its own micro-batches, one behind the other, as (local,); none if it has none.
 
     Args:
-        num_rows: Of the whole batch.
-        shape: Of one row of the output: (positions, vocabulary), say.
+        num_rows: Number of rows of the whole batch.
+        shape: Shape of one row of the output, such as (positions, vocabulary).
         own: Rows of the batch that this rank holds, in order.
-        collective: Of the ranks.
-        dtype: Of the vectors.
-        device: Where they are.
+        collective: The exchange between the ranks.
+        dtype: The dtype of the vectors.
+        device: The device that holds the vectors.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class OutputSpace(ShardedSpace):
         super().__init__(num_rows * numel, runs, offset, collective, dtype, device)
 
     def by_row(self, vector: Tensor) -> Tensor:
-        """A vector (local,) as (local rows, ...): a view."""
+        """A view of a vector (local,) as a tensor (local rows, ...)."""
         return vector.view(self.local_rows, *self.shape[1:])
 
     def to_whole(self, vector: Tensor) -> Tensor:

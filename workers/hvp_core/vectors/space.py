@@ -54,10 +54,10 @@ class ShardedSpace(VectorSpace):
     Args:
         dimension: n, the length of a whole vector.
         runs: The stretches of this rank's part.
-        local: Numbers of this rank's part, padding included.
-        collective: Of the ranks.
-        dtype: Of the vectors.
-        device: Where they are.
+        local: Number of elements of this rank's part, padding included.
+        collective: The exchange between the ranks.
+        dtype: The dtype of the vectors.
+        device: The device that holds the vectors.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class ShardedSpace(VectorSpace):
 
     @property
     def vector_bytes(self) -> int:
-        """Memory of one vector on this rank."""
+        """Bytes of one vector on this rank."""
         return self._local * self.dtype.itemsize
 
     def free_bytes(self) -> int:
-        """Memory that is free where the vectors are, for all processes together."""
+        """Bytes that are free where the vectors are, for all processes together."""
         if self.device.type != "cuda":
             return int(psutil.virtual_memory().available)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
@@ -106,15 +106,15 @@ class ShardedSpace(VectorSpace):
         return self.collective.sum(partial_products(rows, vector))
 
     def dot(self, left: torch.Tensor, right: torch.Tensor) -> float:
-        """Inner product, accumulated in float64."""
+        """Inner product of two vectors (local,), accumulated in float64."""
         return float(self.dots(left.unsqueeze(0), right)[0])
 
     def norm(self, vector: torch.Tensor) -> float:
-        """Euclidean norm."""
+        """Euclidean norm of a vector (local,)."""
         return math.sqrt(self.dot(vector, vector))
 
     def random(self, seed: int, distribution: Distribution) -> torch.Tensor:
-        """The seeded vector: the same for any number of ranks."""
+        """The vector (local,) of this seed: the same for any number of ranks."""
         vector = self.zeros()
         law: Literal["rademacher", "gaussian"]
         law = "rademacher" if distribution == "rademacher" else "gaussian"
@@ -167,7 +167,8 @@ class ShardedSpace(VectorSpace):
 
         Args:
             vector: This rank's part (local,).
-            path: Of a file that holds the range and nothing else; `read` takes one of all elements.
+            path: File that will hold the range and nothing else; `read` takes a file of all
+                elements.
             start: First flat index.
             stop: Flat index behind the last; None for all that follow.
 
@@ -217,15 +218,15 @@ class ShardedSpace(VectorSpace):
         """Put elements (m,) where they belong in a vector, as far as this rank holds them.
 
         Args:
-            vector: This rank's part (local,); written.
+            vector: This rank's part (local,); changed.
             start: Flat index of the first element.
-            elements: The same on every rank.
+            elements: The elements (m,), the same on every rank.
         """
         for flat, part in self._pieces(vector, start, start + elements.numel()):
             part.copy_(elements[flat - start : flat - start + part.numel()])
 
     def combine(self, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
-        """Σ coefficient · vector."""
+        """Σ coefficient · vector, over pairs of both."""
         total = self.zeros()
         for coefficient, vector in terms:
             total.add_(vector, alpha=coefficient)

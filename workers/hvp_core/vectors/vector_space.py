@@ -1,4 +1,4 @@
-"""A space of vectors, as whoever computes with vectors knows it."""
+"""The interface of a space of vectors, for algorithms that compute with vectors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class VectorSpace(ABC):
 
     @abstractmethod
     def random(self, seed: int, distribution: Distribution) -> Tensor:
-        """The seeded vector, (local,)."""
+        """The vector (local,) of this seed and distribution."""
 
     @abstractmethod
     def agree(self, found: Any) -> Any:
