@@ -1,8 +1,9 @@
 """Whose fault an exception is: the model's code, this library, or the memory of the machine.
 
-A model's code is not ours and fails in every way there is: while it is traced, run, or
-differentiated. That is no reason for INTERNAL, and often none to fail, since another way may do. An
-exception of this library is a bug and is never taken for a block that has to be done another way.
+A model's code is a stranger's, and fails in every way there is: while it is traced, run, or
+differentiated. Such a failure is no reason for INTERNAL, and often none to fail at all, since
+another way to compute the block may work. An exception of this library is a bug, and is never taken
+for a block that has to be computed in another way.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _NO_DERIVATIVE = ("derivative", "autograd.Function")
 
 
 def whose(error: Exception) -> Fault:
-    """Whose fault an exception is, by the innermost frame that is of somebody's code.
+    """Whose fault an exception is, by the innermost frame that belongs to somebody's code.
 
-    What torch itself refuses (RuntimeError, NotImplementedError) is the model's, whoever calls
-    torch: this library differentiates only what a model is made of. Anything else that is raised
-    in a frame of this library, an AssertionError, TypeError or KeyError, is a bug of it.
+    A refusal of torch itself (RuntimeError, NotImplementedError) is the model's fault, whoever
+    calls torch: this library differentiates only what a model is made of. Any other exception that
+    is raised in a frame of this library, an AssertionError, TypeError or KeyError, is its bug.
     """
     if is_out_of_memory(error):
         return "memory"
@@ -55,18 +56,20 @@ def whose(error: Exception) -> Fault:
 
 
 def explained(error: Exception, block: str, doing: str) -> CurvatureError:
-    """An exception with its reason: the one place that makes one of what a model's code raises.
+    """The CurvatureError that explains an exception.
+
+    This is the one place that gives a reason to exceptions of a model's code.
 
     Args:
-        error: Raised while a block was worked on.
-        block: Its name.
-        doing: What was done with it.
+        error: Exception that was raised while a block was worked on.
+        block: Name of the block.
+        doing: The work on the block, in words.
 
     Returns:
-        A CurvatureError as it is, with the block's name; OUT_OF_MEMORY;
+        A CurvatureError keeps its reason and gets the block's name. Others become OUT_OF_MEMORY;
         DOUBLE_BACKWARD_UNSUPPORTED, where torch has no derivative of an operation;
-        MODEL_UNSUPPORTED for all else that a model raises; INTERNAL for a bug of this library, with
-        its traceback.
+        MODEL_UNSUPPORTED, for anything else that a model raises; or INTERNAL with a traceback, for
+        a bug of this library.
     """
     at = {"block": block, "operation": doing}
     if isinstance(error, CurvatureError):
@@ -119,10 +122,14 @@ def _place(error: Exception) -> str:
 
 @contextmanager
 def working_on(block: str, doing: str) -> Iterator[None]:
-    """Give whatever a block's code raises its reason.
+    """Give every exception that is raised inside its reason.
+
+    Args:
+        block: Name of the block that is worked on.
+        doing: The work on the block, in words.
 
     Raises:
-        CurvatureError: As `explained` says.
+        CurvatureError: The exception that was raised, as `explained` makes it.
     """
     try:
         yield
@@ -134,21 +141,31 @@ def working_on(block: str, doing: str) -> Iterator[None]:
 class InStep:
     """Keeps a rank in step with the others when its own work on a block has failed.
 
-    A walk gathers and scatters all the way. A rank that left it would leave the others waiting; so
-    the failure is noted, the rank goes on with nothing to do, and all learn of it at the end.
+    A walk gathers and scatters all the way, so a rank that left it would leave the others waiting.
+    Instead the failure is noted, the rank goes on with nothing to do, and all ranks learn of the
+    failure at the end.
 
     Attributes:
-        failure: The first one.
+        failure: The first failure; None for none.
     """
 
     def __init__(self, *, alone: bool = False):
-        """`alone`: nobody waits, and whatever is raised leaves at once."""
+        """Begin without a failure.
+
+        Args:
+            alone: No other rank waits, so exceptions are raised at once.
+        """
         self.failure: CurvatureError | None = None
         self._alone = alone
         self._at = ("", "")
 
     def on(self, block: str, doing: str) -> Self:
-        """The work of a `with` statement."""
+        """Name the work of a `with` statement, for the failure that it may become.
+
+        Args:
+            block: Name of the block that is worked on.
+            doing: The work on the block, in words.
+        """
         self._at = block, doing
         return self
 
@@ -165,18 +182,18 @@ class InStep:
         return True
 
     def live(self, items: Sequence[T]) -> Sequence[T]:
-        """What there is to work on: nothing after a failure."""
+        """The items to work on; none after a failure."""
         return items if self.failure is None else ()
 
 
 def raise_first(failures: Iterable[CurvatureError | None]) -> None:
-    """Raise what the first rank that failed has raised, on every rank alike.
+    """Raise the failure of the first rank that failed, on every rank alike.
 
     Args:
-        failures: Of all ranks, in their order.
+        failures: Failure of each rank, or None, in order of rank.
 
     Raises:
-        CurvatureError: Where a rank has failed.
+        CurvatureError: The failure of the first rank that failed.
     """
     for failure in failures:
         if failure is not None:

@@ -1,4 +1,4 @@
-"""Arithmetic in which a second derivative is what it claims to be."""
+"""Arithmetic in which second derivatives exist, are right and keep their precision."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ _NORMS = _functions("batch_norm group_norm instance_norm rms_norm")
 
 
 def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Floating operands of which some are of 16 bits and some are not, as one type.
+    """The arguments with mixed floating operands, some of them of 16 bits, cast to one dtype.
 
-    The narrowest; for a norm the widest; for what writes into a tensor that tensor's. None where
-    there is nothing to do.
+    It is the narrowest dtype; for a norm the widest; for an operation that writes into a tensor,
+    that tensor's own. None where there is nothing to cast.
     """
     leaves, spec = tree_flatten((args, kwargs))
     places = [
@@ -99,7 +99,7 @@ def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any] 
 
 
 _DATA: Any = torch.Tensor.data
-#: Give a tensor as a constant.
+#: Functions that give a tensor as a constant.
 _STOPS = {torch.detach, torch.Tensor.detach, torch.Tensor.detach_, _DATA.__get__}
 STOPPED = "no_grad and detach in its code are ignored: the loss is differentiated as a function"
 _listening: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
@@ -111,7 +111,7 @@ def refuse_without_values(func: Callable[..., Any], arguments: Sequence[Any]) ->
     torch does not: a convolution with a tensor on the meta device returns whatever lay in memory.
 
     Raises:
-        CurvatureError: MODEL_UNSUPPORTED.
+        CurvatureError: MODEL_UNSUPPORTED: an argument has no values.
     """
     missing = any(isinstance(each, torch.Tensor) and each.is_meta for each in arguments)
     if missing and getattr(func, "__name__", "") != "__get__":  # shapes and dtypes are known
@@ -122,17 +122,17 @@ def refuse_without_values(func: Callable[..., Any], arguments: Sequence[Any]) ->
 
 @final
 class _Differentiable(TorchFunctionMode):
-    """Replaces what has a wrong derivative, and gives every operation the precision it should have.
+    """Replaces operations with wrong derivatives, and keeps every operation's precision.
 
-    Products of matrices take 16 bits where an operand has them, as in torch's autocast: weights of
-    16 bits meet a residual stream in float32. So does whatever else refuses mixed operands.
-    Norms, softmaxes and losses of many models cast to float32 "for precision"; in a float64 run
-    that cast would cost nine digits, so float64 stays.
+    Matrix products are computed in 16 bits where an operand has them, as in torch's autocast:
+    weights of 16 bits meet a residual stream in float32. So is any other operation that refuses
+    mixed operands. Norms, softmaxes and losses of many models cast to float32 "for precision"; in a
+    float64 run that cast would cost nine digits, so float64 stays.
 
-    What is differentiated is the loss as the function of its parameters that it is. A gradient
-    stopped in the model's code (`no_grad`, `detach`, `data`) is a habit of training; torch's
-    derivatives by going backward obey it and those by going forward do not, so that together they
-    would be those of nothing. It is not stopped.
+    The loss is differentiated as a function of its parameters. A gradient that is stopped in the
+    model's code (`no_grad`, `detach`, `data`) is a habit of training. Torch's derivatives by going
+    backward obey it and those by going forward do not, so together they would be the derivatives of
+    no function. Here no gradient is stopped.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class _Differentiable(TorchFunctionMode):
         return self._not_stopped(found) if self._stopped else found
 
     def _not_stopped(self, found: Any) -> Any:
-        """What the model's code would keep from being differentiated; said if it would be."""
+        """A value that the model's code would stop the gradient of; noted if it has one."""
         if isinstance(found, torch.Tensor) and found.requires_grad:
             for heard in _listening.get():
                 heard.add(STOPPED)
@@ -198,7 +198,7 @@ def exact() -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[set[str]]:
-    """What is to be said of the models' code that runs inside."""
+    """Collect remarks on the models' code that runs inside."""
     heard: set[str] = set()
     token = _listening.set((*_listening.get(), heard))
     try:
@@ -208,10 +208,14 @@ def listening() -> Iterator[set[str]]:
 
 
 def compute_dtype(space: torch.dtype, precision: Precision) -> torch.dtype:
-    """Of the operands of matrix products.
+    """The dtype of the operands of matrix products.
+
+    Args:
+        space: The dtype of the vectors.
+        precision: The precision that is asked for.
 
     Raises:
-        CurvatureError: PRECISION_UNSUPPORTED.
+        CurvatureError: PRECISION_UNSUPPORTED: tf32 or bfloat16 for vectors that are not float32.
     """
     if precision == "full":
         return space
@@ -228,10 +232,10 @@ def compute_dtype(space: torch.dtype, precision: Precision) -> torch.dtype:
 
 @contextmanager
 def matmuls(precision: Precision) -> Iterator[None]:
-    """Products of float32 operands in tf32, or in float32 whatever torch was told before.
+    """Compute matrix products of float32 operands in tf32, or in float32, whatever torch was told.
 
-    torch has two settings for this and raises wherever it meets them in disagreement; each device
-    has its own beside them.
+    Torch has two settings for this and raises wherever it meets them in disagreement; each device
+    has its own beside them. All are restored at the end.
     """
     devices: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [each.fp32_precision for each in devices]
@@ -249,9 +253,9 @@ def matmuls(precision: Precision) -> Iterator[None]:
 
 
 def exact_products() -> _GeneratorContextManager[None]:
-    """Products of matrices in their operands' own precision, whatever the process was told.
+    """Compute matrix products in their operands' own precision, whatever the process was told.
 
-    Also a decorator. For whatever is not a product of an operator: inner products, rotations of a
-    basis, checks.
+    It is a decorator too. It serves work that is not a product of an operator: inner products,
+    rotations of a basis, checks.
     """
     return matmuls("full")

@@ -15,20 +15,20 @@ class ComputeSettings:
     """Choices that change time and memory, and rounding, but not the meaning of a result.
 
     Attributes:
-        schedule: What is kept of the forward walk. `lean` keeps the inputs of the blocks and
-            computes them again on the way back (11 units); `fast` keeps what the way back needs
-            (8); `cached` keeps the primal half for the next product too (6). `auto` takes the
-            fastest that fits `budget_bytes`.
-        budget_bytes: Of memory for what is kept; None for what is free when the first product
-            begins.
+        schedule: What blocks keep of the forward walk. `lean` keeps the inputs of the blocks, which
+            are computed again on the way back (11 GEMM passes for a Hessian's product); `fast`
+            keeps what the way back needs (8); `cached` keeps the primal half for the next product
+            too (6). `auto` takes the fastest that fits `budget_bytes`.
+        budget_bytes: Memory for what blocks keep; None for most of what is free when the first
+            product begins.
         compile: Compile the blocks' duals with TorchInductor.
         graphs: Replay a whole product as one CUDA graph.
-        precision: Of the operands of matrix products. `full` is the space's own; `tf32` and
-            `bfloat16` apply to float32 spaces: statistics, losses, vectors and sums stay in
-            float32. `float64` computes in float64 throughout, and a product of a float32 vector
-            is rounded when it is added up.
-        strict: A slower way than the fast one is an error. For tests and benchmarks: what they
-            see is then what they mean to see.
+        precision: Precision of the operands of matrix products. `full` is the space's own; `tf32`
+            and `bfloat16` apply to float32 spaces: statistics, losses, vectors and sums stay in
+            float32. `float64` computes in float64 throughout, and a product of a float32 vector is
+            rounded when it is added up.
+        strict: Whether a slower way than the fast one is an error. For tests and benchmarks: they
+            then see what they mean to see.
     """
 
     schedule: Schedule = "auto"

@@ -1,4 +1,4 @@
-"""Which kernels compute an attention."""
+"""The choice of the kernels that compute an attention."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def choose(x: Qkv, pattern: Pattern, span: Span | None, precision: Precision) ->
 
     Args:
         x: Query, key and value; only their shapes, dtypes and devices matter.
-        pattern: Of the mask.
-        span: Of the mask.
-        precision: Of products of float32 operands.
+        pattern: Pattern of the mask, with scale and cap of the scores.
+        span: Keys of each row that are no padding; None for all.
+        precision: Precision of matrix products; `tf32` rounds float32 operands.
     """
     if x.q.device.type != "cuda" or x.q.dtype == torch.float64:
         return Tiled()
@@ -39,5 +39,5 @@ def choose(x: Qkv, pattern: Pattern, span: Span | None, precision: Precision) ->
 
 @functools.cache
 def _flash(rounded: bool) -> Flash:
-    """One for all calls: it remembers which tiles fitted."""
+    """The kernels for all calls of a precision: they remember which tiles fitted."""
     return Flash(input_precision="tf32" if rounded else "ieee")

@@ -40,12 +40,13 @@ class Flash(Attention):
     at most one dK and dV for each query head.
 
     Args:
-        input_precision: How float32 operands are multiplied; 16-bit ones always are exactly.
+        input_precision: Arithmetic for products of float32 operands; products of 16-bit operands
+            are always exact.
         tune: Time a short list of tiles the first time a kernel meets a class of shapes, instead of
             taking the committed choice. Results may then differ in rounding between machines.
-        launcher: What runs a kernel; another one can compile without running.
+        launcher: Runs a kernel; another launcher can compile without running.
         card: The device to plan for; None asks the device.
-        choose: Launches to use in place of the committed ones.
+        choose: Plans to use in place of the committed ones.
         first_order: Let cuDNN compute outputs and first derivatives alone where it is faster, as
             torch's own attention does; its gradients are left out where torch is told to use
             deterministic algorithms.
@@ -67,7 +68,7 @@ class Flash(Attention):
         self._runner = Runner(input_precision, tune, launcher, card, choose or {})
 
     def supports(self, x: Qkv, pattern: Pattern, span: Span | None) -> str | None:
-        """None if it can, else why not, in words that finish "attention …"."""
+        """See Attention."""
         width = max(x.q.shape[-1], x.v.shape[-1])
         if not has_triton():
             return "needs triton, which is not installed"

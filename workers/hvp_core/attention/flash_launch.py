@@ -22,7 +22,7 @@ Launcher = Callable[[Any, tuple[int], dict[str, Any], dict[str, Any]], None]
 
 _T = TypeVar("_T")
 
-#: Of the second-level cache (40 MB and more), what the heads that run together may fill.
+#: Bytes of the second-level cache (40 MB and more) that the heads that run together may fill.
 _CACHE_BYTES = 16 << 20
 #: Programs to have for each processor before heads of a group share one; and where a group does not
 #: fit the cache. Heads then go one after the other, and causal programs differ in length: with few
@@ -46,19 +46,19 @@ def kernels() -> Any:
 
 @cache
 def has_triton() -> bool:
-    """Whether the package is installed."""
+    """Whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of a CUDA device."""
+    """Compute capability (major, minor) of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
 @cache
 def card(device: torch.device) -> Card:
-    """What is at that device."""
+    """The facts about a device that plans depend on; for a CPU those of one plain processor."""
     if device.type != "cuda":
         return Card(hopper=False, processors=1)
     properties = torch.cuda.get_device_properties(device)
@@ -115,12 +115,12 @@ class Problem:
 
     @property
     def wide(self) -> bool:
-        """float32."""
+        """Whether elements have four bytes."""
         return self.dtype.itemsize == 4
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """With its last dimension contiguous; itself if it is so already."""
+    """The tensor with its last dimension contiguous; itself if it is so already."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -134,9 +134,9 @@ class Runner:
     """Chooses tiles and launches kernels; remembers what fitted and what was fastest.
 
     Args:
-        input_precision: How float32 operands are multiplied.
+        input_precision: Arithmetic for products of float32 operands.
         tune: Time the alternatives the first time a class of shapes is met.
-        launcher: What runs a kernel.
+        launcher: Runs a kernel.
         card: The device to plan for; None asks the device.
         choose: Plans to use in place of the committed ones.
     """
@@ -206,7 +206,7 @@ class Runner:
         return self._card or card(device)
 
     def parts(self, problem: Problem, probes: Sequence[int], tile: Tile) -> int:
-        """Into how many programs the heads of a group go, for processors to end together."""
+        """Number of programs that share a group's heads, so that processors end together."""
         programs = -(-problem.t // tile.keys) * problem.b * problem.key_heads
         streamed = _streamed_bytes(problem, problem.s, probes) * problem.group
         enough = _WAVES[streamed > _CACHE_BYTES] * self.card(problem.device).processors
@@ -226,13 +226,13 @@ class Runner:
         """One launch of a kernel whose programs own queries.
 
         Args:
-            kernel: Of `flash_kernels`.
-            one: What to compute.
-            probes: For which of them, by their number from 1.
+            kernel: A kernel of `flash_kernels`.
+            one: The pass that the launch is part of.
+            probes: Probes whose tangents are computed, by their number from 1.
             p: Sizes and pattern.
-            reads: Its (b, h, n, d) inputs.
-            arguments: What else it has.
-            tile: How to cut it.
+            reads: The kernel's (b, h, n, d) inputs.
+            arguments: The kernel's other tensors.
+            tile: Sizes of the tiles.
         """
         # The heads of a group stream the same keys and values.
         chunk = max(_CACHE_BYTES // _streamed_bytes(p, p.t, probes), 1) * p.group
@@ -330,12 +330,12 @@ class Runner:
 
 
 def _streamed_bytes(p: Problem, length: int, probes: Sequence[int]) -> int:
-    """What a program reads of one head while it loops over all of it."""
+    """Bytes that a program reads of one head while it loops over all of it."""
     return max(length * (p.d + p.e) * p.dtype.itemsize * (1 + len(probes)), 1)
 
 
 def rows(x: Tensor) -> Any:
-    """Where the rows of a (b, h, n, d) tensor lie, as the kernels take it."""
+    """A (b, h, n, d) tensor in the form that the kernels take: a pointer and its strides."""
     return kernels().Rows(x, *x.stride()[:3])
 
 

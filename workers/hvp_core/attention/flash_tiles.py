@@ -1,4 +1,4 @@
-"""Which tiles each kernel runs with: measured choices, and what to try when they do not fit."""
+"""The tiles that each kernel runs with: measured choices, and alternatives if they do not fit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Tile:
     Attributes:
         queries: Rows of S in a tile.
         keys: Columns of S in a tile.
-        warps: Of 32 threads, in a program.
+        warps: Number of warps, of 32 threads each, in a program.
         stages: Tiles in flight between memory and use; 1 loads when needed.
         descriptors: Load by the tensor memory accelerator (Hopper, strides of 16 bytes).
-        registers: Most per thread; None leaves it to the compiler.
+        registers: The most registers for a thread; None leaves the number to the compiler.
     """
 
     queries: int
@@ -46,14 +46,14 @@ class Tile:
 @final
 @dataclass(frozen=True)
 class Pass:
-    """One launch: what it computes and how it is cut.
+    """A kind of launch: what it computes, and its tiles.
 
     Attributes:
-        tile: How it is cut.
+        tile: Sizes of the tiles.
         mode: First derivatives, their tangents, or both.
         keys: dK kernels only: compute dK.
         values: dK kernels only: compute dV.
-        probes: Tangents of so many probes in one launch.
+        probes: Number of probes whose tangents one launch computes.
     """
 
     tile: Tile
@@ -71,18 +71,18 @@ class Pass:
             yield tuple(range(first, min(first + self.probes, num_probes + 1)))
 
     def makes(self, probes: tuple[int, ...]) -> tuple[int, ...]:
-        """What a launch computes: 0 for the first derivatives, and tangents by their numbers."""
+        """The sides that a launch computes: 0 for first derivatives, then its probes' numbers."""
         return probes if self.mode == "tangent" else (0, *probes)
 
 
 @final
 @dataclass(frozen=True)
 class Card:
-    """What the choice of tiles depends on.
+    """The facts about a device that the choice of tiles depends on.
 
     Attributes:
-        hopper: It has Hopper's matrix instructions and tensor memory accelerator.
-        processors: How many programs run side by side, at least.
+        hopper: The device has Hopper's matrix instructions and tensor memory accelerator.
+        processors: Number of programs that run side by side, at least.
     """
 
     hopper: bool
@@ -191,11 +191,11 @@ def plans(
     """The committed choice, then what tuning may try instead.
 
     Args:
-        kernel: Which.
-        mode: What to compute.
+        kernel: Name of the kernel.
+        mode: Derivatives to compute.
         width: The padded head dimension, the greater of the two.
         card: The device.
-        wide: Four bytes an element.
+        wide: Elements have four bytes.
         exact: float32 products are not rounded to tf32.
         several: There are tangents of more than one probe.
     """

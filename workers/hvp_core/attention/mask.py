@@ -33,11 +33,11 @@ class Mask:
 
     Args:
         batch: Number of rows.
-        rows: s, queries of each.
-        columns: t, keys of each.
+        rows: s, the number of queries of each row of the batch.
+        columns: t, the number of keys of each row.
         rule: (b, h, i, j) -> whether query i may look at key j; index tensors that broadcast.
-        valid: (b, t) true where a key is no padding; None if all are there.
-        device: Where `valid` is, and where tiles are made.
+        valid: (b, t) true where a key is no padding; None if no key is padding.
+        device: The device of `valid`, on which tiles are made.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Mask:
 
     @cached_property
     def shape(self) -> Shape | None:
-        """The regular pattern this mask is, compared element by element; None if it is none.
+        """The regular pattern that equals this mask in every element; None if there is none.
 
         Cost: one pass over queries × keys in tiles of bounded size.
         """
@@ -83,7 +83,7 @@ class Mask:
         return guess
 
     def _guess(self, span: Span | None) -> Shape:
-        """What the first and the last query of the rule alone suggest."""
+        """The regular pattern that the rule for the first and the last query suggests."""
         j = torch.arange(self._columns, device=self._device)
         zero = torch.zeros(1, dtype=torch.long, device=self._device)
         allowed = [
@@ -111,7 +111,7 @@ class Mask:
 
 
 def _span(valid: Tensor) -> Span | None:
-    """The stretch of valid keys in each row; None where there are gaps."""
+    """The stretch of valid keys in each row; None if a row has gaps."""
     count = valid.sum(1)
     start = valid.int().argmax(1)
     index = torch.arange(valid.shape[1], device=valid.device)

@@ -19,9 +19,9 @@ def attention(
 
     Args:
         x: Query (b, h, s, d), key (b, h/g, t, d), value (b, h/g, t, e).
-        mask: Boolean (b or 1, 1 or h, s, t), true where a query may look; or to be added to the
-            scores; or None.
-        causal: Where there is no mask: query i looks at keys j ≤ i + (t − s).
+        mask: Boolean (b or 1, 1 or h, s, t), true where a query may look; or a floating tensor that
+            is added to the scores; or None.
+        causal: Without a mask, query i looks at keys j ≤ i + (t − s) only.
         scale: τ.
         softcap: c of c·tanh(S/c), or None.
 

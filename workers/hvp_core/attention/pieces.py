@@ -32,7 +32,7 @@ _ALONE = 1 << 18
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
-    """Of everything between the inputs and the outputs."""
+    """The dtype of everything between inputs and outputs: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -87,12 +87,12 @@ class Piece:
 
     @property
     def scale(self) -> float:
-        """Of what comes before the cap, or of the scores if there is none."""
+        """Scale of the cap's argument, or of the scores if there is no cap."""
         return self.pattern.scale / (self.pattern.softcap or 1)
 
     @property
     def factor(self) -> float:
-        """What keys are packed with; scores are in base 2, but the argument of a cap is not."""
+        """Factor that keys are packed with; scores are in base 2, but a cap's argument is not."""
         return self.scale / (LN2 if self.pattern.softcap is None else 1)
 
     def of_queries(self, x: Tensor, tile: Tile) -> Tensor:
@@ -157,12 +157,12 @@ class Job:
     parts: int
 
     def tiles(self) -> Iterator[Tile]:
-        """Every parts-th, so that shares of a causal pattern are alike."""
+        """Every `parts`-th tile, so that shares of a causal pattern take alike long."""
         return itertools.islice(self.piece.tiles(), self.part, None, self.parts)
 
 
 def jobs(x: Qkv, pattern: Pattern, span: Span | None, workers: int) -> list[Job]:
-    """Whole pieces if they come out even among the workers, else shares of each."""
+    """The jobs of a call: whole pieces if they divide evenly among workers, else shares of each."""
     found = list(_pieces(x, pattern, span))
     parts = 1 if len(found) % workers == 0 else workers
     return [Job(piece, part, parts) for piece in found for part in range(parts)]

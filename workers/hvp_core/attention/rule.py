@@ -1,4 +1,4 @@
-"""What an attention with its own dual rule computes.
+"""The interface and the formulas of an attention with its own dual rule.
 
 Per head, with scale τ, S = τQKᵀ (capped, masked), P = softmax(S), L = logsumexp(S):
 
@@ -25,7 +25,7 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """What is the same for every row of a batch.
+    """The part of a mask, and of the scores, that is the same for every row of a batch.
 
     Attributes:
         scale: τ.
@@ -70,11 +70,11 @@ class Output(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where a backward pass is taken, or the tangent of all that along a direction.
+    """The point at which a backward pass is taken, or the tangent of that point in a direction.
 
     Attributes:
         x: Query, key and value.
-        y: What `forward` made of them.
+        y: Output that `forward` gave for them.
         o_bar: Cotangent of O, shaped as O.
     """
 
@@ -93,14 +93,14 @@ class Attention(ABC):
     Memory: outputs, and O(s) or a bounded number of tiles besides.
 
     Attributes:
-        together: Tangents of up to so many directions share work; it is no use to ask for more.
+        together: Number of directions whose tangents share work; more at once save nothing.
     """
 
     together: int
 
     @abstractmethod
     def supports(self, x: Qkv, pattern: Pattern, span: Span | None) -> str | None:
-        """None if it can, else why not, in words that finish "attention …"."""
+        """None if this attention is supported, else why not, in words after "attention …"."""
 
     @abstractmethod
     def forward(self, x: Qkv, pattern: Pattern, span: Span | None) -> Output:

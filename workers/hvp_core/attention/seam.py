@@ -1,9 +1,9 @@
 """The seam: where a layer is cut so that its attention gets a rule of its own.
 
-Inside `cut(outputs)` every attention that is called is noted and returns the next of these in place
-of a result (zeros for None). The layer then is a function of its input and of the outputs of its
-attentions, and gives the queries, keys and values of each beside its own output, whatever its
-architecture.
+Inside `cut(outputs)` every call of an attention is noted, and returns the next of the outputs in
+place of a result (zeros for None). The layer then is a function of its input and of the outputs of
+its attentions. Beside its own output it gives the queries, keys and values of each attention,
+whatever its architecture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hvp_core.attention.rule import Pattern, Qkv, Span
 @final
 @dataclass
 class Seam:
-    """What the attentions of a layer were called with, in their order."""
+    """The calls of a layer's attentions, in their order, and the outputs that they return."""
 
     outputs: Sequence[Tensor] | None  # each (b, s, h, e), what they return; None for zeros
     calls: list[Call] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Call:
     mask: Mask | Tensor | None
 
     def shape(self, mask: Mask | None) -> tuple[Pattern, Span | None] | None:
-        """As kernels want it, with this micro-batch's own mask; None if that is irregular."""
+        """Pattern and span for kernels, with a micro-batch's own mask; None if it is irregular."""
         shape = Shape(self.causal, None, None) if mask is None else mask.shape
         if shape is None:
             return None
@@ -57,7 +57,12 @@ _open: ContextVar[Seam | None] = ContextVar("seam", default=None)
 
 @contextmanager
 def cut(outputs: Sequence[Tensor] | None) -> Iterator[Seam]:
-    """Cut every attention that is called inside."""
+    """Cut every attention that is called inside.
+
+    Args:
+        outputs: What the attentions return, in the order of their calls, (b, s, h, e) each; None
+            for zeros.
+    """
     seam = Seam(outputs)
     token = _open.set(seam)
     try:
@@ -67,7 +72,7 @@ def cut(outputs: Sequence[Tensor] | None) -> Iterator[Seam]:
 
 
 def attend(call: Call) -> Tensor:
-    """What an attention gives, (b, s, h, e): its output, or what is cut in its place."""
+    """The output of an attention, (b, s, h, e); inside `cut`, the tensor given in its place."""
     seam = _open.get()
     if seam is not None:
         seam.calls.append(call)

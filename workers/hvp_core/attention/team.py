@@ -25,7 +25,7 @@ _MOST = 4
 
 
 def size() -> int:
-    """How many jobs run at once."""
+    """Number of jobs that run at once."""
     return min(_MOST, torch.get_num_threads())
 
 
@@ -37,8 +37,14 @@ def run(
 ) -> None:
     """Do each job once, without autograd, in up to `workers` threads with a state each.
 
-    Jobs are taken in their order as threads become free, so the large ones should come first. What
-    a job adds to must be its own, or the result depends on who was faster.
+    Jobs are taken in their order as threads become free, so the large ones should come first. Each
+    job must add to tensors of its own, or the result depends on which thread was faster.
+
+    Args:
+        jobs: The jobs.
+        work: Does one job with its thread's state.
+        state: Makes the state of a thread.
+        workers: The most threads to use; with 1 the calling thread does all jobs.
     """
     queue = iter(jobs)  # of a sequence: safe to share under the interpreter's lock
     inference = torch.is_inference_mode_enabled()

@@ -1,6 +1,6 @@
 """Attention with its dual rule, tile by tile, in plain torch: the route on a CPU.
 
-Time goes where it must, into matrix products, because of seven choices:
+Time goes into matrix products, where it must go, because of seven choices:
 
 - A piece is the key heads whose tiles one batched product computes; the queries that share a key
   head are rows of the same tile, so keys and values are never repeated.
@@ -41,7 +41,10 @@ from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 
 @final
 class Tiled(Attention):
-    """Every dimension, stride, device and floating dtype; sums in float32, or in float64 for it."""
+    """Supports every dimension, stride, device and floating dtype.
+
+    Sums are in float32; in float64 for float64 inputs.
+    """
 
     together = 4  # what is left to share beyond that is a twelfth of the work
 
@@ -318,7 +321,7 @@ def _scores_dot(rows_dot: Tensor, k: Tensor, cap: _Cap | None, scratch: Scratch)
     Args:
         rows_dot: [Q̇, Q, shift].
         k: [1, K, K̇, 1].
-        cap: Of the scores.
+        cap: The cap of the scores, as `_scores` gave it.
         scratch: Holds the results until the next direction.
     """
     s_dot = scratch("s_dot", *rows_dot.shape[:2], k.shape[1])

@@ -1,7 +1,7 @@
 """Losses by their outputs: value, gradient and its tangent, in closed form.
 
-A loss is Σ w ℓ(z, target); the walk divides by the whole batch's Σ w. Written out by hand because
-the chain ends here: what the blocks need is only the pair (G, Ġ), G = ∂(Σ w ℓ)/∂z and
+A loss is Σ w ℓ(z, target); the walk divides by the whole batch's Σ w. The derivatives are written
+out by hand: the chain ends here, so the blocks need only the pair (G, Ġ), G = ∂(Σ w ℓ)/∂z and
 Ġ = ∂²(Σ w ℓ)/∂z² ż, and the automatic rules for log-softmax cannot be differentiated a third time.
 """
 
@@ -19,22 +19,23 @@ IGNORED = -100  # a label of weight zero
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """16 bits in float32: a loss, or what a block hands on, is not rounded to them."""
+    """The tensor, in float32 if it has 16 bits: a loss or a block's output keeps its digits."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 class Loss(ABC):
     """Sum over targets of a function of the model's output.
 
-    Law: with H_out = ∂²/∂z², `dual(z, ż)` returns (value(z), G(z), H_out ż). Losses that are equal
-    are one function: programs are kept by the loss that they were traced with, so that a loss with
-    settings is a frozen dataclass of them, or equal to itself alone. Its `repr` is what provenance
-    calls it.
+    Law: `gradient` and `curve` are the derivatives G and H_out ż of `value`, with H_out its second
+    derivative by z. Losses that are equal are one function: programs are kept by the loss that they
+    were traced with, so a loss with settings is a frozen dataclass of them, or equal to itself
+    alone. Its `repr` is its name in provenance.
 
     Attributes:
-        has_outputs: Whether what the loss is taken of is an output of the model, of which there are
-            a Jacobian, a Gauss-Newton matrix and gradients of single targets.
-        counts: What of the targets `weight` counts: rows, or elements that are not ignored.
+        has_outputs: Whether the loss is taken of an output of the model, which then has a Jacobian,
+            a Gauss-Newton matrix and gradients of single targets.
+        counts: The unit that `weight` counts in the targets: rows, or elements that are not
+            ignored.
     """
 
     has_outputs: ClassVar[bool] = True
@@ -42,10 +43,10 @@ class Loss(ABC):
 
     @abstractmethod
     def weight(self, target: torch.Tensor) -> float:
-        """Σ w: how many targets count."""
+        """Σ w, the number of targets that count."""
 
     def fits(self, output: torch.Size, target: torch.Tensor) -> str:
-        """Why targets are none of outputs of this shape, in words; "" where nothing is known."""
+        """Why these targets do not fit outputs of this shape, in words; "" if they may fit."""
         return ""
 
     def check(self, output: torch.Tensor, target: torch.Tensor) -> None:
@@ -79,10 +80,11 @@ class Loss(ABC):
 
     @abstractmethod
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums of a tensor like the output over what belongs to each single target.
+        """Sums of a tensor like the output over the elements that belong to each single target.
 
         Returns:
-            What it sums over is of size one: the sums broadcast against the output.
+            The sums; dimensions that are summed over have size one, so that the sums broadcast
+            against the output.
         """
 
 
@@ -99,7 +101,7 @@ class CrossEntropy(Loss):
         return int((target != IGNORED).sum())
 
     def fits(self, output: torch.Size, target: torch.Tensor) -> str:
-        """Classes are the last dimension."""
+        """See Loss: integers, one for each row of logits; classes are the last dimension."""
         if target.is_floating_point():
             return "takes class indices, which are integers"
         return "" if output[:-1] == target.shape else "takes one class index for each row of logits"
@@ -128,7 +130,7 @@ class CrossEntropy(Loss):
         return probability.mul_(tangent - mean).mul_((target != IGNORED).unsqueeze(-1))
 
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
-        """Over the classes."""
+        """Sums over the classes, (..., 1)."""
         return values.sum(-1, keepdim=True)
 
 
@@ -162,7 +164,7 @@ class SquaredError(Loss):
         return tangent
 
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all of a row."""
+        """Sums over each whole row, (rows, 1, ...)."""
         return (
             values.sum(list(range(1, values.dim())), keepdim=True) if values.dim() > 1 else values
         )
@@ -215,7 +217,7 @@ class MeanSquaredError(Loss):
         return target.numel()
 
     def fits(self, output: torch.Size, target: torch.Tensor) -> str:
-        """As many targets as outputs, row by row."""
+        """See Loss: one target for each element of the output."""
         alike = output == target.shape or output == (*target.shape, 1)
         return "" if alike else "takes a target for each element of the output"
 
@@ -241,10 +243,10 @@ class MeanSquaredError(Loss):
 @final
 @dataclass(frozen=True)
 class OwnLoss(Loss):
-    """The model gives the loss itself, of all rows that it is given the mean, once for each row.
+    """The loss of a model that gives it itself: z is the mean over the rows, once for each row.
 
-    So Σ z over rows is Σ ℓ, and it has no curvature by z. There are no targets beside the output:
-    a tensor like it stands in their place.
+    So Σ z over rows is Σ ℓ, and the loss has no curvature by z. There are no targets beside the
+    output: a tensor like it stands in their place.
     """
 
     has_outputs: ClassVar[bool] = False
@@ -255,7 +257,7 @@ class OwnLoss(Loss):
         return target.shape[0]
 
     def fits(self, output: torch.Size, target: torch.Tensor) -> str:
-        """One number for each row."""
+        """See Loss: outputs are one number for each row."""
         return "" if output == target.shape else "takes one number for each row"
 
     def value(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -263,29 +265,29 @@ class OwnLoss(Loss):
         return output.sum(dtype=torch.float64)
 
     def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """1."""
+        """Ones, shaped as the output."""
         return torch.ones_like(output)
 
     def curve(
         self, output: torch.Tensor, tangent: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        """0."""
+        """Zeros, shaped as the output."""
         return torch.zeros_like(tangent)
 
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
-        """Nothing is known of single rows."""
+        """The values themselves: nothing is known of single rows."""
         return values
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """What the end of a model gives, and the loss that is taken of it.
+    """The outputs of a model, and the loss that is taken of them.
 
     Attributes:
-        loss: Of outputs and targets.
-        unit: What a row of the output is of: every position of a sequence, so that positions may
-            go through the last block in pieces; or a row of the batch, which takes all of it.
+        loss: The loss of outputs and targets.
+        unit: `token`: every position of a sequence has outputs of its own, so that positions may go
+            through the last block in pieces. `row`: the outputs of a row need the whole row.
     """
 
     loss: Loss

@@ -1,7 +1,7 @@
-"""What a product makes of the model's output and its tangent: numbers, or cotangents that go back.
+"""The rules at a model's output: they make numbers, or cotangents that go back.
 
 A rule sees one piece of a micro-batch at a time. It is traced together with the last block, so it
-consists of operations on tensors that depend on no values.
+consists of tensor operations whose choice depends on no values.
 
 In formulas, G = ∂(Σ w ℓ)/∂y and H_out = ∂²(Σ w ℓ)/∂y² of the loss by the output y. The slope of a
 target t is g_t·v, the derivative of its loss along v: the part of G∘ẏ that belongs to it, summed.
@@ -21,15 +21,15 @@ from hvp_core.losses.loss import Loss
 @final
 @dataclass(frozen=True)
 class AtOutput:
-    """What a rule may read.
+    """The values that a rule may read.
 
     Attributes:
-        loss: G and H_out come from it.
+        loss: The loss, which gives G and H_out.
         y: The model's output, (rows, ...), in at least float32.
-        y_dot: Its tangent, like y.
-        target: Of the loss.
-        given: What the walk hands in, where the product is one that is given something: float64
-            (rows,), or a tensor like y.
+        y_dot: Tangent of the output, like y.
+        target: Targets of the piece, as the loss takes them.
+        given: The tensor that the walk hands in, where the product is given one: (rows,) float64,
+            or like y.
     """
 
     loss: Loss
@@ -56,12 +56,12 @@ CotangentRule = Callable[[AtOutput], tuple[Tensor, ...]]
 
 
 def gradient(at: AtOutput) -> tuple[Tensor, ...]:
-    """G."""
+    """The gradient G by the output."""
     return (at.gradient,)
 
 
 def curve(at: AtOutput) -> tuple[Tensor, ...]:
-    """H_out ẏ."""
+    """The product H_out ẏ with the loss's own Hessian by the output."""
     return (at.curve,)
 
 
@@ -87,34 +87,35 @@ def gradient_by_given_rows(at: AtOutput) -> tuple[Tensor, ...]:
 
 
 def given(at: AtOutput) -> tuple[Tensor, ...]:
-    """What is given, as it is."""
+    """The given tensor, in y's dtype."""
     assert at.given is not None
     return (at.given.to(at.y.dtype),)
 
 
 # Numbers ------------------------------------------------------------------------------------------
 
-#: Gives (rows,) of y's type, each a sum over what of a row is in the piece; or a tensor like y.
+#: Gives (rows,) of y's dtype, each a sum over the part of a row that is in the piece; or a tensor
+#: like y.
 MeasureRule = Callable[[AtOutput], Tensor]
 
 
 def slopes_of_rows(at: AtOutput) -> Tensor:
-    """Σ of the slopes of a row's targets."""
+    """For each row the sum of its targets' slopes, (rows,)."""
     return _over_rows(at.gradient * at.y_dot)
 
 
 def squared_slopes_of_targets(at: AtOutput) -> Tensor:
-    """Σ of the squares of the slopes of a row's targets."""
+    """For each row the sum of the squares of its targets' slopes, (rows,)."""
     return _over_rows(at.loss.by_target(at.gradient * at.y_dot).square())
 
 
 def curvature_of_rows(at: AtOutput) -> Tensor:
-    """ẏ·H_out ẏ of a row."""
+    """For each row ẏ·H_out ẏ, (rows,)."""
     return _over_rows(at.y_dot * at.curve)
 
 
 def output_tangent(at: AtOutput) -> Tensor:
-    """ẏ."""
+    """The output's tangent ẏ."""
     return at.y_dot
 
 

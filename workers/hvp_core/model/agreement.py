@@ -1,4 +1,4 @@
-"""Is the chain the model? Its loss is compared with the one that the model's own code computes."""
+"""Checks that the chain is the model: its loss is compared with that of the model's own code."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def disagreement(
     one another is seen too. Called by all ranks together; memory: two blocks.
 
     Args:
-        family: That the model is of.
-        facts: Of the model.
-        model: As built, on the meta device.
-        chain: Cut from it.
-        space: Of its parameters.
+        family: Family of the model.
+        facts: Facts about the model.
+        model: The model as built, its parameters on the meta device.
+        chain: The chain that was cut from the model.
+        space: Space of the model's parameters.
         parameters: θ, this rank's shard.
         loss: Gives the mean loss of the chain at θ on a batch whose rows are taken one by one.
 
@@ -91,14 +91,14 @@ def disagreement(
 
 @final
 class _OnDemand(TorchFunctionMode):
-    """Gives an operation the values of the parameters that it is called with.
+    """Gives every operation the values of the parameters that it is called with.
 
-    Whoever calls it: a model's code may read the weights of any of its modules anywhere.
+    The caller does not matter: a model's code may read the weights of any of its modules anywhere.
 
     Args:
-        model: Its parameters on the meta device.
-        space: Of its parameters.
-        parameters: θ, this rank's shard. Of it two segments at most are gathered at a time.
+        model: The model, its parameters on the meta device.
+        space: Space of the model's parameters.
+        parameters: θ, this rank's shard. At most two segments are gathered at a time.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace, parameters: torch.Tensor):

@@ -29,20 +29,22 @@ class MicroBatch:
 
     @property
     def sequence_length(self) -> int:
-        """Of token sequences; 1 where the rows are none."""
+        """Number of positions of each token sequence; 1 where the rows are no token sequences."""
         ids = self.inputs.get("input_ids")
         return 1 if ids is None else ids.shape[1]
 
 
 class Body(NamedTuple):
-    """A block with what it computes with laid open.
+    """A block for one micro-batch, with everything that it reads laid open.
 
     Attributes:
-        constants: Tensors it reads that are neither parameters nor its input: `c/0` and so on.
-        call: (params by canonical name, x, constants) -> y.
-        masks: What it hands to its attention unread.
+        constants: Tensors that the block reads beside its parameters and its input, by the names
+            `c/0` and so on.
+        call: The block as a function: (params by canonical name, x, constants) -> y.
+        masks: Masks that the block hands to its attention unread.
         fixed: Whether the constants keep their dtype when the block is run in another one.
-        settings: Whatever else decides what `call` does: of the micro-batch, and the cast.
+        settings: Everything else that decides what `call` computes: settings of the micro-batch,
+            and the cast.
     """
 
     constants: dict[str, Tensor]
@@ -54,15 +56,15 @@ class Body(NamedTuple):
     def run(
         self, params: Mapping[str, Tensor], x: Tensor, constants: Mapping[str, Tensor]
     ) -> Tensor:
-        """Y by the model's own code, so that it can be differentiated and means what it says."""
+        """The output y by the model's own code, in arithmetic that can be differentiated."""
         with exact():
             return self.call(params, x, constants)
 
     def cast(self, dtype: torch.dtype) -> Body:
         """The block with floating constants of this dtype, and its output in at least float32.
 
-        What blocks hand on to one another is a sum over all blocks before. In 16 bits it would be
-        rounded anew by each of them; operands of matrix products are rounded inside a block.
+        The values that blocks hand on to one another are sums over all blocks before. In 16 bits
+        each block would round them anew; operands of matrix products are rounded inside a block.
         """
         constants = self.constants
         if not self.fixed:
@@ -83,7 +85,7 @@ class Body(NamedTuple):
 
 
 def function_of(body: Body) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
-    """A block with its constants in place, its attention in plain operations."""
+    """A block as a function of (params, x), its constants in place."""
 
     def f(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return body.run(p, x, body.constants)
@@ -105,10 +107,15 @@ class Block(ABC):
 
     @abstractmethod
     def body(self, context: Any, dense: bool) -> Body:
-        """The block for one micro-batch; `dense` wants masks as tensors."""
+        """The block for one micro-batch.
+
+        Args:
+            context: Constants of the micro-batch, as `Chain.context` gives them.
+            dense: Give masks as tensors, which attention in plain operations reads.
+        """
 
     def forward(self, params: Mapping[str, Tensor], x: Tensor, context: Any) -> Tensor:
-        """Y = f(params, x); params by canonical name."""
+        """The output y = f(params, x), with the parameters by canonical name."""
         body = self.body(context, dense=True)
         return function_of(body)(params, x)
 
@@ -117,12 +124,12 @@ class Chain(ABC):
     """The blocks of a model and the loss at their end.
 
     Attributes:
-        blocks: In the order of evaluation.
+        blocks: The blocks, in the order of evaluation.
         shapes: Shape of every parameter of the model by canonical name, in canonical order.
         loss: Applied to the last block's output.
-        notes: How the model was taken apart, as `Curvature.notes` tells it.
-        positions_at_once: Of a chain whose last block takes its input in pieces, how large they
-            are; None chooses by memory.
+        notes: How the model was taken apart; `Curvature.notes` includes these notes.
+        positions_at_once: Number of positions in each piece, for a chain whose last block takes its
+            input in pieces; None chooses by memory.
     """
 
     blocks: Sequence[Block]
@@ -136,24 +143,29 @@ class Chain(ABC):
         """Constants that the blocks need for this micro-batch (masks, positions)."""
 
     def first_input(self, batch: MicroBatch) -> Tensor:
-        """X of the first block."""
+        """The input x of the first block."""
         return batch.inputs["x"]
 
     def sample_for_checks(self, batch: MicroBatch) -> MicroBatch:
-        """A little of a micro-batch, for checks."""
+        """A small part of a micro-batch, for checks."""
         return rows(batch, 0, 1)
 
     def pair(self, batch: MicroBatch) -> MicroBatch | None:
-        """Two rows of the whole batch, to see that blocks take each alone; None if it is known."""
+        """Two rows of the whole batch, to check that blocks take each row alone.
+
+        None where that is known, or where the batch has one row.
+        """
         return rows(batch, 0, 2) if len(batch.targets) > 1 else None
 
     def pieces(self, x: Tensor) -> list[slice]:
-        """Slices of dimension 1 that may go through the last block one by one; [] for none."""
+        """Slices of x's dimension 1 that may go through the last block one by one; [] for none."""
         return []
 
 
 def refuse_train_mode(module: nn.Module) -> None:
-    """Refuse a model that is not, in every part of it, one function of each row.
+    """Refuse a model of which a part is in train mode, or normalises over the batch.
+
+    Such a model is not one function of each row.
 
     Raises:
         CurvatureError: MODEL_UNSUPPORTED, naming the part.
@@ -185,10 +197,11 @@ class ModuleBlock(Block):
     """A module, called with its inputs in their order.
 
     Args:
-        name: Of the block.
-        module: Its parameters may be on the meta device; its buffers must be real.
-        names: The module's own parameter names to canonical ones.
-        gives_loss: It gives the mean loss of the rows that it is given, and not a tensor of rows.
+        name: Name of the block.
+        module: The module. Its parameters may be on the meta device; its buffers must be real.
+        names: The module's own parameter names, mapped to canonical ones.
+        gives_loss: The module returns the mean loss of the rows that it is given, not a tensor of
+            rows.
     """
 
     def __init__(
@@ -203,8 +216,8 @@ class ModuleBlock(Block):
         """The module with these parameters and buffers in place of its own.
 
         Args:
-            context: Its inputs behind the first.
-            dense: There are no masks.
+            context: The module's inputs behind the first.
+            dense: Not used: there are no masks.
         """
         buffers = dict(self._module.named_buffers())
         count = len(buffers)
@@ -222,10 +235,11 @@ class ModuleBlock(Block):
         return Body(numbered([*buffers.values(), *context]), call)
 
     def _checked(self, y: Any, x: Tensor) -> Tensor:
-        """The output (rows, ...); the loss, once for each row.
+        """The output (rows, ...); where the module returns the loss, the loss once for each row.
 
         Raises:
-            CurvatureError: MODEL_UNSUPPORTED.
+            CurvatureError: MODEL_UNSUPPORTED: the module returns no floating tensor, or more than
+                one number where it should return the loss.
         """
         if not isinstance(y, Tensor) or not y.is_floating_point():
             what = (
@@ -252,9 +266,9 @@ class ModuleBlock(Block):
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Take back what a module's forward has written down in itself.
+    """Undo every change that a module's forward makes to its attributes and buffers.
 
-    The next run then does not depend on this one, and holds none of its tensors.
+    The next run then does not depend on this one, and the module holds none of its tensors.
     """
     before = [(each, dict(each.__dict__), dict(each._buffers)) for each in module.modules()]
     try:
@@ -272,13 +286,13 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """A zero for every parameter, each of one element's memory."""
+    """Zeros for every parameter, by name; together they take the memory of one element."""
     zero = torch.zeros((), dtype=dtype, device=device)
     return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Constants of a body by the names that it gives them, in this order."""
+    """Tensors by the names of a body's constants, `c/0` and so on, in this order."""
     return {f"c/{index}": each for index, each in enumerate(tensors)}
 
 
@@ -296,9 +310,10 @@ class ModuleChain(Chain):
     """Any `nn.Module`; an `nn.Sequential` of one input gives one block per child.
 
     Args:
-        module: In eval mode. Its parameters may be on the meta device; its buffers must be real.
-        loss: Of its output.
-        inputs: Names of its inputs, in the order that it takes them.
+        module: The module, in eval mode. Its parameters may be on the meta device; its buffers must
+            be real.
+        loss: The loss of the module's output.
+        inputs: Names of the module's inputs, in the order in which it takes them.
 
     Raises:
         CurvatureError: MODEL_UNSUPPORTED: a part is in train mode, or normalises over the batch.
@@ -330,11 +345,11 @@ class ModuleChain(Chain):
         return batch.inputs[self._inputs[0]]
 
     def context(self, batch: MicroBatch) -> list[Tensor]:
-        """The others."""
+        """The module's inputs behind the first."""
         return [batch.inputs[name] for name in self._inputs[1:]]
 
     def pair(self, batch: MicroBatch) -> MicroBatch | None:
-        """Two rows; None where the loss of both is their mean, so that no row stands alone."""
+        """See Chain; None also where the module returns the mean loss, so that no row is alone."""
         return super().pair(batch) if self.loss.has_outputs else None
 
 
@@ -344,7 +359,15 @@ def parameter_values(module: nn.Module) -> dict[str, Tensor]:
 
 
 def as_batch(x: Tensor, targets: Tensor) -> MicroBatch:
-    """A batch for a ModuleChain."""
+    """A batch for a ModuleChain of one input.
+
+    Args:
+        x: The input, (rows, ...).
+        targets: The targets, (rows, ...).
+
+    Raises:
+        CurvatureError: SHAPE_MISMATCH: the numbers of rows differ, or are zero.
+    """
     if len(x) != len(targets) or len(x) == 0:
         raise CurvatureError(
             "SHAPE_MISMATCH", f"{len(x)} inputs and {len(targets)} targets; give as many, above 0"
@@ -353,7 +376,7 @@ def as_batch(x: Tensor, targets: Tensor) -> MicroBatch:
 
 
 def rows(batch: MicroBatch, start: int, stop: int) -> MicroBatch:
-    """Rows [start, stop) of a batch."""
+    """Rows [start, stop) of a batch, as views."""
     return MicroBatch(
         inputs={name: tensor[start:stop] for name, tensor in batch.inputs.items()},
         targets=batch.targets[start:stop],
@@ -361,12 +384,12 @@ def rows(batch: MicroBatch, start: int, stop: int) -> MicroBatch:
 
 
 def placed(batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> MicroBatch:
-    """The batch on a device, its floating numbers in a type that is at least float32.
+    """The batch on a device, its floating numbers in at least float32.
 
     Args:
-        batch: On a CPU.
-        device: Where to.
-        dtype: Of the parameters that it meets.
+        batch: The batch, on a CPU.
+        device: The device to copy it to.
+        dtype: The dtype of the parameters that it meets.
     """
     dtype = torch.promote_types(dtype, torch.float32)
 

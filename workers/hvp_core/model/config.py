@@ -1,4 +1,4 @@
-"""config.json of a checkpoint folder, whoever builds the model."""
+"""Reads config.json of a checkpoint folder, for every family of models."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 def config_refused(error: Exception) -> CurvatureError:
-    """The refusal of a config of which no model can be built.
+    """The refusal of a config from which no model can be built.
 
     Args:
-        error: What building it raised.
+        error: Exception that was raised when the model was built.
     """
     return CurvatureError(
         "CONFIG_INVALID",

@@ -15,12 +15,12 @@ def token_batch(
     labels: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> MicroBatch:
-    """Targets shifted once and for all: position t predicts label t + 1.
+    """A batch of sequences, its targets shifted once and for all: position t predicts label t + 1.
 
     Args:
         input_ids: int64 (n, s).
-        labels: int64 (n, s), −100 ignored; by default the ids, where they and those before them are
-            no padding.
+        labels: int64 (n, s), −100 ignored; by default the ids, except where an id or the one before
+            it is padding.
         attention_mask: (n, s), true or nonzero for real tokens.
 
     Raises:

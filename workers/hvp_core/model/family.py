@@ -1,4 +1,4 @@
-"""What kind of model a checkpoint is: how it is built, what it takes, and how it is taken apart.
+"""Families of models: how a checkpoint is built, which batches it takes, how it is taken apart.
 
 The model_type of its config.json decides (`huggingface/choice.py`). Code never comes with a
 checkpoint: families are those of this package, and those that installed packages register
@@ -35,9 +35,9 @@ class Way:
     """One way of taking a model apart.
 
     Attributes:
-        words: What it is, for notes.
+        words: Description of the way, for notes.
         one_block: The model is not cut.
-        own_attention: It computes its attention in plain operations of its own.
+        own_attention: The model computes its attention in plain operations of its own.
     """
 
     words: str
@@ -48,13 +48,13 @@ class Way:
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What is known of a model that has been built.
+    """Facts about a model that has been built.
 
     Attributes:
-        task: What it is for.
-        schema: What a batch for it holds.
-        head: What its outputs are, and the loss.
-        vocab_size: Token ids are below it; 0 where there are none.
+        task: What the model is for, in words.
+        schema: The fields of a batch for the model.
+        head: The model's outputs and their loss.
+        vocab_size: Token ids are below this number; 0 for models without tokens.
         max_positions: The longest sequence; None where there is no limit, or no sequence.
     """
 
@@ -65,7 +65,7 @@ class ModelFacts:
     max_positions: int | None = None
 
     def output_shape(self, batch: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The shape of the outputs on a batch that fits."""
+        """Shape of the outputs on a batch, by field, that fits the schema."""
         return self.schema.output_shape(_contents(batch))
 
 
@@ -85,16 +85,16 @@ class ModelFamily(ABC):
         """The model of a folder, its parameters on the meta device, its buffers real, in eval mode.
 
         Args:
-            directory: Of config.json and safetensors.
-            dtype: Of the parameters.
+            directory: Folder of config.json and safetensors.
+            dtype: The dtype of the parameters.
 
         Raises:
-            CurvatureError: CONFIG_INVALID; and as the family says.
+            CurvatureError: CONFIG_INVALID, and other reasons that the family names.
         """
 
     @abstractmethod
     def facts(self, model: nn.Module, directory: Path) -> ModelFacts:
-        """What is known of a model that `build` gave of a folder.
+        """Facts about a model that `build` gave for a folder.
 
         Raises:
             CurvatureError: CONFIG_INVALID.
@@ -117,14 +117,14 @@ class ModelFamily(ABC):
         """The model as a chain of blocks.
 
         Args:
-            model: As `build` gave it.
-            facts: Of it.
-            way: How to take it apart.
-            dtype: Of the parameters that it will be run with.
-            device: Where it will be run.
+            model: The model, as `build` gave it.
+            facts: Facts about the model.
+            way: How to take the model apart.
+            dtype: The dtype of the parameters that the chain will be run with.
+            device: The device that the chain will be run on.
 
         Raises:
-            NotAChainError: It cannot be taken apart in this way.
+            NotAChainError: The model cannot be taken apart in this way.
         """
 
     @abstractmethod
@@ -132,16 +132,17 @@ class ModelFamily(ABC):
         """The mean loss of a batch, all rows at once, as the model's own code computes it.
 
         Args:
-            model: With values for its parameters wherever they are used.
-            facts: Of it.
-            batch: By field of the schema.
+            model: The model; its parameters have values wherever they are used.
+            facts: Facts about the model.
+            batch: Tensors by field of the schema.
 
         Raises:
-            CurvatureError: The model is none of this family, as its values tell.
+            CurvatureError: TASK_UNSUPPORTED: the model's values show that it does not belong to
+                this family.
         """
 
     def micro_batch(self, facts: ModelFacts, batch: Mapping[str, Tensor]) -> MicroBatch:
-        """A batch that fits, as the chain takes it: inputs apart from targets."""
+        """A batch that fits the schema, as the chain takes it: inputs apart from targets."""
         target = facts.schema.targets
         inputs = {
             each.name: batch[each.name]
@@ -155,7 +156,7 @@ class ModelFamily(ABC):
     def example(self, facts: ModelFacts) -> dict[str, Tensor]:
         """Two rows of every field that a batch must have, and padding at the end of the second.
 
-        Integers and normal numbers of a fixed seed, within the ranges of the schema.
+        The values are integers and normal numbers of a fixed seed, within the ranges of the schema.
         """
         generator = torch.Generator().manual_seed(0)
         schema = facts.schema
@@ -172,7 +173,7 @@ class ModelFamily(ABC):
         """The batch in a safetensors file.
 
         Raises:
-            CurvatureError: What `check_fit` finds.
+            CurvatureError: The batch does not fit the schema; the reason is that of `check_fit`.
         """
         tensors = load_file(path)
         try:

@@ -1,4 +1,4 @@
-"""Modules of installed packages as models: registered by entry point, never sent by anybody.
+"""Modules of installed packages as models: registered by entry point, never sent by a client.
 
 A package that is installed where server and ranks run declares
 
@@ -6,8 +6,8 @@ A package that is installed where server and ranks run declares
     laplacian = "my_package:Laplacian"
 
 with `Laplacian` a subclass of `ModuleFamily`. A checkpoint whose config.json says
-`"model_type": "laplacian"` is then built by it, and its weights are found by the names of the
-module's parameters.
+`"model_type": "laplacian"` is then built by that class, and its weights are found by the names of
+the module's parameters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CPU = torch.device("cpu")
 
 
 class ModuleFamily(ModelFamily):
-    """Modules that one class makes of a config; to be subclassed by whoever registers one.
+    """Modules that one class makes from a config; a package that registers one subclasses this.
 
     The module takes the fields of a batch in the order that `fields` gives them. Without a `loss`
     it returns the mean loss over the rows that it is given, one number: such a model has a loss, a
@@ -50,8 +50,8 @@ class ModuleFamily(ModelFamily):
     of the targets then goes to the loss and not to the module.
 
     Attributes:
-        loss: Of outputs and targets; None where the module returns its own.
-        targets: The field of the targets, where there is a `loss`.
+        loss: The loss of outputs and targets; None where the module returns its own loss.
+        targets: Name of the field of the targets, where there is a `loss`.
         outputs: Dimensions of the outputs, where there is a `loss`: symbols of the fields, or
             sizes in digits.
     """
@@ -62,7 +62,7 @@ class ModuleFamily(ModelFamily):
 
     @abstractmethod
     def module(self, config: Mapping[str, Any]) -> nn.Module:
-        """The module of a config, in eval mode; what its parameters hold is not looked at.
+        """The module of a config, in eval mode; the values of its parameters are not looked at.
 
         Args:
             config: The object in config.json.
@@ -70,7 +70,7 @@ class ModuleFamily(ModelFamily):
 
     @abstractmethod
     def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
-        """What a batch holds, all of it; the first field is the module's first input.
+        """All fields of a batch; the first one is the module's first input.
 
         Args:
             config: The object in config.json.
@@ -145,7 +145,7 @@ class ModuleFamily(ModelFamily):
 
     @property
     def ways(self) -> Sequence[Way]:
-        """As its children, where it is an `nn.Sequential` of one input; else in one block."""
+        """One way: by its children where it is an `nn.Sequential` of one input; else one block."""
         return (Way(words="the module's own parts"),)
 
     def chain(
@@ -162,7 +162,7 @@ class ModuleFamily(ModelFamily):
         return ModuleChain(model, facts.head.loss, inputs)
 
     def own_loss(self, model: nn.Module, facts: ModelFacts, batch: Mapping[str, Tensor]) -> Tensor:
-        """The module's own, or that of its outputs, of all rows at once."""
+        """See ModelFamily: the loss that the module returns, or the loss of its outputs."""
         whole = self.micro_batch(facts, batch)
         y: Tensor = model(*whole.inputs.values())
         loss = facts.head.loss
@@ -176,7 +176,8 @@ def registered(model_type: str) -> ModuleFamily | None:
     """The family that an installed package registers under a name; None where none does.
 
     Raises:
-        CurvatureError: ARCHITECTURE_UNKNOWN: it cannot be loaded, or two packages register one.
+        CurvatureError: ARCHITECTURE_UNKNOWN: the family cannot be loaded, or two packages register
+            one under this name.
     """
     points = list(entry_points(group=GROUP, name=model_type))
     if not points:

@@ -1,4 +1,4 @@
-"""Does a block take each row alone? Then micro-batches are a matter of memory, not of meaning."""
+"""Checks that a block takes each row alone: then micro-batches change memory, and no result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Block, Chain, MicroBatch, function_of, rows
 
-#: Of the largest number: a product of matrices adds in another order for two rows than for one.
+#: Error relative to the largest number: a matrix product of two rows adds in another order than
+#: that of one.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -20,7 +21,7 @@ class RowCheck:
 
     Args:
         chain: The model.
-        pair: The two rows; None where nothing is to be seen.
+        pair: The two rows; None where nothing is to be checked.
     """
 
     def __init__(self, chain: Chain, pair: MicroBatch | None):
@@ -30,10 +31,14 @@ class RowCheck:
 
     @torch.no_grad()
     def __call__(self, block: Block, p: Mapping[str, torch.Tensor]) -> None:
-        """The next block.
+        """Check the next block of the chain.
+
+        Args:
+            block: The block; each is checked once, in the order of the chain.
+            p: Parameters of the block.
 
         Raises:
-            CurvatureError: MODEL_UNSUPPORTED, naming it.
+            CurvatureError: MODEL_UNSUPPORTED, naming the block.
         """
         if not self._xs:
             return
@@ -59,7 +64,7 @@ def _run(
 
 
 def _alike(ys: Sequence[torch.Tensor]) -> bool:
-    """Whether the first is the others, one behind the other."""
+    """Whether the first tensor equals the others, laid end to end, to rounding."""
     both, *alone = ys
     if both.dim() == 0 or any(each.shape[1:] != both.shape[1:] for each in alone):
         return False

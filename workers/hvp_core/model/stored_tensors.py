@@ -30,7 +30,7 @@ _COMPARED_AT_ONCE = 1 << 20  # elements; 16 MiB as float64 of both
 @final
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """Where a tensor lies: its file, its name there, its shape and its stored dtype."""
 
     file: Path
     key: str
@@ -45,7 +45,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         directory: Folder of config.json and safetensors.
 
     Returns:
-        By the name in the file.
+        The tensors by their name in the file.
 
     Raises:
         CurvatureError: SAFETENSORS_INVALID; CHECKPOINT_FILES_INVALID, also for a name in two files.
@@ -83,11 +83,11 @@ def by_name_in_model(
     parameter's.
 
     Args:
-        model: Its names; a tied tensor has several.
-        stored: By the name in the file.
+        model: The model, whose `state_dict()` has the names; a tied tensor has several.
+        stored: The stored tensors by their name in the file.
 
     Returns:
-        By a name of the model's `state_dict()`; what is not the model's is left out.
+        The tensors by a name of the model's `state_dict()`, without those that are not the model's.
 
     Raises:
         CurvatureError: CHECKPOINT_FILES_INVALID where two stored names are one name of the model.
@@ -107,7 +107,12 @@ def by_name_in_model(
 
 
 def _put(found: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:
-    """Enter a tensor; the same name twice means that nobody can tell which one is meant."""
+    """Enter a tensor under a name.
+
+    Raises:
+        CurvatureError: CHECKPOINT_FILES_INVALID: there is one of this name already, and nobody can
+            tell which one is meant.
+    """
     if name in found:
         first = found[name]
         raise CurvatureError(

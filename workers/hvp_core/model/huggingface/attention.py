@@ -53,13 +53,13 @@ def attention(
         query: (b, h, s, d).
         key: (b, h/g, t, d): g query heads share a key head.
         value: (b, h/g, t, e).
-        attention_mask: Of `make_mask`; or boolean (b or 1, 1 or h, s, t), true where a query may
-            look; or None.
+        attention_mask: A mask that `make_mask` made; or boolean (b or 1, 1 or h, s, t), true where
+            a query may look; or None.
         scaling: τ; d**-0.5 by default.
         softcap: c of c·tanh(S/c), or None.
         is_causal: Overrides the layer's.
-        others: Of Hugging Face's attention functions; refused where they are not known to leave
-            the result alone.
+        others: Other arguments of Hugging Face's attention functions; refused unless they are known
+            to leave the result alone.
 
     Returns:
         (b, s, h, e) and None. A query that may look nowhere gets zeros, as in fused attention.
@@ -98,7 +98,8 @@ def attention(
 def use(model: PreTrainedModel, name: str) -> None:
     """Have a model compute its attention by this implementation.
 
-    Also where its class does not let itself be told: its masks are then made for it.
+    The name is set even in a model whose class does not offer a choice: its masks are then made for
+    this implementation.
     """
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):

@@ -36,10 +36,10 @@ def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Args:
         directory: Folder of config.json and safetensors.
-        dtype: Of the parameters.
+        dtype: The dtype of the parameters.
 
     Raises:
-        CurvatureError: As build_from_config and stored_tensors.
+        CurvatureError: See `build_from_config` and `stored_tensors`.
     """
     model = _build(directory, dtype)
     stored = by_name_in_model(model, stored_tensors(directory))
@@ -47,7 +47,7 @@ def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def build_from_config(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder that holds a config.json alone; as build_empty.
+    """The model of a folder that may hold a config.json alone; otherwise as `build_empty`.
 
     Raises:
         CurvatureError: CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, ARCHITECTURE_UNKNOWN,
@@ -84,7 +84,7 @@ def _from_config(
 
 
 def _finish(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> PreTrainedModel:
-    """Tie what is one parameter, which replacing the parameters one by one has undone."""
+    """The model in eval mode, its parameters tied again: replacing them has undone their ties."""
     tied = model.all_tied_weights_keys
     for target, source in list(tied.items()):
         both = target in stored and source in stored

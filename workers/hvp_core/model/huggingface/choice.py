@@ -21,7 +21,7 @@ def family_of(directory: Path) -> ModelFamily:
     """The family of a folder's model, by its config.json; a registered one comes first.
 
     Args:
-        directory: Of config.json.
+        directory: Folder of config.json.
 
     Raises:
         CurvatureError: CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, ARCHITECTURE_UNKNOWN,

@@ -41,7 +41,7 @@ class _HuggingFace(ModelFamily):
         """See ModelFamily.
 
         Raises:
-            CurvatureError: As `build_empty`.
+            CurvatureError: See `build_empty`.
         """
         return build_empty(directory, dtype)
 
@@ -80,7 +80,7 @@ class _HuggingFace(ModelFamily):
 
     @final
     def own_loss(self, model: nn.Module, facts: ModelFacts, batch: Mapping[str, Tensor]) -> Tensor:
-        """See ModelFamily; the attention is the one that every architecture has."""
+        """See ModelFamily; attention is computed in plain operations, as any architecture can."""
         own = cast(PreTrainedModel, model)
         before = own.config._attn_implementation
         attention.use(own, "eager")
@@ -91,7 +91,7 @@ class _HuggingFace(ModelFamily):
 
     @abstractmethod
     def _loss(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """Of the model's forward, whatever its attention."""
+        """The mean loss that the model's forward returns for a batch."""
 
 
 @final
@@ -119,10 +119,12 @@ class CausalLanguageModels(_HuggingFace):
         return {"input_ids": super().example(facts)["input_ids"]}
 
     def _loss(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """With a third row, the first but for its last token, which counts nothing.
+        """The loss of the two rows; a third one shows that positions do not look ahead.
+
+        The third row is the first but for its last token, and its labels do not count.
 
         Raises:
-            CurvatureError: TASK_UNSUPPORTED: that token makes a difference before it.
+            CurvatureError: TASK_UNSUPPORTED: that token changes logits of positions before it.
         """
         ids = batch["input_ids"]
         changed = ids[:1].clone()
@@ -236,7 +238,7 @@ def _labels(config: PreTrainedConfig) -> tuple[Loss, BatchField]:
 
 
 def _longest(model: nn.Module, longest: int | None) -> int | None:
-    """The longest sequence, where a table of positions gives its first rows to padding."""
+    """The longest sequence, less the rows of a table of positions that are kept for padding."""
     for name, module in model.named_modules():
         is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
         if longest is not None and is_table and module.padding_idx is not None:

@@ -63,11 +63,14 @@ class LayeredChain(Chain):
     """A model from transformers, in eval mode: a language model, or one that judges whole rows.
 
     Args:
-        model: Its parameters may be on the meta device; its buffers must be real.
-        dtype: Of the parameters it will be run with.
-        device: Where it will be run.
-        one_block: Do not cut the model, whatever is found.
-        head: What its outputs are, and the loss.
+        model: The model. Its parameters may be on the meta device; its buffers must be real.
+        dtype: The dtype of the parameters that the chain will be run with.
+        device: The device that the chain will be run on.
+        one_block: Do not cut the model, whatever layers it has.
+        head: The model's outputs and their loss.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED: a part is in train mode, or normalises over the batch.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class LayeredChain(Chain):
 
     @property
     def is_cut(self) -> bool:
-        """More than one block was found."""
+        """Whether the model is cut into more than one block."""
         return len(self.blocks) > 1
 
     def first_input(self, batch: MicroBatch) -> Tensor:
@@ -99,7 +102,7 @@ class LayeredChain(Chain):
         return batch.inputs["input_ids"]
 
     def sample_for_checks(self, batch: MicroBatch) -> MicroBatch:
-        """One row, a few positions that are there, with a target that counts."""
+        """One row's first positions that are no padding, with targets that count."""
         mask = batch.inputs.get("attention_mask")
         start = 0 if mask is None else int(mask[0].ne(0).int().argmax())
         place = slice(start, start + _FEW)
@@ -110,7 +113,7 @@ class LayeredChain(Chain):
         )
 
     def pair(self, batch: MicroBatch) -> None:
-        """Known when it is built: its loss, row by row, has equalled the model's own of two."""
+        """None: when the chain was built, its loss row by row was compared with the model's own."""
 
     def context(self, batch: MicroBatch) -> Context:
         """Masks, positions and the like, recorded from the model's own forward."""
@@ -120,7 +123,7 @@ class LayeredChain(Chain):
         return context
 
     def pieces(self, x: Tensor) -> list[slice]:
-        """Positions, so many at once that the logits stay small."""
+        """Slices of positions, so many at once that the logits stay small."""
         if not self.is_cut or self._unit == "row":
             return []
         vocabulary = self._parts.model.config.get_text_config().vocab_size

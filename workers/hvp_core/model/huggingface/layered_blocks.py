@@ -1,7 +1,7 @@
 """The blocks of a model from transformers: embedding, layers, head, or the model as one.
 
-Each runs the model's own code, with its layers replaced where they are not wanted and its buffers
-as arguments. Parameters that a run does not need are zeros of no memory.
+Each block runs the model's own code, with its layers replaced where they are not wanted and its
+buffers as arguments. Parameters that a run does not need are zeros that take no memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def replaced(layers: Sequence[nn.Module], calls: Sequence[Callable[..., Any]]) -
 
 
 def _setting(leaf: Any) -> Hashable:
-    """What an argument that is no tensor may decide; of anything else its kind."""
+    """A key for what an argument may decide: a plain value itself, of anything else its type."""
     # 1, 1.0 and True are equal and not the same argument.
     plain = isinstance(leaf, bool | int | float | str | None)
     return type(leaf), leaf if plain else None
@@ -57,7 +57,7 @@ def _setting(leaf: Any) -> Hashable:
 
 @final
 class Parts:
-    """What the blocks of one model share."""
+    """The model, and what its blocks share of it."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device):
         self.model = model
@@ -68,7 +68,7 @@ class Parts:
         self.tuples = False  # layers return (x, ...) instead of x
 
     def zeros(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Every parameter, as zeros; of the dtype of these."""
+        """Zeros for every parameter, in the dtype of the tensors in `like`, or of the chain."""
         dtype = next(iter(like.values())).dtype if like else self.dtype
         return free_zeros(self.model, dtype, self.device)
 
@@ -81,9 +81,10 @@ class Parts:
         """The model's own forward.
 
         Args:
-            params: Those not given are zeros.
-            constants: The model's buffers in their order, if they are to be arguments.
-            inputs: Of the model.
+            params: Parameters by canonical name; those that are missing are zeros.
+            constants: Tensors that begin with the model's buffers, in their order; None takes the
+                model's own.
+            inputs: The model's inputs, by name.
         """
         given = constants.values() if constants else self.buffers.values()
         # Copies: rotary positions of some models write into theirs.
@@ -96,28 +97,28 @@ class Parts:
             )
 
     def embedding_width(self, x: Tensor) -> int:
-        """Of a token's embedding, which some models project to the width of their layers."""
+        """Width of a token's embedding, which some models project to the width of their layers."""
         weight = getattr(self.model.get_input_embeddings(), "weight", x)
         return int(weight.shape[-1])
 
     def constants(self, context: Context) -> dict[str, Tensor]:
-        """The model's buffers, and what of a micro-batch goes beside its token ids."""
+        """The model's buffers, and a micro-batch's inputs beside the token ids."""
         return numbered([*self.buffers.values(), *context.beside.values()])
 
     def beside(
         self, names: Sequence[str], constants: Mapping[str, Tensor], ids: Tensor
     ) -> dict[str, Tensor]:
-        """What goes beside the token ids, among such constants.
+        """The inputs beside the token ids, by name, out of the constants that `constants` gave.
 
-        A mask of ones where there is none: without a mask, models look into their positions for
-        packed sequences, and what depends on values cannot be traced.
+        Where there is no mask, one of ones is added: without a mask, models look into their
+        positions for packed sequences, and code that depends on values cannot be traced.
         """
         given = list(constants.values())[len(self.buffers) :]
         found = dict(zip(names, given, strict=False))
         return found if "attention_mask" in found else {**found, "attention_mask": _ones(ids)}
 
     def as_layer_output(self, x: Tensor) -> Any:
-        """As this model's layers return it."""
+        """A hidden state in the form in which this model's layers return it."""
         return (x,) if self.tuples else x
 
 
@@ -126,7 +127,11 @@ def _ones(ids: Tensor) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    """Of a model's output."""
+    """The logits in a model's output.
+
+    Raises:
+        CurvatureError: MODEL_UNSUPPORTED: there are none.
+    """
     found = getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise CurvatureError("MODEL_UNSUPPORTED", "the model's forward returns no logits")
@@ -166,7 +171,7 @@ class Embedding(Block):
 
 @final
 class Layer(Block):
-    """(b, s, d) to (b, s, d)."""
+    """One layer, from hidden states (b, s, d) to hidden states (b, s, d)."""
 
     def __init__(self, parts: Parts, index: int, name: str, names: Mapping[str, str]):
         super().__init__(name, list(dict.fromkeys(names.values())))
@@ -235,7 +240,7 @@ class Head(Block):
 class RowHead(Block):
     """The last layer's output (b, s, d) to the logits of each row (b, C).
 
-    What a row's positions are pooled by may depend on its token ids: the model is given them.
+    The pooling of a row's positions may depend on its token ids, so the model is given them.
     """
 
     def __init__(self, parts: Parts, parameters: Sequence[str]):
@@ -262,7 +267,7 @@ class RowHead(Block):
 
 
 def _handing_on(parts: Parts, x: Tensor) -> list[Callable[..., Any]]:
-    """Calls of layers of which the last gives x, and the others what they are given."""
+    """Replacements for the layers' forward: the last layer gives x, the others their own input."""
 
     def bypass(hidden: Tensor, *_: Any, **__: Any) -> Any:
         return parts.as_layer_output(hidden)
@@ -274,7 +279,7 @@ def _handing_on(parts: Parts, x: Tensor) -> list[Callable[..., Any]]:
 
 
 def _body(parts: Parts, context: Context, call: Callable[..., Tensor]) -> Body:
-    """The body of a block that takes token ids, and beside them what this micro-batch has."""
+    """The body of a block that takes token ids and the micro-batch's other inputs."""
     names = tuple(context.beside)
     return Body(parts.constants(context), partial(call, names), fixed=True, settings=names)
 
@@ -308,8 +313,8 @@ class Context:
 
     Attributes:
         ids: Token ids (b, s).
-        beside: What else the model is given, by name, each (b, s).
-        layer_arguments: What the model gives each layer beside its input.
+        beside: The model's other inputs by name, each (b, s).
+        layer_arguments: Arguments that the model gives each layer beside its input.
     """
 
     def __init__(self, inputs: Mapping[str, Tensor]):

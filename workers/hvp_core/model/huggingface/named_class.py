@@ -40,7 +40,7 @@ def task_of(raw: Mapping[str, Any], config: PreTrainedConfig) -> Task:
 
     Args:
         raw: config.json.
-        config: Made of it.
+        config: The config that transformers made from it.
 
     Returns:
         The task whose class of this type is to be built.
@@ -118,7 +118,7 @@ def refuse_remote_code(raw: Mapping[str, Any], why: str) -> None:
 
     Args:
         raw: config.json.
-        why: What transformers lacks.
+        why: The class or type that transformers lacks, in words.
 
     Raises:
         CurvatureError: REMOTE_CODE_REFUSED.
