@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed: by default glibc hands large pieces back.
+"""How the C library treats memory that is freed: by default glibc hands large pieces back.
 
 Such a piece is then mapped anew each time, and the kernel clears every page at its first touch. A
 threshold of 32 MiB, the largest that glibc takes, is of little use: logits, embeddings and gathered
@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give what is free in the heap back to the kernel, before somebody counts what there is."""
+    """Give free memory of the heap back to the kernel, before free memory is counted."""
     library = _library()
     if library is not None:
         library.malloc_trim(0)
@@ -63,7 +63,7 @@ def return_freed_memory() -> None:
 
 @cache
 def _library() -> Any:
-    """The C library, where it is glibc."""
+    """The C library, if it is glibc; else None."""
     library = ctypes.CDLL(None)
     known = all(hasattr(library, name) for name in ("mallopt", "malloc_trim"))
     return library if known else None

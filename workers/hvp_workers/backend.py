@@ -31,9 +31,9 @@ class BackendError(Exception):
 
     Attributes:
         reason: UPPER_SNAKE code, as in the protos' comments.
-        message: What happened and what to do, one sentence each.
+        message: A sentence that says what happened, and one that says what to do.
         metadata: Figures and names that a program may want.
-        trace: Where an error came up that nobody foresaw: for the server's log, never for a client.
+        trace: Traceback of an error that nobody foresaw: for the server's log, never for a client.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Space:
     """A space of vectors: those of one space can be added.
 
     Attributes:
-        checkpoint_dir: Of config.json and *.safetensors.
-        dtype: Of the elements.
-        outputs_on: File of the batch on which the vectors are outputs of the model, for a language
-            model (sequences, positions, vocabulary); None: they are of parameter space.
+        checkpoint_dir: Folder of config.json and *.safetensors.
+        dtype: The dtype of the elements.
+        outputs_on: File of a batch, if the vectors are the model's outputs on it: for a language
+            model (sequences, positions, vocabulary). None: they are vectors of parameter space.
         parameters: Names of the tensors that vectors of parameter space have, in canonical order;
-            empty for all. Outputs have none.
+            empty for all. A space of outputs has none.
     """
 
     checkpoint_dir: Path
@@ -108,8 +108,9 @@ class Space:
 class Operator:
     """A matrix of the mean loss of a checkpoint on a batch, or the Jacobian of the outputs.
 
-    Law: `space` is the parameter space, whose parameters are those that the loss, or the outputs,
-    are a function of: the others are constants. A Jacobian takes its vectors to those of `outputs`.
+    Law: `space` is a parameter space. The loss, or the outputs, are functions of its parameters,
+    and all other parameters are constants. A Jacobian takes vectors of `space` to those of
+    `outputs`.
     """
 
     space: Space
@@ -125,18 +126,18 @@ class Operator:
 
     @property
     def domain(self) -> Space:
-        """Of the vectors that it takes."""
+        """The space of the vectors that the operator takes."""
         return self.outputs if self.kind == "jacobian_transposed" else self.space
 
     @property
     def codomain(self) -> Space:
-        """Of its products."""
+        """The space of the operator's products."""
         return self.outputs if self.kind == "jacobian" else self.space
 
 
 @dataclass(frozen=True)
 class Seeded:
-    """Philox4x32-10 by flat index."""
+    """A random vector: Philox4x32-10 by flat index."""
 
     seed: int
     distribution: Distribution
@@ -144,14 +145,14 @@ class Seeded:
 
 @dataclass(frozen=True)
 class RawFile:
-    """Little-endian elements of the space's dtype in canonical order; refused if not finite."""
+    """A file of little-endian elements of the space's dtype in canonical order, all finite."""
 
     path: Path
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Sum of coefficient times vector."""
+    """A linear combination: the sum of coefficient times vector, over terms of both."""
 
     terms: tuple[tuple[float, str], ...]
 
@@ -174,12 +175,12 @@ class RunProgress:
     """Where a run stands, after each step.
 
     Attributes:
-        operation: Name of what runs.
-        stage: `loading`, then what the operation calls it, and `saving`.
-        num_products: Operator products done.
-        max_products: Their upper bound.
-        seconds_per_product: Median so far.
-        detail: What only the operation can tell; None before the first step.
+        operation: Name of the operation.
+        stage: `loading`, then the operation's own stages, and `saving`.
+        num_products: Number of operator products done.
+        max_products: The most operator products that the run may make.
+        seconds_per_product: Median seconds of a product so far.
+        detail: The operation's own progress; None before the first step.
     """
 
     operation: str
@@ -192,13 +193,13 @@ class RunProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What whoever runs the server may say of how ranks compute; results do not depend on it.
+    """Settings of a server for how its ranks compute; results do not depend on them.
 
     Attributes:
-        schedule: What is kept of a forward walk (see `hvp_core.settings`).
-        compile: Whether blocks are compiled at the first product; `auto` where that pays.
-        compile_cache: Folder for what was compiled, on a file system that the ranks see, so that
-            it is compiled once; None leaves it to torch.
+        schedule: What blocks keep of the forward walk (see `hvp_core.settings`).
+        compile: Whether blocks are compiled at the first product; `auto` compiles where that pays.
+        compile_cache: Folder for compiled kernels, on a file system that the ranks see, so that
+            they are compiled once; None leaves the place to torch.
     """
 
     schedule: Schedule = "auto"
@@ -219,10 +220,10 @@ class RankInfo:
 
 
 class Backend(ABC):
-    """One worker group. Calls are run one after another, in the order they were made.
+    """One worker group. Calls are run one after another, in the order in which they were made.
 
-    But `ranks`, `describe_checkpoint` and `default_micro_batch` compute nothing; law: none of them
-    waits for a product.
+    `ranks`, `describe_checkpoint` and `default_micro_batch` compute nothing. Law: none of these
+    three waits for a product.
 
     Every method may raise BackendError, and GroupLostError after which `start` must be awaited
     again before anything else. Methods are called from one event loop only.
@@ -242,7 +243,10 @@ class Backend(ABC):
     @property
     @abstractmethod
     def generation(self) -> str:
-        """Changes with every start of the ranks; "" before the first. Vectors end with it."""
+        """A name that changes with every start of the ranks; "" before the first start.
+
+        Vectors last for as long as their generation.
+        """
 
     @property
     @abstractmethod
@@ -252,11 +256,11 @@ class Backend(ABC):
     @property
     @abstractmethod
     def num_ranks(self) -> int:
-        """Processes in the group."""
+        """Number of processes in the group."""
 
     @abstractmethod
     async def ranks(self) -> list[RankInfo]:
-        """Processes that live, and their memory now."""
+        """The living processes, and their memory now."""
 
     @abstractmethod
     async def describe_checkpoint(self, checkpoint_dir: Path) -> CheckpointDescription:
@@ -275,11 +279,11 @@ class Backend(ABC):
 
     @abstractmethod
     async def loss(self, operator: Operator) -> float:
-        """L(θ), the token-exact mean over the batch."""
+        """L(θ), the mean over all targets of the batch that count. Cost: 1 GEMM pass."""
 
     @abstractmethod
     async def gradient(self, operator: Operator, output: str) -> None:
-        """Store ∇L(θ) under the name `output`."""
+        """Store ∇L(θ) under the name `output`. Cost: 3 GEMM passes."""
 
     @abstractmethod
     async def apply(
@@ -288,8 +292,8 @@ class Backend(ABC):
         """Store the product with each input under the output name at the same place.
 
         Returns:
-            What is new since the last call about how this operator's products are computed, for a
-            log: schedule, compilation and its seconds. Empty when nothing is.
+            Notes for a log on how this operator's products are computed: schedule, compilation and
+            its seconds. They are empty if they are the same as at the last call.
         """
 
     @abstractmethod
@@ -299,8 +303,8 @@ class Backend(ABC):
         """A number for each input, a vector of `operator.space`; nothing is stored.
 
         Args:
-            operator: Of which matrix A, and of which loss L.
-            form: `quadratic`, v·Av of a symmetric matrix, or `slope`, ∇L·v whatever the matrix.
+            operator: The operator, which names the matrix A and the loss L.
+            form: `quadratic`, v·Av with a symmetric matrix; or `slope`, ∇L·v whatever the matrix.
             inputs: Names of the vectors v.
 
         Raises:
@@ -331,11 +335,11 @@ class Backend(ABC):
     ) -> None:
         """Write elements `start` to `stop` to a new file at `path`, made durable before return.
 
-        Nothing is written but these elements; all of them make a file as RawFile reads it.
+        The file holds nothing but these elements. A file of all elements is one that RawFile reads.
 
         Args:
-            name: Of the vector.
-            path: Of the file.
+            name: Name of the vector.
+            path: Path of the file.
             start: First flat index.
             stop: Flat index behind the last; None for the vector's end.
         """
@@ -350,9 +354,9 @@ class Backend(ABC):
         frees what it holds.
 
         Args:
-            operator: What it is asked of.
-            operation: Name of the question, as in `hvp_operations.registry`.
-            spec: Of the operation, checked.
+            operator: The operator that the question is about.
+            operation: Name of the operation, as in `hvp_operations.registry`.
+            spec: Spec of the operation, checked.
             outputs: Names of the vectors that belong to the result.
 
         Raises:

@@ -32,14 +32,17 @@ _LAST_WORD_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class DescriberLimits:
-    """What looking at one checkpoint may cost.
+    """Limits of time and memory for describing one checkpoint.
 
     Attributes:
-        time_s: From the question to the answer. Building a model of a thousand layers without its
-            weights takes seconds.
-        memory_bytes: Beside what the libraries take. Weights are not read; what counts is buffers,
-            such as tables of positions, and the names of tensors.
-        start_s: For importing the libraries, which a machine under load does slowly.
+        time_s: Seconds from the question to the answer. Building a model of a thousand layers
+            without its weights takes seconds.
+        memory_bytes: Memory beside that of the libraries. Weights are not read; buffers, such as
+            tables of positions, and the names of tensors take it.
+        start_s: Seconds for importing the libraries, which a machine under load does slowly.
+
+    Raises:
+        ValueError: A limit is not positive.
     """
 
     time_s: float = 60.0
@@ -53,7 +56,9 @@ class DescriberLimits:
 
 @final
 class Describer:
-    """Owns the process (see `describing`), which is started ahead of its first question.
+    """Owns the process that describes checkpoints (see `describing`).
+
+    The process is started ahead of its first question.
 
     Law: an answer never waits for a rank; a question that takes more than the limits is refused,
     and the next one is answered by a new process. Questions are answered one after another.
@@ -72,7 +77,7 @@ class Describer:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, or None when there is none at the moment."""
+        """Id of the process; None when there is none at the moment."""
         return None if self._child is None else self._child.pid
 
     async def close(self) -> None:
@@ -91,7 +96,8 @@ class Describer:
         """Check a checkpoint without loading its weights.
 
         Raises:
-            BackendError: As `Backend.describe_checkpoint`.
+            BackendError: As `Backend.describe_checkpoint`; WORKER_GROUP_LOST: not started, or ended
+                meanwhile; WORKER_GROUP_START_FAILED: the process does not start.
         """
         if self._thread is None:
             raise BackendError("WORKER_GROUP_LOST", "The backend has not been started.")
@@ -121,10 +127,10 @@ class Describer:
 
 
 class _EndedError(Exception):
-    """There is no answer and the process is of no more use.
+    """There is no answer, and the process is of no more use.
 
     Attributes:
-        refusal: What to tell the caller.
+        refusal: Error to raise to the caller.
         final: Whether a new process would do no better.
     """
 
@@ -160,7 +166,7 @@ class _Child:
         """The answer to one question.
 
         Raises:
-            _EndedError: There is none.
+            _EndedError: There is no answer.
         """
         if not self._is_ready:
             left_s = self._start_s + self._limits.start_s - time.monotonic()
@@ -240,7 +246,7 @@ class _Child:
         self._process.kill()
 
     def end(self) -> None:
-        """Leave nothing of the process."""
+        """Kill the process and close its pipes."""
         self.kill()
         with contextlib.suppress(BrokenPipeError):  # a question that was never read
             self._process.communicate()

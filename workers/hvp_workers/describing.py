@@ -1,8 +1,9 @@
 """The process that looks at checkpoints: it reads what a stranger wrote, and may be lost by it.
 
-A config.json decides what is allocated before a weight is read, and a header of a few bytes a name
-becomes objects of hundreds. So this is done away from the ranks and the server, with a limit of
-memory, by a program that knows one question. `describer` starts it and keeps the time.
+A config.json decides how much is allocated before a weight is read, and each tensor's few bytes in
+a file's header become objects of hundreds of bytes. So checkpoints are described away from the
+ranks and the server, within a limit of memory, by a program that answers one question. `describer`
+starts it and keeps the time.
 
 Requests and answers are lines of JSON, on what were standard input and standard output.
 """
@@ -30,7 +31,7 @@ def main(memory_bytes: int) -> None:
     """Answer requests until the other end of the pipe is closed.
 
     Args:
-        memory_bytes: What a description may take beside what the libraries take.
+        memory_bytes: Memory that a description may take beside that of the libraries.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print
@@ -99,7 +100,7 @@ def _send(answers: IO[str], answer: dict[str, Any]) -> None:
 
 
 def _private_bytes() -> int:
-    """What the limit counts of this process now: private memory that can be written to."""
+    """Bytes of this process that the limit counts now: private memory that can be written to."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kib,) = (line.split()[1] for line in lines if line.startswith("VmData:"))
     return int(kib) * 1024

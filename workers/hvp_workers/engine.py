@@ -1,7 +1,8 @@
 """One rank's engine: models in shards, vectors by name, products and runs. It knows nothing of Ray.
 
-Every method is called on all ranks with the same arguments, in the same order; what depends on one
-rank's data alone (a NaN in its stretch of a file) is agreed on before anybody raises.
+Every method is called on all ranks with the same arguments, in the same order. A failure that
+depends on one rank's data alone (a NaN in its stretch of a file) is agreed on before any rank
+raises.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ R = TypeVar("R")
 def command(
     method: Callable[Concatenate[RankEngine, P], R],
 ) -> Callable[Concatenate[RankEngine, P], R]:
-    """Give every failure of the mathematics the form that crosses processes."""
+    """Let a method raise every CurvatureError, and every lack of memory, as a BackendError."""
 
     @functools.wraps(method)
     def wrapper(self: RankEngine, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -74,16 +75,16 @@ class _Run:
     """A run between two steps.
 
     Attributes:
-        operation: Its name.
-        operator: What is asked.
-        algorithm: How.
-        space: Of its vectors.
+        operation: Name of the operation.
+        operator: The operator that the question is about.
+        algorithm: The configured algorithm.
+        space: Space of the run's vectors.
         loss: L(θ).
-        max_products: Bound on its products.
-        provenance: What the answer will rest on.
-        state: What the algorithm knows; None before the first step, with which its memory is taken.
-        num_products: Products so far.
-        seconds: Of each product, by steps.
+        max_products: The most products that the run may make.
+        provenance: Facts that the answer will rest on, by name.
+        state: State of the algorithm; None before the first step, which takes its memory.
+        num_products: Number of products so far.
+        seconds: Seconds for a product, for each step.
     """
 
     operation: str
@@ -98,7 +99,7 @@ class _Run:
     seconds: list[float] = field(default_factory=list)
 
     def step(self) -> Advance | None:
-        """Go on by one step, allocating first what the run holds."""
+        """Go on by one step; the first one allocates the run's memory."""
         if self.state is None:
             self.state = self.algorithm.begin(self.operator)
         return self.algorithm.step(self.operator, self.state)
@@ -106,12 +107,12 @@ class _Run:
 
 @final
 class RankEngine:
-    """What one rank holds and can be told to do.
+    """One rank's models, vectors and runs, and the methods that work on them.
 
     Args:
-        collective: How it talks to the other ranks.
+        collective: The exchange with the other ranks.
         device: `cpu` or a CUDA device.
-        tuning: How products are computed.
+        tuning: Settings of how products are computed.
     """
 
     def __init__(self, collective: Collective, device: str, tuning: api.Tuning):
@@ -129,9 +130,9 @@ class RankEngine:
         return self._models.get(operator.space).operators.get(operator)
 
     def _space(self, space: api.Space) -> ShardedSpace:
-        """How vectors of a space lie on the ranks.
+        """The space as it is cut over the ranks.
 
-        Outputs are cut as the batch is by default, which is why a Jacobian has no other cut.
+        Outputs are cut as the batch is by default, so a Jacobian has no other micro-batch size.
         """
         model = self._models.get(space)
         if space.outputs_on is None:
@@ -157,7 +158,7 @@ class RankEngine:
     def apply(
         self, operator: api.Operator, inputs: Sequence[str], outputs: Sequence[str]
     ) -> Mapping[str, str]:
-        """Store the product with each input; what is new about how they are computed."""
+        """Store the product with each input; new notes on how the products are computed."""
         vectors = self._shards(operator.domain, inputs)
         self._reserve(operator.codomain, outputs)
         loaded = self._operator(operator)
@@ -170,7 +171,7 @@ class RankEngine:
     def evaluate_forms(
         self, operator: api.Operator, form: api.Form, inputs: Sequence[str]
     ) -> list[float]:
-        """A number for each input; what products that takes are gone at the end."""
+        """A number for each input; products that are made on the way do not outlive the call."""
         vectors = self._shards(operator.space, inputs)
         loaded = self._operator(operator)
         match form:
@@ -191,7 +192,11 @@ class RankEngine:
         return self._vectors[name]
 
     def _shards(self, space: api.Space, names: Sequence[str]) -> list[torch.Tensor]:
-        """This rank's shards of vectors that are of this space."""
+        """This rank's shards of the named vectors, which must belong to this space.
+
+        Raises:
+            CurvatureError: INPUT_MISSING, VECTOR_SPACE_MISMATCH.
+        """
         vectors = [self._vector(name) for name in names]
         for name, vector in zip(names, vectors, strict=True):
             if vector.space != space:
@@ -206,7 +211,11 @@ class RankEngine:
         return sum(v.shard.nbytes for name, v in self._vectors.items() if name not in without)
 
     def _reserve(self, space: api.Space, names: Sequence[str]) -> None:
-        """Refuse vectors that would leave no room for the work itself."""
+        """Refuse vectors that would leave no room for the work itself.
+
+        Raises:
+            CurvatureError: VECTOR_MEMORY.
+        """
         needed = self._held_bytes(names) + len(names) * self._space(space).vector_bytes
         if needed > self._vector_budget:
             raise no_vector_memory(needed, self._vector_budget)
@@ -264,7 +273,7 @@ class RankEngine:
 
     @command
     def run_start(self, run: str, operator: api.Operator, operation: str, spec: Any) -> None:
-        """Plan a run and evaluate the loss; no product yet."""
+        """Plan a run and evaluate the loss; no product is made yet."""
         declared = operations()[operation]
         loaded = self._operator(operator)
         space = loaded.curvature.space
@@ -299,7 +308,10 @@ class RankEngine:
 
     @command
     def run_step(self, run: str, outputs: Sequence[str]) -> api.RunProgress | Result:
-        """One step more; the result, its vectors stored under `outputs`, after the last."""
+        """Make one more step: its progress; after the last one, the result.
+
+        The result's vectors are stored under the names `outputs`.
+        """
         state = self._runs[run]
         began = time.perf_counter()
         advance = state.step()

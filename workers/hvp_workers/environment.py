@@ -42,12 +42,12 @@ def is_passed_on(name: str) -> bool:
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of an environment a process that computes is started with."""
+    """The variables of an environment that a process that computes is started with."""
     return {name: text for name, text in environment.items() if is_passed_on(name)} | OFFLINE
 
 
 def limit_environment() -> None:
-    """Take everything else out of this process's environment, which is a rank and nothing else."""
+    """Leave only such variables in this process, which must be a rank and nothing else."""
     kept = rank_environment(os.environ)
     os.environ.clear()
     os.environ.update(kept)
@@ -55,7 +55,7 @@ def limit_environment() -> None:
 
 @contextlib.contextmanager
 def limited_environment() -> Iterator[None]:
-    """Start processes with no more than that inside; this one's is as before behind it.
+    """Limit the environment of processes that are started inside; it is as before afterwards.
 
     Threads that read the environment meanwhile see the smaller one.
     """

@@ -33,17 +33,17 @@ class Group(ABC):
         """Call `engine.method(*arguments)` on every rank; results in order of rank.
 
         Raises:
-            BackendError: What the ranks raised, when every rank raised it (the group lives on).
+            BackendError: The error that every rank raised; the group lives on.
             GroupLostError: WORKER_GROUP_LOST when a rank died, hung, or failed alone; the whole
                 group has been ended.
         """
 
     @abstractmethod
     async def ranks(self) -> list[RankInfo]:
-        """The processes that live and their memory now; waits for no method that runs.
+        """The living processes and their memory now; it does not wait for a method that runs.
 
         Raises:
-            BackendError: WORKER_GROUP_LOST when there are none.
+            BackendError: WORKER_GROUP_LOST: no process lives.
         """
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Group(ABC):
 
 
 def as_backend_error(error: Exception) -> BackendError:
-    """What a rank raised, in the form that crosses processes; call it where `error` is caught."""
+    """A rank's error in the form that crosses processes; call it where `error` is caught."""
     if isinstance(error, BackendError):
         return error
     name = type(error).__name__

@@ -29,7 +29,7 @@ from hvp_workers.micro_batch import default_micro_batch
 class GroupBackend(Backend):
     """Sends each call to every rank and takes rank 0's answer, which all of them share.
 
-    What computes nothing is answered beside the ranks, whatever they do.
+    Calls that compute nothing are answered beside the ranks, whatever these do.
     """
 
     def __init__(self, group: Group):
@@ -40,7 +40,7 @@ class GroupBackend(Backend):
         return (await self._group.run(method, *arguments))[0]
 
     async def start(self) -> None:
-        """Start the ranks, and beside them what describes checkpoints."""
+        """Start the ranks, and beside them the process that describes checkpoints."""
         self._describer.start()
         await self._group.start()
 

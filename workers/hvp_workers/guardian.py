@@ -33,7 +33,7 @@ class Guardian:
         )
 
     def dismiss(self) -> None:
-        """End it; what is noted by then is ended too, unless this process lives on."""
+        """End the guardian; noted processes are ended too, unless this process lives on."""
         self._process.communicate(timeout=_END_WAIT_S)
 
 

@@ -52,7 +52,7 @@ class RankThread:
         return await asyncio.shield(asyncio.wrap_future(future))
 
     async def end(self) -> None:
-        """Let it end, and give it up when it computes for longer than an idle one takes to go."""
+        """End the thread; give it up if it computes for longer than an idle one takes to end."""
         self._calls.put(None)
         if not self._waiting:
             await asyncio.to_thread(self._thread.join, _LEAVE_S)
@@ -77,7 +77,7 @@ class RankThread:
 
 
 def _settle(future: Future[Any], *, value: Any = None, error: Exception | None = None) -> None:
-    """Set what a call came to, unless it was given up meanwhile."""
+    """Set the outcome of a call, unless it was given up meanwhile."""
     with contextlib.suppress(InvalidStateError):
         if error is None:
             future.set_result(value)

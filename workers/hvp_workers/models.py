@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 @final
 @dataclass(frozen=True)
 class Description:
-    """A checkpoint that has been looked at."""
+    """A checkpoint that has been described: what is public, and what loading it needs."""
 
     public: api.CheckpointDescription
     family: ModelFamily
@@ -56,7 +56,11 @@ class Model:
     operators: OperatorCache
 
     def part_of_parameters(self, names: Sequence[str]) -> torch.Tensor:
-        """θ of some of the parameters, this rank's shard of their own space; all for no names."""
+        """A copy of θ for some of the parameters, this rank's shard of their space.
+
+        Args:
+            names: Names of the parameters; none for all.
+        """
         return part_of(self.space, self.parameters, self.operators.space_of(names)).clone()
 
 
@@ -110,7 +114,11 @@ class ModelStore:
         return self._descriptions[directory]
 
     def get(self, space: api.Space) -> Model:
-        """The model, loaded if it is not."""
+        """The model of a space, loaded if it is not; all ranks must call it together.
+
+        Raises:
+            CurvatureError: The checkpoint cannot be described, taken apart or loaded.
+        """
         space = space.whole
         if space in self._models:
             self._models.move_to_end(space)
@@ -124,7 +132,7 @@ class ModelStore:
         """The model, taken apart in the first way that gives its own loss.
 
         Raises:
-            CurvatureError: What speaks against the last way, if there is none.
+            CurvatureError: No way gives the model's own loss; the error of the last one.
         """
         against: dict[str, CurvatureError] = {}
         for way in self.describe(space.checkpoint_dir).family.ways:
@@ -140,10 +148,12 @@ class ModelStore:
         Args:
             space: The checkpoint and its dtype.
             way: How to take it apart.
-            against: What speaks against the faster ways, by their words.
+            against: Why the faster ways do not work, by their words.
 
         Raises:
-            _NotThisWayError: It cannot be taken apart so, or the chain's loss is not its own.
+            _NotThisWayError: The model cannot be taken apart in this way, or the chain's loss is
+                not the model's own.
+            CurvatureError: INSUFFICIENT_CLUSTER_MEMORY, and errors of building and reading.
         """
         dtype = DTYPES[space.dtype]
         description = self.describe(space.checkpoint_dir)

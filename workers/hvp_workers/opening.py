@@ -23,10 +23,10 @@ def open_backend(
     Args:
         kind: `ray`: one Ray actor per rank; `inprocess`: one rank in a thread of this process.
         num_workers: Number of ranks; must be 1 in process.
-        device: Where tensors live.
+        device: The device that holds the ranks' tensors.
         run_dir: Folder in which the Ray backend notes the processes it starts, so that the next
             server on the same folder ends those that a killed one left; None notes nothing.
-        tuning: How ranks compute.
+        tuning: Settings of how ranks compute; None for the defaults.
 
     Raises:
         ValueError: More than one rank in process.

@@ -1,4 +1,4 @@
-"""The operators of one model on one rank: built when they are asked for, the latest kept."""
+"""The operators of one model on one rank: built when they are asked for; the latest are kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def no_vector_memory(needed: int, available: int) -> CurvatureError:
 
 
 def _together(vectors: Sequence[torch.Tensor], most: int) -> Iterator[Sequence[torch.Tensor]]:
-    """The vectors, some at a time."""
+    """The vectors in their order, at most `most` at a time."""
     for start in range(0, len(vectors), most):
         yield vectors[start : start + most]
 
@@ -56,7 +56,7 @@ class LoadedOperator:
     Attributes:
         curvature: Computes the products.
         budget_bytes: Memory it may hold between products, from the first product on.
-        has_products: Whether there has been one, and it keeps what it keeps.
+        has_products: Whether there has been a product, so that this memory is taken already.
     """
 
     curvature: Curvature
@@ -68,7 +68,13 @@ class LoadedOperator:
     def product(
         self, kind: str, vectors: Sequence[torch.Tensor], *, borrow: bool = False
     ) -> list[torch.Tensor]:
-        """The product with each vector, this rank's part; `borrow`: good until the next one."""
+        """The product with each vector, this rank's part.
+
+        Args:
+            kind: The matrix, or a Jacobian.
+            vectors: Vectors of the operator's domain, this rank's shards.
+            borrow: Products of a matrix may be overwritten by the next call.
+        """
         match kind:
             case "jacobian":
                 products = self.curvature.jvp(vectors)
@@ -86,15 +92,15 @@ class LoadedOperator:
         ]
 
     def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
-        """v·Av for each vector: by going forward alone where there is such a rule.
+        """v·Av for each vector, by going forward alone where A has a rule for that.
 
         A Hessian has none here: its forms are taken of products, a few at a time, which do not
         outlive the call.
 
         Args:
-            kind: Which matrix A.
+            kind: Kind of the matrix A.
             vectors: This rank's shards.
-            room_bytes: What products may take.
+            room_bytes: Memory that products may take.
 
         Returns:
             The numbers, the same on every rank.
@@ -119,9 +125,9 @@ class LoadedOperator:
         ]
 
     def exact(self) -> LoadedOperator | None:
-        """The same with products in float64, rounded to the vectors' type when they are added up.
+        """The same operator with products in float64, rounded to the vectors' dtype as they add up.
 
-        What was kept for other products is given back first.
+        Memory that is kept for other products is given back first.
 
         Returns:
             The loss at the same point; None where there is no memory for it.
@@ -132,7 +138,7 @@ class LoadedOperator:
         return curvature and LoadedOperator(curvature, 0, self._widest)
 
     def news(self) -> Mapping[str, str]:
-        """How products are computed; nothing when that was told before."""
+        """Notes on how products are computed; empty if they are the same as at the last call."""
         notes = self.curvature.notes()
         if notes == self._told:
             return {}
@@ -146,8 +152,8 @@ class CurvatureOperator(LinearOperator):
 
     Args:
         loaded: The loss at a point.
-        kind: Which matrix.
-        precision: Of the operands of its matrix products.
+        kind: Kind of the matrix.
+        precision: Precision of the operands of its matrix products.
     """
 
     symmetric = True
@@ -165,7 +171,10 @@ class CurvatureOperator(LinearOperator):
         return self._loaded.product(self._kind, vectors, borrow=borrow)
 
     def exact(self) -> LinearOperator | None:
-        """Products in float64 throughout; what was kept for others is given back first."""
+        """See LinearOperator: products in float64 throughout.
+
+        Memory that is kept for other products is given back first.
+        """
         return self._exact
 
     @functools.cached_property
@@ -184,7 +193,7 @@ class CurvatureOperator(LinearOperator):
 
 
 class _Key(NamedTuple):
-    """What a curvature is of; the kind of operator is left out."""
+    """What tells one curvature of a model from another; the kind of operator does not matter."""
 
     batch_path: Path
     micro_batch_size: int
@@ -198,11 +207,11 @@ class OperatorCache:
 
     Args:
         chain: The model.
-        space: Of its parameters.
+        space: Space of its parameters.
         parameters: θ, this rank's shard.
         read: Reads a batch's file, and refuses one that does not fit the model.
-        memory: What this rank may use.
-        tuning: How products are computed.
+        memory: The memory that this rank may use.
+        tuning: Server settings of how products are computed.
     """
 
     def __init__(
@@ -227,7 +236,7 @@ class OperatorCache:
         """The space of the parameters of these names; of all, for none.
 
         Raises:
-            CurvatureError: PARAMETERS_NOT_FOUND.
+            CurvatureError: PARAMETERS_NOT_FOUND: the model has no parameter of some name.
         """
         key = tuple(names)
         if not key:
@@ -242,7 +251,12 @@ class OperatorCache:
         return self._parts[key]
 
     def get(self, operator: api.Operator) -> LoadedOperator:
-        """The operator, built if it is not; every rank must call it."""
+        """The operator, built at its first call; every rank must call it.
+
+        Raises:
+            CurvatureError: The batch does not fit the model; the errors of `space_of` and of
+                `Curvature`.
+        """
         key = _Key(
             operator.batch_path,
             operator.micro_batch_size,

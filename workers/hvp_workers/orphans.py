@@ -39,12 +39,12 @@ class ProcessMark:
         """Mark a living process.
 
         Raises:
-            psutil.NoSuchProcess: It has ended.
+            psutil.NoSuchProcess: The process has ended.
         """
         return cls(pid=process.pid, start_time=process.create_time())
 
     def find(self) -> psutil.Process | None:
-        """The marked process, or None when it has ended."""
+        """The marked process; None when it has ended."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.start_time) < _SAME_START_S
@@ -56,7 +56,7 @@ class ProcessMark:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """What one server has started."""
+    """The processes and folders that one server has started."""
 
     owner: ProcessMark
     temp_dir: str  # the private folder around Ray's, of sockets and logs
@@ -91,12 +91,12 @@ class Note:
 
 
 def note_path(run_dir: Path) -> Path:
-    """Where this process's note lies."""
+    """Path of this process's note."""
     return run_dir / f"ray-{os.getpid()}.json"
 
 
 def family(roots: Iterable[ProcessMark]) -> list[ProcessMark]:
-    """Those of the marked processes that live, and everything they have started."""
+    """The marked processes that live, and all processes that they have started."""
     members: dict[int, ProcessMark] = {}
     for root in roots:
         process = root.find()
@@ -122,14 +122,14 @@ def children() -> list[ProcessMark]:
 
 
 def end_processes(marks: Iterable[ProcessMark], *, grace_s: float = 0.0) -> int:
-    """End the marked processes that still live, and what they have started.
+    """End the marked processes that still live, and the processes that they have started.
 
     Args:
-        marks: The processes.
-        grace_s: How long they may take to end by themselves before they are killed.
+        marks: The marked processes.
+        grace_s: Seconds that they have to end by themselves before they are killed.
 
     Returns:
-        How many were killed.
+        Number of processes that were killed.
     """
     processes = [process for mark in family(marks) if (process := mark.find()) is not None]
     if grace_s > 0:
@@ -152,20 +152,20 @@ def free_segments(session: str) -> None:
 
 
 def remove_temp_dir(temp_dir: str) -> None:
-    """Remove the folder around Ray's, when it is one of ours."""
+    """Remove the folder around Ray's, if a server has made it."""
     path = Path(temp_dir)
     if path.name.startswith(TEMP_PREFIX):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def end_orphans(run_dir: Path) -> int:
-    """End what servers that are gone have left behind, by their notes in `run_dir`.
+    """End processes, and remove files, that dead servers have left, by their notes in `run_dir`.
 
     The note of a server that lives is left alone, as are processes that only share an id with a
     noted one.
 
     Returns:
-        How many processes were killed.
+        Number of processes that were killed.
     """
     num_killed = 0
     for path in sorted(run_dir.glob("ray-*.json")):

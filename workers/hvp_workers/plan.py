@@ -1,4 +1,4 @@
-"""What a request will take, decided before it runs."""
+"""How a request is computed and how much memory it takes, decided before it runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def settings(
     matrix products take what there is to take, it stays off unless it is asked for.
 
     Args:
-        precision: Of the operands of matrix products.
-        tuning: What whoever runs the server says.
+        precision: Precision of the operands of matrix products.
+        tuning: Settings of the server.
         device: `cpu` or `cuda`.
-        available_bytes: Free on the rank that has least.
+        available_bytes: Memory that is free on the rank that has least.
     """
     compiled = tuning.compile == "on" or (tuning.compile == "auto" and device == "cuda")
     return ComputeSettings(
@@ -37,7 +37,7 @@ def settings(
     )
 
 
-#: How pairs are verified: a few products, each as exact as they come, nothing kept or compiled.
+#: Settings for the products that verify eigenpairs: as exact as can be, nothing kept or compiled.
 EXACT = ComputeSettings(schedule="lean", precision="float64")
 
 
@@ -45,19 +45,20 @@ def exact_bytes(theta_numel: int, vector_numel: int) -> int:
     """Memory on a rank for a float64 product with a float32 vector: θ and v are copied too.
 
     Args:
-        theta_numel: Elements of θ on the rank.
-        vector_numel: Of a vector, which may be of some of the parameters alone.
+        theta_numel: Number of elements of θ on the rank.
+        vector_numel: Number of elements of a vector on the rank; a vector may have only some of the
+            parameters.
     """
     return int(_EXACT_WORKING * (8 * theta_numel + (8 + 4) * vector_numel))
 
 
 def room_for(cost: Cost, *, vector_bytes: int, available_bytes: int) -> int:
-    """Vectors that a run may hold.
+    """Number of vectors that a run may hold.
 
     Args:
-        cost: What the run takes.
-        vector_bytes: Of one vector on one rank.
-        available_bytes: Free on the rank that has least.
+        cost: Products and vectors that the run takes.
+        vector_bytes: Bytes of one vector on one rank.
+        available_bytes: Memory that is free on the rank that has least.
 
     Raises:
         CurvatureError: INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes).

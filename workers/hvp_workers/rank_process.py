@@ -1,4 +1,4 @@
-"""How the process of a rank begins: what it is told before torch is imported, and the imports."""
+"""How the process of a rank begins: its settings before torch is imported, and the imports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
     """Set up a process that is a rank and nothing else.
 
     Args:
-        tuning: How ranks compute.
+        tuning: Settings of how ranks compute.
         device: `cpu` or `cuda`.
-        num_threads: Its share of the host's cores.
+        num_threads: The rank's share of the host's cores.
     """
     use_compile_cache(tuning.compile_cache)
     # Otherwise every rank of a host compiles with as many processes as the host has cores.
@@ -32,9 +32,9 @@ def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
 
 @contextmanager
 def loading_modules() -> Iterator[None]:
-    """Load modules without looking for garbage among them: all of them stay.
+    """Load modules without garbage collection: all of their objects stay.
 
-    Of the four seconds that torch, transformers and the engine take, that saves nearly one.
+    This saves nearly one of the four seconds that torch, transformers and the engine take.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -46,7 +46,7 @@ def loading_modules() -> Iterator[None]:
 
 
 def total_memory(device: str) -> int:
-    """Bytes that the device has in all, or for `cpu` the host, whoever uses them."""
+    """All bytes of the device's memory, or for `cpu` of the host's, whether free or not."""
     if device == "cpu":
         return int(psutil.virtual_memory().total)
     import torch
@@ -57,11 +57,11 @@ def total_memory(device: str) -> int:
 def use_compile_cache(folder: Path | None) -> None:
     """Keep what TorchInductor and Triton compile in a folder.
 
-    Whatever the environment said before: a process that has used TorchInductor names its own folder
-    there, for those it starts to inherit.
+    It overrides the environment: a process that has used TorchInductor names its own folder there,
+    which the processes that it starts inherit.
 
     Args:
-        folder: On a file system that lasts; None changes nothing.
+        folder: Folder on a file system that lasts; None changes nothing.
     """
     if folder is None:
         return

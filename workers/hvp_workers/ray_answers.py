@@ -1,4 +1,4 @@
-"""What the ranks of a gang answered to one call: values, an error, or the loss of a rank."""
+"""The answers of a gang's ranks to one call: values, an error, or the loss of a rank."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ async def collect(
         references: Ray's references to one `Outcome` of each.
         what: The call, for messages.
         limit_s: Time for all answers.
-        straggler_s: Time for the others once a rank has raised: they may wait for it for ever.
+        straggler_s: Time for the other ranks once one has raised: they may wait for it for ever.
 
     Returns:
         The values, in order of rank.
 
     Raises:
-        BackendError: What every rank raised.
+        BackendError: The error that every rank raised.
         GroupLostError: A rank died, did not answer in time, or failed alone.
     """
     import ray
@@ -87,7 +87,12 @@ async def collect(
 
 
 def _agree(members: Sequence[Member], outcomes: Sequence[Outcome], what: str) -> list[Any]:
-    """The values, when every rank has one; otherwise raise."""
+    """The values, if every rank has one.
+
+    Raises:
+        BackendError: The error that every rank raised.
+        GroupLostError: Some ranks raised and others did not, or they raised different errors.
+    """
     errors = {rank: got.error for rank, got in enumerate(outcomes) if got.error is not None}
     if not errors:
         return [outcome.value for outcome in outcomes]
@@ -104,13 +109,13 @@ def _listed(errors: Mapping[int, BackendError]) -> str:
 
 
 def _brief(error: BackendError) -> str:
-    """A refusal as it stands; of what nobody foresaw the kind, and its text in the trace alone."""
+    """A refusal in full; of an unforeseen error only its kind, for its text is in the trace."""
     kind = error.metadata.get("exception", "") if error.trace else ""
     return f"{error.reason} ({kind})" if kind else str(error)
 
 
 def _traces(errors: Mapping[int, BackendError]) -> str:
-    """Where the ranks met what nobody foresaw, for the server's log."""
+    """Tracebacks of the ranks' unforeseen errors, for the server's log."""
     return "\n".join(
         f"rank {rank}:\n{error.trace}" for rank, error in errors.items() if error.trace
     )
@@ -134,7 +139,7 @@ def _lost(
 
 
 def _state(place: Place) -> str:
-    """What the kernel says of a process of this machine."""
+    """The kernel's status of a process of this machine, in words; "" if it has none."""
     process = place.process.find()
     try:
         return f", {process.status()}" if process is not None else ""

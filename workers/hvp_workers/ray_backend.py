@@ -17,9 +17,9 @@ def ray_backend(
 
     Args:
         num_workers: Number of ranks, one process each.
-        device: Where tensors live; with `cuda` each rank takes one GPU.
+        device: The device that holds tensors; with `cuda` each rank takes one GPU.
         run_dir: Folder for the note of processes (see `orphans`); None writes none.
-        tuning: How ranks compute.
+        tuning: Settings of how ranks compute.
     """
     return GroupBackend(
         RayGroup(num_workers=num_workers, device=device, run_dir=run_dir, tuning=tuning)

@@ -1,4 +1,4 @@
-"""Where the ranks find their machines: an embedded Ray cluster, or one that runs already."""
+"""The Ray cluster that ranks run on: an embedded one, or one that runs already."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RayCluster:
         """Become a driver; does nothing when this process is one.
 
         Raises:
-            GroupLostError: WORKER_GROUP_START_FAILED.
+            GroupLostError: WORKER_GROUP_START_FAILED, with what to change.
         """
         if self._run_dir is not None:
             orphans.end_orphans(self._run_dir)
@@ -149,7 +149,7 @@ class RayCluster:
             self._require_gpus(int(ray.cluster_resources().get("GPU", 0)))
 
     def _require_gpus(self, present: int) -> None:
-        """Refuse at once what no waiting would bring: this cluster never gets another machine."""
+        """Refuse at once if GPUs are missing: this cluster never gets another machine."""
         if present < self._num_ranks:
             self.close()
             raise GroupLostError(
@@ -160,7 +160,7 @@ class RayCluster:
             )
 
     def note(self, session: str | None = None) -> None:
-        """Put what runs now on record, and the name of a group's shared memory."""
+        """Note the processes that run now, and the name of a group's shared memory."""
         if session is not None:
             self._sessions = [*self._sessions[-7:], session]
         if self._run_dir is None or self._temp_dir is None:
@@ -194,7 +194,7 @@ class RayCluster:
 
 
 def _advice() -> str:
-    """What may have kept a cluster of our own from starting, looked at when it has not."""
+    """Advice after a cluster of our own has not started: the obstacles that are found now."""
     found = surroundings.obstacles()
     return " ".join(map(str, found)) or (
         "Check the memory of this machine, and the free space of "
@@ -203,10 +203,10 @@ def _advice() -> str:
 
 
 def _require_cluster(address: str) -> None:
-    """Ask whether a cluster lives, in a process that can be given up.
+    """Check that a cluster lives, in a process that can be given up.
 
     Raises:
-        GroupLostError: WORKER_GROUP_START_FAILED.
+        GroupLostError: WORKER_GROUP_START_FAILED: no cluster answers.
     """
     # Not a public interface of Ray's, which has none that keeps a time limit.
     command = [
@@ -235,7 +235,7 @@ def _require_cluster(address: str) -> None:
 
 
 def _prepare_environment() -> None:
-    """Settings that Ray reads from the environment, here and in every process it starts."""
+    """Set what Ray reads from the environment, here and in every process that it starts."""
     # Ray reads it when it is imported: 0 makes every port listen on the node's own address alone,
     # which is the loopback's. Nothing outside this machine has business with an embedded cluster,
     # whatever the environment says.

@@ -1,4 +1,4 @@
-"""What is known of a gang's processes without asking the ranks, which may be at a product."""
+"""Facts about a gang's processes, found without asking the ranks, which may be at a product."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _ELSEWHERE_S = 5.0  # for another machine's answer; without one its ranks are li
 
 
 def ranks_beside(members: Sequence[Member]) -> list[int]:
-    """How many ranks, itself among them, share each rank's machine."""
+    """For each rank the number of ranks on its machine, itself among them."""
     num_ranks_on = Counter(member.place.node_id for member in members)
     return [num_ranks_on[member.place.node_id] for member in members]
 
 
 def threads_each(members: Sequence[Member]) -> list[int]:
-    """How many threads each rank computes with: its share of its machine's cores."""
+    """For each rank the number of threads that it computes with: its share of the cores."""
     return [
         max(1, member.place.num_cores // sharing)
         for member, sharing in zip(members, ranks_beside(members), strict=True)
@@ -31,7 +31,7 @@ def threads_each(members: Sequence[Member]) -> list[int]:
 
 
 def resident_bytes(marks: Sequence[ProcessMark]) -> dict[int, int]:
-    """Resident set by process id of those marked processes of this machine that live."""
+    """Bytes of the resident set by process id, of the marked processes that live here."""
     found = {}
     for mark in marks:
         process = mark.find()
@@ -47,8 +47,9 @@ async def rank_infos(members: Sequence[Member], here: str) -> list[RankInfo]:
     """The ranks that live.
 
     Args:
-        members: The gang, in order of rank.
-        here: Ray's id of this machine; others are asked by a task that runs beside their ranks.
+        members: The gang's ranks, in order.
+        here: Ray's id of this machine; other machines are asked by a task that runs beside their
+            ranks.
     """
     nodes = sorted({member.place.node_id for member in members})
     marks = {

@@ -25,7 +25,11 @@ _KILL_GRACE_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a group waits before it gives a rank up, in seconds."""
+    """How long a group waits before it gives a rank up, in seconds.
+
+    Raises:
+        ValueError: A time is not positive.
+    """
 
     start_s: float = 120.0  # for the machines, and again for the ranks to find each other
     command_s: float = 3600.0  # for one method on every rank
@@ -39,7 +43,7 @@ class Patience:
 
 @dataclass(frozen=True, kw_only=True)
 class GangSpec:
-    """What a gang is made of."""
+    """The request for a gang: its ranks, their device, and what they run."""
 
     num_ranks: int
     device: str  # "cpu" or "cuda"
@@ -62,7 +66,7 @@ class Gang:
         """Run one method on every rank; the caller lets one call end before the next.
 
         Raises:
-            BackendError: What every rank raised.
+            BackendError: The error that every rank raised.
             GroupLostError: A rank is lost; `end` the gang.
         """
         return await collect(
@@ -170,7 +174,10 @@ async def _place(spec: GangSpec, processes: list[ProcessMark], undo: AsyncExitSt
 
 
 async def _number(spec: GangSpec, actors: list[Any], processes: list[ProcessMark]) -> list[Member]:
-    """The actors in order of rank: by node, then by device; notes those of this machine."""
+    """The actors in order of rank: by node, then by device.
+
+    Processes of this machine are added to `processes`.
+    """
     import ray
 
     places: list[Place] = await _answers(
@@ -193,7 +200,7 @@ async def _number(spec: GangSpec, actors: list[Any], processes: list[ProcessMark
 
 
 async def _join(spec: GangSpec, members: list[Member]) -> list[Member]:
-    """Make the ranks one process group, each with its engine; they tell their memory."""
+    """Make the ranks one process group, each with its engine; the ranks, with their memory."""
     patience = spec.patience
     same_host = len({member.place.node_id for member in members}) == 1
     address = LOOPBACK if same_host else members[0].place.address
@@ -238,7 +245,11 @@ async def _join(spec: GangSpec, members: list[Member]) -> list[Member]:
 
 
 async def _answers(references: list[Any], limit_s: float, what: str) -> list[Any]:
-    """Plain answers, before there are ranks to speak of."""
+    """The answers of actors that have no rank yet.
+
+    Raises:
+        BackendError: WORKER_GROUP_START_FAILED.
+    """
     import ray
 
     futures = [asyncio.wrap_future(reference.future()) for reference in references]
@@ -257,7 +268,7 @@ async def _answers(references: list[Any], limit_s: float, what: str) -> list[Any
 
 
 async def _see_off(processes: list[ProcessMark]) -> None:
-    """Kill what has not heard Ray: a process that is stopped, or deep in the kernel."""
+    """Kill processes that have not heard Ray: those that are stopped, or deep in the kernel."""
     await asyncio.to_thread(orphans.end_processes, processes, grace_s=_KILL_GRACE_S)
 
 

@@ -82,7 +82,7 @@ class RayGroup(Group):
         and the next call waits for it.
 
         Raises:
-            BackendError: What every rank raised.
+            BackendError: The error that every rank raised.
             GroupLostError: WORKER_GROUP_LOST.
         """
         await self._turn.acquire()

@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """What an actor needs to know to take its rank."""
+    """The facts that an actor needs to take its rank."""
 
     rank: int
     num_ranks: int
@@ -57,7 +57,7 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one call did: a value, or an error as a value, which survives every transport."""
+    """The outcome of one call: a value, or an error as a value, which survives every transport."""
 
     value: Any = None
     error: BackendError | None = None
@@ -81,7 +81,7 @@ class Rank:
         threading.Thread(target=_watch, args=(watched,), name="watchdog", daemon=True).start()
 
     def place(self) -> Place:
-        """Say where this actor is."""
+        """Where this actor was put."""
         import ray
 
         gpus = ray.get_gpu_ids()
@@ -95,7 +95,7 @@ class Rank:
         )
 
     def open_store(self, address: str, start_timeout_s: float) -> int:
-        """Serve the rendezvous store at this address only, at a port that is free; its number."""
+        """Serve the rendezvous store at this address only, at a free port; the port's number."""
         listener = socket.create_server((address, 0))
         port = int(listener.getsockname()[1])
         # Handed over with its port, so that nobody can take it between two binds.
@@ -105,7 +105,7 @@ class Rank:
     def join(self, seat: Seat) -> Outcome:
         """Enter the process group and build the engine; every rank must call it.
 
-        Its value is the memory in bytes of the rank's device, or of its host.
+        The outcome's value is the memory in bytes of the rank's device, or of its host.
         """
         try:
             self._engine = self._build(seat)

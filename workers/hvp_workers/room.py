@@ -6,10 +6,10 @@ USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 
 
 def needed_bytes(num_vectors: int, vector_bytes: float) -> int:
-    """Free memory for which a rank has room for vectors beside its work.
+    """Free bytes that a rank needs to hold vectors and still have room for its work.
 
     Args:
-        num_vectors: That the run holds.
-        vector_bytes: Of one vector on the rank.
+        num_vectors: Number of vectors that the run holds.
+        vector_bytes: Bytes of one vector on the rank.
     """
     return int(num_vectors * vector_bytes / USABLE)

@@ -1,4 +1,4 @@
-"""What of this machine a server leans on: looked at before it starts, named when it does not."""
+"""The things of a machine that a server needs: checked before it starts, named if it does not."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Obstacle:
     """Something in the way of a server.
 
     Attributes:
-        what: The folder, in words.
-        problem: A sentence that names it.
-        fix: What to do or to set.
+        what: The folder or the part of the machine that is in the way, in words.
+        problem: A sentence that names the problem.
+        fix: A sentence that says what to do or to set.
     """
 
     what: str
@@ -39,13 +39,13 @@ class Obstacle:
 
 
 def temp_root() -> Path:
-    """The folder in which Ray's own is made: TMPDIR where Ray can use it, else /tmp."""
+    """The folder in which Ray's folder is made: TMPDIR where Ray can use it, else /tmp."""
     root = Path(tempfile.gettempdir())
     return root if is_fit_for_sockets(root) else _ELSE
 
 
 def unused_temporary() -> Path | None:
-    """The temporary folder that is passed over for Ray's, if it is."""
+    """The temporary folder, if Ray cannot use it and its folder is made elsewhere; else None."""
     try:
         root = Path(tempfile.gettempdir())
     except OSError:  # there is none, which is an obstacle
@@ -54,7 +54,7 @@ def unused_temporary() -> Path | None:
 
 
 def is_fit_for_sockets(folder: Path) -> bool:
-    """Whether Ray can put its sockets there: short enough, and in ASCII."""
+    """Whether Ray can put its sockets into a folder: its path is short enough, and in ASCII."""
     return len(os.fsencode(folder)) <= _LONGEST_TEMP_ROOT and str(folder).isascii()
 
 
@@ -64,10 +64,10 @@ def has_gpu_driver() -> bool:
 
 
 def torch_accelerator() -> str | None:
-    """What the installed torch was built for, without the seconds that importing it takes.
+    """The accelerator that the installed torch was built for, found without importing torch.
 
     Returns:
-        As in `CUDA 13.0`; "" for CPUs alone; None where there is no torch.
+        Name and version, such as `CUDA 13.0`; "" for CPUs alone; None where there is no torch.
     """
     found = find_spec("torch")
     if found is None or found.origin is None:
@@ -80,7 +80,7 @@ def torch_accelerator() -> str | None:
 
 
 def no_gpu() -> Obstacle | None:
-    """What to say where ranks are to compute on GPUs, and this machine has none for torch."""
+    """The obstacle for ranks that compute on GPUs, if torch has no GPU on this machine."""
     if (built_for := torch_accelerator()) == "":
         return Obstacle(
             what="devices",
@@ -98,7 +98,7 @@ def no_gpu() -> Obstacle | None:
 
 
 def lost_current_folder() -> Obstacle | None:
-    """What to say where the folder that this process stands in has been deleted."""
+    """The obstacle that the current folder of this process has been deleted, if it has."""
     try:
         Path.cwd()
     except OSError:
@@ -118,9 +118,8 @@ def obstacles(
     """Everything that keeps ranks of this machine from starting.
 
     Args:
-        shared_memory: Where Ray and ranks of one machine exchange tensors.
-        temporary: Where Ray's sockets and logs go; by default what `temp_root` says, which is not
-            looked for where the process has no folder to stand in.
+        shared_memory: Folder in which Ray and ranks of one machine exchange tensors.
+        temporary: Folder for Ray's sockets and logs; by default that of `temp_root`.
     """
     return list(_obstacles(shared_memory, temporary))
 
@@ -155,7 +154,7 @@ def _obstacles(shared_memory: Path, temporary: Path | None) -> Iterator[Obstacle
 
 
 def _write_problem(folder: Path) -> str:
-    """Why no file can be made in a folder; "" where one can."""
+    """Why no file can be made in a folder; "" if one can."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return ""
