@@ -30,7 +30,7 @@ _BETWEEN = (str(Path(networkx.__file__).parent), "<frozen")
 _STANDARD = sysconfig.get_paths()["stdlib"]
 _PACKAGES = sysconfig.get_paths()["purelib"]
 _TORCH = str(Path(torch.__file__).parent)
-#: What torch says of an operation that it cannot differentiate.
+#: Words in torch's message about an operation that it cannot differentiate.
 _NO_DERIVATIVE = ("derivative", "autograd.Function")
 
 

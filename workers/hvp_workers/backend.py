@@ -1,4 +1,4 @@
-"""What the service may ask of its workers: one interface, no torch and no Ray at import.
+"""The interface between service and workers; importing it loads neither torch nor Ray.
 
 The vectors named here live on the ranks, cut as the parameters are. Bulk data travels by path on a
 file system that service and ranks share; only names, scalars and small records cross this

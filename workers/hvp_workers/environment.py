@@ -1,7 +1,8 @@
-"""Which of the server's environment variables reach the processes that compute.
+"""The server's environment variables that reach the processes that compute.
 
-They load files that strangers uploaded, write logs and cores, and may run on other machines. What
-a shell or a cloud puts into the environment, keys of accounts above all, is no business of theirs.
+These processes load files that strangers uploaded, write logs and cores, and may run on other
+machines. What a shell or a cloud puts into the environment, keys of accounts above all, is no
+business of theirs.
 """
 
 from __future__ import annotations

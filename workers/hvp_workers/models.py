@@ -147,7 +147,7 @@ class ModelStore:
 
         Args:
             space: The checkpoint and its dtype.
-            way: How to take it apart.
+            way: How to take the model apart.
             against: Why the faster ways do not work, by their words.
 
         Raises:

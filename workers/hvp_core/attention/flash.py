@@ -254,7 +254,7 @@ def _heads(stack: Tensor) -> tuple[Tensor, ...]:
 
 
 def _merged(one: Sides, other: Sides) -> Sides:
-    """What both hold, side by side."""
+    """The tensors of both, by side and name."""
     return {side: {**values, **other.get(side, {})} for side, values in one.items()}
 
 

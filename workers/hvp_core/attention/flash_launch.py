@@ -15,7 +15,7 @@ from torch import Tensor
 from hvp_core.attention.flash_tiles import Card, Kernel, Mode, Pass, Plan, Tile, bucket, plans
 from hvp_core.attention.rule import Pattern, Qkv, Span
 
-#: How float32 operands are multiplied: as they are, in three tf32 products, or in one.
+#: Arithmetic for products of float32 operands: as they are, in three tf32 products, or in one.
 InputPrecision = Literal["ieee", "tf32x3", "tf32"]
 #: Runs a kernel, given its grid, arguments and options.
 Launcher = Callable[[Any, tuple[int], dict[str, Any], dict[str, Any]], None]

@@ -14,7 +14,7 @@ Mode = Literal["primal", "tangent", "dual"]
 @final
 @dataclass(frozen=True)
 class Tile:
-    """How one launch is cut.
+    """Sizes of the tiles of one launch, and how they are loaded.
 
     Attributes:
         queries: Rows of S in a tile.

@@ -1,4 +1,4 @@
-"""Which key a query may look at, without a tensor of queries × keys.
+"""Masks of attention: which key a query may look at, without a tensor of queries × keys.
 
 Hugging Face models ask for their masks through a registered function and pass the answer on to the
 attention unread. `Mask` is such an answer: it keeps the rule, gives any tile of the mask, and says

@@ -117,7 +117,7 @@ class Piece:
         view.copy_(value.view(view.shape))
 
     def tiles(self) -> Iterator[Tile]:
-        """From the last queries to the first: in a causal pattern the largest tiles come first."""
+        """Tiles from the last queries to the first: the largest of a causal pattern come first."""
         _, queries, count = self.shape
         size = self.upper.shape[0]
         for start in reversed(range(0, queries, size)):

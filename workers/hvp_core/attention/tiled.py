@@ -137,7 +137,7 @@ def _forward(points: list[Qkv], pattern: Pattern, span: Span | None) -> list[Out
 def _tangents(
     x: Qkv, x_dots: Sequence[Qkv], y: Output, pattern: Pattern, span: Span | None
 ) -> list[Output]:
-    """With L given, P is known at once."""
+    """Ȯ and L̇ along each direction; with L given, P is known at once."""
     y_dots, d, e = [_output(x) for _ in x_dots], x.q.shape[-1], x.v.shape[-1]
     shift = _shift(y.lse)
 
@@ -282,7 +282,7 @@ class _Shares:
 
 
 class _Cap(NamedTuple):
-    """Of s = c·tanh(u): tanh(u), s' and, with a tangent, tanh(u)·u̇, as ṡ' = −2 tanh(u)·u̇·s'."""
+    """A cap s = c·tanh(u): tanh(u), s' and, with a tangent, tanh(u)·u̇; ṡ' = −2 tanh(u)·u̇·s'."""
 
     tanh: Tensor
     slope: Tensor

@@ -101,7 +101,7 @@ class _Checked:
 
     def __init__(self, compiler: Compiler, subprogram: Subprogram):
         self._compiler, self._subprogram = compiler, subprogram
-        self._run: Any = None  # lines or kernels, when it is known which
+        self._run: Any = None  # operations or kernels, when it is known which
 
     @torch.no_grad()
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
@@ -179,7 +179,7 @@ def _excess(found: Tensor, expected: Tensor, truth: Tensor, longest: int) -> flo
 
     Kernels on a CPU add numbers one after another, where torch adds pairwise: the errors of a sum
     of n grow as √n, and count for more where the sum is smaller than its terms. [meas] SmolLM2,
-    512 tokens, x̄̇ of the head from a kept softmax over 49,152: 160 eps, and 6 by the lines.
+    512 tokens, x̄̇ of the head from a kept softmax over 49,152: 160 eps, and 6 one by one.
 
     Args:
         found: Result of the kernels.

@@ -88,7 +88,7 @@ class BlockExecutor(ABC):
 
     @property
     def key(self) -> Hashable | None:
-        """What its program was traced from; None where there is no program to be compared."""
+        """What the executor's program was traced from; None if it has no program to compare."""
         return None
 
     @abstractmethod
@@ -154,7 +154,7 @@ class HeadExecutor(ABC):
 
     @property
     def key(self) -> Hashable | None:
-        """What its program was traced from; None where there is no program to be compared."""
+        """What the head's program was traced from; None if it has no program to compare."""
         return None
 
     @abstractmethod

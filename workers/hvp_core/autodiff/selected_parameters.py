@@ -1,4 +1,4 @@
-"""Which parameters move: those that vectors have. All others are constants of the model.
+"""The parameters that move: those that vectors have. All others are constants of the model.
 
 Nothing before the first block that uses a selected parameter has a derivative: its values do not
 change from product to product, and nothing goes back to it.
@@ -59,5 +59,5 @@ class SelectedParameters:
         ]
 
     def passes(self, index: int, passes: Passes) -> Passes:
-        """How a product goes through a block: only with values before the first that moves."""
+        """The product's passes through a block: values alone before the first that moves."""
         return VALUE if index < self.first else passes

@@ -80,7 +80,7 @@ def partition(trace: Trace, groups: Sequence[Group]) -> list[Subprogram]:
     """
     home = {phase: index for index, each in enumerate(groups) for phase in each.phases}
     wanted = [_wanted(trace, each.outputs) for each in groups]
-    kept: dict[fx.Node, int] = {}  # line -> subprogram that computes it
+    kept: dict[fx.Node, int] = {}  # operation -> subprogram that computes it
     for index in range(1, len(groups)):
         later = [node for _, nodes, _ in wanted[index:] for node in nodes]
         for node in _cut(trace, index, home, later, kept):
@@ -197,7 +197,7 @@ def _cut(
     flow = nx.DiGraph()
     flow.add_nodes_from(("source", "sink"))
     seen: set[fx.Node] = set()
-    stack = [(node, True) for node in wanted]  # (line, whether a later subprogram reads it)
+    stack = [(node, True) for node in wanted]  # (operation, is read by a later subprogram)
     while stack:
         node, direct = stack.pop()
         if early(node):

@@ -81,7 +81,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> N
 
 @final
 class Sums:
-    """Where the derivatives of a block's parameters are added up.
+    """Adds up the derivatives of a block's parameters.
 
     Derivatives of 16 bits are summed in 32 bits: a view of 16 bits takes a single term as it is,
     and more than one by way of a float32 tensor that lives until the block's end.

@@ -173,7 +173,7 @@ class Curvature:
         """The curvature matrix times each vector.
 
         Args:
-            kind: Of a row of `product_spec.MATRICES`, such as `hessian` or `ggn`.
+            kind: Name of a row of `product_spec.MATRICES`, such as `hessian` or `ggn`.
             vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
                 gave are read where they are.
             borrow: The products may be overwritten by the next call, which saves copying them.

@@ -35,7 +35,7 @@ _USABLE = 0.7  # of the memory that is free, for what blocks keep; the rest is f
 
 @final
 class ExecutorTable(Executors):
-    """Which executor each block takes with each micro-batch of this rank.
+    """The executor of each block with each micro-batch of this rank.
 
     Args:
         chain: The model.

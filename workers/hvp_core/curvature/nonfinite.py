@@ -1,4 +1,4 @@
-"""Where a loss that is no number comes from."""
+"""Finds the first block that makes a loss infinite or undefined."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Guard = Callable[[Block], AbstractContextManager[object]]
 
 @final
 class ParameterFeed:
-    """How the parameters of a block arrive: gathered from the shards of all ranks, block by block.
+    """Brings the parameters of a block: gathered from the shards of all ranks, block by block.
 
     Law: every rank asks for the same blocks in the same order.
 

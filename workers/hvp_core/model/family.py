@@ -103,7 +103,7 @@ class ModelFamily(ABC):
     @property
     @abstractmethod
     def ways(self) -> Sequence[Way]:
-        """How its models may be taken apart, the fastest way first."""
+        """Ways of taking the family's models apart, the fastest way first."""
 
     @abstractmethod
     def chain(

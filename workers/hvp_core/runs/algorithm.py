@@ -17,7 +17,7 @@ StateT = TypeVar("StateT")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a run may take.
+    """The products and the memory that a run may take.
 
     Attributes:
         max_products: Products with the operator.

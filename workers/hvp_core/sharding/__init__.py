@@ -1,1 +1,1 @@
-"""What lies where: the ranks' parts of vectors, and what they exchange."""
+"""The ranks' parts of vectors, and the exchanges between ranks."""

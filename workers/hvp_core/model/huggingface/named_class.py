@@ -1,4 +1,4 @@
-"""What the class that a config.json names in `architectures` is for, and whether it is served.
+"""The task of the class that a config.json names in `architectures`, and whether it is served.
 
 `from_pretrained` of a causal language model ignores the name and builds the causal class of the
 `model_type`, also of a classifier's body. A number about that would be about another function than
@@ -36,7 +36,7 @@ _CAUSAL_SUFFIXES = ("forcausallm", "lmheadmodel")
 
 
 def task_of(raw: Mapping[str, Any], config: PreTrainedConfig) -> Task:
-    """What a checkpoint is for, by the class that it names; one that is not served is refused.
+    """The task of a checkpoint, by the class that it names; a task that is not served is refused.
 
     Args:
         raw: config.json.
@@ -158,7 +158,7 @@ def _reads_both_ways(kind: str, config: PreTrainedConfig) -> bool:
 
 
 def _task(name: str) -> str:
-    """What a class of transformers is for, in words; "" when transformers has no such class."""
+    """The task of a class of transformers, in words; "" when transformers has no such class."""
     for variable, mapping in vars(modeling_auto).items():
         family = re.fullmatch(r"MODEL_FOR_(\w+)_MAPPING_NAMES", variable)
         if family is None or family[1] in _NO_TASK:
