@@ -144,12 +144,12 @@ class RankEngine:
 
     @command
     def loss(self, operator: api.Operator) -> float:
-        """L(θ)."""
+        """L(θ), the same on every rank."""
         return self._operator(operator).curvature.loss()
 
     @command
     def gradient(self, operator: api.Operator, output: str) -> None:
-        """Store ∇L(θ)."""
+        """Store ∇L(θ) under the name `output`."""
         self._reserve(operator.space, [output])
         gradient = self._operator(operator).curvature.gradient()
         self._vectors[output] = _Vector(operator.space, gradient)
@@ -222,7 +222,12 @@ class RankEngine:
 
     @command
     def create_vector(self, name: str, space: api.Space, source: api.Source) -> None:
-        """Make a vector; replaces one of that name."""
+        """Make a vector; replaces one of that name.
+
+        Raises:
+            BackendError: VECTOR_MEMORY; SHAPE_MISMATCH or NON_FINITE, for a file; INPUT_MISSING or
+                VECTOR_SPACE_MISMATCH, for a combination.
+        """
         self._reserve(space, [name])
         numbers = self._space(space)
         match source:
@@ -252,7 +257,11 @@ class RankEngine:
 
     @command
     def inner_products(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """u·v for each pair."""
+        """u·v for each pair, the same on every rank.
+
+        Raises:
+            BackendError: INPUT_MISSING; VECTOR_SPACE_MISMATCH: a pair is of two spaces.
+        """
         values = []
         for left, right in pairs:
             u, v = self._vector(left), self._vector(right)
@@ -273,7 +282,12 @@ class RankEngine:
 
     @command
     def run_start(self, run: str, operator: api.Operator, operation: str, spec: Any) -> None:
-        """Plan a run and evaluate the loss; no product is made yet."""
+        """Plan a run and evaluate the loss; no product is made yet.
+
+        Raises:
+            BackendError: INSUFFICIENT_CLUSTER_MEMORY; NON_FINITE; the reason of a spec that breaks
+                a rule of its operation.
+        """
         declared = operations()[operation]
         loaded = self._operator(operator)
         space = loaded.curvature.space

@@ -45,23 +45,23 @@ class GroupBackend(Backend):
         await self._group.start()
 
     async def close(self) -> None:
-        """End the ranks."""
+        """End the ranks, and the process that describes checkpoints."""
         await self._describer.close()
         await self._group.close()
 
     @property
     def generation(self) -> str:
-        """The group's."""
+        """See Backend."""
         return self._group.generation
 
     @property
     def device(self) -> str:
-        """The group's."""
+        """See Backend."""
         return self._group.device
 
     @property
     def num_ranks(self) -> int:
-        """The group's."""
+        """See Backend."""
         return self._group.num_ranks
 
     async def ranks(self) -> list[RankInfo]:

@@ -102,7 +102,11 @@ class InProcessGroup(Group):
         self._thread: RankThread | None = None
 
     async def start(self) -> None:
-        """Make the engine; idempotent."""
+        """Make the engine; idempotent.
+
+        Raises:
+            GroupLostError: WORKER_GROUP_START_FAILED.
+        """
         if self._thread is not None:
             return
         thread = RankThread()
@@ -135,14 +139,14 @@ class InProcessGroup(Group):
         return make(Alone(), self.device, self._tuning)
 
     async def run(self, method: str, *arguments: Any) -> list[Any]:
-        """Call the engine in its thread."""
+        """See Group: the engine is called in its thread."""
         if self._thread is None:
             raise GroupLostError("WORKER_GROUP_LOST", "The rank in this process is not running.")
         engine = self._engine
         return [await self._thread.call(lambda: getattr(engine, method)(*arguments))]
 
     async def ranks(self) -> list[RankInfo]:
-        """This process; its engine is not asked."""
+        """See Group: this process; its engine is not asked."""
         if self._engine is None:
             raise _not_running()
         return [

@@ -114,7 +114,7 @@ class CrossEntropy(Loss):
         return each.where(counted, 0).sum(dtype=torch.float64)
 
     def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """w(p − e_y)."""
+        """G = w(p − e_y), like the logits."""
         counted = (target != IGNORED).unsqueeze(-1)
         index = target.unsqueeze(-1).where(counted, 0)
         result = output.softmax(-1)
@@ -124,7 +124,7 @@ class CrossEntropy(Loss):
     def curve(
         self, output: torch.Tensor, tangent: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        """W p∘(ż − p·ż)."""
+        """Ġ = w p∘(ż − p·ż), like the logits."""
         probability = output.softmax(-1)
         mean = (probability * tangent).sum(-1, keepdim=True)
         return probability.mul_(tangent - mean).mul_((target != IGNORED).unsqueeze(-1))
@@ -146,21 +146,21 @@ class SquaredError(Loss):
         return target.shape[0]
 
     def fits(self, output: torch.Size, target: torch.Tensor) -> str:
-        """One shape."""
+        """See Loss: outputs and targets have one shape."""
         return "" if output == target.shape else "takes targets of the output's shape"
 
     def value(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """½ Σ (z − t)²."""
+        """½ Σ (z − t)² over all elements."""
         return (output - target).square().sum(dtype=torch.float64) / 2
 
     def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Z − t."""
+        """G = z − t."""
         return output - target
 
     def curve(
         self, output: torch.Tensor, tangent: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        """ż."""
+        """Ġ = ż."""
         return tangent
 
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
@@ -180,22 +180,22 @@ class Logistic(Loss):
         return target.numel()
 
     def fits(self, output: torch.Size, target: torch.Tensor) -> str:
-        """One shape."""
+        """See Loss: outputs and targets have one shape."""
         return "" if output == target.shape else "takes targets of the output's shape"
 
     def value(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Σ softplus(z) − t z."""
+        """Σ softplus(z) − t z over all elements."""
         zero = torch.zeros_like(output)
         return (torch.logaddexp(output, zero) - target * output).sum(dtype=torch.float64)
 
     def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """σ(z) − t."""
+        """G = σ(z) − t."""
         return output.sigmoid() - target
 
     def curve(
         self, output: torch.Tensor, tangent: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        """σ(z)(1 − σ(z)) ż."""
+        """Ġ = σ(z)(1 − σ(z)) ż."""
         probability = output.sigmoid()
         return probability * (1 - probability) * tangent
 
@@ -222,17 +222,17 @@ class MeanSquaredError(Loss):
         return "" if alike else "takes a target for each element of the output"
 
     def value(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Σ (z − t)²."""
+        """Σ (z − t)² over all elements."""
         return (output - target.view_as(output)).square().sum(dtype=torch.float64)
 
     def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """2 (z − t)."""
+        """G = 2 (z − t)."""
         return 2 * (output - target.view_as(output))
 
     def curve(
         self, output: torch.Tensor, tangent: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        """2 ż."""
+        """Ġ = 2 ż."""
         return 2 * tangent
 
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
@@ -261,7 +261,7 @@ class OwnLoss(Loss):
         return "" if output == target.shape else "takes one number for each row"
 
     def value(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Σ z."""
+        """Σ z over the rows."""
         return output.sum(dtype=torch.float64)
 
     def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ class LayeredChain(Chain):
         return len(self.blocks) > 1
 
     def first_input(self, batch: MicroBatch) -> Tensor:
-        """Token ids."""
+        """Token ids (b, s)."""
         return batch.inputs["input_ids"]
 
     def sample_for_checks(self, batch: MicroBatch) -> MicroBatch:

@@ -293,7 +293,7 @@ class Whole(Block):
         self._parts = parts
 
     def body(self, context: Any, dense: bool) -> Body:
-        """The model."""
+        """The whole model."""
         return _body(self._parts, context, self._call)
 
     def _call(
