@@ -170,8 +170,8 @@ def sums_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def _laid(graph: fx.Graph, parts: Sequence[fx.Node], dim: int) -> fx.Node:
     """Matrices laid end to end, their rows contiguous wherever they were.
 
-    They are laid so as early as can be, and before they are reshaped to matrices: a value that is
-    computed row by row can then be written where it belongs, instead of being copied there.
+    They are laid so as early as can be, and before they are reshaped to matrices: their values can
+    then be computed where they belong, instead of being copied there.
     """
     turned = all(each.target is aten.t.default for each in parts)
     if turned:
