@@ -39,7 +39,7 @@ class Compile(StrEnum):
 
 
 class Schedule(StrEnum):
-    """What is kept of the way forward."""
+    """How much a product keeps of its forward pass for the backward pass."""
 
     auto = "auto"
     lean = "lean"
