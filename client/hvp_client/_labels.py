@@ -9,7 +9,7 @@ from hvp_client._exceptions import InvalidArgumentError
 
 
 def check_labels(labels: Any) -> dict[str, str]:
-    """Refuse labels that are not texts by text.
+    """Refuse labels that are no mapping of printable texts to printable texts.
 
     Args:
         labels: Texts by name; None for no labels.

@@ -37,7 +37,7 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
 
     Args:
         address: Address of the server.
-        states: States of the jobs to print; None or none for all.
+        states: States of the jobs to print; None for all.
         as_json: Print a JSON array.
     """
     with failures_reported():
