@@ -58,7 +58,13 @@ def test_every_reason_of_the_enum_is_raised_somewhere_and_has_a_status() -> None
     root = Path(__file__).parent.parent.parent
     source = "".join(
         path.read_text()
-        for folder in ("service", "workers", "protos/hvp_folders", "protos/hvp_operations")
+        for folder in (
+            "service",
+            "workers",
+            "protos/hvp_batches",
+            "protos/hvp_folders",
+            "protos/hvp_operations",
+        )
         for path in (root / folder).rglob("*.py")
     )
     for value in errors_pb2.ErrorReason.DESCRIPTOR.values[1:]:
