@@ -1,4 +1,4 @@
-"""A client's session on the server: what its vectors belong to, renewed while the client lives."""
+"""The lease of a client: its session on the server, which owns its vectors while it is renewed."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class JobStatus:
             hand.
         ended: Whether the state is final; a state that is new to this client is final where the
             job has an `end_time`.
-        attempt: Which run this is, from 1; one more after each loss of the server or a rank.
+        attempt: Number of the run, from 1; one more after each loss of the server or a rank.
         progress: Where the run stands; None before the first product.
         error: Why the job failed, as an exception that is not raised; None unless it failed.
         create_time: When the job was queued, UTC.
@@ -150,7 +150,7 @@ class Event:
         time: When it happened, UTC.
         state: The state that the job went into, on a `state` event.
         cancelling: On a `state` event RUNNING: whether a running job was asked to stop.
-        attempt: Which run it was, on a `state` event; 0 otherwise.
+        attempt: Number of the run, on a `state` event; 0 otherwise.
         error: Why the job failed, on the `state` event FAILED.
         progress: Where the run stood, on a `progress` event.
     """

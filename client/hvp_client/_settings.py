@@ -43,9 +43,9 @@ class Retry:
 
     Attributes:
         patience_s: A call is tried again until this long after its first failure; 0 means never.
-        job_patience_s: The same while a job is waited for or watched: long enough for a server
-            to be started anew and load its model.
-        contact_s: The same for an address that has never answered this client.
+        job_patience_s: The same limit while a job is waited for or watched: long enough for a
+            server to be started anew and load its model.
+        contact_s: The same limit for an address that has never answered this client.
         initial_backoff_s: Pause before the second try.
         max_backoff_s: Longest pause; pauses double until then.
     """

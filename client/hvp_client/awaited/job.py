@@ -82,7 +82,7 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def attempt(self) -> int:
-        """Which run this is, from 1; one more after each loss of the server or a rank."""
+        """Number of the run, from 1; one more after each loss of the server or a rank."""
         return self._known.attempt
 
     @property
@@ -158,7 +158,7 @@ class AsyncJob(Generic[ResultT]):
             The snapshot, which the properties tell from then on.
 
         Raises:
-            NotFoundError: It was deleted.
+            NotFoundError: The job was deleted.
         """
         answer = await self._session.wire.unary(
             "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
@@ -189,7 +189,11 @@ class AsyncJob(Generic[ResultT]):
         self._learn(answer.job)
 
     async def cancel(self) -> None:
-        """Ask the job to stop between two products; of no effect once it has ended."""
+        """Ask the job to stop between two products; an ended job is not changed.
+
+        Raises:
+            NotFoundError: The job was deleted.
+        """
         answer = await self._session.wire.unary(
             "JobService/CancelJob",
             job_pb2.CancelJobRequest(name=self.name),
@@ -201,7 +205,7 @@ class AsyncJob(Generic[ResultT]):
         """Delete the job, its events, and its vectors but for those that are kept.
 
         Raises:
-            NotFoundError: It was deleted already.
+            NotFoundError: The job was deleted already.
             FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
         """
         await self._session.wire.unary(

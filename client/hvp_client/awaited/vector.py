@@ -225,7 +225,7 @@ class AsyncVector:
         is there after a restart too.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
             ResourceExhaustedError: `DISK_FULL`.
             UnimplementedError: The server is of a version where every vector stays.
         """
@@ -236,7 +236,7 @@ class AsyncVector:
         """Free the vector on the server now.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
         """
         self._finalizer.detach()
         await self._session.delete_vector(self.name)

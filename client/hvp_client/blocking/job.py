@@ -46,7 +46,7 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
 
     @property
     def attempt(self) -> int:
-        """Which run this is, from 1; one more after each loss of the server or a rank."""
+        """Number of the run, from 1; one more after each loss of the server or a rank."""
         return self._twin.attempt
 
     @property
@@ -101,7 +101,7 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
             The snapshot, which the properties tell from then on.
 
         Raises:
-            NotFoundError: It was deleted.
+            NotFoundError: The job was deleted.
         """
         return self._portal.run(self._twin.status())
 
@@ -120,14 +120,18 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
         self._portal.run(self._twin.relabel(labels, etag=etag))
 
     def cancel(self) -> None:
-        """Ask the job to stop between two products; of no effect once it has ended."""
+        """Ask the job to stop between two products; an ended job is not changed.
+
+        Raises:
+            NotFoundError: The job was deleted.
+        """
         self._portal.run(self._twin.cancel())
 
     def delete(self) -> None:
         """Delete the job, its events, and its vectors but for those that are kept.
 
         Raises:
-            NotFoundError: It was deleted already.
+            NotFoundError: The job was deleted already.
             FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
         """
         self._portal.run(self._twin.delete())

@@ -179,7 +179,7 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         is there after a restart too.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
             ResourceExhaustedError: `DISK_FULL`.
             UnimplementedError: The server is of a version where every vector stays.
         """
@@ -189,7 +189,7 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         """Free the vector on the server now.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
         """
         self._portal.run(self._twin.delete())
 

@@ -1,4 +1,4 @@
-"""How commands say what went wrong: one red line on stderr and an exit code, never a traceback."""
+"""Failures of commands: one red line on stderr and an exit code, never a traceback."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _row(job: AsyncJob[Any]) -> tuple[str, ...]:
 
 
 def _work(record: Mapping[str, Any]) -> str:
-    """What a job does, in a line."""
+    """A job's question, in a line."""
     if not record["headline"]:
         return "?"  # a job of another version's, of which the server shows what it can
     again = f", attempt {record['attempt']}" if record["attempt"] > 1 else ""

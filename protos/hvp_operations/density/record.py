@@ -291,7 +291,7 @@ def _pair(estimate: Estimate) -> str:
 
 
 def _unresolved(quadrature: Quadrature, low: float, high: float) -> float:
-    """How far the measure of (low, high] may be from the quadrature's."""
+    """Bound on the error of the quadrature's measure of (low, high]."""
     nodes, weights = np.asarray(quadrature.nodes), (0.0, *quadrature.weights, 0.0)
 
     def around(x: float) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def basis_sizes(spec: EigshSpec, dimension: int) -> tuple[int, int]:
     """The smallest basis that will do, and the one to have where memory allows.
 
     Args:
-        spec: What was asked for.
+        spec: The question.
         dimension: n.
     """
     asked, k = spec.num_lanczos_vectors, spec.k

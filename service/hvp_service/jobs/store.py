@@ -204,7 +204,7 @@ class JobStore(ABC):
         """Hold an attempt for another lease's time.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -212,7 +212,7 @@ class JobStore(ABC):
         """Store where an attempt stands, as an event and as the job's progress.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -220,7 +220,7 @@ class JobStore(ABC):
         """End a job: a result SUCCEEDED, an error FAILED, None CANCELLED.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -232,7 +232,7 @@ class JobStore(ABC):
             counted: Whether the attempt counts, as a lost one does and one cut short does not.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
