@@ -1,4 +1,4 @@
-"""Where a server may be: on this machine, as long as nothing on the way is encrypted."""
+"""Addresses of servers: on this machine alone, as long as traffic is not encrypted."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def reachable_address(address: str) -> str:
     """Write an address as gRPC takes it, and refuse one to which data would travel for all to read.
 
     Args:
-        address: HOST:PORT, or any other that gRPC takes; as people have it, `http://` may stand
-            before it, and this machine's needs no port, which is then the default one.
+        address: HOST:PORT, or any other address that gRPC takes. `http://` may stand before it, and
+            an address of this machine may leave out the port, which is then the default one.
 
     Returns:
         The address.
 
     Raises:
-        InvalidArgumentError: `ADDRESS_INVALID`: it has not the form of one, or a port that there is
-            not; `CLEARTEXT_REFUSED`.
+        InvalidArgumentError: `ADDRESS_INVALID`: the form or the port is wrong. `CLEARTEXT_REFUSED`:
+            the address is of another machine.
     """
     address = address.removeprefix("http://").removesuffix("/")
     if ":" not in address.rpartition("]")[2] and is_on_this_machine(address):

@@ -1,4 +1,4 @@
-"""Numbers in and out: numpy, torch if somebody else has imported it, and what numpy understands."""
+"""Arrays in and out: numpy's, torch's if the caller has imported it, and what numpy converts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NUMPYS_TOO = frozenset({"torch.float16", "torch.float32", "torch.float64"})
 
 
 def as_numpy(value: Any) -> NDArray[Any]:
-    """Make an array of numbers of any kind.
+    """Make a numpy array of numbers of any kind.
 
     Args:
         value: An array, a torch tensor on any device and with or without a gradient, or anything
@@ -23,8 +23,8 @@ def as_numpy(value: Any) -> NDArray[Any]:
         The array; a view where that is possible.
 
     Raises:
-        TypeError: It is no array.
-        ValueError: The same, as of lists of unequal lengths.
+        TypeError: The value is no array.
+        ValueError: The value is no array, for example a list of lists of unequal lengths.
     """
     if hasattr(value, "_portal") or any(
         hasattr(each, "_portal") for each in (value if isinstance(value, (list, tuple)) else ())
@@ -42,11 +42,11 @@ def as_numpy(value: Any) -> NDArray[Any]:
 
 
 def like(given: Any, array: NDArray[Any]) -> Any:
-    """The answer in the kind of the question.
+    """Give a result in the caller's kind of array.
 
     Args:
-        given: What the caller gave.
-        array: What came of it.
+        given: The caller's argument.
+        array: The result, as a numpy array.
 
     Returns:
         A torch tensor of the array's dtype on the device of `given` where that is a tensor, else

@@ -28,11 +28,11 @@ class Batch:
         name: `projects/{project}/dataBatches/{id}`; equal data have equal names.
         num_sequences: Rows of every field.
         sequence_length: s of token ids (n, s); 0 where there are none.
-        num_targets: Of token sequences for a causal language model, labels that count after the
-            shift: the denominator of the mean loss. 0 where what counts depends on the model.
-        max_token_id: Largest id in use; 0 where there are none.
-        has_attention_mask: Whether a mask was given.
-        fields: Shape of every field that the batch has.
+        num_targets: Labels of token sequences that count after the shift of a causal language
+            model: the denominator of its mean loss. 0 where the count depends on the model.
+        max_token_id: Largest token id in use; 0 where there are no ids.
+        has_attention_mask: Whether the batch has an `attention_mask`.
+        fields: Shape of each field, by its name.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Batch:
 
 
 def batch_from_proto(message: data_batch_pb2.DataBatch) -> Batch:
-    """Make the record of a message."""
+    """Make a `Batch` of its message."""
     return Batch(
         name=message.name,
         num_sequences=message.num_sequences,
@@ -68,15 +68,15 @@ def encode_batch(batch: Mapping[str, Any], schema: BatchSchema | None = None) ->
     """Check a batch, as far as can be said before it is sent, and make safetensors bytes of it.
 
     Args:
-        batch: By field, arrays of integers or floating numbers, all with as many rows.
-        schema: Of the model that it is for; None where that is not known yet.
+        batch: Arrays of integers or floating numbers by field, all with as many rows.
+        schema: Schema of the model that the batch is for; None where that is not known yet.
 
     Returns:
         A safetensors file of int64, float32 and float64 tensors; equal batches give equal bytes.
 
     Raises:
-        InvalidArgumentError: What `check_alone` finds, and `check_fit` where there is a schema;
-            `field` is the entry at fault.
+        InvalidArgumentError: As `check_alone`, and as `check_fit` where there is a schema; `field`
+            is the entry at fault.
     """
     if not isinstance(batch, Mapping):
         raise _invalid(
@@ -100,7 +100,7 @@ def encode_batch(batch: Mapping[str, Any], schema: BatchSchema | None = None) ->
 
 
 def _array(name: str, value: Any) -> NDArray[np.generic]:
-    """An array as the file has it."""
+    """An array in the dtype that the file stores: int64, float32 or float64."""
     try:
         array = as_numpy(value)
     except (ValueError, TypeError) as error:

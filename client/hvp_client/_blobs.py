@@ -28,12 +28,12 @@ _SLOWEST_DISK = 20e6  # bytes a second that a server reads at least
 
 @dataclass(frozen=True, kw_only=True)
 class Blob:
-    """Bytes that the server holds, of which checkpoints and batches are made.
+    """A file that the server holds, of which checkpoints and batches are made.
 
     Attributes:
         name: `projects/{project}/blobs/{sha256}`.
-        size_bytes: Of the content.
-        create_time: When it was complete, UTC.
+        size_bytes: Size of the content.
+        create_time: When the upload was complete, UTC.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Blob:
 
 
 def blob_from_proto(message: blob_pb2.Blob) -> Blob:
-    """Make the record of a message."""
+    """Make a `Blob` of its message."""
     return Blob(
         name=message.name,
         size_bytes=message.digest.size_bytes,
@@ -75,8 +75,8 @@ async def upload_blobs(
     """Make the server hold these bytes.
 
     Args:
-        session: Whose server.
-        sources: What to bring; equal contents are sent once, known contents not at all.
+        session: The client's session.
+        sources: Contents to bring. Equal ones are sent once; the server's own are not sent again.
         progress: Called with (bytes done, bytes in all) as chunks go out; the first number steps
             back when a broken connection lost bytes.
 
@@ -113,7 +113,7 @@ async def upload_blobs(
 
 @final
 class _Meter:
-    """Adds up what is done over parallel uploads."""
+    """Adds up the bytes done by parallel uploads, for the caller's progress callback."""
 
     def __init__(self, callback: ProgressCallback | None, sizes: dict[str, int]):
         self._callback = callback
@@ -127,7 +127,7 @@ class _Meter:
 
 @final
 class _Upload:
-    """One blob on its way."""
+    """The upload of one blob, resumed until the server has verified it."""
 
     def __init__(self, session: Session, source: Source, digest: blob_pb2.Digest, meter: _Meter):
         self._session = session

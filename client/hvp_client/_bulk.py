@@ -23,7 +23,7 @@ def as_elements(value: Any, num_elements: int, dtype: np.dtype[Any], field: str)
     Args:
         value: Real numbers of shape (n,), as `as_numpy` takes them.
         num_elements: n.
-        dtype: The vector's, float32 or float64.
+        dtype: Dtype of the vector, float32 or float64.
         field: Name of the argument, for the error.
 
     Returns:
@@ -59,14 +59,14 @@ def as_real(value: Any, field: str) -> NDArray[Any]:
     """Make an array of something and check that it holds real numbers.
 
     Args:
-        value: As `as_numpy` takes it.
+        value: Anything that `as_numpy` takes.
         field: Name of the argument, for the error.
 
     Returns:
-        The array.
+        The array, of a boolean, integer or floating dtype.
 
     Raises:
-        InvalidArgumentError: `DTYPE_UNSUPPORTED`.
+        InvalidArgumentError: `DTYPE_UNSUPPORTED`: it is no array, or not of real numbers.
     """
     try:
         array = as_numpy(value)
@@ -91,9 +91,9 @@ async def write_elements(
     """Create a vector of these elements in one stream.
 
     Args:
-        session: Whose server.
-        create: What to create, its source left out; its request id makes a second try safe.
-        elements: As from `as_elements`.
+        session: The client's session.
+        create: Request for the vector, without a source; its request id makes a second try safe.
+        elements: (n,) elements, from `as_elements`.
 
     Returns:
         The vector as the server describes it.
@@ -141,11 +141,11 @@ async def read_elements(
     """Fetch elements of a vector; a broken stream is read on from where it broke.
 
     Args:
-        session: Whose server.
-        name: The vector's.
-        num_elements: How many.
-        dtype: The vector's dtype.
-        start: Flat index of the first of them.
+        session: The client's session.
+        name: Name of the vector.
+        num_elements: Number of elements to fetch.
+        dtype: Dtype of the vector.
+        start: Flat index of the first element to fetch.
 
     Returns:
         An array (num_elements,) of that dtype.

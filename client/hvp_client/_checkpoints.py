@@ -23,9 +23,9 @@ class ParameterTensor:
     """Where one parameter lies in every vector.
 
     Attributes:
-        name: As in the model's `named_parameters()`.
-        shape: Row-major.
-        offset: Its first flat index.
+        name: The parameter's name in the model's `named_parameters()`.
+        shape: Shape of the parameter, whose elements lie row-major.
+        offset: Flat index of its first element.
     """
 
     name: str
@@ -34,7 +34,7 @@ class ParameterTensor:
 
     @property
     def num_elements(self) -> int:
-        """Of the tensor."""
+        """Number of the tensor's elements."""
         return math.prod(self.shape)
 
 
@@ -44,20 +44,20 @@ class Checkpoint:
 
     Attributes:
         name: `projects/{project}/checkpoints/{id}`; equal files have equal names.
-        state: `ACTIVE` once it can be used.
+        state: `ACTIVE` once the checkpoint can be used.
         architecture: Model class, for example `LlamaForCausalLM`.
         num_parameters: n, the length of every vector; a tied tensor counts once.
         vocab_size: Token ids are below this; 0 for models without tokens.
-        stored_dtype: Safetensors' name of the dtype of the files.
-        size_bytes: Of all files.
-        parameters: In the order of every vector; empty in a listing.
+        stored_dtype: Safetensors' name of the dtype in the files, such as `BF16`.
+        size_bytes: Size of all files together.
+        parameters: The parameters in the order of every vector; empty in a listing.
         ignored_files: Files of the uploaded folder that look like weights and are no part of the
             model, because transformers would not read them either; empty but for the call that
             uploaded it.
-        labels: The caller's own; `client.relabel_checkpoint` changes them.
-        etag: Changes with `labels`.
-        task: What the model is for, such as `causal language modelling`.
-        batch_schema: What a batch for it holds; None from a server that does not say.
+        labels: The caller's own texts by name; `client.relabel_checkpoint` changes them.
+        etag: Tag of the present labels, which changes with them.
+        task: Task of the model, such as `causal language modelling`.
+        batch_schema: Fields that a batch for the model has; None from a server that does not say.
     """
 
     name: str
@@ -92,7 +92,7 @@ def tensors_from_proto(
 
 
 def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
-    """Make the record of a message."""
+    """Make a `Checkpoint` of its message."""
     return Checkpoint(
         name=message.name,
         state=plain_name(checkpoint_pb2.Checkpoint.State, message.state, "STATE_"),
@@ -110,7 +110,7 @@ def checkpoint_from_proto(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
 
 
 def _schema(message: data_batch_pb2.BatchSchema) -> BatchSchema | None:
-    """A schema; None where it has a word that this client does not know."""
+    """Make a schema of its message; None where it has a kind or unit new to this client."""
     kinds = {
         each.name: plain_name(data_batch_pb2.BatchField.Kind, each.kind, "KIND_").lower()
         for each in message.fields
@@ -152,8 +152,8 @@ async def parameter_tensors(session: Session, checkpoint: str) -> Mapping[str, P
     """Where each parameter of a checkpoint lies; asked for once, since a checkpoint never changes.
 
     Args:
-        session: Whose server.
-        checkpoint: Its name.
+        session: The client's session, which remembers the answer.
+        checkpoint: Name of the checkpoint.
 
     Returns:
         Tensors by their names, in the order of every vector.

@@ -11,7 +11,7 @@ def plain_name(enum: Any, number: int, prefix: str) -> str:
     Args:
         enum: A message's enum, as in `job_pb2.Job.State`.
         number: The value; proto3 hands on numbers that it does not know.
-        prefix: Of every name in the enum, as in `STATE_`.
+        prefix: Prefix of every name in the enum, as in `STATE_`.
 
     Returns:
         The name.

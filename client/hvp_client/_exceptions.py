@@ -38,7 +38,8 @@ class HvpError(Exception):
         field: The argument at fault, "" when there is none.
         metadata: Figures and names that belong to the reason.
         request_id: Names this call in the server's log, "" when it never got there.
-        retry_after_s: The pause the server asks for before another try; None: none asked for.
+        retry_after_s: Seconds that the server asks to wait before another try; None where it does
+            not ask.
     """
 
     code: str = "UNKNOWN"

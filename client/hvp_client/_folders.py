@@ -19,10 +19,10 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 @final
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFolder:
-    """A folder that has been looked at.
+    """The files of a checkpoint's folder, sorted into the model's and others.
 
     Attributes:
-        files: What is uploaded: the config, then an index where there is one, then the weights.
+        files: Files to upload: the config, then an index where there is one, then the weights.
         ignored: Names of files that look like weights and are no part of the model.
     """
 

@@ -1,4 +1,4 @@
-"""What may be given where a handle is wanted."""
+"""Checks of arguments that have to be handles."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Handle = TypeVar("Handle")
 
 
 def require_handle(value: Any, handle: type[Handle], field: str) -> Handle:
-    """Refuse what is no handle of this class, with what to do where it is numbers.
+    """Refuse a value that is no handle of a class; the message helps where it is an array.
 
     Args:
-        value: What the caller gave.
-        handle: The class.
-        field: The argument's name.
+        value: The caller's argument.
+        handle: Class of the handle.
+        field: Name of the argument, for the error.
 
     Returns:
         The value.

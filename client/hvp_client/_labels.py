@@ -9,10 +9,10 @@ from hvp_client._exceptions import InvalidArgumentError
 
 
 def check_labels(labels: Any) -> dict[str, str]:
-    """Refuse what are no labels.
+    """Refuse labels that are no mapping of printable texts to printable texts.
 
     Args:
-        labels: Texts by texts; None for none.
+        labels: Texts by name; None for no labels.
 
     Returns:
         The labels.

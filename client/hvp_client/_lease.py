@@ -1,4 +1,4 @@
-"""A client's session on the server: what its vectors belong to, renewed while the client lives."""
+"""The lease of a client: its session on the server, which owns its vectors while it is renewed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Lease:
     is closed, or gone in whatever way, the server ends the session and deletes its vectors.
 
     Args:
-        wire: To the server.
-        parent: `projects/{project}`.
+        wire: The connections to the server.
+        parent: The project of the session, `projects/{project}`.
     """
 
     def __init__(self, wire: Wire, parent: str):
@@ -74,7 +74,7 @@ class Lease:
             self._name = ""
 
     def holds(self, name: str) -> bool:
-        """Whether this is still the session."""
+        """Whether the session of this name is still the client's."""
         return self._name == name
 
     async def end(self) -> bool:

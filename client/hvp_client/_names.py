@@ -11,14 +11,14 @@ def name_of(value: Any, field: str) -> str:
     """Name of a resource, given by its name or as the object that has it.
 
     Args:
-        value: What the caller gave.
-        field: The argument's name.
+        value: The name, or the object.
+        field: Name of the argument, for the error.
 
     Returns:
         The name, unchecked.
 
     Raises:
-        InvalidArgumentError: `RESOURCE_NAME_INVALID`: neither of both.
+        InvalidArgumentError: `RESOURCE_NAME_INVALID`: `value` is no text and has no name.
     """
     name = value if isinstance(value, str) else getattr(value, "name", None)
     if isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Records of what a job met and found."""
+"""Records of a job: its status, progress, events, plan and result."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Progress:
     Attributes:
         stage: `loading`, `saving`, or what the operation calls it, as in `iterating`.
         num_products: Operator products done in this attempt.
-        max_products: Their upper bound; 0 while it loads.
-        seconds_per_product: Median so far.
-        detail: What only the operation can tell, such as Ritz values; None before the first
-            product, and of an operation that is new to this client.
+        max_products: Upper bound on the products; 0 while the model loads.
+        seconds_per_product: Median time of a product so far.
+        detail: The operation's own figures, such as Ritz values; None before the first product,
+            and where the operation is new to this client.
     """
 
     stage: str
@@ -55,14 +55,16 @@ class JobStatus:
 
     Attributes:
         state: `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED`, `CANCELLED`; a newer one is `UNKNOWN_7`.
-        cancelling: Whether it was asked to stop and still runs, until the product at hand is done.
-        ended: Whether the state is final; of a state that is new to this client, its end tells.
-        attempt: Which run this is, from 1; one more after each loss of the server or a rank.
+        cancelling: Whether the job was asked to stop and still runs, to the end of the product at
+            hand.
+        ended: Whether the state is final; a state that is new to this client is final where the
+            job has an `end_time`.
+        attempt: Number of the run, from 1; one more after each loss of the server or a rank.
         progress: Where the run stands; None before the first product.
-        error: Why it failed, as an exception that is not raised; None unless it did.
-        create_time: When it was queued, UTC.
-        start_time: When its latest attempt began, UTC.
-        end_time: When it ended, UTC.
+        error: Why the job failed, as an exception that is not raised; None unless it failed.
+        create_time: When the job was queued, UTC.
+        start_time: When the latest attempt began, UTC; None before the first.
+        end_time: When the job ended, UTC; None while it has not.
     """
 
     state: str
@@ -78,18 +80,20 @@ class JobStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a question would take.
+    """What a question would cost, and whether it fits.
 
     Attributes:
         max_products: Upper bound on products with the operator.
-        seconds_per_product: Of the latest job on the same operator; None where there was none.
-        max_seconds: Upper bound of the products' time; None where the pace is not known.
-        num_ranks: That share each vector.
-        least_bytes_per_rank: Of vectors, without which the job does not begin.
-        wished_bytes_per_rank: Of vectors, where memory allows.
-        available_bytes_per_rank: Of the rank that has least, whether free or not; None: not known.
-        fits: Whether there is room for the least.
-        problem: Why there is none and what would help; "" where there is.
+        seconds_per_product: Median of the latest job on the same operator; None where there was
+            none.
+        max_seconds: Upper bound on the time of all products; None where the pace is not known.
+        num_ranks: Number of ranks that share each vector.
+        least_bytes_per_rank: Memory for vectors without which the job does not begin.
+        wished_bytes_per_rank: Memory for vectors that the job takes where there is enough.
+        available_bytes_per_rank: Memory of the rank that has least, free or in use; None where it
+            is not known.
+        fits: Whether `least_bytes_per_rank` is there.
+        problem: Why the job does not fit and what would help; "" where it fits.
     """
 
     max_products: int
@@ -143,12 +147,12 @@ class Event:
         type: `state` or `progress`.
         sequence: Place in the job's history, dense from 1; `watch(after_sequence=...)` goes on
             from here.
-        time: When, UTC.
-        state: What the job went into, on a `state` event.
-        cancelling: On a `state` event RUNNING: whether this is a running job's being asked to stop.
-        attempt: Which run, on a `state` event; 0 otherwise.
-        error: Why it failed, on the `state` event FAILED.
-        progress: On a `progress` event.
+        time: When it happened, UTC.
+        state: The state that the job went into, on a `state` event.
+        cancelling: On a `state` event RUNNING: whether a running job was asked to stop.
+        attempt: Number of the run, on a `state` event; 0 otherwise.
+        error: Why the job failed, on the `state` event FAILED.
+        progress: Where the run stood, on a `progress` event.
     """
 
     type: Literal["state", "progress"]
@@ -162,7 +166,7 @@ class Event:
 
     @property
     def num_products(self) -> int:
-        """The progress's; 0 on a `state` event."""
+        """Products done so far; 0 on a `state` event."""
         return self.progress.num_products if self.progress else 0
 
 
@@ -174,7 +178,7 @@ def state_name(state: job_pb2.Job.State.ValueType) -> str:
 
 
 def state_values(name: str) -> list[job_pb2.Job.State.ValueType]:
-    """What a state of this name is on the wire, the inverse of `state_name`.
+    """The wire's values of a state's name, the inverse of `state_name`.
 
     Args:
         name: In upper or lower case.
@@ -200,7 +204,7 @@ def state_values(name: str) -> list[job_pb2.Job.State.ValueType]:
 
 
 def progress_from_proto(message: job_pb2.JobProgress) -> Progress:
-    """Make the record of a message."""
+    """Make a `Progress` of its message."""
     declared = operations().get(message.WhichOneof("detail") or "")
     return Progress(
         stage=message.stage,
@@ -213,7 +217,7 @@ def progress_from_proto(message: job_pb2.JobProgress) -> Progress:
 
 
 def status_from_proto(message: job_pb2.Job) -> JobStatus:
-    """Make the record of a message."""
+    """Make a `JobStatus` of a job's message."""
     state = state_name(message.state)
     over = message.HasField("end_time")
     failed = message.HasField("error")
@@ -253,11 +257,11 @@ def result_from_proto(message: job_pb2.JobResult, vector: Callable[[Any], Any]) 
 
 
 def with_vectors(result: Any, handle: Callable[[Any], Any]) -> Any:
-    """The same result with other handles of its vectors.
+    """The same result with other handles for its vectors.
 
     Args:
-        result: An operation's record.
-        handle: Makes the other handle of one.
+        result: An operation's record; anything else is returned as it is.
+        handle: Makes the new handle from the old one.
     """
     for declared in operations().values():
         field = declared.result.vectors
@@ -267,7 +271,7 @@ def with_vectors(result: Any, handle: Callable[[Any], Any]) -> Any:
 
 
 def plan_from_proto(message: job_pb2.JobPlan) -> Plan:
-    """Make the record of a message."""
+    """Make a `Plan` of its message."""
     return Plan(
         max_products=message.max_products,
         seconds_per_product=message.seconds_per_product or None,
@@ -284,11 +288,11 @@ def plan_from_proto(message: job_pb2.JobPlan) -> Plan:
 def error_from_proto(
     message: job_pb2.JobError, kind: type[HvpError] | None = None, job: str = ""
 ) -> HvpError:
-    """Make an exception of why a job failed.
+    """Make an exception that says why a job failed.
 
     Args:
         message: The job's error.
-        kind: Class to make; default that of the status.
+        kind: Class of the exception; by default that of the status code.
         job: Name of the job, added to the metadata.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Some of a model's parameters: chosen by patterns of their names, or taken apart in blocks."""
+"""Selections of a model's parameters: by patterns of their names, or divided into blocks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
-    """Patterns as whoever asks gives them: none, one, or several.
+    """Patterns as a tuple, from None, one pattern or several; None gives ().
 
     Raises:
-        InvalidArgumentError: `PARAMETERS_INVALID`: something else.
+        InvalidArgumentError: `PARAMETERS_INVALID`: the value is none of these, or is empty.
     """
     if value is None:
         return ()
@@ -59,16 +59,20 @@ def chosen(
 def in_blocks(
     by: str | Sequence[Any] | Mapping[str, Any], tensors: Sequence[ParameterTensor]
 ) -> dict[str, list[str]]:
-    """Names of tensors in blocks: each in one of them, in their order.
+    """Divide tensors into blocks, so that each tensor is in one of them.
 
     Args:
-        by: `layer`, `tensor`, or the blocks as patterns: for each a pattern or several, by name or
-            in order, named by their patterns then.
-        tensors: To be taken apart.
+        by: `layer`, `tensor`, or the blocks' patterns. Each block has one pattern or several;
+            blocks in a mapping have its names, and blocks in a sequence are named by their
+            patterns.
+        tensors: The tensors to divide.
+
+    Returns:
+        Names of the tensors of each block, in the order of `tensors`.
 
     Raises:
         InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing.
-            `PARAMETERS_INVALID`: `by` is no such thing, a tensor is in two blocks, or in none.
+            `PARAMETERS_INVALID`: `by` is another word, or a tensor is in two blocks or in none.
     """
     names = [tensor.name for tensor in tensors]
     if isinstance(by, str):
@@ -102,7 +106,7 @@ def in_blocks(
 
 
 def in_words(globs: Sequence[str]) -> str:
-    """Which parameters, in a few words behind others; nothing where they are all."""
+    """A selection as a phrase, such as ` in *.mlp.*`; "" where all parameters are selected."""
     return f" in {', '.join(globs[:2])}{', ...' if len(globs) > 2 else ''}" if globs else ""
 
 

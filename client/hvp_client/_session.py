@@ -1,4 +1,4 @@
-"""What every handle of a client shares: the connection, the project, and vectors to be freed."""
+"""The state that a client's handles share: the connection, the project, and vectors to be freed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def new_request_id() -> str:
-    """A UUID under which the server does a thing once, however often it is asked."""
+    """A new UUID; the server does what a request asks once for each id, however often it comes."""
     return str(uuid.uuid4())
 
 
@@ -40,14 +40,14 @@ class Session:
     async def make(self, call: Callable[[str], Coroutine[Any, Any, Result]]) -> Result:
         """Make vectors that belong to this client: they go with it, unless they are kept.
 
-        Where the server has lost this client's session, because nothing was heard of the client
-        for long, new vectors are made in another; those of the lost one are gone.
+        Where the server has ended this client's session, because it heard nothing of the client
+        for long, new vectors are made in another session; those of the ended one are gone.
 
         Args:
-            call: Makes them in the session of the name it is given, or "" for none.
+            call: Makes the vectors in the session of the name it is given; "" means in none.
 
         Returns:
-            What `call` gave.
+            The result of `call`.
         """
         await self.free_released()
         name = await self.lease.name()
@@ -60,12 +60,12 @@ class Session:
         return await call(await self.lease.name())
 
     async def close(self) -> None:
-        """Let the server free what this client made; what fails, it does by itself later."""
+        """Free this client's vectors; the server itself frees later those where that fails."""
         if not await self.lease.end():
             await self.free_released()
 
     async def free_released(self) -> None:
-        """Delete the vectors whose handles are gone; what fails is kept for the next time."""
+        """Delete the vectors whose handles are gone; a failed deletion is tried the next time."""
         names = [self.released.popleft() for _ in range(len(self.released))]
         await gather_bounded(8, [partial(self._free, name) for name in names])
 
@@ -82,11 +82,11 @@ class Session:
         """Free one vector on the server.
 
         Args:
-            name: The vector's.
+            name: Name of the vector.
             patience_s: How long to try; default `Retry.patience_s`.
 
         Raises:
-            NotFoundError: It is not there.
+            NotFoundError: No such vector.
         """
         await self.wire.unary(
             "VectorService/DeleteVector",
@@ -99,7 +99,7 @@ class Session:
         """Let one vector stay on the server until it is deleted.
 
         Raises:
-            NotFoundError: It is not there.
+            NotFoundError: No such vector.
         """
         await self.wire.unary(
             "VectorService/KeepVector",
@@ -112,14 +112,14 @@ class Session:
 async def gather_bounded(
     limit: int, work: Iterable[Callable[[], Coroutine[Any, Any, Result]]]
 ) -> list[Result]:
-    """Do all, at most `limit` at once; the first failure cancels the rest.
+    """Run coroutines, at most `limit` at once; the first failure cancels the rest.
 
     Args:
-        limit: How many at once.
-        work: What to call and await.
+        limit: Most coroutines that run at once.
+        work: Functions that make the coroutines.
 
     Returns:
-        Results in order.
+        Their results, in the order of `work`.
     """
     gate = asyncio.Semaphore(limit)
 

@@ -1,4 +1,4 @@
-"""Knobs of a client: how long to wait and how often to try again."""
+"""Settings of a client: how long calls may take, and how long they are tried again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Timeout:
     """How long a call may take, in seconds.
 
     Attributes:
-        call_s: A call that computes nothing: looking up, listing, deleting.
-        compute_s: A call that loads or evaluates the model: loss, gradient, product, and the
-            check of a checkpoint.
+        call_s: Time for a call that computes nothing: looking up, listing, deleting.
+        compute_s: Time for a call that loads or evaluates the model: loss, gradient, product, and
+            the check of a checkpoint.
         silence_s: A stream on which nothing moves for so long counts as broken, be it that nothing
             arrives or that the server takes nothing of an upload. A watched job sends a heartbeat
             every 15 s.
@@ -36,16 +36,16 @@ class Timeout:
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """What to do when the server cannot answer now.
+    """How long a call is tried again when the server cannot answer now, in seconds.
 
     Only answers that promise that a later try may succeed are tried again; every call that
     changes something carries a request id, so a second try cannot do it twice.
 
     Attributes:
-        patience_s: A call is tried again until this long after its first failure; 0 never.
-        job_patience_s: The same while a job is waited for or watched: long enough for a server
-            to be started anew and load its model.
-        contact_s: The same for an address that has never answered this client.
+        patience_s: A call is tried again until this long after its first failure; 0 means never.
+        job_patience_s: The same limit while a job is waited for or watched: long enough for a
+            server to be started anew and load its model.
+        contact_s: The same limit for an address that has never answered this client.
         initial_backoff_s: Pause before the second try.
         max_backoff_s: Longest pause; pauses double until then.
     """

@@ -14,14 +14,14 @@ from hvp_client._session import Session, new_request_id
 @final
 @dataclass(frozen=True, kw_only=True)
 class VectorSpace:
-    """What vectors can be added to.
+    """A space of vectors: vectors of one space can be added to each other.
 
     Attributes:
         checkpoint: Name of the checkpoint.
-        dtype: `float32` or `float64`.
+        dtype: Dtype of the vectors, `float32` or `float64`.
         shape: `(n,)`, or of outputs `(sequences, positions, vocabulary)`, row-major.
-        data_batch: Name of the batch on which they are outputs; "" of parameter space.
-        parameters: Patterns of the names of the parameters that they have; none for all.
+        data_batch: Name of the batch whose outputs the vectors have; "" in parameter space.
+        parameters: Patterns that select the parameters that the vectors have; () for all.
     """
 
     checkpoint: str
@@ -32,7 +32,7 @@ class VectorSpace:
 
     @property
     def num_elements(self) -> int:
-        """The length of its vectors."""
+        """Number of elements of a vector of the space."""
         return math.prod(self.shape)
 
     @staticmethod
@@ -57,7 +57,7 @@ class VectorSpace:
         return domain, codomain
 
     def request(self, session: Session, owner: str) -> vector_pb2.CreateVectorRequest:
-        """A request for one of its vectors, without what it is made of."""
+        """A request for a vector of the space, without the source that the vector is made of."""
         return vector_pb2.CreateVectorRequest(
             parent=session.parent,
             request_id=new_request_id(),

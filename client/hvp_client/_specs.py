@@ -1,4 +1,4 @@
-"""What operators and jobs are asked for, checked here before it travels."""
+"""Messages of operators and questions, checked here before they travel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def operator_spec(
     precision: str | None,
     parameters: Any,
 ) -> operator_pb2.OperatorSpec:
-    """The message of an operator; the server judges dtype and precision.
+    """Make the message of an operator; the server checks dtype and precision.
 
     Args:
         checkpoint: A checkpoint or its name.
@@ -78,20 +78,20 @@ def job_spec(
     num_parameters: int,
     values: Mapping[str, Any],
 ) -> job_pb2.JobSpec:
-    """The message of a question about an operator.
+    """Make the message of a question about an operator.
 
     Args:
-        operation: What is asked.
-        operator: Of what.
-        num_parameters: It is n by n.
-        values: The question's own, by name.
+        operation: Name of the operation.
+        operator: The operator that the question is about.
+        num_parameters: n, the order of the operator.
+        values: The operation's own arguments, by name.
 
     Returns:
         The message.
 
     Raises:
-        InvalidArgumentError: `OPERATION_UNKNOWN`; the operation's own reasons; `field` is the value
-            at fault.
+        InvalidArgumentError: `OPERATION_UNKNOWN`, or one of the operation's own reasons; `field` is
+            the argument at fault.
     """
     if operation not in operations():
         raise InvalidArgumentError(
@@ -114,7 +114,7 @@ def job_spec(
 
 
 def check_seed(seed: int) -> int:
-    """Refuse what is no unsigned 64-bit number."""
+    """Refuse a seed that is no unsigned 64-bit integer, with `SEED_INVALID`."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
         raise InvalidArgumentError(
             f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}",

@@ -13,11 +13,11 @@ from hvp_client._exceptions import BY_STATUS, HvpError, ServerUnreachableError
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, *, address: str, request_id: str = "") -> HvpError:
-    """Make the exception that says what a failed call met.
+    """Make an exception of a failed call.
 
     Args:
-        error: The call's failure, its trailing metadata holding google.rpc details or not.
-        address: Whom the call was made to.
+        error: The call's failure; its trailing metadata may hold google.rpc details.
+        address: Address of the server that was called.
         request_id: The call's own id, for an answer that does not name one.
 
     Returns:

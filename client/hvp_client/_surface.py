@@ -1,4 +1,4 @@
-"""Every public name in one place, brought in when the first of them is used."""
+"""Every public name of the package, imported when the first of them is used."""
 
 from hvp_client._batches import Batch as Batch
 from hvp_client._blobs import Blob as Blob

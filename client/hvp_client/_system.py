@@ -1,4 +1,4 @@
-"""What the server is, and how its workers are."""
+"""Records of the server and of its worker groups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hvp_client._times import from_timestamp
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """What a server is and serves.
+    """A server's version and what it serves.
 
     Attributes:
-        version: Of the `hvp` distribution it runs.
-        dtypes: It computes in.
-        operator_kinds: As `Client.operator` takes them.
-        precisions: The same.
-        start_time: UTC.
+        version: Version of the `hvp` distribution that the server runs.
+        dtypes: Dtypes that it computes in.
+        operator_kinds: Kinds of operator that it serves, as `Client.operator` takes them.
+        precisions: Precisions that its ranks' device has, as `Client.operator` takes them.
+        start_time: When the server started, UTC.
     """
 
     version: str
@@ -35,11 +35,11 @@ class Rank:
     """One process of a worker group.
 
     Attributes:
-        rank: From 0.
-        hostname: Of its machine.
-        pid: On that machine.
-        resident_bytes: Resident set now.
-        num_threads: It computes with.
+        rank: Number of the rank, from 0.
+        hostname: Name of the machine that it runs on.
+        pid: Process id on that machine.
+        resident_bytes: Its resident memory at present.
+        num_threads: Number of threads that it computes with.
     """
 
     rank: int
@@ -56,9 +56,10 @@ class WorkerGroup:
     Attributes:
         name: `projects/{project}/workerGroups/{id}`.
         state: `STARTING`, `READY` or `LOST`.
-        generation: Changes when the ranks are started anew; vectors that are not durable end then.
-        device: `cpu` or `cuda`.
-        ranks: In order.
+        generation: Id that changes when the ranks are started anew; vectors that are not durable
+            end then.
+        device: Device that the ranks compute on, `cpu` or `cuda`.
+        ranks: The group's processes, in the order of their numbers.
     """
 
     name: str
@@ -69,7 +70,7 @@ class WorkerGroup:
 
 
 def server_info_from_proto(message: system_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Make the record of a message."""
+    """Make a `ServerInfo` of its message."""
     return ServerInfo(
         version=message.version,
         dtypes=tuple(message.dtypes),
@@ -80,7 +81,7 @@ def server_info_from_proto(message: system_pb2.GetServerInfoResponse) -> ServerI
 
 
 def worker_group_from_proto(message: system_pb2.WorkerGroup) -> WorkerGroup:
-    """Make the record of a message."""
+    """Make a `WorkerGroup` of its message."""
     return WorkerGroup(
         name=message.name,
         state=plain_name(system_pb2.WorkerGroup.State, message.state, "STATE_"),

@@ -100,7 +100,7 @@ class Wire:
 
         Args:
             method: Service and method, as in `JobService/GetJob`.
-            request: What to send; the same bytes on every try.
+            request: Message to send; the same bytes on every try.
             response: Class of the answer.
             timeout_s: Deadline of each try; default `Timeout.call_s`.
             patience_s: How long to try; default `Retry.patience_s`.
@@ -137,7 +137,7 @@ class Wire:
 
         Args:
             method: Service and method.
-            requests: What to send.
+            requests: Messages to send.
             request: Class of the messages.
             response: Class of the answer.
             silence_s: Longest time until the server has room for the next message.
@@ -193,7 +193,7 @@ class Wire:
 
         Args:
             method: Service and method.
-            request: What to ask.
+            request: Message to send.
             response: Class of the messages.
             bulk: Whether to take a connection for bulk data.
             silence_s: Longest wait for the next message.
@@ -314,7 +314,7 @@ class Pauses:
         self._end_s = 0.0
 
     def reset(self) -> None:
-        """Note that something went forward: patience starts anew."""
+        """Note progress: patience, and the pauses, start anew."""
         self._failures = 0
 
     async def after(self, error: HvpError) -> None:

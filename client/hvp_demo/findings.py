@@ -1,4 +1,4 @@
-"""What a run of the demo found, as one frozen record, with its plain forms: JSON and a table."""
+"""The findings of a run of the demo: one frozen record, and its plain forms, JSON and a table."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Findings:
         """Check that the parallel tuples are parallel.
 
         Raises:
-            ValueError: They are not.
+            ValueError: Two of them have different lengths.
         """
         lengths = {len(self.eigenvalues), len(self.residuals), len(self.intervals)}
         if len(lengths) > 1 or not self.eigenvalues:

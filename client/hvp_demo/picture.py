@@ -57,8 +57,8 @@ def draw(findings: Findings, theme: Theme = LIGHT) -> bytes:
     """Draw the figure.
 
     Args:
-        findings: What to draw.
-        theme: Its colours.
+        findings: Findings to draw.
+        theme: Colours of the figure.
 
     Returns:
         A PNG of WIDTH_INCHES x HEIGHT_INCHES at DOTS_PER_INCH.

@@ -20,7 +20,7 @@ def write_report(findings: Findings, output: Path) -> list[Path]:
     """Write every form of the findings into a folder.
 
     Args:
-        findings: What to tell.
+        findings: Findings to report.
         output: The folder; made if missing, files of the same names are replaced.
 
     Returns:
@@ -43,9 +43,9 @@ def to_html(findings: Findings, light: bytes, dark: bytes) -> str:
     """One self-contained page: styles and pictures are inside, nothing is loaded.
 
     Args:
-        findings: What to tell.
-        light: PNG for a light page.
-        dark: PNG for a dark page.
+        findings: Findings to report.
+        light: The picture for a light page, as PNG.
+        dark: The picture for a dark page, as PNG.
     """
     from jinja2 import Environment, StrictUndefined
 

@@ -34,7 +34,7 @@ _VERIFYING = 2.5  # times a product's time: verifying products are in float64
 @final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to compute and where to put it.
+    """Settings of the demo: what it computes, and where the results go.
 
     Attributes:
         output: Folder of the results.
@@ -45,8 +45,8 @@ class Settings:
         max_products: Bound on products, those of the true residuals included; None takes what a
             few minutes allow.
         num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
-        num_workers: Ranks.
-        device: `cpu` or `cuda`.
+        num_workers: Number of ranks.
+        device: Device that the ranks compute on, `cpu` or `cuda`.
     """
 
     output: Path
@@ -64,8 +64,8 @@ def run_demo(settings: Settings, console: Console) -> list[Path]:
     """Run everything and write the report.
 
     Args:
-        settings: What to compute.
-        console: Where progress is shown.
+        settings: Settings of the demo.
+        console: Console on which progress is shown.
 
     Returns:
         The files written.
@@ -191,7 +191,7 @@ def _explore(
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Probes:
-    """What products with two independent Rademacher probes u and v tell."""
+    """Figures from products with two independent Rademacher probes u and v."""
 
     probe_norm: float
     product_norm: float
@@ -243,7 +243,7 @@ def _recorded(events: Iterable[Event], history: list[Snapshot]) -> Iterator[Even
 
 @final
 class _Stages:
-    """Times the parts of the demo and says a line when each has ended."""
+    """Times the parts of the demo and prints a line when each has ended."""
 
     def __init__(self, console: Console):
         self.console = console

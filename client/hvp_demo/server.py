@@ -22,19 +22,19 @@ class ServerFailedError(RuntimeError):
 def running_server(output: Path, *, num_workers: int, device: str) -> Iterator[str]:
     """Start `hvp serve` as a process and end it with the block.
 
-    Its state lies in a temporary folder beside the results and goes with it; its log stays as
-    `server.log`.
+    The server's state lies in a temporary folder beside the results and is deleted with the block;
+    its log stays as `server.log`.
 
     Args:
-        output: An existing folder.
+        output: Folder of the results, which exists.
         num_workers: Ranks to start.
         device: `cpu` or `cuda`.
 
     Yields:
-        The address that it serves on, 127.0.0.1 and a free port.
+        The server's address, 127.0.0.1 and a free port.
 
     Raises:
-        ServerFailedError: It ended instead of serving.
+        ServerFailedError: The server ended before it served.
     """
     log_path = output / "server.log"
     with (

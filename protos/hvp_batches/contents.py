@@ -1,4 +1,4 @@
-"""What the tensors of a batch hold, and what can be said against them before a model is known."""
+"""Statistics of a batch's tensors, and the checks of them that need no model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 def check_names(names: Sequence[str]) -> None:
-    """See that these can be the fields of a batch.
+    """Check that these names can be the fields of a batch.
 
     Raises:
         BatchError: BATCH_FIELD_INVALID.
@@ -35,13 +35,13 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def contents(arrays: Mapping[str, NDArray[np.generic]]) -> tuple[FieldContents, ...]:
-    """What each array of a batch holds.
+    """Take the statistics of each array of a batch. Cost: a few passes over the data.
 
     Args:
-        arrays: By field: integers, booleans or floating numbers.
+        arrays: Arrays of integers, booleans or floating numbers, by field.
 
     Returns:
-        In the order given. Cost: a few passes over the data.
+        The statistics of the fields, in the order given.
 
     Raises:
         BatchError: BATCH_FIELD_INVALID: a number is infinite or undefined.
@@ -92,7 +92,7 @@ def _are_of_positions(
 def _num_predicted(
     name: str, counts: NDArray[np.bool_], arrays: Mapping[str, NDArray[np.generic]]
 ) -> int:
-    """Labels that count when position t predicts label t + 1; of ids, as labels by default."""
+    """Number of labels that count when position t predicts label t + 1; ids are default labels."""
     if counts.ndim != 2:
         return 0
     mask = arrays.get("attention_mask")
@@ -104,7 +104,7 @@ def _num_predicted(
 
 
 def check_alone(batch: Sequence[FieldContents]) -> None:
-    """See that a batch is one, whatever model it is for.
+    """Check a batch as far as its model does not matter.
 
     Raises:
         BatchError: BATCH_FIELD_INVALID, SHAPE_MISMATCH, BATCH_EMPTY, TOKEN_ID_OUT_OF_RANGE,
@@ -163,7 +163,7 @@ def _check_mask(mask: FieldContents, ids: FieldContents) -> None:
 
 
 def _check_labels(labels: FieldContents, ids: FieldContents) -> None:
-    """Labels of positions, or none: then positions predict the next id."""
+    """Check labels of positions; a batch without labels passes its ids, which are the default."""
     if labels.shape != ids.shape:
         raise _shapes_differ(labels, ids)
     if labels.minimum is not None and labels.minimum < 0:

@@ -1,4 +1,4 @@
-"""Does a batch fit a model? Decided from the schema and what the file says of its tensors."""
+"""Whether a batch fits a model, decided from the model's schema and the tensors' statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BatchError(Exception):
         reason: UPPER_SNAKE code of the protos' ErrorReason.
         message: What is wrong and what to do.
         field: The field of the batch at fault.
-        metadata: Figures for programs.
+        metadata: Figures for programs, by name.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class BatchError(Exception):
 
 
 def check_fit(schema: BatchSchema, batch: Sequence[FieldContents]) -> None:
-    """See that a batch is what a model takes.
+    """Check that a batch fits a model.
 
     Args:
-        schema: The model's.
-        batch: What the batch's file holds.
+        schema: Schema of the model.
+        batch: Contents of the batch's fields.
 
     Raises:
         BatchError: BATCH_FIELD_INVALID: a field is missing, unknown, or of another kind.

@@ -1,4 +1,4 @@
-"""Schemas: the fields that a model takes, and what a batch's file says of its own."""
+"""Schemas: the fields that a model takes, and the contents of a batch's fields."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class BatchField:
     """One tensor that a model takes.
 
     Attributes:
-        name: As the model calls it.
+        name: Name of the tensor among the model's inputs.
         kind: `integer` (int64, or bool for masks) or `number` (float32 or float64).
-        dims: Its dimensions: symbols, of which equal ones are equal sizes, or sizes in digits. The
+        dims: The dimensions, each a symbol or a size in digits; equal symbols are equal sizes. The
             first is `n`, the rows.
-        required: Whether a batch must have it.
-        minimum: The least value, or None.
-        maximum: The largest value, or None.
-        ignored: A value outside of that range which counts nothing, or None.
+        required: Whether a batch must have the field.
+        minimum: The least value allowed; None for no limit.
+        maximum: The largest value allowed; None for no limit.
+        ignored: A value outside of that range that is allowed and counts nothing; None for none.
     """
 
     name: str
@@ -46,16 +46,16 @@ class BatchField:
 @final
 @dataclass(frozen=True, kw_only=True)
 class BatchSchema:
-    """What a batch for a model holds, and what the model makes of it.
+    """The fields of a batch for a model, and the outputs and targets that follow from them.
 
     Attributes:
-        fields: What it takes; the first is the input that rows are counted by.
+        fields: Fields that the model takes; the first is the input that rows are counted by.
         outputs: Dimensions of the tensor that the loss is taken of; () where the model gives the
             loss alone.
-        unit: What the mean loss is a mean over: label positions after the shift of a causal
+        unit: Unit that the mean loss is a mean over: label positions after the shift of a causal
             language model, rows, or elements of the targets that are not ignored.
-        targets: The field of the targets; "" where no field is.
-        longest: The largest size that a symbol may have.
+        targets: Name of the field of targets; "" where there is none.
+        longest: The largest size of a dimension, by its symbol.
     """
 
     fields: tuple[BatchField, ...]
@@ -70,7 +70,7 @@ class BatchSchema:
         return tuple(sizes[dim] if dim in sizes else int(dim) for dim in self.outputs)
 
     def num_targets(self, batch: Sequence[FieldContents]) -> int:
-        """What the mean loss is divided by, on a batch that fits."""
+        """Number of targets that the mean loss is taken over, on a batch that fits."""
         found = {each.name: each for each in batch}
         if self.unit == "token":
             first = found[self.fields[0].name]
@@ -94,17 +94,18 @@ class BatchSchema:
 @final
 @dataclass(frozen=True, kw_only=True)
 class FieldContents:
-    """What a file says of one of its tensors.
+    """Statistics of one tensor of a batch.
 
     Attributes:
-        name: Its name.
-        kind: Of its elements.
-        shape: Its shape.
-        minimum: The least of its values, −100 left out; None where no other is there.
-        maximum: The largest, likewise.
-        num_ignored: How many elements are −100.
-        num_predicted: How many count when position t of a row predicts position t + 1: neither
-            −100 nor, among default labels, at or behind padding. 0 where that has no meaning.
+        name: Name of the field.
+        kind: Kind of the elements, `integer` or `number`.
+        shape: Shape of the tensor.
+        minimum: The least value but for −100; None where there is no other.
+        maximum: The largest value but for −100; None where there is no other.
+        num_ignored: Number of elements that are −100.
+        num_predicted: Number of elements that count when position t of a row predicts position
+            t + 1: neither −100 nor, among default labels, at or behind padding. 0 where that has no
+            meaning.
     """
 
     name: str
@@ -117,16 +118,16 @@ class FieldContents:
 
     @property
     def num_elements(self) -> int:
-        """Of the tensor."""
+        """Number of the tensor's elements."""
         return math.prod(self.shape)
 
 
 def causal_schema(vocab_size: int, longest: int | None) -> BatchSchema:
-    """What a causal language model takes.
+    """The schema of a causal language model.
 
     Args:
-        vocab_size: Ids are below it.
-        longest: The longest sequence that the model has positions for; None for no limit.
+        vocab_size: Size of the vocabulary; ids are below it.
+        longest: Length of the longest sequence that the model has positions for; None: no limit.
     """
     dims = ROWS, POSITIONS
     last = vocab_size - 1
@@ -158,7 +159,7 @@ def causal_schema(vocab_size: int, longest: int | None) -> BatchSchema:
 
 
 def to_json(value: BatchSchema | FieldContents) -> dict[str, Any]:
-    """A schema, or a field's contents, as JSON has it."""
+    """A schema, or a field's contents, as a JSON object."""
     return asdict(value)
 
 
@@ -166,8 +167,8 @@ def schema_from_json(value: Mapping[str, Any]) -> BatchSchema:
     """The schema that `to_json` gave.
 
     Raises:
-        TypeError: It is none.
-        KeyError: It is none.
+        TypeError: `value` is no schema.
+        KeyError: `value` is no schema.
     """
     fields = tuple(BatchField(**{**each, "dims": tuple(each["dims"])}) for each in value["fields"])
     return BatchSchema(**{**value, "fields": fields, "outputs": tuple(value["outputs"])})
@@ -177,7 +178,7 @@ def contents_from_json(value: Mapping[str, Any]) -> FieldContents:
     """The field's contents that `to_json` gave.
 
     Raises:
-        TypeError: They are none.
-        KeyError: They are none.
+        TypeError: `value` is no field's contents.
+        KeyError: `value` is no field's contents.
     """
     return FieldContents(**{**value, "shape": tuple(value["shape"])})

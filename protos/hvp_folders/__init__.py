@@ -1,4 +1,4 @@
-"""What people's checkpoint folders hold: rules that client, service and ranks share.
+"""Rules for the folders of checkpoints, which client, service and ranks share.
 
 Standard library only. A rule that stands here is decided once: the same folder has the same files
 and the same refusal whoever looks at it.

@@ -41,7 +41,8 @@ def read_config(path: Path) -> dict[str, Any]:
         The object.
 
     Raises:
-        FolderError: CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, CHECKPOINT_FILES_INVALID (not there).
+        FolderError: CONFIG_INVALID; QUANTIZATION_UNSUPPORTED; CHECKPOINT_FILES_INVALID: there is no
+            such file.
     """
     require_file(path, CONFIG)
     try:
@@ -70,7 +71,7 @@ def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def config_invalid(message: str, key: str = "") -> FolderError:
-    """The refusal of a config.
+    """Make the refusal of a config.
 
     Args:
         message: What is wrong and what to do.

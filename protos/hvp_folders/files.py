@@ -14,11 +14,11 @@ def read_object(path: Path, bounds: JsonBounds) -> tuple[dict[str, Any] | None, 
     """Read a JSON object.
 
     Args:
-        path: File.
-        bounds: The most that it may hold.
+        path: The file.
+        bounds: Limits on the file's contents.
 
     Returns:
-        The object, or None and what is wrong, in words that follow the file's name.
+        The object and ""; or None and the fault, in words that follow the file's name.
 
     Raises:
         OSError: The file cannot be read.
@@ -38,11 +38,11 @@ def require_file(path: Path, name: str) -> None:
     """Refuse a file that is not there.
 
     Args:
-        path: Where it should be.
-        name: What the refusal calls it.
+        path: Path of the file.
+        name: The file's name in the refusal.
 
     Raises:
-        FolderError: CHECKPOINT_FILES_INVALID, with the target when it is a link to nothing.
+        FolderError: CHECKPOINT_FILES_INVALID, with the target where the path is a dangling link.
     """
     if path.is_file():
         return

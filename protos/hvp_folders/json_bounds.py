@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class JsonBounds:
-    """The most that a document may have of everything that costs memory.
+    """Limits on everything in a document that costs memory.
 
     Attributes:
-        num_bytes: Its length.
-        num_objects: Opening braces.
-        num_lists: Opening brackets.
-        num_items: Commas.
+        num_bytes: Most bytes in the document.
+        num_objects: Most objects, counted as opening braces.
+        num_lists: Most lists, counted as opening brackets.
+        num_items: Most items, counted as commas.
     """
 
     num_bytes: int
@@ -27,7 +27,7 @@ class JsonBounds:
     num_items: int
 
     def exceeded_by(self, raw: bytes) -> str:
-        """What of a document is too much, in words that follow "has"; "" if nothing is."""
+        """The excess of a document over a limit, in words that follow "has"; "" for none."""
         if len(raw) > self.num_bytes:
             return f"{len(raw)} bytes, {self.num_bytes} are possible"
         for sign, most, what in (

@@ -27,7 +27,7 @@ class FolderError(Exception):
 
 
 def files_invalid(message: str, path: str = "") -> FolderError:
-    """The refusal of a set of files that is no checkpoint.
+    """Make the refusal of a set of files that is no checkpoint.
 
     Args:
         message: What is wrong and what to do.

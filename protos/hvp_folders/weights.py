@@ -47,7 +47,7 @@ _FOREIGN = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What the rule makes of a folder.
+    """The files of a folder, sorted by the rule.
 
     Attributes:
         files: Names of the files that hold the weights; the index first where there is one.
@@ -59,7 +59,7 @@ class Weights:
 
     @property
     def tensor_files(self) -> tuple[str, ...]:
-        """The safetensors files among them."""
+        """The safetensors files among `files`."""
         return tuple(name for name in self.files if name.endswith(WEIGHTS_SUFFIX))
 
 
@@ -85,7 +85,7 @@ def choose_weights(paths: Mapping[str, Path], config: Mapping[str, Any] | None) 
 
 
 def _first(looks: list[str], config: Mapping[str, Any] | None) -> str:
-    """The whole model's file or the index."""
+    """Name of the file of the whole model, or of the index of its shards."""
     if (told := (config or {}).get("transformers_weights")) is not None:
         if told not in looks:
             raise files_invalid(
@@ -113,7 +113,7 @@ def _first(looks: list[str], config: Mapping[str, Any] | None) -> str:
 
 
 def _foreign(name: str) -> str:
-    """What a file of another library is, or ""."""
+    """Description of a file that another library has written; "" of any other file."""
     return next((what for pattern, what in _FOREIGN.items() if pattern.fullmatch(name)), "")
 
 

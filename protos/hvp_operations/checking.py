@@ -1,4 +1,4 @@
-"""A spec of values that anybody may have sent: types first, then the operation's rules."""
+"""Specs made of untrusted values: types are checked first, then the operation's rules."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
     """Make a spec that can be run.
 
     Args:
-        operation: Of what.
-        values: By field; what is left out has its default.
-        facts: Of the operator.
+        operation: The operation whose spec it is.
+        values: Values by field; a field that is left out has its default.
+        facts: Facts of the operator that the question is about.
 
     Returns:
         The spec.
@@ -57,15 +57,15 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
     """Make a spec of values of the right types, whatever the operation's rules say.
 
     Args:
-        operation: Of what.
-        values: By field; what is left out has its default.
+        operation: The operation whose spec it is.
+        values: Values by field; a field that is left out has its default.
 
     Returns:
         The spec.
 
     Raises:
-        SpecError: `FIELD_UNKNOWN`, `<FIELD>_INVALID` for a value of the wrong type,
-            `<FIELD>_UNSUPPORTED` for a word that there is not.
+        SpecError: `FIELD_UNKNOWN`; `<FIELD>_INVALID` for a value of the wrong type;
+            `<FIELD>_UNSUPPORTED` for a word that is none of the field's.
     """
     types = field_types(operation.spec)
     if unknown := sorted(values.keys() - types.keys()):
@@ -89,7 +89,7 @@ def reasons(operation: Operation[Any]) -> set[str]:
 
 
 def field_types(spec: type) -> Mapping[str, Any]:
-    """Types of a dataclass' fields by name, in order."""
+    """The type of each field of a dataclass, by name and in order."""
     hints = typing.get_type_hints(spec)
     return {field.name: hints[field.name] for field in dataclasses.fields(spec)}
 
@@ -103,7 +103,7 @@ def without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def _typed_value(name: str, hint: Any, given: Any) -> Any:
-    """The value as its field's type has it."""
+    """The value in its field's type; SpecError where it is of another."""
     kind, may_be_none = without_none(hint)
     if given is None and may_be_none:
         return None

@@ -20,14 +20,14 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 
 def to_message(value: Any, message: MessageT) -> MessageT:
-    """Fill a message with the fields of a dataclass that it has too.
+    """Fill a message from the fields of the same names in a dataclass.
 
     Args:
-        value: A dataclass.
-        message: An empty one.
+        value: Instance of a dataclass; fields that the message lacks are left out.
+        message: An empty message.
 
     Returns:
-        The message.
+        `message`, filled.
     """
     for field in message.DESCRIPTOR.fields:
         given = getattr(value, field.name, None)
@@ -57,15 +57,15 @@ def _set_scalars(message: Message, field: Any, given: Any) -> None:
 def to_values(
     message: Message, kind: type, *, numbers: Callable[[Sequence[float]], Any] = tuple
 ) -> dict[str, Any]:
-    """The fields of a dataclass, unchecked, as a message has them.
+    """Read the fields of a dataclass from a message, without checking them.
 
     Args:
-        message: With fields of the same names; others are left out.
+        message: A message with fields of the same names; its other fields are left out.
         kind: The dataclass.
-        numbers: What to make of a field of many numbers.
+        numbers: Makes the value of a repeated field of numbers.
 
     Returns:
-        Values by field.
+        Values by field, for the dataclass' constructor.
     """
     known = message.DESCRIPTOR.fields_by_name
     return {
@@ -76,7 +76,7 @@ def to_values(
 
 
 def _is_told(message: Message, field: Any) -> bool:
-    """False where a message within is not there: then the dataclass' default says so."""
+    """Whether a field has a value; an unset message has none, and takes the dataclass' default."""
     within = field.message_type is not None and not field.is_repeated
     return not within or message.HasField(field.name)
 
@@ -107,11 +107,11 @@ def _value(
 
 
 def word(enum: Any, number: int) -> str:
-    """A value of an enum without the enum's prefix; `UNKNOWN_7` where there is none for 7."""
+    """Name of an enum's value without the enum's prefix; `UNKNOWN_7` where 7 has no name."""
     known = enum.values_by_number.get(number)
     return f"UNKNOWN_{number}" if known is None else known.name.removeprefix(prefix(enum))
 
 
 def prefix(enum: Any) -> str:
-    """What the names of an enum's values begin with, as in `WHICH_`."""
+    """The prefix that the names of an enum's values share, as in `WHICH_`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"

@@ -1,4 +1,4 @@
-"""What a dataclass' docstring says, taken apart: for help texts and for docstrings made of it."""
+"""The parts of a dataclass' docstring, for help texts and for docstrings that are made of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 
 
 def paragraphs(kind: type) -> list[str]:
-    """What comes before the attributes, each paragraph in one line."""
+    """The paragraphs before the attributes, each in one line."""
     text = inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")[0]
     return [" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")]
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """What each attribute means, in one line, by its name."""
+    """The description of each attribute, in one line, by the attribute's name."""
     section = inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")[2]
     entries = re.split(r"^    (?=\w+: )", section, flags=re.MULTILINE)
     found = (entry.partition(": ") for entry in entries if entry.strip())

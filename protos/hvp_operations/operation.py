@@ -1,4 +1,4 @@
-"""What an operation is: a question about an operator, and what the service asks of it."""
+"""Declarations of operations: a question about an operator, its rules, cost and result."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SpecT = TypeVar("SpecT")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of an operator before anything runs.
+    """Facts of an operator that are known before anything runs.
 
     Attributes:
         num_parameters: n, the length of its vectors.
-        kind: `hessian` or `ggn`.
+        kind: Kind of the operator, such as `hessian` or `ggn`.
     """
 
     num_parameters: int
@@ -27,14 +27,14 @@ class Facts:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an answer takes at most.
+    """The most that a run takes: products, and room for vectors.
 
     Attributes:
-        max_products: Products with the operator.
-        least_vectors: Vectors that every rank must have room for, in shards; with fewer the run
-            does not begin.
-        wished_vectors: Vectors to have room for where memory allows; more would be of no use.
-        results: Vectors that stay when the run has ended.
+        max_products: Upper bound on products with the operator.
+        least_vectors: Number of vectors whose shards every rank must have room for; with less room
+            the run does not begin.
+        wished_vectors: Number of vectors that the run can make use of where memory allows.
+        results: Number of vectors that stay when the run has ended.
     """
 
     max_products: int
@@ -46,13 +46,13 @@ class Cost:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Rule(Generic[SpecT]):
-    """What a spec has to keep to.
+    """A condition that a spec has to meet.
 
     Attributes:
-        field: The field at fault.
-        reason: Code of the refusal.
-        holds: Whether a spec keeps to it.
-        allowed: What is possible and what to do, as a sentence.
+        field: Name of the field that is at fault where the rule is broken.
+        reason: UPPER_SNAKE code of the refusal.
+        holds: Tells whether a spec keeps to the rule.
+        allowed: Says which values are possible and what to do, as a sentence.
     """
 
     field: str
@@ -85,10 +85,10 @@ class Table:
     """Something to be shown in rows.
 
     Attributes:
-        headings: Of the columns.
-        rows: Cells as texts.
-        title: Above it.
-        notes: Sentences below it.
+        headings: Headings of the columns.
+        rows: Rows of cells, as texts.
+        title: Title above the table; "" for none.
+        notes: Sentences below the table.
     """
 
     headings: tuple[str, ...]
@@ -99,7 +99,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """Where a run stands, as only its operation can tell; the base of every `progress`."""
+    """An operation's own figures of where a run stands; the base of every `progress`."""
 
     def table(self) -> Table:
         """The figures, for people."""
@@ -108,12 +108,12 @@ class Detail:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What every run finds beside its answer; the base of every `result`.
+    """The figures that every run gives beside its answer; the base of every `result`.
 
     Attributes:
-        num_products: Products with the operator.
-        loss: L(θ), nats.
-        provenance: What the figures rest on: versions, digests, dtype, seed.
+        num_products: Products with the operator that were spent.
+        loss: L(θ), in nats.
+        provenance: Origin of the figures: versions, digests, dtype, seed.
     """
 
     num_products: int
@@ -129,21 +129,20 @@ class Operation(Generic[SpecT]):
     """A question about an operator.
 
     Law: `spec`, `progress` and `result` have the fields of their messages, but for `operator`,
-        which
-    every spec's message has, and for the vectors of a result.
+    which every spec's message has, and for the vectors of a result.
 
     Attributes:
         name: The field of `JobSpec.spec`, `JobProgress.detail` and `JobResult.result`, the SDK's
             method and the command.
-        summary: What it computes, in a line for `hvp --help`.
-        spec: A frozen dataclass; its docstring says what each field means.
-        progress: A `Detail`.
-        result: A `Result`.
-        rules: What a spec has to keep to.
-        cost: What an answer takes, of a spec that keeps to the rules.
-        headline: What was asked, in a few words for a list of jobs.
+        summary: One line for `hvp --help` that says what the operation computes.
+        spec: Frozen dataclass of the question; its docstring says what each field means.
+        progress: Subclass of `Detail` for the run's progress.
+        result: Subclass of `Result` for the run's result.
+        rules: Conditions that a spec has to meet.
+        cost: Gives the cost of a spec that keeps to the rules.
+        headline: Says a spec in a few words, for a list of jobs.
         algorithm: `module:class` of `hvp_core.runs.algorithm.Algorithm`; imported on ranks alone.
-        record: `module:class` of what the SDK gives; imported by clients alone.
+        record: `module:class` of the SDK's record of a result; imported by clients alone.
         has_picture: Whether the record has `plot(path)`.
     """
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model are meant: patterns of their names, as shells have them.
+"""Selection of a model's parameters by patterns of their names, as shells have them.
 
 `*` stands for any characters, dots among them, `?` for one, `[...]` for one of several; upper and
 lower case differ. A pattern selects whole tensors by their canonical name, so that a tied tensor
@@ -24,15 +24,16 @@ _SPECIAL = re.compile(r"[*?\[]")
 def select(
     globs: Sequence[str], names: Sequence[str], field: str = "parameters"
 ) -> tuple[str, ...]:
-    """The names that are selected, in their own order; all of them where nothing is asked for.
+    """Select names by patterns; no pattern selects all of them.
 
     Args:
         globs: Patterns; each has to select something.
-        names: Of all parameters, in canonical order.
-        field: Of the request, for errors.
+        names: Names of all parameters, in canonical order.
+        field: Name of the request's field, for errors.
 
     Returns:
-        Names; two lists of globs that select the same parameters give the same ones.
+        The selected names in canonical order, so that two lists of patterns that select the same
+        parameters give the same names.
 
     Raises:
         SpecError: PARAMETERS_INVALID: too many patterns, or too long ones. PARAMETERS_NOT_FOUND: a

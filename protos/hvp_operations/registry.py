@@ -14,7 +14,7 @@ from hvp_operations.operation import Operation
 
 @functools.cache
 def operations() -> Mapping[str, Operation[Any]]:
-    """The operations in the order of their names."""
+    """The operations by name, in the order of their names."""
     names = sorted(
         module.name for module in pkgutil.iter_modules(hvp_operations.__path__) if module.ispkg
     )

@@ -48,17 +48,18 @@ class AsyncJacobian(AsyncLinearMap):
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """`(sequences, positions, vocabulary)`."""
+        """Shape of the outputs: of a language model `(sequences, positions, vocabulary)`."""
         return (self._domain if self._transposed else self._codomain).shape
 
     async def restrict(self, *globs: str) -> AsyncJacobian:
         """The Jacobian in some of its own parameters; all others are constants.
 
         Args:
-            globs: As `parameters` of `client.operator`, among the parameters that this one has.
+            globs: Patterns, as `parameters` of `client.operator`; they select among the parameters
+                that this Jacobian has.
 
         Returns:
-            The Jacobian, or of a transpose the transpose.
+            The Jacobian of the selection; the restriction of a transpose is a transpose.
 
         Raises:
             InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message

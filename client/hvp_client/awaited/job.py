@@ -72,7 +72,7 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def cancelling(self) -> bool:
-        """Whether it was asked to stop and still ran, until the product at hand was done."""
+        """Whether the job was asked to stop and still ran, to the end of the product at hand."""
         return self._known.cancelling
 
     @property
@@ -82,7 +82,7 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def attempt(self) -> int:
-        """Which run this is, from 1; one more after each loss of the server or a rank."""
+        """Number of the run, from 1; one more after each loss of the server or a rank."""
         return self._known.attempt
 
     @property
@@ -92,22 +92,22 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def error(self) -> HvpError | None:
-        """Why it failed, as an exception that is not raised; None unless it did."""
+        """Why the job failed, as an exception that is not raised; None unless it failed."""
         return self._known.error
 
     @property
     def labels(self) -> dict[str, str]:
-        """As given when the job was made."""
+        """Labels of the job, from when it was made or last relabelled."""
         return dict(self._message.labels)
 
     @property
     def etag(self) -> str:
-        """Changes with `labels`."""
+        """Tag of the present labels, which changes with them; `relabel` takes it."""
         return self._message.etag
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was asked for: `operation`, what the operator is, and the operation's own values."""
+        """The question: `operation`, the operator's fields, and the operation's own values."""
         declared = self._declared
         if declared is None:  # of a newer server's, this client can say no more
             return {"operation": self._message.spec.WhichOneof("spec") or ""}
@@ -125,7 +125,7 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def headline(self) -> str:
-        """What was asked for, in a few words; "" of an operation that is new to this client."""
+        """The question in a few words; "" where the operation is new to this client."""
         declared = self._declared
         if declared is None:
             return ""
@@ -138,17 +138,17 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def create_time(self) -> datetime:
-        """When it was queued, UTC."""
+        """When the job was queued, UTC."""
         return self._known.create_time
 
     @property
     def start_time(self) -> datetime | None:
-        """When its latest attempt began, UTC."""
+        """When the latest attempt began, UTC; None before the first."""
         return self._known.start_time
 
     @property
     def end_time(self) -> datetime | None:
-        """When it ended, UTC."""
+        """When the job ended, UTC; None while it has not."""
         return self._known.end_time
 
     async def status(self) -> JobStatus:
@@ -158,7 +158,7 @@ class AsyncJob(Generic[ResultT]):
             The snapshot, which the properties tell from then on.
 
         Raises:
-            NotFoundError: It was deleted.
+            NotFoundError: The job was deleted.
         """
         answer = await self._session.wire.unary(
             "JobService/GetJob", job_pb2.GetJobRequest(name=self.name), job_pb2.GetJobResponse
@@ -169,13 +169,13 @@ class AsyncJob(Generic[ResultT]):
         """Give the job other labels, in the place of all that it has.
 
         Args:
-            labels: At most 64 of 256 characters.
-            etag: Change them only if they are still those of this tag, `job.etag`; None: whatever
-                they are.
+            labels: At most 64 labels; names and values have at most 256 characters each.
+            etag: `job.etag` of the labels to replace: the call fails if they have changed since.
+                None replaces whatever labels there are.
 
         Raises:
             InvalidArgumentError: `LABELS_INVALID`.
-            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; ask for `status()` first.
+            AbortedError: `ETAG_MISMATCH`: the labels have changed; ask for `status()` first.
         """
         answer = await self._session.wire.unary(
             "JobService/UpdateJob",
@@ -189,7 +189,11 @@ class AsyncJob(Generic[ResultT]):
         self._learn(answer.job)
 
     async def cancel(self) -> None:
-        """Ask the job to stop between two products; of no effect once it has ended."""
+        """Ask the job to stop between two products; an ended job is not changed.
+
+        Raises:
+            NotFoundError: The job was deleted.
+        """
         answer = await self._session.wire.unary(
             "JobService/CancelJob",
             job_pb2.CancelJobRequest(name=self.name),
@@ -198,9 +202,10 @@ class AsyncJob(Generic[ResultT]):
         self._learn(answer.job)
 
     async def delete(self) -> None:
-        """Forget the job.
+        """Delete the job, its events, and its vectors but for those that are kept.
 
         Raises:
+            NotFoundError: The job was deleted already.
             FailedPreconditionError: `JOB_NOT_ENDED`: cancel it first.
         """
         await self._session.wire.unary(
@@ -210,13 +215,13 @@ class AsyncJob(Generic[ResultT]):
         )
 
     async def result(self, timeout_s: float | None = None) -> ResultT:
-        """Wait for the end and give the result; a restart of the server is waited out.
+        """Wait for the job's end and give its result; a restart of the server is waited out.
 
         Args:
             timeout_s: Longest wait, seconds; None waits for as long as it takes.
 
         Returns:
-            The result.
+            The operation's record, such as `EigshResult`.
 
         Raises:
             DeadlineExceededError: `JOB_NOT_ENDED`: the time is over and the job goes on.
@@ -276,7 +281,7 @@ class AsyncJob(Generic[ResultT]):
         """Give what has happened to the job, then what happens, until it ends.
 
         Args:
-            after_sequence: Begin after the event of this number; 0 means with the first.
+            after_sequence: Number of the event to begin after; 0 begins with the first event.
 
         Yields:
             Events in order, each once. The connection is made again by itself when it breaks or the

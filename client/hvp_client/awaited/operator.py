@@ -52,7 +52,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
 
     @property
     def kind(self) -> str:
-        """Such as `hessian`, `ggn` or `empirical_fisher_token`."""
+        """Which matrix: `hessian`, `ggn`, or an empirical Fisher as `empirical_fisher_token`."""
         return kind_name(self._spec.kind)
 
     @property
@@ -61,7 +61,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return self._spec.micro_batch_size
 
     async def loss(self) -> float:
-        """L(θ): mean over every supervised target of the batch, nats.
+        """L(θ), the mean over every supervised target of the batch, in nats.
 
         Returns:
             The loss. Cost: one forward pass.
@@ -78,7 +78,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return answer.loss
 
     async def gradient(self) -> AsyncVector:
-        """∇L(θ), left on the ranks.
+        """The gradient ∇L(θ), which stays on the ranks.
 
         Returns:
             A new vector. Cost: 3 GEMM passes, 4 where memory is short.
@@ -109,16 +109,15 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     async def quadratic(
         self, v: AsyncVector | Sequence[AsyncVector] | Any
     ) -> float | NDArray[np.float64]:
-        """v·Hv, without a product that leaves the ranks.
+        """The quadratic form v·Hv; only the number leaves the ranks.
 
         Args:
-            v: A vector or a sequence of k; or real numbers (n,) or (n, k), in numpy, torch or
-                lists, which travel there.
+            v: A vector or a sequence of k vectors; or real numbers (n,) or (n, k), in numpy, torch
+                or lists, which travel to the ranks.
 
         Returns:
-            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k by going
-            forward alone, for a GGN or Fisher matrix; k products for a Hessian, which has no such
-            rule.
+            The number, or for k vectors an array (k,) of float64. Cost: for a GGN or Fisher matrix
+            1 + 2k GEMM passes, all of them forward; for a Hessian k products.
 
         Raises:
             InvalidArgumentError: As for matvec.
@@ -136,14 +135,13 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     async def slope(
         self, v: AsyncVector | Sequence[AsyncVector] | Any
     ) -> float | NDArray[np.float64]:
-        """∇L·v, the derivative of the loss along v, without a gradient.
+        """The derivative ∇L·v of the loss along v, by forward passes and without a gradient.
 
         Args:
             v: As for `quadratic`.
 
         Returns:
-            The number, or for several vectors an array (k,). Cost in GEMM passes: 1 + 2k, by going
-            forward alone.
+            The number, or for k vectors an array (k,) of float64. Cost: 1 + 2k GEMM passes.
 
         Raises:
             InvalidArgumentError: As for matvec.
@@ -164,7 +162,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return await (self @ other)
 
     async def parameters(self, *, keep: bool = False) -> AsyncVector:
-        """θ, the model's own parameters, those that are not constants; `keep` as `Vector.keep`."""
+        """The values θ of the operator's parameters, as a new vector; `keep` as `Vector.keep`."""
         source = vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource())
         return await self._create(source, keep=keep)
 
@@ -172,7 +170,8 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         """The operator on some of its own parameters: these rows and columns of the matrix.
 
         Args:
-            globs: As `parameters` of `client.operator`, among the parameters that this one has.
+            globs: Patterns, as `parameters` of `client.operator`; they select among the parameters
+                that this operator has.
 
         Returns:
             An operator whose vectors have the length of the selection. Its products cost what the
@@ -187,13 +186,13 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     async def blocks(
         self, by: str | Sequence[Any] | Mapping[str, Any] = "layer"
     ) -> dict[str, AsyncOperator]:
-        """The blocks on the diagonal of the matrix, an operator each.
+        """The diagonal blocks of the matrix, each as an operator of its own.
 
         Args:
-            by: `layer`: parameters whose names agree up to the first number, as in
-                `model.layers.3`, and of others those of one module. `tensor`: each by itself. Or
-                patterns for each block, in a list of lists, or in a dict by the names that the
-                blocks are to have.
+            by: How to group the parameters. `layer`: those whose names agree up to the first
+                number, as in `model.layers.3`, are one block, and of the others those of one
+                module. `tensor`: each parameter is a block. Or the patterns of each block: a list
+                of lists, or a dict by the names that the blocks are to have.
 
         Returns:
             Operators by the names of the blocks, in order. Every parameter is in one of them.
@@ -209,14 +208,14 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         return dict(zip(blocks, opened, strict=True))
 
     async def plan(self, operation: str, **values: Any) -> Plan:
-        """Tell what a question would take, without queueing anything.
+        """Tell what a question would cost, without queueing anything.
 
         Args:
             operation: Name of the question, which is a method of this class.
-            values: As that method takes them, by name.
+            values: Arguments of that method, by name.
 
         Returns:
-            Products, bytes on each rank, seconds where the pace is known, and whether it fits.
+            Products, bytes on each rank, seconds where the pace is known, and whether the job fits.
 
         Raises:
             InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.

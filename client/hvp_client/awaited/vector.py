@@ -34,9 +34,9 @@ Distribution = Literal["rademacher", "gaussian", "sphere"]
 class AsyncVector:
     """A vector that lives on the server's ranks, n elements under a name.
 
-    It is of parameter space, or of a model's outputs on a batch. Element order is the canonical
-    flat index: parameters as in the model's `named_parameters()`, a tied tensor once, row-major; or
-    outputs row-major in `output_shape`. Arithmetic happens on the ranks and gives new vectors; an
+    It belongs to parameter space, or to the outputs of a model on a batch. Element order is the
+    canonical flat index: parameters as in the model's `named_parameters()`, a tied tensor once,
+    row-major; or outputs row-major in `output_shape`. Arithmetic happens on the ranks; an
     `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
     elements `np.asarray(v)` fetches; `v["lm_head.weight"]` fetches those of one parameter.
 
@@ -67,56 +67,56 @@ class AsyncVector:
 
     @property
     def checkpoint(self) -> str:
-        """Name of the checkpoint of whose parameters, or outputs, it is."""
+        """Name of the checkpoint whose parameters, or outputs, the vector has."""
         return self._message.checkpoint
 
     @property
     def batch(self) -> str | None:
-        """Name of the batch on which it is the model's outputs; None of parameter space."""
+        """Name of the batch whose outputs the vector has; None in parameter space."""
         return self._message.data_batch or None
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Patterns of the names of the parameters that it has; none where it has all."""
+        """Patterns that select the parameters that the vector has; empty where it has all."""
         return tuple(self._message.parameters)
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Of outputs `(sequences, positions, vocabulary)`; None of parameter space."""
+        """Shape of outputs, `(sequences, positions, vocabulary)`; None in parameter space."""
         return tuple(self._message.shape) if self._message.data_batch else None
 
     @property
     def shape(self) -> tuple[int]:
-        """`(n,)`."""
+        """`(n,)`, the number of elements."""
         return (self._message.num_elements,)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Float32 or float64."""
+        """Dtype of the elements: float32 or float64."""
         return np.dtype(self._message.dtype)
 
     @property
     def durable(self) -> bool:
-        """Whether the server can make it again when its ranks are started anew."""
+        """Whether the server can make the vector again when its ranks are started anew."""
         return self._message.durable
 
     @property
     def create_time(self) -> datetime:
-        """When it was made, UTC."""
+        """When the vector was made, UTC."""
         return from_timestamp(self._message.create_time)
 
     async def dot(self, other: AsyncVector) -> float:
-        """u·v, accumulated in float64 on the ranks.
+        """The inner product u·v, accumulated in float64 on the ranks.
 
         Args:
-            other: A vector of the same checkpoint and dtype.
+            other: A vector of the same space and dtype.
 
         Returns:
             The inner product; only this number travels.
 
         Raises:
-            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
-            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: `other` is no vector.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held a vector are gone.
         """
         right = require_handle(other, AsyncVector, "other").name
         answer = await self._session.wire.unary(
@@ -130,7 +130,7 @@ class AsyncVector:
         return answer.inner_products[0]
 
     async def norm(self) -> float:
-        """‖v‖₂, accumulated in float64 on the ranks."""
+        """The norm ‖v‖₂, accumulated in float64 on the ranks; errors as for `dot`."""
         return math.sqrt(await self.dot(self))
 
     async def numpy(self) -> NDArray[Any]:
@@ -166,6 +166,7 @@ class AsyncVector:
             views of one array, and a tied tensor is there once.
 
         Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`: the vector has outputs, not parameters.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
         tensors = await self._tensors()
@@ -179,13 +180,14 @@ class AsyncVector:
         """Fetch the elements of one parameter; only they travel.
 
         Args:
-            parameter: Its name, as in the model's `named_parameters()`.
+            parameter: The parameter's name, as in the model's `named_parameters()`.
 
         Returns:
             An array of the parameter's shape.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: No parameter has that name; the message lists the nearest ones.
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`: the vector has outputs, not parameters.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
         tensors = await self._tensors()
@@ -202,11 +204,11 @@ class AsyncVector:
     __iter__ = None
 
     async def axpy(self, scale: float, other: AsyncVector) -> AsyncVector:
-        """Add a multiple of another: v + scale·other in one step.
+        """Add a multiple of another vector: v + scale·other in one step on the ranks.
 
         Args:
             scale: A finite number.
-            other: A vector of the same checkpoint and dtype.
+            other: A vector of the same space and dtype.
 
         Returns:
             A new vector.
@@ -217,13 +219,13 @@ class AsyncVector:
         return await combine(self._session, [(1.0, self), (scale, other)])
 
     async def keep(self) -> None:
-        """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
+        """Keep the vector on the server until somebody deletes it: for another process, or later.
 
-        What the server could not make again is written to its disk, so that a kept vector is there
-        after a restart too.
+        A vector that the server could not make again is written to its disk, so that a kept vector
+        is there after a restart too.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
             ResourceExhaustedError: `DISK_FULL`.
             UnimplementedError: The server is of a version where every vector stays.
         """
@@ -231,10 +233,10 @@ class AsyncVector:
         self._finalizer.detach()
 
     async def delete(self) -> None:
-        """Free it on the server now.
+        """Free the vector on the server now.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
         """
         self._finalizer.detach()
         await self._session.delete_vector(self.name)
@@ -276,7 +278,7 @@ class AsyncVector:
         await self.delete()
 
     async def _tensors(self) -> Mapping[str, ParameterTensor]:
-        """Where each parameter lies in it."""
+        """Where each parameter lies in the vector, by its name."""
         if self.batch is not None:
             raise InvalidArgumentError(
                 f"{self.name} is not of parameter space and has no parts by the parameters' names",
@@ -294,7 +296,7 @@ class AsyncVector:
 
 
 def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:
-    """Check seed and distribution and make the source of them."""
+    """Check a seed and a distribution, and make the source of a vector of them."""
     try:
         value = vector_pb2.SeededSource.Distribution.Value(
             f"DISTRIBUTION_{str(distribution).upper()}"
@@ -318,13 +320,13 @@ async def create_vector(
     """Make a vector on the server from something other than bytes.
 
     Args:
-        session: Whose server.
-        space: Whose vector.
-        source: What it is made of.
+        session: The client's session.
+        space: The space that the vector belongs to.
+        source: The source that the ranks make it of.
 
     Returns:
-        Its handle, which frees it when it is no longer referred to; at the latest it goes with the
-        client.
+        The vector's handle. The vector is freed when the handle is no longer referred to, and at
+        the latest with the client.
 
     Raises:
         HvpError: As CreateVector says.
@@ -348,12 +350,12 @@ async def write_vector(session: Session, space: VectorSpace, elements: NDArray[A
     """Bring elements to the ranks.
 
     Args:
-        session: Whose server.
-        space: Whose vector.
-        elements: All of them, of the space's dtype.
+        session: The client's session.
+        space: The space that the vector belongs to.
+        elements: All (n,) elements, of the space's dtype.
 
     Returns:
-        Its handle, as of `create_vector`.
+        The vector's handle, which frees it as one of `create_vector` does.
 
     Raises:
         HvpError: As WriteVector says.
@@ -366,7 +368,7 @@ async def write_vector(session: Session, space: VectorSpace, elements: NDArray[A
 
 
 async def discard(vector: AsyncVector) -> None:
-    """Delete a vector, whatever comes of that."""
+    """Delete a vector; a failure to do so is passed over."""
     try:
         await vector.delete()
     except HvpError:
@@ -375,17 +377,18 @@ async def discard(vector: AsyncVector) -> None:
 
 
 async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) -> AsyncVector:
-    """Sum of coefficient times vector, made on the ranks.
+    """A linear combination of vectors, made on the ranks.
 
     Args:
-        session: Whose server.
-        terms: One or more.
+        session: The client's session.
+        terms: One or more pairs of coefficient and vector.
 
     Returns:
         A new vector.
 
     Raises:
-        InvalidArgumentError: `NON_FINITE`: a coefficient; `VECTOR_SPACE_MISMATCH`.
+        InvalidArgumentError: `NON_FINITE`: a coefficient is not finite. `VECTOR_SPACE_MISMATCH`.
+            `VECTOR_EXPECTED`: a term is no vector.
     """
     combination = vector_pb2.LinearCombinationSource()
     for coefficient, vector in terms:

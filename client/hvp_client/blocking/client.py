@@ -34,12 +34,13 @@ class Client(Blocking, twin=AsyncClient):
     Args:
         address: HOST:PORT of a server on this machine: nothing is encrypted, so another machine's
             is reached through an SSH tunnel.
-        project: Whose checkpoints, batches, vectors and jobs.
-        timeout: How long to wait.
-        retry: How often to try again.
+        project: The project in which checkpoints, batches, vectors and jobs are named.
+        timeout: Longest waits of calls; None means `Timeout()`.
+        retry: How long a call that may succeed later is tried again; None means `Retry()`.
 
     Raises:
-        InvalidArgumentError: `CLEARTEXT_REFUSED`.
+        InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`: it
+            is of another machine.
     """
 
     _twin: AsyncClient
@@ -57,7 +58,7 @@ class Client(Blocking, twin=AsyncClient):
 
     @property
     def address(self) -> str:
-        """Of the server."""
+        """Address of the server, as gRPC takes it."""
         return self._twin.address
 
     def close(self) -> None:
@@ -89,7 +90,8 @@ class Client(Blocking, twin=AsyncClient):
         Args:
             directory: The folder, as written by `save_pretrained`; or a model's folder in a Hugging
                 Face cache, `models--org--name`.
-            progress: Called on another thread with (bytes done, bytes in all).
+            progress: Called on another thread with (bytes done, bytes in all) as chunks go out;
+                the first number steps back when a broken connection lost bytes.
 
         Returns:
             The checkpoint, checked by the server.
@@ -105,7 +107,7 @@ class Client(Blocking, twin=AsyncClient):
         return self._portal.run(self._twin.upload_checkpoint(directory, progress))
 
     def upload_batch(self, batch: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> Batch:
-        """Bring data to the server.
+        """Bring the data that a loss is taken over to the server; equal data are sent once.
 
         Args:
             batch: The fields that the model takes, all with as many rows: integers or floating
@@ -113,9 +115,9 @@ class Client(Blocking, twin=AsyncClient):
                 takes `input_ids`, and optionally `labels` (shifted inside, −100 ignored, default
                 `input_ids`) and `attention_mask`, each (n, s); `checkpoint.batch_schema` says what
                 any other model takes.
-            checkpoint: The model that it is for: what does not fit it is refused before anything
-                is sent, with the words that an operator on both would be refused with. None: the
-                operator will tell.
+            checkpoint: The model that the batch is for. A batch that does not fit it is refused
+                before anything is sent, in the words in which an operator on both would be
+                refused. None leaves that check to the operator.
 
         Returns:
             The batch, checked by the server.
@@ -124,6 +126,7 @@ class Client(Blocking, twin=AsyncClient):
             InvalidArgumentError: `BATCH_FIELD_INVALID`, `BATCH_EMPTY`, `SHAPE_MISMATCH`,
                 `TOKEN_ID_OUT_OF_RANGE` or `NO_TARGETS`, and for a checkpoint also
                 `SEQUENCE_TOO_LONG` or `BATCH_VALUE_OUT_OF_RANGE`; `field` is the entry at fault.
+            ResourceExhaustedError: `DISK_FULL`.
         """
         return self._portal.run(self._twin.upload_batch(batch, checkpoint))
 
@@ -149,13 +152,14 @@ class Client(Blocking, twin=AsyncClient):
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.
-            precision: Of the operands of matrix products. `full`: the dtype's own; for float32
-                also `bfloat16` and, on GPUs, `tf32`. None lets the server choose: `bfloat16` for
-                float32 on GPUs, else `full`.
-            parameters: What θ consists of: patterns of names as shells have them, such as
-                `model.layers.29.*` or `*.mlp.*`; None for all. All other parameters are constants:
-                vectors have the length of the selection, and products cost what it needs. Each
-                pattern has to select something; a tied tensor goes by its first name.
+            precision: Precision of the operands of matrix products. `full` is the dtype's own;
+                for float32 there are also `bfloat16` and, on GPUs, `tf32`. None lets the server
+                choose: `bfloat16` for float32 on GPUs, else `full`.
+            parameters: The parameters that θ consists of: patterns of names as shells have them,
+                such as `model.layers.29.*` or `*.mlp.*`; None for all. All other parameters are
+                constants: vectors have the length of the selection, and products cost what the
+                selection needs. Each pattern has to select something; a tied tensor goes by its
+                first name.
 
         Returns:
             The operator.
@@ -194,7 +198,7 @@ class Client(Blocking, twin=AsyncClient):
             parameters: As for `operator`.
 
         Returns:
-            J = ∂(logits)/∂θ: `J @ v` and `J.T @ u`.
+            J = ∂(outputs)/∂θ, of shape (outputs, n): `J @ v` and `J.T @ u`.
 
         Raises:
             NotFoundError: No such checkpoint or batch.
@@ -220,9 +224,9 @@ class Client(Blocking, twin=AsyncClient):
 
         Args:
             name: A checkpoint or its name.
-            labels: At most 64 of 256 characters.
-            etag: Change them only if they are still those of this tag, `checkpoint.etag`; None:
-                whatever they are.
+            labels: At most 64 labels; names and values have at most 256 characters each.
+            etag: `checkpoint.etag` of the labels to replace: the call fails if they have changed
+                since. None replaces whatever labels there are.
 
         Returns:
             The checkpoint, without its parameters.
@@ -230,14 +234,16 @@ class Client(Blocking, twin=AsyncClient):
         Raises:
             NotFoundError: No such checkpoint.
             InvalidArgumentError: `LABELS_INVALID`.
-            AbortedError: `ETAG_MISMATCH`: somebody else has changed them; look it up again.
+            AbortedError: `ETAG_MISMATCH`: the labels have changed; look the checkpoint up again.
         """
         return self._portal.run(self._twin.relabel_checkpoint(name, labels, etag=etag))
 
     def delete_checkpoint(self, name: Checkpoint | str) -> None:
-        """Delete a checkpoint, its vectors, and its files, which leave the server's disk.
+        """Delete a checkpoint, its vectors, and the files that nothing else is made of.
 
-        FailedPreconditionError `RESOURCE_IN_USE` while a job uses it.
+        Raises:
+            NotFoundError: No such checkpoint.
+            FailedPreconditionError: `RESOURCE_IN_USE`: a job that has not ended uses it.
         """
         self._portal.run(self._twin.delete_checkpoint(name))
 
@@ -250,20 +256,25 @@ class Client(Blocking, twin=AsyncClient):
         return self._portal.run(self._twin.batches())
 
     def delete_batch(self, name: Batch | str) -> None:
-        """Delete a batch and its file; FailedPreconditionError while a job uses it."""
+        """Delete a batch, the outputs on it, and its file.
+
+        Raises:
+            NotFoundError: No such batch.
+            FailedPreconditionError: `RESOURCE_IN_USE`: a job that has not ended uses it.
+        """
         self._portal.run(self._twin.delete_batch(name))
 
     def blobs(self) -> list[Blob]:
-        """All blobs of the project: what checkpoints and batches are made of, and what may be."""
+        """All blobs of the project: files that checkpoints and batches are made of, or may be."""
         return self._portal.run(self._twin.blobs())
 
     def delete_blob(self, name: Blob | str) -> None:
-        """Delete bytes of which no checkpoint and no batch is made.
+        """Delete a blob of which no checkpoint and no batch is made.
 
-        The server does so by itself when nobody has asked for them for a day.
+        The server deletes such a blob by itself when nobody has asked for it for a day.
 
         Raises:
-            FailedPreconditionError: `RESOURCE_IN_USE`: delete what is made of it first.
+            FailedPreconditionError: `RESOURCE_IN_USE`: delete the checkpoint or batch first.
             NotFoundError: No such blob.
         """
         self._portal.run(self._twin.delete_blob(name))
@@ -287,8 +298,8 @@ class Client(Blocking, twin=AsyncClient):
         """All jobs of the project, newest first.
 
         Args:
-            states: Only these, of `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` and `CANCELLED`;
-                None means all. A job that is being cancelled is RUNNING.
+            states: States of the jobs to list, of `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` and
+                `CANCELLED`; None means all. A job that is being cancelled is RUNNING.
 
         Returns:
             The jobs.
@@ -300,11 +311,11 @@ class Client(Blocking, twin=AsyncClient):
         return result
 
     def server_info(self) -> ServerInfo:
-        """What the server is and serves."""
+        """The server's version, and the dtypes, precisions and kinds of operator that it serves."""
         return self._portal.run(self._twin.server_info())
 
     def worker_groups(self) -> list[WorkerGroup]:
-        """The ranks, their processes and memory."""
+        """The worker groups of the server, with the processes and the memory of their ranks."""
         return self._portal.run(self._twin.worker_groups())
 
     def __repr__(self) -> str:

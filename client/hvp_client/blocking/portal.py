@@ -41,7 +41,7 @@ class Portal:
         """Await a coroutine on the loop and block until it is done.
 
         Args:
-            coroutine: What to await; cancelled when the wait is interrupted, as by Ctrl-C.
+            coroutine: The coroutine; cancelled when the wait is interrupted, as by Ctrl-C.
 
         Returns:
             Its result.
@@ -79,7 +79,7 @@ class Portal:
         """Give the items of an asynchronous stream.
 
         Args:
-            stream: Closed when the iteration ends or is given up.
+            stream: The stream, which is closed when the iteration ends or is given up.
 
         Yields:
             Its items.

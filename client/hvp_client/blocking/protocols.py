@@ -1,4 +1,4 @@
-"""What numpy and SciPy ask of blocking handles."""
+"""The protocols of numpy's arrays and SciPy's operators, for blocking handles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Fetched(ABC):
-    """What numpy takes for an array: its elements are fetched each time.
+    """A handle that numpy takes for an array; each conversion fetches the elements.
 
     Law: np.asarray(v) == v.numpy().
     """

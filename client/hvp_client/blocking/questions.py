@@ -36,9 +36,9 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
         m are smeared.
 
         Args:
-            num_probes: K, the random probes.
-            num_steps: m, the steps of Lanczos of each probe.
-            seed: Of the probes.
+            num_probes: K, the number of random probes.
+            num_steps: m, the number of Lanczos steps of each probe.
+            seed: Seed of the probes.
             labels: Kept with the job.
 
         Returns:
@@ -68,14 +68,14 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
         """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
 
         Args:
-            k: How many, 1 ≤ k < n.
+            k: Number of eigenpairs, 1 ≤ k < n.
             which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each
                 end and the odd one from the high end.
             tol: Stop when every wanted pair's estimated residual is at most tol times the
                 largest Ritz value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
             max_products: Upper bound on products, those that show completeness and those of the
                 final residuals included; None lets the server choose.
-            seed: Of the starting vector.
+            seed: Seed of the starting vector.
             num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by
                 memory.
             labels: Kept with the job.

@@ -1,4 +1,4 @@
-"""What every blocking handle is: an awaited twin, and the portal on which its calls run."""
+"""The base of every blocking handle: an awaited twin, and the portal on which its calls run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Blocking(ABC):  # noqa: B024 (what it can do is its twin's)
     for every awaited one, in the arguments and in what comes back.
 
     Args:
-        portal: Of the client.
+        portal: The client's portal, on which the twin's calls run.
         twin: The awaited handle.
     """
 
     _kinds: ClassVar[dict[type[Any], type[Blocking]]] = {}  # by the class of the twin
 
     def __init_subclass__(cls, *, twin: type[Any] | None = None) -> None:
-        """Note which class is whose twin."""
+        """Register the class as the blocking side of `twin`."""
         if twin is not None:
             Blocking._kinds[twin] = cls
 
@@ -50,7 +50,7 @@ class Blocking(ABC):  # noqa: B024 (what it can do is its twin's)
 
 
 def twin_of(value: Any) -> Any:
-    """What the awaited side takes for a value.
+    """Replace blocking handles by their twins, for a call of the awaited side.
 
     Args:
         value: A blocking handle, a list or tuple of them, or anything else.

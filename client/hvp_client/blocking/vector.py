@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Vector(Blocking, Fetched, twin=AsyncVector):
     """A vector that lives on the server's ranks, n elements under a name.
 
-    It is of parameter space, or of a model's outputs on a batch. Element order is the canonical
-    flat index: parameters as in the model's `named_parameters()`, a tied tensor once, row-major; or
-    outputs row-major in `output_shape`. Arithmetic happens on the ranks and gives new vectors; an
+    It belongs to parameter space, or to the outputs of a model on a batch. Element order is the
+    canonical flat index: parameters as in the model's `named_parameters()`, a tied tensor once,
+    row-major; or outputs row-major in `output_shape`. Arithmetic happens on the ranks; an
     `AsyncVector`'s is awaited: `w = await (u + v)`. numpy takes a `Vector` for an array, whose
     elements `np.asarray(v)` fetches; `v["lm_head.weight"]` fetches those of one parameter.
 
@@ -45,61 +45,61 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
 
     @property
     def checkpoint(self) -> str:
-        """Name of the checkpoint of whose parameters, or outputs, it is."""
+        """Name of the checkpoint whose parameters, or outputs, the vector has."""
         return self._twin.checkpoint
 
     @property
     def batch(self) -> str | None:
-        """Name of the batch on which it is the model's outputs; None of parameter space."""
+        """Name of the batch whose outputs the vector has; None in parameter space."""
         return self._twin.batch
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Patterns of the names of the parameters that it has; none where it has all."""
+        """Patterns that select the parameters that the vector has; empty where it has all."""
         return self._twin.parameters
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Of outputs `(sequences, positions, vocabulary)`; None of parameter space."""
+        """Shape of outputs, `(sequences, positions, vocabulary)`; None in parameter space."""
         return self._twin.output_shape
 
     @property
     def shape(self) -> tuple[int]:
-        """`(n,)`."""
+        """`(n,)`, the number of elements."""
         return self._twin.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Float32 or float64."""
+        """Dtype of the elements: float32 or float64."""
         return self._twin.dtype
 
     @property
     def durable(self) -> bool:
-        """Whether the server can make it again when its ranks are started anew."""
+        """Whether the server can make the vector again when its ranks are started anew."""
         return self._twin.durable
 
     @property
     def create_time(self) -> datetime:
-        """When it was made, UTC."""
+        """When the vector was made, UTC."""
         return self._twin.create_time
 
     def dot(self, other: Vector) -> float:
-        """u·v, accumulated in float64 on the ranks.
+        """The inner product u·v, accumulated in float64 on the ranks.
 
         Args:
-            other: A vector of the same checkpoint and dtype.
+            other: A vector of the same space and dtype.
 
         Returns:
             The inner product; only this number travels.
 
         Raises:
-            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: it is no vector.
-            FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: `other` is no vector.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held a vector are gone.
         """
         return self._portal.run(self._twin.dot(twin_of(other)))
 
     def norm(self) -> float:
-        """‖v‖₂, accumulated in float64 on the ranks."""
+        """The norm ‖v‖₂, accumulated in float64 on the ranks; errors as for `dot`."""
         return self._portal.run(self._twin.norm())
 
     def numpy(self) -> NDArray[Any]:
@@ -133,6 +133,7 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
             views of one array, and a tied tensor is there once.
 
         Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`: the vector has outputs, not parameters.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
         return self._portal.run(self._twin.named())
@@ -141,13 +142,14 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         """Fetch the elements of one parameter; only they travel.
 
         Args:
-            parameter: Its name, as in the model's `named_parameters()`.
+            parameter: The parameter's name, as in the model's `named_parameters()`.
 
         Returns:
             An array of the parameter's shape.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: No parameter has that name; the message lists the nearest ones.
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`: the vector has outputs, not parameters.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held it are gone.
         """
         return self._portal.run(self._twin.__getitem__(parameter))
@@ -155,11 +157,11 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
     __iter__ = None
 
     def axpy(self, scale: float, other: Vector) -> Vector:
-        """Add a multiple of another: v + scale·other in one step.
+        """Add a multiple of another vector: v + scale·other in one step on the ranks.
 
         Args:
             scale: A finite number.
-            other: A vector of the same checkpoint and dtype.
+            other: A vector of the same space and dtype.
 
         Returns:
             A new vector.
@@ -171,23 +173,23 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         return result
 
     def keep(self) -> None:
-        """Let it stay on the server until somebody deletes it: for another process, or tomorrow.
+        """Keep the vector on the server until somebody deletes it: for another process, or later.
 
-        What the server could not make again is written to its disk, so that a kept vector is there
-        after a restart too.
+        A vector that the server could not make again is written to its disk, so that a kept vector
+        is there after a restart too.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
             ResourceExhaustedError: `DISK_FULL`.
             UnimplementedError: The server is of a version where every vector stays.
         """
         self._portal.run(self._twin.keep())
 
     def delete(self) -> None:
-        """Free it on the server now.
+        """Free the vector on the server now.
 
         Raises:
-            NotFoundError: It is gone already.
+            NotFoundError: The vector is gone already.
         """
         self._portal.run(self._twin.delete())
 

@@ -1,4 +1,4 @@
-"""What the commands that ask a question do, and `hvp watch`."""
+"""The commands that ask a question, and `hvp watch`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a command was asked for, as typed.
+    """A question as it was typed.
 
     Attributes:
-        operation: What is asked.
-        values: Its own options, by field.
-        checkpoint: Name or folder.
-        ids: Name or file of a batch.
-        operator: Which matrix.
-        dtype: To compute in.
-        precision: Of the operands of matrix products.
-        micro_batch_size: Sequences a rank takes at once.
-        parameters: Patterns of names; none for all.
+        operation: Name of the operation.
+        values: The operation's own options, by field.
+        checkpoint: Name of a checkpoint, or a folder to upload.
+        ids: Name of a batch, or a file to upload.
+        operator: Kind of the operator, such as `hessian`.
+        dtype: Dtype to compute in.
+        precision: Precision of the operands of matrix products; None lets the server choose.
+        micro_batch_size: Sequences that a rank takes at once; None lets the server choose.
+        parameters: Patterns of parameters' names; empty for all.
     """
 
     operation: str
@@ -61,14 +61,14 @@ def ask(
     picture: Path | None,
     as_json: bool,
 ) -> None:
-    """Upload what is not there yet, queue the job, and stay until it ends or go at once.
+    """Upload what the server lacks, queue the job, and follow it to its end where asked to.
 
     Args:
-        address: Of the server.
-        order: What to compute.
-        watch: Whether to stay.
-        plan: Tell what it would take instead.
-        output: File for the result.
+        address: Address of the server.
+        order: The question.
+        watch: Whether to follow the job to its end; else its name is printed at once.
+        plan: Print what the job would cost, and queue nothing.
+        output: File for the result, as JSON.
         picture: File for the result's picture.
         as_json: Print JSON.
     """
@@ -113,8 +113,8 @@ def follow_job(address: str, job: str, *, as_json: bool) -> None:
     """Show a job until it ends, then its result.
 
     Args:
-        address: Of the server.
-        job: Its name or id.
+        address: Address of the server.
+        job: Name or id of the job.
         as_json: Print JSON.
     """
     with failures_reported(), Client(address) as client:
@@ -122,16 +122,16 @@ def follow_job(address: str, job: str, *, as_json: bool) -> None:
 
 
 def read_batch(path: Path) -> Mapping[str, Any]:
-    """Read token ids, labels and masks of a file.
+    """Read the fields of a batch from a file.
 
     Args:
-        path: `.safetensors` or `.npz`.
+        path: A `.safetensors` or `.npz` file.
 
     Returns:
-        Arrays by name.
+        Arrays by field.
 
     Raises:
-        typer.Exit: 2: there is no such file, or it is of no such format.
+        typer.Exit: With code 2: there is no such file, or it cannot be read in its format.
     """
     if not path.is_file():
         usage_error(f"{path} is neither a file nor the name of a batch (projects/...)")

@@ -20,8 +20,8 @@ def delete(address: str, names: Sequence[str]) -> None:
     """Delete things by name, one after another.
 
     Args:
-        address: Of the server.
-        names: `projects/{project}/{collection}/{id}` each.
+        address: Address of the server.
+        names: Names of the resources, `projects/{project}/{collection}/{id}` each.
     """
     with failures_reported(), Client(address) as client:
         for name in names:

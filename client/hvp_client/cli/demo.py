@@ -10,7 +10,7 @@ import typer
 
 
 class Device(StrEnum):
-    """Where ranks compute."""
+    """Device that the ranks compute on."""
 
     cpu = "cpu"
     cuda = "cuda"

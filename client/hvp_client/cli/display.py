@@ -24,9 +24,9 @@ def show_events(events: Iterable[Event], job: str, console: Console) -> None:
     """Show a job's events until they end.
 
     Args:
-        events: As from `Job.watch`.
-        job: Its name, for the heading.
-        console: Where to.
+        events: The job's events, from `Job.watch`.
+        job: Name of the job, for the heading.
+        console: Console to show them on.
     """
     if not console.is_terminal:
         for event in events:
@@ -43,7 +43,7 @@ def plain_line(event: Event) -> str:
     """Say an event in one line.
 
     Args:
-        event: A job's.
+        event: An event of a job.
 
     Returns:
         The line, without its end.
@@ -77,10 +77,10 @@ def pace(progress: Progress) -> str:
     """Say how far a run is, how fast, and how long it will take at most.
 
     Args:
-        progress: A run's.
+        progress: Progress of the run.
 
     Returns:
-        A phrase.
+        A phrase, such as `12/300 products, 0.5 s each, at most 0:02:24 left`.
     """
     if not progress.max_products:
         return "..."
@@ -96,10 +96,10 @@ def drawn(table: Table) -> rich.table.Table:
     """Lay out a table for a terminal.
 
     Args:
-        table: Texts.
+        table: The table's texts.
 
     Returns:
-        The table.
+        The table as rich draws it.
     """
     laid_out = rich.table.Table(
         title=table.title or None,
@@ -118,7 +118,7 @@ def drawn(table: Table) -> rich.table.Table:
 
 @final
 class _Screen:
-    """What is known of the job, drawn."""
+    """The live view of a job: its state, and the progress of its run."""
 
     def __init__(self, job: str):
         self._job = job

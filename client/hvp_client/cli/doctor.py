@@ -1,4 +1,4 @@
-"""`hvp doctor`: what of this machine and of a server may be in the way, and what to do about it."""
+"""`hvp doctor`: problems of this machine and of a server, and what to do about each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SERVER_PACKAGES = ("torch", "ray", "transformers", "sqlalchemy", "pydantic-sett
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at."""
+    """One thing that was examined: the verdict on it, and what would mend a problem."""
 
     what: str
     verdict: Literal["ok", "note", "problem"]
@@ -41,12 +41,13 @@ class Finding:
 
 
 def examine(address: str | None, default_address: str, *, state_dir: Path, as_json: bool) -> int:
-    """Look at everything and print what was found.
+    """Examine this machine and a server, and print the findings.
 
     Args:
-        address: The server that ought to answer; None: the default one may, but need not.
-        default_address: Where a server is by default.
-        state_dir: Where a server would keep its state.
+        address: Address of the server that ought to answer; None: a server at the default address
+            may answer, but need not.
+        default_address: Address of a server by default.
+        state_dir: Folder in which a server would keep its state.
         as_json: Print a JSON array.
 
     Returns:
@@ -118,7 +119,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    """What ranks could compute on.
+    """The devices that ranks could compute on.
 
     Importing torch takes seconds, so that is done only where there is a GPU that it may see.
     """
@@ -171,7 +172,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _surroundings() -> Iterator[Finding]:
-    """What a server would name when it does not start."""
+    """Causes for which a server would not start."""
     try:
         from hvp_workers import surroundings
     except ImportError:  # a machine that only calls a server
@@ -212,7 +213,7 @@ def _disk(state_dir: Path) -> Iterator[Finding]:
 
 
 def _server(address: str, *, expected: bool) -> Finding:
-    """What a server says of itself, asked without the SDK, whose imports would take longer."""
+    """Ask a server what it is, without the SDK, whose imports would take longer."""
     try:
         at = reachable_address(address)
     except InvalidArgumentError as error:

@@ -1,4 +1,4 @@
-"""How commands say what went wrong: one red line on stderr and an exit code, never a traceback."""
+"""Failures of commands: one red line on stderr and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def failures_reported() -> Iterator[None]:
     """Turn errors of the SDK into a message and an exit code.
 
     Raises:
-        typer.Exit: 1 for a refusal or failure, 130 when interrupted.
+        typer.Exit: With code 1 for a refusal or failure, 130 for an interruption.
     """
     # Here and not above: `hvp serve` reports failures too, and must not load gRPC before its ranks
     # have been started.
@@ -50,7 +50,7 @@ def usage_error(message: str) -> NoReturn:
         message: What is wrong and what to type instead.
 
     Raises:
-        typer.Exit: 2.
+        typer.Exit: With code 2.
     """
     _print(f"[red]usage:[/] {escape(message)}")
     raise typer.Exit(EXIT_USAGE)

@@ -20,10 +20,10 @@ def job_name(text: str) -> str:
     """Complete an id to the name of a job.
 
     Args:
-        text: A name or an id.
+        text: Name or id of a job.
 
     Returns:
-        The name.
+        The job's name, `projects/{project}/jobs/{id}`.
     """
     return text if "/" in text else f"projects/default/jobs/{text}"
 
@@ -36,8 +36,8 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
     """Print jobs, the newest first.
 
     Args:
-        address: Of the server.
-        states: Only these.
+        address: Address of the server.
+        states: States of the jobs to print; None for all.
         as_json: Print a JSON array.
     """
     with failures_reported():
@@ -73,7 +73,7 @@ def _row(job: AsyncJob[Any]) -> tuple[str, ...]:
 
 
 def _work(record: Mapping[str, Any]) -> str:
-    """What a job does, in a line."""
+    """A job's question, in a line."""
     if not record["headline"]:
         return "?"  # a job of another version's, of which the server shows what it can
     again = f", attempt {record['attempt']}" if record["attempt"] > 1 else ""
@@ -107,8 +107,8 @@ def cancel_job(address: str, job: str) -> None:
     """Ask a job to stop and print the state it is in.
 
     Args:
-        address: Of the server.
-        job: Its name or id.
+        address: Address of the server.
+        job: Name or id of the job.
     """
     with failures_reported(), Client(address) as client:
         handle = client.job(job_name(job))

@@ -24,7 +24,7 @@ app = typer.Typer(
 
 
 class Device(StrEnum):
-    """Where ranks compute."""
+    """Device that the ranks compute on."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -39,7 +39,7 @@ class Compile(StrEnum):
 
 
 class Schedule(StrEnum):
-    """What is kept of the way forward."""
+    """How much a product keeps of its forward pass for the backward pass."""
 
     auto = "auto"
     lean = "lean"
@@ -48,7 +48,7 @@ class Schedule(StrEnum):
 
 
 class BackendKind(StrEnum):
-    """How ranks run."""
+    """Where the ranks run: in processes of their own, or one inside of the server."""
 
     ray = "ray"
     inprocess = "inprocess"

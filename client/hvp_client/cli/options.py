@@ -18,18 +18,18 @@ class Format(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What products are computed in."""
+    """Dtype of vectors and products."""
 
     float32 = "float32"
     float64 = "float64"
 
 
-#: Which matrix, of all that the protos know.
+#: Kinds of operator, of all that the protos know.
 Kind = StrEnum("Kind", {kind: kind for kind in KINDS})  # type: ignore[misc]
 
 
 class Precision(StrEnum):
-    """Of the operands of matrix products."""
+    """Precision of the operands of matrix products."""
 
     full = "full"
     tf32 = "tf32"

@@ -29,10 +29,10 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
     """Make the command of an operation.
 
     Args:
-        operation: Its declaration.
+        operation: The operation's declaration.
 
     Returns:
-        A function whose signature is what typer reads.
+        A function whose signature declares the command's options to typer.
     """
 
     def run(**typed: Any) -> None:

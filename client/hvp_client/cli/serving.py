@@ -13,7 +13,7 @@ def run_server(arguments: Sequence[str]) -> None:
     """Run the server in this thread until it is told to end.
 
     Args:
-        arguments: As for `python -m hvp_service.app.server`.
+        arguments: Command-line arguments of `python -m hvp_service.app.server`.
 
     Raises:
         typer.Exit: With the server's exit code; 2 when its packages are not installed.

@@ -20,10 +20,10 @@ from hvp_client.cli.failures import failures_reported
 
 
 def upload_checkpoint(address: str, directory: Path, *, as_json: bool) -> None:
-    """Upload a folder and print what it is; its name alone goes to a pipe.
+    """Upload a folder and print the checkpoint that it is; a pipe gets the name alone.
 
     Args:
-        address: Of the server.
+        address: Address of the server.
         directory: Folder of config.json and safetensors.
         as_json: Print a JSON object.
     """
@@ -59,7 +59,7 @@ def upload_with_bar(client: Client, directory: Path) -> Checkpoint:
     """Upload a folder, with a progress bar where there is a terminal.
 
     Args:
-        client: Whose server.
+        client: The client that uploads.
         directory: Folder of config.json and safetensors.
 
     Returns:

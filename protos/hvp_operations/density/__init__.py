@@ -24,9 +24,9 @@ class DensitySpec:
     to degree 2m − 1, and features narrower than the spectrum's width over m are smeared.
 
     Attributes:
-        num_probes: K, the random probes.
-        num_steps: m, the steps of Lanczos of each probe.
-        seed: Of the probes.
+        num_probes: K, the number of random probes.
+        num_steps: m, the number of Lanczos steps of each probe.
+        seed: Seed of the probes.
     """
 
     _: KW_ONLY
@@ -40,8 +40,8 @@ class DensityProgress(Detail):
     """Where the quadrature stands.
 
     Attributes:
-        num_probes_done: Probes that have all their steps.
-        num_steps: Steps of Lanczos of the probes at hand.
+        num_probes_done: Number of probes that have all their steps.
+        num_steps: Lanczos steps done of the probes at hand.
         smallest: Smallest Ritz value so far.
         largest: Largest Ritz value so far.
     """
@@ -84,7 +84,7 @@ class DensityResult(Result):
     """The quadratures, from which every density, moment and count is made.
 
     Attributes:
-        quadratures: One for each probe.
+        quadratures: One quadrature for each probe.
         orthogonality_defect: Largest entry of |QᵀQ − I| over the bases that were kept orthogonal; 1
             where memory was short and they were not, so that outliers may appear more than once,
             with their weight divided among the copies.

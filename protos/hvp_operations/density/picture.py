@@ -26,15 +26,15 @@ _NAMES = {
 
 
 class Spectrum(Protocol):
-    """What is drawn: the SDK's record of a density."""
+    """The part of the SDK's `DensityResult` that is drawn."""
 
     @property
     def quadratures(self) -> Sequence[Any]:
-        """One for each probe."""
+        """One quadrature for each probe."""
 
     @property
     def provenance(self) -> Mapping[str, str]:
-        """What the figures rest on."""
+        """Origin of the figures: versions, digests, dtype, seed."""
 
     @property
     def num_parameters(self) -> int:
@@ -57,8 +57,9 @@ def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
 
     Args:
         result: The density.
-        path: Of the file.
-        sigma: The kernel's standard deviation, for one panel; None for one or two as they serve.
+        path: Path of the file; its suffix says the format.
+        sigma: The kernel's standard deviation, for a single panel; None chooses it, and whether a
+            second panel shows the bulk.
     """
     nodes = result.nodes
     ends = float(nodes.min()), float(nodes.max())
@@ -94,7 +95,7 @@ def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
 
 
 def _bulk(result: Spectrum) -> tuple[float, float]:
-    """Where nearly all eigenvalues are."""
+    """The interval in which nearly all eigenvalues lie."""
     nodes, weights = result.nodes.ravel(), result.weights.ravel()
     order = nodes.argsort()
     share = weights[order].cumsum() / weights.sum()
@@ -103,7 +104,7 @@ def _bulk(result: Spectrum) -> tuple[float, float]:
 
 
 def _panel(axes: Any, result: Spectrum, low: float, high: float, width: float) -> None:
-    """A part of the spectrum."""
+    """Draw the part of the spectrum from `low` to `high` in one panel."""
     least, most = _POINTS
     x = np.linspace(low, high, min(most, max(least, int(_PER_KERNEL * (high - low) / width))))
     mean, error = result.density(x, width)

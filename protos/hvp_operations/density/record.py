@@ -1,4 +1,4 @@
-"""What the SDK gives of a spectral density: the quadratures, and what is made of them."""
+"""The SDK's record of a spectral density: quadratures, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Estimate(NamedTuple):
 
 
 class Count(NamedTuple):
-    """A number of eigenvalues, with what makes it uncertain.
+    """An estimated number of eigenvalues, with its two sources of error.
 
     Attributes:
         value: The estimate.
-        standard_error: Over the probes; infinite for a single one.
+        standard_error: Standard error over the probes; infinite for a single probe.
         resolution: How far the finite number of steps can have moved the value, at most.
     """
 
@@ -57,11 +57,12 @@ class DensityResult:
     steps comes on top where the kernel is narrower than the distance between nodes.
 
     Attributes:
-        quadratures: One for each probe: nodes and weights, which sum to one.
-        orthogonality_defect: Largest entry of |QᵀQ − I| of the bases; 1 where they were not kept.
+        quadratures: One quadrature for each probe: nodes, and weights that sum to one.
+        orthogonality_defect: Largest entry of |QᵀQ − I| of the Lanczos bases; 1 where memory was
+            short and they were not kept orthogonal.
         num_products: Operator products spent.
-        loss: L(θ), nats.
-        provenance: What the figures rest on: versions, digests, dtype, seed.
+        loss: L(θ), in nats.
+        provenance: Origin of the figures: versions, digests, dtype, seed.
     """
 
     quadratures: Sequence[Quadrature]
@@ -86,20 +87,20 @@ class DensityResult:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """(K, m) weights of `nodes`; each row sums to one, and what is repeated weighs nothing."""
+        """(K, m) weights of `nodes`; each row sums to one, and a repeated node weighs nothing."""
         return self._rows([quadrature.weights for quadrature in self.quadratures], "constant")
 
     def expectation(self, values: NDArray[np.float64]) -> Estimate:
         """Mean of f(λ) over the spectrum, (1/n) Σ f(λᵢ).
 
         Args:
-            values: f at `nodes`, (K, m), or with more dimensions before these: (..., K, m).
+            values: f at `nodes`, (K, m), or with leading dimensions (..., K, m).
 
         Returns:
-            The estimate, of the shape of the dimensions before; times n it is tr f(A).
+            The estimate, of the shape of the leading dimensions; n times it estimates tr f(A).
 
         Raises:
-            ValueError: They are of another shape.
+            ValueError: `values` has another shape.
         """
         if np.shape(values)[-2:] != self.nodes.shape:
             raise ValueError(f"values are {np.shape(values)}; give (..., {self.nodes.shape})")
@@ -113,12 +114,13 @@ class DensityResult:
         """The density, smoothed with a Gaussian kernel; it integrates to one.
 
         Args:
-            x: Points (p,).
+            x: Points (p,), or of any other shape, which the estimate has too.
             sigma: Standard deviation of the kernel, in units of the eigenvalues; default a fiftieth
                 of the width of the spectrum.
 
         Returns:
-            Mean and standard error (p,) over the probes, of the smoothed density.
+            Mean and standard error (p,) of the smoothed density over the probes, per unit of the
+            eigenvalues.
         """
         width = self._width(sigma)
         points, nodes = np.asarray(x, np.float64), self.nodes
@@ -135,7 +137,7 @@ class DensityResult:
         """(1/n) tr Aʲ for j = 0, ..., degree: exact for each probe up to twice the steps less one.
 
         Args:
-            degree: The highest, up to that.
+            degree: The highest degree j, at most twice the steps less one.
 
         Returns:
             Mean and standard error (degree + 1,) over the probes.
@@ -223,7 +225,7 @@ class DensityResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Make plain numbers, strings, lists and dicts of it."""
+        """The record as plain numbers, strings, lists and dicts."""
         return {
             "quadratures": [
                 {"nodes": list(each.nodes), "weights": list(each.weights)}
@@ -242,11 +244,11 @@ class DensityResult:
         part, smoothed accordingly less.
 
         Args:
-            path: Of the picture; its suffix says the format, as `.png` or `.svg`.
+            path: Path of the picture; its suffix says the format, as `.png` or `.svg`.
             sigma: As for `density`, for a single panel.
 
         Raises:
-            ValueError: The suffix is of no format, or there is none.
+            ValueError: The suffix names no format, or there is no suffix.
             ImportError: matplotlib is not installed.
             OSError: The file cannot be written.
         """
@@ -266,7 +268,7 @@ class DensityResult:
 
     @property
     def _rounding(self) -> float:
-        """What rounding leaves of a vanishing eigenvalue, relative to the largest."""
+        """Size that rounding gives a vanishing eigenvalue, relative to the largest one."""
         eps = _EPS.get(self.provenance.get("precision", ""))
         if eps is None:
             eps = float(np.finfo(self.provenance.get("dtype", "float64")).eps)
@@ -289,7 +291,7 @@ def _pair(estimate: Estimate) -> str:
 
 
 def _unresolved(quadrature: Quadrature, low: float, high: float) -> float:
-    """How far the measure of (low, high] may be from the quadrature's."""
+    """Bound on the error of the quadrature's measure of (low, high]."""
     nodes, weights = np.asarray(quadrature.nodes), (0.0, *quadrature.weights, 0.0)
 
     def around(x: float) -> tuple[float, float]:

@@ -25,14 +25,14 @@ class EigshSpec:
     """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
 
     Attributes:
-        k: How many, 1 ≤ k < n.
+        k: Number of eigenpairs, 1 ≤ k < n.
         which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and
             the odd one from the high end.
         tol: Stop when every wanted pair's estimated residual is at most tol times the largest Ritz
             value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
         max_products: Upper bound on products, those that show completeness and those of the final
             residuals included; None lets the server choose.
-        seed: Of the starting vector.
+        seed: Seed of the starting vector.
         num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
     """
 
@@ -50,9 +50,11 @@ class EigshProgress(Detail):
     """Where a search stands.
 
     Attributes:
-        num_restarts: Times the Krylov basis was compressed.
-        ritz_values: At the wanted end or ends, ascending; of many, the 64 furthest from converged.
-        residual_estimates: One for each Ritz value, at least the rounding of the products.
+        num_restarts: Number of times that the Krylov basis was compressed.
+        ritz_values: Ritz values at the wanted end or ends, ascending; of many, the 64 furthest from
+            converged.
+        residual_estimates: Estimated residual of each Ritz value, at least the rounding of the
+            products.
     """
 
     num_restarts: int = 0
@@ -73,17 +75,17 @@ class EigshProgress(Detail):
 
 @dataclass(frozen=True, kw_only=True)
 class Completeness:
-    """What is known of eigenvalues that a search for k of them does not show.
+    """Whether a search for k eigenvalues may have missed some of the wanted ones.
 
     Attributes:
-        shown: Counted from its end of the spectrum, the i-th wanted eigenvalue lies at most
-            `margin` further out than the i-th of the pairs: none was missed, copies of repeated
-            ones included.
-        margin: In units of the eigenvalues: the tolerance, and the noise of the search; infinite
+        shown: Whether it is shown that none was missed, copies of repeated ones included: counted
+            from its end of the spectrum, the i-th wanted eigenvalue lies at most `margin` further
+            out than the i-th of the pairs.
+        margin: The tolerance and the noise of the search, in units of the eigenvalues; infinite
             where nothing is known.
-        failure_probability: That `shown` is wrong, over the random starting vectors of the search
-            for what was missed; 0 where the basis spanned the whole space.
-        num_products: Operator products spent on it.
+        failure_probability: Probability that `shown` is wrong, over the random starting vectors of
+            the search for missed eigenvalues; 0 where the basis spanned the whole space.
+        num_products: Operator products spent on that search.
     """
 
     shown: bool = False
@@ -94,17 +96,17 @@ class Completeness:
 
 @dataclass(frozen=True, kw_only=True)
 class EigshResult(Result):
-    """What a search has found; the eigenvectors are on the server.
+    """The eigenvalues that a search found, and their errors; the eigenvectors are on the server.
 
     Attributes:
-        eigenvalues: Ascending: the Rayleigh quotients of the verifying products.
-        residuals: ‖A y − λ y‖ / ‖y‖, each from a fresh product in float64.
-        outcome: How it ended.
+        eigenvalues: Rayleigh quotients of the verifying products, ascending.
+        residuals: ‖A y − λ y‖ / ‖y‖ of each pair, from a fresh product in float64.
+        outcome: How the search ended.
         symmetry_defect: |u·Av − v·Au| / (‖Au‖ ‖v‖) over the run's own vectors.
-        ritz_values: Of the first basis, before any restart.
+        ritz_values: Ritz values of the first basis, before any restart.
         ritz_weights: Squared first components of T's eigenvectors.
-        error_bounds: [λ − bound, λ + bound] holds an eigenvalue of the exact operator; empty where
-            nothing is claimed.
+        error_bounds: Bound b of each pair: [λ − b, λ + b] holds an eigenvalue of the exact
+            operator; empty where nothing is claimed.
         completeness: Whether any of the wanted may have been missed.
     """
 
@@ -121,7 +123,7 @@ class EigshResult(Result):
 
 
 def default_max_products(spec: EigshSpec, dimension: int) -> int:
-    """The budget of products, asked for or chosen."""
+    """The budget of products: the spec's own, or a default where it has none."""
     return spec.max_products or min(10 * dimension, max(300 + spec.k, 3 * spec.k))
 
 
@@ -129,7 +131,7 @@ def basis_sizes(spec: EigshSpec, dimension: int) -> tuple[int, int]:
     """The smallest basis that will do, and the one to have where memory allows.
 
     Args:
-        spec: What was asked for.
+        spec: The question.
         dimension: n.
     """
     asked, k = spec.num_lanczos_vectors, spec.k

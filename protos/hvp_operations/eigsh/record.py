@@ -1,4 +1,4 @@
-"""What the SDK gives of a search for eigenpairs: the pairs, and what is certified of them."""
+"""The SDK's record of a search for eigenpairs: the pairs, and what is certified of them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ class EigshResult(Generic[VectorT]):
     """k eigenpairs A y = λ y of an operator.
 
     Attributes:
-        eigenvalues: (k,) float64, ascending: the Rayleigh quotients of the verifying products.
+        eigenvalues: (k,) float64, the Rayleigh quotients of the verifying products, ascending.
         residuals: (k,) float64, the norms ‖A y − λ y‖ / ‖y‖, each from a fresh product in float64.
         error_bounds: (k,) float64, half the width of `intervals`; infinite where nothing is
             claimed.
         completeness: Whether these are the k wanted ones, and how sure that is.
-        eigenvectors: k orthonormal vectors on the server, in the order of `eigenvalues`. They are
-            the job's and stay when their handles go.
+        eigenvectors: k orthonormal vectors on the server, in the order of `eigenvalues`. They
+            belong to the job and stay when their handles go.
         num_products: Operator products spent, those of the residuals included.
         outcome: `CONVERGED`: every pair meets the tolerance and none of the wanted was missed.
-            `MULTIPLICITY_UNCERTAIN`: the latter could not be shown within the budget.
+            `MULTIPLICITY_UNCERTAIN`: that none was missed could not be shown within the budget.
             `MAX_PRODUCTS`: the budget ran out before every pair met the tolerance.
             `NOISE_LIMIT`: the search converged and float64 does not confirm it; more products of
-            this precision would not help. `UNVERIFIED`: there was no memory to verify in float64.
+            this precision would not help. `UNVERIFIED`: there was no memory to verify the pairs in
+            float64.
         symmetry_defect: |u·Av − v·Au| / (‖Au‖ ‖v‖) over the run's own vectors; rounding shows
             here first.
-        ritz_values: (m,) float64, of the first basis, before any restart.
+        ritz_values: (m,) float64, the Ritz values of the first basis, before any restart.
         ritz_weights: (m,) float64, squared first components of T's eigenvectors: with
             `ritz_values` the picture of the spectral density.
-        loss: L(θ), nats.
-        provenance: What the figures rest on: versions, digests, dtype, seed.
+        loss: L(θ), in nats.
+        provenance: Origin of the figures: versions, digests, dtype, seed.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -64,10 +65,10 @@ class EigshResult(Generic[VectorT]):
 
     @property
     def intervals(self) -> NDArray[np.float64]:
-        """(k, 2) float64, each of which holds an eigenvalue of the exact operator.
+        """(k, 2) float64, intervals that each hold an eigenvalue of the exact operator.
 
-        That is so whatever precision the search ran in; where nothing is claimed they are
-        infinitely wide. That none of the wanted was missed is `completeness`.
+        They do so whatever precision the search ran in; where nothing is claimed they are
+        infinitely wide. Whether any of the wanted was missed is told by `completeness`.
         """
         return np.stack(
             (self.eigenvalues - self.error_bounds, self.eigenvalues + self.error_bounds), axis=1
@@ -75,7 +76,7 @@ class EigshResult(Generic[VectorT]):
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """What is certified and what is not, as sentences for people."""
+        """Sentences for people that say what is certified and what is not."""
         return (*self._interval_claims(), self._completeness_claim())
 
     def _interval_claims(self) -> tuple[str, ...]:
@@ -146,7 +147,7 @@ class EigshResult(Generic[VectorT]):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Make plain numbers, strings, lists and dicts of it; eigenvectors by name."""
+        """The record as plain numbers, strings, lists and dicts; eigenvectors by name."""
         return {
             "eigenvalues": self.eigenvalues.tolist(),
             "residuals": self.residuals.tolist(),
@@ -172,5 +173,5 @@ def _finite(value: float) -> float | None:
 
 
 def _span(names: list[str]) -> str:
-    """The first name whole and of the last what differs; one name alone."""
+    """The first name, and of the last the part that differs; a single name alone."""
     return f"{names[0]} to -{names[-1].rpartition('-')[2]}" if len(names) > 1 else "".join(names)

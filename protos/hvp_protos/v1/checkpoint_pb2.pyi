@@ -137,7 +137,7 @@ class Checkpoint(_message.Message):
 
     @_builtins.property
     def batch_schema(self) -> _data_batch_pb2.BatchSchema:
-        """What a batch for it holds."""
+        """Fields that a batch for the model has."""
 
     def __init__(
         self,

@@ -42,13 +42,13 @@ class DataBatch(_message.Message):
     num_sequences: _builtins.int
     """Rows of every field."""
     sequence_length: _builtins.int
-    """Of `input_ids`; 0 without."""
+    """Tokens in a row of `input_ids`; 0 for a batch without that field."""
     num_targets: _builtins.int
-    """Of token sequences with labels of positions, or none: labels that count after the shift, the denominator
-    of a causal language model's mean loss. Otherwise 0: what counts depends on the model.
+    """For token sequences whose labels are of positions, or that have none: the labels that count after the
+    shift, the denominator of a causal language model's mean loss. Else 0: the count depends on the model.
     """
     max_token_id: _builtins.int
-    """Largest id among `input_ids` and the labels of positions; 0 without."""
+    """Largest id among `input_ids` and the labels of positions; 0 where there are none."""
     has_attention_mask: _builtins.bool
     @_builtins.property
     def digest(self) -> _blob_pb2.Digest: ...
@@ -56,7 +56,7 @@ class DataBatch(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def fields(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchFieldContents]:
-        """What the file holds, in its order."""
+        """The fields of the file, in its order."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class BatchSchema(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     LONGEST_FIELD_NUMBER: _builtins.int
     unit: Global___BatchSchema.Unit.ValueType
-    """What the mean loss is a mean over."""
+    """The unit that the mean loss is a mean over."""
     targets: _builtins.str
     """The field of the targets; empty where there is none."""
     @_builtins.property
@@ -173,7 +173,7 @@ class BatchSchema(_message.Message):
 
     @_builtins.property
     def longest(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """The largest size that a symbol may have."""
+        """The largest size of a dimension, by its symbol."""
 
     def __init__(
         self,
@@ -228,10 +228,10 @@ class BatchField(_message.Message):
     minimum: _builtins.int
     maximum: _builtins.int
     ignored: _builtins.int
-    """A value outside of that range which counts nothing."""
+    """A value outside of that range that is allowed and counts nothing."""
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """`n` is the rows; equal symbols are equal sizes; digits are a size."""
+        """The dimensions, each a symbol or a size in digits. Equal symbols are equal sizes; `n` is the rows."""
 
     def __init__(
         self,

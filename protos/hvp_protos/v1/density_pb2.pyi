@@ -30,9 +30,9 @@ class DensitySpec(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     num_probes: _builtins.int
-    """K, each an independent estimate of the whole spectrum."""
+    """K, the number of probes; each gives an independent estimate of the whole spectrum."""
     num_steps: _builtins.int
-    """m; moments of each probe's measure are exact up to degree 2m - 1."""
+    """m, the Lanczos steps of a probe; moments of its measure are exact up to degree 2m - 1."""
     seed: _builtins.int
     """Seed of the probes."""
     @_builtins.property
@@ -99,7 +99,7 @@ class Quadrature(_message.Message):
 
     @_builtins.property
     def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """They sum to one."""
+        """Weights of the nodes, which sum to one."""
 
     def __init__(
         self,
@@ -145,16 +145,18 @@ class DensityResult(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     orthogonality_defect: _builtins.float
-    """Largest entry of |Q^T Q - I| of the bases; 1 where memory was short and they were not kept."""
+    """Largest entry of |Q^T Q - I| of the Lanczos bases; 1 where memory was short and they were not kept
+    orthogonal.
+    """
     num_products: _builtins.int
     loss: _builtins.float
     @_builtins.property
     def quadratures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quadrature]:
-        """One for each probe."""
+        """One quadrature for each probe."""
 
     @_builtins.property
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What the figures rest on: versions, digests, dtype, seed."""
+        """Origin of the figures: versions, digests, dtype, seed."""
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class EigshSpec(_message.Message):
     """
     max_products: _builtins.int
     """Upper bound on operator products, those that show completeness and the k of the final residuals
-    included; 0 means 10 n or 300 + k, whichever is less.
+    included; 0 means 10 n or the larger of 300 + k and 3 k, whichever is less.
     """
     seed: _builtins.int
     """Seed of the starting vector."""
@@ -182,7 +182,7 @@ class EigshResult(_message.Message):
 
     @_typing.final
     class Completeness(_message.Message):
-        """What is known of eigenvalues beyond the k pairs."""
+        """Whether the search may have missed some of the wanted eigenvalues."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -195,15 +195,15 @@ class EigshResult(_message.Message):
         out than the i-th of the pairs.
         """
         margin: _builtins.float
-        """In units of the eigenvalues: the tolerance, and the noise of the search; infinite where
-        nothing is known.
+        """The tolerance and the noise of the search, in units of the eigenvalues; infinite where nothing
+        is known.
         """
         failure_probability: _builtins.float
         """Probability, over the random starting vectors, that `shown` is wrong. 0 where the basis spans
         the whole space.
         """
         num_products: _builtins.int
-        """Products spent on it."""
+        """Products spent on the search for missed eigenvalues."""
         def __init__(
             self,
             *,
@@ -269,15 +269,15 @@ class EigshResult(_message.Message):
 
     @_builtins.property
     def ritz_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Ritz values of the last basis, with `ritz_weights` (squared first components of T's
-        eigenvectors, before any restart): the picture of the density.
+        """Ritz values of the first basis, before any restart. With `ritz_weights`, the squared first
+        components of T's eigenvectors, they are the picture of the density.
         """
 
     @_builtins.property
     def ritz_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What the figures rest on: versions, digests, dtype, seed."""
+        """Origin of the figures: versions, digests, dtype, seed."""
 
     @_builtins.property
     def error_bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:

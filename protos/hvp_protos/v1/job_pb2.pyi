@@ -257,7 +257,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___JobProgress:
-        """The latest."""
+        """The latest progress of the run."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -471,15 +471,17 @@ class JobPlan(_message.Message):
     max_products: _builtins.int
     """Upper bound on products with the operator."""
     seconds_per_product: _builtins.float
-    """Median of the latest job on the same operator; 0 where there was none."""
+    """Median time of a product in the latest job on the same operator; 0 where there was none."""
     max_seconds: _builtins.float
     """Upper bound of the products' time; 0 where the pace is not known."""
     num_ranks: _builtins.int
     least_bytes_per_rank: _builtins.int
-    """Vectors on each rank: what the job does not begin without, and what it takes where memory allows."""
+    """Memory for vectors on each rank: the least without which the job does not begin, and the amount
+    that it takes where there is enough.
+    """
     wished_bytes_per_rank: _builtins.int
     available_bytes_per_rank: _builtins.int
-    """Of the rank that has least, whether free or not; 0 where it is not known."""
+    """Memory of the rank that has least, free or in use; 0 where it is not known."""
     fits: _builtins.bool
     problem: _builtins.str
     """Why it does not fit and what would; empty where it fits."""
@@ -512,7 +514,7 @@ class UpdateJobRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     etag: _builtins.str
-    """Changes nothing unless the job still has this etag; empty for whatever it has."""
+    """The job is changed only if it still has this etag; empty for whatever it has."""
     @_builtins.property
     def job(self) -> Global___Job:
         """`name` says which job; of its other fields those in the mask are taken."""

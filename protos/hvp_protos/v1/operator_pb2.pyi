@@ -84,12 +84,12 @@ class OperatorSpec(_message.Message):
     """`float32` or `float64`; empty means float32."""
     micro_batch_size: _builtins.int
     """Sequences a rank pushes through a block at once; 0 lets the server choose by memory. Results
-    do not depend on it. Of a Jacobian it is 0: outputs lie on the ranks as the server cuts the batch.
+    do not depend on it. For a Jacobian it is 0: outputs lie on the ranks as the server cuts the batch.
     """
     precision: _builtins.str
-    """Of the operands of matrix products: `full` is the dtype's own; `bfloat16`, and on CUDA devices
-    `tf32`, are faster and apply to float32, where sums, losses and vectors stay in float32. Empty
-    lets the server choose: `bfloat16` for float32 on CUDA devices, else `full`.
+    """Precision of the operands of matrix products: `full` is the dtype's own; `bfloat16`, and on CUDA
+    devices `tf32`, are faster and apply to float32, where sums, losses and vectors stay in float32.
+    Empty lets the server choose: `bfloat16` for float32 on CUDA devices, else `full`.
     """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -148,7 +148,7 @@ class DescribeOperatorResponse(_message.Message):
     CODOMAIN_SHAPE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     num_parameters: _builtins.int
-    """n, the length of vectors of parameter space: of the parameters that are selected."""
+    """n, the length of vectors of parameter space, which have the selected parameters alone."""
     @_builtins.property
     def operator(self) -> Global___OperatorSpec:
         """With every default filled in."""

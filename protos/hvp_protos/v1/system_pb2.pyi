@@ -47,7 +47,7 @@ class GetServerInfoResponse(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     PRECISIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
-    """Of the `hvp` distribution."""
+    """Version of the `hvp` distribution that the server runs."""
     max_chunk_bytes: _builtins.int
     max_message_bytes: _builtins.int
     @_builtins.property

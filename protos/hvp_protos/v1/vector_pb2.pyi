@@ -48,27 +48,27 @@ class Vector(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     checkpoint: _builtins.str
-    """The parameter space it belongs to."""
+    """The checkpoint whose parameters, or outputs, the vector has."""
     dtype: _builtins.str
     """`float32` or `float64`."""
     num_elements: _builtins.int
     durable: _builtins.bool
-    """Can be made again after a restart (seeded, uploaded, eigenvector); others end with the ranks."""
+    """Whether the vector can be made again after a restart (seeded, uploaded, eigenvector); others end
+    with the ranks.
+    """
     session: _builtins.str
     """The session that it belongs to; empty when it belongs to none."""
     data_batch: _builtins.str
-    """The batch on which it is the model's outputs, row-major in `shape`; empty: it is of parameter
-    space.
-    """
+    """The batch whose outputs the vector has, row-major in `shape`; empty for parameter space."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """It goes then, unless it is used before; unset for a vector of a session, of a job, or kept."""
+        """When the vector goes unless it is used before; unset for a vector of a session, of a job, or kept."""
 
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """(n), or of outputs (sequences, positions, vocabulary)."""
+        """Shape (n), or for outputs (sequences, positions, vocabulary)."""
 
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -1,1 +1,1 @@
-"""The process: its settings, what it is made of, how it starts and ends."""
+"""The server process: its settings, its parts, its start and its end."""

@@ -17,7 +17,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT` or `[HOST]:PORT`.
 
     Raises:
-        ValueError: Not of that form.
+        ValueError: `address` has another form.
     """
     host, separator, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -40,41 +40,42 @@ def is_loopback(host: str) -> bool:
 
 
 class ServerConfig(BaseSettings):
-    """Everything that a server can be told.
+    """The settings of a server; times in seconds.
 
     Attributes:
         address: HOST:PORT to listen on; port 0 takes a free one.
-        state_dir: Where uploads, rows and vectors are kept; one server at a time.
-        workers: Ranks of the worker group.
-        device: Where the ranks compute.
+        state_dir: Folder of uploads, rows and vectors; one server at a time uses it.
+        workers: Number of ranks in the worker group.
+        device: Device that the ranks compute on.
         backend: `ray` for one process per rank, `inprocess` for one rank in this process.
         compile: Whether the ranks compile a model's blocks at its first product; `auto` on GPUs.
-        schedule: What a product keeps of its way forward for the way back: `lean` little, `fast`
-            more, `cached` also for the next product; `auto` the fastest that memory allows.
+        schedule: How much a product keeps of its forward pass for the backward pass: `lean` keeps
+            little, `fast` more, `cached` also keeps it for the next product; `auto` is the fastest
+            that memory allows.
         grace_s: Time that running calls have to end after SIGTERM.
         max_chunk_bytes: Largest chunk in an upload; near 1 MiB Python's gRPC is fastest.
         max_message_bytes: gRPC's limit for every method; it bounds the memory of a request.
-        max_waiting_calls: Calls that wait for something to happen, as watches of jobs do; one more
-            is refused with a delay.
-        max_working_calls: Calls that bring bytes or wait for the ranks; the same. Calls that answer
-            at once always have room beside both.
+        max_waiting_calls: Most calls at once that wait for something to happen, as watches of jobs
+            do; one more is refused with a delay.
+        max_working_calls: Most calls at once that bring bytes or wait for the ranks; one more is
+            refused with a delay. Calls that answer at once always have room beside both.
         commit_interval_bytes: An upload loses at most this much to a crash.
         upload_ttl_s: An upload that has not ended after this time is dropped.
-        upload_silence_s: An upload has room on the disk set aside while its bytes come and for so
-            long after its start or its last chunk; then it has to find room again.
-        upload_share: Part of the free disk that one project's open uploads may have set aside.
-        blob_grace_s: A blob of which nothing is made goes so long after a caller has last been told
-            that it is here.
+        upload_silence_s: How long after its start or its last chunk an upload keeps the room on the
+            disk that is set aside for it; later it has to find room again.
+        upload_share: Share of the free disk that one project's open uploads may have set aside.
+        blob_grace_s: How long a blob of which nothing is made stays after a caller has last been
+            told that it is here.
         request_id_ttl_s: How long a request id is remembered.
-        session_ttl_s: A client's session ends when nothing is heard of it for so long, unless the
-            client asks for another time; its vectors go with it.
-        max_session_ttl_s: The longest time that a client may ask for.
-        vector_ttl_s: A vector that was made without a session goes when it is not used for so long.
-        max_queued_jobs: CreateJob is refused beyond this.
-        max_attempts: Runs of a job that loses its server or ranks.
-        job_retention_s: A job that ended so long ago is forgotten, with its events and its
-            eigenvectors but for those that are kept.
-        lease_s: A running job whose lease is older may be claimed again.
+        session_ttl_s: How long a client's session lives after the client was last heard of, unless
+            the client asks for another time; its vectors go with it.
+        max_session_ttl_s: Longest such time that a client may ask for.
+        vector_ttl_s: How long a vector that was made without a session lives after its last use.
+        max_queued_jobs: Number of queued jobs beyond which CreateJob is refused.
+        max_attempts: Number of runs of a job that loses its server or ranks each time.
+        job_retention_s: How long an ended job is remembered; then it is deleted with its events,
+            and with its eigenvectors but for those that are kept.
+        lease_s: Age of a running job's lease beyond which the job may be claimed again.
         heartbeat_s: Interval between heartbeats of a watch stream.
         progress_interval_s: Progress is stored at most this often within a stage.
     """

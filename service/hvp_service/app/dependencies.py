@@ -1,4 +1,4 @@
-"""What handlers work with, made once when the server starts."""
+"""The stores, settings and ranks that handlers work with, made once when the server starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going down: one flag that new calls meet and long calls wake up to."""
+"""Going down: a flag that refuses new calls and ends long ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RETRY_AFTER_S = 5.0
 
 
 def draining() -> ServiceError:
-    """What a call hears that comes too late."""
+    """Make the refusal of a call that comes while the server goes down."""
     return ServiceError(
         "SERVER_DRAINING",
         "The server is going down; call again when it is back.",
@@ -23,7 +23,7 @@ def draining() -> ServiceError:
 
 
 class Drain:
-    """Set once, when the server is asked to stop."""
+    """A flag that is set once, when the server is asked to stop."""
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
@@ -51,7 +51,7 @@ class Drain:
             raise draining()
 
     async def or_refuse(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for something only as long as the server stays up.
+        """Await `work`, but only as long as the server stays up.
 
         Raises:
             ServiceError: SERVER_DRAINING.

@@ -1,4 +1,4 @@
-"""The server process: what starts in which order, and how it ends."""
+"""The server process: the order in which its parts start, and how it ends."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def require_free(address: str) -> None:
         address: HOST:PORT.
 
     Raises:
-        OSError: It cannot be had.
+        OSError: Another program listens at it, or this machine does not have it.
     """
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""What time has made useless, removed at start and every hour."""
+"""The sweep at start and every hour, which removes whatever time has made useless."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class Sweeper:
-    """Drops what has had its time: uploads, blobs, jobs, answers, and files that no row names."""
+    """Removes uploads, blobs, jobs and answers whose time is up, and files that no row names."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Sweeper:
         self._task: asyncio.Task[None] | None = None
 
     async def sweep(self) -> None:
-        """Sweep once; what fails keeps nothing else from being swept."""
+        """Sweep once; a part that fails does not keep the others from being swept."""
         for step in (
             self._uploads.expire,
             self._blobs.collect,
@@ -73,11 +73,11 @@ class Sweeper:
                 await self._jobs.forget(name)
 
     def start(self, interval_s: float = INTERVAL_S) -> None:
-        """Sweep again and again."""
+        """Begin to sweep every `interval_s` seconds."""
         self._task = asyncio.create_task(self._loop(interval_s))
 
     async def stop(self) -> None:
-        """End it."""
+        """End the sweeping."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

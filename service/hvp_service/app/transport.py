@@ -103,7 +103,7 @@ class Transport:
     address: str  # HOST:PORT with the port that was taken
 
     async def stop(self, grace_s: float) -> None:
-        """End it: NOT_SERVING at once, then running calls within the grace."""
+        """End the server: NOT_SERVING at once, then the end of running calls within the grace."""
         self.following.cancel()
         await self.health.enter_graceful_shutdown()
         await self.server.stop(grace_s)

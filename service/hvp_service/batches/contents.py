@@ -1,4 +1,4 @@
-"""What a data batch's file holds, as far as it can be said without a model."""
+"""The file of a data batch, checked as far as that needs no model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = ("I64", "BOOL", "F32", "F64")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStatistics:
-    """What a batch says about itself; see the proto's DataBatch."""
+    """Statistics of a batch; see the proto's DataBatch."""
 
     num_sequences: int
     sequence_length: int
@@ -39,8 +39,8 @@ def read_batch(path: Path) -> BatchStatistics:
     """Check a batch. Blocks; memory: the file's size a few times.
 
     Raises:
-        ServiceError: SAFETENSORS_INVALID, and what `check_names`, `contents` and `check_alone`
-            find.
+        ServiceError: SAFETENSORS_INVALID, or a reason of `check_names`, `contents` or
+            `check_alone`.
     """
     try:
         header = read_header(path)
@@ -70,11 +70,11 @@ def read_batch(path: Path) -> BatchStatistics:
 
 
 def batch_refused(error: BatchError, field: str) -> ServiceError:
-    """The refusal of a batch.
+    """Make the refusal of a batch.
 
     Args:
-        error: What is wrong with it.
-        field: Of the request.
+        error: The fault of the batch.
+        field: Field of the request that names the batch.
     """
     return ServiceError(error.reason, error.message, field=field, metadata=error.metadata)
 

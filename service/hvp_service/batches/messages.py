@@ -13,7 +13,7 @@ from hvp_service.calls.messages import enum_value, timestamp
 
 
 def batch_message(batch: DataBatch) -> data_batch_pb2.DataBatch:
-    """A data batch."""
+    """Make the message of a data batch."""
     statistics = batch.statistics
     return data_batch_pb2.DataBatch(
         name=str(batch.name),
@@ -34,7 +34,7 @@ def batch_message(batch: DataBatch) -> data_batch_pb2.DataBatch:
 
 
 def schema_message(schema: BatchSchema) -> data_batch_pb2.BatchSchema:
-    """What a batch for a model holds."""
+    """Make the message of a model's batch schema."""
     return data_batch_pb2.BatchSchema(
         fields=[
             data_batch_pb2.BatchField(
@@ -56,5 +56,5 @@ def schema_message(schema: BatchSchema) -> data_batch_pb2.BatchSchema:
 
 
 def kind_value(kind: str) -> Any:
-    """The kind of a field's elements."""
+    """The enum value of the kind of a field's elements."""
     return enum_value(data_batch_pb2.BatchField.Kind, f"KIND_{kind.upper()}")

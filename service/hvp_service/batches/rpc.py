@@ -18,7 +18,7 @@ from hvp_service.calls.names import parse, parse_parent
 
 
 class DataBatchServicer(data_batch_pb2_grpc.DataBatchServiceServicer):
-    """Data."""
+    """The RPCs on data batches."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

@@ -1,4 +1,4 @@
-"""Deleting data batches, with what depends on them."""
+"""Deletion of data batches, with the vectors and blobs that depend on them."""
 
 from __future__ import annotations
 

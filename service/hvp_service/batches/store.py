@@ -39,7 +39,7 @@ class BatchStore:
         self._pager = pager
 
     def path(self, batch: DataBatch) -> Path:
-        """The file of tensors."""
+        """Path of the batch's safetensors file."""
         return self._blobs.path(batch.digest)
 
     def hold(self, name: Name) -> AbstractContextManager[None]:
@@ -50,7 +50,7 @@ class BatchStore:
         """Check a blob and register it; one that is registered already is answered at once.
 
         Raises:
-            ServiceError: INPUT_MISSING, and what `read_batch` raises.
+            ServiceError: INPUT_MISSING, or a reason of `read_batch`.
         """
         with self._blobs.hold(digest.sha256):
             return await self._create(project, digest)
@@ -83,7 +83,7 @@ class BatchStore:
         return batch
 
     async def get(self, name: Name) -> DataBatch:
-        """The batch of a name.
+        """Look up a batch by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -94,7 +94,7 @@ class BatchStore:
         return batch
 
     async def list_page(self, project: str, page: PageRequest) -> tuple[list[DataBatch], str]:
-        """One page, oldest first, and the next page's token."""
+        """One page of a project's batches, oldest first, and the next page's token."""
         async with self._database.reading() as connection:
             rows, token = await self._pager.fetch(
                 connection,
@@ -150,7 +150,7 @@ def _from_row(row: sa.Row[Any]) -> DataBatch:
 
 
 def _fields_of_old_row(row: sa.Row[Any]) -> tuple[FieldContents, ...]:
-    """What a row tells that was written when every batch was one of token sequences."""
+    """Contents of the fields, for a row from when every batch was one of token sequences."""
     shape = row.num_sequences, row.sequence_length
     ids = FieldContents(
         name="input_ids",

@@ -11,17 +11,17 @@ from hvp_service.uploads.rows import Upload
 
 
 def digest_value(message: blob_pb2.Digest) -> Digest:
-    """A digest, unchecked."""
+    """Read a digest from its message, unchecked."""
     return Digest(sha256=message.sha256, size_bytes=message.size_bytes)
 
 
 def digest_message(digest: Digest) -> blob_pb2.Digest:
-    """A digest."""
+    """Make the message of a digest."""
     return blob_pb2.Digest(sha256=digest.sha256, size_bytes=digest.size_bytes)
 
 
 def blob_message(blob: Blob) -> blob_pb2.Blob:
-    """A blob."""
+    """Make the message of a blob."""
     return blob_pb2.Blob(
         name=blob.name,
         digest=digest_message(blob.digest),
@@ -30,7 +30,7 @@ def blob_message(blob: Blob) -> blob_pb2.Blob:
 
 
 def upload_message(upload: Upload, config: ServerConfig) -> blob_pb2.UploadSession:
-    """An upload session and the server's limits for it."""
+    """Make the message of an upload session, with the server's limits for it."""
     return blob_pb2.UploadSession(
         name=str(upload.name),
         committed_size=upload.committed_size,

@@ -19,7 +19,7 @@ from hvp_service.uploads.chunks import Chunk
 
 
 class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
-    """Blobs and resumable uploads."""
+    """The RPCs on blobs and on resumable uploads."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

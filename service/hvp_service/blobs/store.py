@@ -37,7 +37,7 @@ class Digest:
     size_bytes: int
 
     def check(self, field: str) -> None:
-        """Refuse what cannot be a digest.
+        """Refuse a value that cannot be a digest.
 
         Raises:
             ServiceError: DIGEST_MALFORMED, SIZE_INVALID.
@@ -106,10 +106,10 @@ class BlobStore:
         A file whose rows were deleted goes when no call uses it.
 
     Args:
-        database: Where the rows are.
-        state_dir: Where the files are.
+        database: The database that holds the rows.
+        state_dir: The folder that holds the files.
         pager: Makes page tokens.
-        grace_s: See the laws.
+        grace_s: The grace of the second law, in seconds.
     """
 
     def __init__(self, database: Database, state_dir: StateDir, pager: Pager, *, grace_s: float):
@@ -120,11 +120,11 @@ class BlobStore:
         self._pager = pager
 
     def path(self, digest: Digest) -> Path:
-        """Where a blob's bytes are."""
+        """Path of a blob's file."""
         return self._state_dir.blob(digest.sha256)
 
     async def find(self, project: str, sha256: str) -> Blob | None:
-        """The blob, or None."""
+        """Look up a blob by its SHA-256; None where there is none."""
         async with self._database.reading() as connection:
             row = (
                 await connection.execute(
@@ -140,7 +140,7 @@ class BlobStore:
         )
 
     async def get(self, name: Name) -> Blob:
-        """The blob of a name.
+        """Look up a blob by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -151,7 +151,7 @@ class BlobStore:
         return blob
 
     async def require(self, project: str, digest: Digest, field: str) -> Path:
-        """The file of an input.
+        """Path of an input's file, which has to be here.
 
         Raises:
             ServiceError: DIGEST_MALFORMED, SIZE_INVALID, INPUT_MISSING.
@@ -163,9 +163,9 @@ class BlobStore:
         return self.path(digest)
 
     async def claim(self, connection: AsyncConnection, project: str, digest: Digest) -> None:
-        """Find an input still there, in the transaction that inserts what is made of it.
+        """Check that an input is still there, in the transaction that inserts what is made of it.
 
-        From then on it goes with that: what a caller was told before has served its purpose.
+        From then on the blob lives as long as what is made of it, and its grace has ended.
 
         Raises:
             ServiceError: INPUT_MISSING.
@@ -175,7 +175,7 @@ class BlobStore:
             raise _input_missing(project, digest)
 
     async def mention(self, project: str, digests: Sequence[Digest]) -> set[Digest]:
-        """Those that are here; the caller is told so, and they stay for the grace."""
+        """The digests whose blobs are here; the caller is told so, and they stay for the grace."""
         here: set[Digest] = set()
         async with self._database.writing() as connection:
             for start in range(0, len(digests), _DIGESTS_PER_QUERY):
@@ -190,7 +190,7 @@ class BlobStore:
         return here
 
     async def missing(self, project: str, digests: Sequence[Digest]) -> list[Digest]:
-        """Those that are not here, in the order given; the others stay for the grace."""
+        """The digests whose blobs are not here, in order; the other blobs stay for the grace."""
         for index, digest in enumerate(digests):
             digest.check(f"digests[{index}]")
         here = await self.mention(project, digests)
@@ -246,7 +246,7 @@ class BlobStore:
         return Blob(project=project, digest=digest, create_time=create_time)
 
     async def list_page(self, project: str, page: PageRequest) -> tuple[list[Blob], str]:
-        """One page, oldest first, and the next page's token."""
+        """One page of a project's blobs, oldest first, and the next page's token."""
         async with self._database.reading() as connection:
             rows, token = await self._pager.fetch(
                 connection,
@@ -281,7 +281,7 @@ class BlobStore:
             )
 
     async def release(self, project: str, digests: Iterable[Digest]) -> None:
-        """Delete those of which nothing is made any more and that no caller may rely on."""
+        """Delete those of these blobs of which nothing is made and that no caller may rely on."""
         wanted = sorted({digest.sha256 for digest in digests})
         for start in range(0, len(wanted), _DIGESTS_PER_QUERY):
             await self._delete(
@@ -297,7 +297,7 @@ class BlobStore:
         await self._delete(blobs.c.create_time < before, blobs.c.mention_time < before, _unused())
 
     async def _delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
-        """Delete rows, then the files that nothing names any more; SHA-256 of the rows."""
+        """Delete rows, then files that nothing names any more; returns the SHA-256s of the rows."""
         async with self._database.writing() as connection:
             deleted = sa.delete(blobs).where(*where).returning(blobs.c.sha256)
             names = list((await connection.scalars(deleted)).all())
@@ -307,7 +307,7 @@ class BlobStore:
         return names
 
     def hold(self, *sha256s: str) -> AbstractContextManager[None]:
-        """Use blobs for a block: what files they have stay until the block's end."""
+        """Use blobs for a block: their files stay until the block's end."""
         return self._holds.hold(sha256s)
 
     async def close(self) -> None:
@@ -349,7 +349,7 @@ def _named(project: str, sha256: str) -> sa.Update:
 
 
 def _unused() -> sa.ColumnElement[bool]:
-    """That neither a checkpoint nor a data batch is made of a blob."""
+    """The condition that neither a checkpoint nor a data batch is made of a blob."""
     users = [
         sa.exists().where(table.c.project == blobs.c.project, column == blobs.c.sha256)
         for table, column in (

@@ -1,1 +1,1 @@
-"""What every call has: names, pages, refusals, limits, request ids."""
+"""The parts that all calls share: names, pages, refusals, limits, request ids."""

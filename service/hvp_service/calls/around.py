@@ -24,7 +24,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
     """Enters `around` before a method's first step and leaves it after its last.
 
     Attributes:
-        prefixes: Of the methods that it is around.
+        prefixes: Prefixes of the methods that it wraps.
     """
 
     prefixes: ClassVar[tuple[str, ...]] = (SERVED_PREFIX,)
@@ -33,11 +33,11 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
     def around(
         self, method: str, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AbstractAsyncContextManager[None]:
-        """What to do before and after one call.
+        """The context manager that one call runs in.
 
         Args:
-            method: `/package.Service/Method`.
-            context: Of the call.
+            method: The method, `/package.Service/Method`.
+            context: gRPC's context of the call.
         """
 
     async def intercept_service(
@@ -79,7 +79,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
 
 
 def shape_of(handler: Any) -> tuple[Callable[..., Handler], Callable[..., Any]]:
-    """The constructor and the function of a handler."""
+    """The gRPC constructor for a handler of the same shape, and the handler's function."""
     match bool(handler.request_streaming), bool(handler.response_streaming):
         case False, False:
             return grpc.unary_unary_rpc_method_handler, handler.unary_unary

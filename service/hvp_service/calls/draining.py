@@ -13,7 +13,10 @@ from hvp_service.calls.around import AroundInterceptor
 
 
 class DrainingInterceptor(AroundInterceptor):
-    """Inside the error interceptor, so that the refusal has its details."""
+    """Refuses new calls while the server goes down.
+
+    It stands inside of the error interceptor, so that the refusal has its details.
+    """
 
     def __init__(self, drain: Drain):
         self._drain = drain

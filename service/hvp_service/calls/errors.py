@@ -1,4 +1,4 @@
-"""What goes wrong, as a reason with one status code each; nothing here knows of gRPC."""
+"""Refusals: each has a reason, and each reason a status code; nothing here knows of gRPC."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def code_of(reason: str, *, names_field: bool = False) -> int:
 
 
 def is_fault(reason: str) -> bool:
-    """Whether a reason says only that this side is at fault, which the log explains."""
+    """Whether a reason says only that the server is at fault; its log then has the details."""
     return code_of(reason) == CODES["INTERNAL"]
 
 
 def fault_message(where: str) -> str:
-    """What a caller hears of a fault.
+    """The message of a fault for the caller.
 
     Args:
         where: Name under which the log has the details.
@@ -57,7 +57,7 @@ class ServiceError(Exception):
     """A refusal that the caller sees as it stands.
 
     Attributes:
-        reason: Key of `CODES`.
+        reason: UPPER_SNAKE code, a key of `CODES`.
         message: What happened and what to do about it.
         field: Path of the request's field at fault, or "".
         metadata: Figures and names that a program may want.
@@ -87,7 +87,7 @@ class ServiceError(Exception):
 
     @property
     def code(self) -> int:
-        """google.rpc.Code."""
+        """The google.rpc.Code of the reason."""
         return code_of(self.reason, names_field=bool(self.field))
 
     def __str__(self) -> str:
@@ -95,12 +95,12 @@ class ServiceError(Exception):
 
 
 def not_found(resource: str, kind: str, why: str = "") -> ServiceError:
-    """A resource that does not exist.
+    """Make the refusal for a resource that does not exist.
 
     Args:
-        resource: Its name as the caller gave it.
-        kind: What it would have been, for example `vector`.
-        why: What may have become of it and what to do, in sentences.
+        resource: Name of the resource as the caller gave it.
+        kind: Kind of the resource, for example `vector`.
+        why: Sentences on what may have become of it and what to do.
     """
     return ServiceError(
         "RESOURCE_NOT_FOUND",
@@ -110,10 +110,10 @@ def not_found(resource: str, kind: str, why: str = "") -> ServiceError:
 
 
 def session_expired(session: str) -> ServiceError:
-    """A session that has ended, or never was.
+    """Make the refusal for a session that has ended, or never was.
 
     Args:
-        session: Its name.
+        session: Name of the session.
     """
     return ServiceError(
         "SESSION_EXPIRED",

@@ -1,4 +1,4 @@
-"""Labels of a resource, which alone can be changed, and the tag of a version of them."""
+"""Labels of a resource, its only fields that can be changed, and the tag of their version."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_mask(paths: Sequence[str]) -> None:
 
 
 def etag_of(labels: Mapping[str, str]) -> str:
-    """The tag of these labels."""
+    """The tag of labels, 16 hexadecimal digits of their SHA-256."""
     text = json.dumps(dict(labels), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -53,8 +53,8 @@ def check_etag(asked: str, labels: Mapping[str, str], resource: str) -> None:
 
     Args:
         asked: The caller's tag; "" for any.
-        labels: Of the latest version.
-        resource: Its name.
+        labels: Labels of the latest version.
+        resource: Name of the resource.
 
     Raises:
         ServiceError: ETAG_MISMATCH.

@@ -51,7 +51,7 @@ _PROMPT = frozenset(
 
 
 def pool_of(method: str) -> Pool:
-    """Where a call of `/package.Service/Method` has its place."""
+    """The pool in which a call of `/package.Service/Method` counts."""
     if method.startswith(LIBRARY_STREAMS):
         return "waiting"
     name = method.removeprefix(SERVED_PREFIX)
@@ -64,8 +64,8 @@ class LimitInterceptor(AroundInterceptor):
     """Refuses calls that last when there are many, with a delay; prompt ones always have room.
 
     Args:
-        max_waiting: Calls that wait for an event.
-        max_working: Calls that bring bytes or wait for the ranks.
+        max_waiting: Most calls at once that wait for an event.
+        max_working: Most calls at once that bring bytes or wait for the ranks.
     """
 
     prefixes = (SERVED_PREFIX, *LIBRARY_STREAMS)

@@ -1,4 +1,4 @@
-"""Values as messages and messages as values: what every room has."""
+"""Conversions between values and messages that all services share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hvp_service.calls.paging import PageRequest
 
 
 def timestamp(time_us: int | None) -> Timestamp | None:
-    """Microseconds since the epoch."""
+    """The message of a time in microseconds since the epoch."""
     if time_us is None:
         return None
     message = Timestamp()
@@ -30,5 +30,5 @@ def enum_value(enum: Any, name: str) -> Any:
 
 
 def page_request(request: Any) -> PageRequest:
-    """Of any List request."""
+    """The page that a List request asks for."""
     return PageRequest(size=request.page_size, token=request.page_token)

@@ -22,7 +22,7 @@ _TAG_BYTES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class PageRequest:
-    """What a List call asks: 0 is the default size, "" the first page."""
+    """The page that a List call asks for: size 0 is the default, token "" the first page."""
 
     size: int = 0
     token: str = ""
@@ -85,13 +85,13 @@ class Pager:
         """One page of a table in order of (create_time, id).
 
         Args:
-            connection: Open transaction.
-            table: Has `create_time` and `id_column`.
-            page: What was asked.
-            scope: Names the list and its filter; a token of another scope is refused.
-            where: The filter.
-            id_column: Breaks ties of creation time.
-            newest_first: Descending instead of ascending.
+            connection: Connection of an open transaction.
+            table: Table that has `create_time` and `id_column`.
+            page: Size and token of the page.
+            scope: Name of the list and its filter; a token of another scope is refused.
+            where: Conditions of the filter.
+            id_column: Column that breaks ties of creation time.
+            newest_first: Whether the order is descending.
 
         Returns:
             The rows, and the next page's token or "".

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class RequestIdInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Innermost: an answer that is remembered has passed every other check."""
+    """Gives a repeated call the answer of the first one.
+
+    It is the innermost interceptor, so that a remembered answer has passed every other check.
+    """
 
     def __init__(self, request_log: RequestLog):
         self._request_log = request_log

@@ -47,8 +47,8 @@ class RequestLog:
         """The answer of the first call with this key.
 
         Args:
-            key: Project, method, request id; an empty id is never remembered.
-            payload: The request without its id.
+            key: Project, method and request id; an empty id is never remembered.
+            payload: Bytes of the request without its id.
             respond: Does the work and gives the answer's bytes.
 
         Raises:

@@ -61,7 +61,7 @@ class ErrorInterceptor(AroundInterceptor):
 
 
 def service_status(error: ServiceError, call_id: str) -> status_pb2.Status:
-    """A refusal of the service."""
+    """The status of a refusal by the service."""
     details: list[Message] = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
@@ -87,12 +87,12 @@ def service_status(error: ServiceError, call_id: str) -> status_pb2.Status:
 
 
 def backend_status(error: BackendError, call_id: str) -> status_pb2.Status:
-    """A refusal of the workers."""
+    """The status of a refusal by the workers."""
     return _status(code_of(error.reason), error.reason, error.message, error.metadata, call_id, [])
 
 
 def internal_status(call_id: str) -> status_pb2.Status:
-    """A fault of this server, of which only the log knows more."""
+    """The status of a fault of this server, of which only the log has the details."""
     return _status(code_of("INTERNAL"), "INTERNAL", fault_message(call_id), {}, call_id, [])
 
 

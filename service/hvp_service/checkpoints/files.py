@@ -25,7 +25,7 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def safetensors_error(error: SafetensorsError, file: str) -> ServiceError:
-    """The refusal of a file that is not safetensors."""
+    """Make the refusal of a file that is not safetensors."""
     metadata = {"file": file, "byte_offset": str(error.byte_offset)}
     if error.field:
         metadata["field"] = error.field
@@ -38,7 +38,7 @@ def safetensors_error(error: SafetensorsError, file: str) -> ServiceError:
 
 
 def pickle_error(file: str) -> ServiceError:
-    """The refusal of a pickle."""
+    """Make the refusal of a pickle."""
     return ServiceError(
         "PICKLE_REFUSED",
         f"{file} is a pickle, which could run code when read; convert it to safetensors.",
@@ -72,7 +72,7 @@ def choose_files(paths: Mapping[str, Path]) -> Weights:
     """Choose the files that hold the model's weights. Blocks; reads config and index.
 
     Args:
-        paths: Every file that came, by name.
+        paths: Every uploaded file, by name.
 
     Raises:
         ServiceError: CHECKPOINT_FILES_INVALID, CONFIG_INVALID, QUANTIZATION_UNSUPPORTED.

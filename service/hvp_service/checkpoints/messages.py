@@ -13,7 +13,7 @@ from hvp_service.checkpoints.store import Checkpoint
 
 
 def parameter_message(tensor: ParameterTensor) -> checkpoint_pb2.ParameterTensor:
-    """A parameter and its place in a vector."""
+    """Make the message of a parameter and its place in a vector."""
     return checkpoint_pb2.ParameterTensor(
         name=tensor.name, shape=tensor.shape, offset=tensor.offset
     )
@@ -22,7 +22,7 @@ def parameter_message(tensor: ParameterTensor) -> checkpoint_pb2.ParameterTensor
 def checkpoint_message(
     checkpoint: Checkpoint, *, parameters: bool = True
 ) -> checkpoint_pb2.Checkpoint:
-    """A checkpoint, for lists without its parameters."""
+    """Make the message of a checkpoint; in lists it has no parameters."""
     description = checkpoint.description
     return checkpoint_pb2.Checkpoint(
         name=str(checkpoint.name),

@@ -19,7 +19,7 @@ from hvp_service.checkpoints.store import CheckpointFile
 
 
 class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
-    """Models."""
+    """The RPCs on checkpoints."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

@@ -1,4 +1,4 @@
-"""Changing and deleting checkpoints: what depends on more than their own rows."""
+"""Changes and deletions of checkpoints, which concern more than their own rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ async def update_checkpoint(
     """Change a checkpoint's labels.
 
     Args:
-        deps: Dependencies.
-        name: Of the checkpoint.
-        labels: That it is to have.
+        deps: The server's stores, settings and ranks.
+        name: Name of the checkpoint.
+        labels: Labels that the checkpoint is to have.
         mask: Names of the fields to change.
-        etag: Of the version to change; "" for whatever there is.
+        etag: Tag of the labels to replace; "" replaces whatever labels there are.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, FIELD_MASK_INVALID, LABELS_INVALID, ETAG_MISMATCH.

@@ -1,4 +1,4 @@
-"""Checkpoints: folders of hard links to blobs, and rows of what they hold."""
+"""Checkpoints: folders of hard links to blobs, and rows that describe them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """Size of all files together."""
         return sum(file.digest.size_bytes for file in self.files)
 
 
@@ -97,7 +97,7 @@ class CheckpointStore:
         Raises:
             ServiceError: CHECKPOINT_FILES_INVALID, PICKLE_REFUSED, SAFETENSORS_INVALID,
                 CONFIG_INVALID, QUANTIZATION_UNSUPPORTED, INPUT_MISSING.
-            BackendError: What the workers find wrong.
+            BackendError: The workers' refusal of the model.
         """
         check_names([file.path for file in files])
         with self._blobs.hold(*(file.digest.sha256 for file in files)):
@@ -136,7 +136,7 @@ class CheckpointStore:
         return checkpoint
 
     async def get(self, name: Name) -> Checkpoint:
-        """The checkpoint of a name.
+        """Look up a checkpoint by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -147,7 +147,7 @@ class CheckpointStore:
         return checkpoint
 
     async def list_page(self, project: str, page: PageRequest) -> tuple[list[Checkpoint], str]:
-        """One page, oldest first, and the next page's token."""
+        """One page of a project's checkpoints, oldest first, and the next page's token."""
         async with self._database.reading() as connection:
             rows, token = await self._pager.fetch(
                 connection,
@@ -165,7 +165,7 @@ class CheckpointStore:
         return [checkpoint for checkpoint in found if checkpoint is not None], token
 
     async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Checkpoint:
-        """Give a checkpoint other labels, if it has the tag, or if that is empty.
+        """Give a checkpoint other labels, if its present ones have this tag or the tag is "".
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, ETAG_MISMATCH.
@@ -356,7 +356,7 @@ def _link(folder: Path, paths: Mapping[str, Path]) -> None:
 
 
 def require_unused(checkpoint: Name, used: bool) -> None:
-    """Refuse to delete what a job needs.
+    """Refuse to delete a checkpoint that a job uses.
 
     Raises:
         ServiceError: RESOURCE_IN_USE.

@@ -1,1 +1,1 @@
-"""The worker group, kept alive, and what the server tells of itself."""
+"""The worker group, which is kept alive, and the server's report of itself."""

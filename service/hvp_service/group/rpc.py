@@ -19,7 +19,7 @@ KINDS = operator_pb2.OperatorSpec.Kind.keys()
 
 
 class SystemServicer(system_pb2_grpc.SystemServiceServicer):
-    """The server and its workers."""
+    """The RPCs that tell of the server and its workers."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

@@ -1,4 +1,4 @@
-"""What the server is and how its workers are."""
+"""Reports of the worker group and of the queue of jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvp_service.group.supervisor import GroupState
 
 @dataclass(frozen=True, kw_only=True)
 class GroupReport:
-    """The worker group now."""
+    """The worker group at one moment."""
 
     name: Name
     state: GroupState
@@ -24,7 +24,7 @@ class GroupReport:
 
 
 async def report_group(deps: Dependencies, project: str) -> GroupReport:
-    """The group's processes and memory, whatever they compute; none while it is lost."""
+    """Report the group, also while it computes; a group that is lost has no ranks to show."""
     ranks: list[RankInfo] = []
     if deps.group.state == "READY":
         try:
@@ -44,7 +44,7 @@ async def report_group(deps: Dependencies, project: str) -> GroupReport:
 
 
 async def queue(deps: Dependencies, project: str) -> tuple[int, int]:
-    """Numbers of jobs that wait and that run."""
+    """Number of a project's queued jobs, and number of its running ones."""
     unfinished = await deps.jobs.unfinished(project)
     queued = sum(job.state == "QUEUED" for job in unfinished)
     return queued, len(unfinished) - queued

@@ -1,4 +1,4 @@
-"""The worker group, kept alive: one place calls the backend and starts it again when it is lost."""
+"""The supervisor of the worker group: it alone calls the backend, and restarts it after a loss."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class GroupSupervisor:
 
         Raises:
             ServiceError: WORKER_GROUP_LOST, SERVER_DRAINING.
-            BackendError: What the ranks refused.
+            BackendError: The ranks' refusal.
         """
         if self.state != "READY":
             raise self._lost_error()
@@ -110,7 +110,7 @@ class GroupSupervisor:
             raise
 
     def call_soon(self, work: Callable[[Backend], Coroutine[Any, Any, None]]) -> None:
-        """Run a call on the ranks behind those before it, for a caller who does not wait.
+        """Run a call on the ranks after the earlier ones, for a caller who does not wait.
 
         Ranks that are lost are not called: they hold nothing any more.
         """
@@ -184,5 +184,5 @@ class GroupSupervisor:
 
 
 def _trace_of(error: BackendError) -> dict[str, str]:
-    """The part of a log's line that shows where a rank met what nobody foresaw."""
+    """Fields for a log line that show where a rank met an unforeseen error."""
     return {"exception": error.trace} if error.trace else {}

@@ -40,11 +40,11 @@ log = structlog.get_logger()
 
 
 class _InterruptedError(Exception):
-    """The job is to stop between two products: cancelled, or the server goes down."""
+    """A run has to stop between two products: its job is cancelled, or the server goes down."""
 
 
 class Dispatcher:
-    """One loop that acts: claims a job, runs it, writes how it ended.
+    """The loop that claims a job, runs it, and writes how it ended.
 
     Law: whatever happens to a run, its job is afterwards ended or queued again. A database that is
     busy ends no job, and an attempt that the server's own end cuts short does not count.
@@ -74,11 +74,11 @@ class Dispatcher:
         self._task = asyncio.create_task(self._loop())
 
     def notice_work(self) -> None:
-        """A job has been queued."""
+        """Note that a job has been queued."""
         self._work.set()
 
     def notice_cancel(self, name: Name) -> None:
-        """A job is to be cancelled."""
+        """Note that a job is to be cancelled; its run stops before the next product."""
         if self._running == name:
             self._cancelled = True
 
@@ -140,7 +140,7 @@ class Dispatcher:
             renewal.cancel()
 
     async def _attempt(self, job: Job) -> Job:
-        """Run a job and write how that ended, or that it waits again."""
+        """Run a job, and write how it ended or that it is queued again."""
         end: JobResult | JobError | None = None  # CANCELLED
         try:
             if (await until_done(lambda: self._jobs.get(job.name))).state == "CANCELLING":
@@ -182,7 +182,7 @@ class Dispatcher:
             return await until_done(lambda: self._jobs.finish(job.lease, failure))
 
     def _failure(self, job: Job, error: Exception) -> JobError:
-        """Why a job failed, as its owner hears it; the log hears the rest."""
+        """Why a job failed, as its owner is told; the log has the rest."""
         if isinstance(error, (BackendError, ServiceError)) and not is_fault(error.reason):
             code = error.code if isinstance(error, ServiceError) else code_of(error.reason)
             return JobError(
@@ -259,7 +259,7 @@ class Dispatcher:
         raise RuntimeError("the backend's run ended without a result")
 
     async def _report(self, lease: Lease, progress: RunProgress) -> bool:
-        """Whether progress has been stored; that it has not is no reason to stop a run."""
+        """Store progress and tell whether that was done; a run goes on where it was not."""
         try:
             await self._jobs.report(lease, progress)
         except StaleLeaseError:
@@ -322,7 +322,7 @@ class Dispatcher:
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether a run ended with the ranks and not through anything of its own."""
+    """Whether a run ended because the ranks were lost, and not through anything of its own."""
     return isinstance(error, GroupLostError) or (
         isinstance(error, ServiceError) and error.reason in ("WORKER_GROUP_LOST", "SERVER_DRAINING")
     )

@@ -20,7 +20,7 @@ class EventLog:
     """Events in the table `job_events`, those of each job numbered from 1 without a gap.
 
     Args:
-        database: Where the rows are.
+        database: The database that holds the rows.
     """
 
     def __init__(self, database: Database):
@@ -28,12 +28,12 @@ class EventLog:
         self._changes: dict[Name, asyncio.Event] = {}
 
     async def append(self, connection: AsyncConnection, name: Name, body: dict[str, Any]) -> int:
-        """Store what happened to a job.
+        """Store an event of a job.
 
         Args:
-            connection: Of a transaction, after whose end `notify` is due.
-            name: Of the job.
-            body: As `read_event` reads it.
+            connection: Connection of an open transaction; call `notify` after its end.
+            name: Name of the job.
+            body: The event's body, as `read_event` reads it.
 
         Returns:
             The event's number.
@@ -53,7 +53,7 @@ class EventLog:
         return sequence
 
     async def forget(self, connection: AsyncConnection, name: Name) -> None:
-        """Delete what happened to a job."""
+        """Delete the events of a job."""
         await connection.execute(sa.delete(job_events).where(*_of(name)))
 
     async def after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
@@ -69,7 +69,7 @@ class EventLog:
         return await self._read(name, sequence)
 
     def notify(self, name: Name) -> None:
-        """Wake up whoever waits for the job's next event."""
+        """Wake up the calls that wait for the job's next event."""
         changed = self._changes.pop(name, None)
         if changed is not None:
             changed.set()

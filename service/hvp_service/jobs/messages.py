@@ -20,7 +20,7 @@ from hvp_service.operators.resolver import OperatorRef
 
 
 def asked_values(message: pb.JobSpec) -> tuple[str | None, OperatorRef, Mapping[str, Any]]:
-    """What a caller asks: the operation, if it is one that is known, of what, and its values."""
+    """The question of a spec: the operation (None if unknown), its operator, and its values."""
     name = message.WhichOneof("spec")
     if name is None:
         return None, operator_value(operator_pb2.OperatorSpec()), {}
@@ -29,7 +29,7 @@ def asked_values(message: pb.JobSpec) -> tuple[str | None, OperatorRef, Mapping[
 
 
 def spec_message(asked: JobSpec) -> pb.JobSpec:
-    """What a job does."""
+    """Make the message of a job's spec."""
     message = pb.JobSpec()
     spec = getattr(message, asked.operation)
     spec.operator.CopyFrom(operator_message(asked.operator))
@@ -38,7 +38,7 @@ def spec_message(asked: JobSpec) -> pb.JobSpec:
 
 
 def plan_message(plan: Plan) -> pb.JobPlan:
-    """What a job takes."""
+    """Make the message of a plan."""
     return pb.JobPlan(
         max_products=plan.cost.max_products,
         seconds_per_product=plan.seconds_per_product,
@@ -53,7 +53,7 @@ def plan_message(plan: Plan) -> pb.JobPlan:
 
 
 def progress_message(progress: RunProgress) -> pb.JobProgress:
-    """Where a job stands."""
+    """Make the message of a run's progress."""
     message = pb.JobProgress(
         stage=progress.stage,
         num_products=progress.num_products,
@@ -68,14 +68,14 @@ def progress_message(progress: RunProgress) -> pb.JobProgress:
 
 
 def error_message(error: JobError) -> pb.JobError:
-    """Why a job failed."""
+    """Make the message of a job's error."""
     return pb.JobError(
         code=error.code, reason=error.reason, message=error.message, metadata=error.metadata
     )
 
 
 def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
-    """What a job found."""
+    """Make the message of a job's result."""
     message = pb.JobResult()
     result = getattr(message, asked.operation)
     result.SetInParent()
@@ -97,7 +97,7 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
 
 
 def job_message(job: Job) -> pb.Job:
-    """A job."""
+    """Make the message of a job."""
     return pb.Job(
         name=str(job.name),
         spec=None if job.spec is None else spec_message(job.spec),
@@ -118,7 +118,10 @@ def job_message(job: Job) -> pb.Job:
 
 
 def event_message(event: JobEvent | None) -> pb.JobEvent:
-    """An event, without a body when another version wrote it; None is a heartbeat."""
+    """Make the message of an event; None gives a heartbeat.
+
+    An event of a kind that this version does not know has no body.
+    """
     if event is None:
         return pb.JobEvent(heartbeat=pb.JobEvent.Heartbeat())
     body = event.body

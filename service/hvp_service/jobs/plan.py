@@ -1,4 +1,4 @@
-"""What a job takes, and whether it has room on the ranks: known before it is queued."""
+"""Plans of jobs: the cost of a job, and whether it fits on the ranks, before it is queued."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from hvp_service.vectors.store import ITEM_BYTES
 
 
 def facts_of(resolved: ResolvedOperator) -> Facts:
-    """What an operation may know of an operator before anything runs."""
+    """The facts of an operator that an operation's rules and cost depend on."""
     return Facts(num_parameters=resolved.num_parameters, kind=resolved.operator.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a job takes of the ranks, and what they have.
+    """The cost of a job, and the ranks' memory for it.
 
     Attributes:
-        cost: Products and vectors.
-        seconds_per_product: Of the latest job on the same operator; 0 where there was none.
-        num_ranks: That share each vector.
-        least_bytes: On each rank, without which the job does not begin.
-        wished_bytes: On each rank, where memory allows.
-        available_bytes: Of the rank that has least, whether free or not; 0: the ranks do not tell.
-        problem: Why the job does not fit and what would; "" where it may fit.
+        cost: Upper bounds on products and vectors.
+        seconds_per_product: Median of the latest job on the same operator; 0 where there was none.
+        num_ranks: Number of ranks that share each vector.
+        least_bytes: Memory on each rank without which the job does not begin.
+        wished_bytes: Memory on each rank that the job takes where there is enough.
+        available_bytes: Memory of the rank that has least, free or in use; 0 where the ranks do not
+            tell.
+        problem: Why the job does not fit, and what would; "" where it may fit.
     """
 
     cost: Cost
@@ -55,9 +56,9 @@ async def plan_of(
 
     Args:
         group: The ranks.
-        asked: What the job does.
-        resolved: Its operator.
-        seconds_per_product: The pace, where it is known.
+        asked: The job's question.
+        resolved: The operator of the question.
+        seconds_per_product: Time of a product; 0 where it is not known.
 
     Raises:
         ServiceError: WORKER_GROUP_LOST.
@@ -85,7 +86,7 @@ async def plan_of(
 
 
 def require_room(asked: JobSpec, plan: Plan) -> None:
-    """Refuse what does not fit.
+    """Refuse a job that does not fit.
 
     Raises:
         ServiceError: INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes, of the rank

@@ -1,4 +1,4 @@
-"""Rows of jobs and events as values, whoever wrote them: what cannot be read is not fatal."""
+"""Rows of jobs and events as values; a row that this version cannot read is not fatal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """What a result's column holds beside the operation's own."""
+    """The part of a result's column that is the same for every operation."""
 
     vectors: tuple[str, ...] = ()
     num_elements: int = 0
@@ -53,7 +53,7 @@ _STATES: frozenset[str] = frozenset(get_args(JobState))
 
 
 def read_job(row: sa.Row[Any]) -> Job:
-    """A job of its row.
+    """Read a job from its row.
 
     A state that this version does not know, and an end that it cannot read, are shown as FAILED
     with JOB_UNREADABLE; the row stays as it is, for the version that wrote it. A job that has not
@@ -91,7 +91,7 @@ def read_job(row: sa.Row[Any]) -> Job:
 
 
 def read_event(row: sa.Row[Any]) -> JobEvent:
-    """An event of its row; one of a kind or state that this version does not know has no body."""
+    """Read an event from its row; a kind or state that this version does not know has no body."""
     stored = row.body if isinstance(row.body, dict) else {}
     body: StateChange | RunProgress | None = None
     match stored.get("kind"):
@@ -103,7 +103,7 @@ def read_event(row: sa.Row[Any]) -> JobEvent:
 
 
 def spec_row(spec: JobSpec) -> dict[str, Any]:
-    """A spec as its column has it."""
+    """The value of a spec's column."""
     return {
         "operation": spec.operation,
         "operator": _OPERATOR.dump_python(spec.operator, mode="json"),
@@ -112,15 +112,15 @@ def spec_row(spec: JobSpec) -> dict[str, Any]:
 
 
 def progress_row(progress: RunProgress) -> dict[str, Any]:
-    """Progress as its column has it."""
+    """The value of progress's column."""
     return asdict(progress)
 
 
 def result_row(result: JobResult) -> dict[str, Any]:
-    """A result as its column has it.
+    """The value of a result's column.
 
     Raises:
-        TypeError: It is not of the operation's type.
+        TypeError: The result is not of the operation's type.
     """
     kind = TypeAdapter(type(result.result))
     return {
@@ -142,7 +142,7 @@ def _results(operation: str) -> TypeAdapter[Result]:
 
 
 def read_spec(stored: Any) -> JobSpec | None:
-    """A spec, when this version knows all it says: what is overlooked would be another question."""
+    """Read a spec; None unless this version knows all of it: a part would be another question."""
     if not (isinstance(stored, dict) and stored.keys() == {"operation", "operator", "spec"}):
         return None
     declared = operations().get(str(stored["operation"]))  # whatever a damaged row has there
@@ -161,7 +161,7 @@ def read_spec(stored: Any) -> JobSpec | None:
 
 
 def read_progress(stored: Any) -> RunProgress | None:
-    """Progress, without its detail where that is another version's."""
+    """Read progress, without its detail where another version wrote that."""
     if not isinstance(stored, dict):
         return None
     progress = _read(_PROGRESS, {**stored, "detail": None})

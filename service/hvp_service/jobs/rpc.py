@@ -24,7 +24,7 @@ from hvp_service.jobs.store import JobState
 
 
 class JobServicer(job_pb2_grpc.JobServiceServicer):
-    """Long work."""
+    """The RPCs on jobs."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

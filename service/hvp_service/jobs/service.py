@@ -26,7 +26,7 @@ MAX_WAIT_S = 60.0
 
 
 def job_id(project: str, request_id: str) -> str:
-    """The id that a request id always leads to: a retry after a crash finds the row."""
+    """The job's id for a request id, always the same: a retry after a crash finds the row."""
     if not request_id:
         return uuid.uuid4().hex
     return hashlib.sha256(f"{project}\0{request_id}".encode()).hexdigest()[:32]
@@ -36,7 +36,7 @@ def job_id(project: str, request_id: str) -> str:
 async def _asked(
     deps: Dependencies, operation: str | None, operator: OperatorRef, values: Mapping[str, Any]
 ) -> AsyncIterator[tuple[JobSpec, ResolvedOperator]]:
-    """A question that can be asked, for a block in which its operator's files stay.
+    """Check a question, for a block until whose end the files of its operator stay.
 
     Raises:
         ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`.
@@ -77,16 +77,17 @@ async def create(
     """Check a question about an operator, plan it and queue it.
 
     Args:
-        deps: Dependencies.
-        name: Of the job; a job of this name and the same spec is answered as it stands.
-        operation: What is asked; None: nothing that this version knows.
-        operator: What it is asked of.
-        values: Of the operation's spec, by field, unchecked.
-        labels: The caller's own.
-        validate_only: Queue nothing; what does not fit is told by the plan and not refused.
+        deps: The server's stores, settings and ranks.
+        name: Name of the job; a job of this name and the same spec is answered as it stands.
+        operation: Name of the operation; None where this version does not know it.
+        operator: The operator that the question is about.
+        values: Values of the operation's spec by field, unchecked.
+        labels: The caller's own texts by name.
+        validate_only: Queue nothing; a job that does not fit is then told by the plan and not
+            refused.
 
     Returns:
-        The job, and what it takes.
+        The job and its plan.
 
     Raises:
         ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
@@ -123,11 +124,11 @@ async def update(
     """Change a job's labels.
 
     Args:
-        deps: Dependencies.
-        name: Of the job.
-        labels: That it is to have.
+        deps: The server's stores, settings and ranks.
+        name: Name of the job.
+        labels: Labels that the job is to have.
         mask: Names of the fields to change.
-        etag: Of the version to change; "" for whatever there is.
+        etag: Tag of the labels to replace; "" replaces whatever labels there are.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, FIELD_MASK_INVALID, LABELS_INVALID, ETAG_MISMATCH.
@@ -149,7 +150,7 @@ async def cancel(deps: Dependencies, name: Name) -> Job:
 
 
 async def delete(deps: Dependencies, name: Name) -> None:
-    """Forget an ended job, its events, and its vectors but for those that are kept.
+    """Delete an ended job, its events, and its vectors but for those that are kept.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, JOB_NOT_ENDED.
@@ -161,7 +162,7 @@ async def delete(deps: Dependencies, name: Name) -> None:
 
 
 async def wait(deps: Dependencies, name: Name, timeout_s: float) -> Job:
-    """The job when it has ended or the time is up.
+    """Return the job when it has ended or the time is up.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, TIMEOUT_INVALID, SERVER_DRAINING.

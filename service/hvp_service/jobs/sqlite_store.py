@@ -54,10 +54,10 @@ class SqliteJobStore(JobStore):
     """Jobs in the tables `jobs` and `job_events`; the last of two claims finds the row taken.
 
     Args:
-        database: Where the rows are.
+        database: The database that holds the tables.
         pager: Makes page tokens.
-        owner: Unlike any other server's, now or before.
-        lease_s: How long a claim holds without renewal.
+        owner: Id of this server process, which no other server has or had.
+        lease_s: How long a claim holds without renewal, in seconds.
     """
 
     def __init__(self, database: Database, pager: Pager, *, owner: str, lease_s: float):
@@ -275,7 +275,7 @@ class SqliteJobStore(JobStore):
     async def _settle(
         self, connection: AsyncConnection, lost: sa.ColumnElement[bool], cause: str
     ) -> list[Job]:
-        """End or queue again what is held by a runner that is lost."""
+        """End or queue again the jobs that a lost runner holds."""
         settled = []
         rows = await connection.execute(
             sa.select(jobs).where(jobs.c.state.in_(sorted(HELD_STATES)), lost)
@@ -361,7 +361,7 @@ def _is(name: Name) -> tuple[sa.ColumnElement[bool], ...]:
 
 
 def _listed(job: Job) -> Job:
-    """A job without what can be long: a page holds many."""
+    """A job without the fields that can be long, because a page holds many jobs."""
     progress = job.progress
     if progress is not None:
         progress = replace(progress, detail=None)

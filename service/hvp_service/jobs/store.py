@@ -1,4 +1,4 @@
-"""Jobs as rows: the states they pass through, and the contract of whatever stores them."""
+"""Jobs as rows: the states that they pass through, and the contract of their store."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class JobSpec:
     """A question about an operator.
 
     Attributes:
-        operation: Its name.
-        operator: What it is asked of.
-        spec: The operation's own, checked.
+        operation: Name of the operation.
+        operator: The operator that the question is about.
+        spec: The operation's own spec, checked.
     """
 
     operation: str
@@ -42,13 +42,13 @@ class JobSpec:
 
     @property
     def declared(self) -> Operation[Any]:
-        """What is declared of the operation."""
+        """The operation's declaration."""
         return operations()[self.operation]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobError:
-    """Why a job failed, as a call would have said it."""
+    """Why a job failed, in the terms in which a call would be refused."""
 
     code: int  # google.rpc.Code
     reason: str
@@ -58,13 +58,13 @@ class JobError:
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What a job found.
+    """The result of a job, with the vectors that belong to it.
 
     Attributes:
-        result: The operation's own.
-        vectors: Names of those that belong to it, in the result's order.
-        num_elements: Of each vector.
-        vector_time: When they were made, in microseconds.
+        result: The operation's own result.
+        vectors: Names of the job's vectors, in the result's order.
+        num_elements: Number of elements of each vector.
+        vector_time: When the vectors were made, in microseconds.
     """
 
     result: Result
@@ -75,7 +75,7 @@ class JobResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One job as its row has it, as far as this version can read the row."""
+    """One job, read from its row as far as this version can."""
 
     name: Name
     spec: JobSpec | None  # None: another version's
@@ -93,11 +93,11 @@ class Job:
 
     @property
     def lease(self) -> Lease:
-        """The right to write to this attempt."""
+        """The lease of the present attempt."""
         return Lease(self.name, self.attempt)
 
     def uses(self, resource: Name) -> bool:
-        """Whether its spec names a checkpoint or a data batch."""
+        """Whether the job's operator names this checkpoint or data batch."""
         if self.spec is None:
             return False
         operator = self.spec.operator
@@ -106,7 +106,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Lease:
-    """One attempt of one job: every write of a runner carries it."""
+    """The right to write to one attempt of one job; every write of a runner carries it."""
 
     name: Name
     attempt: int
@@ -114,7 +114,7 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True)
 class StateChange:
-    """A job has come to a state."""
+    """The event that a job has come to a state."""
 
     state: JobState
     attempt: int
@@ -153,7 +153,7 @@ class JobStore(ABC):
 
     @abstractmethod
     async def get(self, name: Name) -> Job:
-        """The job.
+        """Look up a job by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -163,9 +163,9 @@ class JobStore(ABC):
     async def list_page(
         self, project: str, states: Sequence[JobState], page: PageRequest
     ) -> tuple[list[Job], str]:
-        """One page, newest first and without results, and the next page's token.
+        """One page of jobs, newest first and without results, and the next page's token.
 
-        No states means all.
+        An empty collection of states means all.
         """
 
     @abstractmethod
@@ -194,9 +194,9 @@ class JobStore(ABC):
 
     @abstractmethod
     async def claim(self) -> Job | None:
-        """Begin the next attempt of the oldest queued job, or None.
+        """Begin the next attempt of the oldest queued job; None where no job is queued.
 
-        What has a lease that ran out is settled first, as `recover` does.
+        Jobs whose lease ran out are settled first, as `recover` does.
         """
 
     @abstractmethod
@@ -204,7 +204,7 @@ class JobStore(ABC):
         """Hold an attempt for another lease's time.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -212,7 +212,7 @@ class JobStore(ABC):
         """Store where an attempt stands, as an event and as the job's progress.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -220,7 +220,7 @@ class JobStore(ABC):
         """End a job: a result SUCCEEDED, an error FAILED, None CANCELLED.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -228,11 +228,11 @@ class JobStore(ABC):
         """Queue an attempt's job again at its old place; one being cancelled is CANCELLED.
 
         Args:
-            lease: Of the attempt.
-            counted: Whether the attempt counts: it was lost, and not only cut short.
+            lease: Lease of the attempt.
+            counted: Whether the attempt counts, as a lost one does and one cut short does not.
 
         Raises:
-            StaleLeaseError: It is not ours any more.
+            StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
@@ -245,7 +245,7 @@ class JobStore(ABC):
 
     @abstractmethod
     async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Job:
-        """Give a job other labels, if it has the tag, or if that is empty.
+        """Give a job other labels, if its present ones have this tag or the tag is "".
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, ETAG_MISMATCH.
@@ -253,7 +253,7 @@ class JobStore(ABC):
 
     @abstractmethod
     async def recover(self) -> list[Job]:
-        """Settle what servers that are gone were running; called once, at start.
+        """Settle the jobs that servers now gone were running; called once, at start.
 
         RUNNING becomes QUEUED, or FAILED with ATTEMPTS_EXHAUSTED or JOB_UNREADABLE; CANCELLING
         becomes CANCELLED.

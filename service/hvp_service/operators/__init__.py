@@ -1,1 +1,1 @@
-"""Operators: losses, gradients, products, and what names and data they are of."""
+"""Operators: their losses, gradients and products, and the names and data that define them."""

@@ -9,7 +9,7 @@ from hvp_service.operators.resolver import OperatorRef
 
 
 def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
-    """An operator, unchecked."""
+    """Read an operator from its message, unchecked."""
     return OperatorRef(
         checkpoint=message.checkpoint,
         data_batch=message.data_batch,
@@ -22,7 +22,7 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
 
 
 def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
-    """An operator."""
+    """Make the message of an operator."""
     return operator_pb2.OperatorSpec(
         checkpoint=ref.checkpoint,
         data_batch=ref.data_batch,

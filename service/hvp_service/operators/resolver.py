@@ -52,7 +52,7 @@ class ResolvedOperator:
 
     @property
     def parameters(self) -> list[ParameterTensor]:
-        """Those that vectors of parameter space have, with offsets into these."""
+        """The parameters that vectors of parameter space have, with offsets into these vectors."""
         return parameters_of(self.checkpoint, self.selection)
 
     @property
@@ -67,19 +67,19 @@ class ResolvedOperator:
 
     @property
     def transposed(self) -> ResolvedOperator:
-        """The transposed matrix; a symmetric one is its own."""
+        """The operator of the transposed matrix; a symmetric one is itself."""
         if self.operator.kind != "jacobian":
             return self
         return replace(self, operator=replace(self.operator, kind="jacobian_transposed"))
 
     @property
     def domain(self) -> Outputs | None:
-        """Of the vectors that it takes; None: parameter space."""
+        """Space of the vectors that the operator takes; None for parameter space."""
         return self.outputs if self.operator.kind == "jacobian_transposed" else None
 
     @property
     def codomain(self) -> Outputs | None:
-        """Of its products; None: parameter space."""
+        """Space of the operator's products; None for parameter space."""
         return self.outputs if self.operator.kind == "jacobian" else None
 
 
@@ -125,7 +125,7 @@ def outputs_of(checkpoint: Checkpoint, batch: DataBatch) -> Outputs:
 
 
 def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
-    """A served dtype; "" is the default.
+    """Check that a dtype is served, and resolve "" to the default.
 
     Raises:
         ServiceError: DTYPE_UNSUPPORTED.
@@ -142,7 +142,7 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
 
 
 def check_kind(kind: str, field: str = "kind") -> str:
-    """A kind by its enum value's name, in plain words: `ggn` of `KIND_GGN`.
+    """The plain name of a kind for its enum value's name: `ggn` for `KIND_GGN`.
 
     Raises:
         ServiceError: KIND_UNSPECIFIED, also of a number that this server does not know.
@@ -159,7 +159,7 @@ def check_kind(kind: str, field: str = "kind") -> str:
 def check_precision(
     precision: str, dtype: Dtype, device: str, field: str = "precision"
 ) -> Precision:
-    """A precision that the dtype and the device have; "" is their default.
+    """Check that dtype and device have a precision, and resolve "" to their default.
 
     Raises:
         ServiceError: PRECISION_UNSUPPORTED.
@@ -179,13 +179,13 @@ def check_precision(
 
 
 class OperatorResolver:
-    """Looks operators up.
+    """Resolves the names in an operator, with every check of the operator.
 
     Args:
-        checkpoints: Where checkpoints are.
-        batches: Where batches are.
-        state_dir: Where their files lie.
-        device: Of the ranks: `cpu` or `cuda`.
+        checkpoints: Store of the checkpoints.
+        batches: Store of the batches.
+        state_dir: Folder that holds the files of both.
+        device: Device of the ranks, `cpu` or `cuda`.
     """
 
     def __init__(
@@ -219,14 +219,13 @@ class OperatorResolver:
         """Check an operator; nothing is computed.
 
         Args:
-            ref: What the caller asks.
+            ref: The operator as the caller names it.
             field: Path of the operator in the request, for errors.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
-                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID,
-                and what `check_fit` finds.
+                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, or a reason of `check_fit`.
         """
         kind = check_kind(ref.kind, f"{field}.kind")
         dtype = check_dtype(ref.dtype, f"{field}.dtype")

@@ -21,7 +21,7 @@ from hvp_service.vectors.rows import Outputs
 
 
 class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
-    """Losses, gradients and products."""
+    """The RPCs on operators: losses, gradients, quadratic forms and products."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

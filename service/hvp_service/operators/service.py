@@ -24,7 +24,7 @@ FORMS: dict[str, Form] = {f"FORM_{form.upper()}": form for form in get_args(Form
 
 @dataclass(frozen=True)
 class Loss:
-    """A mean over targets, in nats."""
+    """A loss: the mean over `num_targets` targets, in nats."""
 
     value: float
     num_targets: int
@@ -49,7 +49,7 @@ async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperat
 
 
 async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:
-    """L(θ). Cost: one forward pass."""
+    """The loss L(θ). Cost: one forward pass."""
     async with deps.operators.using(ref) as resolved:
         value = await deps.group.call(lambda backend: backend.loss(resolved.operator))
     schema = resolved.checkpoint.description.batch_schema
@@ -57,7 +57,7 @@ async def evaluate_loss(deps: Dependencies, ref: OperatorRef) -> Loss:
 
 
 async def compute_gradient(deps: Dependencies, ref: OperatorRef, session: str = "") -> Vector:
-    """∇L(θ), left on the ranks, in a session or in none.
+    """The gradient ∇L(θ) as a vector on the ranks, in a session or in none.
 
     Raises:
         ServiceError: SESSION_EXPIRED, and as `OperatorResolver.resolve`.
@@ -82,14 +82,14 @@ async def apply(
     *,
     transposed: bool = False,
 ) -> list[Vector]:
-    """The product with each vector, left on the ranks, in a session or in none.
+    """The product with each vector, as vectors on the ranks, in a session or in none.
 
     Args:
-        deps: Dependencies.
+        deps: The server's stores, settings and ranks.
         ref: The operator.
-        vectors: Names.
-        session: That the products are to belong to; "" for none.
-        transposed: Take the transposed matrix.
+        vectors: Names of the vectors.
+        session: Name of the session that the products are to belong to; "" for none.
+        transposed: Whether to multiply with the transposed matrix.
 
     Raises:
         ServiceError: VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, SESSION_EXPIRED, and
@@ -111,10 +111,10 @@ async def evaluate_forms(
     """A number for each vector; only the numbers leave the ranks.
 
     Args:
-        deps: Dependencies.
+        deps: The server's stores, settings and ranks.
         ref: The operator.
-        form: Which number: the enum value's name.
-        vectors: Names.
+        form: Name of the enum value that says which number.
+        vectors: Names of the vectors.
 
     Raises:
         ServiceError: FORM_UNSPECIFIED, OPERATOR_NOT_SYMMETRIC, VECTORS_MISSING,

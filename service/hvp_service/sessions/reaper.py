@@ -29,7 +29,7 @@ class Reaper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Begin the loop."""
         self._task = asyncio.create_task(self._loop())
 
     async def stop(self) -> None:

@@ -17,7 +17,7 @@ from hvp_service.sessions.store import Session
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
-    """Leases of clients."""
+    """The RPCs on sessions."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

@@ -25,7 +25,7 @@ MIN_TTL_S = 0.5
 @final
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One session as its row has it; times in microseconds."""
+    """One session, read from its row; times in microseconds."""
 
     name: Name
     ttl_us: int
@@ -55,9 +55,9 @@ class SessionStore:
         """Open a session.
 
         Args:
-            project: Whose.
-            ttl_s: How long it lives without a renewal, brought within the server's limits; None
-                for the server's choice.
+            project: Project of the session.
+            ttl_s: Seconds that the session lives without a renewal, brought within the server's
+                limits; None for the server's choice.
 
         Raises:
             ServiceError: TTL_INVALID.
@@ -107,7 +107,7 @@ class SessionStore:
         return _from_row(row)
 
     async def end(self, name: Name) -> None:
-        """End a session, so that its vectors go; one that has ended already is no error."""
+        """End a session, so that its vectors go; to end an ended one is no error."""
         async with self._database.writing() as connection:
             await connection.execute(sa.delete(sessions).where(*_is(name)))
         await self._vectors.collect()
@@ -117,15 +117,15 @@ class SessionStore:
         """Hold a session for the block: it does not expire, and lives on as if renewed at its end.
 
         Args:
-            project: In which vectors are to be made.
-            session: Name of the session they are to belong to; "" for none.
+            project: Project in which vectors are to be made.
+            session: Name of the session that they are to belong to; "" for none.
 
         Yields:
             The lifetime of vectors that are made in the block.
 
         Raises:
-            ServiceError: SESSION_EXPIRED; RESOURCE_NOT_FOUND for what cannot be a session of the
-                project.
+            ServiceError: SESSION_EXPIRED; RESOURCE_NOT_FOUND for a name that no session of the
+                project can have.
         """
         if not session:
             yield Lifetime(expire_time=now_us() + int(self._config.vector_ttl_s * SECOND))

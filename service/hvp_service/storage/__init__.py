@@ -1,1 +1,1 @@
-"""What outlives the server: the state folder, the database, and how long things live."""
+"""State that outlives the server: the folder, the database, and the lifetimes of resources."""

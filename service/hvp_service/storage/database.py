@@ -264,7 +264,7 @@ class Database:
 
 @contextlib.contextmanager
 def _passing_troubles() -> Iterator[None]:
-    """Give what SQLite may do later, wherever it comes up, the one name that callers know."""
+    """Turn SQLite's passing errors, such as a locked file, into DatabaseBusyError."""
     try:
         yield
     except sa.exc.TimeoutError as error:
@@ -306,7 +306,7 @@ def _patience(seconds: float) -> str:
 
 
 def _loads(text: str) -> Any:
-    """Values of a JSON column; damaged text stays text, or one row would spoil its whole list."""
+    """Read a JSON column; damaged text stays text, so that one row does not spoil its list."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How long things live: what they belong to, and who uses them just now."""
+"""Lifetimes: what a vector belongs to, and which things are in use at present."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Lifetime:
 
     Attributes:
         session: Id of the session that it goes with; "" for none.
-        expire_time: It goes then unless it is used before, in microseconds; None: not by itself.
-        kept: A caller has asked that it stay, so that it does not go with its job either.
+        expire_time: When the vector goes unless it is used before, in microseconds; None for never.
+        kept: Whether a caller has asked that it stay, so that it does not go with its job either.
     """
 
     session: str = ""
@@ -31,7 +31,7 @@ UNTIL_DELETED = Lifetime()
 
 @final
 class Uses:
-    """Counts who uses things, by id, so that what is to go waits for its last user.
+    """Counts the users of things, by id, so that a thing that is to go waits for its last user.
 
     Law: an id that was told to leave is given out once, by `leave` or by the `end` of its last use.
     """
@@ -42,7 +42,7 @@ class Uses:
 
     @property
     def ids(self) -> list[str]:
-        """Of everything in use."""
+        """Ids of everything in use."""
         return list(self._users)
 
     def begin(self, ids: Iterable[str]) -> None:
@@ -50,7 +50,7 @@ class Uses:
         self._users.update(ids)
 
     def end(self, ids: Iterable[str]) -> list[str]:
-        """Note that one user of each has left; the ids that may leave now."""
+        """Note that one user of each has left, and return the ids that may leave now."""
         free = []
         for identifier in ids:
             self._users[identifier] -= 1
@@ -62,7 +62,7 @@ class Uses:
         return free
 
     def leave(self, ids: Iterable[str]) -> list[str]:
-        """Tell things to leave; the ids of those that nobody uses, which may do so now."""
+        """Tell things to leave, and return the ids of those that nobody uses: they may go now."""
         wanted = set(ids)
         self._leaving |= wanted & self._users.keys()
         return sorted(wanted - self._users.keys())
@@ -73,7 +73,7 @@ class Holds:
     """Uses whose things are removed in the background when their last user has left.
 
     Args:
-        remove: Removes what nobody uses, by id; what it raises is a fault.
+        remove: Removes things that nobody uses, by id; an exception of it is a fault.
     """
 
     def __init__(self, remove: Callable[[Collection[str]], Coroutine[Any, Any, None]]):
@@ -83,7 +83,7 @@ class Holds:
 
     @property
     def ids(self) -> list[str]:
-        """Of everything in use."""
+        """Ids of everything in use."""
         return self._uses.ids
 
     @contextlib.contextmanager
@@ -96,7 +96,7 @@ class Holds:
             self.remove_soon(self._uses.end(ids))
 
     def leave(self, ids: Iterable[str]) -> list[str]:
-        """Tell things to leave; those that nobody uses, for the caller to remove."""
+        """Tell things to leave, and return those that nobody uses, for the caller to remove."""
         return self._uses.leave(ids)
 
     def remove_soon(self, ids: Collection[str]) -> None:
@@ -107,6 +107,6 @@ class Holds:
             task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait until what is being removed is gone."""
+        """Wait until the things that are being removed are gone."""
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -1,4 +1,4 @@
-"""Waiting for a database that is busy, where nobody is there to be told to call again."""
+"""Waiting for a busy database, where there is no caller who could be told to call again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def until_done(call: Callable[[], Awaitable[Result]]) -> Result:
     """Make a call until the database is not busy, for as long as that takes.
 
     Args:
-        call: Has done nothing when it raises DatabaseBusyError.
+        call: The call to make; it has done nothing when it raises DatabaseBusyError.
     """
     pause_s = _FIRST_PAUSE_S
     while True:

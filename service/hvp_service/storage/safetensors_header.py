@@ -43,12 +43,12 @@ _MAX_INTEGER = (1 << 63) - 1
 
 
 class SafetensorsError(Exception):
-    """Not a safetensors file.
+    """A file that is not a safetensors file.
 
     Attributes:
-        message: What is wrong.
-        byte_offset: Where in the file.
-        field: Which tensor and which of its fields, or "".
+        message: What is wrong with the file.
+        byte_offset: Where in the file the fault is.
+        field: The tensor at fault and its field, or "".
     """
 
     def __init__(self, message: str, *, byte_offset: int, field: str = ""):
@@ -74,7 +74,7 @@ class TensorSpan:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, checked."""
+    """The header of a file, checked."""
 
     tensors: dict[str, TensorSpan]
     data_start: int  # byte in the file

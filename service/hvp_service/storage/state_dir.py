@@ -34,25 +34,25 @@ class StateDir:
 
     @property
     def database(self) -> Path:
-        """Rows."""
+        """File of the database."""
         return self.root / "hvp.sqlite3"
 
     @property
     def run(self) -> Path:
-        """Where the workers note their processes."""
+        """Folder in which the workers note their processes."""
         return self.root / "run"
 
     @property
     def compile_cache(self) -> Path:
-        """What the workers compiled; may be deleted while no server runs."""
+        """Folder of the workers' compiled code; may be deleted while no server runs."""
         return self.root / "compile-cache"
 
     def upload(self, upload_id: str) -> Path:
-        """Bytes of an upload that has not ended."""
+        """File of an upload that has not ended."""
         return self.root / "uploads" / f"{upload_id}.part"
 
     def blob(self, sha256: str) -> Path:
-        """A finished upload."""
+        """File of a blob, a finished upload."""
         return self.root / "blobs" / sha256[:2] / sha256
 
     def checkpoint(self, checkpoint_id: str) -> Path:
@@ -60,7 +60,7 @@ class StateDir:
         return self.root / "checkpoints" / checkpoint_id
 
     def vector(self, vector_id: str) -> Path:
-        """Elements of a vector that came as bytes or was kept from a job."""
+        """File of the elements of a vector that came as bytes or was kept from a job."""
         return self.root / "vectors" / f"{vector_id}.bin"
 
     def temporary(self, name: str) -> Path:
@@ -68,7 +68,7 @@ class StateDir:
         return self.root / "tmp" / name
 
     def create(self) -> None:
-        """Make the folders, for this user alone, and clear what no restart needs."""
+        """Make the folders, for this user alone, and delete the temporary files."""
         for folder in ("uploads", "blobs", "checkpoints", "vectors", "run", "tmp", "compile-cache"):
             (self.root / folder).mkdir(exist_ok=True, mode=0o700)
         for leftover in (self.root / "tmp").iterdir():
@@ -124,7 +124,7 @@ def _require_own(root: Path) -> None:
 
 
 def _close_to_others(root: Path) -> None:
-    """Take from others what an earlier version, or a hand, has let them have; the root first."""
+    """Take away other users' permissions that an earlier version or a person gave; root first."""
     _close(root)
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):

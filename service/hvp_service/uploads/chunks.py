@@ -1,4 +1,4 @@
-"""The messages of an upload stream, and where they may stand in it."""
+"""The messages of an upload stream, and the order that they must have."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Chunk:
 def known_bytes(
     upload: Upload, chunk: Chunk, position: int, contiguous: int | None, max_chunk_bytes: int
 ) -> int:
-    """How many leading bytes of a chunk are here already.
+    """Number of leading bytes of a chunk that the server has already.
 
     Args:
-        upload: Its session.
-        chunk: What has come.
-        position: Bytes that are here.
-        contiguous: Where the chunk before it ended; None for a stream's first.
-        max_chunk_bytes: That a chunk may hold.
+        upload: Session of the upload.
+        chunk: The chunk that came.
+        position: Number of bytes that the server has.
+        contiguous: Offset at which the chunk before it ended; None for a stream's first chunk.
+        max_chunk_bytes: Most bytes that a chunk may hold.
 
     Raises:
         ServiceError: CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, SIZE_EXCEEDED.

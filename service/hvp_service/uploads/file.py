@@ -16,20 +16,20 @@ _REREAD_BYTES = 4 << 20
 
 
 class Hash(Protocol):
-    """What is used of a hashlib object."""
+    """The methods that are used of a hashlib object."""
 
     def update(self, data: bytes, /) -> None:
         """Take more bytes."""
 
     def copy(self) -> Hash:
-        """The same state, apart."""
+        """An independent copy of the state."""
 
     def hexdigest(self) -> str:
         """The digest so far."""
 
 
 def disk_full(missing_bytes: int) -> ServiceError:
-    """The refusal of bytes that there is no room for."""
+    """Make the refusal of bytes that the disk has no room for."""
     return ServiceError(
         "DISK_FULL",
         "The server's state directory has no room for these bytes; delete checkpoints, batches, "
@@ -42,7 +42,7 @@ class UploadFile:
     """One writer of a partial file. Every method blocks: call them in a thread, one at a time.
 
     Attributes:
-        position: Bytes that have been written and hashed; all of them precede it.
+        position: Number of bytes that have been written and hashed, from the file's start.
     """
 
     def __init__(self, path: Path, position: int, hash_so_far: Hash | None):
@@ -54,7 +54,7 @@ class UploadFile:
             hash_so_far: SHA-256 of those bytes if it is known, else they are read again.
 
         Raises:
-            OSError: The file holds fewer bytes than that; it is never filled up.
+            OSError: The file holds fewer than `position` bytes; it is never filled up.
         """
         create = 0 if position else os.O_CREAT
         self._descriptor = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o600)
@@ -84,12 +84,12 @@ class UploadFile:
         return digest
 
     def append(self, data: bytes, crc32c: int, skip: int) -> None:
-        """Check a chunk and write what is new of it.
+        """Check a chunk and write the bytes of it that are new.
 
         Args:
-            data: The chunk.
-            crc32c: Of the whole chunk.
-            skip: Leading bytes that are here already.
+            data: The chunk's bytes.
+            crc32c: CRC-32C of the whole chunk.
+            skip: Number of leading bytes that the file has already.
 
         Raises:
             ServiceError: CHUNK_CHECKSUM_MISMATCH, DISK_FULL.

@@ -18,7 +18,7 @@ from hvp_service.uploads.rows import Upload, UploadRows
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Room:
-    """What a project may have of the disk, in bytes."""
+    """Room on the disk for a project's uploads, in bytes."""
 
     left: int  # neither used nor set aside
     left_of_share: int
@@ -27,7 +27,7 @@ class _Room:
 
     @property
     def bytes(self) -> int:
-        """For one upload more."""
+        """Bytes that one more upload may take."""
         return min(self.left, self.left_of_share)
 
 
@@ -39,10 +39,10 @@ class UploadRoom:
     its last chunk; the room of a project's uploads is at most `share` of what is free.
 
     Args:
-        rows: The uploads.
-        root: A folder on the disk.
-        silence_s: See the law.
-        share: See the law.
+        rows: Rows of the uploads.
+        root: A folder on the disk whose room is shared.
+        silence_s: How long a silent upload holds its room, in seconds.
+        share: Share of the free disk that one project's uploads may hold.
     """
 
     def __init__(self, rows: UploadRows, root: Path, *, silence_s: float, share: float):
@@ -61,11 +61,11 @@ class UploadRoom:
         self._heard.pop(identifier, None)
 
     async def has(self, connection: AsyncConnection, project: str, size_bytes: int) -> bool:
-        """Whether a project may have so many bytes more."""
+        """Whether a project may set `size_bytes` more bytes aside."""
         return size_bytes <= (await self._measure(connection, project)).bytes
 
     async def take(self, connection: AsyncConnection, upload: Upload) -> None:
-        """Set the rest of an upload's bytes aside, unless they are.
+        """Set room aside for the bytes that an upload still lacks, unless it holds it already.
 
         Raises:
             ServiceError: DISK_FULL.
@@ -77,7 +77,7 @@ class UploadRoom:
         self.hear(upload.name.id)
 
     async def check(self, connection: AsyncConnection, project: str, size_bytes: int) -> None:
-        """Refuse what there is no room for.
+        """Refuse `size_bytes` more bytes where there is no room for them.
 
         Raises:
             ServiceError: DISK_FULL.

@@ -1,4 +1,4 @@
-"""Upload sessions as rows: what a restart finds of them."""
+"""Upload sessions as rows, which survive a restart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hvp_service.storage.database import Database, uploads
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """One upload as its row has it."""
+    """One upload session, read from its row."""
 
     name: Name
     expected: Digest
@@ -51,7 +51,7 @@ class UploadRows:
         return None if row is None else _from_row(row)
 
     async def open_sessions(self) -> list[Upload]:
-        """Of all projects, also those whose time is up."""
+        """Open sessions of all projects, those whose time is up among them."""
         async with self._database.reading() as connection:
             rows = await connection.execute(sa.select(uploads).where(uploads.c.state == "OPEN"))
             return [_from_row(row) for row in rows]
@@ -59,7 +59,7 @@ class UploadRows:
     async def open_sessions_for(
         self, connection: AsyncConnection, project: str, expected: Digest
     ) -> list[Upload]:
-        """Sessions that wait for these bytes, the one that has most of them first."""
+        """Open sessions for these bytes, the one that has most of them first."""
         rows = await connection.execute(
             sa.select(uploads)
             .where(
@@ -88,7 +88,7 @@ class UploadRows:
         expire_time: int,
         blob: Blob | None,
     ) -> Upload:
-        """A new session, finished where there is a blob."""
+        """Insert a new session, which is finished at once where the blob is there."""
         upload = Upload(
             name=Name(project, "uploads", uuid.uuid4().hex),
             expected=expected,
@@ -122,7 +122,7 @@ class UploadRows:
     async def settle(
         self, connection: AsyncConnection, upload: Upload, committed_size: int, blob: Blob | None
     ) -> Upload:
-        """Say how much there is of an open session; it has ended where there is a blob."""
+        """Set the committed size of an open session; with a blob the session is finished."""
         settled = replace(
             upload,
             state="OPEN" if blob is None else "FINISHED",
@@ -135,7 +135,7 @@ class UploadRows:
         return settled
 
     async def commit(self, name: Name, committed_size: int) -> None:
-        """Promise bytes of a session, if it is open."""
+        """Set the committed size of a session, if it is open."""
         async with self._database.writing() as connection:
             await connection.execute(
                 _of(name).where(uploads.c.state == "OPEN").values(committed_size=committed_size)
@@ -149,7 +149,7 @@ class UploadRows:
             )
 
     async def new_epoch(self, upload: Upload) -> Upload:
-        """The session with the number of its next writer."""
+        """Count one more writer of a session, and return the session with its number."""
         async with self._database.writing() as connection:
             epoch = await connection.scalar(
                 _of(upload.name)
@@ -163,7 +163,7 @@ class UploadRows:
         """Forget sessions whose time is up; their ids.
 
         Args:
-            but: Ids of those that are being written to.
+            but: Ids of sessions to spare, because a stream writes to them.
         """
         async with self._database.writing() as connection:
             dropped = await connection.scalars(

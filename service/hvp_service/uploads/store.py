@@ -1,4 +1,4 @@
-"""Uploads that resume: what has been promised as committed is never asked for again."""
+"""Uploads that resume: bytes that were reported as committed are never asked for again."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ class UploadStore:
     async def _left_behind(
         self, connection: AsyncConnection, project: str, expected: Digest, *, any_age: bool
     ) -> Upload | None:
-        """The open session for these bytes with the most of them and no stream.
+        """The open session that no stream writes to and that has most of these bytes.
 
-        One that was handed out a moment ago is about to have its first stream: two callers with
-        the same bytes are not to send each other away, unless there is no room for both
-        (`any_age`).
+        A session that was handed out a moment ago is about to have its first stream. It is passed
+        over, so that two callers with the same bytes do not send each other away, unless there is
+        no room for both (`any_age`).
         """
         before = time.monotonic() - (0.0 if any_age else _FIRST_STREAM_S)
         for upload in await self._rows.open_sessions_for(connection, project, expected):
@@ -117,7 +117,7 @@ class UploadStore:
         return None
 
     async def get(self, name: Name) -> Upload:
-        """State of a session.
+        """Look up a session by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, also for one that has expired or was given up.
@@ -135,7 +135,7 @@ class UploadStore:
         return upload
 
     async def cancel(self, name: Name) -> None:
-        """Give a session up; one that has ended stays as it is.
+        """Give a session up; a session that has ended stays as it is.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -283,7 +283,7 @@ class UploadStore:
         *,
         commit: bool,
     ) -> Upload | None:
-        """Take one chunk in; the ended session when it was the last."""
+        """Write one chunk to the file; gives the ended session when the chunk was the last."""
         async with self._lock(upload.name.id):
             self._stop_if_superseded(upload.name, epoch)
             self._room.hear(upload.name.id)

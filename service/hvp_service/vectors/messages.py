@@ -9,7 +9,7 @@ from hvp_service.vectors.rows import Vector
 
 
 def vector_message(vector: Vector) -> vector_pb2.Vector:
-    """A vector."""
+    """Make the message of a vector."""
     return vector_pb2.Vector(
         name=str(vector.name),
         checkpoint=str(vector.checkpoint),

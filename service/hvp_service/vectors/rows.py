@@ -1,4 +1,4 @@
-"""Vectors as rows: what names one, how it can be made again, and how long it stays."""
+"""Vectors as rows: a vector's name, its space, the recipe to make it again, and its lifetime."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Selection:
     """Some of a checkpoint's parameters; two are equal where they select the same ones.
 
     Attributes:
-        names: In canonical order; none for all.
-        globs: As they were asked for.
+        names: Names of the parameters in canonical order; () for all.
+        globs: Patterns by which the caller selected them.
     """
 
     names: tuple[str, ...] = ()
@@ -49,14 +49,14 @@ class Selection:
 
 
 ALL_PARAMETERS = Selection()
-#: What a vector can be added to: checkpoint, dtype, batch of outputs, selection of parameters.
+#: A space of vectors that can be added: checkpoint, dtype, batch of outputs, selection.
 VectorSpace = tuple[Name, Dtype, Name | None, Selection]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Vector:
-    """One vector as its row has it."""
+    """One vector, read from its row."""
 
     name: Name
     checkpoint_id: str
@@ -72,32 +72,32 @@ class Vector:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(n,), or of outputs (sequences, positions, vocabulary)."""
+        """Shape (n,), or for outputs (sequences, positions, vocabulary)."""
         return self.output_shape or (self.num_elements,)
 
     @property
     def batch(self) -> Name | None:
-        """On which it is the model's outputs; None of parameter space."""
+        """Name of the batch whose outputs the vector has; None in parameter space."""
         return Name(self.name.project, "dataBatches", self.batch_id) if self.batch_id else None
 
     @property
     def space(self) -> VectorSpace:
-        """What it can be added to."""
+        """The space of the vectors that it can be added to."""
         return self.checkpoint, self.dtype, self.batch, self.selection
 
     @property
     def durable(self) -> bool:
-        """Whether it can be made again."""
+        """Whether the vector can be made again when the ranks are gone."""
         return self.recipe is not None
 
     @property
     def checkpoint(self) -> Name:
-        """Of the parameter space."""
+        """Name of the checkpoint whose parameters, or outputs, the vector has."""
         return Name(self.name.project, "checkpoints", self.checkpoint_id)
 
     @property
     def session(self) -> Name | None:
-        """That it belongs to."""
+        """Name of the session that the vector belongs to; None where it belongs to none."""
         identifier = self.lifetime.session
         return Name(self.name.project, "sessions", identifier) if identifier else None
 
@@ -110,9 +110,9 @@ class VectorRows:
     belongs to, if any.
 
     Args:
-        database: Where it is.
+        database: The database that holds the table.
         pager: Makes page tokens.
-        ttl_s: A vector with a time to live has this much of it after each use.
+        ttl_s: Time to live, after each use, of a vector that has one.
     """
 
     def __init__(self, database: Database, pager: Pager, *, ttl_s: float):
@@ -124,7 +124,7 @@ class VectorRows:
         """Insert rows; a time to live begins now.
 
         Raises:
-            ServiceError: SESSION_EXPIRED, RESOURCE_NOT_FOUND for the checkpoint.
+            ServiceError: SESSION_EXPIRED; RESOURCE_NOT_FOUND for the checkpoint.
         """
         later = now_us() + self._ttl_us
         async with self._database.writing() as connection:
@@ -162,7 +162,7 @@ class VectorRows:
             )
 
     async def get(self, name: Name) -> Vector:
-        """The vector of a name.
+        """Look up a vector by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -185,9 +185,9 @@ class VectorRows:
         """One page of the vectors that can be used, oldest first, and the next page's token.
 
         Args:
-            project: Whose.
-            page: Which.
-            generation: Of the ranks: products of others are left out.
+            project: Project of the vectors.
+            page: Size and token of the page.
+            generation: Generation of the ranks; products of other generations are left out.
         """
         async with self._database.reading() as connection:
             found, token = await self._pager.fetch(
@@ -203,7 +203,7 @@ class VectorRows:
         return [_from_row(row) for row in found], token
 
     async def prolong(self, used: Sequence[Vector]) -> list[Vector]:
-        """Give vectors with a time to live all of it, unless they have most of it left."""
+        """Start the time to live of vectors anew, unless most of it is left."""
         later = now_us() + self._ttl_us
         due = {
             vector.name.id
@@ -250,7 +250,7 @@ class VectorRows:
         return replace(vector, recipe=recipe, lifetime=kept)
 
     async def delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
-        """Delete rows; their ids."""
+        """Delete rows and return their ids."""
         async with self._database.writing() as connection:
             deleted = sa.delete(vectors).where(*where).returning(vectors.c.id)
             return list((await connection.scalars(deleted)).all())
@@ -259,7 +259,7 @@ class VectorRows:
         """Delete the rows of vectors whose session has ended or whose time is up; their ids.
 
         Args:
-            in_use: Ids of vectors that are used just now, whose time is therefore not up.
+            in_use: Ids of vectors that a call uses at present, so that their time is not up.
         """
         living = sa.select(sessions.c.id).where(sessions.c.project == vectors.c.project)
         return await self.delete(
@@ -270,7 +270,7 @@ class VectorRows:
         )
 
     async def next_expiry(self) -> int | None:
-        """When the next vector with a time to live goes, in microseconds; None while none does."""
+        """When the next vector's time to live ends, in microseconds; None where none has one."""
         async with self._database.reading() as connection:
             found: int | None = await connection.scalar(
                 sa.select(sa.func.min(vectors.c.expire_time))
@@ -278,7 +278,7 @@ class VectorRows:
         return found
 
     async def ids(self) -> set[str]:
-        """Of all projects' vectors."""
+        """Ids of the vectors of all projects."""
         async with self._database.reading() as connection:
             return set((await connection.scalars(sa.select(vectors.c.id))).all())
 

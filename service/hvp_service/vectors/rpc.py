@@ -21,7 +21,7 @@ from hvp_service.vectors.transfer import VectorPiece
 
 
 class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
-    """Vectors of parameter space."""
+    """The RPCs on vectors, of parameter space and of outputs."""
 
     def __init__(self, deps: Dependencies):
         self._deps = deps

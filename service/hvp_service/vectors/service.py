@@ -40,7 +40,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SeededSource:
-    """Expanded on the ranks."""
+    """A random vector, expanded on the ranks from its seed."""
 
     seed: int
     distribution: str  # the enum value's name
@@ -48,7 +48,7 @@ class SeededSource:
 
 @dataclass(frozen=True, kw_only=True)
 class CombinationSource:
-    """Sum of coefficient times vector name."""
+    """A linear combination: the terms are pairs of a coefficient and a vector's name."""
 
     terms: tuple[tuple[float, str], ...]
 
@@ -60,12 +60,12 @@ class ZerosSource:
 
 @dataclass(frozen=True)
 class ParametersSource:
-    """θ."""
+    """The model's parameters θ."""
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Elements that have come with the call; the file is linked, not moved."""
+    """A file of elements that came with the call; it is linked, not moved."""
 
     path: Path
     sha256: str
@@ -89,14 +89,14 @@ async def create(
     """Make a vector on the ranks, in a session or in none.
 
     Args:
-        deps: Dependencies.
-        project: Whose.
-        checkpoint: Whose parameters, or outputs.
-        dtype: Of the elements.
-        source: What it is made of.
-        session: That it is to belong to; "" for none.
-        data_batch: On which it is the model's outputs; "": it is of parameter space.
-        parameters: Globs of the parameters that it has, if it is; none for all.
+        deps: The server's stores, settings and ranks.
+        project: Project of the vector.
+        checkpoint: Name of the checkpoint whose parameters, or outputs, the vector has.
+        dtype: Dtype of the elements.
+        source: Source that the vector is made of.
+        session: Name of the session that the vector is to belong to; "" for none.
+        data_batch: Name of the batch whose outputs the vector has; "" for parameter space.
+        parameters: Globs of the parameters that a vector of parameter space has; () for all.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
@@ -130,7 +130,7 @@ async def create(
 async def space_of(
     deps: Dependencies, checkpoint: Name, data_batch: str, parameters: Sequence[str]
 ) -> tuple[int, Outputs | None, Selection]:
-    """Length of a space's vectors, what they are outputs on, if they are, and their parameters.
+    """Resolve a space: the length of its vectors, their outputs (or None), and their parameters.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
@@ -285,7 +285,7 @@ async def inner_products(deps: Dependencies, pairs: Sequence[tuple[str, str]]) -
 
 
 async def keep(deps: Dependencies, name: Name) -> Vector:
-    """Let a vector stay until it is deleted, durable.
+    """Let a vector stay until it is deleted, and make it durable.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, INPUT_MISSING.

@@ -51,11 +51,11 @@ class VectorStore:
     goes as soon as no call uses it.
 
     Args:
-        database: Where the rows are.
-        state_dir: Where the files are.
+        database: The database that holds the rows.
+        state_dir: The folder that holds the files of elements.
         pager: Makes page tokens.
-        group: The ranks.
-        ttl_s: A vector that belongs to nothing goes when nobody has used it for so long.
+        group: The ranks, which hold the elements.
+        ttl_s: Time to live, after its last use, of a vector that belongs to no session and no job.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class VectorStore:
         """A vector of the ranks' present generation, not yet a row.
 
         Args:
-            checkpoint: Whose parameters, or outputs.
-            dtype: Of the elements.
-            num_elements: Their number.
-            recipe: How to make it again; None for a product.
-            identifier: Its id; by default a new one.
-            lifetime: How long it stays.
-            outputs: On what it is the model's outputs; None: it is of parameter space.
-            selection: The parameters that it has, if it is.
+            checkpoint: Name of the checkpoint whose parameters, or outputs, the vector has.
+            dtype: Dtype of the elements.
+            num_elements: Number of the elements.
+            recipe: Recipe to make the vector again; None for a product.
+            identifier: Id of the vector; "" makes a new one.
+            lifetime: When the vector goes by itself.
+            outputs: Space of outputs that the vector belongs to; None for parameter space.
+            selection: The parameters that a vector of parameter space has.
         """
         return Vector(
             name=Name(checkpoint.project, "vectors", identifier or uuid.uuid4().hex),
@@ -121,7 +121,7 @@ class VectorStore:
         )
 
     def file(self, vector: Vector) -> Path:
-        """Where the elements of a vector with recipe `file` are."""
+        """Path of the file that holds the elements of a vector with recipe `file`."""
         return self._state_dir.vector(vector.name.id)
 
     async def make(
@@ -135,7 +135,7 @@ class VectorStore:
 
         Raises:
             ServiceError: WORKER_GROUP_LOST, SESSION_EXPIRED, RESOURCE_NOT_FOUND.
-            BackendError: What `work` raised.
+            BackendError: Any that `work` raises.
         """
 
         async def run(backend: Backend) -> list[Vector]:
@@ -157,7 +157,7 @@ class VectorStore:
             raise
 
     async def add(self, made: Sequence[Vector], *, resident: bool = True) -> None:
-        """Insert the rows of vectors, which the ranks hold now or have in files.
+        """Insert the rows of vectors whose elements are on the ranks, or only in their files.
 
         Raises:
             ServiceError: SESSION_EXPIRED, RESOURCE_NOT_FOUND for the checkpoint.
@@ -167,7 +167,7 @@ class VectorStore:
             self._resident.update((vector.generation, vector.name.id) for vector in made)
 
     async def get(self, name: Name) -> Vector:
-        """The vector of a name.
+        """Look up a vector by its name.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND; INPUT_MISSING for a product whose ranks are gone.
@@ -185,8 +185,8 @@ class VectorStore:
     async def using(self, names: Sequence[Name]) -> AsyncIterator[list[Vector]]:
         """Look vectors up and hold them for the block: none goes before its end.
 
-        One that is deleted meanwhile cannot be named any more, and its elements go afterwards.
-        One with a time to live has all of it again.
+        A vector that is deleted meanwhile cannot be named any more, and its elements go after the
+        block. A vector with a time to live has all of it again.
 
         Yields:
             The vectors, in order.
@@ -240,7 +240,7 @@ class VectorStore:
             raise
 
     def source(self, vector: Vector, recipe: Recipe) -> Source:
-        """What the backend makes a vector from."""
+        """The source from which the backend makes a vector by its recipe."""
         match recipe["kind"]:
             case "seeded":
                 return Seeded(int(recipe["seed"]), recipe["distribution"])
@@ -332,11 +332,11 @@ class VectorStore:
         self._holds.remove_soon(await self._rows.delete_outlived(self._holds.ids))
 
     async def next_expiry(self) -> int | None:
-        """When the next vector with a time to live goes, in microseconds."""
+        """When the next vector's time to live ends, in microseconds; None where none has one."""
         return await self._rows.next_expiry()
 
     async def close(self) -> None:
-        """Wait until what was let go is gone; after the ranks' end, which frees it all."""
+        """Wait until deleted vectors are gone; called after the ranks' end, which frees them."""
         await self._holds.close()
 
     async def discard(self, names: Collection[str]) -> None:
@@ -352,7 +352,7 @@ class VectorStore:
             await self.discard(names)
 
     async def withdraw(self, names: Sequence[str]) -> None:
-        """Leave nothing of vectors, by id, wherever their making has ended."""
+        """Remove every trace of vectors, by id, however far the making of them came."""
         await self._delete_ids(names)
         with contextlib.suppress(BackendError, ServiceError):
             await self.discard(names)
@@ -360,7 +360,7 @@ class VectorStore:
     async def free(self, names: Sequence[str]) -> None:
         """Free vectors on the ranks, by id; `ensure_resident` brings durable ones back.
 
-        The ranks are told behind the product that they may be at, which nobody waits for here.
+        The ranks free them after the product that they may be at; this call does not wait for it.
         """
         if not names:
             return

@@ -1,4 +1,4 @@
-"""Elements of vectors on their way: a stream into a vector, and a vector's range into a stream."""
+"""Transfers of elements: a stream into a vector, and a range of a vector into a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hvp_service.vectors.store import ITEM_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class VectorPiece:
-    """One message of a vector that is written."""
+    """One message of a stream that writes a vector."""
 
     element_offset: int
     data: bytes
