@@ -29,6 +29,8 @@ class ComputeSettings:
             rounded when it is added up.
         strict: Whether a slower way than the fast one is an error. For tests and benchmarks: they
             then see what they mean to see.
+        trace: Trace the blocks. Without, torch differentiates each by itself, which begins sooner
+            and is slower: for a loss that is asked for once.
     """
 
     schedule: Schedule = "auto"
@@ -37,3 +39,4 @@ class ComputeSettings:
     graphs: bool = False
     precision: Precision = "full"
     strict: bool = False
+    trace: bool = True

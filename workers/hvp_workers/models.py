@@ -20,6 +20,7 @@ from hvp_core.model.family import ModelFacts, ModelFamily, NotAChainError, Way
 from hvp_core.model.huggingface.choice import family_of
 from hvp_core.model.loading import fill_buffers, load_shard, locate
 from hvp_core.model.stored_tensors import StoredTensor
+from hvp_core.settings import ComputeSettings
 from hvp_core.sharding.collective import Collective
 from hvp_core.sharding.layout import Layout
 from hvp_core.vectors.space import ParameterSpace
@@ -193,7 +194,9 @@ class ModelStore:
             chain,
             numbers,
             parameters,
-            lambda batch: Curvature(chain, numbers, parameters, batch, 1).loss(),
+            lambda batch: Curvature(
+                chain, numbers, parameters, batch, 1, ComputeSettings(trace=False)
+            ).loss(),
         )
         if disagrees is not None:
             logger.warning(

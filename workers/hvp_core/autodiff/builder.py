@@ -109,7 +109,7 @@ class ExecutorBuilder:
             p: The block's parameters. Of these and x only shapes, dtypes and devices matter.
             x: The block's input.
         """
-        for cut in (True, False):
+        for cut in (True, False) if self._settings.trace else ():
             try:
                 return self._traced(link, bodies(not cut), p, x, cut=cut)
             except _UncutError as error:

@@ -17,11 +17,13 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def noise_like(like: Tensor, seed: int) -> Tensor:
-    """A contiguous tensor of this shape, dtype and device, Gaussian by seed."""
+    """A contiguous tensor of this shape, dtype and device, Gaussian by seed.
+
+    It is drawn in float32, which takes a quarter of float64's time: any direction will do.
+    """
     generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(
-        generator=generator
-    )
+    drawn = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    return drawn.normal_(generator=generator).to(like.dtype)
 
 
 def random_direction(p: Params, seed: int) -> dict[str, Tensor]:

@@ -110,13 +110,15 @@ class ExecutorTable(Executors):
             block, p = self._chain.blocks[index], weights.p
             with listening() as remarks:
                 takes_rows(block, p)
+                before = [x.shape for x in xs]
                 if index < last:
                     for batch, x in enumerate(xs):
                         xs[batch] = self.executor(index, batch, p, x).like(p, x)
                 elif "outputs" in (spec.given, spec.measured) and xs:
                     self._look_at_output(p, xs[0])
                 if verifier is not None:
-                    self._verify(verifier, index, p)
+                    keeps_shape = index > 0 and before == [x.shape for x in xs]
+                    self._verify(verifier, index, p, keeps_shape=keeps_shape)
                 self._builder.remark(block.name, remarks)
 
         def guard(block: Block) -> AbstractContextManager[object]:
@@ -137,12 +139,15 @@ class ExecutorTable(Executors):
         if len(pieces) > 1:
             self.output_shape = (x.shape[1], *y.shape[2:])
 
-    def _verify(self, verifier: Verifier, index: int, p: Params) -> None:
+    def _verify(self, verifier: Verifier, index: int, p: Params, *, keeps_shape: bool) -> None:
         """See that a block's trace is the block; if it is not, torch differentiates the block."""
         head = index == len(self._chain.blocks) - 1
         executor = self.executor_of.get((index, 0))
         with exact_products():
-            right = verifier.head_agrees(p) if head else verifier.agrees(index, p, executor)
+            if head:
+                right = verifier.head_agrees(p)
+            else:
+                right = verifier.agrees(index, p, executor, keeps_shape=keeps_shape)
         if right:
             return
         name = self._chain.blocks[index].name
