@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import pytest
 import torch
-from hvp_core.autodiff import builder, verify
+from hvp_core.autodiff import builder, verdicts, verify
 from hvp_core.autodiff.product_spec import HESSIAN
 from hvp_core.autodiff.traced import TracedHead
+from hvp_core.autodiff.verdicts import Verdicts
 from hvp_core.losses.loss import CrossEntropy, Loss
 from torch import Tensor, nn
 
-from tests.core.problems import Problem, module_problem
+from tests.core.problems import CPU, Problem, llama_problem, module_problem
 from tests.core.references import relative_error
 from tests.core.test_schedules import curvature_of, distance, probes
 
@@ -158,3 +160,42 @@ def test_operators_of_one_chain_look_at_its_blocks_once_and_are_each_their_own(
             found = torch.stack(curvature.hvp(list(identity)))
             assert relative_error(found, hessian[of][:, of]) < 1e-9
         assert len(looks) == before  # the second operator had none of its own
+
+
+def test_what_is_known_to_be_right_is_compared_once_for_all_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    problem = llama_problem()
+    v = probes(problem, 1)
+    compared: list[str] = []
+    matches = verify.Verifier._matches
+
+    def counted(self: verify.Verifier, link: Any, *args: Any) -> bool | None:
+        compared.append(link.name)
+        return matches(self, link, *args)
+
+    monkeypatch.setattr(verify.Verifier, "_matches", counted)
+
+    def process(source: str = "", loss: Loss | None = None) -> list[str]:
+        """What another process compares for the same product."""
+        fresh = Verdicts()
+        if source:
+            monkeypatch.setattr(verdicts, "_source", lambda: source)
+        fresh.keep_in(tmp_path / "verified", CPU)
+        monkeypatch.setattr(verify, "_verified", fresh)
+        monkeypatch.setattr(problem.chain, "loss", loss or CrossEntropy())
+        compared.clear()
+        curvature_of(problem).hvp(v)
+        return list(compared)
+
+    everything = ["embedding", "model.layers.0", "head"]
+    assert process() == everything
+    assert process() == []
+    assert process(source="another version of this package") == everything
+    assert process(source="another version of this package") == []
+    # Nobody knows what a loss of somebody else's will be in another process.
+    for _ in range(2):
+        assert process(loss=Smoothed(0.1)) == ["head"]
+    (tmp_path / "verified").rename(tmp_path / "gone")
+    (tmp_path / "verified").write_text("no folder")
+    assert process() == everything

@@ -198,8 +198,9 @@ class Tuning:
     Attributes:
         schedule: What blocks keep of the forward walk (see `hvp_core.settings`).
         compile: Whether blocks are compiled at the first product; `auto` compiles where that pays.
-        compile_cache: Folder for compiled kernels, on a file system that the ranks see, so that
-            they are compiled once; None leaves the place to torch.
+        compile_cache: Folder for compiled kernels, and for the names of programs that have been
+            compared with torch, on a file system that the ranks see, so that both are paid once;
+            None leaves the place of kernels to torch.
     """
 
     schedule: Schedule = "auto"

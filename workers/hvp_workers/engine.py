@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
+from hvp_core.autodiff.verify import keep_verdicts
 from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget
 from hvp_core.sharding.collective import Collective
@@ -120,6 +121,8 @@ class RankEngine:
         self.device = torch.device(device)
         self._memory = Memory(collective, self.device)
         self._models = ModelStore(collective, self.device, self._memory, tuning)
+        if tuning.compile_cache is not None:
+            keep_verdicts(tuning.compile_cache / "verified", self.device)
         self._vectors: dict[str, _Vector] = {}
         self._runs: dict[str, _Run] = {}
         self._vector_budget = min(collective.gather_objects(self._memory.total() // 2))

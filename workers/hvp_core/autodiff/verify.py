@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
@@ -39,6 +40,7 @@ from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.reference import Function, Params, backward_dual, held, value_and_tangent
 from hvp_core.autodiff.selected_parameters import Link, SelectedParameters
 from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.verdicts import Verdicts
 from hvp_core.blame import explained, whose
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
@@ -48,12 +50,22 @@ from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
 #: eight: the number that it changes may be small, and what rounding does to it is allowed for.
 _ROUNDS = {torch.float32: 4}
 _LARGE = 1 << 25  # parameters of a block: 256 MiB in float64, four times over
-_verified: set[Hashable] = set()  # programs and what they were taken through, in this process
+_verified = Verdicts()  # of programs and what they were taken through
 
 #: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
 _Run = Callable[
     [ParamsAndTangents, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]
 ]
+
+
+def keep_verdicts(folder: Path, device: torch.device) -> None:
+    """Remember in a folder which programs are right, and believe what it says.
+
+    Args:
+        folder: Folder of this server alone.
+        device: Device of this process's rank.
+    """
+    _verified.keep_in(folder, device)
 
 
 class Builder(Protocol):
