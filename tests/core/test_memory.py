@@ -19,10 +19,10 @@ from hvp_core.model.huggingface.checkpoint import build_empty
 from hvp_core.model.loading import load_shard, locate
 from hvp_core.sharding.collective import Alone
 from hvp_core.model.data import token_batch
-from hvp_core.model.huggingface.layered import DecoderChain
+from hvp_core.model.huggingface.layered import LayeredChain
 from hvp_core.sharding.layout import Layout
-from hvp_core.settings import Policy
-from hvp_core.vectors.space import Space
+from hvp_core.settings import ComputeSettings
+from hvp_core.vectors.space import ParameterSpace
 from hvp_core.curvature.curvature import Curvature
 
 
@@ -36,13 +36,13 @@ torch.set_num_threads(1)
 directory = ensure_checkpoint(find_gguf(), cache_dir())
 empty = resident("RssAnon")  # pages of the file itself are the kernel's to drop
 model = build_empty(directory, torch.float32)
-chain = DecoderChain(model, torch.float32, torch.device("cpu"))
+chain = LayeredChain(model, torch.float32, torch.device("cpu"))
 layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
-space = Space(layout, Alone(), torch.float32, torch.device("cpu"))
+space = ParameterSpace(layout, Alone(), torch.float32, torch.device("cpu"))
 theta = load_shard(space, locate(model, directory))
 held = resident("RssAnon") - empty
 ids = torch.randint(49152, (1, 256), generator=torch.Generator().manual_seed(0))
-curvature = Curvature(chain, space, theta, token_batch(ids), 1, Policy(schedule="lean"))
+curvature = Curvature(chain, space, theta, token_batch(ids), 1, ComputeSettings(schedule="lean"))
 loaded = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
 product = curvature.hvp([space.random(1, "rademacher")])[0]
