@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from hvp_batches.contents import check_alone, check_names, contents
+from hvp_batches.contents import check_alone, check_names, check_rows, contents
 from hvp_batches.fitting import BatchError, check_fit
 from hvp_batches.schema import BatchSchema
 from hvp_protos.v1 import data_batch_pb2
@@ -88,9 +88,10 @@ def encode_batch(batch: Mapping[str, Any], schema: BatchSchema | None = None) ->
         check_names([str(name) for name in batch])
         arrays = {str(name): _array(str(name), value) for name, value in batch.items()}
         found = contents(arrays)
-        check_alone(found)
+        check_rows(found)
         if schema is not None:
             check_fit(schema, found)
+        check_alone(found)
     except BatchError as error:
         raise InvalidArgumentError(
             error.message, reason=error.reason, field=error.field, metadata=error.metadata

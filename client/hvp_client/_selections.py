@@ -31,6 +31,9 @@ def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
         raise _invalid(f"{field} are patterns of names, not {found!r}", field)
     if not found:
         raise _invalid("no pattern selects no parameter; None selects all", field)
+    for each in found:
+        if not each.isprintable():
+            raise _invalid(f"{field}: {each[:80]!a} is no pattern of names of parameters", field)
     return found
 
 
@@ -84,9 +87,16 @@ def in_blocks(
         return blocks
     if isinstance(by, Mapping):
         asked = {str(name): as_globs(globs, "by") for name, globs in by.items()}
+    elif isinstance(by, Iterable):
+        asked = {}
+        for globs in by:
+            patterns = as_globs(globs, "by")
+            name = ", ".join(patterns)
+            if name in asked:
+                raise _invalid(f"two blocks have the same patterns, {name!r}", "by")
+            asked[name] = patterns
     else:
-        listed = [as_globs(globs, "by") for globs in by]
-        asked = {", ".join(globs): globs for globs in listed}
+        raise _invalid(f"by must be 'layer', 'tensor' or lists of patterns, not {by!r}", "by")
     block_of: dict[str, str] = {}
     for block, globs in asked.items():
         for tensor in chosen(globs, tensors, "by"):

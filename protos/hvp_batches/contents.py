@@ -104,13 +104,24 @@ def _num_predicted(
 
 
 def check_alone(batch: Sequence[FieldContents]) -> None:
-    """Check a batch as far as its model does not matter.
+    """Check a batch whose model is not known: one with `input_ids` as one of token sequences.
 
     Raises:
         BatchError: BATCH_FIELD_INVALID, SHAPE_MISMATCH, BATCH_EMPTY, TOKEN_ID_OUT_OF_RANGE,
             NO_TARGETS.
     """
+    check_rows(batch)
     given = {each.name: each for each in batch}
+    if "input_ids" in given:
+        _check_tokens(given)
+
+
+def check_rows(batch: Sequence[FieldContents]) -> None:
+    """See that all fields have as many rows, and one or more.
+
+    Raises:
+        BatchError: SHAPE_MISMATCH, BATCH_EMPTY.
+    """
     first = batch[0]
     for each in batch:
         if not each.shape:
@@ -128,8 +139,6 @@ def check_alone(batch: Sequence[FieldContents]) -> None:
             raise BatchError(
                 "BATCH_EMPTY", f"{each.name} is {each.shape}, which holds nothing.", each.name
             )
-    if "input_ids" in given:
-        _check_tokens(given)
 
 
 def _check_tokens(given: Mapping[str, FieldContents]) -> None:

@@ -147,8 +147,12 @@ def test_blocks_are_disjoint_have_all_parameters_and_stand_on_the_diagonal(H: Op
     assert caught.value.reason == "PARAMETERS_INVALID"
     with pytest.raises(InvalidArgumentError, match="in no block"):
         H.blocks([["*norm*"]])
-    with pytest.raises(InvalidArgumentError, match="'layer', 'tensor'"):
-        H.blocks("rows")
+    with pytest.raises(InvalidArgumentError, match="two blocks have the same patterns"):
+        H.blocks([["*"], ["*"]])
+    for by in ("rows", 3, None):
+        with pytest.raises(InvalidArgumentError, match="'layer', 'tensor'") as caught:
+            H.blocks(by)  # type: ignore[arg-type]
+        assert caught.value.reason == "PARAMETERS_INVALID"
 
 
 def test_a_restriction_is_among_the_parameters_that_are_left(S: Operator) -> None:
@@ -191,6 +195,7 @@ def test_two_ways_to_say_the_same_give_one_space_and_others_do_not_mix(
         (["*"] * 65, "PARAMETERS_INVALID", "64"),
         ([], "PARAMETERS_INVALID", "None selects all"),
         ([3], "PARAMETERS_INVALID", "patterns of names"),
+        (["\ud800"], "PARAMETERS_INVALID", "no pattern of names"),
     ],
 )
 def test_what_selects_nothing_is_refused_with_the_nearest_names(

@@ -271,6 +271,15 @@ def test_a_registered_module_that_returns_its_own_loss_has_its_hessian(package: 
         assert refused.value.reason == "KIND_UNSUPPORTED"
 
 
+def test_a_parameter_that_a_module_has_twice_is_one(package: Path) -> None:
+    net = module_checkpoint(package, "tied-mlp", families.Tied(5), width=5)
+    ours, dense = curvature(package, ROWS), dense_net(net)
+    assert ours.space.dimension == len(dense.theta) == sum(p.numel() for p in net.parameters())
+    v = torch.cos(torch.arange(len(dense.theta), dtype=torch.float64))
+    assert relative_error(ours.gradient(), grad(dense.loss)(dense.theta)) < 1e-9
+    assert relative_error(ours.hvp([v])[0], dense.hessian() @ v) < 1e-9
+
+
 def test_the_laplacian_is_the_hessian_of_a_module_without_data(package: Path) -> None:
     module_checkpoint(package, "laplacian", families.Chain(9), length=9)
     ours = curvature(package, {"x": torch.zeros(1)})
@@ -287,6 +296,7 @@ def test_the_laplacian_is_the_hessian_of_a_module_without_data(package: Path) ->
         ("mlp-in-train-mode", "MODEL_UNSUPPORTED", "is in train mode"),
         ("mlp-of-a-dict", "MODEL_UNSUPPORTED", "returns dict and no tensor"),
         ("mlp-of-no-rows", "LOSS_MISMATCH", "one class index for each row"),
+        ("mlp-of-a-bent-loss", "LOSS_MISMATCH", "curve differs from the derivative"),
         ("missing", "ARCHITECTURE_UNKNOWN", "has no attribute 'NoSuchClass'"),
         ("nobody's", "ARCHITECTURE_UNKNOWN", "not one that transformers knows"),
     ],
@@ -301,9 +311,12 @@ def test_what_no_module_may_be_is_refused_before_a_weight_is_read(
     assert refused.value.reason == reason
 
 
-def test_a_loss_that_is_no_mean_over_rows_is_seen_when_the_model_is_loaded(package: Path) -> None:
-    module_checkpoint(package, "mlp-of-a-sum", families.OwnNet(5), width=5)
-    with pytest.raises(CurvatureError, match="own loss is") as refused:
+@pytest.mark.parametrize("kind", ["mlp-of-a-sum", "mlp-of-what-counts"])
+def test_a_loss_that_is_no_mean_over_rows_is_seen_when_the_model_is_loaded(
+    kind: str, package: Path
+) -> None:
+    module_checkpoint(package, kind, families.OwnNet(5), width=5)
+    with pytest.raises(CurvatureError, match="mean loss of its rows") as refused:
         curvature(package, ROWS)
     assert refused.value.reason == "MODEL_UNSUPPORTED"
 

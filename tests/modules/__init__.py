@@ -12,10 +12,13 @@ _FAMILIES = {
     "laplacian": "Laplacian",
     "scaled-mlp": "ScaledMlp",
     "own-mlp": "OwnMlp",
+    "tied-mlp": "TiedMlp",
     "mlp-in-train-mode": "InTrainMode",
     "mlp-of-a-dict": "OfADict",
     "mlp-of-no-rows": "OfNoRows",
     "mlp-of-a-sum": "OfASum",
+    "mlp-of-what-counts": "OfWhatCounts",
+    "mlp-of-a-bent-loss": "OfBent",
     "missing": "NoSuchClass",
 }
 

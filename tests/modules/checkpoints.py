@@ -47,5 +47,6 @@ def module_checkpoint(folder: Path, kind: str, module: nn.Module, **config: Any)
     scatter(module)
     for buffer in module.buffers():
         buffer.fill_(0.3)
-    save_file(dict(module.state_dict()), folder / "model.safetensors")
+    tensors = {name: each.clone() for name, each in module.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
     return module

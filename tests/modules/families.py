@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -78,10 +79,31 @@ class ScaledMlp(ModuleFamily):
 
 
 class OwnMlp(ScaledMlp):
-    """The loss inside."""
+    """The loss inside, and every row counts."""
 
     loss = None
     net = OwnNet
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        return [replace(each, ignored=None) for each in super().fields(config)]
+
+
+class Tied(Net):
+    """One matrix, used twice."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.middle, self.again = nn.Linear(width, width), nn.Linear(width, width)
+        self.again.weight = self.middle.weight
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        hidden: Tensor = torch.tanh(self.first(x) * scale[:, None] + self.shift)
+        logits: Tensor = self.last(torch.tanh(self.again(torch.tanh(self.middle(hidden)))))
+        return logits
+
+
+class TiedMlp(ScaledMlp):
+    net = Tied
 
 
 class InTrainMode(ScaledMlp):
@@ -105,6 +127,48 @@ class _OfNoRows(Net):
 
 class OfNoRows(ScaledMlp):
     net = _OfNoRows
+
+
+class _OfWhatCounts(OwnNet):
+    def forward(self, x: Tensor, scale: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return cross_entropy(Net.forward(self, x, scale), y, ignore_index=-100)
+
+
+class OfWhatCounts(OwnMlp):
+    """A mean over the labels that count where one over rows is asked for."""
+
+    net = _OfWhatCounts
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        return ScaledMlp.fields(self, config)
+
+
+@dataclass(frozen=True)
+class Bent(Loss):
+    """Whose curvature is three times what it should be."""
+
+    def weight(self, target: Tensor) -> float:
+        return target.numel()
+
+    def value(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(dtype=torch.float64)
+
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        return 2 * (output - target)
+
+    def curve(self, output: Tensor, tangent: Tensor, target: Tensor) -> Tensor:
+        return 6 * tangent
+
+    def by_target(self, values: Tensor) -> Tensor:
+        return values
+
+
+class OfBent(ScaledMlp):
+    loss = Bent()
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        x, scale, _ = super().fields(config)
+        return [x, scale, BatchField(name="y", kind="number", dims=("n", "3"))]
 
 
 class _OfASum(OwnNet):

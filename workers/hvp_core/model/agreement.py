@@ -74,9 +74,12 @@ def disagreement(
     except CurvatureError as error:
         # A chain that was cut wrongly may fail where the model does not.
         own_fault = error.reason in ("OUT_OF_MEMORY", "INTERNAL", "TASK_UNSUPPORTED")
-        if own_fault or (error.reason == "NON_FINITE" and not math.isfinite(theirs)):
+        no_number = error.reason == "NON_FINITE"
+        if own_fault or (no_number and not math.isfinite(theirs)):
             raise
-        return error
+        if not no_number:
+            return error
+        ours = math.nan
     # Tight enough to see an auxiliary loss of a thousandth.
     tolerance = max(100 * torch.finfo(space.dtype).eps, 1e-12)
     if abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)):  # false where one is no number

@@ -348,10 +348,6 @@ class ModuleChain(Chain):
         """The module's inputs behind the first."""
         return [batch.inputs[name] for name in self._inputs[1:]]
 
-    def pair(self, batch: MicroBatch) -> MicroBatch | None:
-        """See Chain; None also where the module returns the mean loss, so that no row is alone."""
-        return super().pair(batch) if self.loss.has_outputs else None
-
 
 def parameter_values(module: nn.Module) -> dict[str, Tensor]:
     """The module's parameters by canonical name, detached."""

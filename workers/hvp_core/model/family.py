@@ -204,4 +204,8 @@ def _values(wanted: BatchField, sizes: Mapping[str, int], generator: torch.Gener
         return values
     low = 0 if wanted.minimum is None else wanted.minimum
     high = low + 1 if wanted.maximum is None else wanted.maximum
-    return torch.randint(low, high + 1, shape, generator=generator)
+    values = torch.randint(low, high + 1, shape, generator=generator)
+    if wanted.ignored is not None:
+        # Rows in which not as many count: a mean over what counts is then no mean over rows.
+        values[0].view(-1)[values[0].numel() // 2 :] = wanted.ignored
+    return values

@@ -13,7 +13,8 @@ the module's parameters.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -21,13 +22,13 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
-from accelerate import init_empty_weights
-from hvp_batches.schema import BatchField, BatchSchema
+from hvp_batches.schema import IGNORED, BatchField, BatchSchema
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hvp_core.blame import working_on
 from hvp_core.errors import CurvatureError
-from hvp_core.losses.loss import Loss, OutputHead, OwnLoss
+from hvp_core.losses.loss import CrossEntropy, Loss, OutputHead, OwnLoss
 from hvp_core.model.chain import (
     Chain,
     ModuleChain,
@@ -39,6 +40,7 @@ from hvp_core.model.family import ModelFacts, ModelFamily, Way
 
 GROUP = "hvp.families"
 _CPU = torch.device("cpu")
+_SAME = 1e-6  # relative, between a formula and torch's own derivative
 
 
 class ModuleFamily(ModelFamily):
@@ -88,7 +90,7 @@ class ModuleFamily(ModelFamily):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with init_empty_weights(include_buffers=False):
+            with _parameters_on_meta():
                 model = self.module(config)
         except Exception as error:  # whatever a stranger's config does to the class
             raise config_refused(error) from error
@@ -117,6 +119,8 @@ class ModuleFamily(ModelFamily):
             for block in chain.blocks:
                 x = block.forward(zeros, x, context)
         facts.head.loss.check(x, batch.targets)
+        with working_on(type(model).__name__, "the derivatives of its loss"):
+            _check_derivatives(facts.head.loss, x, batch.targets)
         declared = facts.output_shape(example)
         if facts.head.loss.has_outputs and tuple(x.shape) != declared:
             raise CurvatureError(
@@ -131,8 +135,12 @@ class ModuleFamily(ModelFamily):
         """See ModelFamily."""
         config = config_of(directory)
         loss = OwnLoss() if self.loss is None else self.loss
+        fields = [replace(each, required=True) for each in self.fields(config)]
         schema = BatchSchema(
-            fields=tuple(replace(each, required=True) for each in self.fields(config)),
+            fields=tuple(
+                _target(each, loss, self.outputs) if each.name == self.targets else each
+                for each in fields
+            ),
             outputs=self.outputs if loss.has_outputs else (),
             unit=loss.counts,
             targets=self.targets if loss.has_outputs else "",
@@ -169,6 +177,62 @@ class ModuleFamily(ModelFamily):
         if not loss.has_outputs:
             return y
         return loss.value(y, whole.targets) / loss.weight(whole.targets)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules that are made inside have parameters without memory; what is tied stays tied."""
+    register = nn.Module.register_parameter
+    made = WeakIdKeyDictionary()  # without memory, by the parameter that it stands for
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            if parameter not in made:
+                empty = torch.empty_like(parameter, device="meta")
+                made[parameter] = nn.Parameter(empty, parameter.is_floating_point())
+            module._parameters[name] = made[parameter]
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _target(wanted: BatchField, loss: Loss, outputs: Sequence[str]) -> BatchField:
+    """The field of the targets, with the bounds of its loss: classes are the last dimension."""
+    if isinstance(loss, CrossEntropy) and outputs and outputs[-1].isdecimal():
+        last = int(outputs[-1]) - 1
+        most = last if wanted.maximum is None else min(wanted.maximum, last)
+        return replace(wanted, minimum=wanted.minimum or 0, maximum=most, ignored=IGNORED)
+    return wanted
+
+
+def _check_derivatives(loss: Loss, output: Tensor, target: Tensor) -> None:
+    """See that a loss' formulas are the derivatives of its value, at random outputs, in float64.
+
+    Raises:
+        CurvatureError: LOSS_MISMATCH, naming the formula that is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z, v = torch.randn((2, *output.shape), generator=generator, dtype=torch.float64)
+    target = target.double() if target.is_floating_point() else target
+
+    def value(z: Tensor) -> Tensor:
+        return loss.value(z, target)
+
+    true = torch.func.jvp(torch.func.grad(value), (z,), (v,))
+    found = loss.gradient(z.clone(), target), loss.curve(z.clone(), v.clone(), target)
+    for name, mine, theirs in zip(("gradient", "curve"), found, true, strict=True):
+        error = float((mine - theirs).norm() / theirs.norm().clamp(min=1e-12))
+        if not error < _SAME:
+            raise CurvatureError(
+                "LOSS_MISMATCH",
+                f"{loss!r}.{name} differs from the derivative of its value by a relative error of "
+                f"{error:.1g}; correct one of them",
+                {"loss": repr(loss)},
+            )
 
 
 @cache

@@ -27,6 +27,8 @@ class RowCheck:
     def __init__(self, chain: Chain, pair: MicroBatch | None):
         batches = [] if pair is None else [pair, rows(pair, 0, 1), rows(pair, 1, 2)]
         self._contexts = [chain.context(batch) for batch in batches]
+        #: The model gives the mean loss of the rows that it is given, once for each.
+        self._gives_mean = not chain.loss.has_outputs
         self._xs = [chain.first_input(batch) for batch in batches]
 
     @torch.no_grad()
@@ -45,7 +47,19 @@ class RowCheck:
         self._xs = [
             _run(block, context, p, x) for context, x in zip(self._contexts, self._xs, strict=True)
         ]
-        if not _alike(self._xs):
+        together, *alone = self._xs
+        if self._gives_mean:
+            mean = (alone[0] + alone[1]) / 2
+            alone = [mean, mean]
+        if not _alike([together, *alone]):
+            if self._gives_mean:
+                raise CurvatureError(
+                    "MODEL_UNSUPPORTED",
+                    f"{block.name} does not return the mean loss of its rows: of two rows it is "
+                    "not the mean of what each has alone. Rows are cut into micro-batches and "
+                    "dealt out to ranks, so let it be a mean over rows, or register outputs and a loss",
+                    {"block": block.name, "operation": "its value for two rows"},
+                )
             raise CurvatureError(
                 "MODEL_UNSUPPORTED",
                 f"block {block.name} does not give each row what it gives it alone: it computes "
