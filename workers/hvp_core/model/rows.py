@@ -57,7 +57,8 @@ class RowCheck:
                     "MODEL_UNSUPPORTED",
                     f"{block.name} does not return the mean loss of its rows: of two rows it is "
                     "not the mean of what each has alone. Rows are cut into micro-batches and "
-                    "dealt out to ranks, so let it be a mean over rows, or register outputs and a loss",
+                    "dealt out to ranks: let it be a mean over rows, or register outputs and a "
+                    "loss",
                     {"block": block.name, "operation": "its value for two rows"},
                 )
             raise CurvatureError(
