@@ -221,7 +221,7 @@ class AsyncJob(Generic[ResultT]):
             timeout_s: Longest wait, seconds; None waits for as long as it takes.
 
         Returns:
-            The operation's record, such as `EigshResult`.
+            The operation's record, such as `DensityResult`.
 
         Raises:
             DeadlineExceededError: `JOB_NOT_ENDED`: the time is over and the job goes on.
