@@ -321,6 +321,14 @@ def test_a_loss_that_is_no_mean_over_rows_is_seen_when_the_model_is_loaded(
     assert refused.value.reason == "MODEL_UNSUPPORTED"
 
 
+def test_rows_that_do_not_count_are_found_wherever_they_are(package: Path) -> None:
+    module_checkpoint(package, "mlp-of-what-counts-unsaid", families.OwnNet(5), width=5)
+    assert curvature(package, ROWS).loss() > 0  # where every row counts it is a mean over rows
+    some = ROWS | {"y": torch.tensor([0, 1, 2, -100, -100])}
+    with pytest.raises(CurvatureError, match="mean loss of its rows"):
+        curvature(package, some).loss()
+
+
 @pytest.mark.parametrize(
     ("change", "reason", "words"),
     [

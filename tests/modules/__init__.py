@@ -18,6 +18,7 @@ _FAMILIES = {
     "mlp-of-no-rows": "OfNoRows",
     "mlp-of-a-sum": "OfASum",
     "mlp-of-what-counts": "OfWhatCounts",
+    "mlp-of-what-counts-unsaid": "OfWhatCountsUnsaid",
     "mlp-of-a-bent-loss": "OfBent",
     "missing": "NoSuchClass",
 }

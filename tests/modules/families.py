@@ -143,6 +143,14 @@ class OfWhatCounts(OwnMlp):
         return ScaledMlp.fields(self, config)
 
 
+class OfWhatCountsUnsaid(OfWhatCounts):
+    """The same, with a field that does not say that anything is ignored."""
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        x, scale, y = super().fields(config)
+        return [x, scale, replace(y, ignored=None, minimum=None)]
+
+
 @dataclass(frozen=True)
 class Bent(Loss):
     """Whose curvature is three times what it should be."""

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from hvp_core.attention.mask import Mask
 from hvp_core.errors import CurvatureError
-from hvp_core.losses.loss import Loss, at_least_float32
+from hvp_core.losses.loss import IGNORED, Loss, at_least_float32
 from hvp_core.precision import exact
 
 
@@ -347,6 +347,23 @@ class ModuleChain(Chain):
     def context(self, batch: MicroBatch) -> list[Tensor]:
         """The module's inputs behind the first."""
         return [batch.inputs[name] for name in self._inputs[1:]]
+
+    def pair(self, batch: MicroBatch) -> MicroBatch | None:
+        """See Chain; where the module returns its loss, rows in which most and least is ignored.
+
+        A mean over what counts is then no mean of the two, wherever in the batch such rows are.
+        """
+        if self.loss.has_outputs or len(batch.targets) < 2:
+            return super().pair(batch)
+        ignored = sum(
+            each.reshape(len(each), -1).eq(IGNORED).sum(1) for each in batch.inputs.values()
+        )
+        least, most = int(torch.as_tensor(ignored).argmin()), int(torch.as_tensor(ignored).argmax())
+        two = torch.tensor([least, most] if least != most else [0, 1])
+        return MicroBatch(
+            inputs={name: each[two] for name, each in batch.inputs.items()},
+            targets=batch.targets[two],
+        )
 
 
 def parameter_values(module: nn.Module) -> dict[str, Tensor]:
