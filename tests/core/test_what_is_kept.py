@@ -8,7 +8,7 @@ from typing import Any, final
 
 import pytest
 import torch
-from hvp_core.autodiff import builder, verdicts, verify
+from hvp_core.autodiff import looks, verdicts, verify
 from hvp_core.autodiff.product_spec import HESSIAN
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.autodiff.verdicts import Verdicts
@@ -139,14 +139,14 @@ def test_operators_of_one_chain_look_at_its_blocks_once_and_are_each_their_own(
         )
 
     hessian = torch.func.hessian(loss)(problem.flat)
-    looks: list[object] = []
-    right = builder._look
+    seen: list[object] = []
+    right = looks._recorded
 
     def counted(*arguments: Any) -> Any:
-        looks.append(arguments)
+        seen.append(arguments)
         return right(*arguments)
 
-    monkeypatch.setattr(builder, "_look", counted)
+    monkeypatch.setattr(looks, "_recorded", counted)
     names = list(problem.parameters)
     # Parameters of one shape in turn; of the second block alone, whose input then is data.
     for selected in (["0.one", "2.weight"], ["0.other", "2.weight"], ["1.one"], ["1.other"], names):
@@ -154,12 +154,52 @@ def test_operators_of_one_chain_look_at_its_blocks_once_and_are_each_their_own(
             [torch.full((size,), name in selected) for name, size in zip(names, sizes, strict=True)]
         )
         for _ in range(2):
-            before = len(looks)
+            before = len(seen)
             curvature = problem.curvature(2, selected=selected)
             identity = torch.eye(int(of.sum()), dtype=torch.float64)
             found = torch.stack(curvature.hvp(list(identity)))
             assert relative_error(found, hessian[of][:, of]) < 1e-9
-        assert len(looks) == before  # the second operator had none of its own
+        assert len(seen) == before  # the second operator had none of its own
+
+
+class Power(nn.Module):
+    """A block whose program differs from its kin's in one number, or in where it takes it from."""
+
+    def __init__(self, exponent: int, doubles: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3) + 0.1 * exponent)
+        self.exponent, self.doubles = exponent, doubles
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ self.weight.T)
+        z = y if self.doubles else x
+        return y + 0.1 * z**self.exponent
+
+
+def test_blocks_that_differ_in_one_number_or_one_operand_share_no_program() -> None:
+    parts = [Power(2, True), Power(2, True), Power(3, True), Power(2, False)]
+    module = nn.Sequential(*parts, nn.Linear(3, 3)).double()
+    problem = module_problem(module, CrossEntropy(), X, TARGETS)
+    curvature = problem.curvature(2)
+    identity = torch.eye(len(problem.flat), dtype=torch.float64)
+    found = torch.stack(curvature.hvp(list(identity)))
+    names = list(problem.parameters)
+    sizes = [each.numel() for each in problem.parameters.values()]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        shapes = [each.shape for each in problem.parameters.values()]
+        values = {
+            name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)
+        }
+        return nn.functional.cross_entropy(
+            torch.func.functional_call(module, values, (X,)), TARGETS
+        )
+
+    assert relative_error(found, torch.func.hessian(loss)(problem.flat)) < 1e-9
+    executors = curvature._executors.executor_of
+    programs = [executors[index, 0].key for index in range(len(parts))]
+    assert programs[1] not in (programs[2], programs[3])
 
 
 def test_what_is_known_to_be_right_is_compared_once_for_all_processes(

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, final
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.fx as fx
 from torch import Tensor
 
 from hvp_core.attention import choice, seam
-from hvp_core.attention.mask import Mask
 from hvp_core.autodiff.block_dual import AttentionCall, BlockDual
+from hvp_core.autodiff.cache import Cache
 from hvp_core.autodiff.compiler import COMPILER
 from hvp_core.autodiff.eager import EagerExecutor, EagerHead
 from hvp_core.autodiff.executor import BlockExecutor, HeadExecutor
 from hvp_core.autodiff.head_dual import HeadDual
+from hvp_core.autodiff.looks import MADE_INSIDE, Look, Looks, Placed, asked, signature
 from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.programs import trace_block, trace_head, trace_value
 from hvp_core.autodiff.selected_parameters import Link
-from hvp_core.autodiff.trace import Env, trace_graph
+from hvp_core.autodiff.trace import Env
 from hvp_core.autodiff.traced import TracedExecutor, TracedHead, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError
@@ -36,44 +33,12 @@ from hvp_core.settings import ComputeSettings
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 _DUALS_KEPT = 64  # programs, not tensors: a few hundred kilobytes each
-_LOOKS_KEPT = 512  # of one chain: tens of kilobytes each, and the blocks of a program share a text
-
-
-class _Cache:
-    """The values that were used last, each by the key of what it was made from."""
-
-    def __init__(self, kept: int) -> None:
-        self._kept = kept
-        self._found: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self._found:
-            self._found[key] = make()
-            while len(self._found) > self._kept:
-                self._found.popitem(last=False)
-        self._found.move_to_end(key)
-        found: T = self._found[key]
-        return found
-
 
 #: Blocks of one program share a dual, whatever chain they are of.
-_duals = _Cache(_DUALS_KEPT)
-#: All operators of a chain share what a look at its blocks has shown: by law they do not change.
-_looks: WeakKeyDictionary[Chain, _Cache] = WeakKeyDictionary()
-
-
-class _Look(NamedTuple):
-    """What the traced forward of a block shows."""
-
-    text: str  # the program; blocks of one text are one block
-    calls: tuple[seam.Call, ...]  # of the attention function, on fake tensors; without their masks
-    masks: tuple[int | None, ...]  # places of their masks among the block's, or made in the block
-    moves: tuple[bool, ...]  # whether what they are given may have a derivative
-
-
-_MADE_INSIDE = -1
+_duals: Cache[Any] = Cache(_DUALS_KEPT)
+#: All operators of a chain share what a look at its blocks has shown.
+_looks: WeakKeyDictionary[Chain, Looks] = WeakKeyDictionary()
 
 
 @final
@@ -88,7 +53,7 @@ class ExecutorBuilder:
     def __init__(self, chain: Chain, settings: ComputeSettings):
         self._settings = settings
         self._prepare = COMPILER if settings.compile else None
-        self._looks = _looks.setdefault(chain, _Cache(_LOOKS_KEPT))
+        self._looks = _looks.setdefault(chain, Looks())
         #: For each block that is not cut or not traced, why.
         self.fallbacks: dict[str, str] = {}
         #: For each block whose code calls for a remark, the remark.
@@ -132,7 +97,9 @@ class ExecutorBuilder:
     ) -> BlockExecutor:
         values, inputs, constants = _inputs(link, p, x, body.constants)
         f = _placed(body, link.parameters)
-        look = self._look(link.name, body, f, values, inputs, constants, cut)
+        look = self._looks.at(
+            link.name, (body.settings, cut), f, values, inputs, constants, body.masks
+        )
         attentions = _attentions(look, body, self._settings) if cut else []
 
         def make() -> BlockDual:
@@ -147,25 +114,10 @@ class ExecutorBuilder:
 
         of = look.text, len(attentions), link.takes_data
         dual = _duals.get(
-            (of, _signature(values | inputs | constants), self._settings.compile), make
+            (of, signature(values | inputs | constants), self._settings.compile), make
         )
         self.remark(link.name, dual.remarks)
         return TracedExecutor(dual, link.parameters, link.selected, body.constants, attentions)
-
-    def _look(
-        self,
-        name: str,
-        body: Body,
-        f: Placed,
-        p: Env,
-        inputs: Env,
-        constants: Env,
-        cut: bool,
-    ) -> _Look:
-        """Trace a block's forward alone, without its attentions; once for micro-batches alike."""
-        of = _signature(p | inputs | constants), len(p), len(inputs)
-        key = (name, of, body.settings, cut)
-        return self._looks.get(key, lambda: _look(f, p, inputs, constants, body.masks))
 
     def head(
         self,
@@ -196,7 +148,9 @@ class ExecutorBuilder:
         constants |= own
         f = _placed(body, link.parameters)
         try:
-            look = self._look(link.name, body, f, values, inputs, constants, False)
+            look = self._looks.at(
+                link.name, (body.settings, False), f, values, inputs, constants, body.masks
+            )
             of = look.text, loss, spec, link.takes_data
 
             def make() -> HeadDual:
@@ -205,7 +159,7 @@ class ExecutorBuilder:
                 return HeadDual(trace, spec.passes, of, remarks, self._prepare)
 
             dual = _duals.get(
-                (of, _signature(values | inputs | constants), self._settings.compile), make
+                (of, signature(values | inputs | constants), self._settings.compile), make
             )
         except Exception as error:
             self._untraced(link.name, error)
@@ -264,9 +218,6 @@ def _inputs(link: Link, p: Mapping[str, Tensor], x: Tensor, own: Env) -> tuple[E
     return values, {}, {**constants, "x": x}
 
 
-Placed = Callable[[Env, Env, Env], Env]
-
-
 def _placed(body: Body, names: Sequence[str]) -> Placed:
     """The block with its parameters named by their place, as all blocks of its kind name them."""
 
@@ -296,71 +247,12 @@ def _cut_open(f: Placed, num_calls: int) -> Placed:
     def g(p: Env, inputs: Env, constants: Env) -> Env:
         with seam.cut([(inputs if name in inputs else constants)[name] for name in names]) as found:
             y = f(p, inputs, constants)
-        return _asked(found.calls) | y
+        return asked(found.calls) | y
 
     return g
 
 
-def _asked(calls: Sequence[seam.Call]) -> Env:
-    """What the attentions were called with: `q/j`, `k/j`, `v/j` of the j-th call."""
-    return {
-        f"{name}/{place}": each
-        for place, call in enumerate(calls)
-        for name, each in call.qkv._asdict().items()
-    }
-
-
-def _look(f: Placed, p: Env, inputs: Env, constants: Env, masks: Sequence[Mask]) -> _Look:
-    """Trace a block's forward, with zeros in place of the outputs of its attentions."""
-    calls: list[seam.Call] = []
-    arguments = {f"p/{name}": each for name, each in p.items()} | inputs | constants
-
-    def program(env: Env) -> Env:
-        at = ({name: env[f"p/{name}"] for name in p}, {name: env[name] for name in inputs})
-        with seam.cut(None) as found:
-            y = f(*at, {name: env[name] for name in constants})
-        calls[:] = found.calls
-        masks = {f"mask/{place}": call.mask for place, call in enumerate(calls)}
-        return (
-            y
-            | _asked(calls)
-            | {name: each for name, each in masks.items() if isinstance(each, Tensor)}
-        )
-
-    graph, names = trace_graph(program, arguments)
-    moves = [
-        _reads(graph, names, tuple(f"{name}/{place}" for name in "qkv"), len(p) + len(inputs))
-        for place in range(len(calls))
-    ]
-    place_of = {id(mask): place for place, mask in enumerate(masks)}
-    text = str(graph) + "".join(f"{each.scale!r} {each.softcap!r} {each.causal}" for each in calls)
-    return _Look(
-        sys.intern(text),
-        tuple(replace(each, mask=None) for each in calls),
-        tuple(
-            None if each.mask is None else place_of.get(id(each.mask), _MADE_INSIDE)
-            for each in calls
-        ),
-        # Behind one that moves, whatever is computed may.
-        tuple(any(moves[: place + 1]) for place in range(len(calls))),
-    )
-
-
-def _reads(graph: fx.Graph, names: Sequence[str], which: Sequence[str], count: int) -> bool:
-    """Whether outputs of the names in `which` depend on any of the first `count` arguments."""
-    wanted = [node for node in graph.nodes if node.op == "placeholder"][:count]
-    output = next(node for node in graph.nodes if node.op == "output")
-    stack = [node for name, node in zip(names, output.args[0], strict=True) if name in which]
-    seen: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return not seen.isdisjoint(wanted)
-
-
-def _attentions(look: _Look, body: Body, settings: ComputeSettings) -> list[AttentionCall]:
+def _attentions(look: Look, body: Body, settings: ComputeSettings) -> list[AttentionCall]:
     """How a block's attentions are computed, in the order of their calls.
 
     Raises:
@@ -368,7 +260,7 @@ def _attentions(look: _Look, body: Body, settings: ComputeSettings) -> list[Atte
     """
     found = []
     for place, (call, of_mask) in enumerate(zip(look.calls, look.masks, strict=True)):
-        if of_mask == _MADE_INSIDE:
+        if of_mask == MADE_INSIDE:
             raise _UncutError("its mask is made inside the layer")
         shape = call.shape(None if of_mask is None else body.masks[of_mask])
         if shape is None:
@@ -377,10 +269,3 @@ def _attentions(look: _Look, body: Body, settings: ComputeSettings) -> list[Atte
         rule = choice.choose(call.qkv, pattern, span, settings.precision)
         found.append(AttentionCall(place, rule, pattern, span))
     return found
-
-
-def _signature(values: Mapping[str, Tensor]) -> Hashable:
-    return tuple(
-        (name, tuple(each.shape), each.dtype, each.stride(), each.device)
-        for name, each in values.items()
-    )

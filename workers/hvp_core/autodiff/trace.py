@@ -228,7 +228,7 @@ def _clean(graph: fx.Graph) -> None:
             node.target = aten.zeros.default
         same = _same_as(node)
         if same is None:
-            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+            key = (node.target, frozen(node.args), frozen(node.kwargs))
             same = seen.setdefault(key, node)
         if same is not node:
             node.replace_all_uses_with(same)
@@ -237,13 +237,19 @@ def _clean(graph: fx.Graph) -> None:
     graph.lint()
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any, of: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """Arguments of an operation as a key.
+
+    Args:
+        value: Arguments, in lists and dicts.
+        of: Gives what stands for a value that is neither.
+    """
     if isinstance(value, list | tuple):
-        return tuple(_frozen(each) for each in value)
+        return tuple(frozen(each, of) for each in value)
     if isinstance(value, dict):
-        return tuple((key, _frozen(each)) for key, each in value.items())
+        return tuple((key, frozen(each, of)) for key, each in value.items())
     # 1, 1.0 and True are equal and not the same argument.
-    return (type(value), value)
+    return (type(value), of(value))
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:

@@ -286,9 +286,14 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def free_zeros(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for every parameter, by name; together they take the memory of one element."""
+    """Zeros for every parameter, by name; together they take the memory of one element.
+
+    Parameters of one shape share a tensor: while a block is traced, each costs an operation.
+    """
     zero = torch.zeros((), dtype=dtype, device=device)
-    return {name: zero.expand(parameter.shape) for name, parameter in module.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    zeros = {shape: zero.expand(shape) for shape in dict.fromkeys(shapes.values())}
+    return {name: zeros[shape] for name, shape in shapes.items()}
 
 
 def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:

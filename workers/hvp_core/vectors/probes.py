@@ -14,7 +14,8 @@ import torch
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_PIECE = 1 << 20  # counters at once: a few tens of MB of working memory
+_PIECE = 1 << 14  # counters at once; their tensors stay in the second cache: 3 times memory's speed
+_PIECE_ON_GPU = 1 << 20  # where each piece is some hundred launches
 
 
 def philox4x32(counter: torch.Tensor, key: int) -> torch.Tensor:
@@ -64,8 +65,9 @@ def fill(
     """
     flat_stop = flat_start + out.numel()
     first, last = flat_start // 4, -(-flat_stop // 4)
-    for start in range(first, last, _PIECE):
-        stop = min(start + _PIECE, last)
+    piece = _PIECE if out.device.type == "cpu" else _PIECE_ON_GPU
+    for start in range(first, last, piece):
+        stop = min(start + piece, last)
         words = _words(start, stop, seed, out.device)
         if distribution == "rademacher":
             values = (1 - 2 * (words >> 31)).to(out.dtype)
