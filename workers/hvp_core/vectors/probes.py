@@ -28,19 +28,22 @@ def philox4x32(counter: torch.Tensor, key: int) -> torch.Tensor:
     Returns:
         int64 (4, m), words in [0, 2**32).
     """
-    c0, c1, c2, c3 = counter
+    # Words 0 and 2 are multiplied, 1 and 3 are not.
+    moved, kept = counter[0::2].clone(), counter[1::2].clone()
+    spare = torch.empty_like(moved)
+    multipliers = torch.tensor(_MULTIPLIERS, device=counter.device).view(2, 1)
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
         # The 64-bit product wraps into int64's sign; shift and mask recover the unsigned halves.
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((second >> 32) & _MASK) ^ c1 ^ k0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ c3 ^ k1,
-            first & _MASK,
-        )
+        moved.mul_(multipliers)
+        torch.bitwise_right_shift(moved, 32, out=spare).bitwise_and_(_MASK)
+        kept[0].bitwise_xor_(spare[1]).bitwise_xor_(k0)
+        kept[1].bitwise_xor_(spare[0]).bitwise_xor_(k1)
+        torch.bitwise_and(moved[1], _MASK, out=spare[0])
+        torch.bitwise_and(moved[0], _MASK, out=spare[1])
+        moved, kept, spare = kept, spare, moved
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return torch.stack((c0, c1, c2, c3))
+    return torch.stack((moved[0], kept[0], moved[1], kept[1]))
 
 
 def _words(start: int, stop: int, seed: int, device: torch.device) -> torch.Tensor:
