@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hvp_core.autodiff import builder
+from hvp_core.autodiff import looks
 from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, ProductSpec
 from hvp_core.curvature.curvature import Unit
@@ -95,7 +95,7 @@ def test_it_is_right_for_every_loss_traced_or_not(
         def refuse(*_: Any) -> Any:
             raise RuntimeError("nothing is traced")
 
-        monkeypatch.setattr(builder, "trace_graph", refuse)
+        monkeypatch.setattr(looks, "trace_graph", refuse)
     loss, targets = LOSSES[name]
     problem = of_a_network(loss, targets)
     gradients = torch.func.jacrev(unit_losses(problem, name, unit))(problem.flat)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.autodiff import builder, verify
+from hvp_core.autodiff import looks, verify
 from hvp_core.autodiff.traced import TracedExecutor, TracedHead
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.losses.loss import CrossEntropy, SquaredError
@@ -78,7 +78,7 @@ def test_the_gauss_newton_matrix_is_made_of_both(monkeypatch: pytest.MonkeyPatch
         def refuse(*_: Any) -> Any:
             raise RuntimeError("nothing is traced")
 
-        monkeypatch.setattr(builder, "trace_graph", refuse)
+        monkeypatch.setattr(looks, "trace_graph", refuse)
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     problem = module_problem(module, SquaredError(), data(6, 3), data(6, 2))
     curvature = problem.curvature(4, strict=way == "traced")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hvp_core.attention.mask import Mask, make_mask
 from hvp_core.attention.rule import Span
-from hvp_core.autodiff import builder, inductor, traced, verify
+from hvp_core.autodiff import directions, inductor, looks, traced, verify
 from hvp_core.autodiff.compiler import Compiler
 from hvp_core.autodiff.programs import trace_block
 from hvp_core.autodiff.subprograms import Subprogram, group, partition
@@ -102,7 +102,7 @@ def test_every_architecture_is_cut_at_its_attention_and_equals_torchs_own_differ
     def refuse(*_: Any) -> Any:
         raise RuntimeError("nothing is traced")
 
-    monkeypatch.setattr(builder, "trace_graph", refuse)
+    monkeypatch.setattr(looks, "trace_graph", refuse)
     whole = curvature_of(problem, 5)  # every block as it is, with dense masks
     for kind in KINDS:
         assert distance(found[kind], whole.product(kind, v)) < 1e-11
@@ -137,7 +137,7 @@ def test_a_block_is_cut_at_each_of_its_attentions(selected: str) -> None:
     fast = of_some(problem, names)
     v = [fast.space.random(seed, "gaussian") for seed in (1, 2, 3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "trace_graph", _refuse)
+        patch.setattr(looks, "trace_graph", _refuse)
         whole = of_some(problem, names, strict=False)
         expected = {kind: whole.product(kind, v) for kind in KINDS}
         gradient, slopes = whole.gradient(), whole.slopes(v)
@@ -226,7 +226,7 @@ def test_a_block_whose_trace_is_wrong_is_never_used_large_ones_neither(
 ) -> None:
     # Blocks with many parameters are compared in float32; here, all that are in float32 are. Along
     # one direction alone, one in eight of these models would hide the fault.
-    monkeypatch.setattr(verify, "_LARGE", 0)
+    monkeypatch.setattr(directions, "_LARGE", 0)
     # Two blocks of one program: of the first one's input, which is data, there is no derivative.
     problem = module_problem(
         nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).to(dtype),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
+from hvp_core.autodiff import verify
+from hvp_core.autodiff.comparison import Comparer
+from hvp_core.autodiff.traced import TracedHead
+from hvp_core.autodiff.verdicts import Verdicts
 from hvp_core.curvature.curvature import Unit
 from hvp_core.curvature.shards import part_of
 from hvp_core.krylov.lanczos import Eigsh
@@ -93,6 +98,37 @@ def of_a_selection(collective: Collective) -> dict[str, torch.Tensor]:
     }
 
 
+def of_checks(collective: Collective) -> dict[str, Any]:
+    """What the ranks compare of a model's programs, and what becomes of one that is wrong."""
+    compared: list[str] = []
+    matches, run = Comparer._matches, TracedHead.run
+
+    def counted(self: Comparer, link: Any, *args: Any) -> bool | None:
+        compared.append(link.name)
+        return matches(self, link, *args)
+
+    def wrong(self: TracedHead, *args: Any, **kwargs: Any) -> Any:
+        found = run(self, *args, **kwargs)
+        found.dots = [None if each is None else 1.01 * each for each in found.dots]
+        return found
+
+    def product() -> tuple[torch.Tensor, dict[str, str]]:
+        patch.setattr(verify, "_verified", Verdicts())
+        curvature = problem.curvature(1, collective, strict=False)
+        space = curvature.space
+        return space.to_flat(curvature.hvp([space.random(1, "gaussian")])[0]), curvature.notes()
+
+    ids, labels, _ = ragged_tokens()
+    problem = replace(llama_problem(), batch=token_batch(ids, labels, torch.ones_like(ids)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparer, "_matches", counted)
+        right, _ = product()
+        names = list(compared)
+        patch.setattr(TracedHead, "run", wrong)
+        refused, notes = product()
+    return {"compared": names, "right": right, "refused": refused, "notes": notes}
+
+
 def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -123,6 +159,7 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
     torch.save(told(collectives["memory"]), folder / f"told-{rank}.pt")
     torch.save(of_outputs(collectives["sockets"]), folder / f"outputs-{rank}.pt")
     torch.save(of_a_selection(collectives["sockets"]), folder / f"selection-{rank}.pt")
+    torch.save(of_checks(collectives["memory"]), folder / f"checks-{rank}.pt")
     derivatives = unused(collectives["memory"])
     if rank == 0:
         torch.save(derivatives, folder / "unused.pt")
@@ -191,6 +228,19 @@ def test_any_number_of_ranks_gives_the_same_numbers(ranks: tuple[int, Path]) -> 
         segments = 4
         n = alone["u"].numel()
         assert int(found["shard"]) <= n // world_size + segments
+
+
+def test_ranks_share_the_comparisons_of_traces_and_refuse_a_wrong_one_together(
+    ranks: tuple[int, Path],
+) -> None:
+    world_size, folder = ranks
+    found = [torch.load(folder / f"checks-{rank}.pt") for rank in range(world_size)]
+    shares = [each["compared"] for each in found]
+    assert sorted(itertools.chain(*shares)) == ["embedding", "head", "model.layers.0"]
+    assert all(shares)
+    for each in found:
+        assert relative_error(each["refused"], each["right"]) < 1e-12
+        assert "torch does not confirm its trace" in each["notes"]["fallback_head"]
 
 
 def test_products_with_outputs_do_not_depend_on_the_ranks_either(ranks: tuple[int, Path]) -> None:

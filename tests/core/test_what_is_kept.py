@@ -8,7 +8,7 @@ from typing import Any, final
 
 import pytest
 import torch
-from hvp_core.autodiff import looks, verdicts, verify
+from hvp_core.autodiff import comparison, looks, verdicts, verify
 from hvp_core.autodiff.product_spec import HESSIAN
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.autodiff.verdicts import Verdicts
@@ -208,13 +208,13 @@ def test_what_is_known_to_be_right_is_compared_once_for_all_processes(
     problem = llama_problem()
     v = probes(problem, 1)
     compared: list[str] = []
-    matches = verify.Verifier._matches
+    matches = comparison.Comparer._matches
 
-    def counted(self: verify.Verifier, link: Any, *args: Any) -> bool | None:
+    def counted(self: comparison.Comparer, link: Any, *args: Any) -> bool | None:
         compared.append(link.name)
         return matches(self, link, *args)
 
-    monkeypatch.setattr(verify.Verifier, "_matches", counted)
+    monkeypatch.setattr(comparison.Comparer, "_matches", counted)
 
     def process(source: str = "", loss: Loss | None = None) -> list[str]:
         """What another process compares for the same product."""

@@ -137,6 +137,11 @@ def working_on(block: str, doing: str) -> Iterator[None]:
         raise explained(error, block, doing) from error
 
 
+def raised_again(error: Exception) -> CurvatureError:
+    """For `Collective.same_fate`: an error that has its reason already, or is nobody's."""
+    raise error
+
+
 @final
 class InStep:
     """Keeps a rank in step with the others when its own work on a block has failed.

@@ -14,6 +14,14 @@ from hvp_core.vectors.space import partial_products
 #: Error that a number of size one may have. A derivative below its root times the largest one is
 #: weighed as if it were that large: rounding is of that size.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_LARGE = 1 << 24  # parameters of a block: 128 MiB in float64, four times over
+
+
+def comparison_dtype(p: Params) -> torch.dtype:
+    """The dtype in which a block is compared."""
+    numel = sum(each.numel() for each in p.values())
+    narrow = all(each.dtype != torch.float64 for each in p.values())
+    return torch.float32 if narrow and numel > _LARGE else torch.float64
 
 
 def noise_like(like: Tensor, seed: int) -> Tensor:

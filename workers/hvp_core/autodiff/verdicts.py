@@ -65,11 +65,21 @@ class Verdicts:
 
     def _path(self, key: Hashable) -> Path | None:
         """The file of a verdict; None where there is no folder, or no lasting name for the key."""
-        text = None if self._folder is None else _text(key)
-        if self._folder is None or text is None:
+        if self._folder is None:
             return None
-        told = f"{_source()} {torch.__version__} {self._device} {text}"
-        return self._folder / hashlib.sha256(told.encode()).hexdigest()
+        name = digest(key, f"{_source()} {torch.__version__} {self._device}")
+        return None if name is None else self._folder / name
+
+
+def digest(key: Hashable, beside: str = "") -> str | None:
+    """A name for a key that means the same in every process; None where there is none.
+
+    Args:
+        key: The key of a program.
+        beside: What else the name tells.
+    """
+    text = _text(key)
+    return None if text is None else hashlib.sha256(f"{beside} {text}".encode()).hexdigest()
 
 
 def _text(key: Hashable) -> str | None:

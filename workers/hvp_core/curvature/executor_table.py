@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.autodiff.builder import ExecutorBuilder
+from hvp_core.autodiff.comparison import Comparer
 from hvp_core.autodiff.compiler import COMPILER
 from hvp_core.autodiff.eager import EagerExecutor, EagerHead
 from hvp_core.autodiff.executor import BlockExecutor, Bytes, HeadExecutor, ParamsAndTangents
@@ -19,11 +20,10 @@ from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.selected_parameters import SelectedParameters
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.verify import Verifier
-from hvp_core.blame import working_on
+from hvp_core.blame import raised_again, working_on
 from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.retention import BlockRetention, choose
 from hvp_core.curvature.sweep import ParameterFeed, sweep
-from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
 from hvp_core.model.rows import RowCheck
 from hvp_core.precision import exact_products, listening
@@ -66,7 +66,7 @@ class ExecutorTable(Executors):
         self._dtype, self._num_targets, self._settings = dtype, num_targets, settings
         # Constants are the model's own, in the model's own arithmetic.
         with (
-            space.collective.same_fate(_never),
+            space.collective.same_fate(raised_again),
             working_on("constants", "the masks and positions of the layers"),
         ):
             self._contexts = [chain.context(each) for each in batches]
@@ -100,14 +100,24 @@ class ExecutorTable(Executors):
             return
         verifier = None
         if spec is not LOSS:
-            few, executors = self._batches[:1], ExecutorBuilder(self._chain, ComputeSettings())
-            verifier = Verifier(self._chain, few, spec, executors, self.selected)
+            builder = ExecutorBuilder(self._chain, ComputeSettings())
+            verifier = Verifier(
+                self._chain,
+                self._batches,
+                spec,
+                builder.head,
+                Comparer(self._chain.loss, spec, builder.of),
+                self.selected,
+                self._space.collective,
+            )
         takes_rows = RowCheck(self._chain, None if self._prepared else self._pair)
-        xs = [self._chain.first_input(batch) for batch in self._batches]
         last = len(self._chain.blocks) - 1
+        xs: list[Tensor] = []
 
         def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             block, p = self._chain.blocks[index], weights.p
+            if index == 0:
+                xs[:] = [self._chain.first_input(batch) for batch in self._batches]
             with listening() as remarks:
                 takes_rows(block, p)
                 before = [x.shape for x in xs]
@@ -117,17 +127,29 @@ class ExecutorTable(Executors):
                 elif "outputs" in (spec.given, spec.measured) and xs:
                     self._look_at_output(p, xs[0])
                 if verifier is not None:
-                    keeps_shape = index > 0 and before == [x.shape for x in xs]
-                    self._verify(verifier, index, p, keeps_shape=keeps_shape)
+                    with exact_products():
+                        if index == last:
+                            verifier.head(p)
+                        else:
+                            keeps_shape = index > 0 and before == [x.shape for x in xs]
+                            executor = self.executor_of.get((index, 0))
+                            verifier.block(index, p, executor, keeps_shape=keeps_shape)
                 self._builder.remark(block.name, remarks)
 
         def guard(block: Block) -> AbstractContextManager[object]:
             stack = ExitStack()
-            stack.enter_context(self._space.collective.same_fate(_never))
+            stack.enter_context(self._space.collective.same_fate(raised_again))
             stack.enter_context(working_on(block.name, f"its preparation for the {spec.title}"))
             return stack
 
         sweep(feed, range(last + 1), visit, guard)
+        if verifier is not None:
+            with exact_products():
+                again = verifier.settle()
+            if again:
+                sweep(feed, range(last + 1), visit, guard)
+            for index in verifier.wrong:
+                self._refuse(index)
         self._prepared.add(spec)
 
     @torch.no_grad()
@@ -139,22 +161,13 @@ class ExecutorTable(Executors):
         if len(pieces) > 1:
             self.output_shape = (x.shape[1], *y.shape[2:])
 
-    def _verify(self, verifier: Verifier, index: int, p: Params, *, keeps_shape: bool) -> None:
-        """See that a block's trace is the block; if it is not, torch differentiates the block."""
-        head = index == len(self._chain.blocks) - 1
-        executor = self.executor_of.get((index, 0))
-        with exact_products():
-            if head:
-                right = verifier.head_agrees(p)
-            else:
-                right = verifier.agrees(index, p, executor, keeps_shape=keeps_shape)
-        if right:
-            return
+    def _refuse(self, index: int) -> None:
+        """Let torch differentiate a block, whose trace is not the block."""
         name = self._chain.blocks[index].name
         self._builder.record_fallback(
             name, "torch does not confirm its trace: it is differentiated line by line"
         )
-        if head:
+        if index == len(self._chain.blocks) - 1:
             self._traces_head = False
             self._head_of.clear()  # what another product has made of that trace too
             return
@@ -253,8 +266,3 @@ class ExecutorTable(Executors):
         for name, remark in self._builder.remarks.items():
             found[f"remark_{name}"] = remark
         return found
-
-
-def _never(error: Exception) -> CurvatureError:
-    """Raise the error again: `working_on` has given it its reason already."""
-    raise error
