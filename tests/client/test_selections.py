@@ -163,6 +163,22 @@ def test_a_restriction_is_among_the_parameters_that_are_left(S: Operator) -> Non
     assert (caught.value.reason, caught.value.field) == ("PARAMETERS_NOT_FOUND", "parameters")
 
 
+def test_a_restriction_takes_patterns_one_by_one_or_in_one_list(
+    client: Client, checkpoint: Checkpoint, batch: Batch, S: Operator
+) -> None:
+    for one_by_one, in_a_list in (
+        (S.restrict("*.k_proj.*", NORM), S.restrict(["*.k_proj.*", NORM])),
+        (S.restrict("*norm*"), S.restrict(("*norm*",))),
+    ):
+        assert in_a_list.parameter_names == one_by_one.parameter_names
+    J = client.jacobian(checkpoint, batch, dtype="float64")
+    assert J.T.restrict(["*norm*", "*.mlp.*"]).shape == J.restrict("*norm*", "*.mlp.*").T.shape
+    for nothing in ((), ([],), ([NORM], "*.k_proj.*"), ([[NORM]],)):
+        with pytest.raises(InvalidArgumentError) as caught:
+            S.restrict(*nothing)  # type: ignore[arg-type]
+        assert (caught.value.reason, caught.value.field) == ("PARAMETERS_INVALID", "parameters")
+
+
 def test_two_ways_to_say_the_same_give_one_space_and_others_do_not_mix(
     client: Client, checkpoint: Checkpoint, batch: Batch, S: Operator, H: Operator
 ) -> None:

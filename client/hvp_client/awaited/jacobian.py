@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 from hvp_protos.v1 import operator_pb2
@@ -51,12 +52,12 @@ class AsyncJacobian(AsyncLinearMap):
         """Shape of the outputs: of a language model `(sequences, positions, vocabulary)`."""
         return (self._domain if self._transposed else self._codomain).shape
 
-    async def restrict(self, *globs: str) -> AsyncJacobian:
+    async def restrict(self, *globs: str | Sequence[str]) -> AsyncJacobian:
         """The Jacobian in some of its own parameters; all others are constants.
 
         Args:
-            globs: Patterns, as `parameters` of `client.operator`; they select among the parameters
-                that this Jacobian has.
+            globs: Patterns, one by one or in one list, as `parameters` of `client.operator`; they
+                select among the parameters that this Jacobian has.
 
         Returns:
             The Jacobian of the selection; the restriction of a transpose is a transpose.

@@ -238,11 +238,12 @@ class AsyncLinearMap:
         elements = as_elements(self._flat(array, "array"), self.shape[1], self.dtype, "array")
         return await _kept(await self._write(elements), keep)
 
-    def _restricted(self, globs: Sequence[str]) -> operator_pb2.OperatorSpec:
-        """The same operator on some of its own parameters."""
+    def _restricted(self, globs: Sequence[str | Sequence[str]]) -> operator_pb2.OperatorSpec:
+        """The same operator on some of its own parameters, by patterns or one list of them."""
+        patterns = as_globs(globs[0] if len(globs) == 1 else globs)
         spec = operator_pb2.OperatorSpec()
         spec.CopyFrom(self._spec)
-        spec.parameters[:] = [each.name for each in chosen(as_globs(globs), self._tensors)]
+        spec.parameters[:] = [each.name for each in chosen(patterns, self._tensors)]
         return spec
 
     def _flat(self, value: Any, field: str) -> NDArray[Any]:

@@ -166,12 +166,12 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         source = vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource())
         return await self._create(source, keep=keep)
 
-    async def restrict(self, *globs: str) -> AsyncOperator:
+    async def restrict(self, *globs: str | Sequence[str]) -> AsyncOperator:
         """The operator on some of its own parameters: these rows and columns of the matrix.
 
         Args:
-            globs: Patterns, as `parameters` of `client.operator`; they select among the parameters
-                that this operator has.
+            globs: Patterns, one by one or in one list, as `parameters` of `client.operator`; they
+                select among the parameters that this operator has.
 
         Returns:
             An operator whose vectors have the length of the selection. Its products cost what the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 from hvp_client._selections import in_words
@@ -35,12 +36,12 @@ class Jacobian(LinearMap, twin=AsyncJacobian):
         """Shape of the outputs: of a language model `(sequences, positions, vocabulary)`."""
         return self._twin.output_shape
 
-    def restrict(self, *globs: str) -> Jacobian:
+    def restrict(self, *globs: str | Sequence[str]) -> Jacobian:
         """The Jacobian in some of its own parameters; all others are constants.
 
         Args:
-            globs: Patterns, as `parameters` of `client.operator`; they select among the parameters
-                that this Jacobian has.
+            globs: Patterns, one by one or in one list, as `parameters` of `client.operator`; they
+                select among the parameters that this Jacobian has.
 
         Returns:
             The Jacobian of the selection; the restriction of a transpose is a transpose.

@@ -135,12 +135,12 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
         result: Vector = self._wait(self._twin.parameters(keep=keep))
         return result
 
-    def restrict(self, *globs: str) -> Operator:
+    def restrict(self, *globs: str | Sequence[str]) -> Operator:
         """The operator on some of its own parameters: these rows and columns of the matrix.
 
         Args:
-            globs: Patterns, as `parameters` of `client.operator`; they select among the parameters
-                that this operator has.
+            globs: Patterns, one by one or in one list, as `parameters` of `client.operator`; they
+                select among the parameters that this operator has.
 
         Returns:
             An operator whose vectors have the length of the selection. Its products cost what the
