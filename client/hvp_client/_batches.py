@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from hvp_batches.contents import check_alone, check_names, check_rows, contents
+from hvp_batches.contents import check_names, check_rows, contents
 from hvp_batches.fitting import BatchError, check_fit
 from hvp_batches.schema import BatchSchema
 from hvp_protos.v1 import data_batch_pb2
@@ -75,7 +75,7 @@ def encode_batch(batch: Mapping[str, Any], schema: BatchSchema | None = None) ->
         A safetensors file of int64, float32 and float64 tensors; equal batches give equal bytes.
 
     Raises:
-        InvalidArgumentError: As `check_alone`, and as `check_fit` where there is a schema; `field`
+        InvalidArgumentError: As `check_rows`, and as `check_fit` where there is a schema; `field`
             is the entry at fault.
     """
     if not isinstance(batch, Mapping):
@@ -91,7 +91,6 @@ def encode_batch(batch: Mapping[str, Any], schema: BatchSchema | None = None) ->
         check_rows(found)
         if schema is not None:
             check_fit(schema, found)
-        check_alone(found)
     except BatchError as error:
         raise InvalidArgumentError(
             error.message, reason=error.reason, field=error.field, metadata=error.metadata

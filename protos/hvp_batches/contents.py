@@ -65,11 +65,9 @@ def _field(
         )
     values = array.astype(np.int64)
     counts = values != IGNORED
-    # The first label of a sequence is of no position: nobody looks at it.
-    looked_at = (
-        slice(1, None) if name == "labels" and _are_of_positions(array, arrays) else slice(None)
-    )
-    counted = values[..., looked_at][counts[..., looked_at]]
+    counted = values[counts]
+    # Where position t of a row predicts label t + 1, nobody looks at the first label.
+    predicted = values[:, 1:][counts[:, 1:]] if values.ndim == 2 else counted[:0]
     return FieldContents(
         name=name,
         kind="integer",
@@ -78,15 +76,9 @@ def _field(
         maximum=int(counted.max()) if counted.size else None,
         num_ignored=int(values.size - counts.sum()),
         num_predicted=_num_predicted(name, counts, arrays),
+        minimum_predicted=int(predicted.min()) if predicted.size else None,
+        maximum_predicted=int(predicted.max()) if predicted.size else None,
     )
-
-
-def _are_of_positions(
-    labels: NDArray[np.generic], arrays: Mapping[str, NDArray[np.generic]]
-) -> bool:
-    """Whether labels are those of a causal language model, one for each token."""
-    ids = arrays.get("input_ids")
-    return ids is not None and labels.ndim == 2 and labels.shape == ids.shape
 
 
 def _num_predicted(
@@ -103,21 +95,11 @@ def _num_predicted(
     return int(counts[:, 1:].sum())
 
 
-def check_alone(batch: Sequence[FieldContents]) -> None:
-    """Check a batch whose model is not known: one with `input_ids` as one of token sequences.
-
-    Raises:
-        BatchError: BATCH_FIELD_INVALID, SHAPE_MISMATCH, BATCH_EMPTY, TOKEN_ID_OUT_OF_RANGE,
-            NO_TARGETS.
-    """
-    check_rows(batch)
-    given = {each.name: each for each in batch}
-    if "input_ids" in given:
-        _check_tokens(given)
-
-
 def check_rows(batch: Sequence[FieldContents]) -> None:
-    """See that all fields have as many rows, and one or more.
+    """Check a batch whose model is not known: all fields have as many rows, and one or more.
+
+    What a field is to hold beside that is for the model's schema to say, also where a field has a
+    name that language models know: a registered module may call anything `input_ids`.
 
     Raises:
         BatchError: SHAPE_MISMATCH, BATCH_EMPTY.
@@ -139,67 +121,6 @@ def check_rows(batch: Sequence[FieldContents]) -> None:
             raise BatchError(
                 "BATCH_EMPTY", f"{each.name} is {each.shape}, which holds nothing.", each.name
             )
-
-
-def _check_tokens(given: Mapping[str, FieldContents]) -> None:
-    ids = given["input_ids"]
-    if ids.kind != "integer":
-        raise _invalid("input_ids holds floating numbers; token ids are integers.", "input_ids")
-    if len(ids.shape) != 2:
-        raise BatchError(
-            "SHAPE_MISMATCH",
-            f"input_ids is {ids.shape} and must be (sequences, tokens).",
-            "input_ids",
-        )
-    least = IGNORED if ids.num_ignored else ids.minimum
-    if least is not None and least < 0:
-        raise BatchError(
-            "TOKEN_ID_OUT_OF_RANGE", f"input_ids holds the negative id {least}.", "input_ids"
-        )
-    mask, labels = given.get("attention_mask"), given.get("labels")
-    if mask is not None:
-        _check_mask(mask, ids)
-    if labels is None or (labels.kind == "integer" and len(labels.shape) == 2):
-        _check_labels(labels or ids, ids)
-
-
-def _check_mask(mask: FieldContents, ids: FieldContents) -> None:
-    if mask.shape != ids.shape:
-        raise _shapes_differ(mask, ids)
-    values = {mask.minimum, mask.maximum} | ({IGNORED} if mask.num_ignored else set())
-    if mask.kind != "integer" or values - {0, 1}:
-        raise _invalid("attention_mask holds other than 0 and 1.", "attention_mask")
-
-
-def _check_labels(labels: FieldContents, ids: FieldContents) -> None:
-    """Check labels of positions; a batch without labels passes its ids, which are the default."""
-    if labels.shape != ids.shape:
-        raise _shapes_differ(labels, ids)
-    if labels.minimum is not None and labels.minimum < 0:
-        raise BatchError(
-            "TOKEN_ID_OUT_OF_RANGE",
-            f"labels holds the negative id {labels.minimum}; only {IGNORED} is ignored.",
-            "labels",
-        )
-    if ids.shape[1] < 2:
-        raise BatchError(
-            "BATCH_EMPTY",
-            f"A batch of shape {ids.shape} has nothing to predict: one sequence of two tokens is "
-            "the least.",
-            "input_ids",
-        )
-    if labels.num_predicted == 0:
-        raise BatchError(
-            "NO_TARGETS",
-            f"After the shift every label is {IGNORED}: no loss is defined.",
-            "labels",
-        )
-
-
-def _shapes_differ(one: FieldContents, ids: FieldContents) -> BatchError:
-    return BatchError(
-        "SHAPE_MISMATCH", f"{one.name} is {one.shape} and input_ids is {ids.shape}.", one.name
-    )
 
 
 def _invalid(message: str, field: str) -> BatchError:

@@ -41,7 +41,7 @@ def check_fit(schema: BatchSchema, batch: Sequence[FieldContents]) -> None:
     Raises:
         BatchError: BATCH_FIELD_INVALID: a field is missing, unknown, or of another kind.
             SHAPE_MISMATCH, SEQUENCE_TOO_LONG, TOKEN_ID_OUT_OF_RANGE, BATCH_VALUE_OUT_OF_RANGE,
-            NO_TARGETS.
+            BATCH_EMPTY, NO_TARGETS.
     """
     known = {each.name: each for each in schema.fields}
     given = {each.name: each for each in batch}
@@ -65,6 +65,14 @@ def check_fit(schema: BatchSchema, batch: Sequence[FieldContents]) -> None:
         if symbol in sizes and sizes[symbol][0] > most:
             raise _too_long(symbol, *sizes[symbol], most)
     if schema.num_targets(batch) == 0:
+        first = given[schema.fields[0].name]
+        if schema.unit == "token" and first.shape[1] < 2:
+            raise BatchError(
+                "BATCH_EMPTY",
+                f"A batch of shape {first.shape} has nothing to predict: one sequence of two "
+                "tokens is the least.",
+                first.name,
+            )
         raise BatchError(
             "NO_TARGETS", "No target of the batch counts: no loss is defined.", schema.targets
         )
@@ -115,6 +123,8 @@ def _check_shape(
 
 
 def _check_values(schema: BatchSchema, wanted: BatchField, given: FieldContents) -> None:
+    if schema.unit == "token" and wanted.name == schema.targets and given.num_predicted:
+        given = _of_positions(given)
     if given.num_ignored and wanted.ignored is None and wanted.kind == "integer":
         given = replace(given, minimum=min(IGNORED, given.minimum or 0))
     for value, beyond in (
@@ -123,6 +133,13 @@ def _check_values(schema: BatchSchema, wanted: BatchField, given: FieldContents)
     ):
         if beyond:
             raise _out_of_range(schema, wanted, value)
+
+
+def _of_positions(given: FieldContents) -> FieldContents:
+    """The contents of labels without the first of each row, which no position predicts."""
+    if given.minimum_predicted is None:
+        return given  # statistics of an older server, which left these labels out itself
+    return replace(given, minimum=given.minimum_predicted, maximum=given.maximum_predicted)
 
 
 def _less(one: float | None, other: float | None) -> bool:

@@ -106,6 +106,10 @@ class FieldContents:
         num_predicted: Number of elements that count when position t of a row predicts position
             t + 1: neither −100 nor, among default labels, at or behind padding. 0 where that has no
             meaning.
+        minimum_predicted: The least value behind the first of each row, but for −100; None where
+            there is none.
+        maximum_predicted: The largest value behind the first of each row, but for −100; None where
+            there is none.
     """
 
     name: str
@@ -115,6 +119,8 @@ class FieldContents:
     maximum: float | None = None
     num_ignored: int = 0
     num_predicted: int = 0
+    minimum_predicted: float | None = None
+    maximum_predicted: float | None = None
 
     @property
     def num_elements(self) -> int:

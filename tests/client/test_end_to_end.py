@@ -262,20 +262,26 @@ def test_operators_are_checked_when_they_are_made(
     ("batch", "reason", "field"),
     [
         ({"input_ids": [[1, -2]]}, "TOKEN_ID_OUT_OF_RANGE", "input_ids"),
+        ({"input_ids": [[1], [2]]}, "BATCH_EMPTY", "input_ids"),
         ({"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "NO_TARGETS", "labels"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1, 2]]},
-            "BATCH_FIELD_INVALID",
+            "BATCH_VALUE_OUT_OF_RANGE",
             "attention_mask",
         ),
     ],
 )
-def test_a_batch_that_the_server_refuses_names_the_entry_at_fault(
-    client: Client, batch: dict[str, object], reason: str, field: str
+def test_a_batch_of_tokens_is_refused_in_the_same_words_with_its_model_and_by_the_operator(
+    client: Client, checkpoint: Checkpoint, batch: dict[str, object], reason: str, field: str
 ) -> None:
-    with pytest.raises(InvalidArgumentError) as caught:
-        client.upload_batch(batch)
-    assert (caught.value.reason, caught.value.field) == (reason, field)
+    with pytest.raises(InvalidArgumentError) as early:
+        client.upload_batch(batch, checkpoint)
+    assert (early.value.reason, early.value.field) == (reason, field)
+    uploaded = client.upload_batch(batch)
+    with pytest.raises(InvalidArgumentError) as late:
+        client.operator(checkpoint, uploaded)
+    assert (late.value.reason, late.value.message) == (reason, early.value.message)
+    assert late.value.metadata["tensor"] == field
 
 
 def test_unknown_names_are_not_found(client: Client, checkpoint: Checkpoint) -> None:

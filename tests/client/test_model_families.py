@@ -69,6 +69,19 @@ def test_the_spectrum_of_a_registered_laplacian_is_the_known_one(
         assert found.value.reason == "KIND_UNSUPPORTED"
 
 
+def test_a_module_may_call_its_fields_as_language_models_do(client: Client, tmp_path: Path) -> None:
+    module_checkpoint(tmp_path / "plain", "scaled-mlp", families.Net(5), width=5)
+    module_checkpoint(tmp_path / "named", "mlp-of-tokens-names", families.Net(5), width=5)
+    data = dict(zip(("input_ids", "attention_mask", "labels"), ARRAYS.values(), strict=True))
+    named = client.upload_checkpoint(tmp_path / "named")
+    batch = client.upload_batch(data)
+    assert client.upload_batch(data, named).name == batch.name
+    assert (batch.sequence_length, batch.num_targets, batch.max_token_id) == (0, 0, 0)
+    plain = client.upload_checkpoint(tmp_path / "plain")
+    expected = client.operator(plain, client.upload_batch(ARRAYS), dtype="float64").loss()
+    assert client.operator(named, batch, dtype="float64").loss() == pytest.approx(expected)
+
+
 def test_what_does_not_fit_is_refused_in_the_same_words_by_sdk_and_server(
     client: Client, tmp_path: Path
 ) -> None:

@@ -175,7 +175,7 @@ def test_a_restriction_takes_patterns_one_by_one_or_in_one_list(
     assert J.T.restrict(["*norm*", "*.mlp.*"]).shape == J.restrict("*norm*", "*.mlp.*").T.shape
     for nothing in ((), ([],), ([NORM], "*.k_proj.*"), ([[NORM]],)):
         with pytest.raises(InvalidArgumentError) as caught:
-            S.restrict(*nothing)  # type: ignore[arg-type]
+            S.restrict(*nothing)
         assert (caught.value.reason, caught.value.field) == ("PARAMETERS_INVALID", "parameters")
 
 

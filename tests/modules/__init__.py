@@ -13,6 +13,7 @@ _FAMILIES = {
     "scaled-mlp": "ScaledMlp",
     "own-mlp": "OwnMlp",
     "tied-mlp": "TiedMlp",
+    "mlp-of-tokens-names": "OfTokensNames",
     "mlp-in-train-mode": "InTrainMode",
     "mlp-of-a-dict": "OfADict",
     "mlp-of-no-rows": "OfNoRows",

@@ -106,6 +106,17 @@ class TiedMlp(ScaledMlp):
     net = Tied
 
 
+class OfTokensNames(ScaledMlp):
+    """Whose fields have the names of a language model's, and hold nothing of the kind."""
+
+    targets = "labels"
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        names = ("input_ids", "attention_mask", "labels")
+        fields = super().fields(config)
+        return [replace(each, name=name) for name, each in zip(names, fields, strict=True)]
+
+
 class InTrainMode(ScaledMlp):
     def module(self, config: Mapping[str, Any]) -> nn.Module:
         return Net(config["width"])

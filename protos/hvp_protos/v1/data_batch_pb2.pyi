@@ -42,7 +42,7 @@ class DataBatch(_message.Message):
     num_sequences: _builtins.int
     """Rows of every field."""
     sequence_length: _builtins.int
-    """Tokens in a row of `input_ids`; 0 for a batch without that field."""
+    """Tokens in a row of `input_ids`; 0 for a batch without integers (n, s) of that name."""
     num_targets: _builtins.int
     """For token sequences whose labels are of positions, or that have none: the labels that count after the
     shift, the denominator of a causal language model's mean loss. Else 0: the count depends on the model.

@@ -64,11 +64,8 @@ class DataBatchServiceServicer:
         Checks what can be said without the model; the rest is checked where an operator names both.
 
         INVALID_ARGUMENT `BATCH_FIELD_INVALID`: a name or dtype that no field has, or numbers that are not finite.
-        INVALID_ARGUMENT `BATCH_EMPTY`: no row, or nothing to predict in sequences of fewer than two tokens.
-        INVALID_ARGUMENT `SHAPE_MISMATCH`: fields of different numbers of rows; labels of positions, or a mask, that
-        are not shaped as input_ids.
-        INVALID_ARGUMENT `TOKEN_ID_OUT_OF_RANGE`: a negative id that is not the label -100.
-        INVALID_ARGUMENT `NO_TARGETS`: every label is -100 after the shift.
+        INVALID_ARGUMENT `BATCH_EMPTY`: a field that holds nothing.
+        INVALID_ARGUMENT `SHAPE_MISMATCH`: fields of different numbers of rows, or one that is a single number.
         FAILED_PRECONDITION `INPUT_MISSING`: the blob is not there; upload it and call again.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.
         """

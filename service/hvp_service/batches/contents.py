@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hvp_batches.contents import check_alone, check_names, contents
+from hvp_batches.contents import check_names, check_rows, contents
 from hvp_batches.fitting import BatchError
 from hvp_batches.schema import FieldContents
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def read_batch(path: Path) -> BatchStatistics:
 
     Raises:
         ServiceError: SAFETENSORS_INVALID, or a reason of `check_names`, `contents` or
-            `check_alone`.
+            `check_rows`.
     """
     try:
         header = read_header(path)
@@ -63,7 +63,7 @@ def read_batch(path: Path) -> BatchStatistics:
         _check_dtypes(header)
         tensors: dict[str, NDArray[np.generic]] = load_file(path)
         fields = contents(tensors)
-        check_alone(fields)
+        check_rows(fields)
     except BatchError as error:
         raise batch_refused(error, "digest") from None
     return statistics_of(fields)
@@ -93,19 +93,22 @@ def statistics_of(fields: tuple[FieldContents, ...]) -> BatchStatistics:
     """The statistics of a batch that has been checked."""
     found = {each.name: each for each in fields}
     ids, labels = found.get("input_ids"), found.get("labels")
-    predicts = ids is not None and (labels is None or labels.shape == ids.shape)
-    if labels is not None and labels.kind == "number":
-        predicts = False
-    largest = [
-        int(each.maximum)
-        for each in (ids, labels if predicts else None)
-        if each is not None and each.maximum is not None
-    ]
+    if ids is not None and (ids.kind != "integer" or len(ids.shape) != 2):
+        ids = None  # a field of that name that holds no token sequences
+    if labels is not None and ids is not None:
+        of_positions = labels.kind == "integer" and labels.shape == ids.shape
+        predicted = labels if of_positions else None
+    else:
+        predicted = ids
+    largest = (
+        None if ids is None else ids.maximum,
+        None if predicted is None else predicted.maximum_predicted,
+    )
     return BatchStatistics(
         num_sequences=fields[0].shape[0],
         sequence_length=0 if ids is None else ids.shape[1],
-        num_targets=(labels or ids).num_predicted if predicts and ids is not None else 0,
-        max_token_id=max(largest, default=0),
+        num_targets=0 if predicted is None else predicted.num_predicted,
+        max_token_id=max((int(most) for most in largest if most is not None), default=0),
         has_attention_mask="attention_mask" in found,
         fields=fields,
     )

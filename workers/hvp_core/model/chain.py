@@ -31,7 +31,9 @@ class MicroBatch:
     def sequence_length(self) -> int:
         """Number of positions of each token sequence; 1 where the rows are no token sequences."""
         ids = self.inputs.get("input_ids")
-        return 1 if ids is None else ids.shape[1]
+        if ids is None or ids.dim() != 2 or ids.is_floating_point():
+            return 1
+        return ids.shape[1]
 
 
 class Body(NamedTuple):

@@ -166,7 +166,7 @@ class ModelFamily(ABC):
         return {
             each.name: _values(each, sizes, generator)
             for each in schema.fields
-            if each.required or each.name == "attention_mask"
+            if each.required or _is_mask_of_padding(each)
         }
 
     def read(self, facts: ModelFacts, path: Path) -> MicroBatch:
@@ -191,9 +191,15 @@ def _contents(tensors: Mapping[str, Tensor]) -> tuple[FieldContents, ...]:
     return contents({name: each.numpy() for name, each in tensors.items()})
 
 
+def _is_mask_of_padding(wanted: BatchField) -> bool:
+    bounds = wanted.minimum, wanted.maximum
+    is_mask = wanted.kind == "integer" and bounds == (0, 1) and wanted.dims == (ROWS, POSITIONS)
+    return is_mask and wanted.name == "attention_mask"
+
+
 def _values(wanted: BatchField, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
     shape = [int(dim) if dim.isdecimal() else sizes.get(dim, _SIZE) for dim in wanted.dims]
-    if wanted.name == "attention_mask":
+    if _is_mask_of_padding(wanted):
         mask = torch.ones(shape, dtype=torch.long)
         mask[-1, -(shape[1] // 4) :] = 0
         return mask
