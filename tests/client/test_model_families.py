@@ -69,6 +69,21 @@ def test_the_spectrum_of_a_registered_laplacian_is_the_known_one(
         assert found.value.reason == "KIND_UNSUPPORTED"
 
 
+def test_the_one_eigenvalue_of_one_parameter_is_its_second_derivative(
+    client: Client, tmp_path: Path
+) -> None:
+    module_checkpoint(tmp_path / "chain", "laplacian", families.Chain(1), length=1)
+    checkpoint = client.upload_checkpoint(tmp_path / "chain")
+    H = client.operator(checkpoint, client.upload_batch({"x": [0.0]}), parameters="theta")
+    assert H.shape == (1, 1)
+    found = H.eigsh(k=1).result(timeout_s=300)
+    np.testing.assert_allclose(found.eigenvalues, [2.0])
+    assert found.completeness.shown
+    with pytest.raises(InvalidArgumentError, match="of order 1, 1 to 1 eigenpairs") as refused:
+        H.eigsh(k=2)
+    assert refused.value.reason == "K_INVALID"
+
+
 def test_a_module_may_call_its_fields_as_language_models_do(client: Client, tmp_path: Path) -> None:
     module_checkpoint(tmp_path / "plain", "scaled-mlp", families.Net(5), width=5)
     module_checkpoint(tmp_path / "named", "mlp-of-tokens-names", families.Net(5), width=5)

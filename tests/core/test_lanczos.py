@@ -114,6 +114,19 @@ def test_tiny_matrices_are_solved_exactly(n: int) -> None:
     assert count == n + (n - 1)
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize(
+    "spectrum", [[3.0], [-2.0], [0.0], [1.0, 1.0], [0.0] * 12, [1.0] * 25 + [5.0] * 5]
+)
+def test_all_eigenvalues_can_be_asked_for(spectrum: list[float], which: Which) -> None:
+    n = len(spectrum)
+    found = run(matrix(torch.tensor(spectrum).double()), n, which)
+    np.testing.assert_allclose(found.pairs.eigenvalues.numpy(), spectrum, rtol=0, atol=1e-13)
+    assert found.pairs.converged
+    assert found.pairs.completeness.failure_probability == 0
+    assert found.count == 2 * n  # a product for each row of the basis, and one to verify each pair
+
+
 def test_every_product_is_counted_and_reported() -> None:
     found = run(matrix(SPECTRUM), 4, "BE")
     pairs, reported, count = found.pairs, found.reported, found.count

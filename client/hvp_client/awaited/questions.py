@@ -70,7 +70,7 @@ class AsyncQuestions(ABC):
         """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
 
         Args:
-            k: Number of eigenpairs, 1 ≤ k < n.
+            k: Number of eigenpairs, 1 ≤ k ≤ n.
             which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each
                 end and the odd one from the high end.
             tol: Stop when every wanted pair's estimated residual is at most tol times the
@@ -78,8 +78,8 @@ class AsyncQuestions(ABC):
             max_products: Upper bound on products, those that show completeness and those of the
                 final residuals included; None lets the server choose.
             seed: Seed of the starting vector.
-            num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by
-                memory.
+            num_lanczos_vectors: Rows of the Krylov basis, more than k where k < n; None lets
+                the server choose by memory.
             labels: Kept with the job.
 
         Returns:

@@ -25,7 +25,7 @@ class EigshSpec:
     """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
 
     Attributes:
-        k: Number of eigenpairs, 1 ≤ k < n.
+        k: Number of eigenpairs, 1 ≤ k ≤ n.
         which: `LA` largest, `SA` smallest, `LM` largest in magnitude, `BE` half from each end and
             the odd one from the high end.
         tol: Stop when every wanted pair's estimated residual is at most tol times the largest Ritz
@@ -33,7 +33,8 @@ class EigshSpec:
         max_products: Upper bound on products, those that show completeness and those of the final
             residuals included; None lets the server choose.
         seed: Seed of the starting vector.
-        num_lanczos_vectors: Rows of the Krylov basis; None lets the server choose by memory.
+        num_lanczos_vectors: Rows of the Krylov basis, more than k where k < n; None lets the server
+            choose by memory.
     """
 
     k: int = 6
@@ -153,14 +154,19 @@ def _cost(spec: EigshSpec, facts: Facts) -> Cost:
     )
 
 
+def _least_basis(spec: EigshSpec, facts: Facts) -> int:
+    """Rows that the smallest basis has: one more than the pairs, or all that there are."""
+    return min(spec.k + 1, facts.num_parameters)
+
+
 _RULES: tuple[Rule[EigshSpec], ...] = (
     Rule(
         field="k",
         reason="K_INVALID",
-        holds=lambda spec, facts: 1 <= spec.k <= min(facts.num_parameters - 1, MAX_EIGENPAIRS),
+        holds=lambda spec, facts: 1 <= spec.k <= min(facts.num_parameters, MAX_EIGENPAIRS),
         allowed=lambda spec, facts: (
             f"of an operator of order {facts.num_parameters}, 1 to "
-            f"{min(facts.num_parameters - 1, MAX_EIGENPAIRS)} eigenpairs can be asked in one job"
+            f"{min(facts.num_parameters, MAX_EIGENPAIRS)} eigenpairs can be asked in one job"
         ),
     ),
     Rule(
@@ -186,10 +192,10 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
         reason="NUM_LANCZOS_VECTORS_INVALID",
         holds=lambda spec, facts: (
             spec.num_lanczos_vectors is None
-            or spec.k < spec.num_lanczos_vectors <= facts.num_parameters
+            or _least_basis(spec, facts) <= spec.num_lanczos_vectors <= facts.num_parameters
         ),
         allowed=lambda spec, facts: (
-            f"{spec.k + 1} to {facts.num_parameters} are possible; left out, the server chooses"
+            f"{_least_basis(spec, facts)} to {facts.num_parameters} are possible; left out, the server chooses"
         ),
     ),
     Rule(

@@ -64,7 +64,7 @@ class EigshSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     NUM_LANCZOS_VECTORS_FIELD_NUMBER: _builtins.int
     k: _builtins.int
-    """Number of eigenpairs, 1 <= k < n."""
+    """Number of eigenpairs, 1 <= k <= n."""
     which: Global___EigshSpec.Which.ValueType
     tol: _builtins.float
     """Stop when every wanted pair's estimated residual is at most tol times the largest Ritz value's
@@ -77,7 +77,7 @@ class EigshSpec(_message.Message):
     seed: _builtins.int
     """Seed of the starting vector."""
     num_lanczos_vectors: _builtins.int
-    """Rows of the Krylov basis; 0 lets the server choose by memory."""
+    """Rows of the Krylov basis, more than k where k < n; 0 lets the server choose by memory."""
     @_builtins.property
     def operator(self) -> _operator_pb2.OperatorSpec: ...
     def __init__(
