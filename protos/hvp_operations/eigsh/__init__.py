@@ -195,7 +195,8 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
             or _least_basis(spec, facts) <= spec.num_lanczos_vectors <= facts.num_parameters
         ),
         allowed=lambda spec, facts: (
-            f"{_least_basis(spec, facts)} to {facts.num_parameters} are possible; left out, the server chooses"
+            f"{_least_basis(spec, facts)} to {facts.num_parameters} are possible; left out, the "
+            "server chooses"
         ),
     ),
     Rule(

@@ -170,28 +170,51 @@ def refuse_train_mode(module: nn.Module) -> None:
     Such a model is not one function of each row.
 
     Raises:
-        CurvatureError: MODEL_UNSUPPORTED, naming the part.
+        CurvatureError: MODEL_UNSUPPORTED, naming the first part that computes otherwise than in
+            eval mode; where none of torch's is known to, the first whose class is not torch's.
     """
-    for name, child in module.named_modules():
+    parts = list(module.named_modules())
+    for name, child in parts:
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and (
             child.training or not child.track_running_stats
         ):
-            raise CurvatureError(
-                "MODEL_UNSUPPORTED",
-                f"{name} normalises over the batch, so the loss is no sum over rows; "
-                "call model.eval() with running statistics",
-                {"block": name},
+            raise _not_in_eval_mode(
+                name,
+                child,
+                "normalises over the batch, so the loss is no sum over rows; let it keep running "
+                "statistics and call model.eval()",
             )
-    training = [(name, each) for name, each in module.named_modules() if each.training]
+        if child.training and _draws_or_updates(child):
+            raise _not_in_eval_mode(
+                name,
+                child,
+                "is in train mode, in which it drops out or updates what it computes with; call "
+                "model.eval()",
+            )
+    training = [(name, child) for name, child in parts if child.training]
     if training:
-        name, child = training[-1]  # an inner one, which does something
-        what = f"{name or 'the model'} ({type(child).__name__})"
-        raise CurvatureError(
-            "MODEL_UNSUPPORTED",
-            f"{what} is in train mode, in which it may drop out or update what it computes with; "
-            "call model.eval()",
-            {"block": name},
+        own = [each for each in training if not type(each[1]).__module__.startswith("torch.")]
+        raise _not_in_eval_mode(
+            *(own or training)[0],
+            "is in train mode, in which it may drop out or update what it computes with; call "
+            "model.eval()",
         )
+
+
+def _draws_or_updates(module: nn.Module) -> bool:
+    """Whether torch says of a class that it draws numbers, or updates buffers, in train mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.track_running_stats
+    return isinstance(module, nn.RReLU)
+
+
+def _not_in_eval_mode(name: str, module: nn.Module, what: str) -> CurvatureError:
+    called = f"{name or 'the model'} ({type(module).__name__})"
+    return CurvatureError("MODEL_UNSUPPORTED", f"{called} {what}", {"block": name})
 
 
 @final
