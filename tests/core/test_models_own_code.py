@@ -227,7 +227,7 @@ def test_operations_within_a_row_are_not_refused() -> None:
 def test_train_mode_of_any_part_is_refused_and_the_part_named(part: nn.Module) -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), part)).eval()
     part.train()
-    with pytest.raises(CurvatureError, match=r"^1\.1 \(") as caught:
+    with pytest.raises(CurvatureError, match=r": 1\.1 \(") as caught:
         ModuleChain(module, SquaredError())
     assert (caught.value.reason, caught.value.metadata["block"]) == ("MODEL_UNSUPPORTED", "1.1")
     ModuleChain(module.eval(), SquaredError())
@@ -263,7 +263,7 @@ def test_the_part_that_is_to_blame_is_named_among_all_that_are_in_train_mode(
 
 def test_batch_norm_without_running_statistics_is_refused_in_eval_mode_too() -> None:
     module = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval()
-    with pytest.raises(CurvatureError, match=r"^0 \(BatchNorm1d\) normalises.*running statistics"):
+    with pytest.raises(CurvatureError, match=r": 0 \(BatchNorm1d\) normalises.*running statistics"):
         ModuleChain(module, SquaredError())
 
 
