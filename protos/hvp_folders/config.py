@@ -50,7 +50,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise config_invalid(f"config.json cannot be read: {error.strerror}") from None
     if config is None:
-        raise config_invalid(f"config.json {problem}; take the one that the model came with")
+        raise config_invalid(
+            f"config.json {problem}; correct it, or take the one that the model came with"
+        )
     for section in sections(config):
         _check_sizes(section)
         _refuse_quantised(section)
@@ -88,7 +90,7 @@ def _check_sizes(section: Mapping[str, Any]) -> None:
         if value is not None and not all(_is_size(size, largest) for size in sizes):
             raise config_invalid(
                 f"config.json has {key} = {repr(value)[:40]}; possible is a whole number of 1 to "
-                f"{largest}. Take the config.json that the model came with",
+                f"{largest}. Correct it, or take the config.json that the model came with",
                 key,
             )
 

@@ -297,6 +297,9 @@ def test_the_laplacian_is_the_hessian_of_a_module_without_data(package: Path) ->
         ("mlp-of-a-dict", "MODEL_UNSUPPORTED", "returns dict and no tensor"),
         ("mlp-of-no-rows", "LOSS_MISMATCH", "one class index for each row"),
         ("mlp-of-a-bent-loss", "LOSS_MISMATCH", "curve differs from the derivative"),
+        ("mlp-that-raises", "MODEL_UNSUPPORTED", "without hvp too, correct the model"),
+        ("mlp-of-a-spaced-name", "MODEL_UNSUPPORTED", "OfASpacedName, field 'the scale': .*letter"),
+        ("mlp-of-a-strange-dimension", "MODEL_UNSUPPORTED", "field 'x': dimension 1 of it is '-4'"),
         ("missing", "ARCHITECTURE_UNKNOWN", "has no attribute 'NoSuchClass'"),
         ("nobody's", "ARCHITECTURE_UNKNOWN", "not one that transformers knows"),
     ],
@@ -309,6 +312,21 @@ def test_what_no_module_may_be_is_refused_before_a_weight_is_read(
     with pytest.raises(CurvatureError, match=words) as refused:
         curvature(package, ROWS)
     assert refused.value.reason == reason
+
+
+def test_advice_about_weights_and_configs_fits_a_registered_module(package: Path) -> None:
+    module_checkpoint(package, "scaled-mlp", families.Net(5), width=6)
+    with pytest.raises(CurvatureError, match="correct the sizes in config") as shape:
+        curvature(package, ROWS)
+    (package / "config.json").write_text(json.dumps({"model_type": "scaled-mlp"}))
+    with pytest.raises(CurvatureError, match="correct what ScaledMlp reads of it") as config:
+        curvature(package, ROWS)
+    (package / "config.json").write_text(json.dumps({"model_type": "tied-mlp", "width": 5}))
+    with pytest.raises(CurvatureError, match=r"safetensors\.torch\.save_model") as missing:
+        curvature(package, ROWS)
+    for refused in (shape, config, missing):
+        assert "transformers" not in refused.value.message
+        assert "came with" not in refused.value.message
 
 
 @pytest.mark.parametrize("kind", ["mlp-of-a-sum", "mlp-of-what-counts"])

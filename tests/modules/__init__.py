@@ -21,6 +21,9 @@ _FAMILIES = {
     "mlp-of-what-counts": "OfWhatCounts",
     "mlp-of-what-counts-unsaid": "OfWhatCountsUnsaid",
     "mlp-of-a-bent-loss": "OfBent",
+    "mlp-that-raises": "ThatRaises",
+    "mlp-of-a-spaced-name": "OfASpacedName",
+    "mlp-of-a-strange-dimension": "OfAStrangeDimension",
     "missing": "NoSuchClass",
 }
 

@@ -199,3 +199,28 @@ class OfASum(OwnMlp):
     """A sum over rows where their mean is asked for."""
 
     net = _OfASum
+
+
+class _ThatRaises(Net):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        raise ValueError("rows are too few")
+
+
+class ThatRaises(ScaledMlp):
+    net = _ThatRaises
+
+
+class OfASpacedName(ScaledMlp):
+    """Whose second field has a name that no field can have."""
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        x, scale, y = super().fields(config)
+        return [x, replace(scale, name="the scale"), y]
+
+
+class OfAStrangeDimension(ScaledMlp):
+    """Whose first field has a size that no row can have."""
+
+    def fields(self, config: Mapping[str, Any]) -> Sequence[BatchField]:
+        x, scale, y = super().fields(config)
+        return [replace(x, dims=("n", "-4")), scale, y]

@@ -30,6 +30,15 @@ _BETWEEN = (str(Path(networkx.__file__).parent), "<frozen")
 _STANDARD = sysconfig.get_paths()["stdlib"]
 _PACKAGES = sysconfig.get_paths()["purelib"]
 _TORCH = str(Path(torch.__file__).parent)
+_TRANSFORMERS = str(Path(_PACKAGES, "transformers"))
+_IN_TRANSFORMERS = (
+    "If it does so in transformers too, checkpoint or batch are at fault; if not, this model is "
+    "not served yet"
+)
+_ALONE = (
+    "If it does so when it is called without hvp too, correct the model, its weights or the batch; "
+    "if not, this model is not served yet"
+)
 #: Words in torch's message about an operation that it cannot differentiate.
 _NO_DERIVATIVE = ("derivative", "autograd.Function")
 
@@ -105,19 +114,20 @@ def explained(error: Exception, block: str, doing: str) -> CurvatureError:
         )
     return CurvatureError(
         "MODEL_UNSUPPORTED",
-        f"block {block}, {doing}: the model's code raises {words}{_place(error)}. If it does so in "
-        "transformers too, checkpoint or batch are at fault; if not, this model is not served yet",
+        f"block {block}, {doing}: the model's code raises {words}{_place_and_advice(error)}",
         at,
     )
 
 
-def _place(error: Exception) -> str:
-    """The line of the model's code that raised."""
+def _place_and_advice(error: Exception) -> str:
+    """The line of the model's code that raised, and what to do, by whose code it is."""
     frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not frame.filename.startswith((*_OURS, _TORCH, "<")):
-            return f" (line {frame.lineno} of {Path(frame.filename).name})"
-    return ""
+    theirs = [each for each in frames if not each.filename.startswith((*_OURS, _TORCH, "<"))]
+    if not theirs:
+        return f". {_ALONE}"
+    place = f" (line {theirs[-1].lineno} of {Path(theirs[-1].filename).name})"
+    is_of_transformers = theirs[-1].filename.startswith(_TRANSFORMERS)
+    return f"{place}. {_IN_TRANSFORMERS if is_of_transformers else _ALONE}"
 
 
 @contextmanager

@@ -24,14 +24,17 @@ def config_of(directory: Path) -> dict[str, Any]:
         raise CurvatureError(error.reason, error.message, error.metadata) from None
 
 
-def config_refused(error: Exception) -> CurvatureError:
+def config_refused(
+    error: Exception, advice: str = "take the config.json that the model came with"
+) -> CurvatureError:
     """The refusal of a config from which no model can be built.
 
     Args:
         error: Exception that was raised when the model was built.
+        advice: What to do, in words; the default is for models of transformers.
     """
     return CurvatureError(
         "CONFIG_INVALID",
         f"config.json describes no model that can be built ({type(error).__name__}: "
-        f"{str(error)[:300]}); take the config.json that the model came with",
+        f"{str(error)[:300]}); {advice}",
     )

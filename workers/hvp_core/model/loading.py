@@ -22,8 +22,10 @@ from hvp_core.model.stored_tensors import (
     READABLE,
     StoredTensor,
     by_name_in_model,
+    is_of_transformers,
     same_values,
     stored_tensors,
+    writer,
 )
 from hvp_core.vectors.space import ParameterSpace
 
@@ -51,10 +53,7 @@ def locate(model: nn.Module, directory: Path) -> dict[str, StoredTensor]:
         if tensor is None:
             raise CurvatureError(
                 "TENSOR_MISSING",
-                f"{canonical} is in none of the files that transformers would read; add the shard "
-                "that holds it, or set tie_word_embeddings in config.json if it is the head and "
-                "equals the embedding (tensors that transformers renames or fuses as it loads are "
-                "not found yet)",
+                f"{canonical} is in none of the files{_how_to_store(model)}",
                 {"tensor": canonical},
             )
         if tensor.shape != tuple(parameter.shape):
@@ -85,15 +84,32 @@ def _refuse_different(model: nn.Module, same: Mapping[str, StoredTensor]) -> Non
             raise CurvatureError(
                 "CHECKPOINT_FILES_INVALID",
                 f"{one} and {other} are one parameter of the model and differ in the files; leave "
-                "the right one, or write the model with save_pretrained",
+                f"the right one, or write the model with {writer(model)}",
                 {"tensor": other, "path": same[other].file.name},
             )
 
 
+def _how_to_store(model: nn.Module) -> str:
+    """Advice where a tensor is missing."""
+    if not is_of_transformers(model):
+        return (
+            f"; store it under this name, as {writer(model)} writes it, or correct config.json if "
+            "the module is to have no such parameter"
+        )
+    return (
+        " that transformers would read; add the shard that holds it, or set tie_word_embeddings "
+        "in config.json if it is the head and equals the embedding (tensors that transformers "
+        "renames or fuses as it loads are not found yet)"
+    )
+
+
 def _what_to_set(model: nn.Module, tensor: StoredTensor, parameter: torch.Tensor) -> str:
     """Advice where a shape is not the config's; a vocabulary is often padded when it is stored."""
-    config: Any = getattr(model, "config", None)
-    vocabulary = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else 0
+    if not is_of_transformers(model):
+        called = type(model).__name__
+        return f"correct the sizes in config.json, or store the weights of this {called}"
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
     rows, width = tensor.shape[:1], tensor.shape[1:]
     if tuple(parameter.shape) == (vocabulary, *width) and rows:
         return f"set vocab_size in config.json to {rows[0]}, the rows that are stored"

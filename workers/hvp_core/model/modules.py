@@ -36,6 +36,7 @@ from hvp_core.model.chain import (
     placed,
 )
 from hvp_core.model.config import config_of, config_refused
+from hvp_core.model.declaration import check_declaration
 from hvp_core.model.family import ModelFacts, ModelFamily, Way
 
 GROUP = "hvp.families"
@@ -93,7 +94,7 @@ class ModuleFamily(ModelFamily):
             with _parameters_on_meta():
                 model = self.module(config)
         except Exception as error:  # whatever a stranger's config does to the class
-            raise config_refused(error) from error
+            raise self._config_refused(error) from error
         finally:
             torch.set_default_dtype(before)
         for name, parameter in model.named_parameters():
@@ -132,10 +133,25 @@ class ModuleFamily(ModelFamily):
 
     @final
     def facts(self, model: nn.Module, directory: Path) -> ModelFacts:
-        """See ModelFamily."""
+        """See ModelFamily.
+
+        Raises:
+            CurvatureError: CONFIG_INVALID; MODEL_UNSUPPORTED: fields, targets or outputs are
+                declared that no batch can have.
+        """
         config = config_of(directory)
         loss = OwnLoss() if self.loss is None else self.loss
-        fields = [replace(each, required=True) for each in self.fields(config)]
+        try:
+            declared = list(self.fields(config))
+        except Exception as error:  # as of `module`
+            raise self._config_refused(error) from error
+        check_declaration(
+            type(self).__name__,
+            declared,
+            outputs=self.outputs if loss.has_outputs else None,
+            targets=self.targets,
+        )
+        fields = [replace(each, dims=tuple(each.dims), required=True) for each in declared]
         schema = BatchSchema(
             fields=tuple(
                 _target(each, loss, self.outputs) if each.name == self.targets else each
@@ -150,6 +166,10 @@ class ModuleFamily(ModelFamily):
             schema=schema,
             head=OutputHead(loss=loss, unit="row"),
         )
+
+    def _config_refused(self, error: Exception) -> CurvatureError:
+        called = type(self).__name__
+        return config_refused(error, f"correct what {called} reads of it, or {called} itself")
 
     @property
     def ways(self) -> Sequence[Way]:

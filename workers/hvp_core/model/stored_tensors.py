@@ -106,6 +106,16 @@ def by_name_in_model(
     return found
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether transformers made a model of its config; else an installed package did."""
+    return hasattr(getattr(model, "config", None), "get_text_config")
+
+
+def writer(model: nn.Module) -> str:
+    """The function that writes the weights of such a model as they are read."""
+    return "save_pretrained" if is_of_transformers(model) else "safetensors.torch.save_model"
+
+
 def _put(found: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:
     """Enter a tensor under a name.
 
@@ -118,7 +128,7 @@ def _put(found: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> Non
         raise CurvatureError(
             "CHECKPOINT_FILES_INVALID",
             f"{name} is stored twice, as {first.key} in {first.file.name} and as {tensor.key} in "
-            f"{tensor.file.name}; leave one, or write the model with save_pretrained",
+            f"{tensor.file.name}; leave one, or write the model anew",
             {"tensor": name, "path": tensor.file.name},
         )
     found[name] = tensor
