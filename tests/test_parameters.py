@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hvp_operations.operation import SpecError
 from hvp_operations.parameters import MOST_NAMES, MOST_PATTERNS, select
+from hvp_operations.wording import clipped, shown
 
 NAMES = ["embed.weight", "layers.0.mlp.w", "layers.0.norm.w", "layers.1.mlp.w", "norm.w", "odd[0]"]
 
@@ -32,6 +33,16 @@ def test_a_pattern_that_selects_nothing_names_its_neighbours(glob: str) -> None:
     assert caught.value.reason == "PARAMETERS_NOT_FOUND"
     assert caught.value.field == "operator.parameters"
     assert caught.value.metadata["glob"] == glob
+
+
+def test_a_long_pattern_is_told_by_its_beginning_and_its_end() -> None:
+    with pytest.raises(SpecError) as caught:
+        select([f"model.{'x' * 400}.weight"], NAMES)
+    assert caught.value.message.startswith("No parameter is called 'model.xxx")
+    assert "xxx.weight'; the nearest are " in caught.value.message
+    assert len(caught.value.message) < 300
+    assert len(clipped("x" * 81)) == len(clipped("x" * 80)) == 80
+    assert shown(["x" * 400]) == f"['{'x' * 55}...{'x' * 18}']"
 
 
 def test_there_is_a_bound_on_patterns_and_on_their_length() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import re
 
+from hvp_operations.wording import shown
+
 from hvp_client._exceptions import InvalidArgumentError
 
 _SOCKETS = ("unix:", "unix-abstract:")
@@ -32,7 +34,7 @@ def reachable_address(address: str) -> str:
         address = f"{address}:{DEFAULT_PORT}"
     if not _is_well_formed(address):
         raise InvalidArgumentError(
-            f"{address!r} is no address; give HOST:PORT as the server printed it",
+            f"{shown(address)} is no address; give HOST:PORT as the server printed it",
             reason="ADDRESS_INVALID",
             field="address",
         )

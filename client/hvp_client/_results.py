@@ -11,6 +11,7 @@ import numpy as np
 from hvp_operations.codec import to_values
 from hvp_operations.operation import Detail, Table, load
 from hvp_operations.registry import operations
+from hvp_operations.wording import shown
 from hvp_protos.v1 import job_pb2
 
 from hvp_client._enums import plain_name
@@ -196,7 +197,8 @@ def state_values(name: str) -> list[job_pb2.Job.State.ValueType]:
     ]
     if not values:
         raise InvalidArgumentError(
-            f"no job state {name!r}; there are QUEUED, RUNNING, SUCCEEDED, FAILED and CANCELLED",
+            f"no job state {shown(name)}; there are QUEUED, RUNNING, SUCCEEDED, FAILED "
+            "and CANCELLED",
             reason="STATE_UNKNOWN",
             field="states",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from hvp_operations.operation import SpecError
 from hvp_operations.parameters import select
+from hvp_operations.wording import clipped, shown
 
 from hvp_client._checkpoints import ParameterTensor
 from hvp_client._exceptions import InvalidArgumentError
@@ -25,15 +26,17 @@ def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, Iterable):
-        raise _invalid(f"{field} are patterns of names, not {value!r}", field)
+        raise _invalid(f"{field} are patterns of names, not {shown(value)}.", field)
     found = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(each, str) for each in found):
-        raise _invalid(f"{field} are patterns of names, not {found!r}", field)
+        raise _invalid(f"{field} are patterns of names, not {shown(found)}.", field)
     if not found:
-        raise _invalid("no pattern selects no parameter; None selects all", field)
+        raise _invalid("No pattern selects no parameter; None selects all.", field)
     for each in found:
         if not each.isprintable():
-            raise _invalid(f"{field}: {each[:80]!a} is no pattern of names of parameters", field)
+            raise _invalid(
+                f"{field}: {clipped(each)!a} is no pattern of names of parameters.", field
+            )
     return found
 
 
@@ -80,7 +83,7 @@ def in_blocks(
     names = [tensor.name for tensor in tensors]
     if isinstance(by, str):
         if by not in ("layer", "tensor"):
-            raise _invalid(f"by must be 'layer', 'tensor' or lists of patterns, not {by!r}", "by")
+            raise _no_blocks(by)
         blocks: dict[str, list[str]] = {}
         for name in names:
             blocks.setdefault(name if by == "tensor" else _layer(name), []).append(name)
@@ -93,23 +96,25 @@ def in_blocks(
             patterns = as_globs(globs, "by")
             name = ", ".join(patterns)
             if name in asked:
-                raise _invalid(f"two blocks have the same patterns, {name!r}", "by")
+                raise _invalid(f"Two blocks have the same patterns, {shown(name)}.", "by")
             asked[name] = patterns
     else:
-        raise _invalid(f"by must be 'layer', 'tensor' or lists of patterns, not {by!r}", "by")
+        raise _no_blocks(by)
     block_of: dict[str, str] = {}
     for block, globs in asked.items():
         for tensor in chosen(globs, tensors, "by"):
             if tensor.name in block_of:
                 raise _invalid(
-                    f"{tensor.name} is in two blocks, {block_of[tensor.name]!r} and {block!r}", "by"
+                    f"{tensor.name} is in two blocks, {shown(block_of[tensor.name])} and "
+                    f"{shown(block)}.",
+                    "by",
                 )
             block_of[tensor.name] = block
     left = [name for name in names if name not in block_of]
     if left:
         raise _invalid(
             f"{len(left)} tensors are in no block, {left[0]} among them; restrict the operator "
-            "first, or give them a block",
+            "first, or give them a block.",
             "by",
         )
     return {block: [name for name in names if block_of[name] == block] for block in asked}
@@ -117,13 +122,18 @@ def in_blocks(
 
 def in_words(globs: Sequence[str]) -> str:
     """A selection as a phrase, such as ` in *.mlp.*`; "" where all parameters are selected."""
-    return f" in {', '.join(globs[:2])}{', ...' if len(globs) > 2 else ''}" if globs else ""
+    few = ", ".join(clipped(glob) for glob in globs[:2])
+    return f" in {few}{', ...' if len(globs) > 2 else ''}" if globs else ""
 
 
 def _layer(name: str) -> str:
     """The layer of a parameter: its name up to the first number, or its module."""
     found = _LAYER.match(name)
     return found[1] if found else name.rpartition(".")[0] or name
+
+
+def _no_blocks(by: Any) -> InvalidArgumentError:
+    return _invalid(f"by must be 'layer', 'tensor' or lists of patterns, not {shown(by)}.", "by")
 
 
 def _invalid(message: str, field: str) -> InvalidArgumentError:

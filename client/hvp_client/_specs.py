@@ -10,6 +10,7 @@ from hvp_operations.checking import checked
 from hvp_operations.codec import to_message
 from hvp_operations.operation import Facts, SpecError
 from hvp_operations.registry import operations
+from hvp_operations.wording import shown
 from hvp_protos.v1 import job_pb2, operator_pb2
 
 from hvp_client._batches import Batch
@@ -50,7 +51,7 @@ def operator_spec(
         wire_kind = operator_pb2.OperatorSpec.Kind.Value(f"KIND_{str(kind).upper()}")
     except ValueError:
         raise InvalidArgumentError(
-            f"no operator kind {kind!r}; there are {', '.join(KINDS)}",
+            f"no operator kind {shown(kind)}; there are {', '.join(KINDS)}",
             reason="KIND_UNSPECIFIED",
             field="kind",
         ) from None
@@ -95,7 +96,7 @@ def job_spec(
     """
     if operation not in operations():
         raise InvalidArgumentError(
-            f"no operation {operation!r}; there are {', '.join(operations())}",
+            f"no operation {shown(operation)}; there are {', '.join(operations())}",
             reason="OPERATION_UNKNOWN",
             field="operation",
         )
@@ -117,7 +118,7 @@ def check_seed(seed: int) -> int:
     """Refuse a seed that is no unsigned 64-bit integer, with `SEED_INVALID`."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
         raise InvalidArgumentError(
-            f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}",
+            f"seed must be an integer from 0 to 2**64 - 1, not {shown(seed)}",
             reason="SEED_INVALID",
             field="seed",
         )

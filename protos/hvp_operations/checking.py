@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar
 
 from hvp_operations.operation import Facts, Operation, SpecError
+from hvp_operations.wording import clipped, shown
 
 SpecT = TypeVar("SpecT")
 
@@ -38,7 +39,7 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
     if facts.kind.startswith("jacobian"):
         raise SpecError(
             "OPERATOR_NOT_SYMMETRIC",
-            f"{operation.name} is asked of a symmetric matrix, which the {facts.kind} is not",
+            f"{operation.name} is asked of a symmetric matrix, which the {facts.kind} is not.",
             "operator",
         )
     for rule in operation.rules:
@@ -46,7 +47,7 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
             given = getattr(spec, rule.field)
             raise SpecError(
                 rule.reason,
-                f"{rule.field} is {given}; {rule.allowed(spec, facts)}",
+                f"{rule.field} is {given}; {rule.allowed(spec, facts)}.",
                 rule.field,
                 {rule.field: str(given), "num_parameters": str(facts.num_parameters)},
             )
@@ -71,7 +72,7 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
     if unknown := sorted(values.keys() - types.keys()):
         raise SpecError(
             "FIELD_UNKNOWN",
-            f"{operation.name} has no {unknown[0]}; it has {', '.join(types)}",
+            f"{operation.name} has no {clipped(unknown[0])}; it has {', '.join(types)}.",
             unknown[0],
         )
     return operation.spec(
@@ -120,7 +121,7 @@ def _word(name: str, words: tuple[str, ...], given: Any) -> str:
     if given not in words:
         raise SpecError(
             f"{name.upper()}_UNSUPPORTED",
-            f"{name} is {given!r}; possible are {', '.join(words)}",
+            f"{name} is {shown(given)}; possible are {', '.join(words)}.",
             name,
         )
     return str(given)
@@ -145,4 +146,4 @@ def _number(name: str, given: Any) -> float:
 
 
 def _invalid(name: str, given: Any, possible: str) -> SpecError:
-    return SpecError(f"{name.upper()}_INVALID", f"{name} is {given!r}; {possible}", name)
+    return SpecError(f"{name.upper()}_INVALID", f"{name} is {shown(given)}; {possible}.", name)

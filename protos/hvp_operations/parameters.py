@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from hvp_operations.operation import SpecError
+from hvp_operations.wording import shown
 
 MOST_NAMES = 4096  # in a request
 MOST_PATTERNS = 64  # of these, ones that are compared with every name
@@ -60,15 +61,15 @@ def _check(globs: Sequence[str], field: str) -> None:
         raise SpecError(
             "PARAMETERS_INVALID",
             f"{len(globs)} patterns, {patterns} of them with wildcards; give at most {MOST_NAMES}, "
-            f"{MOST_PATTERNS} of them with wildcards",
+            f"{MOST_PATTERNS} of them with wildcards.",
             field,
         )
     for index, glob in enumerate(globs):
         if not glob or len(glob) > LONGEST:
             raise SpecError(
                 "PARAMETERS_INVALID",
-                f"a pattern of a parameter's name has from 1 to {LONGEST} characters, not "
-                f"{len(glob)}",
+                f"A pattern of a parameter's name has from 1 to {LONGEST} characters, not "
+                f"{len(glob)}.",
                 f"{field}[{index}]",
             )
 
@@ -79,8 +80,8 @@ def _nothing(glob: str, names: Sequence[str], field: str) -> SpecError:
     nearest = difflib.get_close_matches(words, names, _NEAREST, cutoff=0.3) or names[:_NEAREST]
     return SpecError(
         "PARAMETERS_NOT_FOUND",
-        f"no parameter is called {glob!r}; the nearest are {', '.join(nearest)}. A tied tensor "
-        "goes by its first name alone",
+        f"No parameter is called {shown(glob)}; the nearest are {', '.join(nearest)}. A tied "
+        "tensor goes by its first name alone.",
         field,
         {"glob": glob, "nearest": ", ".join(nearest)[:1024]},
     )

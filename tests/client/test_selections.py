@@ -147,7 +147,7 @@ def test_blocks_are_disjoint_have_all_parameters_and_stand_on_the_diagonal(H: Op
     assert caught.value.reason == "PARAMETERS_INVALID"
     with pytest.raises(InvalidArgumentError, match="in no block"):
         H.blocks([["*norm*"]])
-    with pytest.raises(InvalidArgumentError, match="two blocks have the same patterns"):
+    with pytest.raises(InvalidArgumentError, match="Two blocks have the same patterns"):
         H.blocks([["*"], ["*"]])
     for by in ("rows", 3, None):
         with pytest.raises(InvalidArgumentError, match="'layer', 'tensor'") as caught:
@@ -177,6 +177,21 @@ def test_a_restriction_takes_patterns_one_by_one_or_in_one_list(
         with pytest.raises(InvalidArgumentError) as caught:
             S.restrict(*nothing)
         assert (caught.value.reason, caught.value.field) == ("PARAMETERS_INVALID", "parameters")
+
+
+@pytest.mark.parametrize("glob", ["*.v_prj.*", f"model.{'x' * 300}.weight", ""], ids=len)
+def test_sdk_and_server_refuse_a_pattern_in_the_same_words(
+    client: Client, checkpoint: Checkpoint, batch: Batch, H: Operator, glob: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as early:
+        H.restrict(glob)
+    with pytest.raises(InvalidArgumentError) as late:
+        client.operator(checkpoint, batch, parameters=glob)
+    assert (early.value.reason, early.value.message) == (late.value.reason, late.value.message)
+    assert early.value.message[0].isupper()
+    assert early.value.message.endswith(".")
+    with pytest.raises(KeyError, match=r"No parameter is called 'model.*nearest are"):
+        H.random_vector(seed=0)["model.norm"]
 
 
 def test_two_ways_to_say_the_same_give_one_space_and_others_do_not_mix(

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
+from hvp_operations.wording import shown
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
@@ -193,7 +194,9 @@ class AsyncVector:
         tensors = await self._tensors()
         if parameter not in tensors:
             near = difflib.get_close_matches(str(parameter), tensors, n=3, cutoff=0.0)
-            raise KeyError(f"no parameter {parameter!r}; there are {', '.join(near)} and others")
+            raise KeyError(
+                f"No parameter is called {shown(parameter)}; the nearest are {', '.join(near)}."
+            )
         tensor = tensors[parameter]
         elements = await read_elements(
             self._session, self.name, tensor.num_elements, self.dtype, start=tensor.offset
@@ -305,7 +308,7 @@ def source_seeded(seed: int, distribution: str) -> vector_pb2.VectorSource:
         value = vector_pb2.SeededSource.DISTRIBUTION_UNSPECIFIED
     if value == vector_pb2.SeededSource.DISTRIBUTION_UNSPECIFIED:
         raise InvalidArgumentError(
-            f"no distribution {distribution!r}; there are rademacher, gaussian and sphere",
+            f"no distribution {shown(distribution)}; there are rademacher, gaussian and sphere",
             reason="DISTRIBUTION_UNSPECIFIED",
             field="distribution",
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from hvp_operations.wording import NAME, shown
+
 from hvp_client import Client
 from hvp_client.cli.failures import failures_reported, usage_error
 
@@ -28,7 +30,7 @@ def delete(address: str, names: Sequence[str]) -> None:
             collection = [*name.split("/"), "", "", ""][2]
             if collection not in _DELETERS:
                 usage_error(
-                    f"{name!r} names nothing that can be deleted; a name is projects/PROJECT/KIND/"
-                    f"ID, KIND one of {', '.join(_DELETERS)}"
+                    f"{shown(name, NAME)} names nothing that can be deleted; a name is "
+                    f"projects/PROJECT/KIND/ID, KIND one of {', '.join(_DELETERS)}"
                 )
             _DELETERS[collection](client, name)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from google.rpc import code_pb2 as code
 from hvp_operations.checking import reasons
 from hvp_operations.registry import operations
+from hvp_operations.wording import NAME, shown
 from hvp_protos.v1 import errors_pb2
 
 DOMAIN = "hvp.dev"
@@ -104,7 +105,7 @@ def not_found(resource: str, kind: str, why: str = "") -> ServiceError:
     """
     return ServiceError(
         "RESOURCE_NOT_FOUND",
-        f"There is no {kind} named {resource!r}. {why}".rstrip(),
+        f"There is no {kind} named {shown(resource, NAME)}. {why}".rstrip(),
         resource=resource,
     )
 

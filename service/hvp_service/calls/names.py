@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hvp_operations.wording import NAME, clipped, shown
+
 from hvp_service.calls.errors import ServiceError, not_found
 
 Collection = Literal[
@@ -50,7 +52,7 @@ def parse(text: str, collection: Collection) -> Name:
         and IDENTIFIER.fullmatch(parts[3])
     ):
         return Name(parts[1], collection, parts[3])
-    raise not_found(text[:200], KINDS[collection])
+    raise not_found(clipped(text, NAME), KINDS[collection])
 
 
 def parse_parent(text: str) -> str:
@@ -64,7 +66,7 @@ def parse_parent(text: str) -> str:
         raise ServiceError(
             "PARENT_INVALID",
             "A parent is 'projects/{project}', the project in lower-case letters, digits and "
-            f"hyphens; got {text[:200]!r}.",
+            f"hyphens; got {shown(text)}.",
             field="parent",
         )
     return project

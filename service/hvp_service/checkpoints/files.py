@@ -16,6 +16,7 @@ from hvp_folders.weights import (
     Weights,
     choose_weights,
 )
+from hvp_operations.wording import shown
 
 from hvp_service.calls.errors import ServiceError
 from hvp_service.storage.safetensors_header import PickleError, SafetensorsError, read_header
@@ -59,7 +60,7 @@ def check_names(names: list[str]) -> None:
         allowed = name == CONFIG or name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX))
         if not allowed or not _FILE_NAME.fullmatch(name):
             raise _files_error(
-                f"{name[:200]!r} is not allowed: a checkpoint is config.json, *.safetensors and "
+                f"{shown(name)} is not allowed: a checkpoint is config.json, *.safetensors and "
                 "*.safetensors.index.json, without folders."
             )
     if len(set(names)) != len(names):

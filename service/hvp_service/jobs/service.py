@@ -52,7 +52,7 @@ async def _asked(
         except SpecError as error:
             raise ServiceError(
                 error.reason,
-                f"{error.message}.",
+                error.message,
                 field=f"{where}.{error.field}",
                 metadata=error.metadata,
             ) from None

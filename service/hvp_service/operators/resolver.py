@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from hvp_batches.fitting import BatchError, check_fit
 from hvp_operations.operation import SpecError
 from hvp_operations.parameters import select
+from hvp_operations.wording import shown
 from hvp_workers.backend import Dtype, Operator, ParameterTensor, Precision, Space
 
 from hvp_service.batches.contents import batch_refused
@@ -95,9 +96,8 @@ def select_parameters(
     try:
         selected = select(globs, names, field)
     except SpecError as error:
-        message = f"{error.message[:1].upper()}{error.message[1:]}."
         raise ServiceError(
-            error.reason, message, field=error.field, metadata=error.metadata
+            error.reason, error.message, field=error.field, metadata=error.metadata
         ) from None
     return Selection(selected, tuple(globs)) if len(selected) < len(names) else ALL_PARAMETERS
 
@@ -135,7 +135,7 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
     if dtype not in DTYPES:
         raise ServiceError(
             "DTYPE_UNSUPPORTED",
-            f"The dtype {dtype[:40]!r} is not served; {' and '.join(DTYPES)} are.",
+            f"The dtype {shown(dtype)} is not served; {' and '.join(DTYPES)} are.",
             field=field,
         )
     return dtype
@@ -170,7 +170,7 @@ def check_precision(
             return known
     raise ServiceError(
         "PRECISION_UNSUPPORTED",
-        f"The precision {precision[:40]!r} is not served for {dtype} on {device}; "
+        f"The precision {shown(precision)} is not served for {dtype} on {device}; "
         f"{' and '.join(sorted(served))} {'is' if len(served) == 1 else 'are'}, and an empty one "
         "lets the server choose.",
         field=field,

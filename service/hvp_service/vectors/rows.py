@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 import sqlalchemy as sa
+from hvp_operations.wording import clipped
 from hvp_workers.backend import Dtype
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -293,7 +294,7 @@ def words_of(space: VectorSpace) -> str:
 
 
 def _shown(globs: Sequence[str]) -> str:
-    few = ", ".join(glob[:60] for glob in globs[:3])
+    few = ", ".join(clipped(glob) for glob in globs[:3])
     return few if len(globs) <= 3 else f"{few} and {len(globs) - 3} more"
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from hvp_batches.contents import check_names
 from hvp_batches.fitting import BatchError
 from hvp_batches.schema import ROWS, BatchField, Kind
+from hvp_operations.wording import shown
 
 from hvp_core.errors import CurvatureError
 
@@ -36,7 +37,7 @@ def check_declaration(
     """
     for each in fields:
         if not isinstance(each, BatchField):
-            raise _wrong(family, "", f"fields gives {each!r:.80}; possible are BatchFields")
+            raise _wrong(family, "", f"fields gives {shown(each)}; possible are BatchFields")
     try:
         check_names([str(each.name) for each in fields])
     except BatchError as error:
@@ -52,8 +53,8 @@ def check_declaration(
         raise _wrong(
             family,
             targets,
-            f"targets is {targets!r}; possible is the name of one of its fields, beside one that "
-            f"the module takes: {', '.join(names)}",
+            f"targets is {shown(targets)}; possible is the name of one of its fields, beside "
+            f"one that the module takes: {', '.join(names)}",
         )
     symbols = {dim for each in fields for dim in each.dims if not dim.isdecimal()}
     known = [dim for dim in outputs if isinstance(dim, str) and (_is_size(dim) or dim in symbols)]
@@ -61,7 +62,7 @@ def check_declaration(
         raise _wrong(
             family,
             "",
-            f"outputs is {outputs!r:.80}; {_DIMS}, of the symbols that its fields have: "
+            f"outputs is {shown(outputs)}; {_DIMS}, of the symbols that its fields have: "
             f"{', '.join(sorted(symbols))}",
         )
 
@@ -71,15 +72,15 @@ def _check_field(family: str, field: BatchField) -> None:
         raise _wrong(
             family,
             field.name,
-            f"its kind is {field.kind!r:.80}; possible are {' and '.join(get_args(Kind))}",
+            f"its kind is {shown(field.kind)}; possible are {' and '.join(get_args(Kind))}",
         )
     dims: Any = field.dims
     if not isinstance(dims, tuple | list) or not dims:
-        raise _wrong(family, field.name, f"its dims are {dims!r:.80}; {_DIMS}")
+        raise _wrong(family, field.name, f"its dims are {shown(dims)}; {_DIMS}")
     for place, dim in enumerate(dims):
         is_dim = isinstance(dim, str) and (_is_size(dim) or _SYMBOL.fullmatch(dim))
         if not is_dim or (place == 0 and dim != ROWS):
-            raise _wrong(family, field.name, f"dimension {place} of it is {dim!r:.80}; {_DIMS}")
+            raise _wrong(family, field.name, f"dimension {place} of it is {shown(dim)}; {_DIMS}")
     least, most = field.minimum, field.maximum
     if least is not None and most is not None and least > most:
         raise _wrong(
@@ -95,7 +96,7 @@ def _is_size(dim: str) -> bool:
 
 
 def _wrong(family: str, field: str, what: str) -> CurvatureError:
-    of = f"{family}, field {field[:80]!r}" if field else family
+    of = f"{family}, field {shown(field)}" if field else family
     return CurvatureError(
         "MODEL_UNSUPPORTED",
         f"{of}: {what}. Correct the declaration in the package that is installed beside the server",

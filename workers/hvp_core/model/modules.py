@@ -23,6 +23,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from hvp_batches.schema import IGNORED, BatchField, BatchSchema
+from hvp_operations.wording import shown
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -274,7 +275,7 @@ def registered(model_type: str) -> ModuleFamily | None:
     except Exception as error:  # an installed package fails in every way there is
         raise CurvatureError(
             "ARCHITECTURE_UNKNOWN",
-            f"the model_type {model_type!r} is registered by "
+            f"the model_type {shown(model_type)} is registered by "
             f"{', '.join(point.value for point in points)}, which cannot be taken "
             f"({type(error).__name__}: {str(error)[:300]}); correct the package that is installed "
             "beside the server",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from hvp_operations.wording import shown
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hvp_core.errors import CurvatureError
@@ -42,11 +43,11 @@ def load_config(directory: Path) -> tuple[PreTrainedConfig, Task]:
     raw = config_of(directory)
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
-        refuse_remote_code(raw, f"transformers has no model of type {kind!r}")
+        refuse_remote_code(raw, f"transformers has no model of type {shown(kind)}")
         raise CurvatureError(
             "ARCHITECTURE_UNKNOWN",
-            f"model_type {kind!r} is not one that transformers knows; correct config.json, or give "
-            "a checkpoint of a type that it knows",
+            f"model_type {shown(kind)} is not one that transformers knows; correct config.json, or "
+            "give a checkpoint of a type that it knows",
             {"model_type": kind},
         )
     try:

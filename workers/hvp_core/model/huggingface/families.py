@@ -17,6 +17,7 @@ from hvp_batches.schema import (
     BatchSchema,
     causal_schema,
 )
+from hvp_operations.wording import shown
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -231,7 +232,7 @@ def _labels(config: PreTrainedConfig) -> tuple[Loss, BatchField]:
         return MeanSquaredError(), BatchField(name="labels", kind="number", dims=dims)
     raise CurvatureError(
         "CONFIG_INVALID",
-        f"config.json has problem_type = {str(kind)[:40]!r}; transformers knows regression, "
+        f"config.json has problem_type = {shown(kind)}; transformers knows regression, "
         "single_label_classification and multi_label_classification",
         {"file": "config.json", "key": "problem_type"},
     )

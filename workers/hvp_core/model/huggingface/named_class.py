@@ -14,6 +14,7 @@ from typing import Any, Literal
 import transformers
 from hvp_folders.config import sections
 from hvp_folders.weights import CONFIG
+from hvp_operations.wording import shown
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -67,12 +68,13 @@ def _check_causal(names: Sequence[str], raw: Mapping[str, Any], config: PreTrain
     """Refuse what is no causal language model."""
     kind = raw["model_type"]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        refuse_remote_code(raw, f"transformers has no causal language model of type {kind!r}")
+        refuse_remote_code(raw, f"transformers has no causal language model of type {shown(kind)}")
         if names and (task := _task(names[0])) not in ("", _CAUSAL):
             raise _task_refused(names[0], task, kind)
         raise CurvatureError(
             "ARCHITECTURE_UNKNOWN",
-            f"transformers has no causal language model of type {kind!r}; give a checkpoint of one",
+            f"transformers has no causal language model of type {shown(kind)}; give a checkpoint "
+            "of one",
             {"model_type": kind},
         )
     built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
@@ -84,8 +86,8 @@ def _check_causal(names: Sequence[str], raw: Mapping[str, Any], config: PreTrain
     elif not names:
         raise CurvatureError(
             "CONFIG_INVALID",
-            f"config.json names no class in architectures, and a model of type {kind!r} may be an "
-            "encoder, which is no causal language model; name the class that it was saved as",
+            f"config.json names no class in architectures, and a model of type {shown(kind)} may "
+            "be an encoder, which is no causal language model; name the class that it was saved as",
             {"file": CONFIG, "key": "architectures"},
         )
     folded = {name.lower() for name in own}  # some names have changed case over the years
@@ -96,8 +98,8 @@ def _check_causal(names: Sequence[str], raw: Mapping[str, Any], config: PreTrain
     if task == _CAUSAL:
         raise CurvatureError(
             "CONFIG_INVALID",
-            f"config.json names the class {name}, which is not of its model_type {kind!r}; take "
-            "the config.json that the model came with",
+            f"config.json names the class {name}, which is not of its model_type {shown(kind)}; "
+            "take the config.json that the model came with",
             {"file": CONFIG, "key": "architectures"},
         )
     if task:
