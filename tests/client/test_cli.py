@@ -98,22 +98,29 @@ def test_a_spectrum_from_the_command_line(
     assert checkpoint.startswith("projects/default/checkpoints/")
     output = tmp_path / "result.json"
     what = ("--checkpoint", checkpoint, "--ids", batch_file, "-k", "2", "--which", "LA")
-    done = hvp("eigsh", *what, "--dtype", "float64", "--output", output, *address)
+    narrow = {"COLUMNS": "40"}
+    done = hvp("eigsh", *what, "--dtype", "float64", "--output", output, *address, **narrow)
     assert done.returncode == 0, done.stderr
     assert "RUNNING attempt 1" in done.stderr
     assert "products" in done.stderr
     result = json.loads(output.read_text())
     assert f"{result['eigenvalues'][1]:.8g}" in done.stdout
     assert result["outcome"] == "CONVERGED"
+    lines = done.stdout.splitlines()  # nothing is wrapped or cut, though a pipe has few columns
+    assert any(line.startswith(f"eigenvectors: {result['eigenvectors'][0]} to ") for line in lines)
+    assert any("each of these 2 is the eigenvalue of its place, to " in line for line in lines)
+    assert any("residual ‖Hy - λy‖" in line and "± (certified)" in line for line in lines)
+    plan = hvp("eigsh", *what, "--plan", *address, **narrow)
+    assert "…" not in done.stdout + plan.stdout
 
     again = hvp("watch", result["job"].rpartition("/")[2], "--format", "json", *address)
     assert json.loads(again.stdout) == result
     listed = json.loads(hvp("jobs", "--state", "SUCCEEDED", "--format", "json", *address).stdout)
     assert result["job"] in [job["name"] for job in listed]
-    table = hvp("jobs", *address).stdout
+    table = hvp("jobs", *address, **narrow).stdout
     assert result["job"].rpartition("/")[2] in table  # whole, though a pipe has 80 columns
     assert "…" not in table
-    assert "eigsh LA k=2" in table
+    assert "eigsh LA k=2 of hessian float64\n" in f"{table}\n".replace(" \n", "\n")
 
 
 def test_a_job_may_be_left_alone_and_cancelled(

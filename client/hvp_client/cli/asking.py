@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hvp_client import Client, Job
-from hvp_client.cli.display import drawn, show_events
+from hvp_client.cli.display import print_table, show_events
 from hvp_client.cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, failures_reported, usage_error
 from hvp_client.cli.listing import job_name
 from hvp_client.cli.uploading import upload_with_bar
@@ -100,7 +100,7 @@ def ask(
             if as_json:
                 print(json.dumps(asdict(told), indent=2))
             else:
-                Console().print(drawn(told.table()))
+                print_table(told.table())
             raise typer.Exit(0 if told.fits else EXIT_FAILURE)
         job = getattr(H, order.operation)(**order.values)
         if watch:
@@ -166,7 +166,7 @@ def _stay(job: Job[Any], *, output: Path | None, picture: Path | None, as_json: 
     if as_json:
         print(document)
     else:
-        Console().print(drawn(result.table()))
+        print_table(result.table())
     if picture is not None:
         _draw(result, picture)
 

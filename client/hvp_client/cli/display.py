@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from typing import final
 
+import rich.measure
 import rich.table
 from hvp_operations.operation import Table
 from rich import box
@@ -16,6 +18,7 @@ from rich.text import Text
 
 from hvp_client import Event, Progress
 
+_UNBOUNDED = 1 << 16  # characters of a line where nobody looks on
 _SHOWN = 8  # rows of what is under way
 _COLOURS = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "CANCELLING": "yellow"}
 
@@ -114,6 +117,36 @@ def drawn(table: Table) -> rich.table.Table:
     for row in table.rows:
         laid_out.add_row(*row)
     return laid_out
+
+
+def print_table(table: Table) -> None:
+    """Print a table to standard output.
+
+    Args:
+        table: The table's texts.
+    """
+    console = Console()
+    if console.is_terminal:
+        console.print(drawn(table))
+        return
+    # Notes are kept to a table's width, so they are lines of their own here.
+    print_laid_out(drawn(replace(table, notes=())), console)
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_laid_out(table: rich.table.Table, console: Console) -> None:
+    """Print a table that is laid out; where nobody looks on, whole, however wide it is.
+
+    Args:
+        table: The table as rich draws it.
+        console: Console to print it on.
+    """
+    if not console.is_terminal:
+        unbounded = console.options.update(width=_UNBOUNDED)
+        needed = rich.measure.Measurement.get(console, unbounded, table).maximum
+        console.width = max(console.width, needed)
+    console.print(table)
 
 
 @final

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hvp_client import AsyncClient, AsyncJob, Client
 from hvp_client._selections import in_words
+from hvp_client.cli.display import print_laid_out
 from hvp_client.cli.failures import failures_reported
 
 
@@ -29,7 +30,6 @@ def job_name(text: str) -> str:
 
 
 _WIDE = 120  # characters that the widest rows take
-_UNBROKEN = 200  # characters of a line where nobody looks on: one job, one line
 
 
 def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> None:
@@ -57,8 +57,7 @@ def list_jobs(address: str, *, states: Sequence[str] | None, as_json: bool) -> N
         table.add_row(*(cells if wide else cells[:-1]))
         if not wide:
             table.add_row(f"  {cells[-1]}")
-    printed = console if console.is_terminal else Console(width=_UNBROKEN)
-    printed.print(table)
+    print_laid_out(table, console)
 
 
 def _row(job: AsyncJob[Any]) -> tuple[str, ...]:
