@@ -97,6 +97,23 @@ async def test_products_gradient_and_loss_are_those_of_the_quadratic(deps: Depen
     assert inner == [pytest.approx(values @ tensors["A"] @ values)]
 
 
+async def test_what_is_told_of_the_loss_does_not_depend_on_the_kind(deps: Dependencies) -> None:
+    ref = await make_operator(deps)
+    jacobian = replace(ref, kind="KIND_JACOBIAN")
+    names = [str((await make(deps, ref)).name)]
+    for form, told in (("FORM_SLOPE", True), ("FORM_QUADRATIC", False)):
+        expected = await operators.evaluate_forms(deps, ref, form, names)
+        if told:
+            assert await operators.evaluate_forms(deps, jacobian, form, names) == expected
+        else:
+            error = await refusal(operators.evaluate_forms(deps, jacobian, form, names))
+            assert (error.reason, error.field) == ("OPERATOR_NOT_SYMMETRIC", "operator.kind")
+    assert await operators.evaluate_loss(deps, jacobian) == await operators.evaluate_loss(deps, ref)
+    gradients = [await operators.compute_gradient(deps, each) for each in (ref, jacobian)]
+    one, other = [await array(deps, each) for each in gradients]
+    np.testing.assert_array_equal(one, other)
+
+
 async def test_ranges_of_a_vector_are_read_and_others_refused(deps: Dependencies) -> None:
     vector = await make(deps, await make_operator(deps))
     whole = await array(deps, vector)

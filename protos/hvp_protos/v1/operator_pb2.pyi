@@ -286,16 +286,20 @@ class EvaluateFormsRequest(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         FORM_UNSPECIFIED: EvaluateFormsRequest._Form.ValueType  # 0
         FORM_QUADRATIC: EvaluateFormsRequest._Form.ValueType  # 1
-        """v^T A v with the operator's matrix A."""
+        """v^T A v with the operator's matrix A; of a Jacobian, which is not square, there is none."""
         FORM_SLOPE: EvaluateFormsRequest._Form.ValueType  # 2
-        """The derivative of L along v, dL/dtheta . v, whatever the kind of the operator."""
+        """The derivative of L along v, dL/dtheta . v, whatever the kind of the operator, a Jacobian's too: v is
+        a vector of parameter space.
+        """
 
     class Form(_Form, metaclass=_FormEnumTypeWrapper): ...
     FORM_UNSPECIFIED: EvaluateFormsRequest.Form.ValueType  # 0
     FORM_QUADRATIC: EvaluateFormsRequest.Form.ValueType  # 1
-    """v^T A v with the operator's matrix A."""
+    """v^T A v with the operator's matrix A; of a Jacobian, which is not square, there is none."""
     FORM_SLOPE: EvaluateFormsRequest.Form.ValueType  # 2
-    """The derivative of L along v, dL/dtheta . v, whatever the kind of the operator."""
+    """The derivative of L along v, dL/dtheta . v, whatever the kind of the operator, a Jacobian's too: v is
+    a vector of parameter space.
+    """
 
     OPERATOR_FIELD_NUMBER: _builtins.int
     FORM_FIELD_NUMBER: _builtins.int

@@ -116,14 +116,15 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EvaluateLoss(self, request, context):
-        """L(theta). Cost: one forward pass.
+        """L(theta), which does not depend on the kind: of a Jacobian too it is the loss of the checkpoint on the
+        batch. Cost: one forward pass.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ComputeGradient(self, request, context):
-        """dL/dtheta. Cost: 3 GEMM passes, 4 where memory is short.
+        """dL/dtheta, which does not depend on the kind either. Cost: 3 GEMM passes, 4 where memory is short.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
