@@ -91,6 +91,16 @@ class LoadedOperator:
             value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
         ]
 
+    def losses_along(
+        self, directions: Sequence[torch.Tensor], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) for each point, a few points at a time."""
+        return [
+            value
+            for start in range(0, len(points), TOGETHER)
+            for value in self.curvature.losses_along(directions, points[start : start + TOGETHER])
+        ]
+
     def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
         """v·Av for each vector, by going forward alone where A has a rule for that.
 
