@@ -181,21 +181,8 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
             return await self._loss_along(vectors, grid)
 
     async def _loss_along(self, directions: Sequence[AsyncVector], grid: Any) -> LossAlong:
-        names = [require_handle(each, AsyncVector, "directions").name for each in directions]
         steps = checked_grid(grid, len(directions))
-        points, losses = points_of(steps), list[float]()
-        for start in range(0, len(points), _POINTS_AT_ONCE):
-            answer = await self._session.wire.unary(
-                "OperatorService/EvaluateLossAlong",
-                operator_pb2.EvaluateLossAlongRequest(
-                    operator=self._spec,
-                    directions=names,
-                    coefficients=points[start : start + _POINTS_AT_ONCE].ravel().tolist(),
-                ),
-                operator_pb2.EvaluateLossAlongResponse,
-                timeout_s=self._session.wire.timeout.compute_s,
-            )
-            losses += answer.losses
+        losses = await self._losses(directions, points_of(steps).tolist())
         curvatures = np.empty((len(directions), len(directions)))
         for i, product in enumerate(await self._apply(directions)):
             async with product:
@@ -208,6 +195,28 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
             slopes=np.asarray(await self.slope(list(directions))),
             curvatures=(curvatures + curvatures.T) / 2,
         )
+
+    async def _losses(
+        self, directions: Sequence[AsyncVector], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) at each point."""
+        names = [require_handle(each, AsyncVector, "directions").name for each in directions]
+        losses: list[float] = []
+        for start in range(0, len(points), _POINTS_AT_ONCE):
+            answer = await self._session.wire.unary(
+                "OperatorService/EvaluateLossAlong",
+                operator_pb2.EvaluateLossAlongRequest(
+                    operator=self._spec,
+                    directions=names,
+                    coefficients=[
+                        a for each in points[start : start + _POINTS_AT_ONCE] for a in each
+                    ],
+                ),
+                operator_pb2.EvaluateLossAlongResponse,
+                timeout_s=self._session.wire.timeout.compute_s,
+            )
+            losses += answer.losses
+        return losses
 
     @overload
     async def __rmatmul__(self, other: AsyncVector) -> AsyncVector: ...
