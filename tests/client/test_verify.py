@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hvp_client import Batch, Checkpoint, Client
+from hvp_client import Batch, Checkpoint, Client, JobFailedError
 from hvp_client._verification import extrapolated, of_differences, rescalings
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -110,9 +110,14 @@ def test_a_kernel_that_is_a_hundredth_off_is_noticed(
         assert not found.passed
         assert "failed" in repr(found)
         assert client.verify(checkpoint, batch, "float64").passed  # where the kernel is right
+        # A question does not answer at all, and says why after its first products.
+        job = client.operator(checkpoint, batch).eigsh(k=2)
+        with pytest.raises(JobFailedError, match="rounding explains") as failure:
+            job.result()
+        assert failure.value.reason == "SYMMETRY_BROKEN"
     save_file({"input_ids": input_ids}, tmp_path / "batch.safetensors")
     command = [
-        HVP,
+        str(HVP),
         "verify",
         f"--address={wrong_server.address}",
         f"--checkpoint={checkpoint.name}",
