@@ -160,8 +160,8 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         to the type of the operands of matrix products. Take float64 for small steps.
 
         Args:
-            directions: One direction or two: vectors, as eigenvectors of `eigsh`; or real numbers
-                (n,) or (n, 2), in numpy, torch or lists, which travel to the ranks.
+            directions: One direction or two: vectors, as the eigenvectors of a result; or real
+                numbers (n,) or (n, 2), in numpy, torch or lists, which travel to the ranks.
             grid: The steps aᵢ: numbers (m,) for one direction, a pair of such arrays for two.
 
         Returns:
