@@ -36,7 +36,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     again.
     """
     ERROR_REASON_BATCH_EMPTY: _ErrorReason.ValueType  # 3
-    """The data predict nothing; give sequences of two tokens or more."""
+    """A field of a batch holds nothing, or token sequences predict nothing; give two tokens or more."""
     ERROR_REASON_BATCH_FIELD_INVALID: _ErrorReason.ValueType  # 4
     """A batch has a field too many, one too few, or one of the wrong type or shape."""
     ERROR_REASON_BLOB_DIGEST_MISMATCH: _ErrorReason.ValueType  # 5
@@ -50,7 +50,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CHUNK_TOO_LARGE: _ErrorReason.ValueType  # 9
     """A chunk is larger than the server takes; its limit is in GetServerInfo."""
     ERROR_REASON_CONFIG_INVALID: _ErrorReason.ValueType  # 10
-    """config.json cannot be used; take the one that the model came with."""
+    """config.json cannot be used; take the one that the model came with, or correct it."""
     ERROR_REASON_DIGEST_MALFORMED: _ErrorReason.ValueType  # 11
     """A digest is 64 hexadecimal digits and a size."""
     ERROR_REASON_DISK_FULL: _ErrorReason.ValueType  # 12
@@ -80,13 +80,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_KIND_UNSPECIFIED: _ErrorReason.ValueType  # 24
     """Say which operator."""
     ERROR_REASON_KIND_UNSUPPORTED: _ErrorReason.ValueType  # 25
-    """A kind of operator that this server does not serve."""
+    """A kind of operator that this server does not serve, or a model that returns its loss alone lacks."""
     ERROR_REASON_LABELS_INVALID: _ErrorReason.ValueType  # 26
     """Too many labels, or too long ones."""
     ERROR_REASON_MICRO_BATCH_INVALID: _ErrorReason.ValueType  # 27
     """A micro-batch has at least one sequence."""
     ERROR_REASON_MODEL_UNSUPPORTED: _ErrorReason.ValueType  # 28
-    """The model's own code raises, or its loss is not what it seems; metadata names the block."""
+    """The model's own code raises, is in train mode, or its loss is not what it seems (metadata names the
+    block); or its package declares what no batch can be (family, field).
+    """
     ERROR_REASON_NON_FINITE: _ErrorReason.ValueType  # 29
     """A loss, a product or an element is not a finite number; INVALID_ARGUMENT where it stands in a
     field of the request.
@@ -168,7 +170,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_VECTOR_MEMORY: _ErrorReason.ValueType  # 64
     """Vectors would take more than is set aside for them; delete some."""
     ERROR_REASON_VECTOR_SPACE_MISMATCH: _ErrorReason.ValueType  # 65
-    """Vectors of two checkpoints or dtypes do not mix."""
+    """Vectors of two checkpoints, dtypes or selections of parameters do not mix, nor those of outputs."""
     ERROR_REASON_WORKER_GROUP_LOST: _ErrorReason.ValueType  # 66
     """A rank died; the group starts anew, call again."""
     ERROR_REASON_WORKER_GROUP_START_FAILED: _ErrorReason.ValueType  # 67
@@ -197,7 +199,7 @@ ERROR_REASON_ATTEMPTS_EXHAUSTED: ErrorReason.ValueType  # 2
 again.
 """
 ERROR_REASON_BATCH_EMPTY: ErrorReason.ValueType  # 3
-"""The data predict nothing; give sequences of two tokens or more."""
+"""A field of a batch holds nothing, or token sequences predict nothing; give two tokens or more."""
 ERROR_REASON_BATCH_FIELD_INVALID: ErrorReason.ValueType  # 4
 """A batch has a field too many, one too few, or one of the wrong type or shape."""
 ERROR_REASON_BLOB_DIGEST_MISMATCH: ErrorReason.ValueType  # 5
@@ -211,7 +213,7 @@ ERROR_REASON_CHUNK_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 8
 ERROR_REASON_CHUNK_TOO_LARGE: ErrorReason.ValueType  # 9
 """A chunk is larger than the server takes; its limit is in GetServerInfo."""
 ERROR_REASON_CONFIG_INVALID: ErrorReason.ValueType  # 10
-"""config.json cannot be used; take the one that the model came with."""
+"""config.json cannot be used; take the one that the model came with, or correct it."""
 ERROR_REASON_DIGEST_MALFORMED: ErrorReason.ValueType  # 11
 """A digest is 64 hexadecimal digits and a size."""
 ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 12
@@ -241,13 +243,15 @@ ERROR_REASON_JOB_UNREADABLE: ErrorReason.ValueType  # 23
 ERROR_REASON_KIND_UNSPECIFIED: ErrorReason.ValueType  # 24
 """Say which operator."""
 ERROR_REASON_KIND_UNSUPPORTED: ErrorReason.ValueType  # 25
-"""A kind of operator that this server does not serve."""
+"""A kind of operator that this server does not serve, or a model that returns its loss alone lacks."""
 ERROR_REASON_LABELS_INVALID: ErrorReason.ValueType  # 26
 """Too many labels, or too long ones."""
 ERROR_REASON_MICRO_BATCH_INVALID: ErrorReason.ValueType  # 27
 """A micro-batch has at least one sequence."""
 ERROR_REASON_MODEL_UNSUPPORTED: ErrorReason.ValueType  # 28
-"""The model's own code raises, or its loss is not what it seems; metadata names the block."""
+"""The model's own code raises, is in train mode, or its loss is not what it seems (metadata names the
+block); or its package declares what no batch can be (family, field).
+"""
 ERROR_REASON_NON_FINITE: ErrorReason.ValueType  # 29
 """A loss, a product or an element is not a finite number; INVALID_ARGUMENT where it stands in a
 field of the request.
@@ -329,7 +333,7 @@ ERROR_REASON_VECTORS_MISSING: ErrorReason.ValueType  # 63
 ERROR_REASON_VECTOR_MEMORY: ErrorReason.ValueType  # 64
 """Vectors would take more than is set aside for them; delete some."""
 ERROR_REASON_VECTOR_SPACE_MISMATCH: ErrorReason.ValueType  # 65
-"""Vectors of two checkpoints or dtypes do not mix."""
+"""Vectors of two checkpoints, dtypes or selections of parameters do not mix, nor those of outputs."""
 ERROR_REASON_WORKER_GROUP_LOST: ErrorReason.ValueType  # 66
 """A rank died; the group starts anew, call again."""
 ERROR_REASON_WORKER_GROUP_START_FAILED: ErrorReason.ValueType  # 67
