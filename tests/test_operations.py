@@ -47,7 +47,7 @@ def test_a_declaration_has_the_fields_of_its_messages(operation: Operation[Any])
     progress = message_of(job_pb2.JobProgress, operation.name)
     assert names(progress) == set(field_types(operation.progress))
     result = message_of(job_pb2.JobResult, operation.name)
-    vectors = {operation.result.vectors} - {""}
+    vectors = set(operation.result.vectors)
     assert names(result) == {*field_types(operation.result), *vectors}
     assert names(result) == {field.name for field in dataclasses.fields(load(operation.record))}
 

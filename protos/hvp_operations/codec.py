@@ -102,7 +102,7 @@ def _value(
     if field.enum_type is not None:
         return word(field.enum_type, value)
     if field.is_repeated:
-        return numbers(value)
+        return tuple(value) if field.type == field.TYPE_STRING else numbers(value)
     return None if may_be_none and not value else value
 
 

@@ -19,6 +19,7 @@ from hvp_batches.schema import causal_schema
 from hvp_operations.eigsh import EigshProgress, EigshResult
 from hvp_operations.operation import Result
 from hvp_workers.backend import (
+    NO_INPUTS,
     Backend,
     BackendError,
     CheckpointDescription,
@@ -227,7 +228,12 @@ class QuadraticBackend(Backend):
         self._held(name)[start:stop].tofile(path)
 
     async def run(
-        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+        self,
+        operator: Operator,
+        operation: str,
+        spec: Any,
+        outputs: Sequence[str],
+        inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
     ) -> AsyncIterator[RunProgress | Result]:
         assert operation == "eigsh"
         self.asked.append(operator)
