@@ -95,8 +95,9 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
             f"{operation.name} has no {unknown[0]}; it has {', '.join(types)}",
             unknown[0],
         )
+    given = {each.field: () for each in operation.inputs} | dict(values)
     return operation.spec(
-        **{name: _typed_value(name, types[name], given) for name, given in values.items()}
+        **{name: _typed_value(name, types[name], value) for name, value in given.items()}
     )
 
 

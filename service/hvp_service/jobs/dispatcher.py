@@ -133,8 +133,9 @@ class Dispatcher:
         try:
             ended = await self._attempt(job)
             logger.info("job left", state=ended.state)
-            if ended.state in FINAL_STATES:
-                await self._vectors.collect()  # deleted ones that it needed
+            if ended.state in FINAL_STATES and ended.inputs:
+                with contextlib.suppress(DatabaseBusyError):  # the reaper comes round to it
+                    await self._vectors.collect()  # deleted ones that it needed
         except StaleLeaseError as error:
             logger.warning("lease lost", error=str(error))
         except asyncio.CancelledError:

@@ -152,7 +152,7 @@ async def cancel(deps: Dependencies, name: Name) -> Job:
     """
     job = await deps.jobs.cancel(name)
     deps.dispatcher.notice_cancel(name)
-    if job.state in FINAL_STATES:
+    if job.state in FINAL_STATES and job.inputs:
         await deps.vectors.collect()  # deleted ones that it needed
     return job
 

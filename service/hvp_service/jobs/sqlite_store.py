@@ -103,8 +103,7 @@ class SqliteJobStore(JobStore):
 
     async def _need(self, connection: AsyncConnection, job: Job) -> None:
         """Note the vectors that a job needs, so that they stay until its end."""
-        assert job.spec is not None
-        for name in {name for names in job.spec.inputs.values() for name in names}:
+        for name in job.inputs:
             if not await is_named(connection, name):
                 raise gone(name)
             await connection.execute(

@@ -104,6 +104,12 @@ class Job:
     end_time: int | None = None
 
     @property
+    def inputs(self) -> frozenset[Name]:
+        """The vectors that the job needs until it has ended."""
+        named = {} if self.spec is None else self.spec.inputs
+        return frozenset(name for names in named.values() for name in names)
+
+    @property
     def lease(self) -> Lease:
         """The lease of the present attempt."""
         return Lease(self.name, self.attempt)
