@@ -14,6 +14,7 @@ from hvp_core.autodiff.product_spec import matrix
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.linop.symmetry import SymmetryCheck
 from hvp_core.model.chain import Chain, MicroBatch
 from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.space import ParameterSpace
@@ -91,6 +92,16 @@ class LoadedOperator:
             value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
         ]
 
+    def losses_along(
+        self, directions: Sequence[torch.Tensor], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) for each point, a few points at a time."""
+        return [
+            value
+            for start in range(0, len(points), TOGETHER)
+            for value in self.curvature.losses_along(directions, points[start : start + TOGETHER])
+        ]
+
     def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
         """v·Av for each vector, by going forward alone where A has a rule for that.
 
@@ -165,10 +176,18 @@ class CurvatureOperator(LinearOperator):
         self.noise = _NOISE[precision]
         self._loaded = loaded
         self._kind = kind
+        self._symmetry = SymmetryCheck(self.domain, self.noise)
 
     def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
-        """See LinearOperator."""
-        return self._loaded.product(self._kind, vectors, borrow=borrow)
+        """See LinearOperator. The products of the first calls are compared.
+
+        Raises:
+            CurvatureError: SYMMETRY_BROKEN; NON_FINITE.
+        """
+        products = self._loaded.product(self._kind, vectors, borrow=borrow)
+        if products:
+            self._symmetry.see(vectors[0], products[0])
+        return products
 
     def exact(self) -> LinearOperator | None:
         """See LinearOperator: products in float64 throughout.

@@ -159,6 +159,33 @@ class Curvature:
                 raise first_non_finite_block(self.chain, self._feed, self._executors, self._batches)
         return value
 
+    def losses_along(
+        self, directions: Sequence[Tensor], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) at several points. Cost: 1 GEMM pass over the data for each point.
+
+        Args:
+            directions: The directions dᵢ, K shards (shard_numel,).
+            points: The K coefficients aᵢ of each point. All points' activations are held together.
+
+        Returns:
+            The losses, one for each point. Far from θ one may be infinite or NaN: it is that of
+            the function, and no error.
+
+        Raises:
+            CurvatureError: The errors of a block's code.
+        """
+        step = InStep()
+        with matmuls(self.settings.precision):
+            self._executors.prepare(LOSS, self._feed)
+            tangents = [each.to(self.space.dtype) for each in directions]
+            totals = self._passage.losses_along(self._feed, tangents, points, step)
+            answers = self.space.collective.gather_objects((totals, step.failure))
+        if any(failure for _, failure in answers):
+            self._drop()
+        raise_first(failure for _, failure in answers)
+        return [sum(each) / self.num_targets for each in zip(*(a for a, _ in answers), strict=True)]
+
     def gradient(self) -> Tensor:
         """∇L(θ), this rank's shard. Cost: 3 GEMM passes.
 
