@@ -134,6 +134,7 @@ def test_a_start_that_is_the_solution_takes_one_product_and_stays() -> None:
     given = start.clone()
     system, (x,) = solve_one(a, b, x0=[start])
     assert (system.outcome, system.num_products) == ("CONVERGED", 1)
+    assert system.recursion_residual == system.relative_residual <= 1e-6
     assert torch.equal(x, given)
     assert torch.equal(start, given)
 
@@ -151,6 +152,21 @@ def test_a_start_near_the_solution_saves_products_and_a_run_goes_on_from_its_x(m
     assert residual(a, better, b) <= 1e-8
     near = torch.linalg.solve(a, b) + 1e-4 * random(N, seed=9)
     assert solve_one(a, b, method=method, tol=1e-8, x0=[near])[0].num_products < cold.num_products
+
+
+@pytest.mark.parametrize("spectrum", [POSITIVE, INDEFINITE, SINGULAR])
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_no_system_takes_more_products_than_it_may_and_x_is_never_worse_than_its_start(
+    method: str, spectrum: Tensor
+) -> None:
+    a, b = matrix(spectrum), random(N)
+    for start in ((), (random(N, seed=2),)):
+        first = residual(a, start[0], b) if start else 1.0
+        for most in (4, 5, 6, 9, 17, 40, 80):
+            system, (x, *_) = solve_one(a, b, method=method, x0=start, max_products=most, tol=1e-9)
+            assert system.num_products <= most
+            assert residual(a, x, b) <= first * (1 + 1e-9)
+            assert system.relative_residual == pytest.approx(residual(a, x, b), rel=1e-6, abs=1e-12)
 
 
 # Theorems ---------------------------------------------------------------------------------------

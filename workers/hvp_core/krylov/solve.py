@@ -189,6 +189,8 @@ class Solve(Algorithm[SolveState]):
             if residual < was:  # else what the recurrence says of its residual is wrong
                 system.x.copy_(trial)
                 system.residual = residual
+            if not system.end:  # of the start there is no recurrence yet
+                system.recursion_residual = residual
             system.is_exact = exact is not None
             self._judge(shifted, system, r, residual, was)
 
