@@ -24,6 +24,12 @@ from hvp_operations.registry import operations
 TARGET = Path(__file__).parent / "hvp_client"
 _RUFF = str(Path(sys.executable).with_name("ruff"))
 
+#: What a question's input can be given as: one vector, or several.
+_GIVEN = (
+    "A vector on the server, or real numbers (n,), which travel.",
+    "A vector on the server or a sequence of them, or real numbers (n,) or (n, k), which travel.",
+)
+
 _HEAD = '''"""The questions that an operator answers: made of their declarations by `make sdk`."""
 
 from __future__ import annotations
@@ -103,6 +109,8 @@ def _hint(hint: Any) -> str:
 
 def _docstring(operation: Operation[Any]) -> str:
     told = attributes(operation.spec)
+    for each in operation.inputs:
+        told[each.field] += f" {_GIVEN[each.most > 1]}"
     told["labels"] = "Kept with the job."
     refused = ", ".join(f"`{reason}`" for reason in sorted(reasons(operation)))
     missing = ", `INPUT_MISSING`" if operation.inputs else ""

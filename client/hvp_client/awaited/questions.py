@@ -125,7 +125,8 @@ class AsyncQuestions(ABC):
         lockstep: their products share what does not depend on them.
 
         Args:
-            b: The right-hand side, or several.
+            b: The right-hand side, or several. A vector on the server or a sequence of them, or
+                real numbers (n,) or (n, k), which travel.
             damping: λ, which is added to the diagonal; below 0 for MINRES alone.
             method: `cg`, which needs A + λI to be positive definite and tells where it is not;
                 `minres` for any symmetric matrix; `auto`: `cg` for matrices that have no
@@ -133,7 +134,8 @@ class AsyncQuestions(ABC):
             tol: Stop when ‖b − (A + λI) x‖ ≤ tol ‖b‖, 0 < tol < 1.
             max_products: Upper bound on products for each right-hand side, those of its
                 residual included; None lets the server choose.
-            x0: Start for each right-hand side; zero where it is left out.
+            x0: Start for each right-hand side; zero where it is left out. A vector on the
+                server or a sequence of them, or real numbers (n,) or (n, k), which travel.
             labels: Kept with the job.
 
         Returns:

@@ -98,11 +98,10 @@ class Solve(Algorithm[SolveState]):
 
     def begin(self, operator: LinearOperator) -> SolveState:
         """See Algorithm."""
-        space = operator.domain
-        starts = self.starts or [space.zeros() for _ in self.right_hand_sides]
+        starts = self.starts or [None] * len(self.right_hand_sides)
         return SolveState(
             [
-                SystemState.begin(space, b, x0)
+                SystemState.begin(operator.domain, b, x0)
                 for b, x0 in zip(self.right_hand_sides, starts, strict=True)
             ]
         )

@@ -57,7 +57,7 @@ class SystemState:
     minres: Minres | None = None
 
     @classmethod
-    def begin(cls, space: VectorSpace, b: Tensor, x0: Tensor) -> SystemState:
+    def begin(cls, space: VectorSpace, b: Tensor, x0: Tensor | None) -> SystemState:
         """A system before its first product.
 
         A start that is not zero has its residual taken first; where b is zero, so is x.
@@ -65,7 +65,7 @@ class SystemState:
         Args:
             space: Space of the vectors.
             b: The right-hand side (local,).
-            x0: The start (local,); copied.
+            x0: The start (local,), copied; None for zero.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -74,7 +74,7 @@ class SystemState:
         rows = torch.zeros_like(b).unsqueeze(0)
         if norm == 0:
             return cls(rows, norm, "done", 0.0, 0.0, outcome="CONVERGED")
-        if finite_norm(space, x0) == 0:
+        if x0 is None or finite_norm(space, x0) == 0:
             return cls(rows, norm, "iterating", 1.0, 1.0)
         rows[0].copy_(x0)
         return cls(rows, norm, "verifying", math.inf, math.inf)
