@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hvp_client._exceptions import InvalidArgumentError
 
 _COLOUR, _GREY = "#1c5fd4", "#666666"
+_FINE = 200  # points of a curve that is known everywhere
 
 
 def checked_grid(grid: Any, num_directions: int) -> tuple[NDArray[np.float64], ...]:
@@ -64,7 +65,10 @@ class LossAlong:
     @cached_property
     def predicted(self) -> NDArray[np.float64]:
         """L(θ) + Σ aᵢ ∇L·dᵢ + ½ Σ aᵢ aⱼ dᵢ·A dⱼ, in the shape of `losses`."""
-        a = np.stack(np.meshgrid(*self.steps, indexing="ij"), axis=-1)
+        return self._expansion(self.steps)
+
+    def _expansion(self, steps: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        a = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)
         quadratic = np.einsum("...i,ij,...j->...", a, self.curvatures, a)
         return np.asarray(self.loss + a @ self.slopes + 0.5 * quadratic)
 
@@ -118,7 +122,9 @@ class LossAlong:
             figure = Figure(figsize=(6.4, 4.2), layout="constrained")
             axes = figure.subplots()
             (a,) = self.steps
-            axes.plot(a, self.predicted, color=_GREY, linestyle="--", label="slope and curvature")
+            fine = np.linspace(a.min(), a.max(), _FINE)
+            curve = self._expansion([fine])
+            axes.plot(fine, curve, color=_GREY, linestyle="--", label="slope and curvature at θ")
             axes.plot(a, self.losses, color=_COLOUR, marker=".", label="measured")
             axes.set(xlabel="step along the direction", ylabel="loss, nats")
             low, high = _range(self.losses)
@@ -129,9 +135,13 @@ class LossAlong:
             figure = Figure(figsize=(9.6, 4.2), layout="constrained")
             pair = figure.subplots(1, 2, sharex=True, sharey=True)
             levels = np.linspace(*_range(self.losses), 16)
-            maps = {"measured": self.losses, "slope and curvature": self.predicted}
-            for axes, (title, values) in zip(pair, maps.items(), strict=True):
-                drawn = axes.contourf(*self.steps, values.T, levels=levels, extend="both")
+            lines = [np.linspace(each.min(), each.max(), _FINE) for each in self.steps]
+            maps: dict[str, tuple[Sequence[NDArray[np.float64]], NDArray[np.float64]]] = {
+                "measured": (self.steps, self.losses),
+                "slope and curvature at θ": (lines, self._expansion(lines)),
+            }
+            for axes, (title, (at, values)) in zip(pair, maps.items(), strict=True):
+                drawn = axes.contourf(*at, values.T, levels=levels, extend="both")
                 axes.plot(0, 0, "+", color="white")
                 axes.set(title=title, xlabel="step along the first direction")
             pair[0].set_ylabel("step along the second")

@@ -203,7 +203,7 @@ class CurvatureOperator(LinearOperator):
 
     def notes(self) -> Mapping[str, str]:
         """How products of this kind were computed."""
-        own = f"{_SCHEDULE}{self._kind}"
+        own = f"{_SCHEDULE}{matrix(self._kind).name}"
         return {
             key: note
             for key, note in self._loaded.curvature.notes().items()

@@ -175,7 +175,8 @@ class AsyncClient:
             kind: `hessian`; `ggn`, the generalised Gauss-Newton matrix Jᵀ H_out J;
                 `empirical_fisher_token` or `empirical_fisher_sequence`, the sum of the outer
                 products of the gradients of targets or of whole sequences, over the number of
-                targets.
+                targets; `gradient_covariance_token` or `gradient_covariance_sequence`, the same
+                with the gradients' mean taken off each.
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.

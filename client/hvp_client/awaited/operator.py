@@ -56,7 +56,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
 
     @property
     def kind(self) -> str:
-        """Which matrix: `hessian`, `ggn`, or an empirical Fisher as `empirical_fisher_token`."""
+        """Which matrix, as `client.operator` takes it: `hessian`, `ggn` and others."""
         return kind_name(self._spec.kind)
 
     @property

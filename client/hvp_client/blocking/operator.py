@@ -37,7 +37,7 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
 
     @property
     def kind(self) -> str:
-        """Which matrix: `hessian`, `ggn`, or an empirical Fisher as `empirical_fisher_token`."""
+        """Which matrix, as `client.operator` takes it: `hessian`, `ggn` and others."""
         return self._twin.kind
 
     @property

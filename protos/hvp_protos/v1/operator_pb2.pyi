@@ -50,6 +50,12 @@ class OperatorSpec(_message.Message):
         """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
         whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
         """
+        KIND_GRADIENT_COVARIANCE_TOKEN: OperatorSpec._Kind.ValueType  # 6
+        """The covariance of the gradients g_u of the same units, C = (1/W) sum_u (g_u - m) (g_u - m)^T with
+        their mean m: of targets,
+        """
+        KIND_GRADIENT_COVARIANCE_SEQUENCE: OperatorSpec._Kind.ValueType  # 7
+        """or of sequences that have a target. Symmetric, with no negative eigenvalue, both."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: OperatorSpec.Kind.ValueType  # 0
@@ -69,6 +75,12 @@ class OperatorSpec(_message.Message):
     """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
     whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
     """
+    KIND_GRADIENT_COVARIANCE_TOKEN: OperatorSpec.Kind.ValueType  # 6
+    """The covariance of the gradients g_u of the same units, C = (1/W) sum_u (g_u - m) (g_u - m)^T with
+    their mean m: of targets,
+    """
+    KIND_GRADIENT_COVARIANCE_SEQUENCE: OperatorSpec.Kind.ValueType  # 7
+    """or of sequences that have a target. Symmetric, with no negative eigenvalue, both."""
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int

@@ -98,7 +98,7 @@ class Solve(Algorithm[SolveState]):
 
     def begin(self, operator: LinearOperator) -> SolveState:
         """See Algorithm."""
-        starts = self.starts or [None] * len(self.right_hand_sides)
+        starts: Sequence[Tensor | None] = self.starts or [None] * len(self.right_hand_sides)
         return SolveState(
             [
                 SystemState.begin(operator.domain, b, x0)
