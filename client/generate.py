@@ -24,12 +24,18 @@ from hvp_operations.registry import operations
 TARGET = Path(__file__).parent / "hvp_client"
 _RUFF = str(Path(sys.executable).with_name("ruff"))
 
+#: What a question's input can be given as: one vector, or several.
+_GIVEN = (
+    "A vector on the server, or real numbers (n,), which travel.",
+    "A vector on the server or a sequence of them, or real numbers (n,) or (n, k), which travel.",
+)
+
 _HEAD = '''"""The questions that an operator answers: made of their declarations by `make sdk`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 {imports}
@@ -61,7 +67,7 @@ def _method(operation: Operation[Any]) -> str:
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in names:
             names.append("*")
-        names.append(_parameter(operation.spec, parameter))
+        names.append(_parameter(operation, parameter))
     if "*" not in names:
         names.append("*")
     names.append("labels: Mapping[str, str] | None = None")
@@ -82,8 +88,11 @@ def _method(operation: Operation[Any]) -> str:
     return "\n" + textwrap.indent("\n".join(lines), "    ") + "\n"
 
 
-def _parameter(spec: type, parameter: inspect.Parameter) -> str:
-    hint = typing.get_type_hints(spec)[parameter.name]
+def _parameter(operation: Operation[Any], parameter: inspect.Parameter) -> str:
+    if parameter.name in {each.field for each in operation.inputs}:
+        default = "" if parameter.default is parameter.empty else " = None"
+        return f"{parameter.name}: AsyncVector | Sequence[AsyncVector] | Any{default}"
+    hint = typing.get_type_hints(operation.spec)[parameter.name]
     default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
     return f"{parameter.name}: {_hint(hint)}{default}".replace("'", '"')
 
@@ -100,14 +109,18 @@ def _hint(hint: Any) -> str:
 
 def _docstring(operation: Operation[Any]) -> str:
     told = attributes(operation.spec)
+    for each in operation.inputs:
+        told[each.field] += f" {_GIVEN[each.most > 1]}"
     told["labels"] = "Kept with the job."
     refused = ", ".join(f"`{reason}`" for reason in sorted(reasons(operation)))
+    missing = ", `INPUT_MISSING`" if operation.inputs else ""
     sections = {
         "Args": [f"{name}: {text}" for name, text in told.items()],
         "Returns": ["The job, queued; `result()` waits for it."],
         "Raises": [
             f"InvalidArgumentError: {refused}.",
-            "FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.",
+            *(["NotFoundError: A vector is gone."] if operation.inputs else []),
+            f"FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`{missing}.",
             "ResourceExhaustedError: `QUEUE_FULL`.",
         ],
     }

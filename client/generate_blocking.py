@@ -153,7 +153,10 @@ def _given(method: _Function) -> str:
     positional = [_handed_on(each) for each in method.args.args[1:]]
     by_name = [f"{each.arg}={_handed_on(each)}" for each in method.args.kwonlyargs]
     more = [f"*{method.args.vararg.arg}"] if method.args.vararg else []
-    rest = [f"**{method.args.kwarg.arg}"] if method.args.kwarg else []
+    rest = []
+    if method.args.kwarg:
+        values = f"{method.args.kwarg.arg}.items()"
+        rest = [f"**{{name: twin_of(value) for name, value in {values}}}"]
     return ", ".join([*positional, *more, *by_name, *rest])
 
 

@@ -135,10 +135,22 @@ def test_two_ranks_serve_what_the_model_written_by_hand_says_and_survive_a_kill(
         np.testing.assert_allclose(result.eigenvalues, ends, rtol=0, atol=1e-8)
         assert result.outcome == "CONVERGED"
 
+        damping = 0.5 - float(spectrum[0])
+        b = operator.vector(probe.numpy()[:, 0])
+        shifted = hessian.numpy() + damping * np.eye(len(flat))
+        solution = np.linalg.solve(shifted, probe.numpy()[:, 0])
+        for method in ("cg", "minres"):
+            solved = operator.solve(b, damping=damping, method=method, tol=1e-10).result()
+            assert solved.outcomes == ("CONVERGED",)
+            error = np.linalg.norm(solved.x[0].numpy() - solution)
+            assert error <= 1e-9 * np.linalg.norm(solution) * np.linalg.cond(shifted)
+
         job = operator.eigsh(k=2, which="SA", tol=1e-12, max_products=3000, num_lanczos_vectors=12)
         events = iter(job.watch())
         while next(events).num_products < 3:
             pass
+        queued = operator.solve(b, damping=damping, tol=1e-10)
+        b.delete()
         family = server.family()
         assert len(family) >= 4  # Ray's own and two ranks
         server.end(signal.SIGKILL)
@@ -152,6 +164,9 @@ def test_two_ranks_serve_what_the_model_written_by_hand_says_and_survive_a_kill(
             result = again.result(timeout_s=240)
             assert (again.state, again.attempt) == ("SUCCEEDED", 2)
             np.testing.assert_allclose(result.eigenvalues, spectrum[:2], rtol=0, atol=1e-8)
+            (x,) = client.job(queued.name).result(timeout_s=240).x
+            error = np.linalg.norm(x.numpy() - solution)
+            assert error <= 1e-9 * np.linalg.norm(solution) * np.linalg.cond(shifted)
     finally:
         family = server.family()
         assert server.end(signal.SIGTERM) == 0

@@ -36,6 +36,10 @@ with Client(address) as client:
         w = H @ v
         expected += [v.dot(w), w.dot(w)]
         v = w
+    given = H.random_vector(seed=3, distribution="gaussian")
+    of_vector = H.moments(5, start=given)
+    of_array = H.moments(5, start=given.numpy())
+    given.delete()
     try:
         H.moments(0)
     except InvalidArgumentError as error:
@@ -47,6 +51,8 @@ with Client(address) as client:
         "product": (G @ u).numpy().tolist(),
         "of the Jacobian": (J.T @ (J @ u)).numpy().tolist(),
         "found": job.result().moments.tolist(),
+        "of a vector": of_vector.result().moments.tolist(),
+        "of an array": of_array.result().moments.tolist(),
         "expected": expected,
         "stages": [event.progress.stage for event in events],
         "latest": events[-1].progress.detail.moment,
@@ -190,6 +196,7 @@ def test_it_runs_through_server_sdk_and_command_line(
     model = save_llama(tmp_path / "model", vocab_size=19, hidden_size=8)
     told = json.loads(tree.run(sys.executable, "-W", "ignore", "-c", USE, address, str(model)))
     np.testing.assert_allclose(told["found"], told["expected"][:6], rtol=1e-12)
+    assert told["of a vector"] == told["of an array"] == told["found"]
     assert set(told["stages"]) == {"iterating"}
     assert told["latest"] == pytest.approx(told["expected"][-1], rel=1e-12)
     assert told["headline"] == "moments to degree 5"

@@ -26,6 +26,15 @@ def message_of(wrapper: type[Message], name: str) -> Message:
     return found
 
 
+def default(operation: Operation[Any]) -> dict[str, Any]:
+    """The values of a spec that has its defaults, and vectors where it needs them."""
+    return {
+        each.field: ("projects/default/vectors/v",) * each.least
+        for each in operation.inputs
+        if each.least
+    }
+
+
 def names(message: Message) -> set[str]:
     return set(message.DESCRIPTOR.fields_by_name)
 
@@ -47,7 +56,7 @@ def test_a_declaration_has_the_fields_of_its_messages(operation: Operation[Any])
     progress = message_of(job_pb2.JobProgress, operation.name)
     assert names(progress) == set(field_types(operation.progress))
     result = message_of(job_pb2.JobResult, operation.name)
-    vectors = {operation.result.vectors} - {""}
+    vectors = set(operation.result.vectors)
     assert names(result) == {*field_types(operation.result), *vectors}
     assert names(result) == {field.name for field in dataclasses.fields(load(operation.record))}
 
@@ -59,8 +68,9 @@ def test_every_field_of_a_spec_is_described_and_its_defaults_can_be_run(
     assert set(attributes(operation.spec)) == set(field_types(operation.spec))
     assert all(text.endswith(".") for text in attributes(operation.spec).values())
     assert paragraphs(operation.spec)[0].endswith(".")
-    assert checked(operation, {}, FACTS) == operation.spec()
-    cost = operation.cost(operation.spec(), FACTS)
+    spec = operation.spec(**default(operation))
+    assert checked(operation, default(operation), FACTS) == spec
+    cost = operation.cost(spec, FACTS)
     assert 0 < cost.least_vectors <= cost.wished_vectors
     assert cost.max_products > 0
     assert hasattr(load(operation.record), "plot") == operation.has_picture
@@ -69,9 +79,37 @@ def test_every_field_of_a_spec_is_described_and_its_defaults_can_be_run(
 @pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
 def test_a_spec_survives_the_wire(operation: Operation[Any]) -> None:
     message = message_of(job_pb2.JobSpec, operation.name)
-    to_message(operation.spec(), message)
+    spec = operation.spec(**default(operation))
+    to_message(spec, message)
     read = type(message).FromString(message.SerializeToString())
-    assert typed(operation, to_values(read, operation.spec)) == operation.spec()
+    assert typed(operation, to_values(read, operation.spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "field"),
+    [
+        ({}, "VECTORS_MISSING", "b"),
+        ({"b": ()}, "VECTORS_MISSING", "b"),
+        ({"b": "projects/default/vectors/v"}, "B_INVALID", "b"),
+        ({"b": (3,)}, "B_INVALID", "b"),
+        ({"b": None}, "B_INVALID", "b"),
+        ({"b": ("v",) * 65}, "B_INVALID", "b"),
+        ({"b": ("v",), "x0": ("v", "v")}, "X0_INVALID", "x0"),
+        ({"b": ("v",), "tol": 0.0}, "TOL_INVALID", "tol"),
+        ({"b": ("v",), "tol": 1.0}, "TOL_INVALID", "tol"),
+        ({"b": ("v",), "damping": -1.0, "method": "cg"}, "DAMPING_INVALID", "damping"),
+        ({"b": ("v",), "max_products": 3}, "MAX_PRODUCTS_INVALID", "max_products"),
+        ({"b": ("v",), "method": "gmres"}, "METHOD_UNSUPPORTED", "method"),
+    ],
+)
+def test_a_question_about_vectors_names_as_many_as_it_takes(
+    value: dict[str, Any], reason: str, field: str
+) -> None:
+    with pytest.raises(SpecError) as refusal:
+        checked(operations()["solve"], value, FACTS)
+    assert (refusal.value.reason, refusal.value.field) == (reason, field)
+    allowed = {"b": ("v",), "damping": -1.0}
+    assert checked(operations()["solve"], allowed, FACTS).damping == -1
 
 
 @pytest.mark.parametrize(

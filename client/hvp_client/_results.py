@@ -253,7 +253,7 @@ def result_from_proto(message: job_pb2.JobResult, vector: Callable[[Any], Any]) 
     values = to_values(
         found, declared.result, numbers=lambda numbers: np.array(numbers, np.float64)
     )
-    if field := declared.result.vectors:
+    for field in declared.result.vectors:
         values[field] = [vector(each) for each in getattr(found, field)]
     return load(declared.record)(**values)
 
@@ -266,9 +266,12 @@ def with_vectors(result: Any, handle: Callable[[Any], Any]) -> Any:
         handle: Makes the new handle from the old one.
     """
     for declared in operations().values():
-        field = declared.result.vectors
-        if field and isinstance(result, load(declared.record)):
-            return replace(result, **{field: [handle(each) for each in getattr(result, field)]})
+        fields = declared.result.vectors
+        if fields and isinstance(result, load(declared.record)):
+            return replace(
+                result,
+                **{field: [handle(each) for each in getattr(result, field)] for field in fields},
+            )
     return result
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar
 
-from hvp_operations.operation import Facts, Operation, SpecError
+from hvp_operations.operation import Facts, Input, Operation, SpecError
 from hvp_operations.wording import clipped, shown
 
 SpecT = TypeVar("SpecT")
@@ -17,6 +17,9 @@ SpecT = TypeVar("SpecT")
 #: A field of this type is an unsigned number of 64 bits; other integers have 31.
 Seed = typing.NewType("Seed", int)
 FIRST_SEED = Seed(0)
+
+#: A field of this type names vectors on the server; see `hvp_operations.operation.Input`.
+Names = tuple[str, ...]
 
 _BITS = {int: 31, Seed: 64}
 
@@ -33,7 +36,8 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
         The spec.
 
     Raises:
-        SpecError: As `typed`, `OPERATOR_NOT_SYMMETRIC`, or a rule's reason.
+        SpecError: As `typed`, `OPERATOR_NOT_SYMMETRIC`, `VECTORS_MISSING`, `<FIELD>_INVALID` for
+            a field that names too many vectors, or a rule's reason.
     """
     spec = typed(operation, values)
     if facts.kind.startswith("jacobian"):
@@ -42,9 +46,13 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
             f"{operation.name} is asked of a symmetric matrix, which the {facts.kind} is not.",
             "operator",
         )
+    for each in operation.inputs:
+        _check_number(each, len(getattr(spec, each.field)))
     for rule in operation.rules:
         if not rule.holds(spec, facts):
             given = getattr(spec, rule.field)
+            if isinstance(given, tuple):
+                given = f"{len(given)} vectors"
             raise SpecError(
                 rule.reason,
                 f"{rule.field} is {given}; {rule.allowed(spec, facts)}.",
@@ -52,6 +60,19 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
                 {rule.field: str(given), "num_parameters": str(facts.num_parameters)},
             )
     return spec
+
+
+def _check_number(declared: Input, given: int) -> None:
+    """Check how many vectors a field names."""
+    if given < declared.least:
+        few = "one vector or more" if declared.most > 1 else "one vector"
+        raise SpecError("VECTORS_MISSING", f"{declared.field} has to be {few}", declared.field)
+    if given > declared.most:
+        raise SpecError(
+            f"{declared.field.upper()}_INVALID",
+            f"{declared.field} is {given} vectors; at most {declared.most} are possible",
+            declared.field,
+        )
 
 
 def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
@@ -75,14 +96,17 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
             f"{operation.name} has no {clipped(unknown[0])}; it has {', '.join(types)}.",
             unknown[0],
         )
+    given = {each.field: () for each in operation.inputs} | dict(values)
     return operation.spec(
-        **{name: _typed_value(name, types[name], given) for name, given in values.items()}
+        **{name: _typed_value(name, types[name], value) for name, value in given.items()}
     )
 
 
 def reasons(operation: Operation[Any]) -> set[str]:
     """Every reason for which a spec of an operation may be refused, but `FIELD_UNKNOWN`."""
     found = {rule.reason for rule in operation.rules}
+    if operation.inputs:
+        found |= {"VECTORS_MISSING", "VECTOR_SPACE_MISMATCH"}
     for name, hint in field_types(operation.spec).items():
         is_word = typing.get_origin(without_none(hint)[0]) is Literal
         found.add(f"{name.upper()}_{'UNSUPPORTED' if is_word else 'INVALID'}")
@@ -114,6 +138,8 @@ def _typed_value(name: str, hint: Any, given: Any) -> Any:
         return _whole(name, given, 1 << _BITS[kind])
     if kind is float:
         return _number(name, given)
+    if kind == Names:
+        return _names(name, given)
     raise TypeError(f"no spec has a field of {kind}")
 
 
@@ -143,6 +169,12 @@ def _number(name: str, given: Any) -> float:
     if not math.isfinite(number):
         raise _invalid(name, given, "a finite number is possible")
     return number
+
+
+def _names(name: str, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
+        raise _invalid(name, given, "names of vectors are possible")
+    return tuple(given)
 
 
 def _invalid(name: str, given: Any, possible: str) -> SpecError:

@@ -1,7 +1,8 @@
 """Dataclasses as messages and back, by the names of their fields.
 
-An enum's value is a word without the enum's prefix; a number that this version does not know reads
-as `UNKNOWN_7`. A field that may be None is None where its message has no value or zero.
+An enum's value is a word without the enum's prefix, in the letters in which the dataclass has it; a
+number that this version does not know reads as `UNKNOWN_7`. A field that may be None is None where
+its message has no value or zero.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def to_message(value: Any, message: MessageT) -> MessageT:
 
 def _set_scalars(message: Message, field: Any, given: Any) -> None:
     if field.enum_type is not None:
-        given = field.enum_type.values_by_name[f"{prefix(field.enum_type)}{given}"].number
+        name = f"{prefix(field.enum_type)}{given.upper()}"
+        given = field.enum_type.values_by_name[name].number
     if field.is_repeated:
         getattr(message, field.name).extend(given)
     else:
@@ -100,9 +102,11 @@ def _value(
             return tuple(kind(**to_values(item, kind, numbers=numbers)) for item in value)
         return kind(**to_values(value, kind, numbers=numbers))
     if field.enum_type is not None:
-        return word(field.enum_type, value)
+        found = word(field.enum_type, value)
+        words = typing.get_args(hint)
+        return next((each for each in words if each.upper() == found), found)
     if field.is_repeated:
-        return numbers(value)
+        return tuple(value) if field.type == field.TYPE_STRING else numbers(value)
     return None if may_be_none and not value else value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 SpecT = TypeVar("SpecT")
 
@@ -59,6 +59,28 @@ class Rule(Generic[SpecT]):
     reason: str
     holds: Callable[[SpecT, Facts], bool]
     allowed: Callable[[SpecT, Facts], str]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A field of a spec that names vectors on the server.
+
+    The field has the type `hvp_operations.checking.Names` and is a repeated string in the message.
+    The SDK takes vectors or numbers in its place. The server checks that the vectors are there and
+    of the right space, lets none go before the job has ended, and brings them to the ranks.
+
+    Attributes:
+        field: Name of the field.
+        space: Space of the operator that the vectors belong to.
+        least: The fewest vectors that have to be named; 0 where the field may be left out.
+        most: The most vectors that can be named.
+    """
+
+    field: str
+    space: Literal["domain", "codomain"] = "domain"
+    least: int = 1
+    most: int = 1
 
 
 class SpecError(Exception):
@@ -120,7 +142,12 @@ class Result:
     loss: float = 0.0
     provenance: Mapping[str, str] = field(default_factory=dict)
 
-    vectors: ClassVar[str] = ""  # the field that names vectors on the server, where there is one
+    #: Fields of the message that hold vectors on the server, which the dataclass does not have.
+    vectors: ClassVar[tuple[str, ...]] = ()
+
+    def vector_counts(self) -> Mapping[str, int]:
+        """The number of vectors in each field of `vectors`, in their order."""
+        return {}
 
 
 @final
@@ -139,7 +166,8 @@ class Operation(Generic[SpecT]):
         progress: Subclass of `Detail` for the run's progress.
         result: Subclass of `Result` for the run's result.
         rules: Conditions that a spec has to meet.
-        cost: Gives the cost of a spec that keeps to the rules.
+        cost: Gives the cost of a spec that keeps to the rules, beside the vectors that it names.
+        inputs: Fields of the spec that name vectors on the server.
         headline: Says a spec in a few words, for a list of jobs.
         algorithm: `module:class` of `hvp_core.runs.algorithm.Algorithm`; imported on ranks alone.
         record: `module:class` of the SDK's record of a result; imported by clients alone.
@@ -156,7 +184,12 @@ class Operation(Generic[SpecT]):
     headline: Callable[[SpecT], str]
     algorithm: str
     record: str
+    inputs: tuple[Input, ...] = ()
     has_picture: bool = False
+
+    def named(self, spec: SpecT) -> Mapping[str, tuple[str, ...]]:
+        """Names of the vectors that a spec names, by field."""
+        return {each.field: getattr(spec, each.field) for each in self.inputs}
 
 
 def load(reference: str) -> Any:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.operation import Cost, Detail, Operation, Result, Rule, Table
+from hvp_operations.checking import FIRST_SEED, Names, Seed
+from hvp_operations.operation import Cost, Detail, Input, Operation, Result, Rule, Table
 
 
 @dataclass(frozen=True)
 class MomentsSpec:
-    """Compute moments of the spectrum that one random vector sees.
+    """Compute moments of the spectrum that one vector sees.
 
     Attributes:
         degree: The highest power.
-        seed: Of the vector.
+        seed: Of a random vector.
+        start: The vector; a random one where it is left out.
     """
 
     degree: int = 4
     seed: Seed = FIRST_SEED
+    start: Names = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ OPERATION = Operation(
     cost=lambda spec, facts: Cost(
         max_products=(spec.degree + 1) // 2, least_vectors=3, wished_vectors=3
     ),
+    inputs=(Input(field="start", least=0),),
     headline=lambda spec: f"moments to degree {spec.degree}",
     algorithm="hvp_operations.moments.algorithm:Moments",
     record="hvp_operations.moments.record:MomentsResult",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvp_core.linop.linear_operator import LinearOperator
@@ -24,15 +25,16 @@ class Moments(Algorithm[MomentsState]):
     """Powers of the operator on one vector."""
 
     spec: MomentsSpec
+    start: Sequence[Tensor]
 
     @classmethod
     def configure(cls, spec: MomentsSpec, operator: LinearOperator, budget: Budget) -> Moments:
         """See Algorithm."""
-        return cls(spec)
+        return cls(spec, budget.inputs["start"])
 
     def begin(self, operator: LinearOperator) -> MomentsState:
         """See Algorithm."""
-        v = operator.domain.random(self.spec.seed, "gaussian")
+        (v,) = self.start or [operator.domain.random(self.spec.seed, "gaussian")]
         return MomentsState(v, [float(operator.domain.dots(v[None], v)[0])])
 
     def step(self, operator: LinearOperator, state: MomentsState) -> Advance | None:

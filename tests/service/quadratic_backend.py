@@ -18,7 +18,9 @@ import numpy as np
 from hvp_batches.schema import causal_schema
 from hvp_operations.eigsh import EigshProgress, EigshResult
 from hvp_operations.operation import Result
+from hvp_operations.solve import SolveResult, SolveSpec, System
 from hvp_workers.backend import (
+    NO_INPUTS,
     Backend,
     BackendError,
     CheckpointDescription,
@@ -236,10 +238,19 @@ class QuadraticBackend(Backend):
         self._held(name)[start:stop].tofile(path)
 
     async def run(
-        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+        self,
+        operator: Operator,
+        operation: str,
+        spec: Any,
+        outputs: Sequence[str],
+        inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
     ) -> AsyncIterator[RunProgress | Result]:
-        assert operation == "eigsh"
         self.asked.append(operator)
+        if operation == "solve":
+            async for item in self._solve(operator, spec, outputs, inputs):
+                yield item
+            return
+        assert operation == "eigsh"
         matrix = _matrix(operator.space)
         n = matrix.shape[0]
         yield RunProgress(operation=operation, stage="loading", num_products=0, max_products=n)
@@ -284,6 +295,34 @@ class QuadraticBackend(Backend):
             loss=0.0,
             provenance={"seed": str(spec.seed)},
         )
+
+    async def _solve(
+        self,
+        operator: Operator,
+        spec: SolveSpec,
+        outputs: Sequence[str],
+        inputs: Mapping[str, Sequence[str]],
+    ) -> AsyncIterator[RunProgress | Result]:
+        """Dense solves, a right-hand side a step; the ranks hold them from the beginning on."""
+        yield RunProgress(operation="solve", stage="loading", num_products=0, max_products=0)
+        self._reach_ranks()
+        matrix = _matrix(operator.space) + spec.damping * np.eye(len(_theta(operator.space)))
+        held = [self._held(name) for name in inputs["b"]]
+        for index, (b, output) in enumerate(zip(held, outputs, strict=False)):
+            await self._pass_gate()
+            self._reach_ranks()
+            self.resident[output] = np.linalg.solve(matrix, b).astype(operator.space.dtype)
+            yield RunProgress(
+                operation="solve", stage="iterating", num_products=index + 1, max_products=len(held)
+            )
+        system = System(
+            outcome="CONVERGED",
+            num_products=1,
+            relative_residual=0.0,
+            recursion_residual=0.0,
+            is_exact=True,
+        )
+        yield SolveResult(systems=(system,) * len(held), num_products=len(held))
 
     def _held(self, name: str) -> Array:
         if name not in self.resident:

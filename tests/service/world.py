@@ -107,7 +107,7 @@ async def create_job(
     labels: Mapping[str, str] | None = None,
     **values: Any,
 ) -> Job:
-    """Queue a job: two eigenvalues from both ends unless the values say otherwise."""
+    """Queue a job, by default the search for two eigenvalues from both ends."""
     usual = {"k": 2, "which": "BE", "seed": 1} if operation == "eigsh" else {}
     created, _ = await jobs.create(
         deps,

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from hvp_batches.schema import BatchSchema
@@ -24,6 +25,10 @@ Precision = Literal["full", "tf32", "bfloat16"]
 Schedule = Literal["auto", "lean", "fast", "cached"]
 Compile = Literal["auto", "on", "off"]
 Distribution = Literal["rademacher", "gaussian", "sphere"]
+
+
+#: Of a question that names no vectors.
+NO_INPUTS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 class BackendError(Exception):
@@ -365,7 +370,12 @@ class Backend(ABC):
 
     @abstractmethod
     def run(
-        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+        self,
+        operator: Operator,
+        operation: str,
+        spec: Any,
+        outputs: Sequence[str],
+        inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
     ) -> AsyncIterator[RunProgress | Result]:
         """Answer a question about an operator, giving progress after each step and the result last.
 
@@ -376,8 +386,11 @@ class Backend(ABC):
             operator: The operator that the question is about.
             operation: Name of the operation, as in `hvp_operations.registry`.
             spec: Spec of the operation, checked.
-            outputs: Names of the vectors that belong to the result.
+            outputs: Names for the vectors that belong to the result, as many as it can have. The
+                first ones are taken, as many as `Result.vector_counts` says in all.
+            inputs: Names of the vectors that the spec names, by its fields; the run reads them.
 
         Raises:
-            BackendError: INSUFFICIENT_CLUSTER_MEMORY, NON_FINITE, DOUBLE_BACKWARD_UNSUPPORTED.
+            BackendError: INSUFFICIENT_CLUSTER_MEMORY, NON_FINITE, DOUBLE_BACKWARD_UNSUPPORTED;
+                INPUT_MISSING, VECTOR_SPACE_MISMATCH for one of `inputs`.
         """

@@ -292,11 +292,26 @@ class RankEngine:
     # Runs ---------------------------------------------------------------------------------------
 
     @command
-    def run_start(self, run: str, operator: api.Operator, operation: str, spec: Any) -> None:
+    def run_start(
+        self,
+        run: str,
+        operator: api.Operator,
+        operation: str,
+        spec: Any,
+        inputs: Mapping[str, Sequence[str]],
+    ) -> None:
         """Plan a run and evaluate the loss; no product is made yet.
 
+        Args:
+            run: Name of the run.
+            operator: The operator that the question is about.
+            operation: Name of the operation.
+            spec: Spec of the operation.
+            inputs: Names of the vectors that the spec names, by field.
+
         Raises:
-            BackendError: INSUFFICIENT_CLUSTER_MEMORY; NON_FINITE; the reason of a spec that breaks
+            BackendError: INSUFFICIENT_CLUSTER_MEMORY; NON_FINITE; INPUT_MISSING or
+                VECTOR_SPACE_MISMATCH, for an input; the reason of a spec that breaks
                 a rule of its operation.
         """
         declared = operations()[operation]
@@ -308,6 +323,10 @@ class RankEngine:
             spec = checked(declared, vars(spec), facts)
         except SpecError as error:
             raise CurvatureError(error.reason, error.message, error.metadata) from None
+        given = {
+            each.field: tuple(self._shards(getattr(operator, each.space), inputs[each.field]))
+            for each in declared.inputs
+        }
         cost = declared.cost(spec, facts)
         # What the first product will keep has to fit beside the run's own vectors.
         promised = 0 if loaded.has_products else loaded.budget_bytes
@@ -318,6 +337,7 @@ class RankEngine:
                 vector_bytes=space.vector_bytes,
                 available_bytes=self._memory.least_available() - promised,
             ),
+            inputs=given,
         )
         assert operator.kind not in api.JACOBIANS  # the facts have refused it
         linear = CurvatureOperator(loaded, operator.kind, operator.precision)
@@ -335,7 +355,7 @@ class RankEngine:
     def run_step(self, run: str, outputs: Sequence[str]) -> api.RunProgress | Result:
         """Make one more step: its progress; after the last one, the result.
 
-        The result's vectors are stored under the names `outputs`.
+        The result's vectors are stored under the first of the names `outputs`.
         """
         state = self._runs[run]
         began = time.perf_counter()
@@ -358,7 +378,8 @@ class RankEngine:
     def _finish(self, run: str, outputs: Sequence[str]) -> Result:
         state = self._runs.pop(run)
         found = state.algorithm.result(state.operator, state.state)
-        for name, vector in zip(outputs, found.vectors, strict=True):
+        count = sum(found.result.vector_counts().values())
+        for name, vector in zip(outputs[:count], found.vectors, strict=True):
             self._vectors[name] = _Vector(state.space, vector.clone())
         result: Result = replace(
             found.result,

@@ -10,6 +10,7 @@ from typing import Any, final
 from hvp_operations.operation import Result
 
 from hvp_workers.backend import (
+    NO_INPUTS,
     Backend,
     CheckpointDescription,
     Form,
@@ -127,13 +128,18 @@ class GroupBackend(Backend):
         await self._call("save_vector", name, path, start, stop)
 
     async def run(
-        self, operator: Operator, operation: str, spec: Any, outputs: Sequence[str]
+        self,
+        operator: Operator,
+        operation: str,
+        spec: Any,
+        outputs: Sequence[str],
+        inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
     ) -> AsyncIterator[RunProgress | Result]:
         """See Backend; the ranks hold the run between two calls, so others fit in between."""
         run = uuid.uuid4().hex
         yield RunProgress(operation=operation, stage="loading", num_products=0, max_products=0)
         try:
-            await self._group.run("run_start", run, operator, operation, spec)
+            await self._group.run("run_start", run, operator, operation, spec, dict(inputs))
             while True:
                 step: RunProgress | Result = await self._call("run_step", run, tuple(outputs))
                 yield step

@@ -290,7 +290,9 @@ class AsyncLinearMap:
         return np.stack(results, axis=1) if results else np.empty((self.shape[0], 0), self.dtype)
 
     @contextlib.asynccontextmanager
-    async def _columns(self, array: NDArray[Any]) -> AsyncIterator[list[AsyncVector]]:
+    async def _columns(
+        self, array: NDArray[Any], field: str = "v"
+    ) -> AsyncIterator[list[AsyncVector]]:
         """The columns of (n, k) as vectors, for the block."""
         n = self.shape[1]
         if array.ndim != 2 or array.shape[0] != n:
@@ -298,10 +300,10 @@ class AsyncLinearMap:
             raise InvalidArgumentError(
                 f"the operator takes ({n},) or ({n}, k), not {given}",
                 reason="SHAPE_MISMATCH",
-                field="v",
+                field=field,
                 metadata={"expected": str(n), "given": str(given)},
             )
-        columns = [as_elements(column, n, self.dtype, "v") for column in array.T]
+        columns = [as_elements(column, n, self.dtype, field) for column in array.T]
         vectors: list[AsyncVector] = []
         try:
             vectors += await gather_bounded(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any, final, overload
 
 import numpy as np
+from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
 from numpy.typing import NDArray
 
@@ -289,7 +291,8 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         Raises:
             InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
         """
-        answer = await self._create_job(operation, values, validate_only=True)
+        async with self._named(operation, values) as named:
+            answer = await self._create_job(operation, named, validate_only=True)
         return plan_from_proto(answer.plan)
 
     def __repr__(self) -> str:
@@ -328,8 +331,37 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> AsyncJob[Any]:
-        answer = await self._create_job(operation, values, labels=check_labels(labels))
+        labels = check_labels(labels)
+        async with self._named(operation, values) as named:
+            answer = await self._create_job(operation, named, labels=labels)
         return AsyncJob(self._session, answer.job)
+
+    @contextlib.asynccontextmanager
+    async def _named(
+        self, operation: str, values: Mapping[str, Any]
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """The arguments of a question with names in the place of vectors, for the block.
+
+        Numbers are brought to the ranks and deleted at the block's end. A job that was queued in
+        the block has its vectors until it ends.
+        """
+        declared = operations().get(operation)
+        named = dict(values)
+        async with contextlib.AsyncExitStack() as stack:
+            for field in [each.field for each in declared.inputs] if declared else []:
+                given = values.get(field)
+                if given is None or (isinstance(given, (list, tuple)) and not given):
+                    vectors: Sequence[AsyncVector] = ()
+                elif isinstance(given, AsyncVector):
+                    vectors = (given,)
+                elif is_sequence_of(given, AsyncVector):
+                    vectors = [require_handle(each, AsyncVector, field) for each in given]
+                else:
+                    columns = as_real(given, field)
+                    columns = columns[..., np.newaxis] if columns.ndim == 1 else columns
+                    vectors = await stack.enter_async_context(self._columns(columns, field))
+                named[field] = tuple(vector.name for vector in vectors)
+            yield named
 
     async def _create_job(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from hvp_operations.density.record import DensityResult
 from hvp_operations.eigsh.record import EigshResult
+from hvp_operations.solve.record import SolveResult
 
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.vector import AsyncVector
@@ -101,6 +102,62 @@ class AsyncQuestions(ABC):
                 "max_products": max_products,
                 "seed": seed,
                 "num_lanczos_vectors": num_lanczos_vectors,
+            },
+            labels,
+        )
+
+    async def solve(
+        self,
+        b: AsyncVector | Sequence[AsyncVector] | Any,
+        *,
+        damping: float = 0.0,
+        method: Literal["auto", "cg", "minres"] = "auto",
+        tol: float = 1e-06,
+        max_products: int | None = None,
+        x0: AsyncVector | Sequence[AsyncVector] | Any = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[SolveResult[AsyncVector]]:
+        """Solve (A + λI) x = b by conjugate gradients or MINRES, for one b or several at once.
+
+        Every right-hand side ends with the residual of its x, taken from a fresh product in
+        float64. Where the products of the recurrence are too coarse for the tolerance, it is
+        begun again from that residual for as long as this helps. Right-hand sides go in
+        lockstep: their products share what does not depend on them.
+
+        Args:
+            b: The right-hand side, or several. A vector on the server or a sequence of them, or
+                real numbers (n,) or (n, k), which travel.
+            damping: λ, which is added to the diagonal; below 0 for MINRES alone.
+            method: `cg`, which needs A + λI to be positive definite and tells where it is not;
+                `minres` for any symmetric matrix; `auto`: `cg` for matrices that have no
+                negative eigenvalue, such as a GGN, unless λ < 0, else `minres`.
+            tol: Stop when ‖b − (A + λI) x‖ ≤ tol ‖b‖, 0 < tol < 1.
+            max_products: Upper bound on products for each right-hand side, those of its
+                residual included; None lets the server choose.
+            x0: Start for each right-hand side; zero where it is left out. A vector on the
+                server or a sequence of them, or real numbers (n,) or (n, k), which travel.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `B_INVALID`, `DAMPING_INVALID`, `MAX_PRODUCTS_INVALID`,
+                `METHOD_UNSUPPORTED`, `TOL_INVALID`, `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`,
+                `X0_INVALID`.
+            NotFoundError: A vector is gone.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`, `INPUT_MISSING`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "solve",
+            {
+                "b": b,
+                "damping": damping,
+                "method": method,
+                "tol": tol,
+                "max_products": max_products,
+                "x0": x0,
             },
             labels,
         )

@@ -206,7 +206,9 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
         Raises:
             InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
         """
-        return self._portal.run(self._twin.plan(operation, **values))
+        return self._portal.run(
+            self._twin.plan(operation, **{name: twin_of(value) for name, value in values.items()})
+        )
 
     def __repr__(self) -> str:
         size, of = (f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}")

@@ -11,11 +11,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 import typer
+from hvp_operations.registry import operations
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hvp_client import Batch, Checkpoint, Client, Job
+from hvp_client import Batch, Checkpoint, Client, Job, Operator, Vector
 from hvp_client.cli.display import print_table, show_events
 from hvp_client.cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, failures_reported, usage_error
 from hvp_client.cli.listing import job_name
@@ -79,6 +80,7 @@ def ask(
             usage_error(f"{option} {path} is in no folder that there is")
     if picture is not None and (picture.suffix not in _PICTURES or picture.is_dir()):
         usage_error(f"--plot {picture} must be a file that ends in {', '.join(_PICTURES)}")
+    files = _vector_files(order)
     tensors = read_unless_named(order.ids)
     with failures_reported(), Client(address) as client:
         checkpoint, batch = brought(client, order.checkpoint, order.ids, tensors)
@@ -91,14 +93,15 @@ def ask(
             precision=order.precision,
             parameters=order.parameters or None,
         )
+        values = {**order.values, **_vectors(client, H, order, files)}
         if plan:
-            told = H.plan(order.operation, **order.values)
+            told = H.plan(order.operation, **values)
             if as_json:
                 print(json.dumps(asdict(told), indent=2))
             else:
                 print_table(told.table())
             raise typer.Exit(0 if told.fits else EXIT_FAILURE)
-        job = getattr(H, order.operation)(**order.values)
+        job = getattr(H, order.operation)(**values)
         if watch:
             _stay(job, output=output, picture=picture, as_json=as_json)
         else:
@@ -168,6 +171,57 @@ def read_batch(path: Path) -> Mapping[str, Any]:
             return dict(archive)
     except (SafetensorError, BadZipFile, TypeError, ValueError, OSError) as error:
         usage_error(f"{path} cannot be read: {error}")
+
+
+def _vector_files(order: Order) -> Mapping[str, Any]:
+    """The arrays of the files that a question's vectors were typed as, by path."""
+    typed = [
+        each
+        for declared in operations()[order.operation].inputs
+        for each in order.values[declared.field]
+    ]
+    return {each: _read_vector(Path(each)) for each in typed if not each.startswith("projects/")}
+
+
+def _read_vector(path: Path) -> Any:
+    """Read a vector's numbers (n,), or arrays by parameter.
+
+    Raises:
+        typer.Exit: With code 2: there is no such file, or it cannot be read in its format.
+    """
+    if not path.is_file():
+        usage_error(f"{path} is neither a file nor the name of a vector (projects/...)")
+    if path.suffix not in (".safetensors", ".npy"):
+        usage_error(f"{path} must be a .safetensors or .npy file")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else np.load(path)
+    except (SafetensorError, TypeError, ValueError, OSError) as error:
+        usage_error(f"{path} cannot be read: {error}")
+
+
+def _vectors(
+    client: Client, H: Operator, order: Order, files: Mapping[str, Any]
+) -> Mapping[str, list[Vector]]:
+    """The vectors of a question on the server, by field."""
+    return {
+        declared.field: [
+            H.vector(_flat(H, each, files[each])) if each in files else client.vector(each)
+            for each in order.values[declared.field]
+        ]
+        for declared in operations()[order.operation].inputs
+    }
+
+
+def _flat(H: Operator, path: str, found: Any) -> Any:
+    """The elements (n,) of a file: its one array, or those of every parameter in order."""
+    if not isinstance(found, dict):
+        return found
+    names = H.parameter_names
+    if len(found) == 1 and not found.keys() <= set(names):
+        return next(iter(found.values()))
+    if missing := [name for name in names if name not in found]:
+        usage_error(f"{path} has no tensor {missing[0]}; one for each parameter is needed")
+    return np.concatenate([found[name].ravel() for name in names])
 
 
 def _stay(job: Job[Any], *, output: Path | None, picture: Path | None, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from hvp_operations.checking import Seed, field_types, without_none
 from hvp_operations.documentation import attributes, paragraphs
-from hvp_operations.operation import Operation
+from hvp_operations.operation import Input, Operation
 
 from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client.cli.options import (
@@ -88,6 +88,10 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
     for name, hint in field_types(operation.spec).items():
         kind, may_be_none = without_none(hint)
         default: Any = defaults[name].default
+        given = next((each for each in operation.inputs if each.field == name), None)
+        if given is not None:
+            made.append(_vectors(given, told[name]))
+            continue
         if typing.get_origin(kind) is Literal:
             kind = _words(typing.get_args(kind))
             default = kind(default)
@@ -98,6 +102,18 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
         option = typer.Option(*flags, help=told[name], show_default=shown)
         made.append(_parameter(name, kind | None if may_be_none else kind, option, default))
     return made
+
+
+def _vectors(declared: Input, told: str) -> inspect.Parameter:
+    """The option of vectors: names of them on the server, or files of numbers."""
+    option = typer.Option(
+        f"--{declared.field.replace('_', '-')}",
+        metavar="VECTOR",
+        help=f"{told} A name (projects/...), or a .npy or .safetensors file."
+        + (" May be given several times." if declared.most > 1 else ""),
+        show_default=False,
+    )
+    return _parameter(declared.field, list[str], option, ... if declared.least else [])
 
 
 def _words(words: tuple[str, ...]) -> Any:

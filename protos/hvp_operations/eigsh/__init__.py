@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
@@ -120,7 +121,11 @@ class EigshResult(Result):
     error_bounds: tuple[float, ...] = ()
     completeness: Completeness = field(default_factory=Completeness)
 
-    vectors: ClassVar[str] = "eigenvectors"
+    vectors: ClassVar[tuple[str, ...]] = ("eigenvectors",)
+
+    def vector_counts(self) -> Mapping[str, int]:
+        """One eigenvector for each eigenvalue."""
+        return {"eigenvectors": len(self.eigenvalues)}
 
 
 def default_max_products(spec: EigshSpec, dimension: int) -> int:

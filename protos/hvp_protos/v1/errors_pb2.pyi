@@ -68,7 +68,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_FIELD_UNKNOWN: _ErrorReason.ValueType  # 18
     """An operation has no such field; the message lists those it has."""
     ERROR_REASON_INPUT_MISSING: _ErrorReason.ValueType  # 19
-    """The ranks that held a vector are gone, and nothing tells how to make it again."""
+    """The ranks that held a vector are gone, and nothing tells how to make it again: make it anew, and
+    keep it if it has to outlast the ranks. As a job's error: a vector that its question names.
+    """
     ERROR_REASON_INSUFFICIENT_CLUSTER_MEMORY: _ErrorReason.ValueType  # 20
     """The ranks have no room for it; metadata has the bytes."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
@@ -231,7 +233,9 @@ ERROR_REASON_FIELD_MASK_INVALID: ErrorReason.ValueType  # 17
 ERROR_REASON_FIELD_UNKNOWN: ErrorReason.ValueType  # 18
 """An operation has no such field; the message lists those it has."""
 ERROR_REASON_INPUT_MISSING: ErrorReason.ValueType  # 19
-"""The ranks that held a vector are gone, and nothing tells how to make it again."""
+"""The ranks that held a vector are gone, and nothing tells how to make it again: make it anew, and
+keep it if it has to outlast the ranks. As a job's error: a vector that its question names.
+"""
 ERROR_REASON_INSUFFICIENT_CLUSTER_MEMORY: ErrorReason.ValueType  # 20
 """The ranks have no room for it; metadata has the bytes."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21

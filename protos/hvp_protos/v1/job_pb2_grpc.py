@@ -88,7 +88,8 @@ class JobServiceServicer:
     """
 
     def CreateJob(self, request, context):
-        """Queues a job, or with `validate_only` tells what it would take. Checks the operator as OperatorService does, and
+        """Queues a job, or with `validate_only` tells what it would take. Checks the operator as
+        OperatorService does, the vectors that a question names as ApplyOperator does, and
         INVALID_ARGUMENT `SPEC_MISSING`; `<FIELD>_INVALID`, as in `K_INVALID`, for a value that the
         operation does not take, `<FIELD>_UNSUPPORTED` for an enum's value; metadata: the value.
         FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: not even the smallest basis fits; metadata

@@ -116,7 +116,8 @@ class VectorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteVector(self, request, context):
-        """Frees a vector on the ranks and on disk.
+        """Frees a vector on the ranks and on disk. One that an unfinished job needs loses its name, and is
+        freed when the job has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import cast
 
 import structlog
 from hvp_operations.operation import Result
-from hvp_workers.backend import BackendError, GroupLostError, RunProgress
+from hvp_workers.backend import Backend, BackendError, GroupLostError, RunProgress
 
 from hvp_service.app.config import ServerConfig
 from hvp_service.calls.errors import ServiceError, code_of, fault_message, is_fault
 from hvp_service.calls.names import Name, parse
 from hvp_service.group.supervisor import GroupSupervisor
+from hvp_service.jobs.inputs import using_inputs
 from hvp_service.jobs.plan import plan_of, require_room
 from hvp_service.jobs.store import (
+    FINAL_STATES,
     Job,
     JobError,
     JobResult,
+    JobSpec,
     JobStore,
     Lease,
     StaleLeaseError,
@@ -130,6 +133,9 @@ class Dispatcher:
         try:
             ended = await self._attempt(job)
             logger.info("job left", state=ended.state)
+            if ended.state in FINAL_STATES and ended.inputs:
+                with contextlib.suppress(DatabaseBusyError):  # the reaper comes round to it
+                    await self._vectors.collect()  # deleted ones that it needed
         except StaleLeaseError as error:
             logger.warning("lease lost", error=str(error))
         except asyncio.CancelledError:
@@ -205,13 +211,21 @@ class Dispatcher:
         planned = await plan_of(self._group, asked, resolved)
         require_room(asked, planned)
         outputs = [f"{job.name.id}-{index}" for index in range(planned.cost.results)]
-        run = self._group.backend.run(resolved.operator, asked.operation, asked.spec, outputs)
         try:
             # Every implementation is an async generator; the interface promises `aclose`.
-            async with contextlib.aclosing(
-                cast("AsyncGenerator[RunProgress | Result, None]", run)
-            ) as items:
+            async with (
+                self._inputs(asked, resolved) as inputs,
+                contextlib.aclosing(
+                    cast(
+                        "AsyncGenerator[RunProgress | Result, None]",
+                        self._group.backend.run(
+                            resolved.operator, asked.operation, asked.spec, outputs, inputs
+                        ),
+                    )
+                ) as items,
+            ):
                 result = await self._follow(job.lease, items)
+            outputs = outputs[: sum(result.vector_counts().values())]
             log.info(
                 "answer found",
                 job=str(job.name),
@@ -232,6 +246,36 @@ class Dispatcher:
             num_elements=resolved.num_parameters,
             vector_time=made[0].create_time if made else 0,
         )
+
+    @contextlib.asynccontextmanager
+    async def _inputs(
+        self, asked: JobSpec, resolved: ResolvedOperator
+    ) -> AsyncIterator[Mapping[str, Sequence[str]]]:
+        """The ids of the vectors that a question names, by field: on the ranks, for the block.
+
+        Raises:
+            ServiceError: INPUT_MISSING for a product whose ranks are gone; WORKER_GROUP_LOST where
+                the ranks that the vectors were brought to are others by now.
+        """
+        async with using_inputs(self._vectors, asked, resolved, is_queued=True) as inputs:
+            wanted = [vector for vectors in inputs.values() for vector in vectors]
+
+            async def bring(backend: Backend) -> str:
+                await self._vectors.ensure_resident(backend, wanted)
+                return backend.generation
+
+            generation = await self._group.call(bring) if wanted else ""
+            try:
+                yield {
+                    field: [vector.name.id for vector in vectors]
+                    for field, vectors in inputs.items()
+                }
+            except BackendError as error:
+                if error.reason == "INPUT_MISSING" and self._group.backend.generation != generation:
+                    raise ServiceError(
+                        "WORKER_GROUP_LOST", "The ranks were started anew before the run began."
+                    ) from error
+                raise
 
     async def _follow(
         self, lease: Lease, items: AsyncGenerator[RunProgress | Result, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,8 +81,9 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
     result = getattr(message, asked.operation)
     result.SetInParent()
     to_message(found.result, result)
-    if found.vectors:
-        getattr(result, found.result.vectors).extend(
+    names = iter(found.vectors)
+    for field, count in found.result.vector_counts().items():
+        getattr(result, field).extend(
             vector_pb2.Vector(
                 name=name,
                 checkpoint=asked.operator.checkpoint,
@@ -91,7 +93,7 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
                 create_time=timestamp(found.vector_time),
                 parameters=asked.operator.parameters,
             )
-            for name in found.vectors
+            for name in itertools.islice(names, count)
         )
     return message
 

@@ -27,7 +27,8 @@ class Plan:
         cost: Upper bounds on products and vectors.
         seconds_per_product: Median of the latest job on the same operator; 0 where there was none.
         num_ranks: Number of ranks that share each vector.
-        least_bytes: Memory on each rank without which the job does not begin.
+        least_bytes: Memory on each rank without which the job does not begin, with that of the
+            vectors which it names.
         wished_bytes: Memory on each rank that the job takes where there is enough.
         available_bytes: Memory of the rank that has least, free or in use; 0 where the ranks do not
             tell.
@@ -64,11 +65,12 @@ async def plan_of(
         ServiceError: WORKER_GROUP_LOST.
     """
     cost = asked.declared.cost(asked.spec, facts_of(resolved))
+    num_inputs = len({name for names in asked.inputs.values() for name in names})
     ranks = await group.call(lambda backend: backend.ranks())
     available = min((rank.memory_bytes for rank in ranks), default=0)
     dimension, dtype = resolved.num_parameters, resolved.operator.space.dtype
     vector_bytes = dimension * ITEM_BYTES[dtype] / max(1, len(ranks))
-    needed = needed_bytes(cost.least_vectors, vector_bytes)
+    needed = needed_bytes(num_inputs + cost.least_vectors, vector_bytes)
     problem = (
         f"{asked.declared.headline(asked.spec)} of an operator of order {dimension} in {dtype} "
         f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} in "
@@ -79,7 +81,7 @@ async def plan_of(
         seconds_per_product=seconds_per_product,
         num_ranks=len(ranks),
         least_bytes=needed,
-        wished_bytes=needed_bytes(cost.wished_vectors, vector_bytes),
+        wished_bytes=needed_bytes(num_inputs + cost.wished_vectors, vector_bytes),
         available_bytes=available,
         problem=problem if 0 < available < needed else "",
     )

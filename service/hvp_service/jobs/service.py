@@ -17,6 +17,7 @@ from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.labels import check_labels, check_mask
 from hvp_service.calls.names import Name
+from hvp_service.jobs.inputs import using_inputs
 from hvp_service.jobs.plan import Plan, facts_of, plan_of, require_room
 from hvp_service.jobs.store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
 from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
@@ -36,10 +37,11 @@ def job_id(project: str, request_id: str) -> str:
 async def _asked(
     deps: Dependencies, operation: str | None, operator: OperatorRef, values: Mapping[str, Any]
 ) -> AsyncIterator[tuple[JobSpec, ResolvedOperator]]:
-    """Check a question, for a block until whose end the files of its operator stay.
+    """Check a question, for a block until whose end the files of its operator and its vectors stay.
 
     Raises:
-        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`.
+        ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`;
+            RESOURCE_NOT_FOUND, VECTOR_SPACE_MISMATCH or INPUT_MISSING for a vector that it names.
     """
     if operation is None:
         raise ServiceError(
@@ -61,7 +63,9 @@ async def _asked(
             dtype=resolved.operator.space.dtype,
             precision=resolved.operator.precision,
         )
-        yield JobSpec(operation=operation, operator=filled_in, spec=spec), resolved
+        asked = JobSpec(operation=operation, operator=filled_in, spec=spec)
+        async with using_inputs(deps.vectors, asked, resolved):
+            yield asked, resolved
 
 
 async def create(
@@ -91,7 +95,9 @@ async def create(
 
     Raises:
         ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
-            LABELS_INVALID, QUEUE_FULL, REQUEST_ID_REUSED, INSUFFICIENT_CLUSTER_MEMORY.
+            RESOURCE_NOT_FOUND, VECTOR_SPACE_MISMATCH or INPUT_MISSING for a vector that the
+            question names, LABELS_INVALID, QUEUE_FULL, REQUEST_ID_REUSED,
+            INSUFFICIENT_CLUSTER_MEMORY.
     """
     async with _asked(deps, operation, operator, values) as (asked, resolved):
         check_labels(labels)
@@ -146,6 +152,8 @@ async def cancel(deps: Dependencies, name: Name) -> Job:
     """
     job = await deps.jobs.cancel(name)
     deps.dispatcher.notice_cancel(name)
+    if job.state in FINAL_STATES and job.inputs:
+        await deps.vectors.collect()  # deleted ones that it needed
     return job
 
 

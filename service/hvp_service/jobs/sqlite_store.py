@@ -44,7 +44,8 @@ from hvp_service.jobs.store import (
 )
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.clock import SECOND, now_us
-from hvp_service.storage.database import Database, jobs
+from hvp_service.storage.database import Database, job_inputs, jobs
+from hvp_service.vectors.rows import gone, is_named
 
 _NAMES_PER_PAGE = 1000
 _JOBS_LOOKED_AT = 100  # the latest ones, for the pace of products
@@ -95,9 +96,21 @@ class SqliteJobStore(JobStore):
                     create_time=job.create_time,
                 )
             )
+            await self._need(connection, job)
             made = await self._change(connection, replace(job, last_sequence=0), state="QUEUED")
         self._events.notify(job.name)
         return made
+
+    async def _need(self, connection: AsyncConnection, job: Job) -> None:
+        """Note the vectors that a job needs, so that they stay until its end."""
+        for name in job.inputs:
+            if not await is_named(connection, name):
+                raise gone(name)
+            await connection.execute(
+                job_inputs.insert().values(
+                    project=name.project, vector_id=name.id, job_id=job.name.id
+                )
+            )
 
     async def get(self, name: Name) -> Job:
         async with self._database.reading() as connection:
@@ -318,6 +331,11 @@ class SqliteJobStore(JobStore):
         self, connection: AsyncConnection, job: Job, end: JobResult | JobError | None
     ) -> Job:
         columns: dict[str, Any] = {"end_time": now_us(), "lease_owner": "", "lease_expire": 0}
+        await connection.execute(
+            sa.delete(job_inputs).where(
+                job_inputs.c.project == job.name.project, job_inputs.c.job_id == job.name.id
+            )
+        )
         if isinstance(end, JobResult):
             columns["result"] = result_row(end)
             return await self._change(connection, job, state="SUCCEEDED", **columns)

@@ -12,7 +12,7 @@ from hvp_operations.registry import operations
 from hvp_workers.backend import RunProgress
 
 from hvp_service.calls.errors import code_of
-from hvp_service.calls.names import Name
+from hvp_service.calls.names import Name, parse
 from hvp_service.calls.paging import PageRequest
 from hvp_service.operators.resolver import OperatorRef
 
@@ -44,6 +44,18 @@ class JobSpec:
     def declared(self) -> Operation[Any]:
         """The operation's declaration."""
         return operations()[self.operation]
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[Name, ...]]:
+        """The vectors that the question names, by field.
+
+        Raises:
+            ServiceError: RESOURCE_NOT_FOUND: no vector could ever have that name.
+        """
+        named = self.declared.named(self.spec)
+        return {
+            field: tuple(parse(name, "vectors") for name in names) for field, names in named.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +102,12 @@ class Job:
     create_time: int  # microseconds, as the others
     start_time: int | None = None
     end_time: int | None = None
+
+    @property
+    def inputs(self) -> frozenset[Name]:
+        """The vectors that the job needs until it has ended."""
+        named = {} if self.spec is None else self.spec.inputs
+        return frozenset(name for names in named.values() for name in names)
 
     @property
     def lease(self) -> Lease:
@@ -147,8 +165,10 @@ class JobStore(ABC):
     async def create(self, job: Job, max_queued: int) -> Job:
         """Queue a job; when one of that name is there, answer it as it is.
 
+        The vectors that the job names stay until the job has ended.
+
         Raises:
-            ServiceError: QUEUE_FULL.
+            ServiceError: QUEUE_FULL; RESOURCE_NOT_FOUND for a vector that was deleted meanwhile.
         """
 
     @abstractmethod

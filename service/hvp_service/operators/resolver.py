@@ -19,7 +19,7 @@ from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import parse
 from hvp_service.checkpoints.store import Checkpoint, CheckpointStore
 from hvp_service.storage.state_dir import StateDir
-from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Selection
+from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Selection, Vector, words_of
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
@@ -122,6 +122,37 @@ def outputs_of(checkpoint: Checkpoint, batch: DataBatch) -> Outputs:
     if not schema.outputs:
         raise _no_outputs(checkpoint, "kind")
     return Outputs(batch=batch.name, shape=schema.output_shape(batch.statistics.fields))
+
+
+def check_space(
+    resolved: ResolvedOperator, outputs: Outputs | None, vectors: Sequence[Vector], field: str
+) -> None:
+    """Check that an operator can take vectors.
+
+    Args:
+        resolved: The operator.
+        outputs: The space of outputs that the vectors have to belong to; None for the operator's
+            parameter space.
+        vectors: The vectors.
+        field: Path of their list in the request, for errors.
+
+    Raises:
+        ServiceError: VECTOR_SPACE_MISMATCH.
+    """
+    space = (
+        resolved.checkpoint.name,
+        resolved.operator.space.dtype,
+        None if outputs is None else outputs.batch,
+        resolved.selection if outputs is None else ALL_PARAMETERS,
+    )
+    for index, vector in enumerate(vectors):
+        if vector.space != space:
+            raise ServiceError(
+                "VECTOR_SPACE_MISMATCH",
+                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
+                f"{words_of(space)}.",
+                field=f"{field}[{index}]",
+            )
 
 
 def check_dtype(dtype: str, field: str = "dtype") -> Dtype:

@@ -13,9 +13,9 @@ from hvp_workers.backend import Backend, Form
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
-from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
+from hvp_service.operators.resolver import OperatorRef, ResolvedOperator, check_space
 from hvp_service.storage.lifetimes import Lifetime
-from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Vector, words_of
+from hvp_service.vectors.rows import Outputs, Vector
 
 log = structlog.get_logger()
 
@@ -136,7 +136,7 @@ async def evaluate_forms(
                 "A Jacobian is no square matrix and has no quadratic form; ask for that of a GGN.",
                 field="operator.kind",
             )
-        _check_domain(resolved, None, inputs)
+        check_space(resolved, None, inputs, "vectors")
 
         async def work(backend: Backend) -> list[float]:
             await deps.vectors.ensure_resident(backend, inputs)
@@ -176,7 +176,7 @@ async def losses_along(
     each = len(names)
     points = [coefficients[i : i + each] for i in range(0, len(coefficients), each)]
     async with deps.operators.using(ref) as resolved, deps.vectors.using(names) as inputs:
-        _check_domain(resolved, None, inputs)
+        check_space(resolved, None, inputs, "directions")
 
         async def work(backend: Backend) -> list[float]:
             await deps.vectors.ensure_resident(backend, inputs)
@@ -194,7 +194,7 @@ async def _apply(
     inputs: Sequence[Vector],
     lifetime: Lifetime,
 ) -> list[Vector]:
-    _check_domain(resolved, resolved.domain, inputs)
+    check_space(resolved, resolved.domain, inputs, "vectors")
     outputs = _products(deps, resolved, resolved.codomain, len(inputs), lifetime)
 
     async def work(backend: Backend) -> None:
@@ -221,25 +221,6 @@ def _vector_names(vectors: Sequence[str]) -> list[Name]:
     if not vectors:
         raise ServiceError("VECTORS_MISSING", "Name one or more vectors.", field="vectors")
     return [parse(name, "vectors") for name in vectors]
-
-
-def _check_domain(
-    resolved: ResolvedOperator, domain: Outputs | None, inputs: Sequence[Vector]
-) -> None:
-    space = (
-        resolved.checkpoint.name,
-        resolved.operator.space.dtype,
-        None if domain is None else domain.batch,
-        resolved.selection if domain is None else ALL_PARAMETERS,
-    )
-    for index, vector in enumerate(inputs):
-        if vector.space != space:
-            raise ServiceError(
-                "VECTOR_SPACE_MISMATCH",
-                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
-                f"{words_of(space)}.",
-                field=f"vectors[{index}]",
-            )
 
 
 def _products(

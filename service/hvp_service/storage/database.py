@@ -141,6 +141,15 @@ jobs = sa.Table(
     sa.Column("end_time", sa.BigInteger, nullable=True),
 )
 
+# The vectors that a job needs which has not ended; none of another one.
+job_inputs = sa.Table(
+    "job_inputs",
+    METADATA,
+    sa.Column("project", sa.String, primary_key=True),
+    sa.Column("vector_id", sa.String, primary_key=True),
+    sa.Column("job_id", sa.String, primary_key=True),
+)
+
 job_events = sa.Table(
     "job_events",
     METADATA,

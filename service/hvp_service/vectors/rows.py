@@ -15,8 +15,24 @@ from hvp_service.calls.errors import ServiceError, not_found, session_expired
 from hvp_service.calls.names import Name
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.storage.clock import SECOND, now_us
-from hvp_service.storage.database import Database, checkpoints, data_batches, sessions, vectors
+from hvp_service.storage.database import (
+    Database,
+    checkpoints,
+    data_batches,
+    job_inputs,
+    sessions,
+    vectors,
+)
 from hvp_service.storage.lifetimes import UNTIL_DELETED, Lifetime
+
+#: The expiry of a vector that was deleted while a job needs it: it has no name any more.
+_DELETED = 0
+_IS_NAMED = sa.or_(vectors.c.expire_time.is_(None), vectors.c.expire_time != _DELETED)
+_IS_NEEDED = (
+    sa.exists()
+    .where(job_inputs.c.project == vectors.c.project, job_inputs.c.vector_id == vectors.c.id)
+    .correlate(vectors)
+)
 
 Recipe = Mapping[str, Any]  # JSON; "kind" is seeded, file, zeros or parameters
 
@@ -107,8 +123,9 @@ class Vector:
 class VectorRows:
     """The table of vectors.
 
-    Law: the row of a vector was inserted while its checkpoint was there, and the session that it
-    belongs to, if any.
+    Laws: the row of a vector was inserted while its checkpoint was there, and the session that it
+    belongs to, if any. The row of a vector that an unfinished job needs stays. If it is deleted
+    meanwhile it is found by that job alone, and goes at the first `delete_outlived` after the job.
 
     Args:
         database: The database that holds the table.
@@ -162,8 +179,12 @@ class VectorRows:
                 ],
             )
 
-    async def get(self, name: Name) -> Vector:
+    async def get(self, name: Name, *, even_deleted: bool = False) -> Vector:
         """Look up a vector by its name.
+
+        Args:
+            name: Name of the vector.
+            even_deleted: Find one too that was deleted while a job needs it.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
@@ -176,7 +197,7 @@ class VectorRows:
                     )
                 )
             ).one_or_none()
-        if row is None:
+        if row is None or (row.expire_time == _DELETED and not even_deleted):
             raise gone(name)
         return _from_row(row)
 
@@ -198,6 +219,7 @@ class VectorRows:
                 scope=f"{project}/vectors",
                 where=[
                     vectors.c.project == project,
+                    _IS_NAMED,
                     sa.or_(vectors.c.recipe.is_not(sa.null()), vectors.c.generation == generation),
                 ],
             )
@@ -209,7 +231,7 @@ class VectorRows:
         due = {
             vector.name.id
             for vector in used
-            if vector.lifetime.expire_time is not None
+            if vector.lifetime.expire_time not in (None, _DELETED)
             and later - vector.lifetime.expire_time > self._ttl_us // 10
         }
         if not due:
@@ -218,7 +240,7 @@ class VectorRows:
             await connection.execute(
                 sa.update(vectors)
                 # One that a caller keeps meanwhile has no time to live any more.
-                .where(vectors.c.id.in_(due), vectors.c.expire_time.is_not(None))
+                .where(vectors.c.id.in_(due), vectors.c.expire_time.is_not(None), _IS_NAMED)
                 .values(expire_time=later)
             )
         return [
@@ -238,7 +260,11 @@ class VectorRows:
         async with self._database.writing() as connection:
             changed = await connection.execute(
                 sa.update(vectors)
-                .where(vectors.c.project == vector.name.project, vectors.c.id == vector.name.id)
+                .where(
+                    vectors.c.project == vector.name.project,
+                    vectors.c.id == vector.name.id,
+                    _IS_NAMED,
+                )
                 .values(
                     recipe=recipe,
                     session=kept.session,
@@ -251,9 +277,14 @@ class VectorRows:
         return replace(vector, recipe=recipe, lifetime=kept)
 
     async def delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
-        """Delete rows and return their ids."""
+        """Delete rows and return their ids; those that a job needs lose their names alone."""
         async with self._database.writing() as connection:
-            deleted = sa.delete(vectors).where(*where).returning(vectors.c.id)
+            await connection.execute(
+                sa.update(vectors)
+                .where(*where, _IS_NEEDED)
+                .values(session="", expire_time=_DELETED, kept=False)
+            )
+            deleted = sa.delete(vectors).where(*where, ~_IS_NEEDED).returning(vectors.c.id)
             return list((await connection.scalars(deleted)).all())
 
     async def delete_outlived(self, in_use: Collection[str]) -> list[str]:
@@ -266,7 +297,7 @@ class VectorRows:
         return await self.delete(
             sa.or_(
                 sa.and_(vectors.c.session != "", vectors.c.session.not_in(living)),
-                sa.and_(vectors.c.expire_time < now_us(), vectors.c.id.not_in(in_use)),
+                sa.and_(vectors.c.expire_time < now_us(), vectors.c.id.not_in(in_use), ~_IS_NEEDED),
             )
         )
 
@@ -274,7 +305,7 @@ class VectorRows:
         """When the next vector's time to live ends, in microseconds; None where none has one."""
         async with self._database.reading() as connection:
             found: int | None = await connection.scalar(
-                sa.select(sa.func.min(vectors.c.expire_time))
+                sa.select(sa.func.min(vectors.c.expire_time)).where(~_IS_NEEDED)
             )
         return found
 
@@ -306,6 +337,14 @@ def gone(name: Name) -> ServiceError:
         "If it was there, it was deleted, or what it belonged to has ended: its session, its job, "
         "or the time for which nobody used it. Make it again.",
     )
+
+
+async def is_named(connection: AsyncConnection, name: Name) -> bool:
+    """Whether there is a vector of this name."""
+    row = sa.select(vectors.c.id).where(
+        vectors.c.project == name.project, vectors.c.id == name.id, _IS_NAMED
+    )
+    return (await connection.execute(row)).first() is not None
 
 
 async def _is_there(connection: AsyncConnection, table: sa.Table, name: Name) -> bool:

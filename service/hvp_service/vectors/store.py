@@ -38,7 +38,6 @@ from hvp_service.vectors.rows import (
     Selection,
     Vector,
     VectorRows,
-    gone,
 )
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8}
@@ -47,8 +46,8 @@ ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8}
 class VectorStore:
     """Rows of vectors, and `ensure_resident`, the one place that brings elements to the ranks.
 
-    Law: a vector without a row cannot be named any more; what the ranks and the disk hold of it
-    goes as soon as no call uses it.
+    Law: a vector that is deleted cannot be named any more; what the ranks and the disk hold of it
+    goes as soon as no call uses it, and no job that has not ended needs it.
 
     Args:
         database: The database that holds the rows.
@@ -166,27 +165,33 @@ class VectorStore:
         if resident:
             self._resident.update((vector.generation, vector.name.id) for vector in made)
 
-    async def get(self, name: Name) -> Vector:
+    async def get(self, name: Name, *, for_job: bool = False) -> Vector:
         """Look up a vector by its name.
+
+        Args:
+            name: Name of the vector.
+            for_job: Whether an unfinished job needs it, which finds it even when it was deleted.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND; INPUT_MISSING for a product whose ranks are gone.
         """
-        vector = await self._rows.get(name)
+        vector = await self._rows.get(name, even_deleted=for_job)
         if not vector.durable and vector.generation != self._group.backend.generation:
-            raise ServiceError(
-                "INPUT_MISSING",
-                f"The ranks that held {name} are gone and it was a product; make it again.",
-                resource=str(name),
-            )
+            raise _lost(name)
         return vector
 
     @contextlib.asynccontextmanager
-    async def using(self, names: Sequence[Name]) -> AsyncIterator[list[Vector]]:
+    async def using(
+        self, names: Sequence[Name], *, for_job: bool = False
+    ) -> AsyncIterator[list[Vector]]:
         """Look vectors up and hold them for the block: none goes before its end.
 
         A vector that is deleted meanwhile cannot be named any more, and its elements go after the
         block. A vector with a time to live has all of it again.
+
+        Args:
+            names: Names of the vectors.
+            for_job: As for `get`.
 
         Yields:
             The vectors, in order.
@@ -195,7 +200,7 @@ class VectorStore:
             ServiceError: As `get`.
         """
         with self._holds.hold([name.id for name in names]):
-            found = [await self.get(name) for name in names]
+            found = [await self.get(name, for_job=for_job) for name in names]
             found = await self._rows.prolong(found)
             yield found
             await self._rows.prolong(found)
@@ -216,12 +221,7 @@ class VectorStore:
             if (backend.generation, vector.name.id) in self._resident:
                 continue
             if vector.recipe is None:
-                raise ServiceError(
-                    "INPUT_MISSING",
-                    f"The ranks that held {vector.name} are gone and it was a product; "
-                    "make it again.",
-                    resource=str(vector.name),
-                )
+                raise _lost(vector.name)
             try:
                 await backend.create_vector(
                     vector.name.id, self.space(vector), self.source(vector, vector.recipe)
@@ -234,7 +234,7 @@ class VectorStore:
 
     async def _require_row(self, backend: Backend, vector: Vector) -> None:
         try:
-            await self.get(vector.name)
+            await self.get(vector.name, for_job=True)
         except ServiceError:
             await backend.delete_vectors([vector.name.id])
             raise
@@ -285,15 +285,15 @@ class VectorStore:
         sync_folder(target.parent)
 
     async def delete(self, name: Name) -> None:
-        """Free a vector on the ranks and on disk.
+        """Free a vector on the ranks and on disk; one that a job needs goes when the job has ended.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
         """
-        found = await self._rows.delete(vectors.c.project == name.project, vectors.c.id == name.id)
-        if not found:
-            raise gone(name)
-        await self._discard_deleted(found)
+        await self._rows.get(name)
+        await self._discard_deleted(
+            await self._rows.delete(vectors.c.project == name.project, vectors.c.id == name.id)
+        )
 
     async def _delete_ids(self, ids: Sequence[str]) -> None:
         await self._discard_deleted(await self._rows.delete(vectors.c.id.in_(ids)))
@@ -376,3 +376,13 @@ class VectorStore:
         for path in self._state_dir.vector("x").parent.iterdir():
             if path.stem not in known:
                 path.unlink()
+
+
+def _lost(name: Name) -> ServiceError:
+    """The refusal of a product whose ranks are gone."""
+    return ServiceError(
+        "INPUT_MISSING",
+        f"The ranks that held {name} are gone and it was a product; make it again, and keep it if "
+        "it has to outlast the ranks.",
+        resource=str(name),
+    )

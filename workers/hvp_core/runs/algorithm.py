@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
 from torch import Tensor
@@ -17,16 +17,19 @@ StateT = TypeVar("StateT")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The products and the memory that a run may take.
+    """The products and the memory that a run may take, and the vectors that it is given.
 
     Attributes:
         max_products: Products with the operator.
         num_vectors: Vectors that the run may hold beside the operator's own; at least the
             operation's `least_vectors`.
+        inputs: The vectors that the spec names, (local,) each, by its fields; read, never written
+            to, and not among the `num_vectors`.
     """
 
     max_products: int
     num_vectors: int
+    inputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 @final
@@ -83,7 +86,7 @@ class Algorithm(ABC, Generic[StateT]):
         Args:
             spec: Spec of the operation, checked.
             operator: Operator that the question is about.
-            budget: Products and memory that the run may take.
+            budget: Products and memory that the run may take, and the vectors that the spec names.
         """
 
     @abstractmethod

@@ -1,0 +1,93 @@
+"""Linear systems of real models through the engine, whatever precision the products have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hvp_operations.solve import SolveResult, SolveSpec, System
+from hvp_workers.backend import Backend, BackendError, Operator, RawFile, RunProgress, Seeded
+from hvp_workers.opening import open_backend
+from torch import Tensor
+
+from tests.workers.test_certificates import backend, blank_head, closed_form, operator_of, written
+
+__all__ = ["backend"]
+
+
+def tokens() -> Tensor:
+    return torch.randint(5, (3, 6), generator=torch.Generator().manual_seed(0))
+
+
+async def elements(backend: Backend, name: str, folder: Path, dtype: torch.dtype) -> Tensor:
+    path = folder / f"{name}.raw"
+    await backend.save_vector(name, path)
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype).double()
+
+
+async def solved(backend: Backend, operator: Operator, spec: SolveSpec, num_b: int) -> SolveResult:
+    outputs = [f"x{index}" for index in range(2 * num_b)]
+    inputs = {"b": [f"b{index}" for index in range(num_b)], "x0": []}
+    async for step in backend.run(operator, "solve", spec, outputs, inputs):
+        if isinstance(step, SolveResult):
+            return step
+    raise AssertionError("the run gave no result")
+
+
+async def matrix(backend: Backend, operator: Operator, folder: Path, n: int) -> Tensor:
+    """All of an operator, from products with the columns of the identity."""
+    columns = []
+    for index in range(n):
+        path = folder / "unit.raw"
+        unit = torch.zeros(n, dtype=torch.float64)
+        unit[index] = 1
+        path.write_bytes(unit.numpy().tobytes())
+        await backend.create_vector("unit", operator.space, RawFile(path))
+        await backend.apply(operator, ["unit"], ["column"])
+        columns.append(await elements(backend, "column", folder, torch.float64))
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float64", "full"), ("float32", "full"), ("float32", "bfloat16")]
+)
+async def test_the_residual_is_that_of_the_exact_operator(
+    backend: Backend, tmp_path: Path, dtype: str, precision: str
+) -> None:
+    model, ids = blank_head(), tokens()
+    operator = written(model, tmp_path, ids, dtype, kind="ggn", precision=precision)
+    wide = operator_of(tmp_path, "float64", kind="ggn")
+    damping = 0.1 * float(closed_form(model, ids)[0])
+    kind = torch.float64 if dtype == "float64" else torch.float32
+    for index in range(2):
+        await backend.create_vector(f"b{index}", operator.space, Seeded(index, "gaussian"))
+    spec = SolveSpec(("b0", "b1"), damping=damping, tol=2e-6)
+    result = await solved(backend, operator, spec, 2)
+    assert result.provenance["method"] == "cg"
+    assert result.provenance["verified_in"] == "float64"
+    assert result.provenance["right_hand_sides_in_lockstep"] == "2"
+    whole = await matrix(backend, wide, tmp_path, int(result.provenance["num_parameters"]))
+    for index, system in enumerate(result.systems):
+        assert isinstance(system, System)
+        assert system.outcome == "CONVERGED"
+        x = await elements(backend, f"x{index}", tmp_path, kind)
+        b = await elements(backend, f"b{index}", tmp_path, kind)
+        true = float((b - whole @ x - damping * x).norm() / b.norm())
+        assert true <= 2e-6 * (1 + 1e-2)
+        assert system.relative_residual == pytest.approx(true, rel=0.05, abs=1e-7)
+
+
+async def test_vectors_that_are_not_on_the_ranks_end_a_run_before_it_begins(
+    tmp_path: Path,
+) -> None:
+    backend = open_backend(kind="inprocess", num_workers=1, device="cpu")
+    await backend.start()
+    operator = written(blank_head(), tmp_path, tokens(), "float64", kind="ggn")
+    run = backend.run(operator, "solve", SolveSpec(("b",)), ["x"], {"b": ["b"], "x0": []})
+    first = await anext(run)
+    assert isinstance(first, RunProgress)
+    assert first.stage == "loading"
+    with pytest.raises(BackendError, match="INPUT_MISSING"):
+        await anext(run)
+    await backend.close()
