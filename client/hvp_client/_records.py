@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hvp_operations.density.record import DensityResult as DensityResult
     from hvp_operations.eigsh.record import EigshResult as EigshResult
+    from hvp_operations.trace.record import TraceResult as TraceResult
 
-__all__ = ["DensityResult", "EigshResult"]
+__all__ = ["DensityResult", "EigshResult", "TraceResult"]
 
 _WHERE = {
     "DensityResult": "hvp_operations.density.record",
     "EigshResult": "hvp_operations.eigsh.record",
+    "TraceResult": "hvp_operations.trace.record",
 }
 
 

@@ -17,8 +17,8 @@ Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededEr
 DensityResult EigshResult Event FailedPreconditionError HvpError InternalError
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus NotFoundError
 Operator OutOfRangeError ParameterTensor PermissionDeniedError Plan Progress Rank
-ResourceExhaustedError Retry ServerInfo ServerUnreachableError Timeout UnauthenticatedError
-UnavailableError UnimplementedError UnknownError Vector WorkerGroup
+ResourceExhaustedError Retry ServerInfo ServerUnreachableError Timeout TraceResult
+UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector WorkerGroup
 """
 
 

@@ -91,6 +91,24 @@ class LoadedOperator:
             value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
         ]
 
+    def forward_forms(self, kind: str, vectors: Sequence[torch.Tensor]) -> list[float] | None:
+        """v·Av for each vector by going forward alone; None where A has no rule for that.
+
+        Args:
+            kind: Kind of the matrix A.
+            vectors: This rank's shards.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        if matrix(kind).form is None:
+            return None
+        return [
+            value
+            for some in _together(vectors, TOGETHER)
+            for value in self.curvature.quadratic(kind, some)
+        ]
+
     def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
         """v·Av for each vector, by going forward alone where A has a rule for that.
 
@@ -108,12 +126,9 @@ class LoadedOperator:
         Raises:
             CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
         """
-        if matrix(kind).form is not None:
-            return [
-                value
-                for some in _together(vectors, TOGETHER)
-                for value in self.curvature.quadratic(kind, some)
-            ]
+        forms = self.forward_forms(kind, vectors)
+        if forms is not None:
+            return forms
         space = self.curvature.space
         at_once = min(TOGETHER, room_bytes // space.vector_bytes)
         if at_once < 1:
@@ -169,6 +184,10 @@ class CurvatureOperator(LinearOperator):
     def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
         """See LinearOperator."""
         return self._loaded.product(self._kind, vectors, borrow=borrow)
+
+    def forms(self, vectors: Sequence[torch.Tensor]) -> list[float] | None:
+        """See LinearOperator: by going forward alone, of the matrices that have a rule for that."""
+        return self._loaded.forward_forms(self._kind, vectors)
 
     def exact(self) -> LinearOperator | None:
         """See LinearOperator: products in float64 throughout.

@@ -88,13 +88,14 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
     for name, hint in field_types(operation.spec).items():
         kind, may_be_none = without_none(hint)
         default: Any = defaults[name].default
+        shown: str | bool = "the server's choice" if may_be_none else True
         if typing.get_origin(kind) is Literal:
             kind = _words(typing.get_args(kind))
-            default = kind(default)
+            default = None if default is None else kind(default)
+            shown = "none" if may_be_none else True
         elif kind is Seed:
             kind = int
         flags = [f"--{name.replace('_', '-')}", *([f"-{name}"] if len(name) == 1 else [])]
-        shown = "the server's choice" if may_be_none else True
         option = typer.Option(*flags, help=told[name], show_default=shown)
         made.append(_parameter(name, kind | None if may_be_none else kind, option, default))
     return made
