@@ -213,7 +213,8 @@ def test_more_products_narrow_the_interval(method: str) -> None:
 
 def test_a_run_ends_when_its_tolerance_is_met() -> None:
     a = matrix(SPECTRUM)
-    for values in ({"rtol": 0.1}, {"rtol": 1e-9, "atol": 4.0}):
+    cases: list[dict[str, Any]] = [{"rtol": 0.1}, {"rtol": 1e-9, "atol": 4.0}]
+    for values in cases:
         found = trace(a, 5000, method="hutchinson", **values)
         assert found.outcome == "CONVERGED"
         most = max(values["rtol"] * found.value, values.get("atol", 0))
