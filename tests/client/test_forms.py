@@ -9,7 +9,10 @@ from hvp_client import AsyncClient, Batch, Checkpoint, Client, InvalidArgumentEr
 
 from tests.client.conftest import Server
 
-KINDS = ["hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"]
+KINDS = [
+    *("hessian", "ggn", "empirical_fisher_token", "empirical_fisher_sequence"),
+    *("gradient_covariance_token", "gradient_covariance_sequence"),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

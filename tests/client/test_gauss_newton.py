@@ -97,6 +97,7 @@ async def test_the_asynchronous_client_takes_the_same_words(
         assert set((await client.server_info()).operator_kinds) == {
             *("hessian", "ggn"),
             *("empirical_fisher_token", "empirical_fisher_sequence"),
+            *("gradient_covariance_token", "gradient_covariance_sequence"),
             "jacobian",
         }
 

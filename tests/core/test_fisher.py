@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
 from hvp_core.autodiff import looks
 from hvp_core.autodiff.passes import Passes
-from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, ProductSpec
-from hvp_core.curvature.curvature import Unit
+from hvp_core.autodiff.product_spec import FISHER_SEQUENCE, GGN, ProductSpec, Unit
 from hvp_core.losses.loss import CrossEntropy, Logistic, Loss, SquaredError
 from hvp_core.model.data import token_batch
 from torch import Tensor, nn
 
-from tests.core.problems import Problem, llama_problem, module_problem, ragged_tokens
-from tests.core.references import empirical_fisher, relative_error, unflatten
+from tests.core.problems import Problem, llama_config, llama_problem, module_problem, ragged_tokens
+from tests.core.references import empirical_fisher, llama, relative_error, unflatten
 from tests.core.test_gauss_newton import DECODERS, data, probes_of
 from tests.core.test_schedules import SCHEDULES, curvature_of, distance
 
@@ -213,3 +213,37 @@ def test_a_specification_that_contradicts_itself_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"belong together|needs tangents|nothing to|go back"):
             contradiction()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_covariance_is_the_fisher_matrix_about_the_mean_gradient(unit: Unit) -> None:
+    ids, labels, mask = ragged_tokens()
+    labels[3] = -100  # a row without a target is no unit
+    problem = replace(llama_problem(), batch=token_batch(ids, labels, mask))
+    counted = labels[:, 1:] != -100
+    fisher = empirical_fisher(
+        lambda p: llama(p, ids, mask, llama_config()),
+        labels,
+        problem.parameters,
+        problem.flat,
+        unit,
+    )
+    gradient = problem.curvature(5).gradient()
+    total = int(counted.sum())
+    units = total if unit == "token" else 4
+    # Σ (g − m)(g − m)ᵀ = Σ g gᵀ − U m mᵀ, and U m is the sum of the gradients.
+    expected = fisher - total / units * torch.outer(gradient, gradient)
+    probes = probes_of(problem, 3)
+    for micro_batch_size in (1, 2, 5):
+        curvature = problem.curvature(micro_batch_size)
+        found = curvature.product(f"gradient_covariance_{unit}", probes)
+        assert distance(found, [expected @ each for each in probes]) < EXACT
+        forms = curvature.quadratic(f"gradient_covariance_{unit}", probes)
+        assert forms == pytest.approx([float(v @ expected @ v) for v in probes], rel=EXACT)
+    assert torch.linalg.eigvalsh(expected)[0] > -1e-12
+    # At another point the mean is another.
+    curvature.parameters = problem.flat * 1.1
+    moved = curvature.gradient()
+    again = curvature.product(f"gradient_covariance_{unit}", [moved])[0]
+    plain = curvature.empirical_fisher([moved], unit)[0]
+    assert distance([plain - again], [total / units * float(moved @ moved) * moved]) < EXACT

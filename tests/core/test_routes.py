@@ -308,6 +308,95 @@ def test_layers_that_torch_cannot_take_forward_twice_keep_their_trace(
     assert not any(name.startswith("fallback") for name in curvature.notes())
 
 
+class _CubeBack(torch.autograd.Function):
+    """The derivative of a cube, 3 x² g, with a rule of its own for its tangent."""
+
+    factor = 6.0
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor) -> Tensor:
+        return 3 * x * x * g
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, g = ctx.saved_tensors
+        return _CubeBack.factor * x * g * grads[0], 3 * x * x * grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Tensor) -> Tensor:
+        x, g = ctx.saved_tensors
+        return _CubeBack.factor * x * g * dots[0] + 3 * x * x * dots[1]
+
+
+class _Cube(torch.autograd.Function):
+    """A cube, with derivatives by hand."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        found: Any = _CubeBack.apply(ctx.saved_tensors[0], grads[0])
+        return found
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * dots[0]
+
+
+class Cube(nn.Module):
+    """A layer with derivatives of its own."""
+
+    def forward(self, x: Tensor) -> Any:
+        return _Cube.apply(x)
+
+
+class PlainCube(nn.Module):
+    """The same with torch's derivatives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x * x
+
+
+def with_a_cube(layer: nn.Module) -> Problem:
+    torch.manual_seed(0)
+    return module_problem(
+        nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 3)).double(),
+        CrossEntropy(),
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.tensor([0, 1, 2, 1, 0]),
+    )
+
+
+@pytest.mark.parametrize("factor", [6.0, 7.0])
+def test_an_operation_whose_second_rule_contradicts_its_first_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """Torch's own second derivative is then wrong too: only differences of first ones tell."""
+    monkeypatch.setattr(_CubeBack, "factor", factor)
+    monkeypatch.setattr(verify, "_verified", set())
+    by_hand, plain = (with_a_cube(layer) for layer in (Cube(), PlainCube()))
+    v = probes(by_hand, 1)
+    if factor == 6.0:
+        assert distance(curvature_of(by_hand).hvp(v), curvature_of(plain).hvp(v)) < 1e-12
+        return
+    with pytest.raises(CurvatureError, match="contradicts the first") as caught:
+        curvature_of(by_hand).hvp(v)
+    assert (caught.value.reason, caught.value.metadata["block"]) == ("MODEL_UNSUPPORTED", "1")
+
+
 class Traced(nn.Module):
     """The same without the question."""
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from hvp_core.autodiff import verify
 from hvp_core.autodiff.comparison import Comparer
+from hvp_core.autodiff.product_spec import Unit
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.autodiff.verdicts import Verdicts
-from hvp_core.curvature.curvature import Unit
 from hvp_core.curvature.shards import part_of
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.model.data import token_batch

@@ -188,6 +188,15 @@ class QuadraticBackend(Backend):
         along = {"quadratic": lambda v: v @ matrix @ v, "slope": lambda v: theta @ matrix @ v}
         return [float(along[form](self._held(name))) for name in inputs]
 
+    async def losses_along(
+        self, operator: Operator, directions: Sequence[str], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        self._reach_ranks()
+        matrix, theta = _matrix(operator.space), _theta(operator.space)
+        held = [self._held(name) for name in directions]
+        at = [theta + sum(a * d for a, d in zip(each, held, strict=True)) for each in points]
+        return [float(x @ matrix @ x) / 2 for x in at]
+
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         self._reach_ranks()
         n = _theta(space).size

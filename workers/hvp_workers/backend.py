@@ -314,6 +314,24 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    async def losses_along(
+        self, operator: Operator, directions: Sequence[str], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) for each point. Cost: 1 GEMM pass for each.
+
+        Args:
+            operator: The operator, which names the loss L and θ.
+            directions: Names of the directions dᵢ, vectors of `operator.space`.
+            points: The coefficients of each point, one for each direction.
+
+        Returns:
+            The losses. Far from θ one may be infinite or NaN.
+
+        Raises:
+            BackendError: INPUT_MISSING, VECTOR_SPACE_MISMATCH.
+        """
+
+    @abstractmethod
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         """Make a vector on the ranks; replaces one of that name.
 

@@ -185,6 +185,14 @@ class RankEngine:
                 room = self._vector_budget - self._held_bytes()
                 return loaded.quadratic(operator.kind, vectors, room)
 
+    @command
+    def losses_along(
+        self, operator: api.Operator, directions: Sequence[str], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """The loss at each point, the same on every rank; nothing outlives the call."""
+        vectors = self._shards(operator.space, directions)
+        return self._operator(operator).losses_along(vectors, points)
+
     # Vectors ------------------------------------------------------------------------------------
 
     def _vector(self, name: str) -> _Vector:

@@ -98,6 +98,15 @@ class GroupBackend(Backend):
         values: list[float] = await self._call("evaluate_forms", operator, form, tuple(inputs))
         return values
 
+    async def losses_along(
+        self, operator: Operator, directions: Sequence[str], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """See Backend."""
+        losses: list[float] = await self._call(
+            "losses_along", operator, tuple(directions), tuple(map(tuple, points))
+        )
+        return losses
+
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         """See Backend."""
         await self._call("create_vector", name, space, source)

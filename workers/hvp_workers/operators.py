@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-from hvp_core.autodiff.product_spec import matrix
+from hvp_core.autodiff.product_spec import CENTRED, matrix
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.linop.symmetry import SymmetryCheck
 from hvp_core.model.chain import Chain, MicroBatch
 from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.space import ParameterSpace
@@ -109,6 +110,16 @@ class LoadedOperator:
             for value in self.curvature.quadratic(kind, some)
         ]
 
+    def losses_along(
+        self, directions: Sequence[torch.Tensor], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) for each point, a few points at a time."""
+        return [
+            value
+            for start in range(0, len(points), TOGETHER)
+            for value in self.curvature.losses_along(directions, points[start : start + TOGETHER])
+        ]
+
     def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
         """v·Av for each vector, by going forward alone where A has a rule for that.
 
@@ -180,14 +191,25 @@ class CurvatureOperator(LinearOperator):
         self.noise = _NOISE[precision]
         self._loaded = loaded
         self._kind = kind
+        self._symmetry = SymmetryCheck(self.domain, self.noise)
 
     def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
-        """See LinearOperator."""
-        return self._loaded.product(self._kind, vectors, borrow=borrow)
+        """See LinearOperator. The products of the first calls are compared.
+
+        Raises:
+            CurvatureError: SYMMETRY_BROKEN; NON_FINITE.
+        """
+        products = self._loaded.product(self._kind, vectors, borrow=borrow)
+        if products:
+            self._symmetry.see(vectors[0], products[0])
+        return products
 
     def forms(self, vectors: Sequence[torch.Tensor]) -> list[float] | None:
-        """See LinearOperator: by going forward alone, of the matrices that have a rule for that."""
-        return self._loaded.forward_forms(self._kind, vectors)
+        """See LinearOperator: by going forward alone, of the matrices that have a rule for that.
+
+        A form of centred gradients is a difference, whose rounding does not go with its size.
+        """
+        return None if self._kind in CENTRED else self._loaded.forward_forms(self._kind, vectors)
 
     def exact(self) -> LinearOperator | None:
         """See LinearOperator: products in float64 throughout.
@@ -203,7 +225,7 @@ class CurvatureOperator(LinearOperator):
 
     def notes(self) -> Mapping[str, str]:
         """How products of this kind were computed."""
-        own = f"{_SCHEDULE}{self._kind}"
+        own = f"{_SCHEDULE}{matrix(self._kind).name}"
         return {
             key: note
             for key, note in self._loaded.curvature.notes().items()

@@ -33,7 +33,9 @@ from hvp_client._system import (
     server_info_from_proto,
     worker_group_from_proto,
 )
+from hvp_client._verification import Verification
 from hvp_client._wire import Wire
+from hvp_client.awaited._verifying import verify
 from hvp_client.awaited.jacobian import AsyncJacobian, open_jacobian
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.operator import AsyncOperator, open_operator
@@ -173,7 +175,8 @@ class AsyncClient:
             kind: `hessian`; `ggn`, the generalised Gauss-Newton matrix Jᵀ H_out J;
                 `empirical_fisher_token` or `empirical_fisher_sequence`, the sum of the outer
                 products of the gradients of targets or of whole sequences, over the number of
-                targets.
+                targets; `gradient_covariance_token` or `gradient_covariance_sequence`, the same
+                with the gradients' mean taken off each.
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.
@@ -208,6 +211,42 @@ class AsyncClient:
             checkpoint, batch, kind, dtype, micro_batch_size, precision, parameters
         )
         return await open_operator(self._session, spec)
+
+    async def verify(
+        self,
+        checkpoint: Checkpoint | str,
+        batch: Batch | str,
+        dtype: Any = "float32",
+        precision: str | None = None,
+        parameters: str | Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> Verification:
+        """Check the curvature of a checkpoint on a batch against identities that it must obey.
+
+        The products are those that every question asks for, in the real dtype and by the real
+        kernels: symmetry, linearity, the slope along the gradient, differences of the loss at
+        displaced parameters, forms against products, and, where the architecture can be rescaled
+        without changing the loss, H(Gθ) = −G∇L.
+
+        Args:
+            checkpoint: A checkpoint or its name.
+            batch: A batch or its name.
+            dtype: As for `operator`. In float64 the differences tell most.
+            precision: As for `operator`.
+            parameters: As for `operator`.
+            seed: Seed of the random directions.
+
+        Returns:
+            Every check with its figures; `passed`, `table()`. Cost: about 7 products, 60 forward
+            passes, and a few products with two tensors each.
+
+        Raises:
+            InvalidArgumentError, FailedPreconditionError: As for `operator` and its products.
+        """
+        settings = {"dtype": dtype, "precision": precision, "parameters": parameters}
+        H = await self.operator(checkpoint, batch, "hessian", **settings)
+        G = await self.operator(checkpoint, batch, "ggn", **settings)
+        return await verify(H, G, seed=seed)
 
     async def jacobian(
         self,

@@ -16,6 +16,7 @@ from hvp_client._checkpoints import tensors_from_proto
 from hvp_client._handles import is_sequence_of, require_handle
 from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
+from hvp_client._landscape import LossAlong, checked_grid, points_of
 from hvp_client._results import Plan, plan_from_proto
 from hvp_client._selections import in_blocks, in_words
 from hvp_client._session import Session, gather_bounded, new_request_id
@@ -26,6 +27,7 @@ from hvp_client.awaited.linear_map import AsyncLinearMap, describe_operator
 from hvp_client.awaited.questions import AsyncQuestions
 from hvp_client.awaited.vector import AsyncVector
 
+_POINTS_AT_ONCE = 8  # of a grid: a call that is cut off loses no more
 _OPENED_AT_ONCE = 8  # operators that are checked on the server at the same time
 
 
@@ -52,7 +54,7 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
 
     @property
     def kind(self) -> str:
-        """Which matrix: `hessian`, `ggn`, or an empirical Fisher as `empirical_fisher_token`."""
+        """Which matrix, as `client.operator` takes it: `hessian`, `ggn` and others."""
         return kind_name(self._spec.kind)
 
     @property
@@ -148,6 +150,73 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
             OutOfRangeError: `NON_FINITE`: a number is not finite.
         """
         return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_SLOPE, v)
+
+    async def loss_along(
+        self, directions: AsyncVector | Sequence[AsyncVector] | Any, grid: Any
+    ) -> LossAlong:
+        """The loss at θ + Σ aᵢ dᵢ on a grid, beside what slope and curvature at θ predict.
+
+        The losses are those of the operator's own precision: the displaced parameters are rounded
+        to the type of the operands of matrix products. Take float64 for small steps.
+
+        Args:
+            directions: One direction or two: vectors, as the eigenvectors of a result; or real
+                numbers (n,) or (n, 2), in numpy, torch or lists, which travel to the ranks.
+            grid: The steps aᵢ: numbers (m,) for one direction, a pair of such arrays for two.
+
+        Returns:
+            The losses, with `predicted`, `measured_curvature()` and `plot(path)`. Cost: one forward
+            pass for each point, the slopes, and a product for each direction.
+
+        Raises:
+            InvalidArgumentError: `POINTS_INVALID`; otherwise as for matvec.
+        """
+        if isinstance(directions, AsyncVector):
+            return await self._loss_along([directions], grid)
+        if is_sequence_of(directions, AsyncVector):
+            return await self._loss_along(list(directions), grid)
+        array = as_real(directions, "directions")
+        columns = array[..., np.newaxis] if array.ndim == 1 else array
+        async with self._columns(columns) as vectors:
+            return await self._loss_along(vectors, grid)
+
+    async def _loss_along(self, directions: Sequence[AsyncVector], grid: Any) -> LossAlong:
+        steps = checked_grid(grid, len(directions))
+        losses = await self._losses(directions, points_of(steps).tolist())
+        curvatures = np.empty((len(directions), len(directions)))
+        for i, product in enumerate(await self._apply(directions)):
+            async with product:
+                curvatures[:, i] = [await each.dot(product) for each in directions]
+        return LossAlong(
+            kind=self.kind,
+            steps=steps,
+            losses=np.array(losses).reshape([len(each) for each in steps]),
+            loss=await self.loss(),
+            slopes=np.asarray(await self.slope(list(directions))),
+            curvatures=(curvatures + curvatures.T) / 2,
+        )
+
+    async def _losses(
+        self, directions: Sequence[AsyncVector], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) at each point."""
+        names = [require_handle(each, AsyncVector, "directions").name for each in directions]
+        losses: list[float] = []
+        for start in range(0, len(points), _POINTS_AT_ONCE):
+            answer = await self._session.wire.unary(
+                "OperatorService/EvaluateLossAlong",
+                operator_pb2.EvaluateLossAlongRequest(
+                    operator=self._spec,
+                    directions=names,
+                    coefficients=[
+                        a for each in points[start : start + _POINTS_AT_ONCE] for a in each
+                    ],
+                ),
+                operator_pb2.EvaluateLossAlongResponse,
+                timeout_s=self._session.wire.timeout.compute_s,
+            )
+            losses += answer.losses
+        return losses
 
     @overload
     async def __rmatmul__(self, other: AsyncVector) -> AsyncVector: ...

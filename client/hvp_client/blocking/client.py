@@ -13,6 +13,7 @@ from hvp_client._blobs import Blob, ProgressCallback
 from hvp_client._checkpoints import Checkpoint
 from hvp_client._settings import Retry, Timeout
 from hvp_client._system import ServerInfo, WorkerGroup
+from hvp_client._verification import Verification
 from hvp_client.awaited.client import AsyncClient
 from hvp_client.blocking.jacobian import Jacobian
 from hvp_client.blocking.job import Job
@@ -148,7 +149,8 @@ class Client(Blocking, twin=AsyncClient):
             kind: `hessian`; `ggn`, the generalised Gauss-Newton matrix Jᵀ H_out J;
                 `empirical_fisher_token` or `empirical_fisher_sequence`, the sum of the outer
                 products of the gradients of targets or of whole sequences, over the number of
-                targets.
+                targets; `gradient_covariance_token` or `gradient_covariance_sequence`, the same
+                with the gradients' mean taken off each.
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.
@@ -179,6 +181,41 @@ class Client(Blocking, twin=AsyncClient):
             )
         )
         return result
+
+    def verify(
+        self,
+        checkpoint: Checkpoint | str,
+        batch: Batch | str,
+        dtype: Any = "float32",
+        precision: str | None = None,
+        parameters: str | Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> Verification:
+        """Check the curvature of a checkpoint on a batch against identities that it must obey.
+
+        The products are those that every question asks for, in the real dtype and by the real
+        kernels: symmetry, linearity, the slope along the gradient, differences of the loss at
+        displaced parameters, forms against products, and, where the architecture can be rescaled
+        without changing the loss, H(Gθ) = −G∇L.
+
+        Args:
+            checkpoint: A checkpoint or its name.
+            batch: A batch or its name.
+            dtype: As for `operator`. In float64 the differences tell most.
+            precision: As for `operator`.
+            parameters: As for `operator`.
+            seed: Seed of the random directions.
+
+        Returns:
+            Every check with its figures; `passed`, `table()`. Cost: about 7 products, 60 forward
+            passes, and a few products with two tensors each.
+
+        Raises:
+            InvalidArgumentError, FailedPreconditionError: As for `operator` and its products.
+        """
+        return self._portal.run(
+            self._twin.verify(checkpoint, batch, dtype, precision, parameters, seed)
+        )
 
     def jacobian(
         self,

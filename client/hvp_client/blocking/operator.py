@@ -8,6 +8,7 @@ from typing import Any, final, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from hvp_client._landscape import LossAlong
 from hvp_client._results import Plan
 from hvp_client._selections import in_words
 from hvp_client.awaited.operator import AsyncOperator
@@ -36,7 +37,7 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
 
     @property
     def kind(self) -> str:
-        """Which matrix: `hessian`, `ggn`, or an empirical Fisher as `empirical_fisher_token`."""
+        """Which matrix, as `client.operator` takes it: `hessian`, `ggn` and others."""
         return self._twin.kind
 
     @property
@@ -119,6 +120,26 @@ class Operator(LinearMap, Questions, SymmetricLinearOperator, twin=AsyncOperator
         """
         result: float | NDArray[np.float64] = self._portal.run(self._twin.slope(twin_of(v)))
         return result
+
+    def loss_along(self, directions: Vector | Sequence[Vector] | Any, grid: Any) -> LossAlong:
+        """The loss at θ + Σ aᵢ dᵢ on a grid, beside what slope and curvature at θ predict.
+
+        The losses are those of the operator's own precision: the displaced parameters are rounded
+        to the type of the operands of matrix products. Take float64 for small steps.
+
+        Args:
+            directions: One direction or two: vectors, as the eigenvectors of a result; or real
+                numbers (n,) or (n, 2), in numpy, torch or lists, which travel to the ranks.
+            grid: The steps aᵢ: numbers (m,) for one direction, a pair of such arrays for two.
+
+        Returns:
+            The losses, with `predicted`, `measured_curvature()` and `plot(path)`. Cost: one forward
+            pass for each point, the slopes, and a product for each direction.
+
+        Raises:
+            InvalidArgumentError: `POINTS_INVALID`; otherwise as for matvec.
+        """
+        return self._portal.run(self._twin.loss_along(twin_of(directions), grid))
 
     @overload
     def __rmatmul__(self, other: Vector) -> Vector: ...

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hvp_client import Client, Job
+from hvp_client import Batch, Checkpoint, Client, Job
 from hvp_client.cli.display import drawn, show_events
 from hvp_client.cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, failures_reported, usage_error
 from hvp_client.cli.listing import job_name
@@ -79,13 +79,9 @@ def ask(
             usage_error(f"{option} {path} is in no folder that there is")
     if picture is not None and (picture.suffix not in _PICTURES or picture.is_dir()):
         usage_error(f"--plot {picture} must be a file that ends in {', '.join(_PICTURES)}")
-    tensors = None if order.ids.startswith("projects/") else read_batch(Path(order.ids))
+    tensors = read_unless_named(order.ids)
     with failures_reported(), Client(address) as client:
-        if order.checkpoint.startswith("projects/"):
-            checkpoint = client.checkpoint(order.checkpoint)
-        else:
-            checkpoint = upload_with_bar(client, Path(order.checkpoint))
-        batch = client.batch(order.ids) if tensors is None else client.upload_batch(tensors)
+        checkpoint, batch = brought(client, order.checkpoint, order.ids, tensors)
         H = client.operator(
             checkpoint,
             batch,
@@ -119,6 +115,33 @@ def follow_job(address: str, job: str, *, as_json: bool) -> None:
     """
     with failures_reported(), Client(address) as client:
         _stay(client.job(job_name(job)), output=None, picture=None, as_json=as_json)
+
+
+def read_unless_named(ids: str) -> Mapping[str, Any] | None:
+    """The fields of a batch's file; None where a batch on the server is named.
+
+    Raises:
+        typer.Exit: With code 2, as `read_batch`.
+    """
+    return None if ids.startswith("projects/") else read_batch(Path(ids))
+
+
+def brought(
+    client: Client, checkpoint: str, ids: str, tensors: Mapping[str, Any] | None
+) -> tuple[Checkpoint, Batch]:
+    """A checkpoint and a batch on the server, uploaded where they are no names.
+
+    Args:
+        client: The client.
+        checkpoint: Name of a checkpoint, or a folder.
+        ids: Name of a batch, where there are no tensors.
+        tensors: The fields of the batch to upload.
+    """
+    if checkpoint.startswith("projects/"):
+        found = client.checkpoint(checkpoint)
+    else:
+        found = upload_with_bar(client, Path(checkpoint))
+    return found, client.batch(ids) if tensors is None else client.upload_batch(tensors)
 
 
 def read_batch(path: Path) -> Mapping[str, Any]:

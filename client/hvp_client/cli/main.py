@@ -10,7 +10,7 @@ import typer
 from hvp_operations.registry import operations
 
 from hvp_client._address import DEFAULT_ADDRESS
-from hvp_client.cli.options import Address, Format, FormatOption
+from hvp_client.cli.options import Address, Dtype, Format, FormatOption, Precision
 from hvp_client.cli.questions import command
 
 app = typer.Typer(
@@ -180,6 +180,50 @@ def demo(context: typer.Context) -> None:
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(run)
     command(args=context.args, prog_name="hvp demo")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[
+        str, typer.Option(help="Name of an uploaded checkpoint, or a folder to upload.")
+    ],
+    ids: Annotated[
+        str,
+        typer.Option(help="Name of an uploaded batch, or a .safetensors or .npz file to upload."),
+    ],
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of vectors; in float64 differences tell most.")
+    ] = Dtype.float32,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Precision of the operands of matrix products.", show_default="the server's choice"
+        ),
+    ] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option(help="Pattern of parameters' names; may be given again.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random directions.")] = 0,
+    address: Address = DEFAULT_ADDRESS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Check a model's curvature: symmetry, differences of the loss, rescalings; 1 if a check fails.
+
+    The products are those that every question asks for. A check is undecided where rounding hides
+    the number; take float64 then.
+    """
+    from hvp_client.cli.verifying import verify_checkpoint
+
+    verify_checkpoint(
+        address,
+        checkpoint,
+        ids,
+        dtype=dtype.value,
+        precision=None if precision is None else precision.value,
+        parameters=parameters or None,
+        seed=seed,
+        as_json=format_ is Format.json,
+    )
 
 
 @app.command()

@@ -22,6 +22,8 @@ _NAMES = {
     "ggn": "the Gauss-Newton matrix",
     "empirical_fisher_token": "the empirical Fisher matrix of tokens",
     "empirical_fisher_sequence": "the empirical Fisher matrix of sequences",
+    "gradient_covariance_token": "the covariance of the targets' gradients",
+    "gradient_covariance_sequence": "the covariance of the sequences' gradients",
 }
 
 

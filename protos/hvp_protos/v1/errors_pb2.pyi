@@ -181,6 +181,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A value of the batch is outside of what the model takes."""
     ERROR_REASON_LOSS_MISMATCH: _ErrorReason.ValueType  # 76
     """The loss is no function of the model's outputs and the targets."""
+    ERROR_REASON_POINTS_INVALID: _ErrorReason.ValueType  # 90
+    """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
+    ERROR_REASON_SYMMETRY_BROKEN: _ErrorReason.ValueType  # 91
+    """u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -338,6 +342,10 @@ ERROR_REASON_BATCH_VALUE_OUT_OF_RANGE: ErrorReason.ValueType  # 75
 """A value of the batch is outside of what the model takes."""
 ERROR_REASON_LOSS_MISMATCH: ErrorReason.ValueType  # 76
 """The loss is no function of the model's outputs and the targets."""
+ERROR_REASON_POINTS_INVALID: ErrorReason.ValueType  # 90
+"""Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
+ERROR_REASON_SYMMETRY_BROKEN: ErrorReason.ValueType  # 91
+"""u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

@@ -50,6 +50,12 @@ class OperatorSpec(_message.Message):
         """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
         whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
         """
+        KIND_GRADIENT_COVARIANCE_TOKEN: OperatorSpec._Kind.ValueType  # 6
+        """The covariance of the gradients g_u of the same units, C = (1/W) sum_u (g_u - m) (g_u - m)^T with
+        their mean m: of targets,
+        """
+        KIND_GRADIENT_COVARIANCE_SEQUENCE: OperatorSpec._Kind.ValueType  # 7
+        """or of sequences that have a target. Symmetric, with no negative eigenvalue, both."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: OperatorSpec.Kind.ValueType  # 0
@@ -69,6 +75,12 @@ class OperatorSpec(_message.Message):
     """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
     whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
     """
+    KIND_GRADIENT_COVARIANCE_TOKEN: OperatorSpec.Kind.ValueType  # 6
+    """The covariance of the gradients g_u of the same units, C = (1/W) sum_u (g_u - m) (g_u - m)^T with
+    their mean m: of targets,
+    """
+    KIND_GRADIENT_COVARIANCE_SEQUENCE: OperatorSpec.Kind.ValueType  # 7
+    """or of sequences that have a target. Symmetric, with no negative eigenvalue, both."""
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
@@ -343,6 +355,62 @@ class EvaluateFormsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvaluateFormsResponse: _TypeAlias = EvaluateFormsResponse  # noqa: Y015
+
+@_typing.final
+class EvaluateLossAlongRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    DIRECTIONS_FIELD_NUMBER: _builtins.int
+    COEFFICIENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def operator(self) -> Global___OperatorSpec: ...
+    @_builtins.property
+    def directions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of K directions d_i, vectors of parameter space."""
+
+    @_builtins.property
+    def coefficients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The coefficients a_i of each point theta + sum_i a_i d_i: K numbers for the first point, K for the
+        second, and so on. At most 256 points.
+        """
+
+    def __init__(
+        self,
+        *,
+        operator: Global___OperatorSpec | None = ...,
+        directions: _abc.Iterable[_builtins.str] | None = ...,
+        coefficients: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficients", b"coefficients", "directions", b"directions", "operator", b"operator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateLossAlongRequest: _TypeAlias = EvaluateLossAlongRequest  # noqa: Y015
+
+@_typing.final
+class EvaluateLossAlongResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOSSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """L at each point, in nats; infinite or NaN where the function is, far from theta."""
+
+    def __init__(
+        self,
+        *,
+        losses: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["losses", b"losses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateLossAlongResponse: _TypeAlias = EvaluateLossAlongResponse  # noqa: Y015
 
 @_typing.final
 class ApplyOperatorRequest(_message.Message):

@@ -76,6 +76,11 @@ class OperatorServiceStub:
                 request_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsRequest.SerializeToString,
                 response_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsResponse.FromString,
                 _registered_method=True)
+        self.EvaluateLossAlong = channel.unary_unary(
+                '/hvp.v1.OperatorService/EvaluateLossAlong',
+                request_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossAlongRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossAlongResponse.FromString,
+                _registered_method=True)
         self.ApplyOperator = channel.unary_unary(
                 '/hvp.v1.OperatorService/ApplyOperator',
                 request_serializer=hvp_dot_v1_dot_operator__pb2.ApplyOperatorRequest.SerializeToString,
@@ -144,6 +149,18 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvaluateLossAlong(self, request, context):
+        """The loss at points around theta, whatever the kind of the operator. The displaced parameters are
+        rounded to the type of the operands of matrix products. Cost: one forward pass for each point.
+
+        INVALID_ARGUMENT `POINTS_INVALID`: no points, too many, or not K finite numbers for each.
+        INVALID_ARGUMENT `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`.
+        FAILED_PRECONDITION `INPUT_MISSING`: the ranks that held a vector are gone; make it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ApplyOperator(self, request, context):
         """Products with vectors that the server holds. Cost in GEMM passes each: a Hessian 8, or 11 where
         memory is short; a GGN or Fisher 5 or 6; a Jacobian 3 either way.
@@ -178,6 +195,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.EvaluateForms,
                     request_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsRequest.FromString,
                     response_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateFormsResponse.SerializeToString,
+            ),
+            'EvaluateLossAlong': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvaluateLossAlong,
+                    request_deserializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossAlongRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_operator__pb2.EvaluateLossAlongResponse.SerializeToString,
             ),
             'ApplyOperator': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyOperator,
@@ -315,6 +337,33 @@ class OperatorService:
             '/hvp.v1.OperatorService/EvaluateForms',
             hvp_dot_v1_dot_operator__pb2.EvaluateFormsRequest.SerializeToString,
             hvp_dot_v1_dot_operator__pb2.EvaluateFormsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvaluateLossAlong(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.OperatorService/EvaluateLossAlong',
+            hvp_dot_v1_dot_operator__pb2.EvaluateLossAlongRequest.SerializeToString,
+            hvp_dot_v1_dot_operator__pb2.EvaluateLossAlongResponse.FromString,
             options,
             channel_credentials,
             insecure,

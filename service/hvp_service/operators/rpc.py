@@ -70,6 +70,17 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
         )
         return pb.EvaluateFormsResponse(values=values)
 
+    async def EvaluateLossAlong(
+        self, request: pb.EvaluateLossAlongRequest, context: Any
+    ) -> pb.EvaluateLossAlongResponse:
+        losses = await operators.losses_along(
+            self._deps,
+            operator_value(request.operator),
+            request.directions,
+            tuple(request.coefficients),
+        )
+        return pb.EvaluateLossAlongResponse(losses=losses)
+
     async def ApplyOperator(
         self, request: pb.ApplyOperatorRequest, context: Any
     ) -> pb.ApplyOperatorResponse:

@@ -19,6 +19,9 @@ from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Vector, words_of
 
 log = structlog.get_logger()
 
+#: Points of one call: each is a forward pass, and a call is one piece of work for the ranks.
+MAX_POINTS = 256
+
 FORMS: dict[str, Form] = {f"FORM_{form.upper()}": form for form in get_args(Form)}
 
 
@@ -139,6 +142,46 @@ async def evaluate_forms(
             await deps.vectors.ensure_resident(backend, inputs)
             return await backend.evaluate_forms(
                 resolved.operator, wanted, [vector.name.id for vector in inputs]
+            )
+
+        return await deps.group.call(work)
+
+
+async def losses_along(
+    deps: Dependencies, ref: OperatorRef, directions: Sequence[str], coefficients: Sequence[float]
+) -> list[float]:
+    """The loss at points around θ.
+
+    Args:
+        deps: The server's stores, settings and ranks.
+        ref: The operator.
+        directions: Names of the K directions.
+        coefficients: K coefficients for each point, point after point.
+
+    Raises:
+        ServiceError: POINTS_INVALID, VECTORS_MISSING, VECTOR_SPACE_MISMATCH, INPUT_MISSING, and as
+            `OperatorResolver.resolve`.
+    """
+    names = _vector_names(directions)
+    num_points, left = divmod(len(coefficients), len(names))
+    fine = all(map(math.isfinite, coefficients))
+    if left or not 1 <= num_points <= MAX_POINTS or not fine:
+        which = "" if fine else ", not all of them finite"
+        raise ServiceError(
+            "POINTS_INVALID",
+            f"Give {len(names)} finite numbers for each of 1 to {MAX_POINTS} points, one for each "
+            f"direction; these are {len(coefficients)}{which}.",
+            field="coefficients",
+        )
+    each = len(names)
+    points = [coefficients[i : i + each] for i in range(0, len(coefficients), each)]
+    async with deps.operators.using(ref) as resolved, deps.vectors.using(names) as inputs:
+        _check_domain(resolved, None, inputs)
+
+        async def work(backend: Backend) -> list[float]:
+            await deps.vectors.ensure_resident(backend, inputs)
+            return await backend.losses_along(
+                resolved.operator, [vector.name.id for vector in inputs], points
             )
 
         return await deps.group.call(work)

@@ -8,8 +8,10 @@ for the Hessian's product:
 
 This is one number for all parameters, each weighed by the size of the derivative that the trace has
 found for it; no tensor of the parameters' size is made but v, u and the trace's own. Where the two
-numbers differ, torch's derivatives by going backward decide: some layers have no forward derivative
-of a forward one, or a wrong one.
+numbers differ, torch's derivatives by going backward are asked too: some layers have no forward
+derivative of a forward one, or a wrong one. They are composed as the trace is, though, and repeat
+what an operation's own second rule has wrong. So they are believed only where differences of first
+derivatives, which know no second rule, are not against them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from hvp_core.autodiff.eager import EagerExecutor, EagerHead
 from hvp_core.autodiff.executor import BlockExecutor, Cotangents, HeadExecutor, ParamsAndTangents
 from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.reference import Function, Params, held, value_and_tangent
+from hvp_core.autodiff.reference import Function, Params, held, pull_back, value_and_tangent
 from hvp_core.autodiff.selected_parameters import Link
 from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import whose
@@ -47,6 +49,8 @@ from hvp_core.model.chain import Body
 #: eight: the number that it changes may be small, and what rounding does to it is allowed for.
 _ROUNDS = {torch.float32: 4}
 
+_STEP = 1e-3  # of central differences, extrapolated: exact to the fourth order
+_ROUGHLY = 1e-2  # by which differences may be off, in a number of size one
 #: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
 _Run = Callable[
     [ParamsAndTangents, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]
@@ -99,9 +103,31 @@ class Comparer:
             None where nothing can be told: the derivatives are no numbers, or all of them are zero.
         """
         traced = self._build(link, bodies, p, x)
-        if traced.key is None:
-            return False
-        y = traced.like(p, x)
+        return False if traced.key is None else self._block(link, passes, traced, f, x, p)
+
+    def untraced(
+        self, link: Link, passes: Passes, f: Function, x: Tensor, p: Params
+    ) -> bool | None:
+        """Whether torch's own derivatives of a block, not the last, are those of the block.
+
+        An operation that brings its own rules may have a second one that contradicts the first.
+
+        Args:
+            link: The block in its place.
+            passes: How the product goes through the block.
+            f: The block.
+            x: Input of the block.
+            p: Parameters of the block.
+
+        Returns:
+            None as for `block`.
+        """
+        return self._block(link, passes, EagerExecutor(f, link.selected), f, x, p)
+
+    def _block(
+        self, link: Link, passes: Passes, own: BlockExecutor, f: Function, x: Tensor, p: Params
+    ) -> bool | None:
+        y = own.like(p, x)
         y_bar, y_bar_dot = noise_like(y, 2), noise_like(y, 3)
 
         def by(executor: BlockExecutor) -> _Run:
@@ -121,7 +147,7 @@ class Comparer:
         other = by(EagerExecutor(f, link.selected))
         seeds = {"none": (), "cotangent": (y_bar_dot,), "pair": (y_bar, y_bar_dot)}
         back = seeds[passes.backward]
-        return self._matches(link, passes, by(traced), other, f, p, x, lambda *ys: (ys, back))
+        return self._matches(link, passes, by(own), other, f, p, x, lambda *ys: (ys, back))
 
     def head(
         self,
@@ -236,7 +262,39 @@ class Comparer:
 
         def backward(directions: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
             values, truth, _ = found_by(other)
-            return values, inner_product(truth, directions)
+            product = inner_product(truth, directions)
+            if pair:
+                rough, doubt = by_differences(directions)
+                if abs(product - rough) > _ROUGHLY * len(found) + 3 * doubt:
+                    return values, math.nan  # an operation's second rule contradicts its first
+            return values, product
+
+        def by_differences(directions: Sequence[Tensor]) -> tuple[float, float]:
+            """Give u · Hv by differences of first derivatives, and how unsettled these are."""
+            u = dict(zip(p, directions, strict=False))
+            u_x, *u_gradient = [*directions[len(p) :], None]
+
+            def first(t: float) -> float:
+                """U · ∂⟨ȳ, f⟩ at θ + tv, by going backward once."""
+                q = {name: each + t * v[name] for name, each in p.items()} if v else p
+                x_t = x if x_dot is None else x + t * x_dot
+                back = pull_back(f, q, x_t, lambda y: cotangent(y, t))
+                total = inner_product([back.p_bar[name] for name in q], [u[name] for name in q])
+                if u_x is not None and back.x_bar is not None:
+                    total += inner_product([back.x_bar], [u_x])
+                return total
+
+            def cotangent(y: Tensor, t: float) -> Tensor:
+                y_bar, y_bar_dot = at_output(y, torch.zeros_like(y))[1]
+                return y_bar + t * y_bar_dot  # ȳ̇ is zero where ȳ is a function of y
+
+            slopes = [(first(h) - first(-h)) / (2 * h) for h in (_STEP, _STEP / 2)]
+            total = (4 * slopes[1] - slopes[0]) / 3
+            for each in _there(u_gradient):  # beside Hv the gradient of the input, along its own
+                x_bar = pull_back(f, p, x, lambda y: cotangent(y, 0.0)).x_bar
+                total += inner_product(_there([x_bar]), [each])
+            # A block that rounds inside has differences of roundings.
+            return total, abs(slopes[1] - slopes[0])
 
         allowed = sum(tolerance_of(each) for each in found)
 

@@ -46,7 +46,7 @@ class Compiler:
 
     def __call__(self, subprogram: Subprogram) -> None:
         """Compile a subprogram when it is first called."""
-        if any(node.op == "call_function" for node in subprogram.module.graph.nodes):
+        if any(node.op == "call_function" for node in subprogram.graph.nodes):
             subprogram.run = _Checked(self, subprogram)
 
     def compile(self, subprogram: Subprogram) -> Kernels | None:

@@ -29,6 +29,11 @@ The empirical Fisher matrix
     L. The mean over *rows* of the same outer products is `empirical_fisher_sequence` times W /
     rows. A row without a target adds nothing. It is not the square of the mean gradient, and its
     labels are those of the batch, not drawn from the model.
+
+The covariance of the gradients
+    is C = (1/W) Σ_u (g_u − m)(g_u − m)ᵀ, with m the mean of the g_u over the U units that have a
+    target. Since Σ_u g_u = W ∇L, it is F − (W/U) ∇L ∇Lᵀ: the walk is that of F, and what is taken
+    off costs an inner product with the gradient, which is computed once.
 """
 
 from __future__ import annotations
@@ -164,12 +169,23 @@ FISHER_SEQUENCE = ProductSpec(
     ),
 )
 
-#: Symmetric matrices on the space of the parameters, by the name of their kind.
-MATRICES = {each.name: each for each in (HESSIAN, GGN, FISHER_TOKEN, FISHER_SEQUENCE)}
+Unit = Literal["token", "sequence"]
+
+#: Symmetric matrices on the space of the parameters, by the name of their kind, and the products
+#: that they are walked by.
+MATRICES = {each.name: each for each in (HESSIAN, GGN, FISHER_TOKEN, FISHER_SEQUENCE)} | {
+    "gradient_covariance_token": FISHER_TOKEN,
+    "gradient_covariance_sequence": FISHER_SEQUENCE,
+}
+#: Matrices whose units' gradients have their mean taken off, with the units.
+CENTRED: dict[str, Unit] = {
+    "gradient_covariance_token": "token",
+    "gradient_covariance_sequence": "sequence",
+}
 
 
 def matrix(kind: str) -> ProductSpec:
-    """The product of a kind of symmetric matrix.
+    """The product that a kind of symmetric matrix is walked by.
 
     Raises:
         CurvatureError: KIND_UNSUPPORTED: there is none of this name.

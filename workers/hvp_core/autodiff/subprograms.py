@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import final
 
 import networkx as nx
@@ -40,7 +41,7 @@ class Subprogram:
     """A piece of a trace: values by name in, values by name out.
 
     Attributes:
-        module: The operations, as a function of positional tensors.
+        graph: The operations.
         inputs: Names of the arguments, in the order of their positions.
         outputs: Names of the results, in their order.
         terms: For each wanted `p_bar/NAME` or `p_bar_dot/NAME`, the terms whose sum it is; their
@@ -49,7 +50,7 @@ class Subprogram:
         bytes_of: Bytes of each result, by name.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     terms: dict[str, list[GradientTerm]]
@@ -59,7 +60,19 @@ class Subprogram:
 
     def __post_init__(self) -> None:
         """Run operation by operation until the subprogram is compiled."""
-        self.run = self.module
+        self.run = self._by_operation
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The operations as a function of positional tensors.
+
+        Many subprograms are made to see what they would keep, and never run.
+        """
+        return fx.GraphModule({}, self.graph)
+
+    def _by_operation(self, *values: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = self.module(*values)
+        return found
 
     def __call__(self, env: Mapping[str, Tensor]) -> Env:
         """The results by name."""
@@ -253,7 +266,7 @@ def _build(
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in nodes))
     return Subprogram(
-        fx.GraphModule({}, graph),
+        graph,
         tuple(arguments),
         tuple(names),
         terms,

@@ -24,6 +24,7 @@ from hvp_core.autodiff.reference import Function, Params, backward_dual, held
 from hvp_core.autodiff.selected_parameters import Link, SelectedParameters
 from hvp_core.autodiff.verdicts import Verdicts, digest
 from hvp_core.blame import explained, raised_again, working_on
+from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import Loss
 from hvp_core.model.chain import Body, Chain, MicroBatch, function_of
 from hvp_core.sharding.collective import Collective
@@ -73,6 +74,11 @@ class Comparer(Protocol):
         p: Params,
     ) -> bool | None:
         """Whether the trace of a block, not the last, is the block."""
+
+    def untraced(
+        self, link: Link, passes: Passes, f: Function, x: Tensor, p: Params
+    ) -> bool | None:
+        """Whether torch's own derivatives of a block are those of the block."""
 
     def head(
         self, link: Link, traced: HeadExecutor, f: Function, x: Tensor, target: Tensor, p: Params
@@ -173,7 +179,15 @@ class Verifier:
 
         f = function_of(body(True))
         if key is None:
-            _try(link, passes, f, x, _in_dtype(p, dtype))
+            wide = _in_dtype(p, dtype)
+            _try(link, passes, f, x, wide)
+            if self._comparer.untraced(link, passes, f, x, wide) is False:
+                raise CurvatureError(
+                    "MODEL_UNSUPPORTED",
+                    "an operation of this block has a rule for its second derivative that "
+                    "contradicts the first one; correct the operation's backward or its jvp",
+                    {"block": link.name},
+                )
         elif not is_known:
             compare = partial(self._comparer.block, link, passes, body, f, x)
             self._see(key, link, passes, f, x, p, compare)

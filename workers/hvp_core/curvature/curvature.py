@@ -8,12 +8,13 @@ summed over the ranks and cut into shards as soon as it is known.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from hvp_core.autodiff.product_spec import (
+    CENTRED,
     GRADIENT,
     HESSIAN,
     LOSS,
@@ -21,12 +22,14 @@ from hvp_core.autodiff.product_spec import (
     OUTPUT_VJP,
     SLOPES,
     ProductSpec,
+    Unit,
     matrix,
 )
 from hvp_core.blame import InStep, raise_first
 from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
 from hvp_core.curvature.executor_table import ExecutorTable
 from hvp_core.curvature.graphed_product import GraphedProducts
+from hvp_core.curvature.mean_gradient import MeanGradient
 from hvp_core.curvature.nonfinite import first_non_finite_block
 from hvp_core.curvature.passage import Passage
 from hvp_core.curvature.retention import BlockRetention
@@ -38,8 +41,6 @@ from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ParameterSpace
-
-Unit = Literal["token", "sequence"]
 
 
 @final
@@ -114,6 +115,12 @@ class Curvature:
         self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
         self._exchange = Exchange(space.collective, self._executors.notes)
+        own = (chain.loss.weight(rows(batch, row, row + 1).targets) for row in range(count))
+        units: dict[Unit, float] = {
+            "token": self.num_targets,
+            "sequence": sum(weight > 0 for weight in own),
+        }
+        self._mean = MeanGradient(self.space, self.gradient, self.num_targets, units)
         self.parameters = parameters
 
     @property
@@ -124,6 +131,7 @@ class Curvature:
     @parameters.setter
     def parameters(self, parameters: Tensor) -> None:
         self._parameters = parameters
+        self._mean.drop()
         self._feed = ParameterFeed(
             self._theta_space, self.chain.blocks, parameters.to(self._dtype), self.space
         )
@@ -159,6 +167,33 @@ class Curvature:
                 raise first_non_finite_block(self.chain, self._feed, self._executors, self._batches)
         return value
 
+    def losses_along(
+        self, directions: Sequence[Tensor], points: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """L(θ + Σ aᵢ dᵢ) at several points. Cost: 1 GEMM pass over the data for each point.
+
+        Args:
+            directions: The directions dᵢ, K shards (shard_numel,).
+            points: The K coefficients aᵢ of each point. All points' activations are held together.
+
+        Returns:
+            The losses, one for each point. Far from θ one may be infinite or NaN: it is that of
+            the function, and no error.
+
+        Raises:
+            CurvatureError: The errors of a block's code.
+        """
+        step = InStep()
+        with matmuls(self.settings.precision):
+            self._executors.prepare(LOSS, self._feed)
+            tangents = [each.to(self.space.dtype) for each in directions]
+            totals = self._passage.losses_along(self._feed, tangents, points, step)
+            answers = self.space.collective.gather_objects((totals, step.failure))
+        if any(failure for _, failure in answers):
+            self._drop()
+        raise_first(failure for _, failure in answers)
+        return [sum(each) / self.num_targets for each in zip(*(a for a, _ in answers), strict=True)]
+
     def gradient(self) -> Tensor:
         """∇L(θ), this rank's shard. Cost: 3 GEMM passes.
 
@@ -173,7 +208,7 @@ class Curvature:
         """The curvature matrix times each vector.
 
         Args:
-            kind: Name of a row of `product_spec.MATRICES`, such as `hessian` or `ggn`.
+            kind: A kind of `product_spec.MATRICES`, such as `hessian` or `ggn`.
             vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
                 gave are read where they are.
             borrow: The products may be overwritten by the next call, which saves copying them.
@@ -188,7 +223,10 @@ class Curvature:
         """
         spec = matrix(kind)
         self._require_outputs(spec)
-        return self._product(spec, vectors, borrow=borrow)
+        products = self._product(spec, vectors, borrow=borrow)
+        if kind in CENTRED:
+            self._mean.take_off(CENTRED[kind], vectors, products)
+        return products
 
     def _require_outputs(self, spec: ProductSpec) -> None:
         """Refuse a product that wants outputs of a model that gives its loss alone.
@@ -270,7 +308,8 @@ class Curvature:
         if form is None:
             raise KeyError(kind)
         self._require_outputs(form)
-        return self._numbers(form, vectors)
+        found = self._numbers(form, vectors)
+        return self._mean.taken_off(CENTRED[kind], vectors, found) if kind in CENTRED else found
 
     @property
     def output_space(self) -> OutputSpace:

@@ -79,14 +79,53 @@ class Passage:
         def end(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             nonlocal total
             for batch, x in enumerate(step.live(xs)):
-                f = function_of(self._executors.body(index, batch, True))
-                for piece, target in self._executors.pieces(batch, x):
-                    y = at_least_float32(f(weights.p, piece))
-                    self._chain.loss.check(y, target)
-                    total += float(self._chain.loss.value(y, target))
+                total += self._end(index, batch, weights.p, x)
 
         self._values(self._moving, xs, feed, step)
         sweep(feed, [self._last], end, lambda block: step.on(block.name, "the loss"))
+        return total
+
+    def losses_along(
+        self,
+        feed: ParameterFeed,
+        directions: Sequence[Tensor],
+        points: Sequence[Sequence[float]],
+        step: InStep,
+    ) -> list[float]:
+        """The sums of the losses of this rank's targets at θ + Σ aᵢ dᵢ, one for each point.
+
+        All points go through a block while its parameters are here.
+
+        Args:
+            feed: Brings the parameters of each block.
+            directions: The directions dᵢ, this rank's shards.
+            points: The coefficients aᵢ of each point.
+            step: Keeps the ranks in step.
+        """
+        still = self._up_to_what_moves(feed, step)
+        xs, totals = [list(still) for _ in points], [0.0 for _ in points]
+
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+            for point, coefficients in enumerate(points):
+                p = displaced(weights, coefficients)
+                for batch, x in enumerate(step.live(xs[point])):
+                    if index == self._last:
+                        totals[point] += self._end(index, batch, p, x)
+                    else:
+                        executor = self._executors.executor(index, batch, p, x)
+                        xs[point][batch] = executor.value(p, x)
+
+        order = [*self._moving, self._last]
+        sweep(feed, order, visit, lambda block: step.on(block.name, "the loss"), directions)
+        return totals
+
+    def _end(self, index: int, batch: int, p: Params, x: Tensor) -> float:
+        """The sum of the losses of a micro-batch's targets, from the last block's input."""
+        f, total = function_of(self._executors.body(index, batch, True)), 0.0
+        for piece, target in self._executors.pieces(batch, x):
+            y = at_least_float32(f(p, piece))
+            self._chain.loss.check(y, target)
+            total += float(self._chain.loss.value(y, target))
         return total
 
     def _values(
@@ -328,6 +367,18 @@ class Passage:
         """One micro-batch's rows of a tensor that has all of this rank's rows."""
         start = sum(len(each.targets) for each in self._batches[:batch])
         return whole[start : start + len(self._batches[batch].targets)]
+
+
+def displaced(weights: ParamsAndTangents, coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """A block's parameters p + Σ aᵢ vᵢ, added in float32 at least and rounded once."""
+    found = dict(weights.p)
+    for name in weights.v[0] if weights.v else ():
+        p = found[name]
+        total = p.to(torch.promote_types(p.dtype, torch.float32), copy=True)
+        for a, v in zip(coefficients, weights.v, strict=True):
+            total.add_(v[name].to(total.dtype), alpha=a)
+        found[name] = total.to(p.dtype)
+    return found
 
 
 def _measure(

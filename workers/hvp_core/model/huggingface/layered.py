@@ -195,21 +195,16 @@ class LayeredChain(Chain):
             parts.layers = []
             return False
         blocks: list[Block] = [Embedding(parts, before)]
+        name_of = {module: name for name, module in parts.model.named_modules()}
         for index, layer in enumerate(parts.layers):
             names = {
-                local: parts.names[self._name_of(layer, local)]
+                local: parts.names[f"{name_of[layer]}.{local}"]
                 for local, _ in layer.named_parameters(remove_duplicate=False)
             }
-            blocks.append(Layer(parts, index, self._name_of(layer), names))
+            blocks.append(Layer(parts, index, name_of[layer], names))
         head = Head(parts, after) if self._unit == "token" else RowHead(parts, after)
         self.blocks = [*blocks, head]
         return True
-
-    def _name_of(self, module: nn.Module, parameter: str = "") -> str:
-        for name, child in self._parts.model.named_modules():
-            if child is module:
-                return f"{name}.{parameter}" if parameter else name
-        raise CurvatureError("INTERNAL", "a layer is not part of its model")
 
     def _outer_parameters(self, ids: Tensor) -> tuple[list[str], list[str]]:
         """Parameters outside the layers used before the first and after the last of them.
