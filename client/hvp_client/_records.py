@@ -6,13 +6,15 @@ if TYPE_CHECKING:
     from hvp_operations.density.record import DensityResult as DensityResult
     from hvp_operations.eigsh.record import EigshResult as EigshResult
     from hvp_operations.solve.record import SolveResult as SolveResult
+    from hvp_operations.trace.record import TraceResult as TraceResult
 
-__all__ = ["DensityResult", "EigshResult", "SolveResult"]
+__all__ = ["DensityResult", "EigshResult", "SolveResult", "TraceResult"]
 
 _WHERE = {
     "DensityResult": "hvp_operations.density.record",
     "EigshResult": "hvp_operations.eigsh.record",
     "SolveResult": "hvp_operations.solve.record",
+    "TraceResult": "hvp_operations.trace.record",
 }
 
 

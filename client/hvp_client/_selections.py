@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hvp_operations.operation import SpecError
-from hvp_operations.parameters import select
+from hvp_operations.parameters import layer_of, select
 from hvp_operations.wording import clipped, shown
 
 from hvp_client._checkpoints import ParameterTensor
 from hvp_client._exceptions import InvalidArgumentError
-
-_LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
@@ -86,7 +83,7 @@ def in_blocks(
             raise _no_blocks(by)
         blocks: dict[str, list[str]] = {}
         for name in names:
-            blocks.setdefault(name if by == "tensor" else _layer(name), []).append(name)
+            blocks.setdefault(name if by == "tensor" else layer_of(name), []).append(name)
         return blocks
     if isinstance(by, Mapping):
         asked = {str(name): as_globs(globs, "by") for name, globs in by.items()}
@@ -124,12 +121,6 @@ def in_words(globs: Sequence[str]) -> str:
     """A selection as a phrase, such as ` in *.mlp.*`; "" where all parameters are selected."""
     few = ", ".join(clipped(glob) for glob in globs[:2])
     return f" in {few}{', ...' if len(globs) > 2 else ''}" if globs else ""
-
-
-def _layer(name: str) -> str:
-    """The layer of a parameter: its name up to the first number, or its module."""
-    found = _LAYER.match(name)
-    return found[1] if found else name.rpartition(".")[0] or name
 
 
 def _no_blocks(by: Any) -> InvalidArgumentError:

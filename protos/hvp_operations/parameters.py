@@ -20,6 +20,7 @@ MOST_PATTERNS = 64  # of these, ones that are compared with every name
 LONGEST = 512  # characters
 _NEAREST = 5
 _SPECIAL = re.compile(r"[*?\[]")
+_LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 def select(
@@ -53,6 +54,12 @@ def select(
             raise _nothing(glob, names, field)
         selected.update(found)
     return tuple(name for name in names if name in selected)
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: its name up to the first number, or else its module."""
+    found = _LAYER.match(name)
+    return found[1] if found else name.rpartition(".")[0] or name
 
 
 def _check(globs: Sequence[str], field: str) -> None:

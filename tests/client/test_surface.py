@@ -17,7 +17,7 @@ Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededEr
 DensityResult EigshResult Event FailedPreconditionError HvpError InternalError
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus NotFoundError
 Operator OutOfRangeError ParameterTensor PermissionDeniedError Plan Progress Rank
-ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult Timeout
+ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult Timeout TraceResult
 UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector WorkerGroup
 """
 

@@ -35,6 +35,11 @@ class DenseSpace(VectorSpace):
         fill(vector, 0, seed, "rademacher" if distribution == "rademacher" else "gaussian")
         return vector / vector.norm() if distribution == "sphere" else vector
 
+    def coordinate(self, index: int) -> Tensor:
+        vector = self.zeros()
+        vector[index] = 1
+        return vector
+
     def agree(self, found: Any) -> Any:
         return found
 

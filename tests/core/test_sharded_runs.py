@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +16,17 @@ from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.krylov.solve import Solve
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.selection import Restricted, Selection
-from hvp_core.runs.algorithm import Budget, drive
+from hvp_core.runs.algorithm import Algorithm, Budget, drive
 from hvp_core.sharding.collective import Alone, Collective, Distributed
 from hvp_core.sharding.layout import Layout
 from hvp_core.stochastic.density import Density
+from hvp_core.stochastic.trace import Trace
 from hvp_core.vectors.space import ParameterSpace
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.solve import Method, SolveSpec
+from hvp_operations.trace import TraceSpec
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -84,8 +89,40 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     part = Restricted(operator, Selection(operator.space, runs, [(3, 40), (50, 80)]))
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
+    found |= traces(operator)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
+    return found
+
+
+TRACES = (
+    TraceSpec(method="hutchinson"),
+    TraceSpec(method="hutch++"),
+    TraceSpec(method="xtrace"),
+    TraceSpec(per="tensor"),
+    TraceSpec(per="layer", rtol=1e-6),  # beyond the samples: each coordinate takes its turn
+)
+
+
+def traces(operator: ShardedMatrix) -> dict[str, Tensor]:
+    """Traces by every method, and of each tensor's diagonal block."""
+    found = {}
+    for spec in TRACES:
+        budget = Budget(max_products=140 if spec.rtol < 1e-3 else 40, num_vectors=40)
+        result = drive(Trace.configure(spec, operator, budget), operator).result
+        numbers = [result.value, result.standard_error + 1, result.low, result.high]
+        for part in result.parts:
+            numbers += [part.value, part.standard_error + 1, part.low, part.high]
+        assert [each.name for each in result.parts] == (list(SHAPES) if spec.per else [])
+        assert math.fsum(each.value for each in result.parts) in (0, pytest.approx(result.value))
+        found[f"trace {spec}"] = torch.tensor(numbers, dtype=torch.float64)
+        if result.method == "exact":
+            sizes = [math.prod(shape) for shape in SHAPES.values()]
+            blocks = matrix(SPECTRUM).diagonal().split(sizes)
+            for part, block in zip(result.parts, blocks, strict=True):
+                assert part.value == pytest.approx(float(block.sum()), rel=1e-10, abs=1e-12)
+                assert (part.num_parameters, part.standard_error) == (len(block), 0)
+    assert result.method == "exact"
     return found
 
 
@@ -104,7 +141,12 @@ def check_written(operator: ShardedMatrix) -> None:
             inputs={"b": [operator.space.random(1, "gaussian")], "x0": ()},
         ),
     )
-    for algorithm in (search, density, solving):
+    estimates = [
+        Trace.configure(replace(spec, rtol=1e-2), operator, Budget(max_products=40, num_vectors=40))
+        for spec in TRACES
+    ]
+    algorithms: list[Algorithm[Any]] = [search, density, solving, *estimates]
+    for algorithm in algorithms:
         reported, found, _ = run(algorithm, operator, interrupted=False)
         others, again, _ = run(algorithm, operator, interrupted=True)
         assert is_same(reported, others)
@@ -135,7 +177,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 24
+    assert len(alone) == 29
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

@@ -36,7 +36,7 @@ CONTEXT: Any = None  # of gRPC; the servicer does not look at it
 # Columns of a row that this version cannot read, and the state that it shows.
 POISON: dict[str, tuple[dict[str, Any], str]] = {
     "another-operation": (
-        {"spec": {"operation": "trace", "operator": {}, "spec": {}}},
+        {"spec": {"operation": "prophecy", "operator": {}, "spec": {}}},
         "FAILED",
     ),
     "an-operation-that-is-no-word": (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-from hvp_core.autodiff.product_spec import matrix
+from hvp_core.autodiff.product_spec import CENTRED, matrix
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
@@ -92,6 +92,24 @@ class LoadedOperator:
             value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
         ]
 
+    def forward_forms(self, kind: str, vectors: Sequence[torch.Tensor]) -> list[float] | None:
+        """v·Av for each vector by going forward alone; None where A has no rule for that.
+
+        Args:
+            kind: Kind of the matrix A.
+            vectors: This rank's shards.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        if matrix(kind).form is None:
+            return None
+        return [
+            value
+            for some in _together(vectors, TOGETHER)
+            for value in self.curvature.quadratic(kind, some)
+        ]
+
     def losses_along(
         self, directions: Sequence[torch.Tensor], points: Sequence[Sequence[float]]
     ) -> list[float]:
@@ -119,12 +137,9 @@ class LoadedOperator:
         Raises:
             CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
         """
-        if matrix(kind).form is not None:
-            return [
-                value
-                for some in _together(vectors, TOGETHER)
-                for value in self.curvature.quadratic(kind, some)
-            ]
+        forms = self.forward_forms(kind, vectors)
+        if forms is not None:
+            return forms
         space = self.curvature.space
         at_once = min(TOGETHER, room_bytes // space.vector_bytes)
         if at_once < 1:
@@ -188,6 +203,13 @@ class CurvatureOperator(LinearOperator):
         if products:
             self._symmetry.see(vectors[0], products[0])
         return products
+
+    def forms(self, vectors: Sequence[torch.Tensor]) -> list[float] | None:
+        """See LinearOperator: by going forward alone, of the matrices that have a rule for that.
+
+        A form of centred gradients is a difference, whose rounding does not go with its size.
+        """
+        return None if self._kind in CENTRED else self._loaded.forward_forms(self._kind, vectors)
 
     def exact(self) -> LinearOperator | None:
         """See LinearOperator: products in float64 throughout.

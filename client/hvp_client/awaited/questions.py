@@ -9,6 +9,7 @@ from typing import Any, Literal
 from hvp_operations.density.record import DensityResult
 from hvp_operations.eigsh.record import EigshResult
 from hvp_operations.solve.record import SolveResult
+from hvp_operations.trace.record import TraceResult
 
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.vector import AsyncVector
@@ -158,6 +159,58 @@ class AsyncQuestions(ABC):
                 "tol": tol,
                 "max_products": max_products,
                 "x0": x0,
+            },
+            labels,
+        )
+
+    async def trace(
+        self,
+        method: Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"] = "auto",
+        *,
+        rtol: float = 0.01,
+        atol: float = 0.0,
+        max_products: int | None = None,
+        per: Literal["tensor", "layer"] | None = None,
+        seed: int = 0,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[TraceResult]:
+        """Estimate the trace by products with random vectors, with a 95 % interval.
+
+        The run stops when the standard error is at most rtol · |value|, or at most `atol`.
+
+        Args:
+            method: `hutchinson` averages z·Az over random signs z; `hutch++` takes the trace on
+                a sketch of the range exactly and averages over the rest; `xtrace` does so with
+                each random vector left out in turn; `xnystrace`, of a matrix without negative
+                eigenvalues, needs half the products of that. `auto` chooses, and the result
+                says why.
+            rtol: Tolerance on the standard error, relative to the value, 0 < rtol < 1.
+            atol: Tolerance on the standard error in units of the trace; the larger of the two
+                counts.
+            max_products: Upper bound on products; None lets the server choose.
+            per: `tensor` or `layer` gives traces of the diagonal blocks from the same products,
+                by `hutchinson`; None gives that of the whole alone.
+            seed: Seed of the random vectors.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `ATOL_INVALID`, `MAX_PRODUCTS_INVALID`, `METHOD_UNSUPPORTED`,
+                `PER_UNSUPPORTED`, `RTOL_INVALID`, `SEED_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "trace",
+            {
+                "method": method,
+                "rtol": rtol,
+                "atol": atol,
+                "max_products": max_products,
+                "per": per,
+                "seed": seed,
             },
             labels,
         )

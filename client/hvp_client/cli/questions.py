@@ -92,13 +92,14 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
         if given is not None:
             made.append(_vectors(given, told[name]))
             continue
+        shown: str | bool = "the server's choice" if may_be_none else True
         if typing.get_origin(kind) is Literal:
             kind = _words(typing.get_args(kind))
-            default = kind(default)
+            default = None if default is None else kind(default)
+            shown = "none" if may_be_none else True
         elif kind is Seed:
             kind = int
         flags = [f"--{name.replace('_', '-')}", *([f"-{name}"] if len(name) == 1 else [])]
-        shown = "the server's choice" if may_be_none else True
         option = typer.Option(*flags, help=told[name], show_default=shown)
         made.append(_parameter(name, kind | None if may_be_none else kind, option, default))
     return made

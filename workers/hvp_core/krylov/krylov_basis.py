@@ -40,14 +40,22 @@ def finite_dots(space: VectorSpace, rows: Tensor, vector: Tensor) -> Tensor:
     Raises:
         CurvatureError: NON_FINITE: an inner product is infinite or NaN.
     """
-    found = space.dots(rows, vector)
-    if not bool(found.isfinite().all()):
+    return finite(space.dots(rows, vector))
+
+
+def finite(numbers: Tensor) -> Tensor:
+    """Numbers that are made of products, if none is infinite or NaN.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    if not bool(numbers.isfinite().all()):
         raise CurvatureError(
             "NON_FINITE",
-            "an inner product of the Krylov basis is not finite: a product with the operator "
-            "overflows or is NaN; use float64 or full precision",
+            "an inner product is not finite: a product with the operator overflows or is NaN; use "
+            "float64 or full precision",
         )
-    return found
+    return numbers
 
 
 def finite_norm(space: VectorSpace, vector: Tensor) -> float:

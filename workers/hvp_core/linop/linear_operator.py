@@ -48,6 +48,21 @@ class LinearOperator(ABC):
             K vectors of the codomain, (local,) each.
         """
 
+    def forms(self, vectors: Sequence[Tensor]) -> list[float] | None:
+        """v·Av for K vectors at once, by a rule that takes less work than their products.
+
+        An operator has such a rule only where it is semidefinite, and a form is computed as a sum
+        of squares or variances: its rounding goes with its own size.
+
+        Args:
+            vectors: K vectors of the domain, (local,) each; read, never written to.
+
+        Returns:
+            K numbers, the same on every process; None where there is no such rule, at every call,
+            and the numbers have to be taken of products. By default there is none.
+        """
+        return None
+
     def exact(self) -> LinearOperator | None:
         """The same operator, as exact as the vectors' dtype can hold its products.
 

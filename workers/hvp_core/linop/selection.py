@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -110,6 +110,22 @@ class SelectedSpace(VectorSpace):
         if is_sphere:
             vector /= float(self.dots(vector.unsqueeze(0), vector)[0]) ** 0.5
         return vector
+
+    def coordinate(self, index: int) -> Tensor:
+        """See VectorSpace; the index counts the selected coordinates alone."""
+        for start, stop in self._selection.stretches:
+            if index < stop - start:
+                return self._whole.coordinate(start + index)
+            index -= stop - start
+        raise IndexError("there are fewer selected coordinates")
+
+    def parts(self) -> Mapping[str, int]:
+        """The whole space's, with the coordinates that are not selected."""
+        return self._whole.parts()
+
+    def dots_by_part(self, left: Tensor, right: Tensor) -> Tensor:
+        """See VectorSpace."""
+        return self._whole.dots_by_part(left, right)
 
     def agree(self, found: Any) -> Any:
         """See VectorSpace."""

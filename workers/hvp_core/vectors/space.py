@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -225,6 +226,12 @@ class ShardedSpace(VectorSpace):
         for flat, part in self._pieces(vector, start, start + elements.numel()):
             part.copy_(elements[flat - start : flat - start + part.numel()])
 
+    def coordinate(self, index: int) -> torch.Tensor:
+        """See VectorSpace."""
+        vector = self.zeros()
+        self.fill(vector, index, torch.ones(1, dtype=self.dtype))
+        return vector
+
     def combine(self, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
         """Σ coefficient · vector, over pairs of both."""
         total = self.zeros()
@@ -249,6 +256,30 @@ class ParameterSpace(ShardedSpace):
             device,
         )
         self.layout = layout
+
+    def parts(self) -> Mapping[str, int]:
+        """Number of elements of each tensor, by name."""
+        return {each.name: each.numel for each in self.layout.parameters}
+
+    @cached_property
+    def _stretches(self) -> list[tuple[int, slice]]:
+        """Stretches of this rank's part that are of one tensor each, with the tensor's number."""
+        found = []
+        for run in self._runs:
+            offset = run.shard_offset - run.flat_start
+            for number, each in enumerate(self.layout.parameters):
+                start = max(run.flat_start, each.offset)
+                stop = min(run.flat_stop, each.offset + each.numel)
+                if start < stop:
+                    found.append((number, slice(offset + start, offset + stop)))
+        return found
+
+    def dots_by_part(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """What each tensor adds to an inner product, (tensors,) float64: see VectorSpace."""
+        total = torch.zeros(len(self.layout.parameters), dtype=torch.float64)
+        for number, here in self._stretches:
+            total[number] += partial_products(left[here].unsqueeze(0), right[here])[0]
+        return self.collective.sum(total)
 
     def part(self, names: Collection[str]) -> ParameterSpace:
         """The space of some of the parameters; this one, where these are all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, dtype
@@ -35,6 +36,25 @@ class VectorSpace(ABC):
     @abstractmethod
     def random(self, seed: int, distribution: Distribution) -> Tensor:
         """The vector (local,) of this seed and distribution."""
+
+    @abstractmethod
+    def coordinate(self, index: int) -> Tensor:
+        """The unit vector (local,) of a canonical index."""
+
+    def parts(self) -> Mapping[str, int]:
+        """Number of coordinates of each part that vectors consist of, by name, in canonical order.
+
+        By default the whole is the only part, and has no name.
+        """
+        return {"": self.dimension}
+
+    def dots_by_part(self, left: Tensor, right: Tensor) -> Tensor:
+        """What each part of two vectors (local,) adds to their inner product.
+
+        Returns:
+            One number for each of `parts`, (p,) float64 on the CPU.
+        """
+        return self.dots(left.unsqueeze(0), right)
 
     @abstractmethod
     def agree(self, found: Any) -> Any:

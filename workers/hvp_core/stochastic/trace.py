@@ -1,0 +1,216 @@
+"""The trace of a symmetric operator from products with random vectors, with an interval.
+
+The interval
+    is one of the *exact* operator A where products come of a coarser Ã (`LinearOperator.noise`).
+    `hutchinson` estimates tr A = E z·Ãz + E z·(A − Ã)z in two levels, each with probes of its own
+    (Giles, "Multilevel Monte Carlo methods", Acta Numerica 24 (2015)): many coarse products, and a
+    few probes with a coarse and an exact product each. The second level is small, and its own
+    standard error says how well it is known; nothing is assumed of Ã, not even that it is linear.
+    The other methods take differences of products which coarse ones would spoil: all but the
+    products that choose the basis of `hutch++` are those of the exact operator.
+
+    What then is left is rounding to the vectors' dtype. It moves v·Av by at most
+    eps^0.85 ‖v‖ ‖Av‖, or, of a form that was computed as a sum of squares, by eps^0.85 of itself.
+    That much is added to the half-width, averaged as the estimate is; a block of m of n parameters
+    has √(m/n) of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch
+from hvp_operations.trace import Outcome, TracePart, TraceProgress, TraceResult, TraceSpec
+
+from hvp_core.krylov.krylov_basis import rounding
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
+from hvp_core.stochastic.samples import Moments
+from hvp_core.stochastic.sketches import NystromSketch, Range, XTraceSketch
+from hvp_core.stochastic.trace_choice import Choice, blocks, chosen
+from hvp_core.stochastic.trace_methods import Standing, Stepper, stepper
+from hvp_core.stochastic.trace_run import TraceRun, TraceState
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trace(Algorithm[TraceState]):
+    """An estimate of the trace with its interval.
+
+    A step takes one group of random vectors: one product with each, in one call; of `xtrace` and of
+    a correction two. The run ends when the standard error, over enough vectors to be believed, is
+    at most max(rtol |value|, atol): `CONVERGED`. It ends as `NOISE_LIMIT` when the standard error
+    is below the rounding of the products, and that is above the tolerance; as `MAX_PRODUCTS` when
+    the budget does not suffice for another step; and as `UNVERIFIED` instead of any of these where
+    products are coarse and were not compared with exact ones. Where, by the spread so far, the
+    tolerance would take more products than there are coordinates, and the budget allows, the
+    coordinates take their turns instead: the value is then exact but for rounding.
+
+    Cost: at most `max_products` products; 4 k n multiplications for the k-th vector of a basis.
+
+    Attributes:
+        spec: The request.
+        choice: The method and its sizes.
+        max_products: Upper bound on products.
+    """
+
+    spec: TraceSpec
+    choice: Choice
+    max_products: int
+
+    @classmethod
+    def configure(cls, spec: TraceSpec, operator: LinearOperator, budget: Budget) -> Trace:
+        """See Algorithm.
+
+        Raises:
+            CurvatureError: METHOD_UNSUPPORTED: `xnystrace` of an operator that may have negative
+                eigenvalues.
+        """
+        choice = chosen(spec, operator, budget)
+        return cls(spec=spec, choice=choice, max_products=budget.max_products)
+
+    def begin(self, operator: LinearOperator) -> TraceState:
+        """See Algorithm."""
+        space, rows = operator.domain, self.choice.num_rows
+        num_numbers = 1 + len(blocks(space, self.spec.per))
+        state = TraceState(
+            samples=Moments.of(num_numbers),
+            corrections=Moments.of(num_numbers),
+            coordinates=torch.zeros(num_numbers, dtype=torch.float64),
+        )
+        match self.choice.method:
+            case "hutch++":
+                state.basis = Range.begin(space, rows)
+            case "xtrace":
+                state.xtrace = XTraceSketch.begin(space, rows)
+            case "xnystrace":
+                state.nystrom = NystromSketch.begin(space, rows)
+            case "exact":
+                state.num_coordinates = 0
+        return state
+
+    def _run(self, operator: LinearOperator, state: TraceState) -> TraceRun:
+        return TraceRun(self.spec, self.choice, self.max_products, operator, state)
+
+    def step(self, operator: LinearOperator, state: TraceState) -> Advance | None:
+        """See Algorithm."""
+        if state.outcome:
+            return None
+        run = self._run(operator, state)
+        method = stepper(run)
+        stage = method.step()
+        standing = method.standing()
+        detail = TraceProgress(num_probes=state.num_probes)
+        if standing is not None:
+            detail = TraceProgress(
+                value=float(standing.value[0]),
+                standard_error=float(standing.error[0]),
+                num_probes=state.num_probes,
+            )
+        _judge(run, method, standing)
+        return Advance(stage=stage, num_products=state.num_products, detail=detail)
+
+    def result(self, operator: LinearOperator, state: TraceState) -> Found:
+        """See Algorithm."""
+        run = self._run(operator, state)
+        method = stepper(run)
+        standing = method.standing()
+        assert standing is not None  # an outcome is one of something
+        noise = _rounding(run, method)
+        value, error, half = (each.tolist() for each in standing)
+        is_exact = state.num_coordinates >= 0
+        law = "uniform on the sphere" if self.choice.method.startswith("x") else "Rademacher"
+        return Found(
+            result=TraceResult(
+                value=value[0],
+                standard_error=error[0],
+                low=value[0] - half[0] - noise,
+                high=value[0] + half[0] + noise,
+                rounding=noise,
+                outcome=cast("Outcome", state.outcome),
+                method="exact" if is_exact else self.choice.method,
+                reason=self._reason(state),
+                num_probes=state.num_probes,
+                num_products=state.num_products,
+                num_exact_products=state.num_exact,
+                parts=_parts(run, standing, noise),
+                provenance={
+                    "seed": str(self.spec.seed),
+                    "probe": f"Philox4x32-10 by flat index, {law}",
+                    "probes_in_lockstep": str(self.choice.num_together),
+                },
+            )
+        )
+
+    def _reason(self, state: TraceState) -> str:
+        if state.num_coordinates >= 0 and self.choice.method != "exact":
+            return (
+                f"{self.choice.method} would have taken more products than there are coordinates: "
+                "each of these took its turn"
+            )
+        return self.choice.reason
+
+
+def _parts(run: TraceRun, standing: Standing, noise: float) -> tuple[TracePart, ...]:
+    """The traces of the diagonal blocks that were asked for."""
+    sizes = list(run.space.parts().values())
+    parts = []
+    for index, (name, numbers) in enumerate(run.blocks.items(), 1):
+        order = sum(sizes[number] for number in numbers)
+        value, error, half = (float(each[index]) for each in standing)
+        margin = half + noise * (order / run.space.dimension) ** 0.5
+        parts.append(
+            TracePart(
+                name=name,
+                num_parameters=order,
+                value=value,
+                standard_error=error,
+                low=value - margin,
+                high=value + margin,
+            )
+        )
+    return tuple(parts)
+
+
+def _rounding(run: TraceRun, method: Stepper) -> float:
+    """What the rounding of products can have moved the value by."""
+    state = run.state
+    size = state.whole_size
+    if state.num_sizes and state.num_coordinates < 0:
+        size += state.size / state.num_sizes
+    return rounding(torch.finfo(run.space.dtype).eps) * size + method.rest
+
+
+def _judge(run: TraceRun, method: Stepper, standing: Standing | None) -> None:
+    """End the run, or choose how it goes on."""
+    state = run.state
+    if standing is not None and method.is_enough():
+        error, tolerance = float(standing.error[0]), run.tolerance(float(standing.value[0]))
+        noise = _rounding(run, method)
+        if error <= max(tolerance, noise):
+            _end(run, "CONVERGED" if noise <= tolerance else "NOISE_LIMIT")
+            return
+        if _coordinates_are_cheaper(run, error, tolerance):
+            state.num_coordinates, state.whole_size = 0, 0.0
+            return
+    if not method.can_go_on():
+        _end(run, "MAX_PRODUCTS")
+
+
+def _end(run: TraceRun, outcome: Outcome) -> None:
+    state = run.state
+    is_sampled = run.choice.method == "hutchinson" and state.num_coordinates < 0
+    if run.operator.noise and is_sampled and state.corrections.count < 2:
+        state.is_verified = False
+    state.outcome = outcome if state.is_verified else "UNVERIFIED"
+
+
+def _coordinates_are_cheaper(run: TraceRun, error: float, tolerance: float) -> bool:
+    """Whether all coordinates take fewer products than are missing, by the spread so far."""
+    if run.space.dimension > run.remaining:
+        return False
+    if not tolerance:
+        return True
+    needed = (error / tolerance) ** 2 * run.state.num_products
+    return needed - run.state.num_products > run.space.dimension

@@ -1,0 +1,367 @@
+"""The methods by which a trace is estimated, each in steps of a few products.
+
+Hutchinson: for random z with E zzᵀ = I, E z·Az = tr A (Commun. Stat. Simul. Comput. 19 (1990)). The
+others take the trace on a part of the range exactly and average over the rest alone: see Meyer,
+Musco, Musco and Woodruff, "Hutch++: optimal stochastic trace estimation", SOSA 2021, and
+`sketches.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from hvp_core.krylov.krylov_basis import finite_norm
+from hvp_core.stochastic.samples import combined
+from hvp_core.stochastic.sketches import NystromSketch, Range, XTraceSketch
+from hvp_core.stochastic.trace_choice import FEWEST
+from hvp_core.stochastic.trace_run import TraceRun
+
+#: The fewest probes with a coarse and an exact product; where the seeds of these probes begin.
+_CORRECTIONS, _CORRECTION_SEEDS = 4, 1 << 32
+#: The share of the tolerance that the coarse level may take.
+_COARSE_SHARE = 0.9
+
+
+class Standing(NamedTuple):
+    """What is known of the whole and of each block, (1 + blocks,) float64 each.
+
+    Attributes:
+        value: The estimate.
+        error: Its standard error.
+        half: Half the width of the interval, without rounding.
+    """
+
+    value: Tensor
+    error: Tensor
+    half: Tensor
+
+
+@dataclass(frozen=True)
+class Stepper(ABC):
+    """A method at work in a run.
+
+    Attributes:
+        run: The run.
+    """
+
+    run: TraceRun
+
+    @abstractmethod
+    def step(self) -> str:
+        """Take in a few products, and say the stage in a word. Raises CurvatureError NON_FINITE."""
+
+    @abstractmethod
+    def standing(self) -> Standing | None:
+        """What is known; None where that is nothing so far."""
+
+    @abstractmethod
+    def is_enough(self) -> bool:
+        """Whether the standard error is to be believed."""
+
+    @abstractmethod
+    def can_go_on(self) -> bool:
+        """Whether the budget suffices for another step, which may be prepared here."""
+
+    @property
+    def rest(self) -> float:
+        """What a sketch took for rounding of what is outside its span, in units of the trace."""
+        return 0.0
+
+    def _certain(self, value: Tensor) -> Standing:
+        return Standing(value, torch.zeros_like(value), torch.zeros_like(value))
+
+
+@final
+class Coordinates(Stepper):
+    """The diagonal, element by element: exact but for rounding."""
+
+    def step(self) -> str:
+        """See Stepper."""
+        run, state = self.run, self.run.state
+        start = state.num_coordinates
+        stop = min(start + run.choice.num_together, run.space.dimension)
+        vectors = [run.space.coordinate(index) for index in range(start, stop)]
+        for form in run.forms(run.exact(), vectors):
+            state.coordinates = state.coordinates + form.numbers
+            state.whole_size += form.size
+        state.num_coordinates = stop
+        return "exact"
+
+    def standing(self) -> Standing | None:
+        """See Stepper."""
+        return self._certain(self.run.state.coordinates) if self.is_enough() else None
+
+    def is_enough(self) -> bool:
+        """See Stepper."""
+        return self.run.state.num_coordinates == self.run.space.dimension
+
+    def can_go_on(self) -> bool:
+        """See Stepper; they are begun only where the budget suffices for all."""
+        return True
+
+
+@final
+class Hutchinson(Stepper):
+    """The mean of forms of random signs; of a coarse operator in two levels."""
+
+    def step(self) -> str:
+        """See Stepper."""
+        run = self.run
+        if self._corrects():
+            self._correct()
+            return "correcting"
+        count = max(1, min(run.choice.num_together, run.remaining - self._reserve()))
+        run.average(run.forms(run.operator, run.draw(count, "rademacher")))
+        return "sampling"
+
+    @property
+    def _is_coarse(self) -> bool:
+        """Whether products have to be, and can be, compared with exact ones."""
+        return bool(self.run.operator.noise) and self.run.state.is_verified
+
+    def _reserve(self) -> int:
+        """Products that are kept for corrections."""
+        if not self._is_coarse or self.run.state.corrections.count >= _CORRECTIONS:
+            return 0
+        return 2 * min(_CORRECTIONS, (self.run.max_products - 2) // 2)
+
+    def _corrects(self) -> bool:
+        """Whether the coarse level is known well enough, so that the other one has its turn."""
+        run, samples = self.run, self.run.state.samples
+        if not self._is_coarse or samples.count < 2:
+            return False
+        if run.remaining <= self._reserve():
+            return True
+        coarse = samples.estimate()
+        most = _COARSE_SHARE * run.tolerance(float(coarse.value[0]))
+        return samples.count >= FEWEST and float(coarse.standard_error[0]) <= most
+
+    def _correct(self) -> None:
+        """Compare coarse forms with exact ones, of one more group of probes."""
+        run, corrections = self.run, self.run.state.corrections
+        exact = run.exact()
+        if not run.state.is_verified:
+            return
+        first = _CORRECTION_SEEDS + corrections.count
+        count = max(1, min(run.choice.num_together, _CORRECTIONS, run.remaining // 2))
+        vectors = [run.vector(index, "rademacher") for index in range(first, first + count)]
+        coarse, fine = run.forms(run.operator, vectors), run.forms(exact, vectors)
+        for rough, true in zip(coarse, fine, strict=True):
+            corrections.add(true.numbers - rough.numbers)
+
+    def standing(self) -> Standing | None:
+        """See Stepper."""
+        state = self.run.state
+        if state.samples.count < 2:
+            return None
+        levels = [each for each in (state.samples, state.corrections) if each.count > 1]
+        return Standing(*combined([(1.0, each.estimate()) for each in levels]))
+
+    def is_enough(self) -> bool:
+        """See Stepper."""
+        state = self.run.state
+        is_corrected = not self._is_coarse or state.corrections.count >= _CORRECTIONS
+        return state.samples.count >= FEWEST and is_corrected
+
+    def can_go_on(self) -> bool:
+        """See Stepper."""
+        return self.run.remaining >= (2 if self._corrects() else 1)
+
+
+@final
+@dataclass(frozen=True)
+class HutchPlusPlus(Stepper):
+    """The trace on a basis of the range, and the mean of forms over what is left of it.
+
+    Attributes:
+        basis: The basis.
+    """
+
+    basis: Range
+
+    def step(self) -> str:
+        """See Stepper."""
+        run, state, basis = self.run, self.run.state, self.basis
+        together = run.choice.num_together
+        missing = len(basis.rows) - state.num_drawn
+        if missing > 0 and not basis.is_whole:
+            # Whatever these products are, what they span will do: they need not be exact.
+            products = run.apply(run.operator, run.draw(min(together, missing), "rademacher"))
+            for product in products:
+                basis.extend(run.space, product)
+            return "sketching"
+        start, stop = state.num_captured, min(state.num_captured + together, basis.num_rows)
+        if start < stop:
+            for form in run.forms(run.exact(), list(basis.rows[start:stop])):
+                state.captured += float(form.numbers[0])
+                state.whole_size += form.size
+            state.num_captured = stop
+            return "projecting"
+        vectors = run.draw(max(1, min(together, run.remaining)), "rademacher")
+        for vector in vectors:
+            basis.take_out(run.space, vector)
+        run.average(run.forms(run.exact(), vectors))
+        return "sampling"
+
+    def standing(self) -> Standing | None:
+        """See Stepper."""
+        state = self.run.state
+        captured = torch.full_like(state.samples.mean, state.captured)
+        if self._is_certain():
+            return self._certain(captured)
+        if state.samples.count < 2:
+            return None
+        value, error, half = combined([(1.0, state.samples.estimate())])
+        return Standing(captured + value, error, half)
+
+    def _is_certain(self) -> bool:
+        return self.basis.is_whole and self.run.state.num_captured == self.basis.num_rows
+
+    def is_enough(self) -> bool:
+        """See Stepper."""
+        return self._is_certain() or self.run.state.samples.count >= FEWEST
+
+    def can_go_on(self) -> bool:
+        """See Stepper."""
+        return self.run.remaining >= 1
+
+    @property
+    def rest(self) -> float:
+        """See Stepper."""
+        return math.sqrt(self.run.space.dimension) * self.basis.rest
+
+
+@dataclass(frozen=True)
+class Sketching(Stepper):
+    """A sketch each of whose random vectors is left out in turn, or several one after another.
+
+    Attributes:
+        sketch: The sketch at hand.
+    """
+
+    sketch: XTraceSketch | NystromSketch
+
+    @property
+    @abstractmethod
+    def products_a_probe(self) -> int:
+        """Products that a random vector takes."""
+
+    def _group(self) -> list[Tensor]:
+        """The next random vectors, of norm 1."""
+        run, room = self.run, self.run.choice.num_rows - self.sketch.num_probes
+        count = min(run.choice.num_together, room, run.remaining // self.products_a_probe)
+        return run.draw(count, "sphere")
+
+    def _note_size(self, product: Tensor) -> None:
+        """Note what rounding goes by: a vector of norm 1 stands for one of norm √n."""
+        self.run.state.size += self.run.space.dimension * finite_norm(self.run.space, product)
+        self.run.state.num_sizes += 1
+
+    def standing(self) -> Standing | None:
+        """The mean over sketches, by their numbers of vectors; of one that is whole, its own."""
+        state, sketch = self.run.state, self.sketch
+        batches = list(zip(state.batch_sizes, state.batches, strict=True))
+        if sketch.is_whole:
+            return self._certain(sketch.estimate(self.run.space).value)
+        if sketch.num_probes > 1:
+            batches.append((sketch.num_probes, sketch.estimate(self.run.space)))
+        if not batches:
+            return None
+        total = sum(size for size, _ in batches)
+        return Standing(*combined([(size / total, each) for size, each in batches]))
+
+    def is_enough(self) -> bool:
+        """See Stepper."""
+        num_probes = self.sketch.num_probes + sum(self.run.state.batch_sizes)
+        return self.sketch.is_whole or num_probes >= min(FEWEST, self.run.space.dimension)
+
+    def can_go_on(self) -> bool:
+        """See Stepper; a sketch that is full makes room for another of at least two vectors."""
+        run, state, each = self.run, self.run.state, self.products_a_probe
+        if self.sketch.num_probes < run.choice.num_rows:
+            return run.remaining >= each
+        if run.remaining < 2 * each:
+            return False
+        state.batches.append(self.sketch.estimate(run.space))
+        state.batch_sizes.append(self.sketch.num_probes)
+        self.sketch.clear()
+        return True
+
+    @property
+    def rest(self) -> float:
+        """See Stepper."""
+        return self.run.space.dimension * self.sketch.rest
+
+
+@final
+@dataclass(frozen=True)
+class XTrace(Sketching):
+    """See `XTraceSketch`."""
+
+    sketch: XTraceSketch
+
+    @property
+    def products_a_probe(self) -> int:
+        """See Sketching."""
+        return 2
+
+    def step(self) -> str:
+        """See Stepper."""
+        run, sketch, basis = self.run, self.sketch, self.sketch.range
+        exact = run.exact()
+        start, first = basis.num_rows, run.state.num_drawn - basis.num_rows
+        vectors = self._group()
+        for product in run.apply(exact, vectors):
+            basis.extend(run.space, product)
+            self._note_size(product)
+        new = list(basis.rows[start : basis.num_rows])
+        if new:
+            sketch.project(run.space, start, run.apply(exact, new))
+        if not basis.is_whole:
+            for index in range(start):
+                earlier = run.vector(first + index, "sphere")
+                sketch.compare(run.space, start, index, earlier)
+            for index, vector in enumerate(vectors, start):
+                sketch.compare(run.space, 0, index, vector)
+        return "sketching"
+
+
+@final
+@dataclass(frozen=True)
+class XNysTrace(Sketching):
+    """See `NystromSketch`."""
+
+    sketch: NystromSketch
+
+    @property
+    def products_a_probe(self) -> int:
+        """See Sketching."""
+        return 1
+
+    def step(self) -> str:
+        """See Stepper."""
+        run, vectors = self.run, self._group()
+        for vector, product in zip(vectors, run.apply(run.exact(), vectors), strict=True):
+            self.sketch.extend(run.space, vector, product)
+            self._note_size(product)
+        return "sketching"
+
+
+def stepper(run: TraceRun) -> Stepper:
+    """The method of a run."""
+    state = run.state
+    if state.num_coordinates >= 0:
+        return Coordinates(run)
+    if state.basis is not None:
+        return HutchPlusPlus(run, state.basis)
+    if state.xtrace is not None:
+        return XTrace(run, state.xtrace)
+    if state.nystrom is not None:
+        return XNysTrace(run, state.nystrom)
+    return Hutchinson(run)
