@@ -103,12 +103,21 @@ def dense(name: str) -> dict[str, Tensor]:
     assert problem.loss is not None
     _, labels, _ = ragged_tokens()
     at = logits, labels, problem.parameters, problem.flat
-    return {
+    gradient = torch.func.grad(problem.loss)(problem.flat)
+    fisher = {unit: references.empirical_fisher(*at, unit) for unit in ("token", "sequence")}
+    counted = labels[:, 1:] != -100
+    units = {"token": counted.sum(), "sequence": counted.any(1).sum()}
+    covariance = {
+        f"gradient_covariance_{unit}": each
+        - counted.sum() / units[unit] * torch.outer(gradient, gradient)
+        for unit, each in fisher.items()
+    }
+    return covariance | {
         "hessian": torch.func.hessian(problem.loss)(problem.flat),
-        "gradient": torch.func.grad(problem.loss)(problem.flat),
+        "gradient": gradient,
         "ggn": references.gauss_newton(*at),
-        "empirical_fisher_token": references.empirical_fisher(*at, "token"),
-        "empirical_fisher_sequence": references.empirical_fisher(*at, "sequence"),
+        "empirical_fisher_token": fisher["token"],
+        "empirical_fisher_sequence": fisher["sequence"],
         "jacobian": torch.func.jacrev(
             lambda flat: logits(references.unflatten(flat, problem.parameters))
         )(problem.flat).flatten(0, -2),
