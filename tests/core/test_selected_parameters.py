@@ -106,10 +106,10 @@ def dense(name: str) -> dict[str, Tensor]:
     gradient = torch.func.grad(problem.loss)(problem.flat)
     fisher = {unit: references.empirical_fisher(*at, unit) for unit in ("token", "sequence")}
     counted = labels[:, 1:] != -100
-    units = {"token": counted.sum(), "sequence": counted.any(1).sum()}
+    total = int(counted.sum())
+    units = {"token": total, "sequence": int(counted.any(1).sum())}
     covariance = {
-        f"gradient_covariance_{unit}": each
-        - counted.sum() / units[unit] * torch.outer(gradient, gradient)
+        f"gradient_covariance_{unit}": each - total / units[unit] * torch.outer(gradient, gradient)
         for unit, each in fisher.items()
     }
     return covariance | {
