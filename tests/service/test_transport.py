@@ -247,7 +247,7 @@ async def test_the_whole_way_from_files_to_eigenvalues(wire: Wire) -> None:
 async def test_errors_carry_reason_field_and_request_info(wire: Wire, deps: Dependencies) -> None:
     operator = await spec(deps)
     code, details = await refusal(
-        wire.jobs.CreateJob(job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator, k=6)))
+        wire.jobs.CreateJob(job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator, k=7)))
     )
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert (details["ErrorInfo"].reason, details["ErrorInfo"].domain) == ("K_INVALID", "hvp.dev")
@@ -577,7 +577,7 @@ async def test_a_plan_tells_what_a_job_takes_and_queues_nothing(
     assert plan.seconds_per_product == 0.25  # of the job before
     assert plan.max_seconds == 60 * 0.25
 
-    bad = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator, k=6), validate_only=True)
+    bad = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator, k=7), validate_only=True)
     _, details = await refusal(wire.jobs.CreateJob(bad))
     assert details["ErrorInfo"].reason == "K_INVALID"
     assert details["BadRequest"].field_violations[0].field == "spec.eigsh.k"
