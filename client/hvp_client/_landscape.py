@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from hvp_client._exceptions import InvalidArgumentError
 
 _COLOUR, _GREY = "#1c5fd4", "#666666"
+_SAME = 1e-9  # relative difference of steps that are meant to be one, as linspace rounds them
 _FINE = 200  # points of a curve that is known everywhere
 
 
@@ -85,8 +85,9 @@ class LossAlong:
             InvalidArgumentError: `POINTS_INVALID`: the grid has no such steps.
         """
         line = self._through_zero(direction)
-        pairs = sorted(h for h in line if h > 0 and -h in line)
-        if not pairs:
+        found = {h: _nearest(line, -h) for h in sorted(line) if h > 0}
+        back = {h: opposite for h, opposite in found.items() if opposite is not None}
+        if not back:
             raise InvalidArgumentError(
                 "the grid has no steps h and -h through zero; take one that is symmetric, such as "
                 "numpy.linspace(-1, 1, 21)",
@@ -95,17 +96,17 @@ class LossAlong:
             )
 
         def second(h: float) -> float:
-            return (line[h] - 2 * self.loss + line[-h]) / h**2
+            return (line[h] - 2 * self.loss + line[back[h]]) / h**2
 
-        h = pairs[0]
-        double = next((each for each in pairs if math.isclose(each, 2 * h)), None)
+        h = next(iter(back))
+        double = _nearest(back, 2 * h)
         return second(h) if double is None else (4 * second(h) - second(double)) / 3
 
     def _through_zero(self, direction: int) -> dict[float, float]:
         values = self.losses
         if len(self.steps) == 2:
             other = self.steps[1 - direction]
-            place = np.flatnonzero(other == 0)
+            place = np.flatnonzero(np.abs(other) <= _SAME * np.abs(other).max())
             if not len(place):
                 return {}
             values = np.take(values, place[0], axis=1 - direction)
@@ -152,6 +153,11 @@ class LossAlong:
         points = " x ".join(str(len(each)) for each in self.steps)
         low, high = _range(self.losses)
         return f"<LossAlong {points} points, {low:.6g} to {high:.6g} nats, L(θ) = {self.loss:.6g}>"
+
+
+def _nearest(line: Iterable[float], step: float) -> float | None:
+    """The step of a line that is this one to rounding; None where there is none."""
+    return next((each for each in line if abs(each - step) <= _SAME * abs(step)), None)
 
 
 def _range(losses: NDArray[np.float64]) -> tuple[float, float]:

@@ -71,5 +71,9 @@ def test_what_is_no_grid_or_no_direction_is_refused(
         with pytest.raises(InvalidArgumentError) as refusal:
             H.loss_along(directions, grid)
         assert refusal.value.reason == reason
+    # -0.1 + 4/6 · 0.2 is not quite the opposite of its kin.
+    assert H.loss_along(v, np.linspace(-1e-3, 1e-3, 7)).measured_curvature() == pytest.approx(
+        v.dot(H @ v), rel=1e-2
+    )
     with pytest.raises(InvalidArgumentError, match="symmetric"):
         H.loss_along(v, [0.0, 1.0]).measured_curvature()

@@ -67,6 +67,8 @@ def test_the_spectrum_of_a_registered_laplacian_is_the_known_one(
         with pytest.raises(UnimplementedError, match="returns its loss alone") as found:
             refused()
         assert found.value.reason == "KIND_UNSUPPORTED"
+    found_right = client.verify(checkpoint, batch, "float64")
+    assert [check.verdict for check in found_right.checks] == ["pass"] * 5  # and none of the GGN
 
 
 def test_the_one_eigenvalue_of_one_parameter_is_its_second_derivative(

@@ -370,10 +370,11 @@ class PlainCube(nn.Module):
         return x * x * x
 
 
-def with_a_cube(layer: nn.Module) -> Problem:
+def with_a_cube(layer: nn.Module, *, last: bool = False) -> Problem:
     torch.manual_seed(0)
+    layers = [nn.Linear(3, 3), layer] if last else [nn.Linear(3, 4), layer, nn.Linear(4, 3)]
     return module_problem(
-        nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 3)).double(),
+        nn.Sequential(*layers).double(),
         CrossEntropy(),
         torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
         torch.tensor([0, 1, 2, 1, 0]),
@@ -387,14 +388,17 @@ def test_an_operation_whose_second_rule_contradicts_its_first_is_not_believed(
     """Torch's own second derivative is then wrong too: only differences of first ones tell."""
     monkeypatch.setattr(_CubeBack, "factor", factor)
     monkeypatch.setattr(verify, "_verified", set())
-    by_hand, plain = (with_a_cube(layer) for layer in (Cube(), PlainCube()))
-    v = probes(by_hand, 1)
     if factor == 6.0:
-        assert distance(curvature_of(by_hand).hvp(v), curvature_of(plain).hvp(v)) < 1e-12
+        for last in (False, True):
+            pair = [with_a_cube(layer, last=last) for layer in (Cube(), PlainCube())]
+            found, expected = (curvature_of(each).hvp(probes(each, 1)) for each in pair)
+            assert distance(found, expected) < 1e-12
         return
-    with pytest.raises(CurvatureError, match="contradicts the first") as caught:
-        curvature_of(by_hand).hvp(v)
-    assert (caught.value.reason, caught.value.metadata["block"]) == ("MODEL_UNSUPPORTED", "1")
+    for last in (False, True):
+        problem = with_a_cube(Cube(), last=last)
+        with pytest.raises(CurvatureError, match="contradicts the first") as caught:
+            curvature_of(problem).hvp(probes(problem, 1))
+        assert (caught.value.reason, caught.value.metadata["block"]) == ("MODEL_UNSUPPORTED", "1")
 
 
 class Traced(nn.Module):

@@ -202,6 +202,21 @@ class Comparer:
         other = by(EagerHead(f, link.selected, spec, loss, target, 1.0))
         return self._matches(link, spec.passes, by(traced), other, f, p, x, at_output)
 
+    def untraced_head(
+        self, link: Link, f: Function, x: Tensor, target: Tensor, p: Params
+    ) -> bool | None:
+        """Whether torch's own derivatives of the last block are those of the block, as `untraced`.
+
+        Args:
+            link: The block in its place.
+            f: The block.
+            x: Input of the block.
+            target: Targets of the loss.
+            p: Parameters of the block.
+        """
+        own = EagerHead(f, link.selected, self._spec, self._loss, target, 1.0)
+        return self.head(link, own, f, x, target, p)
+
     def _matches(
         self,
         link: Link,

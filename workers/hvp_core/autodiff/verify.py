@@ -85,6 +85,11 @@ class Comparer(Protocol):
     ) -> bool | None:
         """Whether the trace of the last block and the loss is right."""
 
+    def untraced_head(
+        self, link: Link, f: Function, x: Tensor, target: Tensor, p: Params
+    ) -> bool | None:
+        """Whether torch's own derivatives of the last block and the loss are those of the block."""
+
 
 @final
 @dataclass(frozen=True)
@@ -178,19 +183,14 @@ class Verifier:
             return block.body(context, dense).cast(dtype)
 
         f = function_of(body(True))
+        untraced = partial(self._comparer.untraced, link, passes, f, x)
+        by_torch = partial(_by_torch, link, passes, f, x, untraced)
         if key is None:
-            wide = _in_dtype(p, dtype)
-            _try(link, passes, f, x, wide)
-            if self._comparer.untraced(link, passes, f, x, wide) is False:
-                raise CurvatureError(
-                    "MODEL_UNSUPPORTED",
-                    "an operation of this block has a rule for its second derivative that "
-                    "contradicts the first one; correct the operation's backward or its jvp",
-                    {"block": link.name},
-                )
+            by_torch(_in_dtype(p, dtype))
         elif not is_known:
-            compare = partial(self._comparer.block, link, passes, body, f, x)
-            self._see(key, link, passes, f, x, p, compare)
+            self._see(
+                key, link, p, partial(self._comparer.block, link, passes, body, f, x), by_torch
+            )
         own = next((each.dtype for each in p.values()), dtype)
         with torch.no_grad():  # in the parameters' own precision: a copy of a large table is dear
             y = function_of(block.body(context, dense=True).cast(own))(p, _in(own, self._x))
@@ -220,12 +220,14 @@ class Verifier:
         key = (index, "not traced") if traced.key is None else _key(traced.key, p, link, passes)
         if self._knows(key, index):
             return
+        untraced = partial(self._comparer.untraced_head, link, f, x, batch.targets)
+        by_torch = partial(_by_torch, link, passes, f, x, untraced)
         if traced.key is None:
-            _try(link, passes, f, x, _in_dtype(p, dtype))
+            by_torch(_in_dtype(p, dtype))
             self._answers[key] = False
             return
         compare = partial(self._comparer.head, link, traced, f, x, batch.targets)
-        self._see(key, link, passes, f, x, p, compare)
+        self._see(key, link, p, compare, by_torch)
 
     def settle(self) -> bool:
         """Make the comparisons that wait, each on one of the ranks that ask for it.
@@ -268,19 +270,17 @@ class Verifier:
         self,
         key: Hashable,
         link: Link,
-        passes: Passes,
-        f: Function,
-        x: Tensor,
         p: Params,
         compare: Callable[[Params], bool | None],
+        by_torch: Callable[[Params], None],
     ) -> None:
-        """Compare a program, now or in `settle`."""
+        """Compare a program, now or in `settle`; where it is wrong, see that torch is right."""
 
         def run(p: Params) -> bool | None:
             p = _in_dtype(p, comparison_dtype(p))
             right = compare(p)
             if right is False:
-                _try(link, passes, f, x, p)
+                by_torch(p)
             return right
 
         numel = sum(each.numel() for each in p.values())
@@ -313,14 +313,38 @@ def _shares(asked: Sequence[Mapping[str, int]]) -> list[set[str]]:
     return shares
 
 
-def _try(link: Link, passes: Passes, f: Function, x: Tensor, p: Params) -> None:
-    """Take a block's second derivative once, if the product has one, to see that it has one.
+def _by_torch(
+    link: Link,
+    passes: Passes,
+    f: Function,
+    x: Tensor,
+    is_right: Callable[[Params], bool | None],
+    p: Params,
+) -> None:
+    """See that torch has a block's second derivative, if the product has one, and a right one.
+
+    Raises:
+        CurvatureError: What `explained` makes of the error that torch raises; MODEL_UNSUPPORTED:
+            an operation's own second rule contradicts its first.
+    """
+    if passes.backward != "pair":
+        return
+    _try(link, f, x, p)
+    if is_right(p) is False:
+        raise CurvatureError(
+            "MODEL_UNSUPPORTED",
+            "an operation of this block has a rule for its second derivative that contradicts the "
+            "first one; correct the operation's backward or its jvp",
+            {"block": link.name},
+        )
+
+
+def _try(link: Link, f: Function, x: Tensor, p: Params) -> None:
+    """Take a block's second derivative once, to see that it has one.
 
     Raises:
         CurvatureError: What `explained` makes of the error that torch raises.
     """
-    if passes.backward != "pair":
-        return
     x_dot = None if link.takes_data else noise_like(x, 1)
     f, p = held(f, p, link.selected)
     try:

@@ -115,12 +115,7 @@ class Curvature:
         self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
         self._exchange = Exchange(space.collective, self._executors.notes)
-        own = (chain.loss.weight(rows(batch, row, row + 1).targets) for row in range(count))
-        units: dict[Unit, float] = {
-            "token": self.num_targets,
-            "sequence": sum(weight > 0 for weight in own),
-        }
-        self._mean = MeanGradient(self.space, self.gradient, self.num_targets, units)
+        self._mean = MeanGradient(self.space, self.gradient, chain.loss, batch.targets)
         self.parameters = parameters
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import final
 
 from torch import Tensor
 
 from hvp_core.autodiff.product_spec import Unit
+from hvp_core.losses.loss import Loss
 from hvp_core.vectors.space import ParameterSpace
 
 
@@ -18,20 +20,22 @@ class MeanGradient:
     Args:
         space: Space of the vectors.
         gradient: Computes ∇L, this rank's shard. It is called once, and its result kept.
-        num_targets: W.
-        num_units: U, by the name of the unit.
+        loss: The loss, which counts targets.
+        targets: The targets of the whole batch, a row for each sequence.
     """
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        gradient: Callable[[], Tensor],
-        num_targets: float,
-        num_units: Mapping[Unit, float],
+        self, space: ParameterSpace, gradient: Callable[[], Tensor], loss: Loss, targets: Tensor
     ):
         self._space, self._compute = space, gradient
-        self._ratio = {unit: num_targets / count for unit, count in num_units.items()}
+        self._loss, self._targets = loss, targets
         self._gradient: Tensor | None = None
+
+    @cached_property
+    def _ratio(self) -> Mapping[Unit, float]:
+        """W/U, by the name of the unit. Units of the first kind are the targets themselves."""
+        rows = sum(self._loss.weight(row) > 0 for row in self._targets.split(1))
+        return {"token": 1.0, "sequence": self._loss.weight(self._targets) / rows}
 
     def drop(self) -> None:
         """Forget the gradient: θ is another."""
