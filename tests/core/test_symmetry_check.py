@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hvp_core.curvature.curvature import Curvature
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.symmetry import SymmetryCheck
+from hvp_core.settings import ComputeSettings
+from hvp_core.sharding.collective import Alone
+from hvp_core.sharding.layout import Layout
+from hvp_core.vectors.space import ParameterSpace
 from torch import Tensor
 
 from tests.core.dense import DenseSpace
+from tests.core.problems import CPU, llama_problem
 
 
 def symmetric(n: int, dtype: torch.dtype) -> Tensor:
@@ -49,6 +55,27 @@ def test_products_are_allowed_the_noise_of_their_precision() -> None:
     check = SymmetryCheck(space, 2**-8)
     check.see(v, product(v))
     check.see(product(v), product(product(v)))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_a_right_model_in_16_bits_raises_no_alarm(kind: str, scale: float) -> None:
+    problem = llama_problem(torch.float32)
+    layout = Layout(problem.chain.shapes, [each.parameters for each in problem.chain.blocks], 1)
+    space = ParameterSpace(layout, Alone(), torch.float32, CPU)
+    curvature = Curvature(
+        problem.chain,
+        space,
+        space.from_flat(scale * problem.flat),
+        problem.batch,
+        2,
+        ComputeSettings(precision="bfloat16"),
+    )
+    check, v = SymmetryCheck(space, 2**-8), space.random(1, "sphere")
+    for _ in range(6):
+        (product,) = curvature.product(kind, [v])
+        check.see(v, product)
+        v = product / product.norm()
 
 
 def test_zero_products_are_symmetric() -> None:
