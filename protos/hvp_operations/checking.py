@@ -66,11 +66,11 @@ def _check_number(declared: Input, given: int) -> None:
     """Check how many vectors a field names."""
     if given < declared.least:
         few = "one vector or more" if declared.most > 1 else "one vector"
-        raise SpecError("VECTORS_MISSING", f"{declared.field} has to be {few}", declared.field)
+        raise SpecError("VECTORS_MISSING", f"{declared.field} has to be {few}.", declared.field)
     if given > declared.most:
         raise SpecError(
             f"{declared.field.upper()}_INVALID",
-            f"{declared.field} is {given} vectors; at most {declared.most} are possible",
+            f"{declared.field} is {given} vectors; at most {declared.most} are possible.",
             declared.field,
         )
 

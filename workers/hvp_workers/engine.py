@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 import torch
 from hvp_core.autodiff.verify import keep_verdicts
 from hvp_core.errors import CurvatureError, is_out_of_memory
+from hvp_core.linop.symmetry import SymmetryCheck
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget
 from hvp_core.sharding.collective import Collective
 from hvp_core.vectors.space import ShardedSpace
@@ -330,6 +331,7 @@ class RankEngine:
         cost = declared.cost(spec, facts)
         # What the first product will keep has to fit beside the run's own vectors.
         promised = 0 if loaded.has_products else loaded.budget_bytes
+        promised += SymmetryCheck.NUM_VECTORS * space.vector_bytes
         budget = Budget(
             max_products=cost.max_products,
             num_vectors=room_for(

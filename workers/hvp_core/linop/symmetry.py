@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class SymmetryCheck:
         space: Space of the vectors.
         noise: Relative error of one product where that is more than rounding; else 0.
     """
+
+    NUM_VECTORS: ClassVar[int] = 2  # that are held until the check is over
 
     def __init__(self, space: VectorSpace, noise: float):
         self._space = space
