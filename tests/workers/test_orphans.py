@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -92,6 +93,21 @@ def test_a_process_younger_than_the_note_is_found_by_the_folder_in_its_command_l
         try:
             assert orphans.end_orphans(tmp_path) == 1
             assert left.find() is None
+        finally:
+            process.kill()
+
+
+def test_a_process_whose_id_another_had_before_is_found_too(
+    tmp_path: Path, temp_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids come round, and psutil remembers processes by them."""
+    note_of(gone(), temp_dir).write(tmp_path)
+    command = [sys.executable, "-c", "import time; time.sleep(600)", f"--temp_dir={temp_dir}"]
+    with subprocess.Popen(command) as process:
+        remembered: Any = psutil._pmap  # type: ignore[attr-defined]
+        monkeypatch.setitem(remembered, process.pid, psutil.Process(os.getpid()))
+        try:
+            assert orphans.end_orphans(tmp_path) == 1
         finally:
             process.kill()
 

@@ -187,11 +187,19 @@ def end_orphans(run_dir: Path) -> int:
 
 
 def _mentioning(temp_dir: str) -> list[ProcessMark]:
-    """Processes started with the folder in their command line: those younger than the note."""
+    """Processes started with the folder in their command line: those younger than the note.
+
+    They are looked up one by one: psutil's own iteration remembers a process by its id alone, and
+    gives an earlier one where ids have come round.
+    """
     if not Path(temp_dir).name.startswith(TEMP_PREFIX):
         return []
     marks = []
-    for process in psutil.process_iter(["cmdline", "create_time"]):
-        if any(temp_dir in word for word in process.info["cmdline"] or ()):
-            marks.append(ProcessMark(pid=process.pid, start_time=process.info["create_time"]))
+    for pid in psutil.pids():
+        try:
+            process = psutil.Process(pid)
+            if any(temp_dir in word for word in process.cmdline()):
+                marks.append(ProcessMark.of(process))
+        except psutil.Error:  # it has ended, or is somebody else's
+            continue
     return marks
