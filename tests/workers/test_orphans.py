@@ -97,6 +97,20 @@ def test_a_process_younger_than_the_note_is_found_by_the_folder_in_its_command_l
             process.kill()
 
 
+def test_a_process_that_hides_its_command_line_is_found_by_its_log(
+    tmp_path: Path, temp_dir: Path
+) -> None:
+    note_of(gone(), temp_dir).write(tmp_path)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with (temp_dir / "agent.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log)
+    with process:
+        try:
+            assert orphans.end_orphans(tmp_path) == 1
+        finally:
+            process.kill()
+
+
 def test_a_process_whose_id_another_had_before_is_found_too(
     tmp_path: Path, temp_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,10 +187,12 @@ def end_orphans(run_dir: Path) -> int:
 
 
 def _mentioning(temp_dir: str) -> list[ProcessMark]:
-    """Processes started with the folder in their command line: those younger than the note.
+    """Processes with the folder in their command line, or a file of it open.
 
-    They are looked up one by one: psutil's own iteration remembers a process by its id alone, and
-    gives an earlier one where ids have come round.
+    These are the ones younger than the note. Ray's agents hide their command line behind a title,
+    and outlive the process that started them by a minute; their logs they have open. Processes are
+    looked up one by one: psutil's own iteration remembers a process by its id alone, and gives an
+    earlier one where ids have come round.
     """
     if not Path(temp_dir).name.startswith(TEMP_PREFIX):
         return []
@@ -198,7 +200,8 @@ def _mentioning(temp_dir: str) -> list[ProcessMark]:
     for pid in psutil.pids():
         try:
             process = psutil.Process(pid)
-            if any(temp_dir in word for word in process.cmdline()):
+            files = (each.path for each in process.open_files())
+            if any(temp_dir in word for word in (*process.cmdline(), *files)):
                 marks.append(ProcessMark.of(process))
         except psutil.Error:  # it has ended, or is somebody else's
             continue
