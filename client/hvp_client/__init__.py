@@ -45,9 +45,11 @@ __all__ = [
     "JobCancelledError",
     "JobFailedError",
     "JobStatus",
+    "LossAlong",
     "NotFoundError",
     "Operator",
     "OutOfRangeError",
+    "OverData",
     "ParameterTensor",
     "PermissionDeniedError",
     "Plan",
@@ -63,6 +65,7 @@ __all__ = [
     "UnimplementedError",
     "UnknownError",
     "Vector",
+    "Verification",
     "WorkerGroup",
 ]
 __all__ += _records.__all__

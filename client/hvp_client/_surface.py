@@ -24,6 +24,8 @@ from hvp_client._exceptions import UnauthenticatedError as UnauthenticatedError
 from hvp_client._exceptions import UnavailableError as UnavailableError
 from hvp_client._exceptions import UnimplementedError as UnimplementedError
 from hvp_client._exceptions import UnknownError as UnknownError
+from hvp_client._landscape import LossAlong as LossAlong
+from hvp_client._over_data import OverData as OverData
 from hvp_client._records import *  # noqa: F403 - generated, with its own __all__
 from hvp_client._results import Event as Event
 from hvp_client._results import JobStatus as JobStatus
@@ -34,6 +36,7 @@ from hvp_client._settings import Timeout as Timeout
 from hvp_client._system import Rank as Rank
 from hvp_client._system import ServerInfo as ServerInfo
 from hvp_client._system import WorkerGroup as WorkerGroup
+from hvp_client._verification import Verification as Verification
 from hvp_client.awaited.client import AsyncClient as AsyncClient
 from hvp_client.awaited.jacobian import AsyncJacobian as AsyncJacobian
 from hvp_client.awaited.job import AsyncJob as AsyncJob

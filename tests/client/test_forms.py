@@ -81,3 +81,41 @@ def test_what_has_no_number_is_refused(
             with pytest.raises(InvalidArgumentError) as refusal:
                 ask(v)
             assert refusal.value.reason == reason
+
+
+def test_an_error_over_data_is_that_of_the_batches_forms(
+    client: Client, checkpoint: Checkpoint, H: Operator
+) -> None:
+    generator = np.random.default_rng(5)
+    rows = generator.integers(0, 19, (6, 6))
+    labels = np.where(np.arange(6) < 4, rows, -100)  # fewer targets: another weight
+    parts = [
+        client.upload_batch({"input_ids": rows[:2]}),
+        client.upload_batch({"input_ids": rows[2:4], "labels": labels[2:4]}),
+        client.upload_batch({"input_ids": rows[4:]}),
+    ]
+    whole = client.upload_batch(
+        {"input_ids": rows, "labels": np.concatenate((rows[:2], labels[2:4], rows[4:]))}
+    )
+    pooled = client.operator(checkpoint, whole, dtype="float64")
+    found = pooled.eigsh(k=2, which="LM", tol=1e-8).result()
+    over = pooled.over_data(found.eigenvectors, parts)
+    np.testing.assert_allclose(over.values, found.eigenvalues, rtol=1e-9)
+    assert over.loss == pytest.approx(pooled.loss(), rel=1e-12)
+    assert over.num_targets.tolist() == [10, 6, 10]
+    # The same by hand, of a ratio of sums.
+    weights = over.num_targets / 26
+    spread = weights[:, None] * (over.forms - over.values)
+    np.testing.assert_allclose(over.standard_errors, np.sqrt(1.5 * (spread**2).sum(0)))
+    assert (over.intervals[:, 0] < over.values).all()
+    assert over.intervals[0, 1] - over.values[0] == pytest.approx(
+        4.302653 * over.standard_errors[0], rel=1e-5
+    )
+    assert len(over.table().rows) == 2
+    array = pooled.over_data(found.eigenvectors[0].numpy(), parts)
+    np.testing.assert_allclose(array.forms[:, 0], over.forms[:, 0], rtol=1e-12)
+    wrong: list[list[Batch | str]] = [[], [parts[0]], [parts[0], parts[0].name]]
+    for batches in wrong:
+        with pytest.raises(InvalidArgumentError) as caught:
+            H.over_data(found.eigenvectors, batches)
+        assert (caught.value.reason, caught.value.field) == ("BATCHES_INVALID", "batches")

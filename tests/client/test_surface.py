@@ -15,10 +15,11 @@ PUBLIC = """
 AbortedError AlreadyExistsError AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
 Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
 DensityResult EigshResult Event FailedPreconditionError HvpError InternalError
-InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus NotFoundError
-Operator OutOfRangeError ParameterTensor PermissionDeniedError Plan Progress Rank
-ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult Timeout TraceResult
-UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector WorkerGroup
+InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
+NotFoundError Operator OutOfRangeError OverData ParameterTensor PermissionDeniedError Plan
+Progress Rank ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult
+Timeout TraceResult UnauthenticatedError UnavailableError UnimplementedError UnknownError
+Vector Verification WorkerGroup
 """
 
 

@@ -415,9 +415,11 @@ def affine(p: Env, inputs: Env, constants: Env) -> Env:
     return {"y": torch.tanh(inputs["x"]) @ p["0"].t()}
 
 
-def parts_of(f: Callable[[Env, Env, Env], Env]) -> tuple[Trace, list[Subprogram], Env]:
+def parts_of(
+    f: Callable[[Env, Env, Env], Env], rows: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[Trace, list[Subprogram], Env]:
     generator = torch.Generator().manual_seed(0)
-    p, x = torch.randn(3, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    p, x = (torch.randn(m, 4, generator=generator).to(dtype) for m in (3, rows))
     trace = trace_block(f, {"0": p}, {"x": x}, {})
     parts = partition(trace, [group([Phase(0, False), Phase(0, True)], ["y", "y_dot"])])
     return trace, parts, {"p/0": p, "p_dot/0": p.cos(), "x": x, "x_dot": x.sin()}
@@ -445,6 +447,38 @@ def test_a_compiled_part_that_is_wrong_is_never_used(
             assert all(torch.equal(part(env)[name], each) for name, each in expected.items())
     assert (ours.compiled, len(ours.refused)) == (0, 1)
     assert sum("slower and as correct" in record.message for record in caplog.records) == 1
+
+
+def one_row_wrong(part: Subprogram) -> Any:
+    """Kernels that leave the last row of each result unwritten."""
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        found = [each.clone() for each in part.module(*arguments)]
+        for each in found:
+            each[-1] = 0
+        return found
+
+    return run
+
+
+def masked(p: Env, inputs: Env, constants: Env) -> Env:
+    y = inputs["x"] @ p["0"].t()
+    return {"y": torch.where(y > 1, -torch.inf, y)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("f", [affine, masked], ids=["finite", "masked scores"])
+def test_one_wrong_row_of_thousands_is_enough(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, f: Callable[[Env, Env, Env], Env]
+) -> None:
+    _, (part,), env = parts_of(f, rows=2048, dtype=dtype)
+    env["x"][7] *= 1e3  # as the first token of a language model often is
+    for kernels, is_right in ((lambda part: part.module, True), (one_row_wrong, False)):
+        monkeypatch.setattr(inductor, "compiled", kernels)
+        ours = Compiler()
+        ours(part)
+        part(env)
+        assert (ours.compiled, len(ours.refused)) == ((1, 0) if is_right else (0, 1))
 
 
 def test_a_compiler_that_fails_leaves_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:

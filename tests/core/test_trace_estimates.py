@@ -12,10 +12,11 @@ import torch
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Budget, derived_seed, drive
-from hvp_core.stochastic.samples import Estimate, Moments, combined, student_t
+from hvp_core.stochastic.samples import Estimate, Moments, combined
 from hvp_core.stochastic.trace import Trace
 from hvp_operations.checking import Seed, checked
 from hvp_operations.operation import Facts, SpecError
+from hvp_operations.students_t import student_t
 from hvp_operations.trace import OPERATION, TraceResult, TraceSpec
 from torch import Tensor
 

@@ -290,6 +290,19 @@ class AsyncLinearMap:
         return np.stack(results, axis=1) if results else np.empty((self.shape[0], 0), self.dtype)
 
     @contextlib.asynccontextmanager
+    async def _vectors(self, given: Any, field: str) -> AsyncIterator[Sequence[AsyncVector]]:
+        """What a caller gives, as vectors for the block: handles, or numbers (n,) or (n, k)."""
+        if isinstance(given, AsyncVector):
+            yield [given]
+        elif is_sequence_of(given, AsyncVector):
+            yield [require_handle(each, AsyncVector, field) for each in given]
+        else:
+            array = as_real(given, field)
+            columns = array[..., np.newaxis] if array.ndim == 1 else array
+            async with self._columns(columns, field) as vectors:
+                yield vectors
+
+    @contextlib.asynccontextmanager
     async def _columns(
         self, array: NDArray[Any], field: str = "v"
     ) -> AsyncIterator[list[AsyncVector]]:

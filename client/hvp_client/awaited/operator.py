@@ -7,29 +7,26 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any, final, overload
 
-import numpy as np
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
-from numpy.typing import NDArray
 
 from hvp_client._arrays import like
 from hvp_client._bulk import as_real
 from hvp_client._checkpoints import tensors_from_proto
-from hvp_client._handles import is_sequence_of, require_handle
+from hvp_client._handles import is_sequence_of
 from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
-from hvp_client._landscape import LossAlong, checked_grid, points_of
 from hvp_client._results import Plan, plan_from_proto
 from hvp_client._selections import in_blocks, in_words
 from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
 from hvp_client._specs import job_spec
+from hvp_client.awaited.functional import AsyncFunctional
 from hvp_client.awaited.job import AsyncJob
-from hvp_client.awaited.linear_map import AsyncLinearMap, describe_operator
+from hvp_client.awaited.linear_map import describe_operator
 from hvp_client.awaited.questions import AsyncQuestions
 from hvp_client.awaited.vector import AsyncVector
 
-_POINTS_AT_ONCE = 8  # of a grid: a call that is cut off loses no more
 _OPENED_AT_ONCE = 8  # operators that are checked on the server at the same time
 
 
@@ -41,7 +38,7 @@ async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> As
 
 
 @final
-class AsyncOperator(AsyncLinearMap, AsyncQuestions):
+class AsyncOperator(AsyncFunctional, AsyncQuestions):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -63,162 +60,6 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
     def micro_batch_size(self) -> int:
         """Sequences that a rank takes at once; results do not depend on it."""
         return self._spec.micro_batch_size
-
-    async def loss(self) -> float:
-        """L(θ), the mean over every supervised target of the batch, in nats.
-
-        Returns:
-            The loss. Cost: one forward pass.
-
-        Raises:
-            OutOfRangeError: `NON_FINITE`; metadata names the first block.
-        """
-        answer = await self._session.wire.unary(
-            "OperatorService/EvaluateLoss",
-            operator_pb2.EvaluateLossRequest(operator=self._spec),
-            operator_pb2.EvaluateLossResponse,
-            timeout_s=self._session.wire.timeout.compute_s,
-        )
-        return answer.loss
-
-    async def gradient(self) -> AsyncVector:
-        """The gradient ∇L(θ), which stays on the ranks.
-
-        Returns:
-            A new vector. Cost: 3 GEMM passes, 4 where memory is short.
-
-        Raises:
-            OutOfRangeError: `NON_FINITE`; metadata names the first block.
-        """
-
-        async def call(owner: str) -> operator_pb2.ComputeGradientResponse:
-            return await self._session.wire.unary(
-                "OperatorService/ComputeGradient",
-                operator_pb2.ComputeGradientRequest(
-                    operator=self._spec, request_id=new_request_id(), session=owner
-                ),
-                operator_pb2.ComputeGradientResponse,
-                timeout_s=self._session.wire.timeout.compute_s,
-            )
-
-        answer = await self._session.make(call)
-        return AsyncVector(self._session, answer.gradient, temporary=True)
-
-    @overload
-    async def quadratic(self, v: AsyncVector) -> float: ...
-    @overload
-    async def quadratic(self, v: Sequence[AsyncVector]) -> NDArray[np.float64]: ...
-    @overload
-    async def quadratic(self, v: Any) -> float | NDArray[np.float64]: ...
-    async def quadratic(
-        self, v: AsyncVector | Sequence[AsyncVector] | Any
-    ) -> float | NDArray[np.float64]:
-        """The quadratic form v·Hv; only the number leaves the ranks.
-
-        Args:
-            v: A vector or a sequence of k vectors; or real numbers (n,) or (n, k), in numpy, torch
-                or lists, which travel to the ranks.
-
-        Returns:
-            The number, or for k vectors an array (k,) of float64. Cost: for a GGN or Fisher matrix
-            1 + 2k GEMM passes, all of them forward; for a Hessian k products.
-
-        Raises:
-            InvalidArgumentError: As for matvec.
-            OutOfRangeError: `NON_FINITE`: a number is not finite.
-            ResourceExhaustedError: `VECTOR_MEMORY`: there is no room for a product on the ranks.
-        """
-        return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_QUADRATIC, v)
-
-    @overload
-    async def slope(self, v: AsyncVector) -> float: ...
-    @overload
-    async def slope(self, v: Sequence[AsyncVector]) -> NDArray[np.float64]: ...
-    @overload
-    async def slope(self, v: Any) -> float | NDArray[np.float64]: ...
-    async def slope(
-        self, v: AsyncVector | Sequence[AsyncVector] | Any
-    ) -> float | NDArray[np.float64]:
-        """The derivative ∇L·v of the loss along v, by forward passes and without a gradient.
-
-        Args:
-            v: As for `quadratic`.
-
-        Returns:
-            The number, or for k vectors an array (k,) of float64. Cost: 1 + 2k GEMM passes.
-
-        Raises:
-            InvalidArgumentError: As for matvec.
-            OutOfRangeError: `NON_FINITE`: a number is not finite.
-        """
-        return await self._evaluate(operator_pb2.EvaluateFormsRequest.FORM_SLOPE, v)
-
-    async def loss_along(
-        self, directions: AsyncVector | Sequence[AsyncVector] | Any, grid: Any
-    ) -> LossAlong:
-        """The loss at θ + Σ aᵢ dᵢ on a grid, beside what slope and curvature at θ predict.
-
-        The losses are those of the operator's own precision: the displaced parameters are rounded
-        to the type of the operands of matrix products. Take float64 for small steps.
-
-        Args:
-            directions: One direction or two: vectors, as the eigenvectors of a result; or real
-                numbers (n,) or (n, 2), in numpy, torch or lists, which travel to the ranks.
-            grid: The steps aᵢ: numbers (m,) for one direction, a pair of such arrays for two.
-
-        Returns:
-            The losses, with `predicted`, `measured_curvature()` and `plot(path)`. Cost: one forward
-            pass for each point, the slopes, and a product for each direction.
-
-        Raises:
-            InvalidArgumentError: `POINTS_INVALID`; otherwise as for matvec.
-        """
-        if isinstance(directions, AsyncVector):
-            return await self._loss_along([directions], grid)
-        if is_sequence_of(directions, AsyncVector):
-            return await self._loss_along(list(directions), grid)
-        array = as_real(directions, "directions")
-        columns = array[..., np.newaxis] if array.ndim == 1 else array
-        async with self._columns(columns) as vectors:
-            return await self._loss_along(vectors, grid)
-
-    async def _loss_along(self, directions: Sequence[AsyncVector], grid: Any) -> LossAlong:
-        steps = checked_grid(grid, len(directions))
-        losses = await self._losses(directions, points_of(steps).tolist())
-        curvatures = np.empty((len(directions), len(directions)))
-        for i, product in enumerate(await self._apply(directions)):
-            async with product:
-                curvatures[:, i] = [await each.dot(product) for each in directions]
-        return LossAlong(
-            kind=self.kind,
-            steps=steps,
-            losses=np.array(losses).reshape([len(each) for each in steps]),
-            loss=await self.loss(),
-            slopes=np.asarray(await self.slope(list(directions))),
-            curvatures=(curvatures + curvatures.T) / 2,
-        )
-
-    async def _losses(
-        self, directions: Sequence[AsyncVector], points: Sequence[Sequence[float]]
-    ) -> list[float]:
-        """L(θ + Σ aᵢ dᵢ) at each point."""
-        names = [require_handle(each, AsyncVector, "directions").name for each in directions]
-        losses: list[float] = []
-        for start in range(0, len(points), _POINTS_AT_ONCE):
-            answer = await self._session.wire.unary(
-                "OperatorService/EvaluateLossAlong",
-                operator_pb2.EvaluateLossAlongRequest(
-                    operator=self._spec,
-                    directions=names,
-                    coefficients=[
-                        a for each in points[start : start + _POINTS_AT_ONCE] for a in each
-                    ],
-                ),
-                operator_pb2.EvaluateLossAlongResponse,
-                timeout_s=self._session.wire.timeout.compute_s,
-            )
-            losses += answer.losses
-        return losses
 
     @overload
     async def __rmatmul__(self, other: AsyncVector) -> AsyncVector: ...
@@ -299,35 +140,6 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         size, of = f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}"
         return f"<{type(self).__name__} {self.kind} {size} {self.dtype} {of}>"
 
-    async def _evaluate(
-        self, form: operator_pb2.EvaluateFormsRequest.Form.ValueType, v: Any
-    ) -> float | NDArray[np.float64]:
-        if isinstance(v, AsyncVector):
-            return float((await self._numbers(form, [v]))[0])
-        if is_sequence_of(v, AsyncVector):
-            return await self._numbers(form, list(v))
-        array = as_real(v, "v")
-        columns = array[..., np.newaxis] if array.ndim == 1 else array
-        async with self._columns(columns) as vectors:
-            numbers = await self._numbers(form, vectors)
-        return float(numbers[0]) if array.ndim == 1 else numbers
-
-    async def _numbers(
-        self,
-        form: operator_pb2.EvaluateFormsRequest.Form.ValueType,
-        vectors: Sequence[AsyncVector],
-    ) -> NDArray[np.float64]:
-        names = [require_handle(vector, AsyncVector, "v").name for vector in vectors]
-        if not names:
-            return np.empty(0)
-        answer = await self._session.wire.unary(
-            "OperatorService/EvaluateForms",
-            operator_pb2.EvaluateFormsRequest(operator=self._spec, form=form, vectors=names),
-            operator_pb2.EvaluateFormsResponse,
-            timeout_s=self._session.wire.timeout.compute_s,
-        )
-        return np.array(answer.values)
-
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> AsyncJob[Any]:
@@ -350,16 +162,10 @@ class AsyncOperator(AsyncLinearMap, AsyncQuestions):
         async with contextlib.AsyncExitStack() as stack:
             for field in [each.field for each in declared.inputs] if declared else []:
                 given = values.get(field)
-                if given is None or (isinstance(given, (list, tuple)) and not given):
-                    vectors: Sequence[AsyncVector] = ()
-                elif isinstance(given, AsyncVector):
-                    vectors = (given,)
-                elif is_sequence_of(given, AsyncVector):
-                    vectors = [require_handle(each, AsyncVector, field) for each in given]
-                else:
-                    columns = as_real(given, field)
-                    columns = columns[..., np.newaxis] if columns.ndim == 1 else columns
-                    vectors = await stack.enter_async_context(self._columns(columns, field))
+                is_left_out = given is None or (isinstance(given, (list, tuple)) and not given)
+                vectors: Sequence[AsyncVector] = ()
+                if not is_left_out:
+                    vectors = await stack.enter_async_context(self._vectors(given, field))
                 named[field] = tuple(vector.name for vector in vectors)
             yield named
 

@@ -1,0 +1,131 @@
+"""The blocking side of `hvp_client.awaited.catalogue`: made of it by `make sdk`."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hvp_client._batches import Batch
+from hvp_client._blobs import Blob
+from hvp_client._checkpoints import Checkpoint
+from hvp_client._system import ServerInfo, WorkerGroup
+from hvp_client.awaited.catalogue import AsyncCatalogue
+from hvp_client.blocking.job import Job
+from hvp_client.blocking.twins import Blocking
+from hvp_client.blocking.vector import Vector
+
+
+class Catalogue(Blocking, ABC, twin=AsyncCatalogue):
+    """The checkpoints, batches, blobs, vectors and jobs of a project, and facts of the server."""
+
+    _twin: AsyncCatalogue
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Look up a checkpoint; NotFoundError if there is none of that name."""
+        return self._portal.run(self._twin.checkpoint(name))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All checkpoints of the project, without their parameters."""
+        return self._portal.run(self._twin.checkpoints())
+
+    def relabel_checkpoint(
+        self, name: Checkpoint | str, labels: Mapping[str, str], *, etag: str | None = None
+    ) -> Checkpoint:
+        """Give a checkpoint other labels, in the place of all that it has.
+
+        Args:
+            name: A checkpoint or its name.
+            labels: At most 64 labels; names and values have at most 256 characters each.
+            etag: `checkpoint.etag` of the labels to replace: the call fails if they have changed
+                since. None replaces whatever labels there are.
+
+        Returns:
+            The checkpoint, without its parameters.
+
+        Raises:
+            NotFoundError: No such checkpoint.
+            InvalidArgumentError: `LABELS_INVALID`.
+            AbortedError: `ETAG_MISMATCH`: the labels have changed; look the checkpoint up again.
+        """
+        return self._portal.run(self._twin.relabel_checkpoint(name, labels, etag=etag))
+
+    def delete_checkpoint(self, name: Checkpoint | str) -> None:
+        """Delete a checkpoint, its vectors, and the files that nothing else is made of.
+
+        Raises:
+            NotFoundError: No such checkpoint.
+            FailedPreconditionError: `RESOURCE_IN_USE`: a job that has not ended uses it.
+        """
+        self._portal.run(self._twin.delete_checkpoint(name))
+
+    def batch(self, name: str) -> Batch:
+        """Look up a batch; NotFoundError if there is none of that name."""
+        return self._portal.run(self._twin.batch(name))
+
+    def batches(self) -> list[Batch]:
+        """All batches of the project."""
+        return self._portal.run(self._twin.batches())
+
+    def delete_batch(self, name: Batch | str) -> None:
+        """Delete a batch, the outputs on it, and its file.
+
+        Raises:
+            NotFoundError: No such batch.
+            FailedPreconditionError: `RESOURCE_IN_USE`: a job that has not ended uses it.
+        """
+        self._portal.run(self._twin.delete_batch(name))
+
+    def blobs(self) -> list[Blob]:
+        """All blobs of the project: files that checkpoints and batches are made of, or may be."""
+        return self._portal.run(self._twin.blobs())
+
+    def delete_blob(self, name: Blob | str) -> None:
+        """Delete a blob of which no checkpoint and no batch is made.
+
+        The server deletes such a blob by itself when nobody has asked for it for a day.
+
+        Raises:
+            FailedPreconditionError: `RESOURCE_IN_USE`: delete the checkpoint or batch first.
+            NotFoundError: No such blob.
+        """
+        self._portal.run(self._twin.delete_blob(name))
+
+    def vector(self, name: str) -> Vector:
+        """Look up a vector; NotFoundError if there is none of that name."""
+        result: Vector = self._wait(self._twin.vector(name))
+        return result
+
+    def vectors(self) -> list[Vector]:
+        """All vectors of the project."""
+        result: list[Vector] = self._wait(self._twin.vectors())
+        return result
+
+    def job(self, name: str) -> Job[Any]:
+        """Look up a job; NotFoundError if there is none of that name."""
+        result: Job[Any] = self._wait(self._twin.job(name))
+        return result
+
+    def jobs(self, states: Iterable[str] | None = None) -> list[Job[Any]]:
+        """All jobs of the project, newest first.
+
+        Args:
+            states: States of the jobs to list, of `QUEUED`, `RUNNING`, `SUCCEEDED`, `FAILED` and
+                `CANCELLED`; None means all. A job that is being cancelled is RUNNING.
+
+        Returns:
+            The jobs.
+
+        Raises:
+            InvalidArgumentError: `STATE_UNKNOWN`.
+        """
+        result: list[Job[Any]] = self._wait(self._twin.jobs(states))
+        return result
+
+    def server_info(self) -> ServerInfo:
+        """The server's version, and the dtypes, precisions and kinds of operator that it serves."""
+        return self._portal.run(self._twin.server_info())
+
+    def worker_groups(self) -> list[WorkerGroup]:
+        """The worker groups of the server, with the processes and the memory of their ranks."""
+        return self._portal.run(self._twin.worker_groups())
