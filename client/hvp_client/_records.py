@@ -4,14 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hvp_operations.density.record import DensityResult as DensityResult
+    from hvp_operations.diagonal.record import DiagonalResult as DiagonalResult
     from hvp_operations.eigsh.record import EigshResult as EigshResult
     from hvp_operations.solve.record import SolveResult as SolveResult
     from hvp_operations.trace.record import TraceResult as TraceResult
 
-__all__ = ["DensityResult", "EigshResult", "SolveResult", "TraceResult"]
+__all__ = ["DensityResult", "DiagonalResult", "EigshResult", "SolveResult", "TraceResult"]
 
 _WHERE = {
     "DensityResult": "hvp_operations.density.record",
+    "DiagonalResult": "hvp_operations.diagonal.record",
     "EigshResult": "hvp_operations.eigsh.record",
     "SolveResult": "hvp_operations.solve.record",
     "TraceResult": "hvp_operations.trace.record",

@@ -254,7 +254,9 @@ def result_from_proto(message: job_pb2.JobResult, vector: Callable[[Any], Any]) 
         found, declared.result, numbers=lambda numbers: np.array(numbers, np.float64)
     )
     for field in declared.result.vectors:
-        values[field] = [vector(each) for each in getattr(found, field)]
+        given = getattr(found, field)
+        is_repeated = found.DESCRIPTOR.fields_by_name[field].is_repeated
+        values[field] = [vector(each) for each in given] if is_repeated else vector(given)
     return load(declared.record)(**values)
 
 
@@ -268,9 +270,15 @@ def with_vectors(result: Any, handle: Callable[[Any], Any]) -> Any:
     for declared in operations().values():
         fields = declared.result.vectors
         if fields and isinstance(result, load(declared.record)):
+            held = {field: getattr(result, field) for field in fields}
             return replace(
                 result,
-                **{field: [handle(each) for each in getattr(result, field)] for field in fields},
+                **{
+                    field: [handle(each) for each in value]
+                    if isinstance(value, list)
+                    else handle(value)
+                    for field, value in held.items()
+                },
             )
     return result
 

@@ -14,7 +14,7 @@ from hvp_client import _surface
 PUBLIC = """
 AbortedError AlreadyExistsError AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
 Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
-DensityResult EigshResult Event FailedPreconditionError HvpError InternalError
+DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError InternalError
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
 NotFoundError Operator OutOfRangeError OverData ParameterTensor PermissionDeniedError Plan
 Progress Rank ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult

@@ -20,10 +20,12 @@ from hvp_core.runs.algorithm import Algorithm, Budget, drive
 from hvp_core.sharding.collective import Alone, Collective, Distributed
 from hvp_core.sharding.layout import Layout
 from hvp_core.stochastic.density import Density
+from hvp_core.stochastic.diagonal import Diagonal
 from hvp_core.stochastic.trace import Trace
 from hvp_core.vectors.space import ParameterSpace
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
+from hvp_operations.diagonal import DiagonalSpec
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.solve import Method, SolveSpec
 from hvp_operations.trace import TraceSpec
@@ -89,7 +91,7 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     part = Restricted(operator, Selection(operator.space, runs, [(3, 40), (50, 80)]))
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
-    found |= traces(operator)
+    found |= traces(operator) | diagonals(operator)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
     return found
@@ -126,6 +128,30 @@ def traces(operator: ShardedMatrix) -> dict[str, Tensor]:
     return found
 
 
+DIAGONALS = (
+    DiagonalSpec(method="hutchinson", per="layer"),
+    DiagonalSpec(method="xdiag", rtol=0.01),
+    DiagonalSpec(per="tensor", rtol=1e-6),  # beyond the samples: each coordinate takes its turn
+)
+
+
+def diagonals(operator: ShardedMatrix) -> dict[str, Tensor]:
+    """Diagonals by every method with their errors, whose sums over parts are the blocks' traces."""
+    found = {}
+    sizes = [math.prod(shape) for shape in SHAPES.values()]
+    for spec in DIAGONALS:
+        budget = Budget(max_products=140 if spec.rtol < 1e-3 else 40, num_vectors=40)
+        answer = drive(Diagonal.configure(spec, operator, budget), operator)
+        diagonal, error = map(operator.space.to_flat, answer.vectors)
+        found[f"diagonal {spec}"], found[f"its error {spec}"] = diagonal, error + 1
+        assert [each.name for each in answer.result.parts] == (list(SHAPES) if spec.per else [])
+        for part, block in zip(answer.result.parts, diagonal.split(sizes), strict=False):
+            assert part.value == pytest.approx(float(block.sum()), rel=1e-10, abs=1e-12)
+    assert answer.result.method == "exact"
+    assert relative_error(diagonal, matrix(SPECTRUM).diagonal()) < 1e-14
+    return found
+
+
 def check_written(operator: ShardedMatrix) -> None:
     """A state that goes through bytes after every step, on every rank, changes nothing."""
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-2), max_products=60, num_vectors=8)
@@ -145,7 +171,11 @@ def check_written(operator: ShardedMatrix) -> None:
         Trace.configure(replace(spec, rtol=1e-2), operator, Budget(max_products=40, num_vectors=40))
         for spec in TRACES
     ]
-    algorithms: list[Algorithm[Any]] = [search, density, solving, *estimates]
+    diagonals = [
+        Diagonal.configure(spec, operator, Budget(max_products=40, num_vectors=40))
+        for spec in DIAGONALS
+    ]
+    algorithms: list[Algorithm[Any]] = [search, density, solving, *estimates, *diagonals]
     for algorithm in algorithms:
         reported, found, _ = run(algorithm, operator, interrupted=False)
         others, again, _ = run(algorithm, operator, interrupted=True)
@@ -177,7 +207,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 29
+    assert len(alone) == 35
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from hvp_operations.density.record import DensityResult
+from hvp_operations.diagonal.record import DiagonalResult
 from hvp_operations.eigsh.record import EigshResult
 from hvp_operations.solve.record import SolveResult
 from hvp_operations.trace.record import TraceResult
@@ -55,6 +56,60 @@ class AsyncQuestions(ABC):
         return await self._ask(
             "density",
             {"num_probes": num_probes, "num_steps": num_steps, "seed": seed},
+            labels,
+        )
+
+    async def diagonal(
+        self,
+        method: Literal["auto", "hutchinson", "xdiag"] = "auto",
+        *,
+        rtol: float = 0.1,
+        atol: float = 0.0,
+        max_products: int | None = None,
+        per: Literal["tensor", "layer"] | None = None,
+        seed: int = 0,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[DiagonalResult[AsyncVector]]:
+        """Estimate the diagonal by products with random signs, and the error of each element.
+
+        The run stops when the norm of the standard error is at most rtol times that of the
+        diagonal, or at most `atol`.
+
+        Args:
+            method: `hutchinson` averages z ∘ Az over random signs z; `xdiag` takes the diagonal
+                on a sketch of the range exactly and averages over the rest, with each random
+                vector left out of the sketch in turn. `auto` takes `xdiag` where there is
+                memory for a sketch, and lets the sketch grow for as long as that pays; the
+                result says why.
+            rtol: Tolerance on the norm of the standard error, relative to that of the diagonal,
+                0 < rtol < 1.
+            atol: Tolerance on the norm of the standard error in units of the diagonal's; the
+                larger of the two counts.
+            max_products: Upper bound on products; None lets the server choose.
+            per: `tensor` or `layer` gives sums over the parts of the diagonal from the same
+                products, by `hutchinson`; None gives none.
+            seed: Seed of the random vectors.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `ATOL_INVALID`, `MAX_PRODUCTS_INVALID`, `METHOD_UNSUPPORTED`,
+                `PER_UNSUPPORTED`, `RTOL_INVALID`, `SEED_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "diagonal",
+            {
+                "method": method,
+                "rtol": rtol,
+                "atol": atol,
+                "max_products": max_products,
+                "per": per,
+                "seed": seed,
+            },
             labels,
         )
 

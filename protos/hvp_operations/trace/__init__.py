@@ -7,6 +7,7 @@ from typing import Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.tolerances import SEED_RULE, of_estimates
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
 Per = Literal["tensor", "layer"]
@@ -168,21 +169,7 @@ _RULES: tuple[Rule[TraceSpec], ...] = (
             "use xtrace"
         ),
     ),
-    Rule(
-        field="rtol",
-        reason="RTOL_INVALID",
-        holds=lambda spec, facts: 0 < spec.rtol < 1,
-        allowed=lambda spec, facts: (
-            "0 < rtol < 1 is possible; it is relative to the trace. The error falls as one over "
-            "the root of the products"
-        ),
-    ),
-    Rule(
-        field="atol",
-        reason="ATOL_INVALID",
-        holds=lambda spec, facts: spec.atol >= 0,
-        allowed=lambda spec, facts: "0 or more is possible, in units of the trace",
-    ),
+    *of_estimates("the trace"),
     Rule(
         field="max_products",
         reason="MAX_PRODUCTS_INVALID",
@@ -203,12 +190,7 @@ _RULES: tuple[Rule[TraceSpec], ...] = (
             "out"
         ),
     ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    SEED_RULE,
 )
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from hvp_operations.operation import Table
 from hvp_operations.trace import Outcome, TracePart
 
-_MEANING: dict[str, str] = {
+#: What each outcome of an estimate says.
+MEANING: Mapping[str, str] = {
     "CONVERGED": "the standard error meets the tolerance",
     "MAX_PRODUCTS": "the budget of products ran out before the tolerance was met",
     "NOISE_LIMIT": "the tolerance is below the rounding of the products: use a wider dtype",
-    "UNVERIFIED": "coarse products were not compared with exact ones: the interval is of the "
+    "UNVERIFIED": "coarse products were not compared with exact ones: the estimate is of the "
     "operator that was computed with. Use precision full, or more memory or products",
 }
 
@@ -75,22 +76,19 @@ class TraceResult:
         Raises:
             KeyError: There is no block of this name.
         """
-        for each in self.parts:
-            if each.name == name:
-                return each
-        raise KeyError(name)
+        return part_of(self.parts, name)
 
     def table(self) -> Table:
         """The whole, and its parts."""
-        whole = ("whole", _estimate(self), _interval(self))
-        rows = [(part.name, _estimate(part), _interval(part)) for part in self.parts]
+        whole = ("whole", estimate_of(self), interval_of(self))
+        rows = [(part.name, estimate_of(part), interval_of(part)) for part in self.parts]
         told = (self.provenance.get(key) for key in ("operator", "dtype", "precision"))
         return Table(
             title=f"{self.method}, {self.num_products} products, loss {self.loss:.6g} nats",
             headings=("trace", "estimate ± standard error", "95 % interval"),
             rows=(whole, *rows),
             notes=(
-                f"{self.outcome}: {_MEANING.get(self.outcome, 'new to this client')}.",
+                f"{self.outcome}: {MEANING.get(self.outcome, 'new to this client')}.",
                 f"{''.join(f'{each}, ' for each in told if each)}{self.reason}",
             ),
         )
@@ -104,9 +102,23 @@ class TraceResult:
         }
 
 
-def _estimate(each: TraceResult | TracePart) -> str:
+def part_of(parts: Sequence[TracePart], name: str) -> TracePart:
+    """The diagonal block of a name.
+
+    Raises:
+        KeyError: There is no block of this name.
+    """
+    for each in parts:
+        if each.name == name:
+            return each
+    raise KeyError(name)
+
+
+def estimate_of(each: TraceResult | TracePart) -> str:
+    """A trace with its standard error, for people."""
     return f"{each.value:.6g} ± {each.standard_error:.2g}"
 
 
-def _interval(each: TraceResult | TracePart) -> str:
+def interval_of(each: TraceResult | TracePart) -> str:
+    """The 95 % interval of a trace, for people."""
     return f"[{each.low:.6g}, {each.high:.6g}]"

@@ -15,6 +15,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hvp_protos.v1 import density_pb2 as _density_pb2
+from hvp_protos.v1 import diagonal_pb2 as _diagonal_pb2
 from hvp_protos.v1 import eigsh_pb2 as _eigsh_pb2
 from hvp_protos.v1 import solve_pb2 as _solve_pb2
 from hvp_protos.v1 import trace_pb2 as _trace_pb2
@@ -39,6 +40,7 @@ class JobSpec(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SOLVE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    DIAGONAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshSpec: ...
     @_builtins.property
@@ -47,6 +49,8 @@ class JobSpec(_message.Message):
     def solve(self) -> _solve_pb2.SolveSpec: ...
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceSpec: ...
+    @_builtins.property
+    def diagonal(self) -> _diagonal_pb2.DiagonalSpec: ...
     def __init__(
         self,
         *,
@@ -54,12 +58,13 @@ class JobSpec(_message.Message):
         density: _density_pb2.DensitySpec | None = ...,
         solve: _solve_pb2.SolveSpec | None = ...,
         trace: _trace_pb2.TraceSpec | None = ...,
+        diagonal: _diagonal_pb2.DiagonalSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "diagonal"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -73,6 +78,7 @@ class JobResult(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SOLVE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    DIAGONAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshResult: ...
     @_builtins.property
@@ -81,6 +87,8 @@ class JobResult(_message.Message):
     def solve(self) -> _solve_pb2.SolveResult: ...
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceResult: ...
+    @_builtins.property
+    def diagonal(self) -> _diagonal_pb2.DiagonalResult: ...
     def __init__(
         self,
         *,
@@ -88,12 +96,13 @@ class JobResult(_message.Message):
         density: _density_pb2.DensityResult | None = ...,
         solve: _solve_pb2.SolveResult | None = ...,
         trace: _trace_pb2.TraceResult | None = ...,
+        diagonal: _diagonal_pb2.DiagonalResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "diagonal"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -163,14 +172,16 @@ class JobProgress(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SOLVE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    DIAGONAL_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
     """Operator products done in this attempt, and their upper bound."""
     max_products: _builtins.int
     stage: _builtins.str
     """`loading`, `saving`, or what the operation calls it: of eigsh `iterating`, `completeness`
     (looking for what was missed) and `verifying`; of density `iterating`; of solve `iterating`,
-    `verifying` (the residual of x) and `probing` (what else is claimed); of trace `sampling`,
-    `correcting` (comparing coarse products with exact ones) and `exact`.
+    `verifying` (the residual of x) and `probing` (what else is claimed); of trace and diagonal
+    `sampling`, `correcting` (comparing coarse products with exact ones), `sketching`, `projecting`
+    and `exact`.
     """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
@@ -182,6 +193,8 @@ class JobProgress(_message.Message):
     def solve(self) -> _solve_pb2.SolveProgress: ...
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceProgress: ...
+    @_builtins.property
+    def diagonal(self) -> _diagonal_pb2.DiagonalProgress: ...
     def __init__(
         self,
         *,
@@ -193,12 +206,13 @@ class JobProgress(_message.Message):
         density: _density_pb2.DensityProgress | None = ...,
         solve: _solve_pb2.SolveProgress | None = ...,
         trace: _trace_pb2.TraceProgress | None = ...,
+        diagonal: _diagonal_pb2.DiagonalProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "eigsh", b"eigsh", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "eigsh", b"eigsh", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace"]  # noqa: Y015
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "diagonal"]  # noqa: Y015
     _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 

@@ -83,7 +83,7 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
     to_message(found.result, result)
     names = iter(found.vectors)
     for field, count in found.result.vector_counts().items():
-        getattr(result, field).extend(
+        vectors = [
             vector_pb2.Vector(
                 name=name,
                 checkpoint=asked.operator.checkpoint,
@@ -94,7 +94,11 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
                 parameters=asked.operator.parameters,
             )
             for name in itertools.islice(names, count)
-        )
+        ]
+        if result.DESCRIPTOR.fields_by_name[field].is_repeated:
+            getattr(result, field).extend(vectors)
+        else:
+            getattr(result, field).CopyFrom(*vectors)
     return message
 
 

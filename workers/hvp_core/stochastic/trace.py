@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from typing import cast, final
 
 import torch
-from hvp_operations.trace import Outcome, TracePart, TraceProgress, TraceResult, TraceSpec
+from hvp_operations.trace import Outcome, TraceProgress, TraceResult, TraceSpec
 
-from hvp_core.krylov.krylov_basis import rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
+from hvp_core.stochastic.block_traces import block_traces
+from hvp_core.stochastic.probing import Choice, blocks, judge, method_told
 from hvp_core.stochastic.samples import Moments
 from hvp_core.stochastic.sketches import NystromSketch, Range, XTraceSketch
-from hvp_core.stochastic.trace_choice import Choice, blocks, chosen
-from hvp_core.stochastic.trace_methods import Standing, Stepper, stepper
+from hvp_core.stochastic.trace_choice import chosen
+from hvp_core.stochastic.trace_methods import stepper
 from hvp_core.stochastic.trace_run import TraceRun, TraceState
 
 
@@ -108,7 +109,7 @@ class Trace(Algorithm[TraceState]):
                 standard_error=float(standing.error[0]),
                 num_probes=state.num_probes,
             )
-        _judge(run, method, standing)
+        judge(run, method, detail.standard_error, run.tolerance(detail.value))
         return Advance(stage=stage, num_products=state.num_products, detail=detail)
 
     def result(self, operator: LinearOperator, state: TraceState) -> Found:
@@ -117,9 +118,9 @@ class Trace(Algorithm[TraceState]):
         method = stepper(run)
         standing = method.standing()
         assert standing is not None  # an outcome is one of something
-        noise = _rounding(run, method)
+        noise = run.rounding(method.rest)
         value, error, half = (each.tolist() for each in standing)
-        is_exact = state.num_coordinates >= 0
+        told, reason = method_told(self.choice, state)
         law = "uniform on the sphere" if self.choice.method.startswith("x") else "Rademacher"
         return Found(
             result=TraceResult(
@@ -129,12 +130,12 @@ class Trace(Algorithm[TraceState]):
                 high=value[0] + half[0] + noise,
                 rounding=noise,
                 outcome=cast("Outcome", state.outcome),
-                method="exact" if is_exact else self.choice.method,
-                reason=self._reason(state),
+                method=told,
+                reason=reason,
                 num_probes=state.num_probes,
                 num_products=state.num_products,
                 num_exact_products=state.num_exact,
-                parts=_parts(run, standing, noise),
+                parts=block_traces(run, standing, noise),
                 provenance={
                     "seed": str(self.spec.seed),
                     "probe": f"Philox4x32-10 by flat index, {law}",
@@ -142,75 +143,3 @@ class Trace(Algorithm[TraceState]):
                 },
             )
         )
-
-    def _reason(self, state: TraceState) -> str:
-        if state.num_coordinates >= 0 and self.choice.method != "exact":
-            return (
-                f"{self.choice.method} would have taken more products than there are coordinates: "
-                "each of these took its turn"
-            )
-        return self.choice.reason
-
-
-def _parts(run: TraceRun, standing: Standing, noise: float) -> tuple[TracePart, ...]:
-    """The traces of the diagonal blocks that were asked for."""
-    sizes = list(run.space.parts().values())
-    parts = []
-    for index, (name, numbers) in enumerate(run.blocks.items(), 1):
-        order = sum(sizes[number] for number in numbers)
-        value, error, half = (float(each[index]) for each in standing)
-        margin = half + noise * (order / run.space.dimension) ** 0.5
-        parts.append(
-            TracePart(
-                name=name,
-                num_parameters=order,
-                value=value,
-                standard_error=error,
-                low=value - margin,
-                high=value + margin,
-            )
-        )
-    return tuple(parts)
-
-
-def _rounding(run: TraceRun, method: Stepper) -> float:
-    """What the rounding of products can have moved the value by."""
-    state = run.state
-    size = state.whole_size
-    if state.num_sizes and state.num_coordinates < 0:
-        size += state.size / state.num_sizes
-    return rounding(torch.finfo(run.space.dtype).eps) * size + method.rest
-
-
-def _judge(run: TraceRun, method: Stepper, standing: Standing | None) -> None:
-    """End the run, or choose how it goes on."""
-    state = run.state
-    if standing is not None and method.is_enough():
-        error, tolerance = float(standing.error[0]), run.tolerance(float(standing.value[0]))
-        noise = _rounding(run, method)
-        if error <= max(tolerance, noise):
-            _end(run, "CONVERGED" if noise <= tolerance else "NOISE_LIMIT")
-            return
-        if _coordinates_are_cheaper(run, error, tolerance):
-            state.num_coordinates, state.whole_size = 0, 0.0
-            return
-    if not method.can_go_on():
-        _end(run, "MAX_PRODUCTS")
-
-
-def _end(run: TraceRun, outcome: Outcome) -> None:
-    state = run.state
-    is_sampled = run.choice.method == "hutchinson" and state.num_coordinates < 0
-    if run.operator.noise and is_sampled and state.corrections.count < 2:
-        state.is_verified = False
-    state.outcome = outcome if state.is_verified else "UNVERIFIED"
-
-
-def _coordinates_are_cheaper(run: TraceRun, error: float, tolerance: float) -> bool:
-    """Whether all coordinates take fewer products than are missing, by the spread so far."""
-    if run.space.dimension > run.remaining:
-        return False
-    if not tolerance:
-        return True
-    needed = (error / tolerance) ** 2 * run.state.num_products
-    return needed - run.state.num_products > run.space.dimension

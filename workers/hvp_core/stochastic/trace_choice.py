@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
-from hvp_operations.parameters import layer_of
-from hvp_operations.trace import TOGETHER, Per, TraceSpec, num_rows
+from hvp_operations.trace import TOGETHER, TraceSpec, num_rows
 
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Budget
-from hvp_core.vectors.vector_space import VectorSpace
+from hvp_core.stochastic.probing import FEWEST, Choice
 
-#: Random vectors before the standard error is believed; so few coordinates each take their turn.
-FEWEST = 16
 #: A basis of fewer vectors is not worth its products.
 _LEAST_ROWS = 8
 
 Method = Literal["hutchinson", "hutch++", "xtrace", "xnystrace", "exact"]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A method and its sizes.
-
-    Attributes:
-        method: The method; `exact` takes all coordinates in turn.
-        reason: Why it is this one, as a sentence.
-        num_rows: Vectors that its basis has room for; 0 of a method without a basis.
-        num_together: Random vectors whose products are taken in one call.
-    """
-
-    method: Method
-    reason: str
-    num_rows: int
-    num_together: int
 
 
 def chosen(spec: TraceSpec, operator: LinearOperator, budget: Budget) -> Choice:
@@ -87,12 +65,3 @@ def _method(
             "no eigenvalue is negative: each product gives a vector of the basis and a sample",
         )
     return "xtrace", "the largest eigenvalues go into a basis, and do not add to the variance"
-
-
-def blocks(space: VectorSpace, per: Per | None) -> dict[str, list[int]]:
-    """The numbers of the parts of a space that belong to each diagonal block, by its name."""
-    found: dict[str, list[int]] = {}
-    if per is not None:
-        for number, name in enumerate(space.parts()):
-            found.setdefault(layer_of(name) if per == "layer" else name, []).append(number)
-    return found

@@ -9,174 +9,98 @@ Musco, Musco and Woodruff, "Hutch++: optimal stochastic trace estimation", SOSA 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from hvp_core.krylov.krylov_basis import finite_norm
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.stochastic.block_traces import Standing
+from hvp_core.stochastic.probing import FEWEST, Stepper, Turns
 from hvp_core.stochastic.samples import combined
 from hvp_core.stochastic.sketches import NystromSketch, Range, XTraceSketch
-from hvp_core.stochastic.trace_choice import FEWEST
 from hvp_core.stochastic.trace_run import TraceRun
-
-#: The fewest probes with a coarse and an exact product; where the seeds of these probes begin.
-_CORRECTIONS, _CORRECTION_SEEDS = 4, 1 << 32
-#: The share of the tolerance that the coarse level may take.
-_COARSE_SHARE = 0.9
-
-
-class Standing(NamedTuple):
-    """What is known of the whole and of each block, (1 + blocks,) float64 each.
-
-    Attributes:
-        value: The estimate.
-        error: Its standard error.
-        half: Half the width of the interval, without rounding.
-    """
-
-    value: Tensor
-    error: Tensor
-    half: Tensor
+from hvp_core.stochastic.two_levels import COARSE_SHARE, TwoLevels
 
 
 @dataclass(frozen=True)
-class Stepper(ABC):
-    """A method at work in a run.
-
-    Attributes:
-        run: The run.
-    """
+class Method(Stepper):
+    """A method by which a trace is estimated."""
 
     run: TraceRun
-
-    @abstractmethod
-    def step(self) -> str:
-        """Take in a few products, and say the stage in a word. Raises CurvatureError NON_FINITE."""
 
     @abstractmethod
     def standing(self) -> Standing | None:
         """What is known; None where that is nothing so far."""
 
-    @abstractmethod
-    def is_enough(self) -> bool:
-        """Whether the standard error is to be believed."""
 
-    @abstractmethod
-    def can_go_on(self) -> bool:
-        """Whether the budget suffices for another step, which may be prepared here."""
-
-    @property
-    def rest(self) -> float:
-        """What a sketch took for rounding of what is outside its span, in units of the trace."""
-        return 0.0
-
-    def _certain(self, value: Tensor) -> Standing:
-        return Standing(value, torch.zeros_like(value), torch.zeros_like(value))
+def _certain(value: Tensor) -> Standing:
+    return Standing(value, torch.zeros_like(value), torch.zeros_like(value))
 
 
 @final
-class Coordinates(Stepper):
-    """The diagonal, element by element: exact but for rounding."""
+class Coordinates(Method, Turns):
+    """The sum of the diagonal, element by element."""
 
-    def step(self) -> str:
-        """See Stepper."""
-        run, state = self.run, self.run.state
-        start = state.num_coordinates
-        stop = min(start + run.choice.num_together, run.space.dimension)
-        vectors = [run.space.coordinate(index) for index in range(start, stop)]
-        for form in run.forms(run.exact(), vectors):
+    def take(self, source: LinearOperator, start: int, vectors: Sequence[Tensor]) -> None:
+        """See Turns."""
+        state = self.run.state
+        for form in self.run.forms(source, vectors):
             state.coordinates = state.coordinates + form.numbers
             state.whole_size += form.size
-        state.num_coordinates = stop
-        return "exact"
 
     def standing(self) -> Standing | None:
-        """See Stepper."""
-        return self._certain(self.run.state.coordinates) if self.is_enough() else None
-
-    def is_enough(self) -> bool:
-        """See Stepper."""
-        return self.run.state.num_coordinates == self.run.space.dimension
-
-    def can_go_on(self) -> bool:
-        """See Stepper; they are begun only where the budget suffices for all."""
-        return True
+        """See Method."""
+        return _certain(self.run.state.coordinates) if self.is_enough() else None
 
 
 @final
-class Hutchinson(Stepper):
-    """The mean of forms of random signs; of a coarse operator in two levels."""
-
-    def step(self) -> str:
-        """See Stepper."""
-        run = self.run
-        if self._corrects():
-            self._correct()
-            return "correcting"
-        count = max(1, min(run.choice.num_together, run.remaining - self._reserve()))
-        run.average(run.forms(run.operator, run.draw(count, "rademacher")))
-        return "sampling"
+class Hutchinson(Method, TwoLevels):
+    """The mean of forms of random signs."""
 
     @property
-    def _is_coarse(self) -> bool:
-        """Whether products have to be, and can be, compared with exact ones."""
-        return bool(self.run.operator.noise) and self.run.state.is_verified
+    def num_samples(self) -> int:
+        """See TwoLevels."""
+        return self.run.state.samples.count
 
-    def _reserve(self) -> int:
-        """Products that are kept for corrections."""
-        if not self._is_coarse or self.run.state.corrections.count >= _CORRECTIONS:
-            return 0
-        return 2 * min(_CORRECTIONS, (self.run.max_products - 2) // 2)
+    @property
+    def num_corrections(self) -> int:
+        """See TwoLevels."""
+        return self.run.state.corrections.count
 
-    def _corrects(self) -> bool:
-        """Whether the coarse level is known well enough, so that the other one has its turn."""
-        run, samples = self.run, self.run.state.samples
-        if not self._is_coarse or samples.count < 2:
-            return False
-        if run.remaining <= self._reserve():
-            return True
-        coarse = samples.estimate()
-        most = _COARSE_SHARE * run.tolerance(float(coarse.value[0]))
-        return samples.count >= FEWEST and float(coarse.standard_error[0]) <= most
+    def is_known(self) -> bool:
+        """See TwoLevels."""
+        coarse = self.run.state.samples.estimate()
+        most = COARSE_SHARE * self.run.tolerance(float(coarse.value[0]))
+        return float(coarse.standard_error[0]) <= most
 
-    def _correct(self) -> None:
-        """Compare coarse forms with exact ones, of one more group of probes."""
-        run, corrections = self.run, self.run.state.corrections
-        exact = run.exact()
-        if not run.state.is_verified:
-            return
-        first = _CORRECTION_SEEDS + corrections.count
-        count = max(1, min(run.choice.num_together, _CORRECTIONS, run.remaining // 2))
-        vectors = [run.vector(index, "rademacher") for index in range(first, first + count)]
+    def sample(self, vectors: Sequence[Tensor]) -> None:
+        """See TwoLevels."""
+        self.run.average(self.run.forms(self.run.operator, vectors))
+
+    def compare(self, exact: LinearOperator, vectors: Sequence[Tensor]) -> None:
+        """See TwoLevels."""
+        run = self.run
         coarse, fine = run.forms(run.operator, vectors), run.forms(exact, vectors)
         for rough, true in zip(coarse, fine, strict=True):
-            corrections.add(true.numbers - rough.numbers)
+            run.state.corrections.add(true.numbers - rough.numbers)
 
     def standing(self) -> Standing | None:
-        """See Stepper."""
+        """See Method."""
         state = self.run.state
         if state.samples.count < 2:
             return None
         levels = [each for each in (state.samples, state.corrections) if each.count > 1]
         return Standing(*combined([(1.0, each.estimate()) for each in levels]))
 
-    def is_enough(self) -> bool:
-        """See Stepper."""
-        state = self.run.state
-        is_corrected = not self._is_coarse or state.corrections.count >= _CORRECTIONS
-        return state.samples.count >= FEWEST and is_corrected
-
-    def can_go_on(self) -> bool:
-        """See Stepper."""
-        return self.run.remaining >= (2 if self._corrects() else 1)
-
 
 @final
 @dataclass(frozen=True)
-class HutchPlusPlus(Stepper):
+class HutchPlusPlus(Method):
     """The trace on a basis of the range, and the mean of forms over what is left of it.
 
     Attributes:
@@ -210,11 +134,11 @@ class HutchPlusPlus(Stepper):
         return "sampling"
 
     def standing(self) -> Standing | None:
-        """See Stepper."""
+        """See Method."""
         state = self.run.state
         captured = torch.full_like(state.samples.mean, state.captured)
         if self._is_certain():
-            return self._certain(captured)
+            return _certain(captured)
         if state.samples.count < 2:
             return None
         value, error, half = combined([(1.0, state.samples.estimate())])
@@ -238,7 +162,7 @@ class HutchPlusPlus(Stepper):
 
 
 @dataclass(frozen=True)
-class Sketching(Stepper):
+class Sketching(Method):
     """A sketch each of whose random vectors is left out in turn, or several one after another.
 
     Attributes:
@@ -260,15 +184,14 @@ class Sketching(Stepper):
 
     def _note_size(self, product: Tensor) -> None:
         """Note what rounding goes by: a vector of norm 1 stands for one of norm √n."""
-        self.run.state.size += self.run.space.dimension * finite_norm(self.run.space, product)
-        self.run.state.num_sizes += 1
+        self.run.note_size(self.run.space.dimension * finite_norm(self.run.space, product))
 
     def standing(self) -> Standing | None:
         """The mean over sketches, by their numbers of vectors; of one that is whole, its own."""
         state, sketch = self.run.state, self.sketch
         batches = list(zip(state.batch_sizes, state.batches, strict=True))
         if sketch.is_whole:
-            return self._certain(sketch.estimate(self.run.space).value)
+            return _certain(sketch.estimate(self.run.space).value)
         if sketch.num_probes > 1:
             batches.append((sketch.num_probes, sketch.estimate(self.run.space)))
         if not batches:
@@ -353,7 +276,7 @@ class XNysTrace(Sketching):
         return "sketching"
 
 
-def stepper(run: TraceRun) -> Stepper:
+def stepper(run: TraceRun) -> Method:
     """The method of a run."""
     state = run.state
     if state.num_coordinates >= 0:

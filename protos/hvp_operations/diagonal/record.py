@@ -1,0 +1,112 @@
+"""The SDK's record of a diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+
+from hvp_operations.operation import Table
+from hvp_operations.trace import Outcome, TracePart
+from hvp_operations.trace.record import MEANING, estimate_of, interval_of, part_of
+
+VectorT = TypeVar("VectorT")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiagonalResult(Generic[VectorT]):
+    """Diagonal of an operator, with a standard error of each element.
+
+    The standard errors are those of the diagonal of the exact operator; with the outcome
+    `UNVERIFIED` of the operator as it was computed, rounding and all. About 95 of 100 elements lie
+    within `interval_factor` standard errors of their estimates, and the rounding on top.
+
+    Attributes:
+        diagonal: The estimate, a vector on the server; it belongs to the job, as the next one does.
+        standard_error: Standard deviation of each element of the estimate over the choice of random
+            vectors, as they show it; 0 where the diagonal was computed without them.
+        norm: Norm of the diagonal: the root of what the estimate's square is beyond the standard
+            error's.
+        relative_standard_error: Norm of the standard error over `norm`; infinite where the estimate
+            is no more than its error.
+        interval_factor: Student's t for 95 %; 0 where the diagonal was computed without random
+            vectors.
+        rounding: Norm of what the rounding of products may have added to the estimate.
+        outcome: `CONVERGED`, `MAX_PRODUCTS`, `NOISE_LIMIT` or `UNVERIFIED`.
+        method: The method that was taken; `exact` if all coordinates took their turn.
+        reason: Why this method was taken.
+        num_probes: Random vectors that the estimate is made of.
+        num_products: Operator products spent.
+        num_exact_products: Of them, those with the exact operator, where the others are coarser.
+        parts: Sums over the parts of the diagonal, in canonical order, each with a 95 % interval.
+        loss: L(θ), in nats.
+        provenance: Origin of the figures: versions, digests, dtype, seed.
+    """
+
+    diagonal: VectorT
+    standard_error: VectorT
+    norm: float
+    relative_standard_error: float
+    interval_factor: float
+    rounding: float
+    outcome: Outcome
+    method: str
+    reason: str
+    num_probes: int
+    num_products: int
+    num_exact_products: int
+    parts: Sequence[TracePart]
+    loss: float
+    provenance: Mapping[str, str]
+
+    @property
+    def converged(self) -> bool:
+        """Whether the standard error meets the tolerance."""
+        return self.outcome == "CONVERGED"
+
+    def part(self, name: str) -> TracePart:
+        """The sum over the part of a tensor or a layer.
+
+        Raises:
+            KeyError: There is no part of this name.
+        """
+        return part_of(self.parts, name)
+
+    def table(self) -> Table:
+        """The whole, and the sums and means over its parts."""
+        told = (self.provenance.get(key) for key in ("operator", "dtype", "precision"))
+        return Table(
+            title=f"{self.method}, {self.num_products} products, loss {self.loss:.6g} nats",
+            headings=("part of the diagonal", "elements", "mean", "sum ± error", "95 % interval"),
+            rows=tuple(
+                (
+                    part.name,
+                    str(part.num_parameters),
+                    f"{part.value / part.num_parameters:.4g}",
+                    estimate_of(part),
+                    interval_of(part),
+                )
+                for part in self.parts
+            ),
+            notes=(
+                f"norm {self.norm:.6g}, relative standard error {self.relative_standard_error:.2g}",
+                f"{self.outcome}: {MEANING.get(self.outcome, 'new to this client')}.",
+                f"{''.join(f'{each}, ' for each in told if each)}{self.reason}",
+                f"vectors: {', '.join(self._names().values())}",
+            ),
+        )
+
+    def _names(self) -> dict[str, str]:
+        return {
+            field: getattr(getattr(self, field), "name", "")
+            for field in ("diagonal", "standard_error")
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain numbers, strings, lists and dicts; vectors by name."""
+        return {
+            **vars(self),
+            **self._names(),
+            "parts": [asdict(part) for part in self.parts],
+            "provenance": dict(self.provenance),
+        }

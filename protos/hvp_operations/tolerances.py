@@ -1,0 +1,39 @@
+"""Rules of specs that several operations have in common: tolerances of estimates, and seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvp_operations.operation import Rule
+
+SEED_RULE: Rule[Any] = Rule(
+    field="seed",
+    reason="SEED_INVALID",
+    holds=lambda spec, facts: spec.seed >= 0,
+    allowed=lambda spec, facts: "a seed is 0 or more",
+)
+
+
+def of_estimates(quantity: str) -> tuple[Rule[Any], Rule[Any]]:
+    """The rules of `rtol` and `atol`, tolerances on the standard error of a quantity.
+
+    Args:
+        quantity: What is estimated, such as `the trace`.
+    """
+    return (
+        Rule(
+            field="rtol",
+            reason="RTOL_INVALID",
+            holds=lambda spec, facts: 0 < spec.rtol < 1,
+            allowed=lambda spec, facts: (
+                f"0 < rtol < 1 is possible; it is relative to {quantity}. The error falls as one "
+                "over the root of the products"
+            ),
+        ),
+        Rule(
+            field="atol",
+            reason="ATOL_INVALID",
+            holds=lambda spec, facts: spec.atol >= 0,
+            allowed=lambda spec, facts: f"0 or more is possible, in units of {quantity}",
+        ),
+    )
