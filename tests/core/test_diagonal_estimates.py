@@ -194,7 +194,7 @@ def covers(method: str, count: int, max_products: int, **spec: Any) -> float:
 def test_intervals_hold_95_of_100_elements_and_estimates_have_no_bias(
     method: str, max_products: int, num_vectors: int
 ) -> None:
-    inside = covers(method, 500, max_products, num_vectors=num_vectors)
+    inside = covers(method, 300, max_products, num_vectors=num_vectors)
     assert 0.94 <= inside <= (0.96 if method == "hutchinson" else 0.99)
 
 
