@@ -95,8 +95,8 @@ def test_sums_per_layer_are_those_of_the_estimate_with_errors_of_their_own(
         assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)
     table = found.table()
     assert [row[0] for row in table.rows] == [part.name for part in found.parts]
-    assert "MAX_PRODUCTS" in table.notes[1]
-    assert found.diagonal.name in table.notes[-1]
+    assert "MAX_PRODUCTS" in table.notes[0]
+    assert table.notes[2] == f"diagonal: {found.diagonal.name}"
 
 
 def test_the_gauss_newton_matrix_and_selections_have_diagonals_too(
@@ -128,6 +128,27 @@ def test_the_vectors_belong_to_the_job_and_progress_tells_the_estimate(small: Op
     again = job.result()
     assert again.diagonal.name == found.diagonal.name
     assert again.to_json()["diagonal"] == found.diagonal.name
+
+
+def test_a_record_whose_error_is_infinite_is_json() -> None:
+    known = {"norm": 0.0, "relative_standard_error": math.inf, "interval_factor": 2.0}
+    counts = {"num_probes": 16, "num_products": 16, "num_exact_products": 0}
+    found = DiagonalResult(
+        diagonal=None,
+        standard_error=None,
+        outcome="MAX_PRODUCTS",
+        method="hutchinson",
+        reason="it was asked for",
+        rounding=0.0,
+        parts=(),
+        loss=1.0,
+        provenance={},
+        **known,
+        **counts,
+    )
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told["relative_standard_error"] is None
+    assert found.table().rows == (("0", "inf", "2 standard errors"),)
 
 
 async def test_the_awaited_side_gives_awaited_vectors(server: Server, small: Operator) -> None:
@@ -180,4 +201,5 @@ def test_a_diagonal_from_the_command_line(server: Server, small: Operator) -> No
     )
     shown = hvp("diagonal", *what, *asked)
     assert "95 % interval" in shown.stdout
-    assert "relative standard error" in " ".join(shown.stdout.split())
+    whole = hvp("diagonal", *what, "--max-products", "20")
+    assert "relative standard error" in whole.stdout

@@ -39,7 +39,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     """A folder with a Llama and a batch, and the diagonals of its matrices by torch.func."""
     attention.register()
     sizes = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2, "vocab_size": 12}
-    config = LlamaConfig(**{**llama_config().to_dict(), **sizes, "num_key_value_heads": 1})
+    fewer = {"num_hidden_layers": 1, "num_key_value_heads": 1}
+    config = LlamaConfig(**{**llama_config().to_dict(), **sizes, **fewer})
     config._attn_implementation = attention.NAME
     model = LlamaForCausalLM(config).double()
     scatter(model)
@@ -101,14 +102,14 @@ async def test_in_bfloat16_errors_are_those_of_the_exact_diagonal(
 ) -> None:
     folder, true = llama
     operator = operator_of(folder, "float32", kind="ggn", precision="bfloat16")
-    spec = DiagonalSpec(rtol=0.2, max_products=400, per="layer", seed=Seed(3))
+    spec = DiagonalSpec(rtol=0.3, max_products=200, per="layer", seed=Seed(3))
     found, estimate, error = await diagonal(backend, operator, spec, tmp_path)
     assert (found.method, found.outcome) == ("hutchinson", "CONVERGED")
     assert found.num_exact_products >= 4
     distance = (estimate - true["ggn"]).abs()
     assert float((distance <= found.interval_factor * error).double().mean()) > 0.85
-    assert float(error.norm()) <= 0.2 * found.norm * (1 + 1e-6)
-    assert float(distance.norm()) <= 0.4 * found.norm
+    assert float(error.norm()) <= 0.3 * found.norm * (1 + 1e-6)
+    assert float(distance.norm()) <= 0.6 * found.norm
     sums = torch.stack(
         [each.sum() for each in true["ggn"].split([p.num_parameters for p in found.parts])]
     )

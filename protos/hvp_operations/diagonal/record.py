@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
@@ -73,26 +74,38 @@ class DiagonalResult(Generic[VectorT]):
         return part_of(self.parts, name)
 
     def table(self) -> Table:
-        """The whole, and the sums and means over its parts."""
+        """The sums and means over the parts of the diagonal, or else what is known of its norm."""
         told = (self.provenance.get(key) for key in ("operator", "dtype", "precision"))
+        headings, rows = self._parts() if self.parts else self._whole()
         return Table(
             title=f"{self.method}, {self.num_products} products, loss {self.loss:.6g} nats",
-            headings=("part of the diagonal", "elements", "mean", "sum ± error", "95 % interval"),
-            rows=tuple(
-                (
-                    part.name,
-                    str(part.num_parameters),
-                    f"{part.value / part.num_parameters:.4g}",
-                    estimate_of(part),
-                    interval_of(part),
-                )
-                for part in self.parts
-            ),
+            headings=headings,
+            rows=rows,
             notes=(
-                f"norm {self.norm:.6g}, relative standard error {self.relative_standard_error:.2g}",
                 f"{self.outcome}: {MEANING.get(self.outcome, 'new to this client')}.",
                 f"{''.join(f'{each}, ' for each in told if each)}{self.reason}",
-                f"vectors: {', '.join(self._names().values())}",
+                *(f"{field}: {name}" for field, name in self._names().items()),
+            ),
+        )
+
+    def _parts(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+        return ("part of the diagonal", "elements", "mean", "sum ± error", "95 % interval"), tuple(
+            (
+                part.name,
+                str(part.num_parameters),
+                f"{part.value / part.num_parameters:.4g}",
+                estimate_of(part),
+                interval_of(part),
+            )
+            for part in self.parts
+        )
+
+    def _whole(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+        return ("norm of the diagonal", "relative standard error", "95 % of elements within"), (
+            (
+                f"{self.norm:.6g}",
+                f"{self.relative_standard_error:.2g}",
+                f"{self.interval_factor:.3g} standard errors",
             ),
         )
 
@@ -107,6 +120,12 @@ class DiagonalResult(Generic[VectorT]):
         return {
             **vars(self),
             **self._names(),
+            "relative_standard_error": _finite(self.relative_standard_error),
             "parts": [asdict(part) for part in self.parts],
             "provenance": dict(self.provenance),
         }
+
+
+def _finite(number: float) -> float | None:
+    """The number as JSON has it, which has no infinity."""
+    return number if math.isfinite(number) else None

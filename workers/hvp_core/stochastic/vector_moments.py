@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
+from hvp_operations.students_t import student_t
 from torch import Tensor
 
 from hvp_core.runs.snapshot import vectors_of_the_space
-from hvp_core.stochastic.samples import student_t
 from hvp_core.vectors.vector_space import VectorSpace
 
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
+from hvp_operations.students_t import student_t
 from torch import Tensor
 
 from hvp_core.krylov.krylov_basis import finite_norm, orthogonalise
 from hvp_core.runs.snapshot import vectors_of_the_space
-from hvp_core.stochastic.samples import student_t
 from hvp_core.stochastic.sketches import Range
 from hvp_core.stochastic.vector_moments import VectorEstimate, VectorMoments
 from hvp_core.vectors.vector_space import VectorSpace
