@@ -131,11 +131,15 @@ def test_the_vectors_belong_to_the_job_and_progress_tells_the_estimate(small: Op
 
 
 def test_a_record_whose_error_is_infinite_is_json() -> None:
-    known = {"norm": 0.0, "relative_standard_error": math.inf, "interval_factor": 2.0}
-    counts = {"num_probes": 16, "num_products": 16, "num_exact_products": 0}
     found = DiagonalResult(
         diagonal=None,
         standard_error=None,
+        norm=0.0,
+        relative_standard_error=math.inf,
+        interval_factor=2.0,
+        num_probes=16,
+        num_products=16,
+        num_exact_products=0,
         outcome="MAX_PRODUCTS",
         method="hutchinson",
         reason="it was asked for",
@@ -143,8 +147,6 @@ def test_a_record_whose_error_is_infinite_is_json() -> None:
         parts=(),
         loss=1.0,
         provenance={},
-        **known,
-        **counts,
     )
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told["relative_standard_error"] is None

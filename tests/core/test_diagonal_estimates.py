@@ -360,6 +360,8 @@ def test_the_method_follows_the_operator_and_the_result_says_why() -> None:
         diagonal(tail, 120, rtol=0.01, method=method) for method in ("auto", "hutchinson")
     )
     assert sketch.result.num_probes == 60
+    assert sketch.result.provenance["sketch_vectors"] == "60"
+    assert probes.result.provenance["sketch_vectors"] == "16"
     assert float(sketch.error.norm()) < 0.5 * float(mean.error.norm())
 
 

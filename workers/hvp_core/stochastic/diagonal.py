@@ -127,6 +127,7 @@ class Diagonal(Algorithm[DiagonalState]):
                     "seed": str(self.spec.seed),
                     "probe": "Philox4x32-10 by flat index, Rademacher",
                     "probes_in_lockstep": str(self.choice.num_together),
+                    **({"sketch_vectors": str(state.sketch.num_probes)} if state.sketch else {}),
                 },
             ),
             vectors=(estimate.value, estimate.error),

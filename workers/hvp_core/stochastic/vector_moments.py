@@ -23,13 +23,8 @@ class VectorEstimate:
             estimate without an error.
     """
 
-    rows: Tensor = field(metadata=vectors_of_the_space("num_rows"))
+    rows: Tensor
     factor: float = 0.0
-
-    @property
-    def num_rows(self) -> int:
-        """Both rows hold something."""
-        return 2
 
     @property
     def value(self) -> Tensor:
