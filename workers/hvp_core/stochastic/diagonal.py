@@ -25,8 +25,8 @@ from hvp_operations.trace import Outcome
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
 from hvp_core.stochastic.block_traces import block_traces
-from hvp_core.stochastic.diagonal_methods import stepper
-from hvp_core.stochastic.diagonal_run import DiagonalRun, DiagonalState, chosen
+from hvp_core.stochastic.diagonal_choice import chosen
+from hvp_core.stochastic.diagonal_methods import DiagonalRun, DiagonalState, stepper
 from hvp_core.stochastic.probing import Choice, blocks, judge, method_told
 from hvp_core.stochastic.samples import Moments
 from hvp_core.stochastic.vector_moments import VectorMoments

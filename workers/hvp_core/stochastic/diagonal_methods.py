@@ -14,17 +14,58 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from hvp_operations.diagonal import DiagonalSpec
 from torch import Tensor
 
 from hvp_core.krylov.krylov_basis import finite_norm
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.stochastic.block_traces import Standing
-from hvp_core.stochastic.diagonal_run import DiagonalRun
-from hvp_core.stochastic.probing import FEWEST, Stepper, Turns
-from hvp_core.stochastic.samples import combined
+from hvp_core.stochastic.probing import FEWEST, Probing, Seen, Stepper, Turns
+from hvp_core.stochastic.samples import Moments, combined
 from hvp_core.stochastic.two_levels import COARSE_SHARE, TwoLevels
-from hvp_core.stochastic.vector_moments import VectorEstimate, added
+from hvp_core.stochastic.vector_moments import VectorEstimate, VectorMoments, added
 from hvp_core.stochastic.xdiag import XDiagSketch
+
+
+@final
+@dataclass(kw_only=True)
+class DiagonalState(Seen):
+    """What a run has seen, beside what all do.
+
+    Attributes:
+        samples: Samples of random probes; with a sketch, of what its basis leaves of their
+            products. Where coordinates take their turns, the diagonal so far is their mean.
+        corrections: Differences of exact and coarse samples, of other probes; None of an operator
+            that is exact itself.
+        part_samples: Forms of the random probes: of the whole, and of each block.
+        part_corrections: The same of the differences.
+        sketch: The sketch at hand; None where the method is another.
+        is_grown: Whether the sketch grows no more.
+        foreseen: Variance, over all elements, that the end of the budget would bring if the sketch
+            grew no more; infinite before that is known.
+    """
+
+    samples: VectorMoments
+    corrections: VectorMoments | None
+    part_samples: Moments
+    part_corrections: Moments
+    sketch: XDiagSketch | None = None
+    is_grown: bool = False
+    foreseen: float = math.inf
+
+    @property
+    def num_corrections(self) -> int:
+        """Number of samples of differences."""
+        return self.corrections.count if self.corrections is not None else 0
+
+
+@final
+@dataclass(frozen=True)
+class DiagonalRun(Probing):
+    """A run at one of its steps."""
+
+    spec: DiagonalSpec
+    state: DiagonalState
 
 
 @dataclass(frozen=True)

@@ -1,64 +1,16 @@
-"""A run that estimates a diagonal: what it has seen, and the method that it takes."""
+"""The method that a diagonal is estimated by, and the memory that it takes."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from typing import final
 
 from hvp_operations.diagonal import DiagonalSpec, beside, num_rows
 from hvp_operations.trace import TOGETHER
 
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Budget
-from hvp_core.stochastic.probing import FEWEST, Choice, Probing, Seen
-from hvp_core.stochastic.samples import Moments
-from hvp_core.stochastic.vector_moments import VectorMoments
-from hvp_core.stochastic.xdiag import XDiagSketch
+from hvp_core.stochastic.probing import FEWEST, Choice
 
 #: A basis of fewer vectors is not worth its products.
 _LEAST_ROWS = 8
-
-
-@final
-@dataclass(kw_only=True)
-class DiagonalState(Seen):
-    """What a run has seen, beside what all do.
-
-    Attributes:
-        samples: Samples of random probes; with a sketch, of what its basis leaves of their
-            products. Where coordinates take their turns, the diagonal so far is their mean.
-        corrections: Differences of exact and coarse samples, of other probes; None of an operator
-            that is exact itself.
-        part_samples: Forms of the random probes: of the whole, and of each block.
-        part_corrections: The same of the differences.
-        sketch: The sketch at hand; None where the method is another.
-        is_grown: Whether the sketch grows no more.
-        foreseen: Variance, over all elements, that the end of the budget would bring if the sketch
-            grew no more; infinite before that is known.
-    """
-
-    samples: VectorMoments
-    corrections: VectorMoments | None
-    part_samples: Moments
-    part_corrections: Moments
-    sketch: XDiagSketch | None = None
-    is_grown: bool = False
-    foreseen: float = math.inf
-
-    @property
-    def num_corrections(self) -> int:
-        """Number of samples of differences."""
-        return self.corrections.count if self.corrections is not None else 0
-
-
-@final
-@dataclass(frozen=True)
-class DiagonalRun(Probing):
-    """A run at one of its steps."""
-
-    spec: DiagonalSpec
-    state: DiagonalState
 
 
 def chosen(spec: DiagonalSpec, operator: LinearOperator, budget: Budget) -> Choice:
