@@ -2,9 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+ORACLES := .venv/.oracles
 
 .NOTPARALLEL:
-.PHONY: setup demo test test-slow lint types proto proto-baseline sdk bench
+.PHONY: setup demo test test-slow oracle lint types proto proto-baseline sdk bench
 
 setup: $(STAMP)
 
@@ -31,8 +32,16 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal --durations=20
 
 # The long ones: chaos, random operators by the hundred, comparisons with other libraries.
-test-slow: setup
+test-slow: setup $(ORACLES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '(slow or oracle) and not gpu' -n 2 --dist worksteal --durations=20
+
+# Products against other libraries', which nothing else needs.
+oracle: setup $(ORACLES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'oracle and not gpu' -n 2 --dist worksteal
+
+$(ORACLES): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[oracle]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check

@@ -56,7 +56,11 @@ def sentences(task: str, *, types: bool = False) -> dict[str, Tensor]:
 
 
 def curvature(
-    folder: Path, batch: dict[str, Tensor], collective: Collective | None = None, rows: int = 2
+    folder: Path,
+    batch: dict[str, Tensor],
+    collective: Collective | None = None,
+    rows: int = 2,
+    dtype: str = "float64",
 ) -> Curvature:
     """As a rank loads it from files."""
     ranks = RankEngine(collective or Alone(), "cpu", api.Tuning())
@@ -64,7 +68,7 @@ def curvature(
         save_file(batch, folder / "batch")
     if ranks.collective.world_size > 1:
         dist.barrier()
-    space = api.Space(checkpoint_dir=folder, dtype="float64")
+    space = api.Space(checkpoint_dir=folder, dtype=dtype)
     asked = api.Operator(space=space, batch_path=folder / "batch", micro_batch_size=rows)
     return ranks._operator(asked).curvature
 
