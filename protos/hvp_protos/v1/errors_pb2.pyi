@@ -189,8 +189,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
     ERROR_REASON_SYMMETRY_BROKEN: _ErrorReason.ValueType  # 91
     """u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
-    ERROR_REASON_BATCHES_INVALID: _ErrorReason.ValueType  # 125
-    """An error over data takes two different batches or more."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -356,8 +354,6 @@ ERROR_REASON_POINTS_INVALID: ErrorReason.ValueType  # 90
 """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
 ERROR_REASON_SYMMETRY_BROKEN: ErrorReason.ValueType  # 91
 """u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
-ERROR_REASON_BATCHES_INVALID: ErrorReason.ValueType  # 125
-"""An error over data takes two different batches or more."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int
