@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def curvature(
     batch: dict[str, Tensor],
     collective: Collective | None = None,
     rows: int = 2,
-    dtype: str = "float64",
+    dtype: Literal["float32", "float64"] = "float64",
 ) -> Curvature:
     """As a rank loads it from files."""
     ranks = RankEngine(collective or Alone(), "cpu", api.Tuning())

@@ -109,7 +109,7 @@ def bert(dtype: torch.dtype, folder: Path) -> Case:
     batch = sentences("classes")
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
     module = Classifier(model.to(dtype).eval(), batch["attention_mask"])
-    ours = of_folder(folder, batch, dtype=str(dtype).removeprefix("torch."))
+    ours = of_folder(folder, batch, dtype="float64" if dtype == torch.float64 else "float32")
     return Case(ours, module, batch["input_ids"], batch["labels"])
 
 
