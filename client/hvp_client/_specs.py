@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from hvp_operations.checking import checked
 from hvp_operations.codec import to_message
+from hvp_operations.matrices import MOST_SAMPLES, check_samples
 from hvp_operations.operation import Facts, SpecError
 from hvp_operations.registry import operations
 from hvp_operations.wording import shown
@@ -29,6 +30,8 @@ def operator_spec(
     micro_batch_size: int | None,
     precision: str | None,
     parameters: Any,
+    sample_seed: int | None = None,
+    num_samples: int | None = None,
 ) -> operator_pb2.OperatorSpec:
     """Make the message of an operator; the server checks dtype and precision.
 
@@ -40,12 +43,15 @@ def operator_spec(
         micro_batch_size: None lets the server choose.
         precision: None lets the server choose.
         parameters: Patterns of names; None for all.
+        sample_seed: Seed of the labels of a Fisher matrix; None means 0.
+        num_samples: Labels that are drawn for each target; None means 1.
 
     Returns:
         The message.
 
     Raises:
-        InvalidArgumentError: `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID` or `PARAMETERS_INVALID`.
+        InvalidArgumentError: `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`, `PARAMETERS_INVALID`,
+            `SEED_INVALID` or `NUM_SAMPLES_INVALID`.
     """
     try:
         wire_kind = operator_pb2.OperatorSpec.Kind.Value(f"KIND_{str(kind).upper()}")
@@ -62,6 +68,8 @@ def operator_spec(
             reason="MICRO_BATCH_INVALID",
             field="micro_batch_size",
         )
+    seed = 0 if sample_seed is None else check_seed(sample_seed, "sample_seed")
+    samples = _samples(kind_name(wire_kind), seed, num_samples)
     return operator_pb2.OperatorSpec(
         checkpoint=name_of(checkpoint, "checkpoint"),
         data_batch=name_of(batch, "batch"),
@@ -70,6 +78,8 @@ def operator_spec(
         micro_batch_size=micro_batch_size or 0,
         precision="" if precision is None else str(precision),
         parameters=as_globs(parameters),
+        sample_seed=seed,
+        num_samples=samples,
     )
 
 
@@ -104,9 +114,7 @@ def job_spec(
     try:
         spec = checked(operations()[operation], values, facts)
     except SpecError as error:
-        raise InvalidArgumentError(
-            error.message, reason=error.reason, field=error.field, metadata=error.metadata
-        ) from None
+        raise _refused(error) from None
     message = job_pb2.JobSpec()
     part = getattr(message, operation)
     part.operator.CopyFrom(operator)
@@ -114,15 +122,40 @@ def job_spec(
     return message
 
 
-def check_seed(seed: int) -> int:
+def check_seed(seed: int, field: str = "seed") -> int:
     """Refuse a seed that is no unsigned 64-bit integer, with `SEED_INVALID`."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
         raise InvalidArgumentError(
-            f"seed must be an integer from 0 to 2**64 - 1, not {shown(seed)}",
+            f"{field} must be an integer from 0 to 2**64 - 1, not {shown(seed)}",
             reason="SEED_INVALID",
-            field="seed",
+            field=field,
         )
     return int(seed)
+
+
+def _samples(kind: str, seed: int, num_samples: int | None) -> int:
+    """The number of labels that a kind draws for each target.
+
+    Raises:
+        InvalidArgumentError: `NUM_SAMPLES_INVALID` or `SEED_INVALID`.
+    """
+    is_whole = isinstance(num_samples, (int, np.integer)) and not isinstance(num_samples, bool)
+    if num_samples is not None and not (is_whole and num_samples):
+        raise InvalidArgumentError(
+            f"num_samples must be an integer from 1 to {MOST_SAMPLES}, not {shown(num_samples)}",
+            reason="NUM_SAMPLES_INVALID",
+            field="num_samples",
+        )
+    try:
+        return check_samples(kind, seed, int(num_samples or 0))
+    except SpecError as error:
+        raise _refused(error) from None
+
+
+def _refused(error: SpecError) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        error.message, reason=error.reason, field=error.field, metadata=error.metadata
+    )
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from hvp_core.autodiff import verify
 from hvp_core.autodiff.comparison import Comparer
-from hvp_core.autodiff.product_spec import Unit
+from hvp_core.autodiff.product_spec import Draws, Unit
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.autodiff.verdicts import Verdicts
 from hvp_core.curvature.shards import part_of
@@ -63,9 +63,11 @@ def of_outputs(collective: Collective) -> dict[str, torch.Tensor]:
     u, v = space.random(1, "gaussian"), space.random(2, "rademacher")
     (ju,), w = curvature.jvp([u]), outputs.random(4, "gaussian")
     fisher = [each for unit in get_args(Unit) for each in curvature.empirical_fisher([u, v], unit)]
+    fisher += curvature.product("fisher", [u, v], draws=Draws(2**63, 3))
     forms = [
         *curvature.quadratic("ggn", [u]),
         *curvature.quadratic("empirical_fisher_sequence", [u, v]),
+        *curvature.quadratic("fisher", [u], draws=Draws(2**63, 3)),
     ]
     return {
         "fisher": torch.stack([space.to_flat(each) for each in fisher]),

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
-from hvp_core.autodiff.product_spec import MATRICES
+from hvp_core.autodiff.product_spec import MATRICES, Draws
 from hvp_core.model.huggingface import attention
 from hvp_core.sharding.collective import Alone
 from hvp_operations.checking import Seed
@@ -205,6 +205,26 @@ async def test_forms_are_the_products_inner_products_whatever_is_taken_at_once(
     slopes = await backend.evaluate_forms(operator, "slope", names)
     expected = await backend.inner_products([("g", name) for name in names])
     assert slopes == pytest.approx(expected, rel=1e-11)
+
+
+async def test_the_labels_of_a_fisher_matrix_are_those_of_its_seed_in_every_precision(
+    operator: Operator,
+) -> None:
+    engine = RankEngine(Alone(), "cpu", Tuning())
+    space = replace(operator.space, dtype="float32")
+    whole = replace(operator, space=space, kind="fisher", num_samples=40)
+    full = engine._operator(whole)
+    coarse = engine._operator(replace(whole, precision="bfloat16"))
+    draws = Draws(5, 40)
+    for ours, theirs in zip(
+        full.curvature.labels.draw(draws), coarse.curvature.labels.draw(draws), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    exact = coarse.exact()
+    assert exact is not None
+    assert exact.curvature.labels is coarse.curvature.labels
+    in_its_own = torch.cat(coarse.curvature.draw(draws))  # with outputs in 16 bits, that is
+    assert not torch.equal(in_its_own, torch.cat(full.curvature.labels[draws]))
 
 
 async def test_a_form_that_takes_a_product_is_refused_where_there_is_room_for_none(

@@ -123,6 +123,8 @@ class Operator:
     kind: str = "hessian"
     micro_batch_size: int = 0  # 0: by memory
     precision: Precision = "full"  # of the operands of matrix products
+    sample_seed: int = 0  # of a Fisher matrix: the seed of its drawn labels
+    num_samples: int = 0  # and how many are drawn for each target; 0 for other kinds
 
     @property
     def outputs(self) -> Space:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
+from hvp_core.autodiff.product_spec import Draws, matrix
 from hvp_core.autodiff.verify import keep_verdicts
 from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.linop.symmetry import SymmetryCheck
@@ -166,7 +167,7 @@ class RankEngine:
         vectors = self._shards(operator.domain, inputs)
         self._reserve(operator.codomain, outputs)
         loaded = self._operator(operator)
-        products = loaded.product(operator.kind, vectors)
+        products = loaded.product(operator.kind, vectors, draws=_draws(operator))
         for name, product in zip(outputs, products, strict=True):
             self._vectors[name] = _Vector(operator.codomain, product)
         return loaded.news()
@@ -184,7 +185,7 @@ class RankEngine:
             case "quadratic":
                 assert operator.kind not in api.JACOBIANS  # which the service refuses
                 room = self._vector_budget - self._held_bytes()
-                return loaded.quadratic(operator.kind, vectors, room)
+                return loaded.quadratic(operator.kind, vectors, room, _draws(operator))
 
     @command
     def losses_along(
@@ -342,7 +343,7 @@ class RankEngine:
             inputs=given,
         )
         assert operator.kind not in api.JACOBIANS  # the facts have refused it
-        linear = CurvatureOperator(loaded, operator.kind, operator.precision)
+        linear = CurvatureOperator(loaded, operator.kind, operator.precision, _draws(operator))
         self._runs[run] = _Run(
             operation=operation,
             operator=linear,
@@ -402,11 +403,16 @@ class RankEngine:
 
     def _provenance(self, operator: api.Operator, loaded: LoadedOperator) -> dict[str, str]:
         curvature = loaded.curvature
+        drawn = {}
+        if matrix(operator.kind).draws is not None:
+            drawn["sample_seed"] = str(operator.sample_seed)
+            drawn["num_samples"] = str(operator.num_samples)
         return {
             "hvp": version("hvp"),
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "operator": operator.kind,
+            **drawn,
             "dtype": operator.space.dtype,
             "precision": operator.precision,
             "device": self.device.type,
@@ -417,3 +423,8 @@ class RankEngine:
             "probe": "Philox4x32-10 by flat index, Box-Muller",
             "blocks": str(len(curvature.chain.blocks)),
         }
+
+
+def _draws(operator: api.Operator) -> Draws:
+    """The labels of an operator, if it is a Fisher matrix of drawn ones."""
+    return Draws(operator.sample_seed, operator.num_samples or 1)

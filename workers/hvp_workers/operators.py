@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-from hvp_core.autodiff.product_spec import CENTRED, matrix
+from hvp_core.autodiff.product_spec import CENTRED, Draws, matrix
 from hvp_core.curvature.curvature import Curvature
+from hvp_core.curvature.drawn_labels import DrawnLabels
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.symmetry import SymmetryCheck
@@ -22,7 +23,7 @@ from hvp_core.vectors.space import ParameterSpace
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
 from hvp_workers.micro_batch import default_micro_batch
-from hvp_workers.plan import EXACT, exact_bytes, settings
+from hvp_workers.plan import DRAWING, EXACT, exact_bytes, settings
 
 #: Unit roundoff of the operands of matrix products, where it is more than the vectors' own.
 _NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
@@ -67,13 +68,19 @@ class LoadedOperator:
     _told: Mapping[str, str] = field(default_factory=dict)
 
     def product(
-        self, kind: str, vectors: Sequence[torch.Tensor], *, borrow: bool = False
+        self,
+        kind: str,
+        vectors: Sequence[torch.Tensor],
+        *,
+        draws: Draws | None = None,
+        borrow: bool = False,
     ) -> list[torch.Tensor]:
         """The product with each vector, this rank's part.
 
         Args:
             kind: The matrix, or a Jacobian.
             vectors: Vectors of the operator's domain, this rank's shards.
+            draws: The labels of a Fisher matrix.
             borrow: Products of a matrix may be overwritten by the next call.
         """
         match kind:
@@ -82,7 +89,7 @@ class LoadedOperator:
             case "jacobian_transposed":
                 products = self.curvature.vjp(vectors)
             case _:
-                products = self.curvature.product(kind, vectors, borrow=borrow)
+                products = self.curvature.product(kind, vectors, draws=draws, borrow=borrow)
         self.has_products = True
         return products
 
@@ -92,12 +99,15 @@ class LoadedOperator:
             value for some in _together(vectors, TOGETHER) for value in self.curvature.slopes(some)
         ]
 
-    def forward_forms(self, kind: str, vectors: Sequence[torch.Tensor]) -> list[float] | None:
+    def forward_forms(
+        self, kind: str, vectors: Sequence[torch.Tensor], draws: Draws | None = None
+    ) -> list[float] | None:
         """v·Av for each vector by going forward alone; None where A has no rule for that.
 
         Args:
             kind: Kind of the matrix A.
             vectors: This rank's shards.
+            draws: The labels of a Fisher matrix.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -107,7 +117,7 @@ class LoadedOperator:
         return [
             value
             for some in _together(vectors, TOGETHER)
-            for value in self.curvature.quadratic(kind, some)
+            for value in self.curvature.quadratic(kind, some, draws=draws)
         ]
 
     def losses_along(
@@ -120,7 +130,13 @@ class LoadedOperator:
             for value in self.curvature.losses_along(directions, points[start : start + TOGETHER])
         ]
 
-    def quadratic(self, kind: str, vectors: Sequence[torch.Tensor], room_bytes: int) -> list[float]:
+    def quadratic(
+        self,
+        kind: str,
+        vectors: Sequence[torch.Tensor],
+        room_bytes: int,
+        draws: Draws | None = None,
+    ) -> list[float]:
         """v·Av for each vector, by going forward alone where A has a rule for that.
 
         A Hessian has none here: its forms are taken of products, a few at a time, which do not
@@ -130,6 +146,7 @@ class LoadedOperator:
             kind: Kind of the matrix A.
             vectors: This rank's shards.
             room_bytes: Memory that products may take.
+            draws: The labels of a Fisher matrix.
 
         Returns:
             The numbers, the same on every rank.
@@ -137,7 +154,7 @@ class LoadedOperator:
         Raises:
             CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
         """
-        forms = self.forward_forms(kind, vectors)
+        forms = self.forward_forms(kind, vectors, draws)
         if forms is not None:
             return forms
         space = self.curvature.space
@@ -147,7 +164,9 @@ class LoadedOperator:
         return [
             space.dot(vector, product)
             for some in _together(vectors, at_once)
-            for vector, product in zip(some, self.product(kind, some, borrow=True), strict=True)
+            for vector, product in zip(
+                some, self.product(kind, some, draws=draws, borrow=True), strict=True
+            )
         ]
 
     def exact(self) -> LoadedOperator | None:
@@ -180,17 +199,24 @@ class CurvatureOperator(LinearOperator):
         loaded: The loss at a point.
         kind: Kind of the matrix.
         precision: Precision of the operands of its matrix products.
+        draws: The labels of a Fisher matrix.
     """
 
     symmetric = True
     most_together = TOGETHER
 
-    def __init__(self, loaded: LoadedOperator, kind: str, precision: api.Precision):
+    def __init__(
+        self,
+        loaded: LoadedOperator,
+        kind: str,
+        precision: api.Precision,
+        draws: Draws | None = None,
+    ):
         self.domain = self.codomain = loaded.curvature.space
         self.semidefinite = matrix(kind).semidefinite
         self.noise = _NOISE[precision]
         self._loaded = loaded
-        self._kind = kind
+        self._kind, self._draws = kind, draws
         self._symmetry = SymmetryCheck(self.domain, self.noise)
 
     def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
@@ -199,7 +225,7 @@ class CurvatureOperator(LinearOperator):
         Raises:
             CurvatureError: SYMMETRY_BROKEN; NON_FINITE.
         """
-        products = self._loaded.product(self._kind, vectors, borrow=borrow)
+        products = self._loaded.product(self._kind, vectors, draws=self._draws, borrow=borrow)
         if products:
             self._symmetry.see(vectors[0], products[0])
         return products
@@ -209,7 +235,9 @@ class CurvatureOperator(LinearOperator):
 
         A form of centred gradients is a difference, whose rounding does not go with its size.
         """
-        return None if self._kind in CENTRED else self._loaded.forward_forms(self._kind, vectors)
+        if self._kind in CENTRED:
+            return None
+        return self._loaded.forward_forms(self._kind, vectors, self._draws)
 
     def exact(self) -> LinearOperator | None:
         """See LinearOperator: products in float64 throughout.
@@ -221,7 +249,7 @@ class CurvatureOperator(LinearOperator):
     @functools.cached_property
     def _exact(self) -> CurvatureOperator | None:
         exact = self._loaded.exact()
-        return exact and CurvatureOperator(exact, self._kind, "full")
+        return exact and CurvatureOperator(exact, self._kind, "full", self._draws)
 
     def notes(self) -> Mapping[str, str]:
         """How products of this kind were computed."""
@@ -328,9 +356,16 @@ class OperatorCache:
 
         selected = self.space_of(operator.space.parameters)
 
-        def curvature_with(how: ComputeSettings) -> Curvature:
+        def curvature_with(how: ComputeSettings, labels: DrawnLabels | None) -> Curvature:
             return Curvature(
-                self._chain, self._space, self._parameters, batch, micro_batch_size, how, selected
+                self._chain,
+                self._space,
+                self._parameters,
+                batch,
+                micro_batch_size,
+                how,
+                selected,
+                labels,
             )
 
         def widest() -> Curvature | None:
@@ -338,7 +373,10 @@ class OperatorCache:
                 return curvature
             needed = exact_bytes(self._space.layout.shard_numel, selected.layout.shard_numel)
             affordable = needed <= self._memory.least_available()
-            return curvature_with(EXACT) if affordable else None
+            return curvature_with(EXACT, curvature.labels) if affordable else None
 
-        curvature = curvature_with(chosen)
+        # In 16 bits a sum would be rounded otherwise for each cut of the batch, and a label in a
+        # hundred be another.
+        labels = DrawnLabels(lambda draws: curvature_with(DRAWING, None).draw(draws))
+        curvature = curvature_with(chosen, None if chosen.precision == "full" else labels)
         return LoadedOperator(curvature, chosen.budget_bytes or 0, widest)

@@ -37,6 +37,8 @@ def settings(
     )
 
 
+#: Settings for the forward pass that labels are drawn in: in the vectors' own type.
+DRAWING = ComputeSettings(schedule="lean")
 #: Settings for the products that verify eigenpairs: as exact as can be, nothing kept or compiled.
 EXACT = ComputeSettings(schedule="lean", precision="float64")
 

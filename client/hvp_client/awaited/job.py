@@ -120,6 +120,8 @@ class AsyncJob(Generic[ResultT]):
             "dtype": message.operator.dtype,
             "precision": message.operator.precision,
             "parameters": list(message.operator.parameters),
+            "sample_seed": message.operator.sample_seed,
+            "num_samples": message.operator.num_samples,
             **to_values(message, declared.spec),
         }
 

@@ -57,6 +57,16 @@ class AsyncOperator(AsyncFunctional, AsyncQuestions):
         return kind_name(self._spec.kind)
 
     @property
+    def sample_seed(self) -> int | None:
+        """Seed of the labels of a `fisher`; None where no labels are drawn."""
+        return self._spec.sample_seed if self._spec.num_samples else None
+
+    @property
+    def num_samples(self) -> int | None:
+        """Labels that a `fisher` draws for each target; None where no labels are drawn."""
+        return self._spec.num_samples or None
+
+    @property
     def micro_batch_size(self) -> int:
         """Sequences that a rank takes at once; results do not depend on it."""
         return self._spec.micro_batch_size
@@ -138,7 +148,8 @@ class AsyncOperator(AsyncFunctional, AsyncQuestions):
 
     def __repr__(self) -> str:
         size, of = f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}"
-        return f"<{type(self).__name__} {self.kind} {size} {self.dtype} {of}>"
+        drawn = f" (seed {self.sample_seed}, {self.num_samples} drawn)" if self.num_samples else ""
+        return f"<{type(self).__name__} {self.kind}{drawn} {size} {self.dtype} {of}>"
 
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None

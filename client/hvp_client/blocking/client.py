@@ -137,6 +137,8 @@ class Client(Catalogue, twin=AsyncClient):
         micro_batch_size: int | None = None,
         precision: str | None = None,
         parameters: str | Iterable[str] | None = None,
+        sample_seed: int | None = None,
+        num_samples: int | None = None,
     ) -> Operator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -147,7 +149,8 @@ class Client(Catalogue, twin=AsyncClient):
                 `empirical_fisher_token` or `empirical_fisher_sequence`, the sum of the outer
                 products of the gradients of targets or of whole sequences, over the number of
                 targets; `gradient_covariance_token` or `gradient_covariance_sequence`, the same
-                with the gradients' mean taken off each.
+                with the gradients' mean taken off each; `fisher`, that of targets with labels
+                that are drawn from the model, whose expectation is the Gauss-Newton matrix.
             dtype: `float32`, also for None, or `float64`.
             micro_batch_size: Sequences a rank takes at once; None lets the server choose by
                 memory. Results do not depend on it.
@@ -159,6 +162,10 @@ class Client(Catalogue, twin=AsyncClient):
                 constants: vectors have the length of the selection, and products cost what the
                 selection needs. Each pattern has to select something; a tied tensor goes by its
                 first name.
+            sample_seed: Of `fisher`: the seed of the drawn labels, from 0 to 2**64 − 1; None means
+                0. It gives the same labels on any number of ranks, and another seed another matrix.
+            num_samples: Of `fisher`: how many labels are drawn for each target, up to 64; None
+                means 1. A product costs the same with more.
 
         Returns:
             The operator.
@@ -167,14 +174,23 @@ class Client(Catalogue, twin=AsyncClient):
             NotFoundError: No such checkpoint or batch.
             InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
                 `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED`,
-                `MICRO_BATCH_INVALID`, `PARAMETERS_NOT_FOUND` or `PARAMETERS_INVALID`.
+                `MICRO_BATCH_INVALID`, `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID`,
+                `SEED_INVALID` or `NUM_SAMPLES_INVALID`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
-                `DOUBLE_BACKWARD_UNSUPPORTED`.
+                `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product.
         """
         result: Operator = self._wait(
             self._twin.operator(
-                checkpoint, batch, kind, dtype, micro_batch_size, precision, parameters
+                checkpoint,
+                batch,
+                kind,
+                dtype,
+                micro_batch_size,
+                precision,
+                parameters,
+                sample_seed,
+                num_samples,
             )
         )
         return result

@@ -37,6 +37,16 @@ class Operator(Functional, Questions, SymmetricLinearOperator, twin=AsyncOperato
         return self._twin.kind
 
     @property
+    def sample_seed(self) -> int | None:
+        """Seed of the labels of a `fisher`; None where no labels are drawn."""
+        return self._twin.sample_seed
+
+    @property
+    def num_samples(self) -> int | None:
+        """Labels that a `fisher` draws for each target; None where no labels are drawn."""
+        return self._twin.num_samples
+
+    @property
     def micro_batch_size(self) -> int:
         """Sequences that a rank takes at once; results do not depend on it."""
         return self._twin.micro_batch_size
@@ -112,4 +122,5 @@ class Operator(Functional, Questions, SymmetricLinearOperator, twin=AsyncOperato
 
     def __repr__(self) -> str:
         size, of = (f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}")
-        return f"<{type(self).__name__} {self.kind} {size} {self.dtype} {of}>"
+        drawn = f" (seed {self.sample_seed}, {self.num_samples} drawn)" if self.num_samples else ""
+        return f"<{type(self).__name__} {self.kind}{drawn} {size} {self.dtype} {of}>"

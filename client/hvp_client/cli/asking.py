@@ -39,6 +39,8 @@ class Order:
         precision: Precision of the operands of matrix products; None lets the server choose.
         micro_batch_size: Sequences that a rank takes at once; None lets the server choose.
         parameters: Patterns of parameters' names; empty for all.
+        sample_seed: Seed of the labels of a Fisher matrix; None means 0.
+        num_samples: Labels that it draws for each target; None means 1.
     """
 
     operation: str
@@ -50,6 +52,8 @@ class Order:
     precision: str | None
     micro_batch_size: int | None
     parameters: Sequence[str]
+    sample_seed: int | None
+    num_samples: int | None
 
 
 def ask(
@@ -92,6 +96,8 @@ def ask(
             micro_batch_size=order.micro_batch_size,
             precision=order.precision,
             parameters=order.parameters or None,
+            sample_seed=order.sample_seed,
+            num_samples=order.num_samples,
         )
         values = {**order.values, **_vectors(client, H, order, files)}
         if plan:

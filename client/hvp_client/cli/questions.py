@@ -48,6 +48,8 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
             precision=_plain(typed["precision"]),
             micro_batch_size=typed["micro_batch_size"],
             parameters=typed["parameters"],
+            sample_seed=typed["sample_seed"],
+            num_samples=typed["num_samples"],
         )
         ask(
             typed["address"],
@@ -156,6 +158,20 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
                 show_default="all",
             ),
             [],
+        ),
+        _parameter(
+            "sample_seed",
+            int | None,
+            typer.Option(help="Of --operator fisher: the seed of its labels.", show_default="0"),
+            None,
+        ),
+        _parameter(
+            "num_samples",
+            int | None,
+            typer.Option(
+                help="Of --operator fisher: labels drawn for each target.", show_default="1"
+            ),
+            None,
         ),
         _parameter("dtype", Dtype, typer.Option(help="To compute in."), Dtype.float32),
         _parameter(

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
+from hvp_operations.matrices import INDEFINITE
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
 from hvp_operations.tolerances import SEED_RULE, of_estimates
 
@@ -13,8 +14,6 @@ Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
 Per = Literal["tensor", "layer"]
 Outcome = Literal["CONVERGED", "MAX_PRODUCTS", "NOISE_LIMIT", "UNVERIFIED"]
 
-#: Kinds of matrices that may have negative eigenvalues, of which there is no Nyström approximation.
-INDEFINITE = frozenset({"hessian"})
 #: Random vectors whose products are taken in one call, at most.
 TOGETHER = 8
 #: Vectors that a call's random vectors and their products take, and one to work in.

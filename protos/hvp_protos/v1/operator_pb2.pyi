@@ -56,6 +56,12 @@ class OperatorSpec(_message.Message):
         """
         KIND_GRADIENT_COVARIANCE_SEQUENCE: OperatorSpec._Kind.ValueType  # 7
         """or of sequences that have a target. Symmetric, with no negative eigenvalue, both."""
+        KIND_FISHER: OperatorSpec._Kind.ValueType  # 8
+        """The Fisher matrix of targets whose labels are drawn from the model's own distribution, in the place
+        of those of the batch: (1/W) sum_t (1/S) sum_s g_ts g_ts^T, for S labels of each target t that
+        counts. One matrix for each seed; its expectation over all draws is the Gauss-Newton matrix.
+        Symmetric, with no negative eigenvalue.
+        """
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: OperatorSpec.Kind.ValueType  # 0
@@ -81,6 +87,12 @@ class OperatorSpec(_message.Message):
     """
     KIND_GRADIENT_COVARIANCE_SEQUENCE: OperatorSpec.Kind.ValueType  # 7
     """or of sequences that have a target. Symmetric, with no negative eigenvalue, both."""
+    KIND_FISHER: OperatorSpec.Kind.ValueType  # 8
+    """The Fisher matrix of targets whose labels are drawn from the model's own distribution, in the place
+    of those of the batch: (1/W) sum_t (1/S) sum_s g_ts g_ts^T, for S labels of each target t that
+    counts. One matrix for each seed; its expectation over all draws is the Gauss-Newton matrix.
+    Symmetric, with no negative eigenvalue.
+    """
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
@@ -89,6 +101,8 @@ class OperatorSpec(_message.Message):
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    SAMPLE_SEED_FIELD_NUMBER: _builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     data_batch: _builtins.str
     kind: Global___OperatorSpec.Kind.ValueType
@@ -103,6 +117,11 @@ class OperatorSpec(_message.Message):
     devices `tf32`, are faster and apply to float32, where sums, losses and vectors stay in float32.
     Empty lets the server choose: `bfloat16` for float32 on CUDA devices, else `full`.
     """
+    sample_seed: _builtins.int
+    """Of KIND_FISHER: the seed of the labels, and how many are drawn for each target, up to 64; 0 means 1.
+    A seed gives the same labels on any number of ranks. Other kinds draw none and take no other than 0.
+    """
+    num_samples: _builtins.int
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Which parameters theta consists of: patterns of their names, as shells have them (`*`, `?`,
@@ -121,10 +140,12 @@ class OperatorSpec(_message.Message):
         micro_batch_size: _builtins.int = ...,
         precision: _builtins.str = ...,
         parameters: _abc.Iterable[_builtins.str] | None = ...,
+        sample_seed: _builtins.int = ...,
+        num_samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "parameters", b"parameters", "precision", b"precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "parameters", b"parameters", "precision", b"precision", "sample_seed", b"sample_seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

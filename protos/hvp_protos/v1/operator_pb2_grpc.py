@@ -35,7 +35,9 @@ class OperatorServiceStub:
     server's device does not have; leave it empty.
     INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
     INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
+    INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
+    FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
@@ -98,7 +100,9 @@ class OperatorServiceServicer:
     server's device does not have; leave it empty.
     INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
     INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
+    INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
+    FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
@@ -225,7 +229,9 @@ class OperatorService:
     server's device does not have; leave it empty.
     INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
     INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
+    INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
+    FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.

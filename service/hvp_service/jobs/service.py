@@ -62,6 +62,7 @@ async def _asked(
             operator,
             dtype=resolved.operator.space.dtype,
             precision=resolved.operator.precision,
+            num_samples=resolved.operator.num_samples,
         )
         asked = JobSpec(operation=operation, operator=filled_in, spec=spec)
         async with using_inputs(deps.vectors, asked, resolved):

@@ -18,6 +18,8 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         micro_batch_size=message.micro_batch_size,
         precision=message.precision,
         parameters=tuple(message.parameters),
+        sample_seed=message.sample_seed,
+        num_samples=message.num_samples,
     )
 
 
@@ -31,4 +33,6 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         micro_batch_size=ref.micro_batch_size,
         precision=ref.precision,
         parameters=ref.parameters,
+        sample_seed=ref.sample_seed,
+        num_samples=ref.num_samples,
     )

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvp_batches.fitting import BatchError, check_fit
+from hvp_operations.matrices import check_samples
 from hvp_operations.operation import SpecError
 from hvp_operations.parameters import select
 from hvp_operations.wording import shown
@@ -40,6 +41,8 @@ class OperatorRef:
     micro_batch_size: int = 0
     precision: str = ""
     parameters: tuple[str, ...] = ()  # globs; none for all
+    sample_seed: int = 0
+    num_samples: int = 0  # 0: one where the kind draws labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +99,7 @@ def select_parameters(
     try:
         selected = select(globs, names, field)
     except SpecError as error:
-        raise ServiceError(
-            error.reason, error.message, field=error.field, metadata=error.metadata
-        ) from None
+        raise _refused(error) from None
     return Selection(selected, tuple(globs)) if len(selected) < len(names) else ALL_PARAMETERS
 
 
@@ -256,9 +257,14 @@ class OperatorResolver:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
-                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, or a reason of `check_fit`.
+                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, or a reason of `check_fit` or
+                `check_samples`.
         """
         kind = check_kind(ref.kind, f"{field}.kind")
+        try:
+            num_samples = check_samples(kind, ref.sample_seed, ref.num_samples, field)
+        except SpecError as error:
+            raise _refused(error) from None
         dtype = check_dtype(ref.dtype, f"{field}.dtype")
         precision = check_precision(ref.precision, dtype, self.device, f"{field}.precision")
         if ref.micro_batch_size < 0:
@@ -297,6 +303,8 @@ class OperatorResolver:
                 kind=kind,
                 micro_batch_size=ref.micro_batch_size,
                 precision=precision,
+                sample_seed=ref.sample_seed,
+                num_samples=num_samples,
             ),
             selection=selection,
         )
@@ -307,6 +315,10 @@ class OperatorResolver:
             check_fit(checkpoint.description.batch_schema, batch.statistics.fields)
         except BatchError as error:
             raise batch_refused(error, f"{field}.data_batch") from None
+
+
+def _refused(error: SpecError) -> ServiceError:
+    return ServiceError(error.reason, error.message, field=error.field, metadata=error.metadata)
 
 
 def _no_outputs(checkpoint: Checkpoint, field: str) -> ServiceError:

@@ -36,6 +36,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             dtype=resolved.operator.space.dtype,
             micro_batch_size=micro_batch_size,
             precision=resolved.operator.precision,
+            num_samples=resolved.operator.num_samples,
         )
         return pb.DescribeOperatorResponse(
             operator=operator_message(filled),

@@ -151,7 +151,7 @@ class ExecutorBuilder:
             look = self._looks.at(
                 link.name, (body.settings, False), f, values, inputs, constants, body.masks
             )
-            of = look.text, loss, spec, link.takes_data
+            of = look.text, loss, spec.program, link.takes_data
 
             def make() -> HeadDual:
                 with listening() as remarks:

@@ -7,6 +7,7 @@
     ggn               tangent    H_out ẏ                                    cotangent
     fisher by token   tangent    for each target G · slope                  cotangent
     ... by sequence   tangent    slope of each row; then G · slope          cotangent
+    ... of drawn ones tangent    for each target mean of G · slope          cotangent
     slopes            tangent    slope of each row                          none
     output_jvp        tangent    ẏ                                          none
     output_vjp        value      u, which is given                          cotangent
@@ -30,6 +31,13 @@ The empirical Fisher matrix
     rows. A row without a target adds nothing. It is not the square of the mean gradient, and its
     labels are those of the batch, not drawn from the model.
 
+The Fisher matrix
+    is that of targets (`fisher`) with labels that are drawn from the model's own distribution,
+    F̂ = (1/W) Σ_t (1/S) Σ_s g_{t,s} g_{t,s}ᵀ for S draws of the label of each target t that counts
+    (Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, section 5).
+    The labels are drawn once (`drawn_labels.py`); given them, F̂ is one matrix, with products as
+    cheap as those of one draw. Over all draws its expectation is the Gauss–Newton matrix.
+
 The covariance of the gradients
     is C = (1/W) Σ_u (g_u − m)(g_u − m)ᵀ, with m the mean of the g_u over the U units that have a
     target. Since Σ_u g_u = W ∇L, it is F − (W/U) ∇L ∇Lᵀ: the walk is that of F, and what is taken
@@ -38,12 +46,29 @@ The covariance of the gradients
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
+
+import torch
+from torch import Tensor
 
 from hvp_core.autodiff.passes import VALUE, Passes
 from hvp_core.errors import CurvatureError
 from hvp_core.losses import output_rules as rules
+
+
+@final
+@dataclass(frozen=True)
+class Draws:
+    """Which labels are drawn from the model.
+
+    Attributes:
+        seed: Key of the random numbers, from 0 to 2**64 − 1.
+        num_samples: Number S of labels that are drawn for each target.
+    """
+
+    seed: int = 0
+    num_samples: int = 1
 
 
 @final
@@ -70,6 +95,7 @@ class ProductSpec:
             is no such rule.
         of_outputs: The product is one of the model's outputs. A model that gives its loss alone has
             none.
+        draws: The labels that the rules read in the place of the batch's; None for the batch's.
 
     Raises:
         ValueError: The fields contradict one another.
@@ -86,6 +112,7 @@ class ProductSpec:
     semidefinite: bool = False
     form: ProductSpec | None = None
     of_outputs: bool = True
+    draws: Draws | None = None
 
     def __post_init__(self) -> None:
         """See that the fields do not contradict one another."""
@@ -97,6 +124,21 @@ class ProductSpec:
             raise ValueError(f"{self.name}: there is nothing to measure without tangents")
         if (self.given == "rows") != (self.measure is not None and self.cotangents is not None):
             raise ValueError(f"{self.name}: numbers of rows go back where they are measured")
+
+    @property
+    def program(self) -> ProductSpec:
+        """The product, whichever labels are drawn: what is traced does not depend on them."""
+        return self.of(Draws())
+
+    def of(self, draws: Draws) -> ProductSpec:
+        """The product with these labels, if it is one with drawn labels; else itself."""
+        if self.draws in (None, draws):
+            return self
+        return replace(self, draws=draws, form=self.form and self.form.of(draws))
+
+    def targets_like(self, targets: Tensor) -> Tensor:
+        """Some targets of the shape that the product's rules read, made of a batch's."""
+        return targets if self.draws is None else torch.stack((targets, targets.flip(-1)), -1)
 
 
 _GRADIENT = Passes("value", "cotangent")
@@ -169,11 +211,27 @@ FISHER_SEQUENCE = ProductSpec(
     ),
 )
 
+FISHER = ProductSpec(
+    "fisher",
+    "product with the Fisher matrix of drawn labels",
+    _GAUSS_NEWTON,
+    rules.gradient_by_slopes_of_draws,
+    semidefinite=True,
+    draws=Draws(),
+    form=ProductSpec(
+        "fisher_quadratic",
+        "form of the Fisher matrix of drawn labels",
+        _FORWARD,
+        measure=rules.squared_slopes_of_draws,
+        draws=Draws(),
+    ),
+)
+
 Unit = Literal["token", "sequence"]
 
 #: Symmetric matrices on the space of the parameters, by the name of their kind, and the products
 #: that they are walked by.
-MATRICES = {each.name: each for each in (HESSIAN, GGN, FISHER_TOKEN, FISHER_SEQUENCE)} | {
+MATRICES = {each.name: each for each in (HESSIAN, GGN, FISHER_TOKEN, FISHER_SEQUENCE, FISHER)} | {
     "gradient_covariance_token": FISHER_TOKEN,
     "gradient_covariance_sequence": FISHER_SEQUENCE,
 }
@@ -184,8 +242,13 @@ CENTRED: dict[str, Unit] = {
 }
 
 
-def matrix(kind: str) -> ProductSpec:
+def matrix(kind: str, draws: Draws | None = None) -> ProductSpec:
     """The product that a kind of symmetric matrix is walked by.
+
+    Args:
+        kind: A kind of `MATRICES`.
+        draws: The labels of a kind whose labels are drawn; None for those of `Draws()`. Other kinds
+            do not read it.
 
     Raises:
         CurvatureError: KIND_UNSUPPORTED: there is none of this name.
@@ -196,4 +259,4 @@ def matrix(kind: str) -> ProductSpec:
             f"there is no matrix {kind!r}; there are {', '.join(MATRICES)}",
             {"kind": kind},
         )
-    return MATRICES[kind]
+    return MATRICES[kind].of(draws or Draws())

@@ -216,17 +216,18 @@ class Verifier:
         dtype, x = comparison_dtype(p), _in(comparison_dtype(p), self._x)
         body = block.body(context, dense=True).cast(dtype)
         f, like = function_of(body), {name: torch.empty_like(p[name], dtype=dtype) for name in p}
-        traced = self._build_head(self._spec, link, body, loss, like, x, batch.targets, 1.0)
+        target = self._spec.targets_like(batch.targets)
+        traced = self._build_head(self._spec, link, body, loss, like, x, target, 1.0)
         key = (index, "not traced") if traced.key is None else _key(traced.key, p, link, passes)
         if self._knows(key, index):
             return
-        untraced = partial(self._comparer.untraced_head, link, f, x, batch.targets)
+        untraced = partial(self._comparer.untraced_head, link, f, x, target)
         by_torch = partial(_by_torch, link, passes, f, x, untraced)
         if traced.key is None:
             by_torch(_in_dtype(p, dtype))
             self._answers[key] = False
             return
-        compare = partial(self._comparer.head, link, traced, f, x, batch.targets)
+        compare = partial(self._comparer.head, link, traced, f, x, target)
         self._see(key, link, p, compare, by_torch)
 
     def settle(self) -> bool:

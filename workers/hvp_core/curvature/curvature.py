@@ -21,11 +21,13 @@ from hvp_core.autodiff.product_spec import (
     OUTPUT_JVP,
     OUTPUT_VJP,
     SLOPES,
+    Draws,
     ProductSpec,
     Unit,
     matrix,
 )
 from hvp_core.blame import InStep, raise_first
+from hvp_core.curvature.drawn_labels import DrawnLabels, uniform_numbers
 from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
 from hvp_core.curvature.executor_table import ExecutorTable
 from hvp_core.curvature.graphed_product import GraphedProducts
@@ -58,9 +60,12 @@ class Curvature:
         settings: How products are computed.
         selected: Space of the vectors, if these have only some of the parameters (see
             `ParameterSpace.part`); all other parameters are constants. None: vectors of all.
+        labels: Labels drawn from the model for the same cut of the batch, which a Fisher matrix is
+            to have; None: it draws its own.
 
     Attributes:
         space: Space of the vectors.
+        labels: The labels that Fisher matrices have.
 
     Raises:
         CurvatureError: NO_TARGETS: no target of the batch counts; MICRO_BATCH_INVALID: the size is
@@ -76,6 +81,7 @@ class Curvature:
         micro_batch_size: int,
         settings: ComputeSettings | None = None,
         selected: ParameterSpace | None = None,
+        labels: DrawnLabels | None = None,
     ):
         if micro_batch_size < 1:
             raise CurvatureError(
@@ -102,6 +108,7 @@ class Curvature:
             for each in self._row_ranges
         ]
         pair = chain.pair(batch)
+        self.labels = labels or DrawnLabels(self.draw)
         self._executors = ExecutorTable(
             chain,
             self.space,
@@ -110,13 +117,14 @@ class Curvature:
             self.num_targets,
             self.settings,
             None if pair is None else placed(pair, space.device, self._dtype),
+            self.labels,
         )
         self._passage = Passage(chain, self._batches, self._executors)
         self._output_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
         self._exchange = Exchange(space.collective, self._executors.notes)
         self._mean = MeanGradient(self.space, self.gradient, chain.loss, batch.targets)
-        self.parameters = parameters
+        self._take(parameters)
 
     @property
     def parameters(self) -> Tensor:
@@ -125,8 +133,12 @@ class Curvature:
 
     @parameters.setter
     def parameters(self, parameters: Tensor) -> None:
-        self._parameters = parameters
         self._mean.drop()
+        self._executors.drop_labels()
+        self._take(parameters)
+
+    def _take(self, parameters: Tensor) -> None:
+        self._parameters = parameters
         self._feed = ParameterFeed(
             self._theta_space, self.chain.blocks, parameters.to(self._dtype), self.space
         )
@@ -198,7 +210,12 @@ class Curvature:
         return self._product(GRADIENT, [])[0]
 
     def product(
-        self, kind: str, vectors: Sequence[Tensor], *, borrow: bool = False
+        self,
+        kind: str,
+        vectors: Sequence[Tensor],
+        *,
+        draws: Draws | None = None,
+        borrow: bool = False,
     ) -> list[Tensor]:
         """The curvature matrix times each vector.
 
@@ -206,6 +223,8 @@ class Curvature:
             kind: A kind of `product_spec.MATRICES`, such as `hessian` or `ggn`.
             vectors: Shards (shard_numel,), of the space's type or of 16 bits. Those that `probes`
                 gave are read where they are.
+            draws: The labels of a Fisher matrix; None for those of `Draws()`. The first product
+                with them costs a forward pass more.
             borrow: The products may be overwritten by the next call, which saves copying them.
 
         Returns:
@@ -214,14 +233,47 @@ class Curvature:
 
         Raises:
             CurvatureError: NON_FINITE; DOUBLE_BACKWARD_UNSUPPORTED, naming the block;
-                KIND_UNSUPPORTED: the model has no outputs.
+                KIND_UNSUPPORTED: the model has no outputs; LOSS_HAS_NO_DISTRIBUTION.
         """
-        spec = matrix(kind)
+        spec = matrix(kind, draws)
         self._require_outputs(spec)
+        self._require_labels(spec)
         products = self._product(spec, vectors, borrow=borrow)
         if kind in CENTRED:
             self._mean.take_off(CENTRED[kind], vectors, products)
         return products
+
+    def _require_labels(self, spec: ProductSpec) -> None:
+        """See that the labels are there that a product reads."""
+        if spec.draws is not None and spec.draws not in self.labels:
+            self.labels.draw(spec.draws)
+            self._graphs = GraphedProducts()  # those of labels that are dropped hold memory
+
+    def draw(self, draws: Draws) -> list[Tensor]:
+        """Draw labels from the model, as `labels` keeps them. Cost: 1 GEMM pass over the data.
+
+        Args:
+            draws: Which labels.
+
+        Returns:
+            For each of this rank's micro-batches its targets, with S draws in one more dimension.
+
+        Raises:
+            CurvatureError: LOSS_HAS_NO_DISTRIBUTION; the errors of a block's code.
+        """
+        step = InStep()
+        with matmuls(self.settings.precision):
+            self._executors.prepare(LOSS, self._feed)
+            drawn = self._passage.draw(self._feed, lambda batch: self._uniform(draws, batch), step)
+            failures = self.space.collective.gather_objects(step.failure)
+        if any(failures):
+            self._drop()
+        raise_first(failures)
+        return drawn
+
+    def _uniform(self, draws: Draws, batch: int) -> Tensor:
+        shape = self._batches[batch].targets.shape[1:]
+        return uniform_numbers(draws, self._row_ranges[batch], shape, self.space.device)
 
     def _require_outputs(self, spec: ProductSpec) -> None:
         """Refuse a product that wants outputs of a model that gives its loss alone.
@@ -288,21 +340,26 @@ class Curvature:
         """
         return self._numbers(SLOPES, vectors)
 
-    def quadratic(self, kind: str, vectors: Sequence[Tensor]) -> list[float]:
+    def quadratic(
+        self, kind: str, vectors: Sequence[Tensor], *, draws: Draws | None = None
+    ) -> list[float]:
         """v·Av for each v, by going forward alone. Cost for K vectors: 1 + 2K GEMM passes.
 
         Args:
             kind: The kind of A, as for `product`; not `hessian`, which has no such rule here.
             vectors: Shards, as for `product`.
+            draws: The labels of a Fisher matrix, as for `product`.
 
         Raises:
             KeyError: There is no rule for this kind.
-            CurvatureError: NON_FINITE; KIND_UNSUPPORTED: the model has no outputs.
+            CurvatureError: NON_FINITE; KIND_UNSUPPORTED: the model has no outputs;
+                LOSS_HAS_NO_DISTRIBUTION.
         """
-        form = matrix(kind).form
+        form = matrix(kind, draws).form
         if form is None:
             raise KeyError(kind)
         self._require_outputs(form)
+        self._require_labels(form)
         found = self._numbers(form, vectors)
         return self._mean.taken_off(CENTRED[kind], vectors, found) if kind in CENTRED else found
 

@@ -21,6 +21,7 @@ from hvp_core.autodiff.selected_parameters import SelectedParameters
 from hvp_core.autodiff.sums import Sums
 from hvp_core.autodiff.verify import Verifier
 from hvp_core.blame import raised_again, working_on
+from hvp_core.curvature.drawn_labels import DrawnLabels
 from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.retention import BlockRetention, choose
 from hvp_core.curvature.sweep import ParameterFeed, sweep
@@ -46,6 +47,7 @@ class ExecutorTable(Executors):
             by.
         settings: How products are computed.
         pair: Two rows of the whole batch, as `Chain.pair` gives them.
+        labels: Labels drawn from the model, for products that read those.
 
     Raises:
         CurvatureError: MODEL_UNSUPPORTED: a micro-batch's constants cannot be made.
@@ -60,6 +62,7 @@ class ExecutorTable(Executors):
         num_targets: float,
         settings: ComputeSettings,
         pair: MicroBatch | None,
+        labels: DrawnLabels,
     ):
         self._chain, self._space, self._batches = chain, space, batches
         self.selected = SelectedParameters(chain, space)
@@ -71,7 +74,7 @@ class ExecutorTable(Executors):
         ):
             self._contexts = [chain.context(each) for each in batches]
         self._builder = ExecutorBuilder(chain, settings)
-        self._pair = pair
+        self._pair, self._labels = pair, labels
         self.executor_of: dict[tuple[int, int], BlockExecutor] = {}
         #: Shape of a row of the output, once a product has asked for it; None on ranks without
         #: rows.
@@ -96,6 +99,7 @@ class ExecutorTable(Executors):
             CurvatureError: DOUBLE_BACKWARD_UNSUPPORTED or MODEL_UNSUPPORTED, naming the block. All
                 ranks raise it, also those that have no micro-batch and would never have met it.
         """
+        spec = spec.program
         if spec in self._prepared:
             return
         verifier = None
@@ -195,8 +199,22 @@ class ExecutorTable(Executors):
         """See Executors."""
         key = spec, batch, piece
         if key not in self._head_of:
+            self._forget_labels()
             self._head_of[key] = self._close(spec, batch, p, x, target)
         return self._head_of[key]
+
+    def _forget_labels(self) -> None:
+        """Drop the heads of labels that are not kept."""
+        self._head_of = {
+            key: head
+            for key, head in self._head_of.items()
+            if key[0].draws is None or key[0].draws in self._labels
+        }
+
+    def drop_labels(self) -> None:
+        """Forget all drawn labels: θ is another."""
+        self._labels.drop()
+        self._forget_labels()
 
     def _close(
         self, spec: ProductSpec, batch: int, p: Params, x: Tensor, target: Tensor
@@ -216,6 +234,7 @@ class ExecutorTable(Executors):
         The choice is made once for each product and number of probes, from the memory that is free
         then.
         """
+        spec = spec.program
         blocks = range(self.selected.first, len(self._chain.blocks) - 1)
         if not spec.passes.keeps:
             way: Retention = "lean" if self._settings.schedule == "lean" else "fast"
@@ -239,9 +258,17 @@ class ExecutorTable(Executors):
             self._choices[key] = choose(self._settings.schedule, sizes, budget, num_probes)
         return self._choices[key]
 
-    def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def targets(self, spec: ProductSpec, batch: int) -> Tensor:
         """See Executors."""
-        targets = self._batches[batch].targets
+        return (
+            self._batches[batch].targets if spec.draws is None else self._labels[spec.draws][batch]
+        )
+
+    def pieces(
+        self, batch: int, x: Tensor, targets: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See Executors."""
+        targets = self._batches[batch].targets if targets is None else targets
         pieces = self._chain.pieces(x)
         if not pieces:
             yield x, targets

@@ -50,10 +50,17 @@ class Executors(ABC):
         """The executor of the last block and a product's rule, with one piece of a micro-batch."""
 
     @abstractmethod
-    def pieces(self, batch: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def targets(self, spec: ProductSpec, batch: int) -> Tensor:
+        """The targets that a product's rules read: a micro-batch's own, or those that are drawn."""
+
+    @abstractmethod
+    def pieces(
+        self, batch: int, x: Tensor, targets: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The pieces of the last block's input that go through it one by one, with their targets.
 
         Args:
             batch: Index of the micro-batch.
             x: The last block's whole input of that micro-batch, or a tensor cut like it.
+            targets: What is cut along with it, (rows, ...); None for the micro-batch's targets.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import final
 
 import torch
@@ -119,14 +119,47 @@ class Passage:
         sweep(feed, order, visit, lambda block: step.on(block.name, "the loss"), directions)
         return totals
 
+    def draw(
+        self, feed: ParameterFeed, uniform: Callable[[int], Tensor], step: InStep
+    ) -> list[Tensor]:
+        """For each micro-batch the targets that are drawn from the model, (rows, ..., S).
+
+        Args:
+            feed: Brings the parameters of each block.
+            uniform: Gives the numbers that a micro-batch's labels are made of, by its index.
+            step: Keeps this rank in step where it fails.
+        """
+        xs, drawn = self._up_to_what_moves(feed, step), list[Tensor]()
+
+        def end(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                numbers = [each for _, each in self._executors.pieces(batch, x, uniform(batch))]
+                found = [
+                    self._chain.loss.draw(y, target, own)
+                    for (y, target), own in zip(
+                        self._outputs(index, batch, weights.p, x), numbers, strict=True
+                    )
+                ]
+                drawn.append(found[0] if len(found) == 1 else torch.cat(found, 1))
+
+        self._values(self._moving, xs, feed, step)
+        sweep(feed, [self._last], end, lambda block: step.on(block.name, "its drawn labels"))
+        return drawn
+
     def _end(self, index: int, batch: int, p: Params, x: Tensor) -> float:
         """The sum of the losses of a micro-batch's targets, from the last block's input."""
-        f, total = function_of(self._executors.body(index, batch, True)), 0.0
+        outputs = self._outputs(index, batch, p, x)
+        return sum(float(self._chain.loss.value(y, target)) for y, target in outputs)
+
+    def _outputs(
+        self, index: int, batch: int, p: Params, x: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The outputs of a micro-batch with their targets, piece by piece."""
+        f = function_of(self._executors.body(index, batch, True))
         for piece, target in self._executors.pieces(batch, x):
             y = at_least_float32(f(p, piece))
             self._chain.loss.check(y, target)
-            total += float(self._chain.loss.value(y, target))
-        return total
+            yield y, target
 
     def _values(
         self, blocks: Iterable[int], xs: list[Tensor], feed: ParameterFeed, step: InStep
@@ -347,7 +380,7 @@ class Passage:
         x_dots: Sequence[Tensor | None],
     ) -> list[_Piece]:
         """The pieces that go through the last block, with their tangents and their heads."""
-        pieces = list(self._executors.pieces(batch, x))
+        pieces = list(self._executors.pieces(batch, x, self._executors.targets(spec, batch)))
         tangents = [
             [None for _ in pieces]
             if dot is None

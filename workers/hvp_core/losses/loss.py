@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, final
 import torch
 
 from hvp_core.errors import CurvatureError
+from hvp_core.losses.drawing import draw_classes, draw_gaussian
 
 IGNORED = -100  # a label of weight zero
 
@@ -87,6 +88,63 @@ class Loss(ABC):
             against the output.
         """
 
+    # Targets drawn from the model ---------------------------------------------------------------
+    #
+    # A loss that is −log p(target | z), up to a constant, is the likelihood of a distribution, and
+    # targets can be drawn of it. The S draws of each target lie in one more dimension, the last.
+
+    def draw(
+        self, output: torch.Tensor, target: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Targets drawn from the distribution that the output says, independent of the true ones.
+
+        Law: over the draws E[G Gᵀ], of the part G of one target, is the part of H_out; so the
+        Fisher matrix is the Gauss-Newton matrix.
+
+        Args:
+            output: z, in at least float32.
+            target: The true targets, of which only shape and what is ignored matter.
+            uniform: Independent numbers between 0 and 1, float64, shaped as the targets with two
+                more dimensions (..., S, 2).
+
+        Returns:
+            S draws of each target, shaped as the targets with one more dimension (..., S).
+
+        Raises:
+            CurvatureError: LOSS_HAS_NO_DISTRIBUTION: by default no distribution is known.
+        """
+        raise CurvatureError(
+            "LOSS_HAS_NO_DISTRIBUTION",
+            f"no distribution is known whose negative log likelihood {self!r} is, so that no "
+            "labels can be drawn from the model; ask for the ggn, or give the loss a method "
+            "`draw`",
+            {"loss": repr(self)},
+        )
+
+    def drawn_slopes(
+        self, output: torch.Tensor, tangent: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        """The slope of each draw: its G∘ż, summed `by_target`, with one more dimension (..., S)."""
+        each = [
+            self.by_target(self.gradient(output, target) * tangent) for target in drawn.unbind(-1)
+        ]
+        return torch.stack(each, -1)
+
+    def drawn_gradient(
+        self, output: torch.Tensor, drawn: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Σ_s c_s G_s over the draws, shaped as the output.
+
+        Args:
+            output: z.
+            drawn: The draws, (..., S).
+            weights: A number c_s for each draw, shaped as `drawn_slopes`.
+        """
+        total = torch.zeros_like(output)
+        for target, weight in zip(drawn.unbind(-1), weights.unbind(-1), strict=True):
+            total = total + self.gradient(output, target) * weight
+        return total
+
 
 @final
 @dataclass(frozen=True)
@@ -133,6 +191,31 @@ class CrossEntropy(Loss):
         """Sums over the classes, (..., 1)."""
         return values.sum(-1, keepdim=True)
 
+    def draw(
+        self, output: torch.Tensor, target: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Class k with probability p_k; −100 where the true label is."""
+        shape = uniform.shape[:-1]
+        found = draw_classes(output.flatten(0, -2), uniform[..., 0].reshape(-1, shape[-1]))
+        return found.view(shape).where((target != IGNORED).unsqueeze(-1), IGNORED)
+
+    def drawn_slopes(
+        self, output: torch.Tensor, tangent: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        """See Loss: p·ż − ż_y for all draws of a position at once, (..., 1, S)."""
+        counted = drawn != IGNORED
+        mean = (output.softmax(-1) * tangent).sum(-1, keepdim=True)
+        return ((mean - tangent.gather(-1, drawn.where(counted, 0))) * counted).unsqueeze(-2)
+
+    def drawn_gradient(
+        self, output: torch.Tensor, drawn: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See Loss: p Σ_s c_s − Σ_s c_s e_{y_s}."""
+        counted = drawn != IGNORED
+        each = weights.squeeze(-2) * counted
+        result = output.softmax(-1) * each.sum(-1, keepdim=True)
+        return result.scatter_add_(-1, drawn.where(counted, 0), -each)
+
 
 @final
 @dataclass(frozen=True)
@@ -169,6 +252,12 @@ class SquaredError(Loss):
             values.sum(list(range(1, values.dim())), keepdim=True) if values.dim() > 1 else values
         )
 
+    def draw(
+        self, output: torch.Tensor, target: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Gaussian about z, of variance 1 in each element."""
+        return draw_gaussian(output, 1.0, uniform)
+
 
 @final
 @dataclass(frozen=True)
@@ -202,6 +291,12 @@ class Logistic(Loss):
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
         """Each number of the output has a target of its own."""
         return values
+
+    def draw(
+        self, output: torch.Tensor, target: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """1 with probability σ(z), else 0."""
+        return (uniform[..., 0] < output.double().sigmoid().unsqueeze(-1)).to(output.dtype)
 
 
 @final
@@ -238,6 +333,12 @@ class MeanSquaredError(Loss):
     def by_target(self, values: torch.Tensor) -> torch.Tensor:
         """Each element of the output has a target of its own."""
         return values
+
+    def draw(
+        self, output: torch.Tensor, target: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """Gaussian about z, of variance ½: (z − t)² is then −log p but for a constant."""
+        return draw_gaussian(output.reshape(target.shape), 0.5, uniform)
 
 
 @final

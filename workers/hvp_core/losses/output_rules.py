@@ -27,7 +27,8 @@ class AtOutput:
         loss: The loss, which gives G and H_out.
         y: The model's output, (rows, ...), in at least float32.
         y_dot: Tangent of the output, like y.
-        target: Targets of the piece, as the loss takes them.
+        target: Targets of the piece, as the loss takes them; of a product with drawn labels the
+            draws, in one more dimension.
         given: The tensor that the walk hands in, where the product is given one: (rows,) float64,
             or like y.
     """
@@ -79,6 +80,12 @@ def gradient_by_slopes_of_targets(at: AtOutput) -> tuple[Tensor, ...]:
     return (g * at.loss.by_target(g * at.y_dot),)
 
 
+def gradient_by_slopes_of_draws(at: AtOutput) -> tuple[Tensor, ...]:
+    """For each target the mean over its draws: each one's part of G, times its slope."""
+    slopes = at.loss.drawn_slopes(at.y, at.y_dot, at.target)
+    return (at.loss.drawn_gradient(at.y, at.target, slopes / slopes.shape[-1]),)
+
+
 def gradient_by_given_rows(at: AtOutput) -> tuple[Tensor, ...]:
     """For each row its part of G, times the row's number that is given."""
     assert at.given is not None
@@ -107,6 +114,11 @@ def slopes_of_rows(at: AtOutput) -> Tensor:
 def squared_slopes_of_targets(at: AtOutput) -> Tensor:
     """For each row the sum of the squares of its targets' slopes, (rows,)."""
     return _over_rows(at.loss.by_target(at.gradient * at.y_dot).square())
+
+
+def squared_slopes_of_draws(at: AtOutput) -> Tensor:
+    """For each row the sum over its targets of the mean square of their draws' slopes, (rows,)."""
+    return _over_rows(at.loss.drawn_slopes(at.y, at.y_dot, at.target).square().mean(-1))
 
 
 def curvature_of_rows(at: AtOutput) -> Tensor:
