@@ -82,7 +82,8 @@ def dense(name: str, problem: Problem, draws: Draws) -> Tensor:
     return total / draws.num_samples
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow  # of one draw and of some parameters, tests/core/test_selected_parameters.py
+@pytest.mark.parametrize("name", DECODERS)
 def test_of_a_decoder_it_is_made_of_the_gradients_of_the_drawn_labels(name: str) -> None:
     problem = DECODERS[name][0]()
     probes, matrix = probes_of(problem, 2), dense(name, problem, TWO)

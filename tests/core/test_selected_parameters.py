@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hvp_core.autodiff.product_spec import MATRICES
+from hvp_core.autodiff.product_spec import MATRICES, Draws
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.curvature.shards import part_of
 from hvp_core.errors import CurvatureError
@@ -112,7 +112,10 @@ def dense(name: str) -> dict[str, Tensor]:
         f"gradient_covariance_{unit}": each - total / units[unit] * torch.outer(gradient, gradient)
         for unit, each in fisher.items()
     }
+    drawn = torch.cat(problem.curvature(5).draw(Draws()))[:, :-1, 0]
+    drawn_labels = torch.cat((torch.full((len(drawn), 1), -100), drawn), 1)
     return covariance | {
+        "fisher": references.empirical_fisher(logits, drawn_labels, *at[2:], "token"),
         "hessian": torch.func.hessian(problem.loss)(problem.flat),
         "gradient": gradient,
         "ggn": references.gauss_newton(*at),
