@@ -8,14 +8,23 @@ if TYPE_CHECKING:
     from hvp_operations.eigsh.record import EigshResult as EigshResult
     from hvp_operations.solve.record import SolveResult as SolveResult
     from hvp_operations.trace.record import TraceResult as TraceResult
+    from hvp_operations.trace_of.record import TraceOfResult as TraceOfResult
 
-__all__ = ["DensityResult", "DiagonalResult", "EigshResult", "SolveResult", "TraceResult"]
+__all__ = [
+    "DensityResult",
+    "DiagonalResult",
+    "EigshResult",
+    "SolveResult",
+    "TraceOfResult",
+    "TraceResult",
+]
 
 _WHERE = {
     "DensityResult": "hvp_operations.density.record",
     "DiagonalResult": "hvp_operations.diagonal.record",
     "EigshResult": "hvp_operations.eigsh.record",
     "SolveResult": "hvp_operations.solve.record",
+    "TraceOfResult": "hvp_operations.trace_of.record",
     "TraceResult": "hvp_operations.trace.record",
 }
 

@@ -2,7 +2,7 @@
 
 An enum's value is a word without the enum's prefix, in the letters in which the dataclass has it; a
 number that this version does not know reads as `UNKNOWN_7`. A field that may be None is None where
-its message has no value or zero.
+its message has no value, or zero in a field that cannot tell the two apart.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def _value(
         return next((each for each in words if each.upper() == found), found)
     if field.is_repeated:
         return tuple(value) if field.type == field.TYPE_STRING else numbers(value)
-    return None if may_be_none and not value else value
+    if may_be_none:
+        is_there = message.HasField(field.name) if field.has_presence else bool(value)
+        return value if is_there else None
+    return value
 
 
 def word(enum: Any, number: int) -> str:

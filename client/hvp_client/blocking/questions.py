@@ -11,6 +11,7 @@ from hvp_operations.diagonal.record import DiagonalResult
 from hvp_operations.eigsh.record import EigshResult
 from hvp_operations.solve.record import SolveResult
 from hvp_operations.trace.record import TraceResult
+from hvp_operations.trace_of.record import TraceOfResult
 
 from hvp_client.awaited.questions import AsyncQuestions
 from hvp_client.blocking.job import Job
@@ -262,6 +263,72 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
                 atol=atol,
                 max_products=max_products,
                 per=per,
+                seed=seed,
+                labels=labels,
+            )
+        )
+        return result
+
+    def trace_of(
+        self,
+        function: Literal["log", "exp", "inverse", "sqrt", "count"] = "log",
+        *,
+        damping: float = 0.0,
+        low: float | None = None,
+        high: float | None = None,
+        num_steps: int | None = None,
+        rtol: float = 0.01,
+        atol: float = 0.0,
+        max_products: int | None = None,
+        seed: int = 0,
+        labels: Mapping[str, str] | None = None,
+    ) -> Job[TraceOfResult]:
+        """Estimate tr f(A + λI) by stochastic Lanczos quadrature, with a 95 % interval.
+
+        Lanczos from a random vector z gives bounds on z·f(A + λI)z that close in as it goes on.
+        The run takes as many steps as make them narrow beside the spread over the vectors, and
+        as many vectors as the tolerance needs. What the steps leave open, what rounding does
+        and the spread over the vectors are all in the interval.
+
+        Args:
+            function: `log` (the log determinant), `exp`, `inverse` or `sqrt`; `count`: the
+                number of eigenvalues in (low, high]. `log` and `inverse` need A + λI to be
+                positive definite, `sqrt` to have no negative eigenvalue; where a Ritz value
+                shows that it is not, the run ends at once and the result says so.
+            damping: λ, which is added to the diagonal.
+            low: Of `count`, the lower end of the interval, which does not belong to it; None
+                for minus infinity.
+            high: Of `count`, the upper end, which does; None for infinity.
+            num_steps: Upper bound on the Lanczos steps of each vector; None lets the server
+                choose.
+            rtol: Tolerance on standard error and quadrature error together, relative to the
+                value, 0 < rtol < 1.
+            atol: Tolerance on them in units of the value; the larger of the two counts. Of
+                `count` it is at least 0.25.
+            max_products: Upper bound on products; None lets the server choose.
+            seed: Seed of the random vectors.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `ATOL_INVALID`, `DAMPING_INVALID`, `FUNCTION_UNSUPPORTED`,
+                `HIGH_INVALID`, `LOW_INVALID`, `MAX_PRODUCTS_INVALID`, `NUM_STEPS_INVALID`,
+                `RTOL_INVALID`, `SEED_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        result: Job[TraceOfResult] = self._wait(
+            self._twin.trace_of(
+                function,
+                damping=damping,
+                low=low,
+                high=high,
+                num_steps=num_steps,
+                rtol=rtol,
+                atol=atol,
+                max_products=max_products,
                 seed=seed,
                 labels=labels,
             )

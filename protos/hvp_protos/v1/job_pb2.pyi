@@ -18,6 +18,7 @@ from hvp_protos.v1 import density_pb2 as _density_pb2
 from hvp_protos.v1 import diagonal_pb2 as _diagonal_pb2
 from hvp_protos.v1 import eigsh_pb2 as _eigsh_pb2
 from hvp_protos.v1 import solve_pb2 as _solve_pb2
+from hvp_protos.v1 import trace_of_pb2 as _trace_of_pb2
 from hvp_protos.v1 import trace_pb2 as _trace_pb2
 import builtins as _builtins
 import sys
@@ -40,6 +41,7 @@ class JobSpec(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SOLVE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshSpec: ...
@@ -50,6 +52,8 @@ class JobSpec(_message.Message):
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceSpec: ...
     @_builtins.property
+    def trace_of(self) -> _trace_of_pb2.TraceOfSpec: ...
+    @_builtins.property
     def diagonal(self) -> _diagonal_pb2.DiagonalSpec: ...
     def __init__(
         self,
@@ -58,13 +62,14 @@ class JobSpec(_message.Message):
         density: _density_pb2.DensitySpec | None = ...,
         solve: _solve_pb2.SolveSpec | None = ...,
         trace: _trace_pb2.TraceSpec | None = ...,
+        trace_of: _trace_of_pb2.TraceOfSpec | None = ...,
         diagonal: _diagonal_pb2.DiagonalSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "diagonal"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -78,6 +83,7 @@ class JobResult(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SOLVE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshResult: ...
@@ -88,6 +94,8 @@ class JobResult(_message.Message):
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceResult: ...
     @_builtins.property
+    def trace_of(self) -> _trace_of_pb2.TraceOfResult: ...
+    @_builtins.property
     def diagonal(self) -> _diagonal_pb2.DiagonalResult: ...
     def __init__(
         self,
@@ -96,13 +104,14 @@ class JobResult(_message.Message):
         density: _density_pb2.DensityResult | None = ...,
         solve: _solve_pb2.SolveResult | None = ...,
         trace: _trace_pb2.TraceResult | None = ...,
+        trace_of: _trace_of_pb2.TraceOfResult | None = ...,
         diagonal: _diagonal_pb2.DiagonalResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "diagonal"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -172,6 +181,7 @@ class JobProgress(_message.Message):
     DENSITY_FIELD_NUMBER: _builtins.int
     SOLVE_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
     """Operator products done in this attempt, and their upper bound."""
@@ -181,7 +191,7 @@ class JobProgress(_message.Message):
     (looking for what was missed) and `verifying`; of density `iterating`; of solve `iterating`,
     `verifying` (the residual of x) and `probing` (what else is claimed); of trace and diagonal
     `sampling`, `correcting` (comparing coarse products with exact ones), `sketching`, `projecting`
-    and `exact`.
+    and `exact`; of trace_of `iterating`.
     """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
@@ -193,6 +203,8 @@ class JobProgress(_message.Message):
     def solve(self) -> _solve_pb2.SolveProgress: ...
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceProgress: ...
+    @_builtins.property
+    def trace_of(self) -> _trace_of_pb2.TraceOfProgress: ...
     @_builtins.property
     def diagonal(self) -> _diagonal_pb2.DiagonalProgress: ...
     def __init__(
@@ -206,13 +218,14 @@ class JobProgress(_message.Message):
         density: _density_pb2.DensityProgress | None = ...,
         solve: _solve_pb2.SolveProgress | None = ...,
         trace: _trace_pb2.TraceProgress | None = ...,
+        trace_of: _trace_of_pb2.TraceOfProgress | None = ...,
         diagonal: _diagonal_pb2.DiagonalProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "diagonal"]  # noqa: Y015
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal"]  # noqa: Y015
     _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 

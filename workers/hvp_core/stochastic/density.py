@@ -125,7 +125,7 @@ class Density(Algorithm[DensityState]):
         if all(probe.is_done for probe in state.probes):
             self._close(space, state)
         elif num_steps % max(1, num_steps // _TOLD) == 0:
-            self._tell(state, torch.linalg.eigvalsh(under_way[0].projected()).tolist())
+            self._tell(state, under_way[0].jacobi.gauss.nodes)
         return Advance(
             stage="iterating",
             num_products=state.num_products,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, orthogonalise, rounding
 from hvp_core.runs.snapshot import vectors_of_the_space
-from hvp_core.vectors.vector_space import VectorSpace
+from hvp_core.stochastic.quadrature import Jacobi
+from hvp_core.vectors.vector_space import Distribution, VectorSpace
 
 
 @final
@@ -33,6 +34,7 @@ class Probe:
         alphas: Diagonal of the projected operator, one for each product.
         betas: Couplings of each vector to the next.
         is_done: Whether the probe has had all its steps, or its Krylov space is exhausted.
+        is_exhausted: Whether it is, so that the quadrature is exact.
         defect: Largest entry met of |QᵀQ − I|, with the vectors that are kept as columns of Q.
     """
 
@@ -41,19 +43,28 @@ class Probe:
     alphas: list[float] = field(default_factory=list)
     betas: list[float] = field(default_factory=list)
     is_done: bool = False
+    is_exhausted: bool = False
     defect: float = 0.0
 
     @classmethod
-    def begin(cls, space: VectorSpace, rows: Tensor, is_kept: bool, seed: int) -> Probe:
-        """Draw the probe: independent signs, each with the probability of a half.
+    def begin(
+        cls,
+        space: VectorSpace,
+        rows: Tensor,
+        is_kept: bool,
+        seed: int,
+        law: Distribution = "rademacher",
+    ) -> Probe:
+        """Draw the probe.
 
         Args:
             space: Space of the vectors.
             rows: Memory for the vectors, shaped as the attribute `rows`.
             is_kept: Whether `rows` has room for the whole basis.
             seed: Seed of the probe.
+            law: By default independent signs, each with the probability of a half.
         """
-        start = space.random(seed, "rademacher")
+        start = space.random(seed, law)
         torch.div(start, finite_norm(space, start), out=rows[0])
         probe = cls(rows=rows, is_kept=is_kept)
         probe._measure(space)
@@ -90,7 +101,7 @@ class Probe:
         beta = finite_norm(space, following)
         size = max(map(abs, self.alphas)) + 2 * max((*self.betas, beta))  # at least ‖T‖
         if beta <= rounding(torch.finfo(w.dtype).eps) * size:
-            self.is_done = True
+            self.is_done = self.is_exhausted = True
             return
         following.div_(beta)
         self.betas.append(beta)
@@ -125,14 +136,12 @@ class Probe:
             overlaps[-1] -= 1
             self.defect = max(self.defect, float(overlaps.abs().max()))
 
-    def projected(self) -> Tensor:
-        """The projected operator, tridiagonal, (steps, steps) float64."""
-        couplings = torch.tensor(self.betas[: len(self.alphas) - 1], dtype=torch.float64)
-        diagonal = torch.tensor(self.alphas, dtype=torch.float64)
-        return torch.diag(diagonal) + torch.diag(couplings, 1) + torch.diag(couplings, -1)
+    @property
+    def jacobi(self) -> Jacobi:
+        """The coefficients as they stand."""
+        return Jacobi(tuple(self.alphas), tuple(self.betas), self.is_exhausted)
 
     def quadrature(self, space: VectorSpace) -> Quadrature:
         """Ritz values, and the squared first components of T's eigenvectors; alike on all ranks."""
-        values, vectors = torch.linalg.eigh(self.projected())
-        nodes, weights = space.agree((values.tolist(), vectors[0].square().tolist()))
+        nodes, weights = space.agree(self.jacobi.gauss)
         return Quadrature(nodes=tuple(nodes), weights=tuple(weights))
