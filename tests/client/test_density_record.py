@@ -102,7 +102,7 @@ def test_a_count_says_what_nodes_beside_its_ends_may_hide() -> None:
     assert BOTH.count(-math.inf, 1).resolution == pytest.approx(N * (0.5 + 0.5) / 2)
     # Beyond the last node, only that one may hide something.
     assert BOTH.count(-math.inf, 9).resolution == pytest.approx(N * (0.25 + 0.5) / 2)
-    assert BOTH.count(-math.inf, math.inf) == Count(N, 0, 0)
+    assert BOTH.count(-math.inf, math.inf) == Count(N, 0, 0, N, N)
     # Both ends: one way the node above 1 and that below 3 less, the other way more.
     assert result(ONE).count(1, 3).resolution == pytest.approx(N * (0.5 + 0.5))
 
@@ -185,3 +185,49 @@ def test_an_empty_interval_a_width_that_is_none_and_a_file_without_a_suffix_are_
         BOTH.expectation(np.zeros(3))
     with pytest.raises(ValueError, match="suffix"):
         BOTH.plot("density")
+
+
+def test_the_interval_of_a_count_is_that_of_its_probes_bounds() -> None:
+    """Of each probe by hand: from the node below an end to the one above it."""
+    first = Quadrature(nodes=(0.0, 1.0, 10.0), weights=(0.25, 0.25, 0.5))
+    second = Quadrature(nodes=(0.0, 1.0, 10.0), weights=(0.25, 0.35, 0.4))
+    found = result(first, second, dtype="float64", precision="full").count(5, math.inf)
+    # Above 5 is at least nothing, and at most what is not surely below: the nodes 1 and 10.
+    low, high = (0.0, 0.0), (0.75, 0.75)
+    assert found.low == pytest.approx(N * low[0], abs=1e-4)
+    assert found.high == pytest.approx(N * high[0], abs=1e-4)
+    assert found.interval == (found.low, found.high)
+    assert found.low <= found.value <= found.high
+    # Of one probe nothing is known of the others.
+    assert result(first).count(5, 7).interval == (0, N)
+
+
+def test_the_interval_of_a_count_allows_for_rounding_at_its_ends() -> None:
+    found = [
+        result(*[Quadrature(nodes=(0.0, 1e-4, 4.0, 5.0), weights=(0.25,) * 4)] * 8, dtype=dtype)
+        for dtype in ("float64", "float32")
+    ]
+    wide, coarse = (each.count(2e-4, math.inf) for each in found)
+    assert wide.low == pytest.approx(25, abs=1e-3)
+    assert wide.high == pytest.approx(75, abs=1e-3)
+    assert coarse.low < wide.low
+    assert coarse.high > wide.high
+
+
+def test_the_distance_of_spectra_is_the_mean_way_of_their_eigenvalues() -> None:
+    values = (-1.0, 0.5, 2.0, 2.0), (0.0, 0.25, 2.5, 7.0)
+    one, two = (
+        result(*[Quadrature(nodes=each, weights=(0.25,) * 4)] * 3, dtype="float64")
+        for each in values
+    )
+    found = one.distance(two)
+    assert found.value == pytest.approx((1 + 0.25 + 0.5 + 5) / 4)
+    assert found.standard_error == 0
+    assert found.resolution > 0
+    assert two.distance(one).value == pytest.approx(found.value)
+    assert one.distance(one).value == 0
+    # Quadratures that differ from probe to probe say how far that moves the distance.
+    assert BOTH.distance(BOTH).standard_error > 0
+    assert math.isinf(result(ONE).distance(BOTH).standard_error)
+    point = result(*[Quadrature(nodes=(1.0,), weights=(1.0,))] * 2, dtype="float64")
+    assert point.distance(point) == (0, 0, 0)

@@ -18,8 +18,8 @@ DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError 
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
 NotFoundError Operator OutOfRangeError OverData ParameterTensor PermissionDeniedError Plan
 Progress Rank ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult
-Timeout TraceResult UnauthenticatedError UnavailableError UnimplementedError UnknownError
-Vector Verification WorkerGroup
+Timeout TraceOfResult TraceResult UnauthenticatedError UnavailableError UnimplementedError
+UnknownError Vector Verification WorkerGroup
 """
 
 

@@ -390,3 +390,34 @@ def test_what_a_product_returns_is_not_written_to() -> None:
     assert all(torch.equal(now, before) for now, before in results)
     identity = DenseOperator(lambda v: v, DenseOperator(a).domain)
     assert density(identity, 2, 8).quadratures[1].nodes == pytest.approx((1.0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_intervals_of_counts_hold_the_truth_at_ends_anywhere(dtype: torch.dtype) -> None:
+    a = matrix(SPECTRUM).to(dtype)
+    inside, total = 0, 0
+    for seed in range(3):
+        found = as_given(density(a, 8, 25, seed=seed), N)
+        found = replace(found, provenance={**found.provenance, "dtype": str(dtype)[6:]})
+        for low, high in itertools.combinations(
+            (-math.inf, -0.5, 1e-3, 0.5, 1.5, 5.0, math.inf), 2
+        ):
+            true = int(((low < SPECTRUM) & (high >= SPECTRUM)).sum())
+            count = found.count(low, high)
+            assert count.low - 1e-9 <= count.value <= count.high + 1e-9
+            inside += count.low - 1e-6 <= true <= count.high + 1e-6
+            total += 1
+        outlier = found.count(5.0, math.inf)
+        assert outlier.low <= 1 <= outlier.high <= 6
+    assert inside >= 0.93 * total
+
+
+def test_the_distance_of_two_densities_is_that_of_the_dense_spectra() -> None:
+    other = SPECTRUM + 0.3 * torch.linspace(0, 1, N)
+    one, two = (as_given(density(matrix(each), 12, 60), N) for each in (SPECTRUM, other))
+    true = float((SPECTRUM.sort().values - other.sort().values).abs().mean())
+    found = one.distance(two)
+    assert abs(found.value - true) <= 2 * found.standard_error + found.resolution
+    assert found.value > 3 * one.distance(as_given(density(matrix(SPECTRUM), 12, 60), N)).value
+    again = one.distance(as_given(density(matrix(SPECTRUM), 12, 60, seed=1), N))
+    assert again.value <= 2 * again.standard_error

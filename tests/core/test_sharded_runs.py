@@ -22,6 +22,7 @@ from hvp_core.sharding.layout import Layout
 from hvp_core.stochastic.density import Density
 from hvp_core.stochastic.diagonal import Diagonal
 from hvp_core.stochastic.trace import Trace
+from hvp_core.stochastic.trace_of import TraceOf
 from hvp_core.vectors.space import ParameterSpace
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
@@ -29,6 +30,7 @@ from hvp_operations.diagonal import DiagonalSpec
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.solve import Method, SolveSpec
 from hvp_operations.trace import TraceSpec
+from hvp_operations.trace_of import TraceOfSpec
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -91,7 +93,7 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     part = Restricted(operator, Selection(operator.space, runs, [(3, 40), (50, 80)]))
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
-    found |= traces(operator) | diagonals(operator)
+    found |= traces(operator) | diagonals(operator) | functions(operator, positive)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
     return found
@@ -152,6 +154,30 @@ def diagonals(operator: ShardedMatrix) -> dict[str, Tensor]:
     return found
 
 
+FUNCTIONS = (
+    TraceOfSpec("log", damping=0.1),
+    TraceOfSpec("exp", num_steps=8),
+    TraceOfSpec("count", low=2.0, num_steps=8),
+    TraceOfSpec("inverse", damping=2.0),  # which is indefinite
+)
+
+
+def functions(operator: ShardedMatrix, positive: ShardedMatrix) -> dict[str, Tensor]:
+    """Traces of functions, with every bound of every probe."""
+    found = {}
+    for spec in FUNCTIONS:
+        of = positive if spec.function == "log" else operator
+        budget = Budget(max_products=32, num_vectors=60)
+        result = drive(TraceOf.configure(spec, of, budget), of).result
+        numbers = [result.smallest, result.largest]
+        for probe in result.probes:
+            numbers += [*probe.quadrature.nodes, *probe.quadrature.weights]
+            numbers += [probe.low, probe.value, probe.high] if spec.function != "inverse" else []
+        found[f"function {spec}"] = torch.tensor(numbers, dtype=torch.float64)
+    assert result.outcome == "INDEFINITE"
+    return found
+
+
 def check_written(operator: ShardedMatrix) -> None:
     """A state that goes through bytes after every step, on every rank, changes nothing."""
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-2), max_products=60, num_vectors=8)
@@ -175,7 +201,14 @@ def check_written(operator: ShardedMatrix) -> None:
         Diagonal.configure(spec, operator, Budget(max_products=40, num_vectors=40))
         for spec in DIAGONALS
     ]
-    algorithms: list[Algorithm[Any]] = [search, density, solving, *estimates, *diagonals]
+    function = TraceOf.configure(
+        TraceOfSpec("exp", num_steps=3), operator, Budget(max_products=30, num_vectors=40)
+    )
+    algorithms: list[Algorithm[Any]] = [
+        *(search, density, solving, function),
+        *estimates,
+        *diagonals,
+    ]
     for algorithm in algorithms:
         reported, found, _ = run(algorithm, operator, interrupted=False)
         others, again, _ = run(algorithm, operator, interrupted=True)
@@ -207,7 +240,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 35
+    assert len(alone) == 39
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

@@ -24,7 +24,7 @@ from hvp_client._specs import job_spec
 from hvp_client.awaited.functional import AsyncFunctional
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.linear_map import describe_operator
-from hvp_client.awaited.questions import AsyncQuestions
+from hvp_client.awaited.spectral import AsyncSpectral
 from hvp_client.awaited.vector import AsyncVector
 
 _OPENED_AT_ONCE = 8  # operators that are checked on the server at the same time
@@ -38,7 +38,7 @@ async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> As
 
 
 @final
-class AsyncOperator(AsyncFunctional, AsyncQuestions):
+class AsyncOperator(AsyncFunctional, AsyncSpectral):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell

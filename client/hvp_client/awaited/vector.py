@@ -119,16 +119,28 @@ class AsyncVector:
             InvalidArgumentError: `VECTOR_SPACE_MISMATCH`; `VECTOR_EXPECTED`: `other` is no vector.
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held a vector are gone.
         """
-        right = require_handle(other, AsyncVector, "other").name
+        return float((await self.inner_products([other]))[0])
+
+    async def inner_products(self, others: Sequence[AsyncVector]) -> NDArray[np.float64]:
+        """The inner products of this vector with several others, in one call.
+
+        Args:
+            others: k vectors of the same space and dtype.
+
+        Returns:
+            k numbers, float64; only these travel. Errors as for `dot`.
+        """
+        names = [require_handle(each, AsyncVector, "other").name for each in others]
+        pair = vector_pb2.ReduceVectorsRequest.Pair
         answer = await self._session.wire.unary(
             "VectorService/ReduceVectors",
             vector_pb2.ReduceVectorsRequest(
-                inner_products=[vector_pb2.ReduceVectorsRequest.Pair(left=self.name, right=right)]
+                inner_products=[pair(left=self.name, right=name) for name in names]
             ),
             vector_pb2.ReduceVectorsResponse,
             timeout_s=self._session.wire.timeout.compute_s,
         )
-        return answer.inner_products[0]
+        return np.array(answer.inner_products)
 
     async def norm(self) -> float:
         """The norm ‖v‖₂, accumulated in float64 on the ranks; errors as for `dot`."""

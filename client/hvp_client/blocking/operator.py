@@ -10,13 +10,13 @@ from hvp_client._selections import in_words
 from hvp_client.awaited.operator import AsyncOperator
 from hvp_client.blocking.functional import Functional
 from hvp_client.blocking.protocols import SymmetricLinearOperator
-from hvp_client.blocking.questions import Questions
+from hvp_client.blocking.spectral import Spectral
 from hvp_client.blocking.twins import twin_of
 from hvp_client.blocking.vector import Vector
 
 
 @final
-class Operator(Functional, Questions, SymmetricLinearOperator, twin=AsyncOperator):
+class Operator(Functional, Spectral, SymmetricLinearOperator, twin=AsyncOperator):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
@@ -97,6 +98,17 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
             FailedPreconditionError: `INPUT_MISSING`: the ranks that held a vector are gone.
         """
         return self._portal.run(self._twin.dot(twin_of(other)))
+
+    def inner_products(self, others: Sequence[Vector]) -> NDArray[np.float64]:
+        """The inner products of this vector with several others, in one call.
+
+        Args:
+            others: k vectors of the same space and dtype.
+
+        Returns:
+            k numbers, float64; only these travel. Errors as for `dot`.
+        """
+        return self._portal.run(self._twin.inner_products(twin_of(others)))
 
     def norm(self) -> float:
         """The norm ‖v‖₂, accumulated in float64 on the ranks; errors as for `dot`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hvp_operations.density import Quadrature
 from hvp_operations.operation import Table
+from hvp_operations.shares import bounds_with_rounding, gauss_bounds
+from hvp_operations.students_t import student_t
 
 _AT_ONCE = 1 << 21  # values of a kernel in memory: a few tens of MB
 # Unit roundoff of the operands of matrix products, where it is more than the dtype's.
@@ -34,12 +37,36 @@ class Estimate(NamedTuple):
 
 
 class Count(NamedTuple):
-    """An estimated number of eigenvalues, with its two sources of error.
+    """An estimated number of eigenvalues, with its two sources of error and an interval for both.
 
     Attributes:
         value: The estimate.
         standard_error: Standard error over the probes; infinite for a single probe.
         resolution: How far the finite number of steps can have moved the value, at most.
+        low: Lower end of a 95 % interval, of the operator as it was computed with.
+        high: Upper end of the interval.
+    """
+
+    value: float
+    standard_error: float
+    resolution: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Both ends of the 95 % interval."""
+        return self.low, self.high
+
+
+class Distance(NamedTuple):
+    """How far two spectra are apart, and what of it may be due to either estimate.
+
+    Attributes:
+        value: The distance, in units of the eigenvalues.
+        standard_error: How far random probes move the value, about: it is of this size for two
+            estimates of the same spectrum.
+        resolution: How far the finite number of steps can have moved it, at most.
     """
 
     value: float
@@ -174,12 +201,16 @@ class DensityResult:
         is a large part tells little: the number of negative eigenvalues, where many lie close to
         zero.
 
+        The interval is made of the same bounds of each probe, and of rounding to the dtype: its
+        ends are those of the 95 % intervals of the means of the lower bounds and of the upper ones.
+        Where an end is among eigenvalues it is wide; in a gap it is that of the probes alone.
+
         Args:
             low: May be minus infinity.
             high: May be infinity.
 
         Returns:
-            The estimate with both its errors.
+            The estimate with both its errors, and the interval.
 
         Raises:
             ValueError: low is not below high.
@@ -190,9 +221,70 @@ class DensityResult:
         share = self.expectation(inside.astype(np.float64))
         unknown = [_unresolved(quadrature, low, high) for quadrature in self.quadratures]
         n = self.num_parameters
+        ends = self._share_interval(low, high)
         return Count(
-            n * float(share.value), n * float(share.standard_error), n * float(np.mean(unknown))
+            n * float(share.value),
+            n * float(share.standard_error),
+            n * float(np.mean(unknown)),
+            n * ends[0],
+            n * ends[1],
         )
+
+    def _share_interval(self, low: float, high: float) -> tuple[float, float]:
+        """Ends of the 95 % interval of the share of eigenvalues in (low, high]."""
+        size = max(max(map(abs, each.nodes)) for each in self.quadratures)
+        rounding, least, most = self._rounding * size, [], []
+        for each in self.quadratures:
+            bounds = partial(gauss_bounds, each.nodes, each.weights)
+            below, above = (
+                bounds_with_rounding(bounds, end, rounding, size) for end in (low, high)
+            )
+            least.append(max(0.0, above[0] - below[1]))
+            most.append(min(1.0, above[1] - below[0]))
+        count = len(least)
+        if count == 1:
+            return 0.0, 1.0
+        t = student_t(count - 1) / math.sqrt(count)
+        return (
+            max(0.0, float(np.mean(least) - t * np.std(least, ddof=1))),
+            min(1.0, float(np.mean(most) + t * np.std(most, ddof=1))),
+        )
+
+    def distance(self, other: DensityResult) -> Distance:
+        """The Wasserstein-1 distance of two spectra: the area between their distributions.
+
+        For two matrices of the same order it is the mean distance of eigenvalues, (1/n) Σ |λᵢ − μᵢ|
+        with both in order, and at most the norm of the matrices' difference. Of other orders,
+        shares of eigenvalues take their place. Both spectra are taken as the means over their
+        probes; a value of a few standard errors or less does not tell them apart.
+
+        Args:
+            other: The other spectrum.
+
+        Returns:
+            The distance with what either estimate leaves open.
+        """
+        points = np.unique(np.concatenate((self.nodes.ravel(), other.nodes.ravel())))
+        widths = np.diff(points)
+        (one, one_error, one_open), (two, two_error, two_open) = (
+            each._distribution(points[:-1]) for each in (self, other)
+        )
+        return Distance(
+            float(np.abs(one - two) @ widths),
+            float(np.hypot(one_error, two_error) @ widths) if len(widths) else 0.0,
+            float((one_open + two_open) @ widths),
+        )
+
+    def _distribution(self, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """Share of eigenvalues up to each point: mean, standard error, what steps leave open."""
+        shares, unknown = [], []
+        for nodes, weights in zip(self.nodes, self.weights, strict=True):
+            below = np.searchsorted(nodes, points, side="right")
+            around = np.concatenate(([0.0], weights, [0.0]))
+            shares.append(np.concatenate(([0.0], np.cumsum(weights)))[below])
+            unknown.append(np.maximum(around[below], around[below + 1]))
+        error = np.std(shares, axis=0, ddof=1) if len(shares) > 1 else np.full(len(points), np.inf)
+        return np.mean(shares, axis=0), error / math.sqrt(len(shares)), np.mean(unknown, axis=0)
 
     def table(self) -> Table:
         """Trace, spread and ends of the spectrum."""

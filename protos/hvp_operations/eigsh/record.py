@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -10,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_operations.eigsh import Completeness
+from hvp_operations.eigsh.overlap import Overlap
 from hvp_operations.operation import Table
 
-VectorT = TypeVar("VectorT")
+#: A handle with `inner_products(others)`, at once or to be awaited.
+VectorT = TypeVar("VectorT", bound=Any)
 
 _TELLING = 0.2  # a margin of this part of the largest value, or less, tells something
 
@@ -73,6 +76,26 @@ class EigshResult(Generic[VectorT]):
         return np.stack(
             (self.eigenvalues - self.error_bounds, self.eigenvalues + self.error_bounds), axis=1
         )
+
+    def overlap(self, other: EigshResult[Any]) -> Any:
+        """How much the spans of these eigenvectors and of another result's have in common.
+
+        The inner products are taken where the vectors are; k · m numbers travel. Vectors of two
+        checkpoints, selections of parameters or dtypes do not mix.
+
+        Args:
+            other: Another result, such as one of another batch, kind of matrix or precision.
+
+        Returns:
+            An `Overlap`: `cosines` and `angles` between the spans, `mean_squared_cosine`, and the
+            `inner_products`. Of a result with awaited vectors it has to be awaited.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`.
+            NotFoundError: A job was deleted, and its eigenvectors with it.
+        """
+        rows = [vector.inner_products(other.eigenvectors) for vector in self.eigenvectors]
+        return _gathered(rows) if inspect.isawaitable(rows[0]) else Overlap.of(rows)
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -166,6 +189,10 @@ class EigshResult(Generic[VectorT]):
             "loss": self.loss,
             "provenance": dict(self.provenance),
         }
+
+
+async def _gathered(rows: Sequence[Awaitable[NDArray[np.float64]]]) -> Overlap:
+    return Overlap.of([await row for row in rows])
 
 
 def _finite(value: float) -> float | None:

@@ -15,25 +15,23 @@ Rounding
     f(A) lies between f(Ã − ε) and f(Ã + ε), whose quadratures have the same nodes, moved. Where
     Ã − ε has negative eigenvalues, ‖√P − √Q‖ ≤ √‖P − Q‖ is left of √ (Bhatia, "Matrix Analysis",
     theorem X.1.1). Of exp, |x·(e^{A+E} − e^A)x| ≤ ε e^ε ‖x‖ ‖e^A x‖ to first order in E (Duhamel's
-    formula, and ‖e^{sA}x‖ is logarithmically convex in s). Of the projectors P of A up to t − δ and
-    P̃ of Ã up to t, ‖(1 − P̃)P‖ ≤ ε/δ (Davis and Kahan; Bhatia, theorem VII.3.1), so that
-    ‖Px‖ ≤ ‖P̃x‖ + ε/δ ‖(1 − P̃)x‖, for every δ.
+    formula, and ‖e^{sA}x‖ is logarithmically convex in s). Of an interval in
+    which eigenvalues are counted, see `shares.bounds_with_rounding`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
+from hvp_operations.shares import bounds_with_rounding
 from hvp_operations.trace_of import TraceOfSpec
 
 from hvp_core.errors import CurvatureError
 from hvp_core.stochastic.quadrature import Jacobi, Rule, share_bounds
 
-#: Distances δ from an end of an interval at which projectors are compared, by the powers of ε / ‖A‖
-#: that ε/δ is: one for an end among eigenvalues, one for an end in a gap.
-_DISTANCES = (0.5, 0.8)
 #: Rounding of a sum of weights.
 _SUMS = 1e-14
 #: Of more than this, the exponential is no float64.
@@ -220,26 +218,9 @@ def _count(spec: TraceOfSpec, jacobi: Jacobi, rounding: float) -> Bracket:
 
 def _share(jacobi: Jacobi, low: float, high: float, rounding: float) -> tuple[float, float]:
     """Bounds on the measure of (low, high] of the exact operator."""
-    least = _up_to(jacobi, high, rounding)[0] - _up_to(jacobi, low, rounding)[1]
-    most = _up_to(jacobi, high, rounding)[1] - _up_to(jacobi, low, rounding)[0]
+    below, above = (
+        bounds_with_rounding(partial(share_bounds, jacobi), end, rounding, jacobi.size)
+        for end in (low, high)
+    )
+    least, most = above[0] - below[1], above[1] - below[0]
     return max(0.0, least - _SUMS), min(1.0, max(0.0, most + _SUMS))
-
-
-def _up_to(jacobi: Jacobi, point: float, rounding: float) -> tuple[float, float]:
-    """At most the measure below a point, and at least that up to and with it."""
-    if math.isinf(point) or rounding == 0:
-        return share_bounds(jacobi, point)
-    low, high = 0.0, 1.0
-    for power in _DISTANCES:
-        turned = (rounding / jacobi.size) ** power  # ε/δ
-        distance = rounding / turned
-        above = 1 - share_bounds(jacobi, point - distance)[0]
-        low = max(low, 1 - _turned(above, turned))
-        high = min(high, _turned(share_bounds(jacobi, point + distance)[1], turned))
-    return low, high
-
-
-def _turned(share: float, angle: float) -> float:
-    """The most of a vector's square that lies in a subspace at this sine of one with a share."""
-    share = min(1.0, max(0.0, share))
-    return min(1.0, (math.sqrt(share) + angle * math.sqrt(1 - share)) ** 2)

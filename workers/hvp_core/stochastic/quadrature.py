@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import NamedTuple, final
 
 import numpy as np
+from hvp_operations.shares import gauss_bounds
 from numpy.typing import NDArray
 
 #: A prescribed node that is nearly one of the Gauss rule's sends another node far away, where it
@@ -110,8 +111,8 @@ class Jacobi:
 def share_bounds(jacobi: Jacobi, point: float) -> tuple[float, float]:
     """Bounds on the measure below a point, and up to and with it.
 
-    They are the inequalities of Chebyshev, Markov and Stieltjes, of the rule of which the point is
-    a node, and of the Gauss rule (Szegő, "Orthogonal Polynomials", section 3.41).
+    They are those of `gauss_bounds`, and the same inequalities of the rule that has the point for a
+    node, which are the best that these coefficients give.
 
     Args:
         jacobi: The run.
@@ -125,13 +126,11 @@ def share_bounds(jacobi: Jacobi, point: float) -> tuple[float, float]:
         below = sum(w for node, w in zip(nodes, weights, strict=True) if node < point)
         up_to = sum(w for node, w in zip(nodes, weights, strict=True) if node <= point)
         return below, up_to
-    if math.isinf(point):
-        return (0.0, 0.0) if point < 0 else (1.0, 1.0)
-    farthest = _OUTSIDE * jacobi.size
-    point = min(max(point, -farthest), farthest)
-    index = sum(node <= point for node in nodes)
-    low, high = sum(weights[: max(0, index - 1)]), sum(weights[: index + 1])
-    radau = jacobi.radau(point)
+    if math.isfinite(point):
+        farthest = _OUTSIDE * jacobi.size
+        point = min(max(point, -farthest), farthest)
+    low, high = gauss_bounds(nodes, weights, point)
+    radau = jacobi.radau(point) if math.isfinite(point) else None
     if radau is not None:
         index = min(range(len(radau.nodes)), key=lambda at: abs(radau.nodes[at] - point))
         low = max(low, sum(radau.weights[:index]))
