@@ -167,7 +167,7 @@ def functions(operator: ShardedMatrix, positive: ShardedMatrix) -> dict[str, Ten
     found = {}
     for spec in FUNCTIONS:
         of = positive if spec.function == "log" else operator
-        budget = Budget(max_products=32, num_vectors=60)
+        budget = Budget(max_products=60, num_vectors=200)
         result = drive(TraceOf.configure(spec, of, budget), of).result
         numbers = [result.smallest, result.largest]
         for probe in result.probes:

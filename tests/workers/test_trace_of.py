@@ -20,7 +20,7 @@ async def trace_of(backend: Backend, operator: Operator, spec: TraceOfSpec) -> T
     raise AssertionError("the run gave no result")
 
 
-async def test_functions_of_a_gauss_newton_matrix_hold_their_closed_forms_in_every_precision(
+async def test_functions_of_a_gauss_newton_matrix_hold_their_closed_forms_in_coarse_precision_too(
     tmp_path: Path,
 ) -> None:
     backend = open_backend(kind="inprocess", num_workers=1, device="cpu")
@@ -32,12 +32,11 @@ async def test_functions_of_a_gauss_newton_matrix_hold_their_closed_forms_in_eve
     damping = 0.01 * float(values[0])
     cases: list[tuple[Function, str, str]] = [
         ("log", "float64", "full"),
-        ("inverse", "float32", "full"),
-        ("log", "float32", "bfloat16"),
+        ("inverse", "float32", "bfloat16"),
     ]
     for function, dtype, precision in cases:
         operator = operator_of(tmp_path, dtype, kind="ggn", precision=precision)
-        spec = TraceOfSpec(function=function, damping=damping, max_products=40, seed=Seed(1))
+        spec = TraceOfSpec(function=function, damping=damping, max_products=30, seed=Seed(1))
         found = await trace_of(backend, operator, spec)
         n = int(found.provenance["num_parameters"])
         spectrum = torch.cat((values, torch.zeros(n - len(values)).double())) + damping
