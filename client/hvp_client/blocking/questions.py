@@ -296,9 +296,9 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
                 positive definite, `sqrt` to have no negative eigenvalue; where a Ritz value
                 shows that it is not, the run ends at once and the result says so.
             damping: λ, which is added to the diagonal.
-            low: Of `count`, the lower end of the interval, which does not belong to it; None
-                for minus infinity.
-            high: Of `count`, the upper end, which does; None for infinity.
+            low: Of `count`, the lower end of the interval, which does not belong to it; by
+                default there is none.
+            high: Of `count`, the upper end, which does; by default there is none.
             num_steps: Upper bound on the Lanczos steps of each vector; None lets the server
                 choose.
             rtol: Tolerance on standard error and quadrature error together, relative to the

@@ -94,7 +94,9 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
         if given is not None:
             made.append(_vectors(given, told[name]))
             continue
-        shown: str | bool = "the server's choice" if may_be_none else True
+        shown: str | bool = True
+        if may_be_none:
+            shown = "none" if kind is float else "the server's choice"
         if typing.get_origin(kind) is Literal:
             kind = _words(typing.get_args(kind))
             default = None if default is None else kind(default)
