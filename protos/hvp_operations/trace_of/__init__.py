@@ -8,6 +8,7 @@ from typing import Literal
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.density import MAX_NODES, MAX_STEPS, WORKING_VECTORS, Quadrature
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.tolerances import SEED_RULE, of_estimates
 
 Function = Literal["log", "exp", "inverse", "sqrt", "count"]
 Outcome = Literal[
@@ -215,21 +216,7 @@ _RULES: tuple[Rule[TraceOfSpec], ...] = (
         holds=lambda spec, facts: spec.num_steps is None or 1 <= spec.num_steps <= MAX_STEPS,
         allowed=lambda spec, facts: f"1 to {MAX_STEPS} are possible; left out, the server chooses",
     ),
-    Rule(
-        field="rtol",
-        reason="RTOL_INVALID",
-        holds=lambda spec, facts: 0 < spec.rtol < 1,
-        allowed=lambda spec, facts: (
-            "0 < rtol < 1 is possible; it is relative to the value. The error falls as one over "
-            "the root of the products"
-        ),
-    ),
-    Rule(
-        field="atol",
-        reason="ATOL_INVALID",
-        holds=lambda spec, facts: spec.atol >= 0,
-        allowed=lambda spec, facts: "0 or more is possible, in units of the value",
-    ),
+    *of_estimates("the value"),
     Rule(
         field="max_products",
         reason="MAX_PRODUCTS_INVALID",
@@ -241,12 +228,7 @@ _RULES: tuple[Rule[TraceOfSpec], ...] = (
             "Lanczos at the least; left out, the server chooses"
         ),
     ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    SEED_RULE,
 )
 
 

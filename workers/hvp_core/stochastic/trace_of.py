@@ -41,8 +41,8 @@ from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_seed
 from hvp_core.stochastic.density_probe import Probe
 from hvp_core.stochastic.functions import Bracket, Ends, bracket, is_indefinite, needs_ends
+from hvp_core.stochastic.probing import FEWEST
 from hvp_core.stochastic.quadrature import Jacobi, Rule
-from hvp_core.stochastic.trace_choice import FEWEST
 from hvp_core.stochastic.trace_of_state import Standing, TraceOfState
 from hvp_core.vectors.vector_space import VectorSpace
 
