@@ -10,7 +10,7 @@ from hvp_core.errors import CurvatureError
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
 from hvp_core.vectors.probes import fill, philox4x32
-from hvp_core.vectors.space import ParameterSpace
+from hvp_core.vectors.space import ParameterSpace, partial_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,6 +120,17 @@ def small_space() -> ParameterSpace:
         torch.float64,
         torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_inner_products_lose_nothing_of_a_vector_with_a_few_large_elements(num_rows: int) -> None:
+    """Added one by one in float32, what follows 4096² in a register would not count at all."""
+    rows = torch.ones(num_rows, 3 << 17)
+    rows[:, :: 1 << 16] = 4096
+    exact = rows.double() @ rows[0].double()
+    assert (partial_products(rows, rows[0]) / exact - 1).abs().max() < 1e-5
+    wide = partial_products(rows.double(), rows[0].double())
+    assert (wide / exact - 1).abs().max() < 1e-14
 
 
 def test_a_vector_survives_its_file(tmp_path: Path) -> None:

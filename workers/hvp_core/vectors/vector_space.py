@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, dtype
 
 Distribution = Literal["rademacher", "gaussian", "sphere"]
@@ -32,6 +33,10 @@ class VectorSpace(ABC):
     @abstractmethod
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Inner products (m,) of `rows` (m, local) with `vector` (local,): float64, on the CPU."""
+
+    def dots_of(self, vectors: Sequence[Tensor], vector: Tensor) -> Tensor:
+        """Inner products (m,) of vectors (local,) that lie apart, as `dots` gives them of rows."""
+        return torch.cat([self.dots(each.unsqueeze(0), vector) for each in vectors])
 
     @abstractmethod
     def random(self, seed: int, distribution: Distribution) -> Tensor:
