@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, Literal
 
 from generate_blocking import blocking_module
-from hvp_operations.checking import Seed, reasons
+from hvp_operations.checking import Numbers, Seed, reasons
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Operation, load
 from hvp_operations.registry import operations
@@ -100,6 +100,8 @@ def _parameter(operation: Operation[Any], parameter: inspect.Parameter) -> str:
 def _hint(hint: Any) -> str:
     if hint is Seed:
         return "int"
+    if hint == Numbers:
+        return "Sequence[float]"
     if typing.get_origin(hint) in (typing.Union, UnionType):
         return " | ".join(_hint(each) for each in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:

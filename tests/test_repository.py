@@ -252,10 +252,10 @@ def test_commands_in_the_readme_exist() -> None:
     from hvp_client.cli.main import app
 
     known = {
-        str(command.name or getattr(command.callback, "__name__", "")).replace("_", "-")
+        str(command.name or getattr(command.callback, "__name__", "").replace("_", "-"))
         for command in app.registered_commands
     }
-    shown = set(re.findall(r"^hvp ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"^hvp ([a-z_-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert shown
     assert shown <= known
 
@@ -301,6 +301,10 @@ def test_a_question_is_known_by_name_where_it_is_declared_and_answered_alone() -
         *("protos/hvp_operations/eigsh/__init__.py", "protos/hvp_operations/eigsh/record.py"),
         *("protos/hvp/v1/eigsh.proto", "protos/hvp/v1/job.proto"),
         "workers/hvp_core/krylov/lanczos.py",
+        # Its eigenpairs are one of the ways to a low-rank matrix.
+        *("protos/hvp_operations/low_rank/__init__.py", "protos/hvp/v1/low_rank.proto"),
+        "protos/hvp_operations/low_rank/record.py",
+        *("workers/hvp_core/stochastic/low_rank.py", "benchmarks/preconditioning.py"),
         "client/hvp_demo/run.py",
     }
 

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from hvp_operations.density.record import DensityResult as DensityResult
     from hvp_operations.diagonal.record import DiagonalResult as DiagonalResult
     from hvp_operations.eigsh.record import EigshResult as EigshResult
+    from hvp_operations.low_rank.record import LowRankResult as LowRankResult
     from hvp_operations.solve.record import SolveResult as SolveResult
     from hvp_operations.trace.record import TraceResult as TraceResult
     from hvp_operations.trace_of.record import TraceOfResult as TraceOfResult
@@ -14,6 +15,7 @@ __all__ = [
     "DensityResult",
     "DiagonalResult",
     "EigshResult",
+    "LowRankResult",
     "SolveResult",
     "TraceOfResult",
     "TraceResult",
@@ -23,6 +25,7 @@ _WHERE = {
     "DensityResult": "hvp_operations.density.record",
     "DiagonalResult": "hvp_operations.diagonal.record",
     "EigshResult": "hvp_operations.eigsh.record",
+    "LowRankResult": "hvp_operations.low_rank.record",
     "SolveResult": "hvp_operations.solve.record",
     "TraceOfResult": "hvp_operations.trace_of.record",
     "TraceResult": "hvp_operations.trace.record",

@@ -21,6 +21,9 @@ FIRST_SEED = Seed(0)
 #: A field of this type names vectors on the server; see `hvp_operations.operation.Input`.
 Names = tuple[str, ...]
 
+#: A field of this type holds finite numbers.
+Numbers = tuple[float, ...]
+
 _BITS = {int: 31, Seed: 64}
 
 
@@ -52,7 +55,8 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
         if not rule.holds(spec, facts):
             given = getattr(spec, rule.field)
             if isinstance(given, tuple):
-                given = f"{len(given)} vectors"
+                is_named = rule.field in {each.field for each in operation.inputs}
+                given = f"{len(given)} {'vectors' if is_named else 'numbers'}"
             raise SpecError(
                 rule.reason,
                 f"{rule.field} is {given}; {rule.allowed(spec, facts)}.",
@@ -140,6 +144,8 @@ def _typed_value(name: str, hint: Any, given: Any) -> Any:
         return _number(name, given)
     if kind == Names:
         return _names(name, given)
+    if kind == Numbers:
+        return _numbers(name, given)
     raise TypeError(f"no spec has a field of {kind}")
 
 
@@ -169,6 +175,12 @@ def _number(name: str, given: Any) -> float:
     if not math.isfinite(number):
         raise _invalid(name, given, "a finite number is possible")
     return number
+
+
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
+        raise _invalid(name, given, "finite numbers are possible")
+    return tuple(_number(name, each) for each in given)
 
 
 def _names(name: str, given: Any) -> tuple[str, ...]:

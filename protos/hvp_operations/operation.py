@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
@@ -75,12 +76,24 @@ class Input:
         space: Space of the operator that the vectors belong to.
         least: The fewest vectors that have to be named; 0 where the field may be left out.
         most: The most vectors that can be named.
+        numbers: Name of the spec's field of numbers that go with the vectors, one with each; ""
+            where there is none. The SDK takes a `Spectral` for both.
     """
 
     field: str
     space: Literal["domain", "codomain"] = "domain"
     least: int = 1
     most: int = 1
+    numbers: str = ""
+
+
+class Spectral(ABC):
+    """A record of vectors with a number for each: what an input with `numbers` can be given as."""
+
+    @property
+    @abstractmethod
+    def spectral(self) -> tuple[Sequence[Any], Sequence[float]]:
+        """The vectors, and their numbers in the same order."""
 
 
 class SpecError(Exception):

@@ -16,10 +16,10 @@ AbortedError AlreadyExistsError AsyncClient AsyncJacobian AsyncJob AsyncOperator
 Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
 DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError InternalError
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
-NotFoundError Operator OutOfRangeError OverData ParameterTensor PermissionDeniedError Plan
-Progress Rank ResourceExhaustedError Retry ServerInfo ServerUnreachableError SolveResult
-Timeout TraceOfResult TraceResult UnauthenticatedError UnavailableError UnimplementedError
-UnknownError Vector Verification WorkerGroup
+LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor
+PermissionDeniedError Plan Progress Rank ResourceExhaustedError Retry ServerInfo
+ServerUnreachableError SolveResult Timeout TraceOfResult TraceResult UnauthenticatedError
+UnavailableError UnimplementedError UnknownError Vector Verification WorkerGroup
 """
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hvp_core.errors import CurvatureError
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.krylov.solve import Solve
 from hvp_core.linop.linear_operator import LinearOperator
@@ -21,6 +22,7 @@ from hvp_core.sharding.collective import Alone, Collective, Distributed
 from hvp_core.sharding.layout import Layout
 from hvp_core.stochastic.density import Density
 from hvp_core.stochastic.diagonal import Diagonal
+from hvp_core.stochastic.low_rank import LowRank
 from hvp_core.stochastic.trace import Trace
 from hvp_core.stochastic.trace_of import TraceOf
 from hvp_core.vectors.space import ParameterSpace
@@ -28,6 +30,7 @@ from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.diagonal import DiagonalSpec
 from hvp_operations.eigsh import EigshSpec
+from hvp_operations.low_rank import LowRankSpec
 from hvp_operations.solve import Method, SolveSpec
 from hvp_operations.trace import TraceSpec
 from hvp_operations.trace_of import TraceOfSpec
@@ -83,7 +86,9 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
         solving = Solve.configure(
             SolveSpec(("b", "b"), method=method, tol=1e-10, damping=0.1),
             positive,
-            Budget(max_products=400, num_vectors=99, inputs={"b": bs, "x0": ()}),
+            Budget(
+                max_products=400, num_vectors=99, inputs={"b": bs, "x0": (), "preconditioner": ()}
+            ),
         )
         solved = drive(solving, positive)
         assert [each.outcome for each in solved.result.systems] == ["CONVERGED"] * 2
@@ -94,8 +99,47 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
     found |= traces(operator) | diagonals(operator) | functions(operator, positive)
+    found |= low_rank(positive, collective)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
+    return found
+
+
+def low_rank(operator: ShardedMatrix, collective: Collective) -> dict[str, Tensor]:
+    """Low-rank matrices, and systems that have them, and a diagonal, for a preconditioner."""
+    found: dict[str, Tensor] = {}
+    space, b = operator.space, operator.space.random(3, "gaussian")
+    diagonal = space.from_flat(matrix(SPECTRUM.abs() + 0.1).diagonal().contiguous())
+    given: list[tuple[str, Sequence[Tensor], tuple[float, ...]]] = [("diagonal", [diagonal], ())]
+    operator.semidefinite = True
+    asked, budget = LowRankSpec(7, seed=Seed(1)), Budget(max_products=120, num_vectors=60)
+    made = drive(LowRank.configure(asked, operator, budget), operator)
+    assert made.result.method == "nystrom"
+    values = torch.tensor(made.result.eigenvalues, dtype=torch.float64)
+    u = torch.stack([space.to_flat(each) for each in made.vectors])
+    found["A_k"] = u.T @ torch.diag(values) @ u
+    found["error"] = torch.tensor([made.result.error, made.result.error_bound])
+    given.append(("low rank", [each.clone() for each in made.vectors], made.result.eigenvalues))
+    for name, vectors, numbers in given:
+        spec = SolveSpec(
+            ("b",),
+            damping=0.0,
+            tol=1e-11,
+            method="cg",
+            preconditioner=("p",) * len(vectors),
+            preconditioner_values=numbers,
+        )
+        inputs = {"b": [b], "x0": (), "preconditioner": vectors}
+        budget = Budget(max_products=400, num_vectors=99, inputs=inputs)
+        solved = drive(Solve.configure(spec, operator, budget), operator)
+        assert solved.result.systems[0].outcome == "CONVERGED"
+        found[f"x with {name}"] = space.to_flat(solved.vectors[0])
+    diagonal[0] = -1.0  # an element of each rank's own
+    inputs = {"b": [b], "x0": (), "preconditioner": [diagonal]}
+    budget = Budget(max_products=400, num_vectors=99, inputs=inputs)
+    wrong = Solve.configure(SolveSpec(("b",), preconditioner=("p",)), operator, budget)
+    with pytest.raises(CurvatureError, match=f"NOT_POSITIVE: {collective.world_size} of 91"):
+        drive(wrong, operator)
     return found
 
 
@@ -190,7 +234,11 @@ def check_written(operator: ShardedMatrix) -> None:
         Budget(
             max_products=60,
             num_vectors=20,
-            inputs={"b": [operator.space.random(1, "gaussian")], "x0": ()},
+            inputs={
+                "b": [operator.space.random(1, "gaussian")],
+                "x0": (),
+                "preconditioner": (),
+            },
         ),
     )
     estimates = [
@@ -240,7 +288,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 39
+    assert len(alone) == 43
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

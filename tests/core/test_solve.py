@@ -35,11 +35,17 @@ def configured(
     b: Sequence[Tensor],
     *,
     x0: Sequence[Tensor] = (),
+    preconditioner: Sequence[Tensor] = (),
     num_vectors: int = 10**6,
     **values: Any,
 ) -> Solve:
-    spec = SolveSpec(tuple("b" for _ in b), x0=tuple("x" for _ in x0), **values)
-    inputs = {"b": b, "x0": x0}
+    spec = SolveSpec(
+        tuple("b" for _ in b),
+        x0=tuple("x" for _ in x0),
+        preconditioner=tuple("p" for _ in preconditioner),
+        **values,
+    )
+    inputs = {"b": b, "x0": x0, "preconditioner": preconditioner}
     return Solve.configure(
         spec, operator, Budget(max_products=10**6, num_vectors=num_vectors, inputs=inputs)
     )

@@ -16,6 +16,9 @@ from tests.workers.test_certificates import backend, blank_head, closed_form, op
 __all__ = ["backend"]
 
 
+NONE: dict[str, list[str]] = {"x0": [], "preconditioner": []}
+
+
 def tokens() -> Tensor:
     return torch.randint(5, (3, 6), generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +31,7 @@ async def elements(backend: Backend, name: str, folder: Path, dtype: torch.dtype
 
 async def solved(backend: Backend, operator: Operator, spec: SolveSpec, num_b: int) -> SolveResult:
     outputs = [f"x{index}" for index in range(2 * num_b)]
-    inputs = {"b": [f"b{index}" for index in range(num_b)], "x0": []}
+    inputs = {"b": [f"b{index}" for index in range(num_b)], **NONE}
     async for step in backend.run(operator, "solve", spec, outputs, inputs):
         if isinstance(step, SolveResult):
             return step
@@ -84,7 +87,7 @@ async def test_vectors_that_are_not_on_the_ranks_end_a_run_before_it_begins(
     backend = open_backend(kind="inprocess", num_workers=1, device="cpu")
     await backend.start()
     operator = written(blank_head(), tmp_path, tokens(), "float64", kind="ggn")
-    run = backend.run(operator, "solve", SolveSpec(("b",)), ["x"], {"b": ["b"], "x0": []})
+    run = backend.run(operator, "solve", SolveSpec(("b",)), ["x"], {"b": ["b"], **NONE})
     first = await anext(run)
     assert isinstance(first, RunProgress)
     assert first.stage == "loading"

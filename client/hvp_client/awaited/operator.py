@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, final, overload
 
+import numpy as np
+from hvp_operations.low_rank.record import LowRankResult, read_saved
+from hvp_operations.operation import Spectral
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
 
 from hvp_client._arrays import like
 from hvp_client._bulk import as_real
 from hvp_client._checkpoints import tensors_from_proto
+from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._handles import is_sequence_of
 from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
@@ -22,9 +27,9 @@ from hvp_client._session import Session, gather_bounded, new_request_id
 from hvp_client._spaces import VectorSpace
 from hvp_client._specs import job_spec
 from hvp_client.awaited.functional import AsyncFunctional
+from hvp_client.awaited.functions import AsyncFunctions
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.linear_map import describe_operator
-from hvp_client.awaited.spectral import AsyncSpectral
 from hvp_client.awaited.vector import AsyncVector
 
 _OPENED_AT_ONCE = 8  # operators that are checked on the server at the same time
@@ -38,7 +43,7 @@ async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> As
 
 
 @final
-class AsyncOperator(AsyncFunctional, AsyncSpectral):
+class AsyncOperator(AsyncFunctional, AsyncFunctions):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -129,6 +134,30 @@ class AsyncOperator(AsyncFunctional, AsyncSpectral):
         )
         return dict(zip(blocks, opened, strict=True))
 
+    async def load_low_rank(self, path: str | Path) -> LowRankResult[AsyncVector]:
+        """Bring a low-rank matrix back to the ranks that `save` has written to a file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The matrix, whose vectors this client has made: they are freed with their handles.
+
+        Raises:
+            InvalidArgumentError: `FILE_INVALID`: the file holds something else. `SHAPE_MISMATCH`:
+                it is of an operator of another order.
+            ResourceExhaustedError: `VECTOR_MEMORY`.
+        """
+        try:
+            figures, rows = read_saved(path)
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(str(error), reason="FILE_INVALID", field="path") from error
+        vectors = [
+            await self.vector(np.asarray(rows[index : index + 1])[0])
+            for index in range(rows.get_shape()[0])
+        ]
+        return LowRankResult(**figures, eigenvectors=vectors)
+
     async def plan(self, operation: str, **values: Any) -> Plan:
         """Tell what a question would cost, without queueing anything.
 
@@ -171,8 +200,11 @@ class AsyncOperator(AsyncFunctional, AsyncSpectral):
         declared = operations().get(operation)
         named = dict(values)
         async with contextlib.AsyncExitStack() as stack:
-            for field in [each.field for each in declared.inputs] if declared else []:
+            for each in declared.inputs if declared else ():
+                field = each.field
                 given = values.get(field)
+                if isinstance(given, Spectral) and each.numbers:
+                    given, named[each.numbers] = given.spectral
                 is_left_out = given is None or (isinstance(given, (list, tuple)) and not given)
                 vectors: Sequence[AsyncVector] = ()
                 if not is_left_out:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from hvp_operations.density.record import DensityResult
 from hvp_operations.diagonal.record import DiagonalResult
 from hvp_operations.eigsh.record import EigshResult
+from hvp_operations.low_rank.record import LowRankResult
 from hvp_operations.solve.record import SolveResult
 from hvp_operations.trace.record import TraceResult
 from hvp_operations.trace_of.record import TraceOfResult
@@ -163,6 +164,60 @@ class AsyncQuestions(ABC):
             labels,
         )
 
+    async def low_rank(
+        self,
+        k: int = 20,
+        method: Literal["auto", "nystrom", "eigsh"] = "auto",
+        *,
+        oversampling: int = 10,
+        tol: float = 0.001,
+        max_products: int | None = None,
+        seed: int = 0,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[LowRankResult[AsyncVector]]:
+        """Approximate the operator by a matrix of rank k that stays on the ranks.
+
+        The result A_k = U diag(eigenvalues) Uᵀ is a matrix to compute with: `L @ v`,
+        `L.solve(b, λ)`, `L.logdet(λ)`, and a preconditioner of `solve`. How far it is from A is
+        bounded by products with a random vector that it does not depend on.
+
+        Args:
+            k: Number of vectors, 1 ≤ k ≤ n.
+            method: `nystrom`, of a matrix without negative eigenvalues such as a GGN: what A
+                does to random vectors, k + oversampling products in all; `eigsh`: the k
+                eigenpairs of largest magnitude by Lanczos, the best there is, for more
+                products. `auto` takes `nystrom` where it can.
+            oversampling: Of `nystrom`: random vectors beyond k, 0 or more; each makes it
+                better.
+            tol: Of `eigsh`: residual of a pair that will do, relative to the largest
+                eigenvalue's magnitude, 0 ≤ tol < 1.
+            max_products: Upper bound on products, those that bound the error included; None
+                lets the server choose.
+            seed: Seed of the random vectors.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `K_INVALID`, `MAX_PRODUCTS_INVALID`, `METHOD_UNSUPPORTED`,
+                `OVERSAMPLING_INVALID`, `SEED_INVALID`, `TOL_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "low_rank",
+            {
+                "k": k,
+                "method": method,
+                "oversampling": oversampling,
+                "tol": tol,
+                "max_products": max_products,
+                "seed": seed,
+            },
+            labels,
+        )
+
     async def solve(
         self,
         b: AsyncVector | Sequence[AsyncVector] | Any,
@@ -172,6 +227,8 @@ class AsyncQuestions(ABC):
         tol: float = 1e-06,
         max_products: int | None = None,
         x0: AsyncVector | Sequence[AsyncVector] | Any = None,
+        preconditioner: AsyncVector | Sequence[AsyncVector] | Any = None,
+        preconditioner_values: Sequence[float] = (),
         labels: Mapping[str, str] | None = None,
     ) -> AsyncJob[SolveResult[AsyncVector]]:
         """Solve (A + λI) x = b by conjugate gradients or MINRES, for one b or several at once.
@@ -180,6 +237,11 @@ class AsyncQuestions(ABC):
         float64. Where the products of the recurrence are too coarse for the tolerance, it is
         begun again from that residual for as long as this helps. Right-hand sides go in
         lockstep: their products share what does not depend on them.
+
+        A preconditioner is a matrix M near A that is cheap to invert. Each step applies (M +
+        λI)⁻¹, and the nearer M is, the fewer steps there are. Where M is U diag(values) Uᵀ with
+        k orthonormal vectors, what is orthogonal to them is multiplied by 1 / (λ + the least of
+        the values) (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023)).
 
         Args:
             b: The right-hand side, or several. A vector on the server or a sequence of them, or
@@ -193,6 +255,12 @@ class AsyncQuestions(ABC):
                 residual included; None lets the server choose.
             x0: Start for each right-hand side; zero where it is left out. A vector on the
                 server or a sequence of them, or real numbers (n,) or (n, k), which travel.
+            preconditioner: Result of `low_rank`; or one vector d with dᵢ ≥ 0 and dᵢ + λ > 0,
+                the diagonal of a matrix near A; or the vectors of a low-rank matrix, with their
+                values. λ is added to it, as to A. A vector on the server or a sequence of them,
+                or real numbers (n,) or (n, k), which travel.
+            preconditioner_values: Eigenvalues of the low-rank matrix, 0 or more, and above 0
+                with λ; a result of `low_rank` brings its own.
             labels: Kept with the job.
 
         Returns:
@@ -200,8 +268,8 @@ class AsyncQuestions(ABC):
 
         Raises:
             InvalidArgumentError: `B_INVALID`, `DAMPING_INVALID`, `MAX_PRODUCTS_INVALID`,
-                `METHOD_UNSUPPORTED`, `TOL_INVALID`, `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`,
-                `X0_INVALID`.
+                `METHOD_UNSUPPORTED`, `PRECONDITIONER_INVALID`, `PRECONDITIONER_VALUES_INVALID`,
+                `TOL_INVALID`, `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`, `X0_INVALID`.
             NotFoundError: A vector is gone.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`, `INPUT_MISSING`.
             ResourceExhaustedError: `QUEUE_FULL`.
@@ -215,6 +283,8 @@ class AsyncQuestions(ABC):
                 "tol": tol,
                 "max_products": max_products,
                 "x0": x0,
+                "preconditioner": preconditioner,
+                "preconditioner_values": preconditioner_values,
             },
             labels,
         )

@@ -233,6 +233,41 @@ class AsyncVector:
         """
         return await combine(self._session, [(1.0, self), (scale, other)])
 
+    async def along(
+        self, vectors: Sequence[AsyncVector], factors: Sequence[float], rest: float = 0.0
+    ) -> AsyncVector:
+        """Multiply by a matrix that is diagonal in orthonormal vectors: rest·v + Σ fᵢ (uᵢ·v) uᵢ.
+
+        Args:
+            vectors: Vectors uᵢ of the same space and dtype, such as eigenvectors.
+            factors: A finite number fᵢ for each.
+            rest: A finite number.
+
+        Returns:
+            A new vector. Two calls, in which the inner products travel and no elements.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held a vector are gone.
+        """
+        handles = [require_handle(each, AsyncVector, "vectors") for each in vectors]
+        answer = await self._session.wire.unary(
+            "VectorService/ReduceVectors",
+            vector_pb2.ReduceVectorsRequest(
+                inner_products=[
+                    vector_pb2.ReduceVectorsRequest.Pair(left=each.name, right=self.name)
+                    for each in handles
+                ]
+            ),
+            vector_pb2.ReduceVectorsResponse,
+            timeout_s=self._session.wire.timeout.compute_s,
+        )
+        terms = [
+            (float(factor) * dot, each)
+            for factor, dot, each in zip(factors, answer.inner_products, handles, strict=True)
+        ]
+        return await combine(self._session, [(float(rest), self), *terms])
+
     async def keep(self) -> None:
         """Keep the vector on the server until somebody deletes it: for another process, or later.
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, final, overload
+
+from hvp_operations.low_rank.record import LowRankResult
 
 from hvp_client._results import Plan
 from hvp_client._selections import in_words
 from hvp_client.awaited.operator import AsyncOperator
 from hvp_client.blocking.functional import Functional
+from hvp_client.blocking.functions import Functions
 from hvp_client.blocking.protocols import SymmetricLinearOperator
-from hvp_client.blocking.spectral import Spectral
 from hvp_client.blocking.twins import twin_of
 from hvp_client.blocking.vector import Vector
 
 
 @final
-class Operator(Functional, Spectral, SymmetricLinearOperator, twin=AsyncOperator):
+class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperator):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -101,6 +104,23 @@ class Operator(Functional, Spectral, SymmetricLinearOperator, twin=AsyncOperator
                 `PARAMETERS_INVALID`: a parameter is in two blocks, or in none.
         """
         result: dict[str, Operator] = self._wait(self._twin.blocks(by))
+        return result
+
+    def load_low_rank(self, path: str | Path) -> LowRankResult[Vector]:
+        """Bring a low-rank matrix back to the ranks that `save` has written to a file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The matrix, whose vectors this client has made: they are freed with their handles.
+
+        Raises:
+            InvalidArgumentError: `FILE_INVALID`: the file holds something else. `SHAPE_MISMATCH`:
+                it is of an operator of another order.
+            ResourceExhaustedError: `VECTOR_MEMORY`.
+        """
+        result: LowRankResult[Vector] = self._wait(self._twin.load_low_rank(path))
         return result
 
     def plan(self, operation: str, **values: Any) -> Plan:

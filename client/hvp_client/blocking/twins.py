@@ -53,13 +53,14 @@ def twin_of(value: Any) -> Any:
     """Replace blocking handles by their twins, for a call of the awaited side.
 
     Args:
-        value: A blocking handle, a list or tuple of them, or anything else.
+        value: A blocking handle, a list or tuple of them, a question's result, or anything else.
 
     Returns:
-        The handle's twin, a list of twins, or the value itself.
+        The handle's twin, a list of twins, the result with twins for its vectors, or the value
+        itself.
     """
     if isinstance(value, Blocking):
         return value._twin
     if isinstance(value, (list, tuple)) and any(isinstance(each, Blocking) for each in value):
         return [twin_of(each) for each in value]
-    return value
+    return with_vectors(value, twin_of)

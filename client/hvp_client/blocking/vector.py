@@ -184,6 +184,26 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
         result: Vector = self._wait(self._twin.axpy(scale, twin_of(other)))
         return result
 
+    def along(
+        self, vectors: Sequence[Vector], factors: Sequence[float], rest: float = 0.0
+    ) -> Vector:
+        """Multiply by a matrix that is diagonal in orthonormal vectors: rest·v + Σ fᵢ (uᵢ·v) uᵢ.
+
+        Args:
+            vectors: Vectors uᵢ of the same space and dtype, such as eigenvectors.
+            factors: A finite number fᵢ for each.
+            rest: A finite number.
+
+        Returns:
+            A new vector. Two calls, in which the inner products travel and no elements.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `VECTOR_EXPECTED` or `NON_FINITE`.
+            FailedPreconditionError: `INPUT_MISSING`: the ranks that held a vector are gone.
+        """
+        result: Vector = self._wait(self._twin.along(twin_of(vectors), factors, rest))
+        return result
+
     def keep(self) -> None:
         """Keep the vector on the server until somebody deletes it: for another process, or later.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from hvp_operations.checking import Seed, field_types, without_none
+from hvp_operations.checking import Numbers, Seed, field_types, without_none
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Input, Operation
 
@@ -103,6 +103,8 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
             shown = "none" if may_be_none else True
         elif kind is Seed:
             kind = int
+        elif kind == Numbers:
+            kind, default, shown = list[float], list(default), "none"
         flags = [f"--{name.replace('_', '-')}", *([f"-{name}"] if len(name) == 1 else [])]
         option = typer.Option(*flags, help=told[name], show_default=shown)
         made.append(_parameter(name, kind | None if may_be_none else kind, option, default))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
-from hvp_operations.checking import Names
+from hvp_operations.checking import Names, Numbers
 from hvp_operations.operation import Cost, Detail, Facts, Input, Operation, Result, Rule, Table
 
 Method = Literal["auto", "cg", "minres"]
@@ -21,6 +21,8 @@ Outcome = Literal[
 ]
 
 MAX_RIGHT_HAND_SIDES = 64
+#: The most vectors of a low-rank preconditioner.
+MAX_PRECONDITIONER_VECTORS = 1024
 #: Products of each right-hand side that are set aside: one for the residual of x, one for what else
 #: is claimed, such as a negative curvature.
 RESERVED_PRODUCTS = 2
@@ -40,6 +42,11 @@ class SolveSpec:
     that residual for as long as this helps. Right-hand sides go in lockstep: their products share
     what does not depend on them.
 
+    A preconditioner is a matrix M near A that is cheap to invert. Each step applies (M + λI)⁻¹, and
+    the nearer M is, the fewer steps there are. Where M is U diag(values) Uᵀ with k orthonormal
+    vectors, what is orthogonal to them is multiplied by 1 / (λ + the least of the values)
+    (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023)).
+
     Attributes:
         b: The right-hand side, or several.
         damping: λ, which is added to the diagonal; below 0 for MINRES alone.
@@ -50,6 +57,11 @@ class SolveSpec:
         max_products: Upper bound on products for each right-hand side, those of its residual
             included; None lets the server choose.
         x0: Start for each right-hand side; zero where it is left out.
+        preconditioner: Result of `low_rank`; or one vector d with dᵢ ≥ 0 and dᵢ + λ > 0, the
+            diagonal of a matrix near A; or the vectors of a low-rank matrix, with their values. λ
+            is added to it, as to A.
+        preconditioner_values: Eigenvalues of the low-rank matrix, 0 or more, and above 0 with λ; a
+            result of `low_rank` brings its own.
     """
 
     b: Names
@@ -59,6 +71,8 @@ class SolveSpec:
     tol: float = 1e-6
     max_products: int | None = None
     x0: Names = ()
+    preconditioner: Names = ()
+    preconditioner_values: Numbers = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +154,19 @@ def kept_vectors(spec: SolveSpec) -> int:
     return len(spec.b) * (1 if spec.method == "minres" else 2)
 
 
+def working_vectors(spec: SolveSpec, method: Method) -> int:
+    """Vectors of a right-hand side on its way, beside x; what a preconditioner gives is one."""
+    return WORKING_VECTORS[method] + bool(spec.preconditioner)
+
+
+def common_vectors(spec: SolveSpec) -> int:
+    """Vectors that all right-hand sides share: the inverse of a diagonal."""
+    return int(bool(spec.preconditioner) and not spec.preconditioner_values)
+
+
 def _cost(spec: SolveSpec, facts: Facts) -> Cost:
-    results, working = kept_vectors(spec), WORKING_VECTORS[spec.method]
-    beside = 2 * results  # in the run, and copied out of it
+    results, working = kept_vectors(spec), working_vectors(spec, spec.method)
+    beside = 2 * results + common_vectors(spec)  # in the run, and copied out of it
     return Cost(
         max_products=len(spec.b) * most_products(spec, facts.num_parameters),
         least_vectors=beside + working,
@@ -186,13 +210,47 @@ _RULES: tuple[Rule[SolveSpec], ...] = (
             f"{len(spec.b)} are possible, one for each right-hand side, or none"
         ),
     ),
+    Rule(
+        field="preconditioner",
+        reason="PRECONDITIONER_INVALID",
+        holds=lambda spec, facts: bool(spec.preconditioner_values) or len(spec.preconditioner) < 2,
+        allowed=lambda spec, facts: (
+            "one is possible, a diagonal, or several with a value for each in "
+            "preconditioner_values, as a result of low_rank has them"
+        ),
+    ),
+    Rule(
+        field="preconditioner_values",
+        reason="PRECONDITIONER_VALUES_INVALID",
+        holds=lambda spec, facts: (
+            len(spec.preconditioner_values) in (0, len(spec.preconditioner))
+            and len(spec.preconditioner_values) <= facts.num_parameters
+        ),
+        allowed=lambda spec, facts: (
+            f"{len(spec.preconditioner)} are possible, one for each vector of the preconditioner, "
+            "or none for a diagonal"
+        ),
+    ),
+    Rule(
+        field="preconditioner_values",
+        reason="PRECONDITIONER_VALUES_INVALID",
+        holds=lambda spec, facts: all(
+            each >= 0 and each + spec.damping > 0 for each in spec.preconditioner_values
+        ),
+        allowed=lambda spec, facts: (
+            f"with a damping of {spec.damping:g} the least of them is "
+            f"{min(spec.preconditioner_values):.6g}: a preconditioner is positive definite, so "
+            "each has to be 0 or more, and above 0 with the damping; leave out vectors with others"
+        ),
+    ),
 )
 
 
 def _headline(spec: SolveSpec) -> str:
     damped = f" damping={spec.damping:g}" if spec.damping else ""
+    helped = " preconditioned" if spec.preconditioner else ""
     several = f" of {len(spec.b)} right-hand sides" if len(spec.b) > 1 else ""
-    return f"solve {spec.method}{damped} tol={spec.tol:g}{several}"
+    return f"solve {spec.method}{damped} tol={spec.tol:g}{helped}{several}"
 
 
 OPERATION = Operation(
@@ -209,5 +267,12 @@ OPERATION = Operation(
     inputs=(
         Input(field="b", space="codomain", most=MAX_RIGHT_HAND_SIDES),
         Input(field="x0", space="domain", least=0, most=MAX_RIGHT_HAND_SIDES),
+        Input(
+            field="preconditioner",
+            space="domain",
+            least=0,
+            most=MAX_PRECONDITIONER_VECTORS,
+            numbers="preconditioner_values",
+        ),
     ),
 )

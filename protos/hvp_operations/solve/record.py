@@ -93,7 +93,10 @@ class SolveResult(Generic[VectorT]):
 
     def table(self) -> Table:
         """A row for each right-hand side."""
-        told = (self.provenance.get(key) for key in ("operator", "dtype", "precision", "method"))
+        told = (
+            self.provenance.get(key)
+            for key in ("operator", "dtype", "precision", "method", "preconditioner")
+        )
         names = [getattr(vector, "name", "") for vector in (*self.x, *self.directions)]
         return Table(
             title=f"{self.num_products} products, loss {self.loss:.6g} nats",

@@ -189,14 +189,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
     ERROR_REASON_SYMMETRY_BROKEN: _ErrorReason.ValueType  # 91
     """u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
-    ERROR_REASON_BATCHES_INVALID: _ErrorReason.ValueType  # 125
-    """An error over data takes two different batches or more."""
     ERROR_REASON_LOSS_HAS_NO_DISTRIBUTION: _ErrorReason.ValueType  # 105
     """The model's loss is not known as the negative log likelihood of a distribution, of which labels could
     be drawn; ask for the Gauss-Newton matrix.
     """
     ERROR_REASON_NUM_SAMPLES_INVALID: _ErrorReason.ValueType  # 106
     """A Fisher matrix draws 1 to 64 labels for each target, and other kinds draw none."""
+    ERROR_REASON_PRECONDITIONER_NOT_POSITIVE: _ErrorReason.ValueType  # 100
+    """A preconditioner's diagonal with the damping has an element that is not above 0, or one below 0."""
+    ERROR_REASON_VECTORS_NOT_ORTHONORMAL: _ErrorReason.ValueType  # 101
+    """Vectors of a low-rank preconditioner are not orthonormal; take those of one result."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -362,14 +364,16 @@ ERROR_REASON_POINTS_INVALID: ErrorReason.ValueType  # 90
 """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
 ERROR_REASON_SYMMETRY_BROKEN: ErrorReason.ValueType  # 91
 """u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
-ERROR_REASON_BATCHES_INVALID: ErrorReason.ValueType  # 125
-"""An error over data takes two different batches or more."""
 ERROR_REASON_LOSS_HAS_NO_DISTRIBUTION: ErrorReason.ValueType  # 105
 """The model's loss is not known as the negative log likelihood of a distribution, of which labels could
 be drawn; ask for the Gauss-Newton matrix.
 """
 ERROR_REASON_NUM_SAMPLES_INVALID: ErrorReason.ValueType  # 106
 """A Fisher matrix draws 1 to 64 labels for each target, and other kinds draw none."""
+ERROR_REASON_PRECONDITIONER_NOT_POSITIVE: ErrorReason.ValueType  # 100
+"""A preconditioner's diagonal with the damping has an element that is not above 0, or one below 0."""
+ERROR_REASON_VECTORS_NOT_ORTHONORMAL: ErrorReason.ValueType  # 101
+"""Vectors of a low-rank preconditioner are not orthonormal; take those of one result."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

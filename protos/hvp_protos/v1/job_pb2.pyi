@@ -17,6 +17,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hvp_protos.v1 import density_pb2 as _density_pb2
 from hvp_protos.v1 import diagonal_pb2 as _diagonal_pb2
 from hvp_protos.v1 import eigsh_pb2 as _eigsh_pb2
+from hvp_protos.v1 import low_rank_pb2 as _low_rank_pb2
 from hvp_protos.v1 import solve_pb2 as _solve_pb2
 from hvp_protos.v1 import trace_of_pb2 as _trace_of_pb2
 from hvp_protos.v1 import trace_pb2 as _trace_pb2
@@ -43,6 +44,7 @@ class JobSpec(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
+    LOW_RANK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshSpec: ...
     @_builtins.property
@@ -55,6 +57,8 @@ class JobSpec(_message.Message):
     def trace_of(self) -> _trace_of_pb2.TraceOfSpec: ...
     @_builtins.property
     def diagonal(self) -> _diagonal_pb2.DiagonalSpec: ...
+    @_builtins.property
+    def low_rank(self) -> _low_rank_pb2.LowRankSpec: ...
     def __init__(
         self,
         *,
@@ -64,12 +68,13 @@ class JobSpec(_message.Message):
         trace: _trace_pb2.TraceSpec | None = ...,
         trace_of: _trace_of_pb2.TraceOfSpec | None = ...,
         diagonal: _diagonal_pb2.DiagonalSpec | None = ...,
+        low_rank: _low_rank_pb2.LowRankSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -85,6 +90,7 @@ class JobResult(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
+    LOW_RANK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshResult: ...
     @_builtins.property
@@ -97,6 +103,8 @@ class JobResult(_message.Message):
     def trace_of(self) -> _trace_of_pb2.TraceOfResult: ...
     @_builtins.property
     def diagonal(self) -> _diagonal_pb2.DiagonalResult: ...
+    @_builtins.property
+    def low_rank(self) -> _low_rank_pb2.LowRankResult: ...
     def __init__(
         self,
         *,
@@ -106,12 +114,13 @@ class JobResult(_message.Message):
         trace: _trace_pb2.TraceResult | None = ...,
         trace_of: _trace_of_pb2.TraceOfResult | None = ...,
         diagonal: _diagonal_pb2.DiagonalResult | None = ...,
+        low_rank: _low_rank_pb2.LowRankResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -183,6 +192,7 @@ class JobProgress(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
+    LOW_RANK_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
     """Operator products done in this attempt, and their upper bound."""
     max_products: _builtins.int
@@ -191,7 +201,8 @@ class JobProgress(_message.Message):
     (looking for what was missed) and `verifying`; of density `iterating`; of solve `iterating`,
     `verifying` (the residual of x) and `probing` (what else is claimed); of trace and diagonal
     `sampling`, `correcting` (comparing coarse products with exact ones), `sketching`, `projecting`
-    and `exact`; of trace_of `iterating`.
+    and `exact`; of trace_of `iterating`; of low_rank `sampling` or `searching`, and `checking`
+    (bounding the error).
     """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
@@ -207,6 +218,8 @@ class JobProgress(_message.Message):
     def trace_of(self) -> _trace_of_pb2.TraceOfProgress: ...
     @_builtins.property
     def diagonal(self) -> _diagonal_pb2.DiagonalProgress: ...
+    @_builtins.property
+    def low_rank(self) -> _low_rank_pb2.LowRankProgress: ...
     def __init__(
         self,
         *,
@@ -220,12 +233,13 @@ class JobProgress(_message.Message):
         trace: _trace_pb2.TraceProgress | None = ...,
         trace_of: _trace_of_pb2.TraceOfProgress | None = ...,
         diagonal: _diagonal_pb2.DiagonalProgress | None = ...,
+        low_rank: _low_rank_pb2.LowRankProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal"]  # noqa: Y015
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank"]  # noqa: Y015
     _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 

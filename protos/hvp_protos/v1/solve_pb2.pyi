@@ -57,6 +57,8 @@ class SolveSpec(_message.Message):
     TOL_FIELD_NUMBER: _builtins.int
     MAX_PRODUCTS_FIELD_NUMBER: _builtins.int
     X0_FIELD_NUMBER: _builtins.int
+    PRECONDITIONER_FIELD_NUMBER: _builtins.int
+    PRECONDITIONER_VALUES_FIELD_NUMBER: _builtins.int
     damping: _builtins.float
     method: Global___SolveSpec.Method.ValueType
     tol: _builtins.float
@@ -77,6 +79,17 @@ class SolveSpec(_message.Message):
     def x0(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the starts, one for each right-hand side; none for zero."""
 
+    @_builtins.property
+    def preconditioner(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the preconditioner's vectors, in the operator's space, or none. With as many
+        `preconditioner_values`: orthonormal vectors of U diag(values) U^T, near A. Without values: one
+        vector d >= 0, the diagonal of a matrix near A. The damping is added to either.
+        """
+
+    @_builtins.property
+    def preconditioner_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """0 or more each, and above 0 with the damping."""
+
     def __init__(
         self,
         *,
@@ -87,10 +100,12 @@ class SolveSpec(_message.Message):
         tol: _builtins.float = ...,
         max_products: _builtins.int = ...,
         x0: _abc.Iterable[_builtins.str] | None = ...,
+        preconditioner: _abc.Iterable[_builtins.str] | None = ...,
+        preconditioner_values: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "damping", b"damping", "max_products", b"max_products", "method", b"method", "operator", b"operator", "tol", b"tol", "x0", b"x0"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "damping", b"damping", "max_products", b"max_products", "method", b"method", "operator", b"operator", "preconditioner", b"preconditioner", "preconditioner_values", b"preconditioner_values", "tol", b"tol", "x0", b"x0"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,6 +104,11 @@ class ConjugateGradients:
         """p, (local,): of a recurrence that has ended, the direction that shows why."""
         return self.rows[2]
 
+    @property
+    def size(self) -> float:
+        """Of ‖A‖ what has been met, whatever M is."""
+        return self.scale
+
     def argument(self, apply_inverse: Inverse) -> Tensor:
         """The vector (local,) whose product comes next."""
         return self.rows[2]

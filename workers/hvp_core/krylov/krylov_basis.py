@@ -91,6 +91,20 @@ def orthogonalise(
     return first, second
 
 
+@exact_products()
+def rotate(rows: Tensor, vectors: Tensor) -> None:
+    """Set rows[:r] to vectorsᵀ @ rows, in place.
+
+    Args:
+        rows: The vectors, (m, local).
+        vectors: Coefficients (m, r) float64 of the new rows in the old ones.
+    """
+    rotation = vectors.T.to(rows)
+    for start in range(0, rows.shape[1], _ROTATED):
+        part = rows[:, start : start + _ROTATED]
+        part[: rotation.shape[0]] = rotation @ part
+
+
 @final
 @dataclass
 class KrylovBasis:
@@ -296,15 +310,10 @@ class KrylovBasis:
         self.leaks = torch.cat((leaks[leaks.norm(dim=1) > 0], forgotten))
         self.size = origin + 1
 
-    @exact_products()
     def rotate(self, vectors: Tensor) -> None:
         """Set rows[:r] to vectorsᵀ @ rows, in place.
 
         Args:
             vectors: Coefficients (size, r) float64 of the new rows in the old ones.
         """
-        rotation = vectors.T.to(self.rows)
-        rows = self.rows[: vectors.shape[0]]
-        for start in range(0, rows.shape[1], _ROTATED):
-            part = rows[:, start : start + _ROTATED]
-            part[: rotation.shape[0]] = rotation @ part
+        rotate(self.rows[: vectors.shape[0]], vectors)

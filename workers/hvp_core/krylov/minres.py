@@ -45,7 +45,8 @@ class Minres:
         num_steps: Steps so far.
         beta: Coupling of the latest Lanczos vector to the one before.
         rotations: Cosine and sine of the latest rotation, and of the one before.
-        scale: Largest norm of a column of T met: at most ‖A‖.
+        scale: Largest norm of a column of T met: at most ‖A‖, or ‖M^(-1/2) A M^(-1/2)‖.
+        size: Largest ‖Av‖ / ‖v‖ met: at most ‖A‖, whatever M is.
         end: Why the recurrence cannot go on: `solved`, the Krylov space is exhausted and holds the
             solution; `least_squares`, A r vanishes though r does not; `flat`, the preconditioner
             is not positive definite; "" while it can.
@@ -59,6 +60,7 @@ class Minres:
     beta: float = 0.0
     rotations: tuple[float, ...] = (1.0, 0.0, 1.0, 0.0)
     scale: float = 0.0
+    size: float = 0.0
     end: str = ""
 
     @classmethod
@@ -149,6 +151,10 @@ class Minres:
             return
         beta = math.sqrt(squared)
         self.scale = max(self.scale, math.hypot(self.beta, alpha, beta))
+        if v.data_ptr() == latest.data_ptr():  # M is I
+            self.size = self.scale
+        else:
+            self.size = max(self.size, finite_norm(space, product) / finite_norm(space, v))
 
         # The new column of T through the two rotations before it, and its own.
         cosine, sine, older_cosine, older_sine = self.rotations

@@ -9,26 +9,32 @@ halves it at least: iterative refinement, with the exact product in the place of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
 from hvp_operations.solve import (
     RESERVED_PRODUCTS,
-    WORKING_VECTORS,
     Outcome,
     SolveProgress,
     SolveResult,
     SolveSpec,
+    common_vectors,
     kept_vectors,
     most_products,
+    working_vectors,
 )
 from torch import Tensor
 
 from hvp_core.krylov.cg import ConjugateGradients, Inverse
 from hvp_core.krylov.krylov_basis import finite_dots, finite_norm
 from hvp_core.krylov.minres import Minres
+from hvp_core.krylov.preconditioner import (
+    DiagonalPreconditioner,
+    LowRankPreconditioner,
+    Preconditioner,
+)
 from hvp_core.krylov.system_state import SolveState, SystemState
 from hvp_core.linop.compositions import Shifted
 from hvp_core.linop.linear_operator import LinearOperator
@@ -44,6 +50,22 @@ _TRUSTED = 8
 def identity(vector: Tensor) -> Tensor:
     """The preconditioner that is none: it gives the vector itself."""
     return vector
+
+
+def preconditioner(spec: SolveSpec, space: VectorSpace, vectors: Sequence[Tensor]) -> Inverse:
+    """The inverse of the preconditioner that a spec names; `identity` where it names none.
+
+    Args:
+        spec: The request.
+        space: Space of the vectors.
+        vectors: The vectors (local,) of the preconditioner.
+    """
+    if not vectors:
+        return identity
+    values = spec.preconditioner_values
+    if values:
+        return LowRankPreconditioner(space, vectors, values, spec.damping)
+    return DiagonalPreconditioner(space, vectors[0], spec.damping)
 
 
 @final
@@ -86,7 +108,8 @@ class Solve(Algorithm[SolveState]):
         method = spec.method
         if method == "auto":
             method = "cg" if operator.semidefinite and spec.damping >= 0 else "minres"
-        room = (budget.num_vectors - 2 * kept_vectors(spec)) // WORKING_VECTORS[method]
+        beside = 2 * kept_vectors(spec) + common_vectors(spec)
+        room = (budget.num_vectors - beside) // working_vectors(spec, method)
         return cls(
             spec=spec,
             method=method,
@@ -94,10 +117,17 @@ class Solve(Algorithm[SolveState]):
             num_together=max(1, min(room, operator.most_together or room)),
             right_hand_sides=budget.inputs["b"],
             starts=budget.inputs["x0"],
+            apply_inverse=preconditioner(spec, operator.domain, budget.inputs["preconditioner"]),
         )
 
     def begin(self, operator: LinearOperator) -> SolveState:
-        """See Algorithm."""
+        """See Algorithm.
+
+        Raises:
+            CurvatureError: PRECONDITIONER_NOT_POSITIVE, VECTORS_NOT_ORTHONORMAL or NON_FINITE.
+        """
+        if isinstance(self.apply_inverse, Preconditioner):
+            self.apply_inverse.check()
         starts: Sequence[Tensor | None] = self.starts or [None] * len(self.right_hand_sides)
         return SolveState(
             [
@@ -222,7 +252,7 @@ class Solve(Algorithm[SolveState]):
         for (system, _), witness, product in zip(chosen, witnesses, products, strict=True):
             system.num_products += 1
             system.is_exact = system.is_exact and exact is not None
-            eps, scale = torch.finfo(witness.dtype).eps, system.under_way.scale
+            eps, scale = torch.finfo(witness.dtype).eps, system.under_way.size
             if system.end == "negative":
                 self._judge_curvature(space, system, witness, product, _TRUSTED * eps * scale)
                 continue
@@ -248,6 +278,12 @@ class Solve(Algorithm[SolveState]):
         system.outcome, system.stage = outcome, "done"
         system.cg = system.minres = None
 
+    @property
+    def _noted(self) -> Mapping[str, str]:
+        """What the provenance says of a preconditioner, where there is one."""
+        is_one = isinstance(self.apply_inverse, Preconditioner)
+        return {"preconditioner": str(self.apply_inverse)} if is_one else {}
+
     def result(self, operator: LinearOperator, state: SolveState) -> Found:
         """See Algorithm."""
         systems = state.systems
@@ -258,6 +294,7 @@ class Solve(Algorithm[SolveState]):
                 num_products=state.num_products,
                 provenance={
                     "method": self.method,
+                    **self._noted,
                     "verified_in": "float64" if verified else "not verified",
                     "right_hand_sides_in_lockstep": str(min(self.num_together, len(systems))),
                 },

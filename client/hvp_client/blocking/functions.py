@@ -1,4 +1,4 @@
-"""Numbers of a spectrum that have a name of their own: questions that `trace_of` answers."""
+"""The blocking side of `hvp_client.awaited.functions`: made of it by `make sdk`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Mapping
 
 from hvp_operations.trace_of.record import TraceOfResult
 
-from hvp_client.awaited.job import AsyncJob
-from hvp_client.awaited.questions import AsyncQuestions
+from hvp_client.awaited.functions import AsyncFunctions
+from hvp_client.blocking.job import Job
+from hvp_client.blocking.questions import Questions
 
 
-class AsyncSpectral(AsyncQuestions):
+class Functions(Questions, twin=AsyncFunctions):
     """Log determinants and counts, by `trace_of`."""
 
-    async def logdet(
+    _twin: AsyncFunctions
+
+    def logdet(
         self,
         *,
         damping: float = 0.0,
@@ -24,7 +27,7 @@ class AsyncSpectral(AsyncQuestions):
         max_products: int | None = None,
         seed: int = 0,
         labels: Mapping[str, str] | None = None,
-    ) -> AsyncJob[TraceOfResult]:
+    ) -> Job[TraceOfResult]:
         """Estimate log det(A + λI), the trace of the logarithm; see `trace_of`.
 
         Args:
@@ -42,18 +45,20 @@ class AsyncSpectral(AsyncQuestions):
         Raises:
             HvpError: As `trace_of`.
         """
-        return await self.trace_of(
-            "log",
-            damping=damping,
-            rtol=rtol,
-            atol=atol,
-            num_steps=num_steps,
-            max_products=max_products,
-            seed=seed,
-            labels=labels,
+        result: Job[TraceOfResult] = self._wait(
+            self._twin.logdet(
+                damping=damping,
+                rtol=rtol,
+                atol=atol,
+                num_steps=num_steps,
+                max_products=max_products,
+                seed=seed,
+                labels=labels,
+            )
         )
+        return result
 
-    async def count(
+    def count(
         self,
         low: float = -math.inf,
         high: float = math.inf,
@@ -64,7 +69,7 @@ class AsyncSpectral(AsyncQuestions):
         max_products: int | None = None,
         seed: int = 0,
         labels: Mapping[str, str] | None = None,
-    ) -> AsyncJob[TraceOfResult]:
+    ) -> Job[TraceOfResult]:
         """Estimate how many eigenvalues of A lie in (low, high]; see `trace_of`.
 
         Args:
@@ -83,14 +88,16 @@ class AsyncSpectral(AsyncQuestions):
         Raises:
             HvpError: As `trace_of`.
         """
-        return await self.trace_of(
-            "count",
-            low=None if low == -math.inf else low,
-            high=None if high == math.inf else high,
-            rtol=rtol,
-            atol=atol,
-            num_steps=num_steps,
-            max_products=max_products,
-            seed=seed,
-            labels=labels,
+        result: Job[TraceOfResult] = self._wait(
+            self._twin.count(
+                low,
+                high,
+                rtol=rtol,
+                atol=atol,
+                num_steps=num_steps,
+                max_products=max_products,
+                seed=seed,
+                labels=labels,
+            )
         )
+        return result

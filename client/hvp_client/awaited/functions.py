@@ -1,4 +1,4 @@
-"""The blocking side of `hvp_client.awaited.spectral`: made of it by `make sdk`."""
+"""Numbers of a spectrum that have a name of their own: questions that `trace_of` answers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Mapping
 
 from hvp_operations.trace_of.record import TraceOfResult
 
-from hvp_client.awaited.spectral import AsyncSpectral
-from hvp_client.blocking.job import Job
-from hvp_client.blocking.questions import Questions
+from hvp_client.awaited.job import AsyncJob
+from hvp_client.awaited.questions import AsyncQuestions
 
 
-class Spectral(Questions, twin=AsyncSpectral):
+class AsyncFunctions(AsyncQuestions):
     """Log determinants and counts, by `trace_of`."""
 
-    _twin: AsyncSpectral
-
-    def logdet(
+    async def logdet(
         self,
         *,
         damping: float = 0.0,
@@ -27,7 +24,7 @@ class Spectral(Questions, twin=AsyncSpectral):
         max_products: int | None = None,
         seed: int = 0,
         labels: Mapping[str, str] | None = None,
-    ) -> Job[TraceOfResult]:
+    ) -> AsyncJob[TraceOfResult]:
         """Estimate log det(A + λI), the trace of the logarithm; see `trace_of`.
 
         Args:
@@ -45,20 +42,18 @@ class Spectral(Questions, twin=AsyncSpectral):
         Raises:
             HvpError: As `trace_of`.
         """
-        result: Job[TraceOfResult] = self._wait(
-            self._twin.logdet(
-                damping=damping,
-                rtol=rtol,
-                atol=atol,
-                num_steps=num_steps,
-                max_products=max_products,
-                seed=seed,
-                labels=labels,
-            )
+        return await self.trace_of(
+            "log",
+            damping=damping,
+            rtol=rtol,
+            atol=atol,
+            num_steps=num_steps,
+            max_products=max_products,
+            seed=seed,
+            labels=labels,
         )
-        return result
 
-    def count(
+    async def count(
         self,
         low: float = -math.inf,
         high: float = math.inf,
@@ -69,7 +64,7 @@ class Spectral(Questions, twin=AsyncSpectral):
         max_products: int | None = None,
         seed: int = 0,
         labels: Mapping[str, str] | None = None,
-    ) -> Job[TraceOfResult]:
+    ) -> AsyncJob[TraceOfResult]:
         """Estimate how many eigenvalues of A lie in (low, high]; see `trace_of`.
 
         Args:
@@ -88,16 +83,14 @@ class Spectral(Questions, twin=AsyncSpectral):
         Raises:
             HvpError: As `trace_of`.
         """
-        result: Job[TraceOfResult] = self._wait(
-            self._twin.count(
-                low,
-                high,
-                rtol=rtol,
-                atol=atol,
-                num_steps=num_steps,
-                max_products=max_products,
-                seed=seed,
-                labels=labels,
-            )
+        return await self.trace_of(
+            "count",
+            low=None if low == -math.inf else low,
+            high=None if high == math.inf else high,
+            rtol=rtol,
+            atol=atol,
+            num_steps=num_steps,
+            max_products=max_products,
+            seed=seed,
+            labels=labels,
         )
-        return result

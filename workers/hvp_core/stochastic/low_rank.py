@@ -1,0 +1,337 @@
+"""A low-rank matrix near a symmetric operator, and a bound on what it leaves.
+
+The error
+    is bounded by a short Lanczos run on B = A − A_k from a random vector that A_k does not depend
+    on, with the exact operator's products. Its Ritz values are Rayleigh quotients, so ‖B‖ is at
+    least the largest magnitude among them; and how little of an eigenvector beyond a number t the
+    start can have had is bounded by what the recurrence has measured (`krylov.completeness`, where
+    the bound is derived): ‖B‖ is at most t but for a probability that is chosen beforehand.
+    Rounding to the vectors' dtype moves B by at most eps^0.85 ‖A‖, which is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, cast, final
+
+import torch
+from hvp_operations import eigsh
+from hvp_operations.low_rank import (
+    CHECK_PRODUCTS,
+    LowRankProgress,
+    LowRankResult,
+    LowRankSpec,
+    Outcome,
+    num_checks,
+    num_samples,
+    search_spec,
+    taken,
+)
+from hvp_operations.operation import load
+from hvp_operations.trace import TOGETHER
+from torch import Tensor
+
+from hvp_core.errors import CurvatureError
+from hvp_core.krylov.completeness import Recurrence
+from hvp_core.krylov.krylov_basis import KrylovBasis, finite_dots, rounding
+from hvp_core.krylov.lanczos_state import LanczosState
+from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_seed
+from hvp_core.runs.snapshot import vectors_of_the_space
+from hvp_core.stochastic.nystrom import distance_from_orthonormal, factored
+from hvp_core.vectors.vector_space import VectorSpace
+
+#: Probability with which the bound on the error may be wrong.
+FAILURE = 1e-3
+_CHECK = 1 << 32  # index of the seed of the vector that the error is bounded with
+#: What the search's outcomes say of the approximation.
+_OUTCOMES: dict[str, Outcome] = {
+    "CONVERGED": "CONVERGED",
+    "MULTIPLICITY_UNCERTAIN": "MAX_PRODUCTS",
+    "MAX_PRODUCTS": "MAX_PRODUCTS",
+    "NOISE_LIMIT": "NOISE_LIMIT",
+    "UNVERIFIED": "UNVERIFIED",
+}
+
+
+@final
+@dataclass
+class Check:
+    """A short Lanczos run on what the approximation leaves of the operator.
+
+    Attributes:
+        basis: The basis of the run.
+        run: Its coefficients.
+    """
+
+    basis: KrylovBasis
+    run: Recurrence
+
+
+@final
+@dataclass
+class LowRankState:
+    """What a run knows.
+
+    Attributes:
+        rows: The products of the random vectors; then U, (·, local).
+        num_rows: Number of leading rows that hold something.
+        eigenvalues: Eigenvalues of A_k, ascending; empty before they are known.
+        shift: What was added to the diagonal while computing.
+        orthogonality: ‖UᵀU − I‖₂.
+        search: The search for eigenpairs, while it goes on.
+        outcome: How the run ends, as far as that is decided.
+        check: The run that bounds the error; None before it begins.
+        num_products: Products so far.
+        num_exact: Of them, those of the exact operator where the others are coarser.
+        num_check: Of them, those that bound the error.
+        is_exact: Whether there was memory for the exact operator wherever it was needed.
+    """
+
+    rows: Tensor = field(metadata=vectors_of_the_space("num_rows"))
+    num_rows: int = 0
+    eigenvalues: list[float] = field(default_factory=list)
+    shift: float = 0.0
+    orthogonality: float = 0.0
+    search: LanczosState | None = None
+    outcome: str = "CONVERGED"
+    check: Check | None = None
+    num_products: int = 0
+    num_exact: int = 0
+    num_check: int = 0
+    is_exact: bool = True
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Algorithm[LowRankState]):
+    """A matrix A_k = U Λ Uᵀ of rank k near the operator A, and bounds on ‖A − A_k‖.
+
+    A step takes the products of one group of random vectors, one step of the search for eigenpairs,
+    or one product that bounds the error. Where products are coarser than the dtype, Nyström takes
+    those of the exact operator throughout, if there is memory for it: it is a difference of
+    products, which coarse ones would spoil. Laws of `nystrom`, to rounding: 0 ≤ A_k ≤ A, so that
+    each eigenvalue is at most A's of the same place; A_k = A where A's rank is at most k.
+
+    Cost: k + oversampling products of `nystrom`, those of the search of `eigsh`, and 10 for the
+    bound; 7 l² n multiplications for l random vectors.
+
+    Attributes:
+        spec: The request.
+        method: The method.
+        num_rows: Random vectors of `nystrom`.
+        num_together: Number of random vectors whose products are taken in one call.
+        search: The algorithm of the question `eigsh`; None of `nystrom`.
+    """
+
+    spec: LowRankSpec
+    method: Literal["nystrom", "eigsh"]
+    num_rows: int
+    num_together: int
+    search: Algorithm[LanczosState] | None
+
+    @classmethod
+    def configure(cls, spec: LowRankSpec, operator: LinearOperator, budget: Budget) -> LowRank:
+        """See Algorithm.
+
+        Raises:
+            CurvatureError: METHOD_UNSUPPORTED: `nystrom` of an operator that may have negative
+                eigenvalues.
+        """
+        dimension, method = operator.domain.dimension, taken(spec, operator.semidefinite)
+        if method == "nystrom" and not operator.semidefinite:
+            raise CurvatureError(
+                "METHOD_UNSUPPORTED",
+                "nystrom needs an operator that has no negative eigenvalue; use eigsh",
+            )
+        search: Any = None
+        if method == "eigsh":
+            search = load(eigsh.OPERATION.algorithm).configure(
+                search_spec(spec, dimension),
+                operator,
+                Budget(
+                    max_products=budget.max_products - num_checks(dimension),
+                    num_vectors=budget.num_vectors - spec.k - CHECK_PRODUCTS,
+                ),
+            )
+        rows = num_samples(spec, dimension) if method == "nystrom" else 0
+        room = (budget.num_vectors - rows - 1) // 2
+        together = min(TOGETHER, room, operator.most_together or room)
+        return cls(
+            spec=spec,
+            method=method,
+            num_rows=rows,
+            num_together=max(1, together),
+            search=search,
+        )
+
+    def begin(self, operator: LinearOperator) -> LowRankState:
+        """See Algorithm."""
+        vector = operator.domain.zeros()
+        state = LowRankState(vector.new_empty(self.num_rows, len(vector)))
+        state.search = None if self.search is None else self.search.begin(operator)
+        return state
+
+    def step(self, operator: LinearOperator, state: LowRankState) -> Advance | None:
+        """See Algorithm."""
+        if state.check is None:
+            state.check = self._approximate(operator, state)
+            stage = "sampling" if self.search is None else "searching"
+        elif _is_over(state.check, operator.domain):
+            return None
+        else:
+            self._bound(operator, state, state.check)
+            stage = "checking"
+        return Advance(
+            stage=stage,
+            num_products=state.num_products,
+            detail=LowRankProgress(
+                num_vectors=state.num_products - state.num_check,
+                error=0.0 if state.check is None else _least_error(operator.domain, state.check),
+            ),
+        )
+
+    def _approximate(self, operator: LinearOperator, state: LowRankState) -> Check | None:
+        """A step towards the approximation; the run that bounds its error once it is there."""
+        if self.search is None:
+            self._sample(operator, state)
+        else:
+            self._search(self.search, operator, state)
+        if not state.eigenvalues:
+            return None
+        space = operator.domain
+        seed = derived_seed(self.spec.seed, _CHECK)
+        basis = KrylovBasis.begin(space, num_checks(space.dimension), seed)
+        return Check(basis, Recurrence(space.dimension, basis.rounding))
+
+    def _sample(self, operator: LinearOperator, state: LowRankState) -> None:
+        """Products of the next random vectors; after the last ones, the approximation."""
+        space, first = operator.domain, state.num_rows
+        source = self._exact(operator, state) if operator.noise else operator
+        draw = partial(self._drawn, space)
+        last = min(first + self.num_together, self.num_rows)
+        products = source.apply([draw(index) for index in range(first, last)], borrow=True)
+        for row, product in zip(state.rows[first:last], products, strict=True):
+            row.copy_(product)
+        state.num_rows = last
+        self._count(operator, source, state, last - first)
+        if last == self.num_rows:
+            factors = factored(space, state.rows, self.spec.k, draw, source.noise)
+            self._take(
+                state,
+                state.rows,
+                factors.eigenvalues.tolist(),
+                factors.orthogonality,
+            )
+            state.shift = factors.shift
+
+    def _drawn(self, space: VectorSpace, index: int) -> Tensor:
+        """The vector of Ω of an index, of norm 1; as many as there are coordinates are these."""
+        if self.num_rows == space.dimension:
+            return space.coordinate(index)
+        return space.random(derived_seed(self.spec.seed, index), "sphere")
+
+    def _search(
+        self, search: Algorithm[LanczosState], operator: LinearOperator, state: LowRankState
+    ) -> None:
+        """A step of the search; after the last one, the approximation."""
+        assert state.search is not None
+        if search.step(operator, state.search) is not None:
+            state.num_products = state.search.num_products
+            return
+        found = search.result(operator, state.search).result
+        rows, state.search = state.search.basis.rows, None
+        state.outcome = _OUTCOMES[found.outcome]
+        defect = distance_from_orthonormal(operator.domain, rows[: self.spec.k])
+        self._take(state, rows, list(found.eigenvalues), defect)
+
+    def _take(
+        self, state: LowRankState, rows: Tensor, eigenvalues: list[float], orthogonality: float
+    ) -> None:
+        """Keep the first rows as U."""
+        state.rows, state.num_rows = rows[: len(eigenvalues)], len(eigenvalues)
+        state.eigenvalues, state.orthogonality = eigenvalues, orthogonality
+
+    def _bound(self, operator: LinearOperator, state: LowRankState, check: Check) -> None:
+        """A step of Lanczos on A − A_k."""
+        space, source = operator.domain, self._exact(operator, state)
+        vector = check.basis.newest
+        (product,) = source.apply([vector])
+        parts = finite_dots(space, state.rows, vector)
+        values = torch.tensor(state.eigenvalues, dtype=torch.float64)
+        product.addmv_(state.rows.T, (values * parts).to(product), alpha=-1)
+        check.run.append(*check.basis.extend(space, product))
+        state.num_check += 1
+        self._count(operator, source, state, 1)
+
+    def _exact(self, operator: LinearOperator, state: LowRankState) -> LinearOperator:
+        """The exact operator if there is memory for it; this one where it is exact itself."""
+        if operator.domain.dtype == torch.float64 and not operator.noise:
+            return operator
+        exact = operator.exact()
+        state.is_exact = state.is_exact and exact is not None
+        return exact or operator
+
+    def _count(
+        self, operator: LinearOperator, source: LinearOperator, state: LowRankState, count: int
+    ) -> None:
+        state.num_products += count
+        if source is not operator:
+            state.num_exact += count
+
+    def result(self, operator: LinearOperator, state: LowRankState) -> Found:
+        """See Algorithm."""
+        check, space = state.check, operator.domain
+        assert check is not None
+        error = _least_error(space, check)
+        scale = error + max(map(abs, state.eigenvalues))
+        noise = rounding(torch.finfo(space.dtype).eps) * scale
+        ends: Sequence[Recurrence] = (check.run, check.run.mirrored())
+        # All is known of what has been seen whole, or is zero at a random vector.
+        is_known = check.basis.whole or not error
+        bound = error if is_known else max(each.bound(FAILURE / 2) for each in ends)
+        return Found(
+            result=LowRankResult(
+                eigenvalues=tuple(state.eigenvalues),
+                outcome=cast("Outcome", state.outcome if state.is_exact else "UNVERIFIED"),
+                method=self.method,
+                reason=self._reason(),
+                error=max(0.0, error - noise),
+                error_bound=float(space.agree(bound)) + noise,
+                failure_probability=0.0 if is_known else FAILURE,
+                is_exact=state.is_exact,
+                orthogonality=state.orthogonality,
+                shift=state.shift,
+                num_products=state.num_products,
+                num_check_products=state.num_check,
+                num_exact_products=state.num_exact,
+                provenance={
+                    "seed": str(self.spec.seed),
+                    "verified_in": "float64" if state.is_exact else "not verified",
+                },
+            ),
+            vectors=tuple(state.rows),
+        )
+
+    def _reason(self) -> str:
+        if self.spec.method != "auto":
+            return "it was asked for"
+        if self.method == "nystrom":
+            return "no eigenvalue is negative: each vector takes one product"
+        return "eigenvalues may be negative, which nystrom does not allow"
+
+
+def _is_over(check: Check, space: VectorSpace) -> bool:
+    """Whether the run has had all its products, or its Krylov space is exhausted."""
+    basis, couplings = check.basis, check.basis.T
+    exhausted = basis.size > 0 and float(couplings[basis.size - 1, basis.size]) == 0
+    return basis.size == num_checks(space.dimension) or exhausted
+
+
+def _least_error(space: VectorSpace, check: Check) -> float:
+    """The largest magnitude of a Ritz value; 0 before there is one."""
+    size = check.basis.size
+    values = torch.linalg.eigvalsh(check.basis.T[:size, :size])
+    return float(space.agree(float(values.abs().max()))) if size else 0.0
