@@ -1,9 +1,10 @@
 """The SDK's blocking side, made of the awaited one: a module of classes for a module of classes.
 
-A public coroutine becomes a method that waits for it, an asynchronous generator an iterator, and a
-property asks the twin. Names, signatures and docstrings are those of the awaited side. A plain
-method, such as `__repr__`, is carried over as it is, and so are `__aenter__` and `__aexit__`,
-without their `await`; private methods, functions and constants stay where they are.
+A public coroutine becomes a method that waits for it, an asynchronous generator an iterator. A
+property asks the twin, and so does a plain method that gives a handle. Names, signatures and
+docstrings are those of the awaited side. Another plain method, such as `__repr__`, is carried over
+as it is, and so are `__aenter__` and `__aexit__`, without their `await`; private methods, functions
+and constants stay where they are.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ def _member(owner: str, method: _Function) -> list[ast.stmt]:
         body = _typed(method, f"self._blocking({handed})") if names else [f"return {handed}"]
     elif isinstance(method, ast.AsyncFunctionDef) or _is_coroutine(method.returns):
         body = _waiting(method)
+    elif _names_handle(ast.unparse(method.returns) if method.returns else ""):
+        body = _typed(method, f"self._blocking(self._twin.{method.name}({_given(method)}))")
     else:
         body = [ast.unparse(each) for each in method.body[len(docstring) :]]
     (made,) = ast.parse(f"def {_RENAMED.get(method.name, method.name)}(): ...").body

@@ -9,11 +9,12 @@ import numpy as np
 from hvp_operations.checking import checked
 from hvp_operations.codec import to_message
 from hvp_operations.matrices import MOST_SAMPLES, check_samples
-from hvp_operations.operation import Facts, SpecError
+from hvp_operations.operation import SpecError
 from hvp_operations.registry import operations
 from hvp_operations.wording import shown
 from hvp_protos.v1 import job_pb2, operator_pb2
 
+from hvp_client._algebra import facts_of
 from hvp_client._batches import Batch
 from hvp_client._checkpoints import Checkpoint
 from hvp_client._exceptions import InvalidArgumentError
@@ -110,9 +111,8 @@ def job_spec(
             reason="OPERATION_UNKNOWN",
             field="operation",
         )
-    facts = Facts(num_parameters=num_parameters, kind=kind_name(operator.kind))
     try:
-        spec = checked(operations()[operation], values, facts)
+        spec = checked(operations()[operation], values, facts_of(operator, num_parameters))
     except SpecError as error:
         raise _refused(error) from None
     message = job_pb2.JobSpec()

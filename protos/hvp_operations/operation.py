@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 SpecT = TypeVar("SpecT")
 
+#: Kinds of matrices that may have negative eigenvalues; the others are sums of squares.
+INDEFINITE = frozenset({"hessian"})
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +21,21 @@ class Facts:
 
     Attributes:
         num_parameters: n, the length of its vectors.
-        kind: Kind of the operator, such as `hessian` or `ggn`.
+        kind: Kind of the operator, such as `hessian` or `ggn`; of a sum it is its formula.
+        is_semidefinite: Whether the matrix is known to have no negative eigenvalue; None where its
+            kind says it.
     """
 
     num_parameters: int
     kind: str
+    is_semidefinite: bool | None = None
+
+    @property
+    def may_be_negative(self) -> bool:
+        """Whether the matrix may have a negative eigenvalue."""
+        if self.is_semidefinite is None:
+            return self.kind in INDEFINITE
+        return not self.is_semidefinite
 
 
 @final

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.krylov.lanczos import Eigsh
-from hvp_core.linop.compositions import Scaled, Shifted, Sum
+from hvp_core.linop.compositions import Identity, Preconditioned, Scaled, Shifted, Sum
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.selection import BlockDiagonal, Restricted, Selection, Stretch
 from hvp_core.runs.algorithm import Budget, drive
@@ -110,7 +110,14 @@ def compositions(inner: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
             st.lists(inner, min_size=1, max_size=3),
         ),
         st.builds(block_diagonal, inner, st.integers(1, N - 2)),
+        st.builds(preconditioned, inner, st.integers(0, 50)),
+        st.just(Case(Identity(SPACE), eye)),
     )
+
+
+def preconditioned(case: Case, seed: int) -> Case:
+    root = (SPACE.random(seed, "gaussian") / 2).exp()
+    return Case(Preconditioned(case.operator, root), root[:, None] * case.dense * root)
 
 
 def restricted(case: Case, stretches: list[Stretch]) -> Case:
@@ -167,6 +174,81 @@ def test_what_is_said_of_symmetry_and_sign_is_so(case: Case, seed: int) -> None:
         assert float(torch.linalg.eigvalsh(case.dense)[0]) >= -1e-12 * size
 
 
+class Forms(LinearOperator):
+    """A matrix whose forms are told without a product."""
+
+    symmetric = semidefinite = True
+
+    def __init__(self, a: Tensor):
+        self.domain = self.codomain = SPACE
+        self._a = a
+
+    def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        raise AssertionError("a form takes no product")
+
+    def forms(self, vectors: Sequence[Tensor]) -> list[float]:
+        return [float(v @ self._a @ v) for v in vectors]
+
+
+def test_forms_of_what_is_semidefinite_take_no_product() -> None:
+    a, b, root = symmetric(1), symmetric(2), SPACE.random(3, "gaussian").exp()
+    inner = Sum(Scaled(Forms(a), 2.0), Forms(b), Scaled(Identity(SPACE), 0.25))
+    operator = Shifted(Preconditioned(Shifted(inner, 0.5), root), 3.0)
+    eye = torch.eye(N, dtype=torch.float64)
+    dense = root[:, None] * (2 * a + b + 0.75 * eye) * root + 3 * eye
+    given_ = vectors(3, 0)
+    expected = [float(v @ dense @ v) for v in given_]
+    assert operator.forms(given_) == pytest.approx(expected, rel=1e-13)
+    for none in (
+        Scaled(Forms(a), -1.0),
+        Shifted(Forms(a), -1.0),
+        Sum(Forms(a), leaf(0, "semidefinite").operator),
+        Sum(Forms(a), Scaled(Forms(a), -1.0)),
+        Preconditioned(leaf(0, "semidefinite").operator, root),
+    ):
+        assert none.forms(given_) is None
+
+
+def test_where_terms_cancel_rounding_goes_by_their_sizes() -> None:
+    a = symmetric(1)
+    norm = float(torch.linalg.matrix_norm(a, 2))
+    top = torch.linalg.eigh(a).eigenvectors[:, -1]
+    almost = DenseOperator(-(1 - 1e-6) * a)
+    cases: list[tuple[LinearOperator, float]] = [
+        (Sum(DenseOperator(a), almost), 2 * norm),
+        (Scaled(Sum(DenseOperator(a), almost), -3.0), 6 * norm),
+        (Shifted(DenseOperator(a), -norm), 2 * norm),
+        (Sum(Scaled(DenseOperator(a, semidefinite=True), 2.0)), 0.0),
+        (Sum(DenseOperator(a, semidefinite=True), Identity(DenseSpace(N))), 0.0),
+        (Shifted(DenseOperator(a, semidefinite=True), 1.0), 0.0),
+        # What a diagonal does to all terms alike changes no ratio.
+        (Preconditioned(Sum(DenseOperator(a), almost), torch.full_like(top, 10)), 200 * norm),
+    ]
+    for operator, size in cases:
+        assert operator.size == 0
+        operator.apply([top])
+        assert operator.size == pytest.approx(size, rel=1e-5)
+
+
+def test_intervals_of_terms_that_cancel_hold_the_eigenvalues_of_the_exact_sum() -> None:
+    """In float32, a difference that is a millionth of its terms is known to a tenth or so."""
+    n = 60
+    a = matrix(torch.linspace(1, 2, n).double())
+    difference = 1e-6 * matrix(torch.linspace(-1, 1, n).double())
+    true = torch.linalg.eigvalsh(difference)
+
+    def term(exact: Tensor) -> DenseOperator:
+        space = DenseSpace(n, torch.float32)
+        return DenseOperator(lambda v: (exact @ v.double()).float(), space)
+
+    operator = Sum(term(a + difference), term(-a))
+    search = Eigsh(spec=EigshSpec(k=2, which="BE"), max_products=200, num_vectors=20)
+    found = drive(search, operator).result
+    assert found.outcome == "NOISE_LIMIT"  # the tolerance is relative to the difference
+    for value, bound in zip(found.eigenvalues, found.error_bounds, strict=True):
+        assert float((true - value).abs().min()) <= bound
+
+
 @settings(max_examples=50, deadline=None)
 @given(case=CASES, seed=st.integers(0, 1000))
 def test_products_that_are_the_callers_own_stay_as_they_are(case: Case, seed: int) -> None:
@@ -215,6 +297,10 @@ def noisy(seed: int, noise: float, *, known: bool = True) -> DenseOperator:
 COMPOSITIONS: dict[str, Callable[[LinearOperator], tuple[LinearOperator, Any]]] = {
     "scaled": lambda a: (Scaled(a, -2), lambda d: -2 * d),
     "shifted": lambda a: (Shifted(a, 3), lambda d: d + 3 * torch.eye(N)),
+    "preconditioned": lambda a: (
+        Preconditioned(a, torch.full((N,), 2.0, dtype=torch.float64)),
+        lambda d: 4 * d,
+    ),
     "sum": lambda a: (Sum(a, noisy(2, 0.01)), lambda d: d + symmetric(2)),
     "restricted": lambda a: (
         Restricted(a, selection([(2, 9)])),

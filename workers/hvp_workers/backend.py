@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from hvp_batches.schema import BatchSchema
+from hvp_operations.matrices import Matrix
 from hvp_operations.operation import Detail, Result
 
 Dtype = Literal["float32", "float64"]
@@ -113,6 +114,9 @@ class Space:
 class Operator:
     """A matrix of the mean loss of a checkpoint on a batch, or the Jacobian of the outputs.
 
+    Or what is made of such matrices: `composition`, whose diagonal is a vector of `space` by its
+    name on the ranks. Then `kind` is its formula, and the fields of samples say nothing.
+
     Law: `space` is a parameter space. The loss, or the outputs, are functions of its parameters,
     and all other parameters are constants. A Jacobian takes vectors of `space` to those of
     `outputs`.
@@ -125,6 +129,7 @@ class Operator:
     precision: Precision = "full"  # of the operands of matrix products
     sample_seed: int = 0  # of a Fisher matrix: the seed of its drawn labels
     num_samples: int = 0  # and how many are drawn for each target; 0 for other kinds
+    composition: Matrix | None = None
 
     @property
     def outputs(self) -> Space:

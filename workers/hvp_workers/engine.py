@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, final
 
 import torch
-from hvp_core.autodiff.product_spec import Draws, matrix
+from hvp_core.autodiff.product_spec import matrix
 from hvp_core.autodiff.verify import keep_verdicts
 from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.linop.symmetry import SymmetryCheck
@@ -29,9 +29,16 @@ from hvp_operations.operation import Facts, Result, SpecError, load
 from hvp_operations.registry import operations
 
 from hvp_workers import backend as api
+from hvp_workers.composed import (
+    WORKING_VECTORS,
+    ComposedOperator,
+    draws_of,
+    inverse_root,
+    quadratic,
+)
 from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
-from hvp_workers.operators import CurvatureOperator, LoadedOperator, no_vector_memory
+from hvp_workers.operators import LoadedOperator, no_vector_memory
 from hvp_workers.plan import room_for
 
 P = ParamSpec("P")
@@ -91,7 +98,7 @@ class _Run:
     """
 
     operation: str
-    operator: CurvatureOperator
+    operator: ComposedOperator
     algorithm: Algorithm[Any]
     space: api.Space
     loss: float
@@ -104,8 +111,8 @@ class _Run:
     def step(self) -> Advance | None:
         """Go on by one step; the first one allocates the run's memory."""
         if self.state is None:
-            self.state = self.algorithm.begin(self.operator)
-        return self.algorithm.step(self.operator, self.state)
+            self.state = self.algorithm.begin(self.operator.linear)
+        return self.algorithm.step(self.operator.linear, self.state)
 
 
 @final
@@ -145,6 +152,21 @@ class RankEngine:
         operator = api.Operator(space=space.whole, batch_path=space.outputs_on, kind="jacobian")
         return model.operators.get(operator).curvature.output_space
 
+    def _composed(
+        self, operator: api.Operator, loaded: LoadedOperator, *, is_checked: bool = False
+    ) -> ComposedOperator:
+        """An operator as it is named.
+
+        Raises:
+            CurvatureError: INPUT_MISSING, VECTOR_SPACE_MISMATCH or PRECONDITIONER_INVALID, for the
+                diagonal.
+        """
+        root = None
+        if operator.composition is not None and operator.composition.precondition:
+            (diagonal,) = self._shards(operator.space, [operator.composition.precondition])
+            root = inverse_root(loaded.curvature.space, diagonal)
+        return ComposedOperator(loaded, operator, root, is_checked=is_checked)
+
     # Products -----------------------------------------------------------------------------------
 
     @command
@@ -167,7 +189,10 @@ class RankEngine:
         vectors = self._shards(operator.domain, inputs)
         self._reserve(operator.codomain, outputs)
         loaded = self._operator(operator)
-        products = loaded.product(operator.kind, vectors, draws=_draws(operator))
+        if operator.composition is None:
+            products = loaded.product(operator.kind, vectors, draws=draws_of(operator))
+        else:
+            products = self._composed(operator, loaded).linear.apply(vectors)
         for name, product in zip(outputs, products, strict=True):
             self._vectors[name] = _Vector(operator.codomain, product)
         return loaded.news()
@@ -185,7 +210,9 @@ class RankEngine:
             case "quadratic":
                 assert operator.kind not in api.JACOBIANS  # which the service refuses
                 room = self._vector_budget - self._held_bytes()
-                return loaded.quadratic(operator.kind, vectors, room, _draws(operator))
+                if operator.composition is None:
+                    return loaded.quadratic(operator.kind, vectors, room, draws_of(operator))
+                return quadratic(self._composed(operator, loaded).linear, vectors, room)
 
     @command
     def losses_along(
@@ -313,13 +340,19 @@ class RankEngine:
 
         Raises:
             BackendError: INSUFFICIENT_CLUSTER_MEMORY; NON_FINITE; INPUT_MISSING or
-                VECTOR_SPACE_MISMATCH, for an input; the reason of a spec that breaks
+                VECTOR_SPACE_MISMATCH, for an input or the operator's preconditioner;
+                PRECONDITIONER_INVALID; the reason of a spec that breaks
                 a rule of its operation.
         """
         declared = operations()[operation]
         loaded = self._operator(operator)
         space = loaded.curvature.space
-        facts = Facts(num_parameters=space.dimension, kind=operator.kind)
+        composition = operator.composition
+        facts = Facts(
+            num_parameters=space.dimension,
+            kind=operator.kind,
+            is_semidefinite=composition and composition.is_semidefinite,
+        )
         # Once more: the row that the spec comes from may have been damaged.
         try:
             spec = checked(declared, vars(spec), facts)
@@ -332,7 +365,11 @@ class RankEngine:
         cost = declared.cost(spec, facts)
         # What the first product will keep has to fit beside the run's own vectors.
         promised = 0 if loaded.has_products else loaded.budget_bytes
-        promised += SymmetryCheck.NUM_VECTORS * space.vector_bytes
+        assert operator.kind not in api.JACOBIANS  # the facts have refused it
+        composed = self._composed(operator, loaded, is_checked=True)
+        held = SymmetryCheck.NUM_VECTORS * composed.num_matrices
+        held += 0 if composition is None else WORKING_VECTORS + bool(composition.precondition)
+        promised += held * space.vector_bytes
         budget = Budget(
             max_products=cost.max_products,
             num_vectors=room_for(
@@ -342,12 +379,10 @@ class RankEngine:
             ),
             inputs=given,
         )
-        assert operator.kind not in api.JACOBIANS  # the facts have refused it
-        linear = CurvatureOperator(loaded, operator.kind, operator.precision, _draws(operator))
         self._runs[run] = _Run(
             operation=operation,
-            operator=linear,
-            algorithm=load(declared.algorithm).configure(spec, linear, budget),
+            operator=composed,
+            algorithm=load(declared.algorithm).configure(spec, composed.linear, budget),
             space=operator.space,
             loss=loaded.curvature.loss(),
             max_products=cost.max_products,
@@ -380,7 +415,7 @@ class RankEngine:
 
     def _finish(self, run: str, outputs: Sequence[str]) -> Result:
         state = self._runs.pop(run)
-        found = state.algorithm.result(state.operator, state.state)
+        found = state.algorithm.result(state.operator.linear, state.state)
         count = sum(found.result.vector_counts().values())
         for name, vector in zip(outputs[:count], found.vectors, strict=True):
             self._vectors[name] = _Vector(state.space, vector.clone())
@@ -404,7 +439,7 @@ class RankEngine:
     def _provenance(self, operator: api.Operator, loaded: LoadedOperator) -> dict[str, str]:
         curvature = loaded.curvature
         drawn = {}
-        if matrix(operator.kind).draws is not None:
+        if operator.composition is None and matrix(operator.kind).draws is not None:
             drawn["sample_seed"] = str(operator.sample_seed)
             drawn["num_samples"] = str(operator.num_samples)
         return {
@@ -423,8 +458,3 @@ class RankEngine:
             "probe": "Philox4x32-10 by flat index, Box-Muller",
             "blocks": str(len(curvature.chain.blocks)),
         }
-
-
-def _draws(operator: api.Operator) -> Draws:
-    """The labels of an operator, if it is a Fisher matrix of drawn ones."""
-    return Draws(operator.sample_seed, operator.num_samples or 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class LoadedOperator:
     _widest: Callable[[], Curvature | None]
     has_products: bool = False
     _told: Mapping[str, str] = field(default_factory=dict)
+    _exact: weakref.ref[LoadedOperator] | None = None
 
     def product(
         self,
@@ -172,15 +174,23 @@ class LoadedOperator:
     def exact(self) -> LoadedOperator | None:
         """The same operator with products in float64, rounded to the vectors' dtype as they add up.
 
-        Memory that is kept for other products is given back first.
+        Memory that is kept for other products is given back first. All that ask for it have one,
+        for as long as one of them holds it.
 
         Returns:
             The loss at the same point; None where there is no memory for it.
         """
+        known = None if self._exact is None else self._exact()
+        if known is not None:
+            return known
         self.curvature.release()
         self.has_products = False
         curvature = self._widest()
-        return curvature and LoadedOperator(curvature, 0, self._widest)
+        if curvature is None:
+            return None
+        made = LoadedOperator(curvature, 0, self._widest)
+        self._exact = weakref.ref(made)
+        return made
 
     def news(self) -> Mapping[str, str]:
         """Notes on how products are computed; empty if they are the same as at the last call."""
@@ -200,6 +210,7 @@ class CurvatureOperator(LinearOperator):
         kind: Kind of the matrix.
         precision: Precision of the operands of its matrix products.
         draws: The labels of a Fisher matrix.
+        is_checked: Whether the products of the first calls are compared.
     """
 
     symmetric = True
@@ -211,13 +222,15 @@ class CurvatureOperator(LinearOperator):
         kind: str,
         precision: api.Precision,
         draws: Draws | None = None,
+        *,
+        is_checked: bool = True,
     ):
         self.domain = self.codomain = loaded.curvature.space
         self.semidefinite = matrix(kind).semidefinite
         self.noise = _NOISE[precision]
         self._loaded = loaded
         self._kind, self._draws = kind, draws
-        self._symmetry = SymmetryCheck(self.domain, self.noise)
+        self._symmetry = SymmetryCheck(self.domain, self.noise) if is_checked else None
 
     def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
         """See LinearOperator. The products of the first calls are compared.
@@ -226,7 +239,7 @@ class CurvatureOperator(LinearOperator):
             CurvatureError: SYMMETRY_BROKEN; NON_FINITE.
         """
         products = self._loaded.product(self._kind, vectors, draws=self._draws, borrow=borrow)
-        if products:
+        if products and self._symmetry is not None:
             self._symmetry.see(vectors[0], products[0])
         return products
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, final
 
+from hvp_operations.matrices import Matrix
+
 from hvp_client._address import DEFAULT_ADDRESS
+from hvp_client._algebra import matrix_of, number, with_matrix
 from hvp_client._batches import Batch, upload_batch
 from hvp_client._blobs import ProgressCallback
 from hvp_client._checkpoints import (
@@ -25,6 +29,7 @@ from hvp_client.awaited._verifying import verify
 from hvp_client.awaited.catalogue import AsyncCatalogue
 from hvp_client.awaited.jacobian import AsyncJacobian, open_jacobian
 from hvp_client.awaited.operator import AsyncOperator, open_operator
+from hvp_client.awaited.vector import AsyncVector
 
 
 @final
@@ -153,6 +158,8 @@ class AsyncClient(AsyncCatalogue):
         parameters: str | Iterable[str] | None = None,
         sample_seed: int | None = None,
         num_samples: int | None = None,
+        damping: float = 0.0,
+        precondition: AsyncVector | Any = None,
     ) -> AsyncOperator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -180,6 +187,9 @@ class AsyncClient(AsyncCatalogue):
                 0. It gives the same labels on any number of ranks, and another seed another matrix.
             num_samples: Of `fisher`: how many labels are drawn for each target, up to 64; None
                 means 1. A product costs the same with more.
+            damping: A number λ that is added to the diagonal of the matrix.
+            precondition: The diagonal of D, for D^-1/2 (A + λI) D^-1/2: a vector or numbers, as
+                `Operator.preconditioned` takes it.
 
         Returns:
             The operator.
@@ -189,7 +199,8 @@ class AsyncClient(AsyncCatalogue):
             InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
                 `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED`,
                 `MICRO_BATCH_INVALID`, `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID`,
-                `SEED_INVALID` or `NUM_SAMPLES_INVALID`.
+                `SEED_INVALID`, `NUM_SAMPLES_INVALID` or `COEFFICIENT_INVALID`; as
+                `Operator.preconditioned`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
                 `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product.
@@ -211,7 +222,29 @@ class AsyncClient(AsyncCatalogue):
             sample_seed,
             num_samples,
         )
-        return await open_operator(self._session, spec)
+        spec = with_matrix(spec, replace(matrix_of(spec), damping=number(damping, "damping")))
+        H = await open_operator(self._session, spec)
+        return H if precondition is None else await H.preconditioned(precondition)
+
+    def identity(self, operator: AsyncOperator) -> AsyncOperator:
+        """The identity I on an operator's vectors, as in `H + 1e-3 * I`.
+
+        Args:
+            operator: The operator.
+
+        Returns:
+            An operator of the same loss, whose products compute nothing.
+
+        Raises:
+            InvalidArgumentError: `OPERATOR_EXPECTED`: it is no operator's handle.
+        """
+        if not isinstance(operator, AsyncOperator):
+            raise InvalidArgumentError(
+                f"operator must be an operator's handle, not {type(operator).__name__}",
+                reason="OPERATOR_EXPECTED",
+                field="operator",
+            )
+        return operator._of(Matrix(damping=1.0), ())
 
     async def verify(
         self,

@@ -9,10 +9,10 @@ import numpy as np
 from hvp_protos.v1 import operator_pb2
 from numpy.typing import NDArray
 
+from hvp_client._algebra import matrix_of
 from hvp_client._batches import Batch
 from hvp_client._bulk import as_real
 from hvp_client._handles import is_sequence_of, require_handle
-from hvp_client._kinds import kind_name
 from hvp_client._landscape import LossAlong, checked_grid, points_of
 from hvp_client._over_data import OverData, checked_batches
 from hvp_client._session import new_request_id
@@ -161,7 +161,7 @@ class AsyncFunctional(AsyncLinearMap):
             forms = [await self._numbers(_QUADRATIC, vectors, spec) for spec in specs]
         losses = [await self._loss(spec) for spec in specs]
         return OverData(
-            kind=kind_name(self._spec.kind),
+            kind=str(matrix_of(self._spec)),
             forms=np.stack(forms),
             losses=np.array([each.loss for each in losses]),
             num_targets=np.array([each.num_targets for each in losses]),
@@ -190,7 +190,7 @@ class AsyncFunctional(AsyncLinearMap):
             async with product:
                 curvatures[:, i] = [await each.dot(product) for each in directions]
         return LossAlong(
-            kind=kind_name(self._spec.kind),
+            kind=str(matrix_of(self._spec)),
             steps=steps,
             losses=np.array(losses).reshape([len(each) for each in steps]),
             loss=await self.loss(),

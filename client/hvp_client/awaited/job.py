@@ -15,6 +15,7 @@ from hvp_operations.operation import Operation
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2
 
+from hvp_client._algebra import matrix_of
 from hvp_client._exceptions import (
     DeadlineExceededError,
     HvpError,
@@ -23,7 +24,6 @@ from hvp_client._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
-from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
 from hvp_client._results import (
     Event,
@@ -114,7 +114,7 @@ class AsyncJob(Generic[ResultT]):
         message = getattr(self._message.spec, declared.name)
         return {
             "operation": declared.name,
-            "operator": kind_name(message.operator.kind),
+            "operator": str(matrix_of(message.operator)),
             "checkpoint": message.operator.checkpoint,
             "batch": message.operator.data_batch,
             "dtype": message.operator.dtype,

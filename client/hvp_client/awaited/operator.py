@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final, overload
 
 import numpy as np
 from hvp_operations.low_rank.record import LowRankResult, read_saved
+from hvp_operations.matrices import Matrix
 from hvp_operations.operation import Spectral
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
 
+from hvp_client._algebra import is_number, matrix_of, number, with_matrix
 from hvp_client._arrays import like
 from hvp_client._bulk import as_real
 from hvp_client._checkpoints import tensors_from_proto
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._handles import is_sequence_of
-from hvp_client._kinds import kind_name
 from hvp_client._labels import check_labels
 from hvp_client._results import Plan, plan_from_proto
 from hvp_client._selections import in_blocks, in_words
@@ -51,15 +54,23 @@ class AsyncOperator(AsyncFunctional, AsyncFunctions):
 
     An `AsyncOperator`'s products are awaited: `w = await (H @ v)`. An `Operator` is a
     `scipy.sparse.linalg.LinearOperator` where SciPy is installed: SciPy's solvers take it and run
-    on this side, with every product travelling, and `H + 1e-3 * I`, `2 * H` or `H @ A` are SciPy's
-    operators. The questions of the same names as its solvers, which give a job, run where the
-    vectors are.
+    on this side, with every product travelling, and `H + I` with an operator of SciPy's or `H @ A`
+    are SciPy's operators. The questions of the same names as its solvers, which give a job, run
+    where the vectors are.
+
+    Multiples of an operator, and sums of operators of one checkpoint, batch, selection, dtype and
+    precision, are operators on the server: `2 * H`, `H - G`, `H + 1e-3 * client.identity(H)`.
     """
+
+    _beside: tuple[AsyncVector, ...] = ()  # vectors that it names: they stay while it does
 
     @property
     def kind(self) -> str:
-        """Which matrix, as `client.operator` takes it: `hessian`, `ggn` and others."""
-        return kind_name(self._spec.kind)
+        """Which matrix: `hessian`, `ggn` and others as `client.operator` takes them.
+
+        Of a sum it is the formula, such as `2 hessian + 0.001 identity`.
+        """
+        return str(matrix_of(self._spec))
 
     @property
     def sample_seed(self) -> int | None:
@@ -93,6 +104,94 @@ class AsyncOperator(AsyncFunctional, AsyncFunctions):
         source = vector_pb2.VectorSource(parameters=vector_pb2.ParametersSource())
         return await self._create(source, keep=keep)
 
+    def __add__(self, other: AsyncOperator | Any) -> AsyncOperator:
+        total: AsyncOperator = self._plus(other, 1.0)
+        return total
+
+    def __radd__(self, other: AsyncOperator | Any) -> AsyncOperator:
+        # What `sum` begins with.
+        return self if is_number(other) and other == 0 else NotImplemented
+
+    def __sub__(self, other: AsyncOperator | Any) -> AsyncOperator:
+        difference: AsyncOperator = self._plus(other, -1.0)
+        return difference
+
+    def __neg__(self) -> AsyncOperator:
+        return self._times(-1.0)
+
+    def __mul__(self, other: float | Any) -> AsyncOperator:
+        return self._times(other) if is_number(other) else NotImplemented
+
+    def __rmul__(self, other: float | Any) -> AsyncOperator:
+        return self._times(other) if is_number(other) else NotImplemented
+
+    def __truediv__(self, other: float | Any) -> AsyncOperator:
+        if not is_number(other):
+            return NotImplemented
+        return self._times(1 / other if other else math.inf)
+
+    def _times(self, factor: float) -> AsyncOperator:
+        factor = number(factor, "factor")
+        return self._of(matrix_of(self._spec).times(factor), self._beside)
+
+    def _plus(self, other: Any, sign: float) -> Any:
+        if not isinstance(other, AsyncOperator) or not self._shares_loss_with(other):
+            return NotImplemented
+        total = matrix_of(self._spec).plus(matrix_of(other._spec).times(sign))
+        if total is None:
+            return NotImplemented
+        return self._of(total, (*self._beside, *other._beside))
+
+    def _shares_loss_with(self, other: AsyncOperator) -> bool:
+        """Whether both are matrices of one function, in the same parameters, computed alike."""
+        here, there = self._spec, other._spec
+        return (
+            self._session is other._session
+            and (here.checkpoint, here.data_batch) == (there.checkpoint, there.data_batch)
+            and (here.dtype, here.precision) == (there.dtype, there.precision)
+            and self._tensors == other._tensors
+        )
+
+    def _of(self, matrix: Matrix, beside: tuple[AsyncVector, ...]) -> AsyncOperator:
+        """Another matrix of the same loss; it keeps vectors from going."""
+        spec = with_matrix(self._spec, matrix)
+        made = AsyncOperator(self._session, spec, self._domain, self._codomain, self._tensors)
+        made._beside = beside
+        return made
+
+    async def preconditioned(self, d: AsyncVector | Any) -> AsyncOperator:
+        """The operator D^-1/2 A D^-1/2 with a positive diagonal D.
+
+        Where A y = λ D y, its eigenpair is λ with D^1/2 y.
+
+        Args:
+            d: The diagonal of D, all of it positive: a vector, or real numbers (n,) in numpy, torch
+                or lists. It is needed for as long as the operator is used; a job that names it has
+                it until the job has ended.
+
+        Returns:
+            The operator. A product costs what that of A costs.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `SHAPE_MISMATCH`, `NON_FINITE`;
+                `TERMS_INVALID`: the operator is preconditioned already. `PRECONDITIONER_INVALID` of
+                the first product or job: an element is not positive.
+        """
+        matrix = matrix_of(self._spec)
+        if matrix.precondition:
+            raise InvalidArgumentError(
+                "the operator is preconditioned already; precondition it once, with the product of "
+                "both diagonals",
+                reason="TERMS_INVALID",
+                field="d",
+            )
+        vector = d if isinstance(d, AsyncVector) else await self.vector(d)
+        beside = (*self._beside, vector)
+        made = self._of(replace(matrix, precondition=vector.name), beside)
+        opened = await open_operator(self._session, made._spec)
+        opened._beside = beside
+        return opened
+
     async def restrict(self, *globs: str | Sequence[str]) -> AsyncOperator:
         """The operator on some of its own parameters: these rows and columns of the matrix.
 
@@ -106,7 +205,8 @@ class AsyncOperator(AsyncFunctional, AsyncFunctions):
 
         Raises:
             InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
-                lists the nearest names.
+                lists the nearest names. `VECTOR_SPACE_MISMATCH`: the operator is preconditioned,
+                with a vector of all its parameters; restrict it before.
         """
         return await open_operator(self._session, self._restricted(globs))
 
@@ -178,7 +278,8 @@ class AsyncOperator(AsyncFunctional, AsyncFunctions):
     def __repr__(self) -> str:
         size, of = f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}"
         drawn = f" (seed {self.sample_seed}, {self.num_samples} drawn)" if self.num_samples else ""
-        return f"<{type(self).__name__} {self.kind}{drawn} {size} {self.dtype} {of}>"
+        kind = self.kind if " " not in self.kind else f"({self.kind})"
+        return f"<{type(self).__name__} {kind}{drawn} {size} {self.dtype} {of}>"
 
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None

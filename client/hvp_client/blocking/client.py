@@ -18,6 +18,8 @@ from hvp_client.blocking.catalogue import Catalogue
 from hvp_client.blocking.jacobian import Jacobian
 from hvp_client.blocking.operator import Operator
 from hvp_client.blocking.portal import Portal
+from hvp_client.blocking.twins import twin_of
+from hvp_client.blocking.vector import Vector
 
 
 @final
@@ -139,6 +141,8 @@ class Client(Catalogue, twin=AsyncClient):
         parameters: str | Iterable[str] | None = None,
         sample_seed: int | None = None,
         num_samples: int | None = None,
+        damping: float = 0.0,
+        precondition: Vector | Any = None,
     ) -> Operator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -166,6 +170,9 @@ class Client(Catalogue, twin=AsyncClient):
                 0. It gives the same labels on any number of ranks, and another seed another matrix.
             num_samples: Of `fisher`: how many labels are drawn for each target, up to 64; None
                 means 1. A product costs the same with more.
+            damping: A number λ that is added to the diagonal of the matrix.
+            precondition: The diagonal of D, for D^-1/2 (A + λI) D^-1/2: a vector or numbers, as
+                `Operator.preconditioned` takes it.
 
         Returns:
             The operator.
@@ -175,7 +182,8 @@ class Client(Catalogue, twin=AsyncClient):
             InvalidArgumentError: `TOKEN_ID_OUT_OF_RANGE`, `SEQUENCE_TOO_LONG`,
                 `DTYPE_UNSUPPORTED`, `PRECISION_UNSUPPORTED`, `KIND_UNSPECIFIED`,
                 `MICRO_BATCH_INVALID`, `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID`,
-                `SEED_INVALID` or `NUM_SAMPLES_INVALID`.
+                `SEED_INVALID`, `NUM_SAMPLES_INVALID` or `COEFFICIENT_INVALID`; as
+                `Operator.preconditioned`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
                 `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product.
@@ -191,8 +199,25 @@ class Client(Catalogue, twin=AsyncClient):
                 parameters,
                 sample_seed,
                 num_samples,
+                damping,
+                twin_of(precondition),
             )
         )
+        return result
+
+    def identity(self, operator: Operator) -> Operator:
+        """The identity I on an operator's vectors, as in `H + 1e-3 * I`.
+
+        Args:
+            operator: The operator.
+
+        Returns:
+            An operator of the same loss, whose products compute nothing.
+
+        Raises:
+            InvalidArgumentError: `OPERATOR_EXPECTED`: it is no operator's handle.
+        """
+        result: Operator = self._blocking(self._twin.identity(twin_of(operator)))
         return result
 
     def verify(

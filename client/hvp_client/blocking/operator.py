@@ -27,16 +27,22 @@ class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperato
 
     An `AsyncOperator`'s products are awaited: `w = await (H @ v)`. An `Operator` is a
     `scipy.sparse.linalg.LinearOperator` where SciPy is installed: SciPy's solvers take it and run
-    on this side, with every product travelling, and `H + 1e-3 * I`, `2 * H` or `H @ A` are SciPy's
-    operators. The questions of the same names as its solvers, which give a job, run where the
-    vectors are.
+    on this side, with every product travelling, and `H + I` with an operator of SciPy's or `H @ A`
+    are SciPy's operators. The questions of the same names as its solvers, which give a job, run
+    where the vectors are.
+
+    Multiples of an operator, and sums of operators of one checkpoint, batch, selection, dtype and
+    precision, are operators on the server: `2 * H`, `H - G`, `H + 1e-3 * client.identity(H)`.
     """
 
     _twin: AsyncOperator
 
     @property
     def kind(self) -> str:
-        """Which matrix, as `client.operator` takes it: `hessian`, `ggn` and others."""
+        """Which matrix: `hessian`, `ggn` and others as `client.operator` takes them.
+
+        Of a sum it is the formula, such as `2 hessian + 0.001 identity`.
+        """
         return self._twin.kind
 
     @property
@@ -69,6 +75,55 @@ class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperato
         result: Vector = self._wait(self._twin.parameters(keep=keep))
         return result
 
+    def __add__(self, other: Operator | Any) -> Operator:
+        result: Operator = self._blocking(self._twin.__add__(twin_of(other)))
+        return result
+
+    def __radd__(self, other: Operator | Any) -> Operator:
+        result: Operator = self._blocking(self._twin.__radd__(twin_of(other)))
+        return result
+
+    def __sub__(self, other: Operator | Any) -> Operator:
+        result: Operator = self._blocking(self._twin.__sub__(twin_of(other)))
+        return result
+
+    def __neg__(self) -> Operator:
+        result: Operator = self._blocking(self._twin.__neg__())
+        return result
+
+    def __mul__(self, other: float | Any) -> Operator:
+        result: Operator = self._blocking(self._twin.__mul__(other))
+        return result
+
+    def __rmul__(self, other: float | Any) -> Operator:
+        result: Operator = self._blocking(self._twin.__rmul__(other))
+        return result
+
+    def __truediv__(self, other: float | Any) -> Operator:
+        result: Operator = self._blocking(self._twin.__truediv__(other))
+        return result
+
+    def preconditioned(self, d: Vector | Any) -> Operator:
+        """The operator D^-1/2 A D^-1/2 with a positive diagonal D.
+
+        Where A y = λ D y, its eigenpair is λ with D^1/2 y.
+
+        Args:
+            d: The diagonal of D, all of it positive: a vector, or real numbers (n,) in numpy, torch
+                or lists. It is needed for as long as the operator is used; a job that names it has
+                it until the job has ended.
+
+        Returns:
+            The operator. A product costs what that of A costs.
+
+        Raises:
+            InvalidArgumentError: `VECTOR_SPACE_MISMATCH`, `SHAPE_MISMATCH`, `NON_FINITE`;
+                `TERMS_INVALID`: the operator is preconditioned already. `PRECONDITIONER_INVALID` of
+                the first product or job: an element is not positive.
+        """
+        result: Operator = self._wait(self._twin.preconditioned(twin_of(d)))
+        return result
+
     def restrict(self, *globs: str | Sequence[str]) -> Operator:
         """The operator on some of its own parameters: these rows and columns of the matrix.
 
@@ -82,7 +137,8 @@ class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperato
 
         Raises:
             InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing; the message
-                lists the nearest names.
+                lists the nearest names. `VECTOR_SPACE_MISMATCH`: the operator is preconditioned,
+                with a vector of all its parameters; restrict it before.
         """
         result: Operator = self._wait(self._twin.restrict(*globs))
         return result
@@ -143,4 +199,5 @@ class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperato
     def __repr__(self) -> str:
         size, of = (f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}")
         drawn = f" (seed {self.sample_seed}, {self.num_samples} drawn)" if self.num_samples else ""
-        return f"<{type(self).__name__} {self.kind}{drawn} {size} {self.dtype} {of}>"
+        kind = self.kind if " " not in self.kind else f"({self.kind})"
+        return f"<{type(self).__name__} {kind}{drawn} {size} {self.dtype} {of}>"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hvp_client._algebra import is_number
 
 
 class Fetched(ABC):
@@ -44,14 +47,7 @@ class SymmetricLinearOperator(ABC):
 
     if TYPE_CHECKING:
         # SciPy's, where there is SciPy, and then an operator of SciPy's.
-        def __add__(self, other: Any) -> Any: ...
-        def __radd__(self, other: Any) -> Any: ...
-        def __sub__(self, other: Any) -> Any: ...
-        def __mul__(self, other: Any) -> Any: ...
-        def __rmul__(self, other: Any) -> Any: ...
-        def __truediv__(self, other: float) -> Any: ...
         def __pow__(self, power: int) -> Any: ...
-        def __neg__(self) -> Any: ...
         def dot(self, other: Any) -> Any:
             """Multiply by a number, an operator, an array or a vector."""
 
@@ -92,6 +88,20 @@ class SymmetricLinearOperator(ABC):
         return self
 
 
+_ARITHMETIC = ("__add__", "__sub__", "__mul__", "__rmul__", "__truediv__")
+
+
+def _else(ours: Callable[[Any, Any], Any], scipys: Callable[[Any, Any], Any]) -> Any:
+    """A method of arithmetic that leaves to SciPy what is not ours."""
+
+    @wraps(ours)
+    def method(self: Any, other: Any) -> Any:
+        found = ours(self, other)
+        return scipys(self, other) if found is NotImplemented else found
+
+    return method
+
+
 @cache
 def _joined(cls: type[Any]) -> type[Any]:
     """A subclass of this class and SciPy's; this class itself where there is no SciPy."""
@@ -101,8 +111,11 @@ def _joined(cls: type[Any]) -> type[Any]:
         return cls
 
     class Joined(cls, LinearOperator):  # type: ignore[misc] # a base known at run time alone
-        # Numbers and other operators are for SciPy; ours are arrays, and vectors on the ranks.
+        # What is no sum or multiple on the server is for SciPy, as are products of operators; ours
+        # are arrays, and vectors on the ranks.
         def dot(self, x: Any) -> Any:
+            if is_number(x):
+                return self * x
             known = isinstance(x, LinearOperator) or np.isscalar(x)
             return LinearOperator.dot(self, x) if known else super().__matmul__(x)
 
@@ -110,6 +123,8 @@ def _joined(cls: type[Any]) -> type[Any]:
             known = isinstance(other, LinearOperator)
             return LinearOperator.dot(self, other) if known else super().__matmul__(other)
 
+    for name in _ARITHMETIC:
+        setattr(Joined, name, _else(getattr(cls, name), getattr(LinearOperator, name)))
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(Joined, name, getattr(cls, name))
     return Joined

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 from hvp_operations import eigsh
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.eigsh import EigshSpec
-from hvp_operations.matrices import INDEFINITE
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
 from hvp_operations.solve import MAX_PRECONDITIONER_VECTORS
 from hvp_operations.trace import TOGETHER
@@ -143,7 +142,7 @@ def search_spec(spec: LowRankSpec, dimension: int) -> EigshSpec:
 def _least_products(spec: LowRankSpec, facts: Facts) -> int:
     """The fewest products that a method takes."""
     n = facts.num_parameters
-    if taken(spec, facts.kind not in INDEFINITE) == "nystrom":
+    if taken(spec, not facts.may_be_negative) == "nystrom":
         return num_samples(spec, n) + num_checks(n)
     return 2 * spec.k + num_checks(n)
 
@@ -151,7 +150,7 @@ def _least_products(spec: LowRankSpec, facts: Facts) -> int:
 def _cost(spec: LowRankSpec, facts: Facts) -> Cost:
     n = facts.num_parameters
     beside = _CHECK_VECTORS + spec.k  # the result is copied out of the run
-    if taken(spec, facts.kind not in INDEFINITE) == "nystrom":
+    if taken(spec, not facts.may_be_negative) == "nystrom":
         rows = num_samples(spec, n)
         return Cost(
             max_products=rows + num_checks(n),
@@ -181,7 +180,7 @@ _RULES: tuple[Rule[LowRankSpec], ...] = (
     Rule(
         field="method",
         reason="METHOD_UNSUPPORTED",
-        holds=lambda spec, facts: spec.method != "nystrom" or facts.kind not in INDEFINITE,
+        holds=lambda spec, facts: spec.method != "nystrom" or not facts.may_be_negative,
         allowed=lambda spec, facts: (
             f"it needs a matrix without negative eigenvalues, and the {facts.kind} may have some; "
             "use eigsh"
@@ -208,7 +207,7 @@ _RULES: tuple[Rule[LowRankSpec], ...] = (
             spec.max_products is None or spec.max_products >= _least_products(spec, facts)
         ),
         allowed=lambda spec, facts: (
-            f"{taken(spec, facts.kind not in INDEFINITE)} with k = {spec.k} takes "
+            f"{taken(spec, not facts.may_be_negative)} with k = {spec.k} takes "
             f"{_least_products(spec, facts)} at the least, {num_checks(facts.num_parameters)} of "
             "them to bound the error; left out, the server chooses"
         ),

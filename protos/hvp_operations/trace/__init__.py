@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.matrices import INDEFINITE
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
 from hvp_operations.tolerances import SEED_RULE, of_estimates
 
@@ -146,7 +145,7 @@ def num_rows(method: str, max_products: int) -> int:
 def _cost(spec: TraceSpec, facts: Facts) -> Cost:
     method = spec.method
     if method == "auto" and spec.per is None:
-        wished = "xtrace" if facts.kind in INDEFINITE else "xnystrace"
+        wished = "xtrace" if facts.may_be_negative else "xnystrace"
         least = 2
     else:
         wished, least = method, LEAST_VECTORS if method in _PRODUCTS_A_ROW else 2
@@ -162,7 +161,7 @@ _RULES: tuple[Rule[TraceSpec], ...] = (
     Rule(
         field="method",
         reason="METHOD_UNSUPPORTED",
-        holds=lambda spec, facts: spec.method != "xnystrace" or facts.kind not in INDEFINITE,
+        holds=lambda spec, facts: spec.method != "xnystrace" or not facts.may_be_negative,
         allowed=lambda spec, facts: (
             f"it needs a matrix without negative eigenvalues, and the {facts.kind} may have some; "
             "use xtrace"

@@ -199,6 +199,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A preconditioner's diagonal with the damping has an element that is not above 0, or one below 0."""
     ERROR_REASON_VECTORS_NOT_ORTHONORMAL: _ErrorReason.ValueType  # 101
     """Vectors of a low-rank preconditioner are not orthonormal; take those of one result."""
+    ERROR_REASON_COEFFICIENT_INVALID: _ErrorReason.ValueType  # 107
+    """A coefficient, a damping or a shift of an operator is not finite."""
+    ERROR_REASON_PRECONDITIONER_INVALID: _ErrorReason.ValueType  # 108
+    """A preconditioner has an element that is not positive and finite; metadata has the first one's index."""
+    ERROR_REASON_TERMS_INVALID: _ErrorReason.ValueType  # 109
+    """Operators make no such sum: too many terms, or a kind beside the terms."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -374,6 +380,12 @@ ERROR_REASON_PRECONDITIONER_NOT_POSITIVE: ErrorReason.ValueType  # 100
 """A preconditioner's diagonal with the damping has an element that is not above 0, or one below 0."""
 ERROR_REASON_VECTORS_NOT_ORTHONORMAL: ErrorReason.ValueType  # 101
 """Vectors of a low-rank preconditioner are not orthonormal; take those of one result."""
+ERROR_REASON_COEFFICIENT_INVALID: ErrorReason.ValueType  # 107
+"""A coefficient, a damping or a shift of an operator is not finite."""
+ERROR_REASON_PRECONDITIONER_INVALID: ErrorReason.ValueType  # 108
+"""A preconditioner has an element that is not positive and finite; metadata has the first one's index."""
+ERROR_REASON_TERMS_INVALID: ErrorReason.ValueType  # 109
+"""Operators make no such sum: too many terms, or a kind beside the terms."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

@@ -94,6 +94,35 @@ class OperatorSpec(_message.Message):
     Symmetric, with no negative eigenvalue.
     """
 
+    @_typing.final
+    class Term(_message.Message):
+        """A multiple of a matrix."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        COEFFICIENT_FIELD_NUMBER: _builtins.int
+        KIND_FIELD_NUMBER: _builtins.int
+        SAMPLE_SEED_FIELD_NUMBER: _builtins.int
+        NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+        coefficient: _builtins.float
+        kind: Global___OperatorSpec.Kind.ValueType
+        sample_seed: _builtins.int
+        """As of the operator."""
+        num_samples: _builtins.int
+        def __init__(
+            self,
+            *,
+            coefficient: _builtins.float = ...,
+            kind: Global___OperatorSpec.Kind.ValueType = ...,
+            sample_seed: _builtins.int = ...,
+            num_samples: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficient", b"coefficient", "kind", b"kind", "num_samples", b"num_samples", "sample_seed", b"sample_seed"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -103,6 +132,10 @@ class OperatorSpec(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SAMPLE_SEED_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
+    DAMPING_FIELD_NUMBER: _builtins.int
+    PRECONDITION_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     data_batch: _builtins.str
     kind: Global___OperatorSpec.Kind.ValueType
@@ -122,12 +155,27 @@ class OperatorSpec(_message.Message):
     A seed gives the same labels on any number of ranks. Other kinds draw none and take no other than 0.
     """
     num_samples: _builtins.int
+    damping: _builtins.float
+    """With `kind` too: what is added to its diagonal. May be negative."""
+    precondition: _builtins.str
+    """Name of a vector of the operator's space, the diagonal of D, all of whose elements are positive; empty
+    for D = I. With `kind` too. A job that names it has it until it has ended, also if it is deleted.
+    """
+    shift: _builtins.float
+    """Added behind D; without `precondition` it is 0."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Which parameters theta consists of: patterns of their names, as shells have them (`*`, `?`,
         `[...]`); empty for all. All others are constants, and vectors have the length of the selection.
         Each pattern has to select something. At most 4096 patterns of at most 512 characters, 64 of
         them with wildcards.
+        """
+
+    @_builtins.property
+    def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorSpec.Term]:
+        """In the place of `kind`, which is then KIND_UNSPECIFIED, as are `sample_seed` and `num_samples`: the
+        operator is D^-1/2 (sum_i c_i A_i + damping I) D^-1/2 + shift I with these terms c_i A_i, at most 16.
+        Each takes a product of its own. Without terms it is a multiple of the identity.
         """
 
     def __init__(
@@ -142,10 +190,14 @@ class OperatorSpec(_message.Message):
         parameters: _abc.Iterable[_builtins.str] | None = ...,
         sample_seed: _builtins.int = ...,
         num_samples: _builtins.int = ...,
+        terms: _abc.Iterable[Global___OperatorSpec.Term] | None = ...,
+        damping: _builtins.float = ...,
+        precondition: _builtins.str = ...,
+        shift: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "parameters", b"parameters", "precision", b"precision", "sample_seed", b"sample_seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,10 @@ class OperatorServiceStub:
     INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
     INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
     INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
+    INVALID_ARGUMENT `TERMS_INVALID`, `COEFFICIENT_INVALID`: not a sum that there is.
+    INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: `precondition` is of another space.
+    INVALID_ARGUMENT `PRECONDITIONER_INVALID`: an element of `precondition` is not positive; the first
+    product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
@@ -101,6 +105,10 @@ class OperatorServiceServicer:
     INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
     INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
     INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
+    INVALID_ARGUMENT `TERMS_INVALID`, `COEFFICIENT_INVALID`: not a sum that there is.
+    INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: `precondition` is of another space.
+    INVALID_ARGUMENT `PRECONDITIONER_INVALID`: an element of `precondition` is not positive; the first
+    product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
@@ -230,6 +238,10 @@ class OperatorService:
     INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`: a pattern selects nothing (metadata: glob, nearest).
     INVALID_ARGUMENT `PARAMETERS_INVALID`: too many patterns, or too long ones.
     INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
+    INVALID_ARGUMENT `TERMS_INVALID`, `COEFFICIENT_INVALID`: not a sum that there is.
+    INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: `precondition` is of another space.
+    INVALID_ARGUMENT `PRECONDITIONER_INVALID`: an element of `precondition` is not positive; the first
+    product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.

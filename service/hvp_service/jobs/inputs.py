@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from hvp_service.jobs.store import JobSpec
-from hvp_service.operators.resolver import ResolvedOperator, check_space
+from hvp_service.jobs.store import PRECONDITION, JobSpec
+from hvp_service.operators.resolver import (
+    ResolvedOperator,
+    check_preconditioner,
+    check_space,
+)
 from hvp_service.vectors.rows import Vector
 from hvp_service.vectors.store import VectorStore
 
@@ -25,7 +29,7 @@ async def using_inputs(
             were deleted meanwhile.
 
     Yields:
-        The vectors by field of the spec.
+        The vectors by field of the spec; the operator's preconditioner under PRECONDITION.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND; VECTOR_SPACE_MISMATCH; INPUT_MISSING for a product whose
@@ -40,4 +44,6 @@ async def using_inputs(
             outputs = resolved.domain if each.space == "domain" else resolved.codomain
             where = f"spec.{asked.operation}.{each.field}"
             check_space(resolved, outputs, by_field[each.field], where)
+        for vector in by_field.get(PRECONDITION, []):
+            check_preconditioner(resolved, vector, f"spec.{asked.operation}.operator")
         yield by_field

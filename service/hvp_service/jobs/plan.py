@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvp_operations.operation import Cost, Facts
+from hvp_operations.operation import Cost
 from hvp_workers.room import needed_bytes
 
 from hvp_service.calls.errors import ServiceError
@@ -12,11 +12,6 @@ from hvp_service.group.supervisor import GroupSupervisor
 from hvp_service.jobs.store import JobSpec
 from hvp_service.operators.resolver import ResolvedOperator
 from hvp_service.vectors.store import ITEM_BYTES
-
-
-def facts_of(resolved: ResolvedOperator) -> Facts:
-    """The facts of an operator that an operation's rules and cost depend on."""
-    return Facts(num_parameters=resolved.num_parameters, kind=resolved.operator.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +59,7 @@ async def plan_of(
     Raises:
         ServiceError: WORKER_GROUP_LOST.
     """
-    cost = asked.declared.cost(asked.spec, facts_of(resolved))
+    cost = asked.declared.cost(asked.spec, resolved.facts)
     num_inputs = len({name for names in asked.inputs.values() for name in names})
     ranks = await group.call(lambda backend: backend.ranks())
     available = min((rank.memory_bytes for rank in ranks), default=0)

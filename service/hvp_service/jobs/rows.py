@@ -181,6 +181,8 @@ def _read_result(operation: str, stored: Any) -> JobResult | None:
 
 def _names_all(known: Any, stored: Any) -> bool:
     """Whether every field of a stored value, and of those within it, is known."""
+    if isinstance(known, (list, tuple)) and isinstance(stored, list):
+        return all(map(_names_all, known, stored))
     if not (isinstance(known, dict) and isinstance(stored, dict)):
         return True
     return all(name in known and _names_all(known[name], stored[name]) for name in stored)

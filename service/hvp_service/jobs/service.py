@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from hvp_operations.checking import checked
@@ -18,7 +17,7 @@ from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.labels import check_labels, check_mask
 from hvp_service.calls.names import Name
 from hvp_service.jobs.inputs import using_inputs
-from hvp_service.jobs.plan import Plan, facts_of, plan_of, require_room
+from hvp_service.jobs.plan import Plan, plan_of, require_room
 from hvp_service.jobs.store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
 from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
 from hvp_service.storage.clock import now_us
@@ -50,7 +49,7 @@ async def _asked(
     where = f"spec.{operation}"
     async with deps.operators.using(operator, f"{where}.operator") as resolved:
         try:
-            spec = checked(operations()[operation], values, facts_of(resolved))
+            spec = checked(operations()[operation], values, resolved.facts)
         except SpecError as error:
             raise ServiceError(
                 error.reason,
@@ -58,13 +57,7 @@ async def _asked(
                 field=f"{where}.{error.field}",
                 metadata=error.metadata,
             ) from None
-        filled_in = replace(
-            operator,
-            dtype=resolved.operator.space.dtype,
-            precision=resolved.operator.precision,
-            num_samples=resolved.operator.num_samples,
-        )
-        asked = JobSpec(operation=operation, operator=filled_in, spec=spec)
+        asked = JobSpec(operation=operation, operator=resolved.filled(operator), spec=spec)
         async with using_inputs(deps.vectors, asked, resolved):
             yield asked, resolved
 

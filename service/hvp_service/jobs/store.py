@@ -26,6 +26,10 @@ class StaleLeaseError(Exception):
     """The job is no longer this attempt's: it was claimed again, or has ended."""
 
 
+#: Where a question's operator names a vector; no field of a spec has a dot in its name.
+PRECONDITION = "operator.precondition"
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
     """A question about an operator.
@@ -47,12 +51,14 @@ class JobSpec:
 
     @property
     def inputs(self) -> Mapping[str, tuple[Name, ...]]:
-        """The vectors that the question names, by field.
+        """The vectors that the question names, by field, and its operator's under PRECONDITION.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND: no vector could ever have that name.
         """
-        named = self.declared.named(self.spec)
+        named = dict(self.declared.named(self.spec))
+        if self.operator.precondition:
+            named[PRECONDITION] = (self.operator.precondition,)
         return {
             field: tuple(parse(name, "vectors") for name in names) for field, names in named.items()
         }

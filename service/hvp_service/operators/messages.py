@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from hvp_operations.matrices import Term
 from hvp_protos.v1 import operator_pb2
 
 from hvp_service.calls.messages import enum_name, enum_value
+from hvp_service.operators.kinds import plain_kind
 from hvp_service.operators.resolver import OperatorRef
 
 
@@ -20,6 +22,18 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         parameters=tuple(message.parameters),
         sample_seed=message.sample_seed,
         num_samples=message.num_samples,
+        terms=tuple(
+            Term(
+                kind=plain_kind(enum_name(operator_pb2.OperatorSpec.Kind, each.kind)),
+                coefficient=each.coefficient,
+                sample_seed=each.sample_seed,
+                num_samples=each.num_samples,
+            )
+            for each in message.terms
+        ),
+        damping=message.damping,
+        precondition=message.precondition,
+        shift=message.shift,
     )
 
 
@@ -35,4 +49,16 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         parameters=ref.parameters,
         sample_seed=ref.sample_seed,
         num_samples=ref.num_samples,
+        terms=[
+            operator_pb2.OperatorSpec.Term(
+                kind=enum_value(operator_pb2.OperatorSpec.Kind, f"KIND_{each.kind.upper()}"),
+                coefficient=each.coefficient,
+                sample_seed=each.sample_seed,
+                num_samples=each.num_samples,
+            )
+            for each in ref.terms
+        ],
+        damping=ref.damping,
+        precondition=ref.precondition,
+        shift=ref.shift,
     )

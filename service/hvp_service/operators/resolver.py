@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvp_batches.fitting import BatchError, check_fit
-from hvp_operations.matrices import check_samples
-from hvp_operations.operation import SpecError
+from hvp_operations.matrices import Matrix, Term, check_samples
+from hvp_operations.operation import Facts, SpecError
 from hvp_operations.parameters import select
 from hvp_operations.wording import shown
 from hvp_workers.backend import Dtype, Operator, ParameterTensor, Precision, Space
@@ -17,10 +17,18 @@ from hvp_workers.backend import Dtype, Operator, ParameterTensor, Precision, Spa
 from hvp_service.batches.contents import batch_refused
 from hvp_service.batches.store import BatchStore, DataBatch
 from hvp_service.calls.errors import ServiceError, not_found
-from hvp_service.calls.names import parse
+from hvp_service.calls.names import Name, parse
 from hvp_service.checkpoints.store import Checkpoint, CheckpointStore
+from hvp_service.operators.kinds import check_composition, check_kind, plain_kind, refused
 from hvp_service.storage.state_dir import StateDir
-from hvp_service.vectors.rows import ALL_PARAMETERS, Outputs, Selection, Vector, words_of
+from hvp_service.vectors.rows import (
+    ALL_PARAMETERS,
+    Outputs,
+    Selection,
+    Vector,
+    VectorSpace,
+    words_of,
+)
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
 PRECISIONS: dict[str, tuple[Precision, ...]] = {  # by device, the default for float32 first
@@ -43,6 +51,34 @@ class OperatorRef:
     parameters: tuple[str, ...] = ()  # globs; none for all
     sample_seed: int = 0
     num_samples: int = 0  # 0: one where the kind draws labels
+    terms: tuple[Term, ...] = ()  # in the place of the kind
+    damping: float = 0.0
+    precondition: str = ""  # name of a vector; "" for none
+    shift: float = 0.0
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it is more than one matrix as it stands."""
+        return self.besides != Matrix()
+
+    @property
+    def own_term(self) -> Term:
+        """The matrix of its kind."""
+        return Term(
+            kind=plain_kind(self.kind),
+            sample_seed=self.sample_seed,
+            num_samples=self.num_samples,
+        )
+
+    @property
+    def besides(self) -> Matrix:
+        """What it is beside, or in the place of, the matrix of its kind."""
+        return Matrix(
+            terms=self.terms,
+            damping=self.damping,
+            precondition=self.precondition,
+            shift=self.shift,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +89,32 @@ class ResolvedOperator:
     batch: DataBatch
     operator: Operator
     selection: Selection
+    precondition: Name | None = None
+
+    def filled(self, ref: OperatorRef) -> OperatorRef:
+        """What the operator was named by, with every default filled in."""
+        ref = replace(ref, dtype=self.operator.space.dtype, precision=self.operator.precision)
+        composition = self.operator.composition
+        if composition is None:
+            return replace(ref, num_samples=self.operator.num_samples)
+        return replace(
+            ref,
+            kind="KIND_UNSPECIFIED",
+            sample_seed=0,
+            num_samples=0,
+            terms=composition.terms,
+            damping=composition.damping,
+        )
+
+    @property
+    def facts(self) -> Facts:
+        """The facts that an operation's rules and cost depend on."""
+        composition = self.operator.composition
+        return Facts(
+            num_parameters=self.num_parameters,
+            kind=self.operator.kind,
+            is_semidefinite=composition and composition.is_semidefinite,
+        )
 
     @property
     def parameters(self) -> list[ParameterTensor]:
@@ -99,7 +161,7 @@ def select_parameters(
     try:
         selected = select(globs, names, field)
     except SpecError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     return Selection(selected, tuple(globs)) if len(selected) < len(names) else ALL_PARAMETERS
 
 
@@ -147,13 +209,26 @@ def check_space(
         resolved.selection if outputs is None else ALL_PARAMETERS,
     )
     for index, vector in enumerate(vectors):
-        if vector.space != space:
-            raise ServiceError(
-                "VECTOR_SPACE_MISMATCH",
-                f"{vector.name} is a {words_of(vector.space)}; the operator takes a "
-                f"{words_of(space)}.",
-                field=f"{field}[{index}]",
-            )
+        _check_vector(vector, space, f"{field}[{index}]")
+
+
+def check_preconditioner(resolved: ResolvedOperator, vector: Vector, field: str) -> None:
+    """Check that a vector can be the diagonal of an operator's preconditioner.
+
+    Raises:
+        ServiceError: VECTOR_SPACE_MISMATCH.
+    """
+    space = (resolved.checkpoint.name, resolved.operator.space.dtype, None, resolved.selection)
+    _check_vector(vector, space, f"{field}.precondition")
+
+
+def _check_vector(vector: Vector, space: VectorSpace, field: str) -> None:
+    if vector.space != space:
+        raise ServiceError(
+            "VECTOR_SPACE_MISMATCH",
+            f"{vector.name} is a {words_of(vector.space)}; the operator takes a {words_of(space)}.",
+            field=field,
+        )
 
 
 def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
@@ -171,21 +246,6 @@ def check_dtype(dtype: str, field: str = "dtype") -> Dtype:
             field=field,
         )
     return dtype
-
-
-def check_kind(kind: str, field: str = "kind") -> str:
-    """The plain name of a kind for its enum value's name: `ggn` for `KIND_GGN`.
-
-    Raises:
-        ServiceError: KIND_UNSPECIFIED, also of a number that this server does not know.
-    """
-    if kind == "KIND_UNSPECIFIED":
-        raise ServiceError(
-            "KIND_UNSPECIFIED",
-            "Say which operator: KIND_HESSIAN, KIND_GGN or another kind that this server knows.",
-            field=field,
-        )
-    return kind.removeprefix("KIND_").lower()
 
 
 def check_precision(
@@ -257,14 +317,21 @@ class OperatorResolver:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
-                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, or a reason of `check_fit` or
-                `check_samples`.
+                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, TERMS_INVALID,
+                OPERATOR_NOT_SYMMETRIC, or a reason of `check_fit`, `check_samples` or
+                `check_matrix`.
         """
-        kind = check_kind(ref.kind, f"{field}.kind")
-        try:
-            num_samples = check_samples(kind, ref.sample_seed, ref.num_samples, field)
-        except SpecError as error:
-            raise _refused(error) from None
+        composition, num_samples = None, 0
+        if ref.is_composed:
+            composition = check_composition(ref.kind, ref.own_term, ref.besides, field)
+            kind, kinds = str(composition), {each.kind for each in composition.terms}
+        else:
+            kind = check_kind(ref.kind, f"{field}.kind")
+            kinds = {kind}
+            try:
+                num_samples = check_samples(kind, ref.sample_seed, ref.num_samples, field)
+            except SpecError as error:
+                raise refused(error) from None
         dtype = check_dtype(ref.dtype, f"{field}.dtype")
         precision = check_precision(ref.precision, dtype, self.device, f"{field}.precision")
         if ref.micro_batch_size < 0:
@@ -288,11 +355,16 @@ class OperatorResolver:
         batch = await self._batches.get(batch_name)
         self._check_fit(checkpoint, batch, field)
         selection = select_parameters(checkpoint, ref.parameters, f"{field}.parameters")
-        if kind != "hessian" and not checkpoint.description.batch_schema.outputs:
+        if kinds - {"hessian"} and not checkpoint.description.batch_schema.outputs:
             raise _no_outputs(checkpoint, f"{field}.kind")
+        precondition = None
+        if composition is not None and composition.precondition:
+            precondition = parse(composition.precondition, "vectors")
+            composition = replace(composition, precondition=precondition.id)
         return ResolvedOperator(
             checkpoint=checkpoint,
             batch=batch,
+            precondition=precondition,
             operator=Operator(
                 space=Space(
                     checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id),
@@ -305,6 +377,7 @@ class OperatorResolver:
                 precision=precision,
                 sample_seed=ref.sample_seed,
                 num_samples=num_samples,
+                composition=composition,
             ),
             selection=selection,
         )
@@ -315,10 +388,6 @@ class OperatorResolver:
             check_fit(checkpoint.description.batch_schema, batch.statistics.fields)
         except BatchError as error:
             raise batch_refused(error, f"{field}.data_batch") from None
-
-
-def _refused(error: SpecError) -> ServiceError:
-    return ServiceError(error.reason, error.message, field=error.field, metadata=error.metadata)
 
 
 def _no_outputs(checkpoint: Checkpoint, field: str) -> ServiceError:

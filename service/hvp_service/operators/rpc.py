@@ -31,13 +31,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
     ) -> pb.DescribeOperatorResponse:
         ref = operator_value(request.operator)
         resolved, micro_batch_size = await operators.describe(self._deps, ref)
-        filled = replace(
-            ref,
-            dtype=resolved.operator.space.dtype,
-            micro_batch_size=micro_batch_size,
-            precision=resolved.operator.precision,
-            num_samples=resolved.operator.num_samples,
-        )
+        filled = replace(resolved.filled(ref), micro_batch_size=micro_batch_size)
         return pb.DescribeOperatorResponse(
             operator=operator_message(filled),
             num_parameters=resolved.num_parameters,

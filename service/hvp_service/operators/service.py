@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -13,7 +14,12 @@ from hvp_workers.backend import Backend, Form
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
-from hvp_service.operators.resolver import OperatorRef, ResolvedOperator, check_space
+from hvp_service.operators.resolver import (
+    OperatorRef,
+    ResolvedOperator,
+    check_preconditioner,
+    check_space,
+)
 from hvp_service.storage.lifetimes import Lifetime
 from hvp_service.vectors.rows import Outputs, Vector
 
@@ -43,6 +49,8 @@ async def describe(deps: Dependencies, ref: OperatorRef) -> tuple[ResolvedOperat
         ServiceError: As `OperatorResolver.resolve`.
     """
     resolved = await deps.operators.resolve(ref)
+    async with _preconditioner(deps, resolved):
+        pass
     batch = resolved.batch.statistics
     if resolved.operator.kind == "jacobian":
         return resolved, 0  # whose outputs have one cut alone
@@ -103,9 +111,10 @@ async def apply(
         deps.operators.using(ref) as resolved,
         deps.sessions.using(resolved.checkpoint.name.project, session) as lifetime,
         deps.vectors.using(names) as inputs,
+        _preconditioner(deps, resolved) as beside,
     ):
         wanted = resolved.transposed if transposed else resolved
-        return await _apply(deps, ref, wanted, inputs, lifetime)
+        return await _apply(deps, ref, wanted, inputs, beside, lifetime)
 
 
 async def evaluate_forms(
@@ -129,7 +138,11 @@ async def evaluate_forms(
         )
     wanted = FORMS[form]
     names = _vector_names(vectors)
-    async with deps.operators.using(ref) as resolved, deps.vectors.using(names) as inputs:
+    async with (
+        deps.operators.using(ref) as resolved,
+        deps.vectors.using(names) as inputs,
+        _preconditioner(deps, resolved) as beside,
+    ):
         if wanted == "quadratic" and resolved.operator.kind == "jacobian":
             raise ServiceError(
                 "OPERATOR_NOT_SYMMETRIC",
@@ -139,7 +152,7 @@ async def evaluate_forms(
         check_space(resolved, None, inputs, "vectors")
 
         async def work(backend: Backend) -> list[float]:
-            await deps.vectors.ensure_resident(backend, inputs)
+            await deps.vectors.ensure_resident(backend, [*inputs, *beside])
             return await backend.evaluate_forms(
                 resolved.operator, wanted, [vector.name.id for vector in inputs]
             )
@@ -192,13 +205,14 @@ async def _apply(
     ref: OperatorRef,
     resolved: ResolvedOperator,
     inputs: Sequence[Vector],
+    beside: Sequence[Vector],
     lifetime: Lifetime,
 ) -> list[Vector]:
     check_space(resolved, resolved.domain, inputs, "vectors")
     outputs = _products(deps, resolved, resolved.codomain, len(inputs), lifetime)
 
     async def work(backend: Backend) -> None:
-        await deps.vectors.ensure_resident(backend, inputs)
+        await deps.vectors.ensure_resident(backend, [*inputs, *beside])
         news = await backend.apply(
             resolved.operator,
             [vector.name.id for vector in inputs],
@@ -215,6 +229,22 @@ async def _apply(
             )
 
     return await deps.vectors.make(outputs, work)
+
+
+@contextlib.asynccontextmanager
+async def _preconditioner(
+    deps: Dependencies, resolved: ResolvedOperator
+) -> AsyncIterator[list[Vector]]:
+    """The vector that an operator is preconditioned with, if there is one, held for the block.
+
+    Raises:
+        ServiceError: RESOURCE_NOT_FOUND, VECTOR_SPACE_MISMATCH, INPUT_MISSING.
+    """
+    names = [] if resolved.precondition is None else [resolved.precondition]
+    async with deps.vectors.using(names) as found:
+        for vector in found:
+            check_preconditioner(resolved, vector, "operator")
+        yield found
 
 
 def _vector_names(vectors: Sequence[str]) -> list[Name]:

@@ -129,11 +129,13 @@ def _claims(search: LanczosSearch) -> EigshResult:
     values, residuals = verification.values, verification.residuals
     is_exact = verification.is_exact
     least = rounding(torch.finfo(basis.rows.dtype).eps)  # of the verifying products
-    trusted = search.tolerance(_TRUSTED * least)
+    # Where terms cancel, rounding may be more than this: it is then the limit, and told as such.
+    trusted = max(search.sought.tol, _TRUSTED * least) * state.scale
+    rounded = least * state.rounded_by
     return EigshResult(
         eigenvalues=tuple(values),
         residuals=tuple(residuals),
-        error_bounds=tuple(each + least * state.scale for each in residuals) if is_exact else (),
+        error_bounds=tuple(each + rounded for each in residuals) if is_exact else (),
         num_products=state.num_products,
         outcome=_outcome(search, all(each <= trusted for each in residuals), is_exact),
         completeness=_completeness(search) if is_exact else _nothing_known(search),

@@ -71,8 +71,8 @@ class LanczosSearch:
         return self.basis.residuals(self.vectors[:, self.index])
 
     def tolerance(self, least: float) -> float:
-        """The largest residual that counts as converged; `least` relative to max |θ|."""
-        return max(self.sought.tol, least) * self.state.scale
+        """The largest residual that counts as converged; `least` of what rounding goes by."""
+        return max(self.sought.tol * self.state.scale, least * self.state.rounded_by)
 
     @property
     def margin(self) -> float:
@@ -86,7 +86,7 @@ class LanczosSearch:
         each product, and k may be thousands.
         """
         values = self.values[self.index].tolist()
-        estimates = self.estimates.clamp(min=self.basis.eps * self.state.scale).tolist()
+        estimates = self.estimates.clamp(min=self.basis.eps * self.state.rounded_by).tolist()
         worst = sorted(range(len(estimates)), key=lambda index: -estimates[index])[:_PAIRS_TOLD]
         return Standing(
             num_restarts=self.state.num_restarts,
@@ -125,6 +125,7 @@ class LanczosSearch:
         (product,) = self.operator.apply([basis.newest], borrow=True)
         alpha, beta = basis.extend(self.space, product)
         state.num_products += 1
+        state.size = max(state.size, self.operator.size)
         if state.fresh is not None:
             state.fresh.append(alpha, beta)
             state.num_fresh_products += 1

@@ -80,6 +80,7 @@ class LanczosState:
     Attributes:
         basis: The Krylov basis, and the operator projected to it.
         scale: max |θ| met: the operator's norm as far as it is known.
+        size: What rounding goes by where that is more (`LinearOperator.size`).
         num_products: Products so far.
         num_restarts: Times the basis was compressed for want of room.
         ritz_values: Ritz values of the first basis, as it was before any restart or fresh start,
@@ -100,6 +101,7 @@ class LanczosState:
 
     basis: KrylovBasis
     scale: float = 0.0
+    size: float = 0.0
     num_products: int = 0
     num_restarts: int = 0
     ritz_values: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
@@ -115,6 +117,11 @@ class LanczosState:
     is_complete: bool = False
     has_converged: bool = False
     verification: Verification | None = None
+
+    @property
+    def rounded_by(self) -> float:
+        """What the rounding of products is relative to."""
+        return max(self.scale, self.size)
 
 
 def wanted(values: Tensor, k: int, which: Which) -> Tensor:

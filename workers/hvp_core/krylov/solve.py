@@ -254,7 +254,8 @@ class Solve(Algorithm[SolveState]):
             system.is_exact = system.is_exact and exact is not None
             eps, scale = torch.finfo(witness.dtype).eps, system.under_way.size
             if system.end == "negative":
-                self._judge_curvature(space, system, witness, product, _TRUSTED * eps * scale)
+                trusted = _TRUSTED * eps * max(scale, (exact or shifted).size)
+                self._judge_curvature(space, system, witness, product, trusted)
                 continue
             size = finite_norm(space, witness)
             system.normal_residual = finite_norm(space, product) / (scale * size or math.inf)

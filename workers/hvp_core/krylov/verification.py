@@ -46,6 +46,7 @@ def verify_next(search: LanczosSearch) -> None:
     y, rest = rows[len(verification.values)], rows[_num_pairs(search)]
     (w,) = (exact or search.operator).apply([y], borrow=True)
     state.num_products += 1
+    state.size = max(state.size, (exact or search.operator).size)
     squared = float(finite_dots(space, y.unsqueeze(0), y)[0])
     value = float(finite_dots(space, y.unsqueeze(0), w)[0]) / squared
     torch.add(w, y, alpha=-value, out=rest)

@@ -13,8 +13,8 @@ from hvp_core.vectors.vector_space import VectorSpace
 class LinearOperator(ABC):
     """A linear operator from one space to another, known by its products alone.
 
-    Laws, each to `noise` relative to the operator's norm: A(au + bv) = aAu + bAv; where
-    `symmetric`, u·Av = v·Au; where `semidefinite`, v·Av ≥ 0.
+    Laws, each to `noise` relative to the operator's norm, or to `size` where that is larger:
+    A(au + bv) = aAu + bAv; where `symmetric`, u·Av = v·Au; where `semidefinite`, v·Av ≥ 0.
 
     Attributes:
         domain: The space of its arguments.
@@ -33,6 +33,16 @@ class LinearOperator(ABC):
     semidefinite: bool = False
     noise: float = 0.0
     most_together: int | None = None
+
+    @property
+    def size(self) -> float:
+        """What the rounding of products goes by, where that may be more than the operator's norm.
+
+        Where terms cancel, their errors do not. The number is what the terms together have been
+        seen to make of a vector of norm one, in all products so far: the same on every process, and
+        nearer to the sum of their norms with every product. By default it is 0, for the norm.
+        """
+        return 0.0
 
     @abstractmethod
     def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:

@@ -286,7 +286,8 @@ class LowRank(Algorithm[LowRankState]):
         check, space = state.check, operator.domain
         assert check is not None
         error = _least_error(space, check)
-        scale = error + max(map(abs, state.eigenvalues))
+        size = (operator.exact() or operator).size  # of the products of the check
+        scale = max(error + max(map(abs, state.eigenvalues)), size)
         noise = rounding(torch.finfo(space.dtype).eps) * scale
         ends: Sequence[Recurrence] = (check.run, check.run.mirrored())
         # All is known of what has been seen whole, or is zero at a random vector.

@@ -18,7 +18,7 @@ from hvp_operations.parameters import layer_of
 from hvp_operations.trace import Per
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite, finite_dots, rounding
+from hvp_core.krylov.krylov_basis import finite, finite_dots, finite_norm, rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import derived_seed
 from hvp_core.vectors.vector_space import Distribution, VectorSpace
@@ -187,9 +187,18 @@ class Probing(ABC):
         return torch.cat((sums.sum().reshape(1), sums))
 
     def note_size(self, size: float) -> None:
-        """Note what the rounding of a sample goes by."""
+        """Note what the rounding of a sample goes by, in its units."""
         self.state.size += size
         self.state.num_sizes += 1
+
+    def size_of(self, product: Tensor, length: float) -> float:
+        """What the rounding of the product with a vector of this norm goes by.
+
+        Where terms of the operator cancel, their errors are those of larger products.
+        """
+        exact = self.operator.exact() if self.operator.noise else None
+        size = max(self.operator.size, exact.size if exact else 0.0)
+        return max(finite_norm(self.space, product), size * length)
 
     def rounding(self, rest: float) -> float:
         """What the rounding of products can have moved the estimate by.

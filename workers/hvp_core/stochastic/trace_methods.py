@@ -17,7 +17,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite_norm
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.stochastic.block_traces import Standing
 from hvp_core.stochastic.probing import FEWEST, Stepper, Turns
@@ -184,7 +183,7 @@ class Sketching(Method):
 
     def _note_size(self, product: Tensor) -> None:
         """Note what rounding goes by: a vector of norm 1 stands for one of norm √n."""
-        self.run.note_size(self.run.space.dimension * finite_norm(self.run.space, product))
+        self.run.note_size(self.run.space.dimension * self.run.size_of(product, 1.0))
 
     def standing(self) -> Standing | None:
         """The mean over sketches, by their numbers of vectors; of one that is whole, its own."""

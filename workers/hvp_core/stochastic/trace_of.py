@@ -151,7 +151,7 @@ class TraceOf(Algorithm[TraceOfState]):
         state.num_steps = max(state.num_steps, num_steps)
         is_last = num_steps == state.limit or not state.under_way
         if is_last or num_steps % max(1, num_steps // _LOOKED_AT) == 0:
-            self._look(space, state, is_last)
+            self._look(source, state, is_last)
         return Advance(
             stage="iterating",
             num_products=state.num_products,
@@ -165,9 +165,10 @@ class TraceOf(Algorithm[TraceOfState]):
 
     # A group of probes ----------------------------------------------------------------------------
 
-    def _look(self, space: VectorSpace, state: TraceOfState, is_last: bool) -> None:
+    def _look(self, operator: LinearOperator, state: TraceOfState, is_last: bool) -> None:
         """See what the probes at hand say, and end the group or the run."""
-        seen = _Seen(*space.agree(self._seen(space, state)))
+        space = operator.domain
+        seen = _Seen(*space.agree(self._seen(operator, state)))
         state.low_end, state.high_end = seen.ends
         state.smallest = min(state.smallest, seen.smallest)
         state.largest = max(state.largest, seen.largest)
@@ -184,27 +185,28 @@ class TraceOf(Algorithm[TraceOfState]):
             state.close([Rule(*each) for each in seen.rules], brackets, space.dimension)
             self._judge(space, state, is_short)
 
-    def _seen(self, space: VectorSpace, state: TraceOfState) -> _Seen:
+    def _seen(self, operator: LinearOperator, state: TraceOfState) -> _Seen:
         """What this process makes of the coefficients; another machine may round it otherwise."""
+        space, size = operator.domain, operator.size
         eps = torch.finfo(space.dtype).eps
         runs = [each.jacobi for each in state.probes]
         scout = [state.scout.jacobi] if state.scout else []
         ends = Ends(state.low_end, state.high_end)
         for run in scout:
-            ends = self._ends(ends, run, space.dimension, eps)
-        nodes = [(run.gauss.nodes, _moved(run, eps)) for run in (*runs, *scout)]
+            ends = self._ends(ends, run, space.dimension, eps, size)
+        nodes = [(run.gauss.nodes, _moved(run, eps, size)) for run in (*runs, *scout)]
         has_value = not any(is_indefinite(self.spec, each[0], moved) for each, moved in nodes)
         return _Seen(
             ends=ends,
             smallest=min(each[0] for each, _ in nodes),
             largest=max(each[-1] for each, _ in nodes),
             rules=[run.gauss for run in runs],
-            brackets=[bracket(self.spec, run, ends, _moved(run, eps)) for run in runs]
+            brackets=[bracket(self.spec, run, ends, _moved(run, eps, size)) for run in runs]
             if has_value
             else [],
         )
 
-    def _ends(self, known: Ends, scout: Jacobi, dimension: int, eps: float) -> Ends:
+    def _ends(self, known: Ends, scout: Jacobi, dimension: int, eps: float, size: float) -> Ends:
         """The ends of the spectrum that a run shows, and those that are known already."""
         recurrence = Recurrence(dimension, rounding(eps))
         for alpha, beta in itertools.zip_longest(scout.alphas, scout.betas, fillvalue=0.0):
@@ -212,7 +214,7 @@ class TraceOf(Algorithm[TraceOfState]):
         low, high = -recurrence.mirrored().bound(_FAILURE), recurrence.bound(_FAILURE)
         if scout.is_exhausted:  # it has seen every eigenvalue
             low, high = max(low, scout.gauss.nodes[0]), min(high, scout.gauss.nodes[-1])
-        moved = _moved(scout, eps)
+        moved = _moved(scout, eps, size)
         return Ends(max(known.low, low - moved), min(known.high, high + moved))
 
     def _is_narrow(self, state: TraceOfState, so_far: Standing) -> bool:
@@ -309,6 +311,6 @@ class _Seen(NamedTuple):
 _NOTHING = Bracket(math.nan, -math.inf, math.inf, -math.inf, math.inf)
 
 
-def _moved(run: Jacobi, eps: float) -> float:
+def _moved(run: Jacobi, eps: float, size: float) -> float:
     """ε, the norm of the perturbation that the rounding of a run's products amounts to."""
-    return max(rounding(eps), len(run.alphas) * eps) * run.size
+    return max(rounding(eps), len(run.alphas) * eps) * max(run.size, size)

@@ -79,13 +79,12 @@ class TraceRun(Probing):
             self.count(source, len(vectors))
             numbers = finite(torch.tensor(forms, dtype=torch.float64))
             return [Form(each.reshape(1), abs(float(each))) for each in numbers]
-        return [
-            Form(
-                self.numbers(vector, product),
-                finite_norm(self.space, vector) * finite_norm(self.space, product),
-            )
-            for vector, product in zip(vectors, self.apply(source, vectors), strict=True)
-        ]
+        found = []
+        for vector, product in zip(vectors, self.apply(source, vectors), strict=True):
+            length = finite_norm(self.space, vector)
+            size = length * self.size_of(product, length)
+            found.append(Form(self.numbers(vector, product), size))
+        return found
 
     def average(self, forms: Sequence[Form]) -> None:
         """Take in forms of random probes."""

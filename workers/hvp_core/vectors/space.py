@@ -230,6 +230,23 @@ class ShardedSpace(VectorSpace):
             part.copy_(flat[flat_start : flat_start + part.numel()])
         return vector
 
+    def first(
+        self, vector: torch.Tensor, condition: Callable[[torch.Tensor], torch.Tensor]
+    ) -> int | None:
+        """Canonical index of the first element that meets a condition; None where none does.
+
+        Args:
+            vector: This rank's part (local,). All ranks call it together.
+            condition: Tells of some elements (m,) which meet it, bool (m,).
+        """
+        found = self._dimension
+        for flat, part in self._pieces(vector):
+            met = condition(part).nonzero()
+            if len(met):
+                found = min(found, flat + int(met[0]))
+        found = min(self.collective.gather_objects(found))
+        return found if found < self._dimension else None
+
     def fill(self, vector: torch.Tensor, start: int, elements: torch.Tensor) -> None:
         """Put elements (m,) where they belong in a vector, as far as this rank holds them.
 
