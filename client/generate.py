@@ -30,7 +30,7 @@ _GIVEN = (
     "A vector on the server or a sequence of them, or real numbers (n,) or (n, k), which travel.",
 )
 
-_HEAD = '''"""The questions that an operator answers: made of their declarations by `make sdk`."""
+_HEAD = '''"""The questions that operators answer: made of their declarations by `make sdk`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ from typing import Any, Literal
 {imports}
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.vector import AsyncVector
+'''
 
+_CLASS = '''
 
-class AsyncQuestions(ABC):
-    """Every question, as a job."""
+class {name}(ABC):
+    """Every question about {what}, as a job."""
 
     @abstractmethod
     async def _ask(
@@ -52,13 +54,23 @@ class AsyncQuestions(ABC):
     ) -> AsyncJob[Any]: ...
 '''
 
+#: The class of the questions that are asked of a kind of operator, and what that is.
+_CLASSES = {
+    "matrix": ("AsyncQuestions", "a symmetric matrix"),
+    "jacobian": ("AsyncJacobianQuestions", "a Jacobian"),
+}
+
 
 def questions() -> str:
     """The awaited module of questions."""
     declared = operations().values()
     records = sorted(each.record.split(":") for each in declared)
     imports = "\n".join(f"from {where} import {what}" for where, what in records)
-    return "".join([_HEAD.format(imports=imports), *map(_method, declared)])
+    parts = [_HEAD.format(imports=imports)]
+    for asked_of, (name, what) in _CLASSES.items():
+        parts.append(_CLASS.format(name=name, what=what))
+        parts += [_method(each) for each in declared if each.asked_of == asked_of]
+    return "".join(parts)
 
 
 def _method(operation: Operation[Any]) -> str:

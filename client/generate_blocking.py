@@ -47,7 +47,7 @@ def blocking_module(name: str, text: str) -> str:
     """
     tree = ast.parse(text)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    head = _HEAD.format(name=name, awaited=classes[0].name)
+    head = _HEAD.format(name=name, awaited=", ".join(each.name for each in classes))
     parts = [*_imports(tree), *_type_variables(tree), *map(_class, classes)]
     return head + "\n".join(ast.unparse(ast.fix_missing_locations(part)) for part in parts)
 

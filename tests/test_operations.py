@@ -15,9 +15,11 @@ from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.eigsh import OPERATION, EigshSpec
 from hvp_operations.operation import Facts, Operation, SpecError, load
 from hvp_operations.registry import operations
+from hvp_operations.svds import SvdsResult
 from hvp_protos.v1 import job_pb2
 
 FACTS = Facts(num_parameters=100, kind="hessian")
+JACOBIAN = Facts(num_parameters=100, kind="jacobian", num_outputs=40)
 
 
 def message_of(wrapper: type[Message], name: str) -> Message:
@@ -69,8 +71,9 @@ def test_every_field_of_a_spec_is_described_and_its_defaults_can_be_run(
     assert all(text.endswith(".") for text in attributes(operation.spec).values())
     assert paragraphs(operation.spec)[0].endswith(".")
     spec = operation.spec(**default(operation))
-    assert checked(operation, default(operation), FACTS) == spec
-    cost = operation.cost(spec, FACTS)
+    facts = FACTS if operation.asked_of == "matrix" else JACOBIAN
+    assert checked(operation, default(operation), facts) == spec
+    cost = operation.cost(spec, facts)
     assert 0 < cost.least_vectors <= cost.wished_vectors
     assert cost.max_products > 0
     assert hasattr(load(operation.record), "plot") == operation.has_picture
@@ -110,6 +113,47 @@ def test_a_question_about_vectors_names_as_many_as_it_takes(
     assert (refusal.value.reason, refusal.value.field) == (reason, field)
     allowed = {"b": ("v",), "damping": -1.0}
     assert checked(operations()["solve"], allowed, FACTS).damping == -1
+
+
+@pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
+def test_a_question_about_the_other_kind_of_operator_is_refused(operation: Operation[Any]) -> None:
+    of_matrix = operation.asked_of == "matrix"
+    with pytest.raises(SpecError) as refusal:
+        checked(operation, default(operation), JACOBIAN if of_matrix else FACTS)
+    expected = "OPERATOR_NOT_SYMMETRIC" if of_matrix else "OPERATOR_NOT_JACOBIAN"
+    assert (refusal.value.reason, refusal.value.field) == (expected, "operator")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"k": 0}, "K_INVALID"),
+        ({"k": 41}, "K_INVALID"),
+        ({"tol": 1.0}, "TOL_INVALID"),
+        ({"max_products": 23}, "MAX_PRODUCTS_INVALID"),
+        ({"num_lanczos_vectors": 6}, "NUM_LANCZOS_VECTORS_INVALID"),
+        ({"num_lanczos_vectors": 41}, "NUM_LANCZOS_VECTORS_INVALID"),
+        ({"seed": -1}, "SEED_INVALID"),
+        ({"which": "LM"}, "FIELD_UNKNOWN"),
+    ],
+)
+def test_svds_has_as_many_values_as_the_smaller_side(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SpecError) as refusal:
+        checked(operations()["svds"], values, JACOBIAN)
+    assert refusal.value.reason == reason
+    assert checked(operations()["svds"], {"k": 40, "num_lanczos_vectors": 40}, JACOBIAN).k == 40
+
+
+def test_the_vectors_of_a_result_know_their_side_of_the_operator() -> None:
+    found = SvdsResult(
+        num_products=8,
+        singular_values=(2.0, 1.0),
+        residuals=(0.0, 0.0),
+        transposed_residuals=(0.0, 0.0),
+        outcome="CONVERGED",
+        adjoint_defect=0.0,
+    )
+    assert found.vector_spaces() == ("codomain", "codomain", "domain", "domain")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hvp_operations.eigsh.record import EigshResult as EigshResult
     from hvp_operations.low_rank.record import LowRankResult as LowRankResult
     from hvp_operations.solve.record import SolveResult as SolveResult
+    from hvp_operations.svds.record import SvdsResult as SvdsResult
     from hvp_operations.trace.record import TraceResult as TraceResult
     from hvp_operations.trace_of.record import TraceOfResult as TraceOfResult
 
@@ -17,6 +18,7 @@ __all__ = [
     "EigshResult",
     "LowRankResult",
     "SolveResult",
+    "SvdsResult",
     "TraceOfResult",
     "TraceResult",
 ]
@@ -27,6 +29,7 @@ _WHERE = {
     "EigshResult": "hvp_operations.eigsh.record",
     "LowRankResult": "hvp_operations.low_rank.record",
     "SolveResult": "hvp_operations.solve.record",
+    "SvdsResult": "hvp_operations.svds.record",
     "TraceOfResult": "hvp_operations.trace_of.record",
     "TraceResult": "hvp_operations.trace.record",
 }

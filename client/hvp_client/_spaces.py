@@ -22,6 +22,8 @@ class VectorSpace:
         shape: `(n,)`, or of outputs `(sequences, positions, vocabulary)`, row-major.
         data_batch: Name of the batch whose outputs the vectors have; "" in parameter space.
         parameters: Patterns that select the parameters that the vectors have; () for all.
+        module: Submodule whose output the vectors have; "" for the model's own outputs.
+        of_input: They have what the submodule is given.
     """
 
     checkpoint: str
@@ -29,6 +31,8 @@ class VectorSpace:
     shape: tuple[int, ...]
     data_batch: str = ""
     parameters: tuple[str, ...] = ()
+    module: str = ""
+    of_input: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -41,19 +45,29 @@ class VectorSpace:
     ) -> tuple[VectorSpace, VectorSpace]:
         """The domain and the codomain of an operator."""
         spec = description.operator
-        of_outputs = spec.kind == operator_pb2.OperatorSpec.KIND_JACOBIAN
-        domain = VectorSpace(
+        parameters = VectorSpace(
             checkpoint=spec.checkpoint,
             dtype=spec.dtype,
             shape=tuple(description.domain_shape),
             parameters=tuple(spec.parameters),
         )
+        if spec.kind != operator_pb2.OperatorSpec.KIND_JACOBIAN:
+            return parameters, replace(parameters, shape=tuple(description.codomain_shape))
         codomain = replace(
-            domain,
+            parameters,
             shape=tuple(description.codomain_shape),
-            data_batch=spec.data_batch if of_outputs else "",
-            parameters=() if of_outputs else domain.parameters,
+            data_batch=spec.data_batch,
+            parameters=(),
+            module=spec.output_module,
         )
+        domain = parameters
+        if spec.own_input or spec.input_module:
+            domain = replace(
+                codomain,
+                shape=tuple(description.domain_shape),
+                module=spec.input_module or spec.output_module,
+                of_input=spec.own_input,
+            )
         return domain, codomain
 
     def request(self, session: Session, owner: str) -> vector_pb2.CreateVectorRequest:
@@ -66,4 +80,6 @@ class VectorSpace:
             session=owner,
             data_batch=self.data_batch,
             parameters=self.parameters,
+            module=self.module,
+            of_input=self.of_input,
         )

@@ -84,10 +84,33 @@ def operator_spec(
     )
 
 
+def name_activations(spec: operator_pb2.OperatorSpec, output: str, by: str) -> None:
+    """Say in the message of a Jacobian which activations it is of, and taken by.
+
+    Args:
+        spec: The message; changed.
+        output: `logits`, or the name of a submodule.
+        by: `parameters`, the name of a submodule, or `input` for the output's own input.
+
+    Raises:
+        InvalidArgumentError: `MODULES_INVALID`: one of them is no text.
+    """
+    for field, given in (("output", output), ("input", by)):
+        if not isinstance(given, str) or not given:
+            raise InvalidArgumentError(
+                f"{field} is the name of a submodule, not {shown(given)}",
+                reason="MODULES_INVALID",
+                field=field,
+            )
+    spec.output_module = "" if output == "logits" else output
+    spec.input_module = "" if by in ("parameters", "input") else by
+    spec.own_input = by == "input"
+
+
 def job_spec(
     operation: str,
     operator: operator_pb2.OperatorSpec,
-    num_parameters: int,
+    shape: tuple[int, int],
     values: Mapping[str, Any],
 ) -> job_pb2.JobSpec:
     """Make the message of a question about an operator.
@@ -95,7 +118,7 @@ def job_spec(
     Args:
         operation: Name of the operation.
         operator: The operator that the question is about.
-        num_parameters: n, the order of the operator.
+        shape: (m, n) of the operator.
         values: The operation's own arguments, by name.
 
     Returns:
@@ -112,7 +135,7 @@ def job_spec(
             field="operation",
         )
     try:
-        spec = checked(operations()[operation], values, facts_of(operator, num_parameters))
+        spec = checked(operations()[operation], values, facts_of(operator, shape))
     except SpecError as error:
         raise _refused(error) from None
     message = job_pb2.JobSpec()

@@ -39,16 +39,12 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
         The spec.
 
     Raises:
-        SpecError: As `typed`, `OPERATOR_NOT_SYMMETRIC`, `VECTORS_MISSING`, `<FIELD>_INVALID` for
-            a field that names too many vectors, or a rule's reason.
+        SpecError: As `typed`, `OPERATOR_NOT_SYMMETRIC`, `OPERATOR_NOT_JACOBIAN`,
+            `VECTORS_MISSING`, `<FIELD>_INVALID` for a field that names too many vectors, or a
+            rule's reason.
     """
     spec = typed(operation, values)
-    if facts.kind.startswith("jacobian"):
-        raise SpecError(
-            "OPERATOR_NOT_SYMMETRIC",
-            f"{operation.name} is asked of a symmetric matrix, which the {facts.kind} is not.",
-            "operator",
-        )
+    _check_operator(operation, facts)
     for each in operation.inputs:
         _check_number(each, len(getattr(spec, each.field)))
     for rule in operation.rules:
@@ -64,6 +60,24 @@ def checked(operation: Operation[SpecT], values: Mapping[str, Any], facts: Facts
                 {rule.field: str(given), "num_parameters": str(facts.num_parameters)},
             )
     return spec
+
+
+def _check_operator(operation: Operation[Any], facts: Facts) -> None:
+    """Check that a question is about an operator of its kind."""
+    is_jacobian = facts.kind.startswith("jacobian")
+    if is_jacobian and operation.asked_of == "matrix":
+        raise SpecError(
+            "OPERATOR_NOT_SYMMETRIC",
+            f"{operation.name} is asked of a symmetric matrix, which the {facts.kind} is not.",
+            "operator",
+        )
+    if not is_jacobian and operation.asked_of == "jacobian":
+        raise SpecError(
+            "OPERATOR_NOT_JACOBIAN",
+            f"{operation.name} is asked of a Jacobian, and the {facts.kind} is a symmetric matrix, "
+            "whose singular values are the magnitudes of its eigenvalues: ask for those.",
+            "operator",
+        )
 
 
 def _check_number(declared: Input, given: int) -> None:

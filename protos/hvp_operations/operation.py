@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 SpecT = TypeVar("SpecT")
+#: The space of the vectors that an operator takes, or that of those which it gives.
+Side = Literal["domain", "codomain"]
 
 #: Kinds of matrices that may have negative eigenvalues; the others are sums of squares.
 INDEFINITE = frozenset({"hessian"})
@@ -20,15 +22,22 @@ class Facts:
     """Facts of an operator that are known before anything runs.
 
     Attributes:
-        num_parameters: n, the length of its vectors.
+        num_parameters: n, the length of the vectors that it takes.
         kind: Kind of the operator, such as `hessian` or `ggn`; of a sum it is its formula.
+        num_outputs: m, the length of its products; None where it is n.
         is_semidefinite: Whether the matrix is known to have no negative eigenvalue; None where its
             kind says it.
     """
 
     num_parameters: int
     kind: str
+    num_outputs: int | None = None
     is_semidefinite: bool | None = None
+
+    @property
+    def most_values(self) -> int:
+        """min(m, n): the number of singular values."""
+        return min(self.num_parameters, self.num_outputs or self.num_parameters)
 
     @property
     def may_be_negative(self) -> bool:
@@ -42,6 +51,8 @@ class Facts:
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """The most that a run takes: products, and room for vectors.
+
+    Of a Jacobian, vectors are counted in pairs: one that it takes, and one that it gives.
 
     Attributes:
         max_products: Upper bound on products with the operator.
@@ -94,7 +105,7 @@ class Input:
     """
 
     field: str
-    space: Literal["domain", "codomain"] = "domain"
+    space: Side = "domain"
     least: int = 1
     most: int = 1
     numbers: str = ""
@@ -170,10 +181,20 @@ class Result:
 
     #: Fields of the message that hold vectors on the server, which the dataclass does not have.
     vectors: ClassVar[tuple[str, ...]] = ()
+    #: Those of these fields whose vectors are of the operator's codomain; others are of its domain.
+    of_codomain: ClassVar[tuple[str, ...]] = ()
 
     def vector_counts(self) -> Mapping[str, int]:
         """The number of vectors in each field of `vectors`, in their order."""
         return {}
+
+    def vector_spaces(self) -> tuple[Side, ...]:
+        """The side of the operator that each of the vectors belongs to, in their order."""
+        return tuple(
+            "codomain" if field in self.of_codomain else "domain"
+            for field, count in self.vector_counts().items()
+            for _ in range(count)
+        )
 
 
 @final
@@ -198,6 +219,7 @@ class Operation(Generic[SpecT]):
         algorithm: `module:class` of `hvp_core.runs.algorithm.Algorithm`; imported on ranks alone.
         record: `module:class` of the SDK's record of a result; imported by clients alone.
         has_picture: Whether the record has `plot(path)`.
+        asked_of: Whether it is a question about a symmetric matrix or about a Jacobian.
     """
 
     name: str
@@ -212,6 +234,7 @@ class Operation(Generic[SpecT]):
     record: str
     inputs: tuple[Input, ...] = ()
     has_picture: bool = False
+    asked_of: Literal["matrix", "jacobian"] = "matrix"
 
     def named(self, spec: SpecT) -> Mapping[str, tuple[str, ...]]:
         """Names of the vectors that a spec names, by field."""

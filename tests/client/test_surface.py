@@ -18,8 +18,9 @@ DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError 
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
 LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor
 PermissionDeniedError Plan Progress Rank ResourceExhaustedError Retry ServerInfo
-ServerUnreachableError SolveResult Timeout TraceOfResult TraceResult UnauthenticatedError
-UnavailableError UnimplementedError UnknownError Vector Verification WorkerGroup
+ServerUnreachableError SolveResult SvdsResult Timeout TraceOfResult TraceResult
+UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector Verification
+WorkerGroup
 """
 
 

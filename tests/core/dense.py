@@ -88,3 +88,34 @@ class DenseOperator(LinearOperator):
         if isinstance(self._exact, str):
             return self
         return self._exact and DenseOperator(self._exact, self.domain)
+
+
+class DenseMap(LinearOperator):
+    """A matrix (m, n) between two spaces.
+
+    Args:
+        a: The matrix.
+        noise: Relative error of a product that is more than rounding.
+        exact: The matrix without that noise; None where there is none. By default it has none.
+
+    Attributes:
+        count: Products so far, with the matrix and with its transpose.
+    """
+
+    def __init__(self, a: Tensor, *, noise: float = 0.0, exact: Tensor | str | None = "itself"):
+        self._a, self._exact, self.noise = a, exact, noise
+        self.codomain, self.domain = (DenseSpace(size, a.dtype) for size in a.shape)
+        self.count = 0
+
+    def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        self.count += len(vectors)
+        return [self._a @ vector for vector in vectors]
+
+    def apply_transposed(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        self.count += len(vectors)
+        return [self._a.T @ vector for vector in vectors]
+
+    def exact(self) -> LinearOperator | None:
+        if isinstance(self._exact, str):
+            return self
+        return None if self._exact is None else DenseMap(self._exact)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.runs.algorithm import Advance, drive
+from hvp_operations.certificates import Completeness, Outcome
 from hvp_operations.checking import Seed
-from hvp_operations.eigsh import Completeness, EigshResult, EigshSpec, Outcome, Which
+from hvp_operations.eigsh import EigshResult, EigshSpec, Which
 from torch import Tensor
 
 from tests.core.dense import DenseOperator, DenseSpace

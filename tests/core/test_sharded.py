@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,18 +18,26 @@ from hvp_core.autodiff.comparison import Comparer
 from hvp_core.autodiff.product_spec import Draws, Unit
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.autodiff.verdicts import Verdicts
+from hvp_core.curvature.curvature import Curvature
+from hvp_core.curvature.sections import section_of
 from hvp_core.curvature.shards import part_of
+from hvp_core.errors import CurvatureError
 from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.krylov.svds import Svds
+from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.model.data import token_batch
+from hvp_core.model.places import Place
 from hvp_core.runs.algorithm import drive
 from hvp_core.sharding.collective import Alone, Collective, Distributed, open_collective
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshSpec
+from hvp_operations.svds import SvdsSpec
 from torch.multiprocessing.spawn import spawn
 
 from tests.core.dense import DenseOperator
 from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem, ragged_tokens
 from tests.core.references import relative_error
+from tests.core.test_sections import section
 from tests.core.test_unused_parameters import with_a_tower
 
 PROBLEMS = {"llama": llama_problem, "gpt2": gpt2_problem}
@@ -100,6 +109,44 @@ def of_a_selection(collective: Collective) -> dict[str, torch.Tensor]:
     }
 
 
+class SectionOperator(LinearOperator):
+    """The Jacobian of a section, for algorithms."""
+
+    def __init__(self, curvature: Curvature):
+        self.domain, self.codomain = curvature.input_space, curvature.output_space
+        self._curvature = curvature
+
+    def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
+        return self._curvature.jvp(vectors)
+
+    def apply_transposed(
+        self, vectors: Sequence[torch.Tensor], *, borrow: bool = False
+    ) -> list[torch.Tensor]:
+        return self._curvature.vjp(vectors)
+
+
+def of_sections(collective: Collective) -> dict[str, torch.Tensor]:
+    """The same of Jacobians of activations, also where a rank has no row of the batch."""
+    problem, found = llama_problem(), {}
+    for size in (2, 5):
+        whole = problem.curvature(size, collective)
+        output, by = Place("model.layers.1"), Place("model.layers.0")
+        curvature = section(problem, output, by, size, whole=whole)
+        domain, codomain = curvature.input_space, curvature.output_space
+        v, u = domain.random(1, "gaussian"), codomain.random(2, "gaussian")
+        found[f"jvp {size}"] = codomain.to_flat(curvature.jvp([v])[0])
+        found[f"vjp {size}"] = domain.to_flat(curvature.vjp([u])[0])
+        with pytest.raises(CurvatureError, match="MODULE_NOT_FOUND"):
+            section_of(whole, Place("lost"), None)
+        with pytest.raises(CurvatureError, match="MODULE_UNSUPPORTED"):
+            section_of(whole, Place("model.layers.1.self_attn"), None)
+    search = Svds(spec=SvdsSpec(k=1, tol=1e-2), max_products=60, num_vectors=20)
+    result = drive(search, SectionOperator(curvature)).result
+    assert result.outcome == "CONVERGED"
+    found["singular values"] = torch.tensor(result.singular_values, dtype=torch.float64)
+    return found
+
+
 def of_checks(collective: Collective) -> dict[str, Any]:
     """What the ranks compare of a model's programs, and what becomes of one that is wrong."""
     compared: list[str] = []
@@ -161,6 +208,7 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
     torch.save(told(collectives["memory"]), folder / f"told-{rank}.pt")
     torch.save(of_outputs(collectives["sockets"]), folder / f"outputs-{rank}.pt")
     torch.save(of_a_selection(collectives["sockets"]), folder / f"selection-{rank}.pt")
+    torch.save(of_sections(collectives["sockets"]), folder / f"sections-{rank}.pt")
     torch.save(of_checks(collectives["memory"]), folder / f"checks-{rank}.pt")
     derivatives = unused(collectives["memory"])
     if rank == 0:
@@ -257,4 +305,9 @@ def test_products_with_outputs_do_not_depend_on_the_ranks_either(ranks: tuple[in
     for rank in range(world_size):
         each = torch.load(folder / f"selection-{rank}.pt")
         for what, expected in selection.items():
+            assert relative_error(each[what], expected) < 1e-11, what
+    sections = of_sections(Alone())
+    for rank in range(world_size):
+        each = torch.load(folder / f"sections-{rank}.pt")
+        for what, expected in sections.items():
             assert relative_error(each[what], expected) < 1e-11, what

@@ -190,6 +190,12 @@ class QuadraticBackend(Backend):
         along = {"quadratic": lambda v: v @ matrix @ v, "slope": lambda v: theta @ matrix @ v}
         return [float(along[form](self._held(name))) for name in inputs]
 
+    async def shape(self, space: Space) -> tuple[int, ...]:
+        raise BackendError("MODULE_NOT_FOUND", "a quadratic form has no submodules")
+
+    async def check_jacobian(self, operator: Operator) -> None:
+        raise BackendError("MODULE_NOT_FOUND", "a quadratic form has no submodules")
+
     async def losses_along(
         self, operator: Operator, directions: Sequence[str], points: Sequence[Sequence[float]]
     ) -> list[float]:

@@ -87,6 +87,19 @@ class CheckpointDescription:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What a submodule gives, or is given.
+
+    Attributes:
+        module: Name of the submodule.
+        side: Its output, or its own input.
+    """
+
+    module: str
+    side: Literal["output", "input"] = "output"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Space:
     """A space of vectors: those of one space can be added.
 
@@ -97,28 +110,30 @@ class Space:
             model (sequences, positions, vocabulary). None: they are vectors of parameter space.
         parameters: Names of the tensors that vectors of parameter space have, in canonical order;
             empty for all. A space of outputs has none.
+        activation: The activation that vectors of outputs have; None for the model's own outputs.
     """
 
     checkpoint_dir: Path
     dtype: Dtype
     outputs_on: Path | None = None
     parameters: tuple[str, ...] = ()
+    activation: Activation | None = None
 
     @property
     def whole(self) -> Space:
         """The space of all parameters."""
-        return replace(self, outputs_on=None, parameters=())
+        return replace(self, outputs_on=None, parameters=(), activation=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A matrix of the mean loss of a checkpoint on a batch, or the Jacobian of the outputs.
+    """A matrix of the mean loss of a checkpoint on a batch, or a Jacobian of activations.
 
     Or what is made of such matrices: `composition`, whose diagonal is a vector of `space` by its
     name on the ranks. Then `kind` is its formula, and the fields of samples say nothing.
 
     Law: `space` is a parameter space. The loss, or the outputs, are functions of its parameters,
-    and all other parameters are constants. A Jacobian takes vectors of `space` to those of
+    and all other parameters are constants. A Jacobian takes vectors of `arguments` to those of
     `outputs`.
     """
 
@@ -130,21 +145,35 @@ class Operator:
     sample_seed: int = 0  # of a Fisher matrix: the seed of its drawn labels
     num_samples: int = 0  # and how many are drawn for each target; 0 for other kinds
     composition: Matrix | None = None
+    output: Activation | None = None  # that a Jacobian is of; None: the model's own outputs
+    by: Activation | None = None  # that it is taken by; None: the parameters of `space`
+
+    @property
+    def plain(self) -> Operator:
+        """The operator without activations, which has the same loss and its gradient."""
+        return replace(self, output=None, by=None)
 
     @property
     def outputs(self) -> Space:
-        """The space of the model's outputs on the batch."""
-        return replace(self.space.whole, outputs_on=self.batch_path)
+        """The space of the activation, or of the model's outputs, on the batch."""
+        return replace(self.space.whole, outputs_on=self.batch_path, activation=self.output)
+
+    @property
+    def arguments(self) -> Space:
+        """The space of what derivatives are taken by."""
+        if self.by is None:
+            return self.space
+        return replace(self.space.whole, outputs_on=self.batch_path, activation=self.by)
 
     @property
     def domain(self) -> Space:
         """The space of the vectors that the operator takes."""
-        return self.outputs if self.kind == "jacobian_transposed" else self.space
+        return self.outputs if self.kind == "jacobian_transposed" else self.arguments
 
     @property
     def codomain(self) -> Space:
         """The space of the operator's products."""
-        return self.outputs if self.kind == "jacobian" else self.space
+        return self.outputs if self.kind == "jacobian" else self.arguments
 
 
 @dataclass(frozen=True)
@@ -341,6 +370,25 @@ class Backend(ABC):
 
         Raises:
             BackendError: INPUT_MISSING, VECTOR_SPACE_MISMATCH.
+        """
+
+    @abstractmethod
+    async def shape(self, space: Space) -> tuple[int, ...]:
+        """The shape of vectors of a space of activations, on all ranks together.
+
+        Cost: at the first call a pass forward, up to the submodule.
+
+        Raises:
+            BackendError: MODULE_NOT_FOUND; MODULE_UNSUPPORTED: the submodule does not give one
+                tensor, or is not called once.
+        """
+
+    @abstractmethod
+    async def check_jacobian(self, operator: Operator) -> None:
+        """Check that a Jacobian of activations can be taken.
+
+        Raises:
+            BackendError: As `shape`; MODULES_OUT_OF_ORDER: the output does not depend on the input.
         """
 
     @abstractmethod

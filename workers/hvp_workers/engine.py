@@ -23,9 +23,10 @@ from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.linop.symmetry import SymmetryCheck
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget
 from hvp_core.sharding.collective import Collective
+from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ShardedSpace
 from hvp_operations.checking import checked
-from hvp_operations.operation import Facts, Result, SpecError, load
+from hvp_operations.operation import Facts, Result, Side, SpecError, load
 from hvp_operations.registry import operations
 
 from hvp_workers import backend as api
@@ -38,7 +39,7 @@ from hvp_workers.composed import (
 )
 from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
-from hvp_workers.operators import LoadedOperator, no_vector_memory
+from hvp_workers.operators import JacobianOperator, LoadedOperator, no_vector_memory
 from hvp_workers.plan import room_for
 
 P = ParamSpec("P")
@@ -88,7 +89,7 @@ class _Run:
         operation: Name of the operation.
         operator: The operator that the question is about.
         algorithm: The configured algorithm.
-        space: Space of the run's vectors.
+        spaces: Space of the vectors that the operator takes, and of those that it gives.
         loss: L(θ).
         max_products: The most products that the run may make.
         provenance: Facts that the answer will rest on, by name.
@@ -98,9 +99,9 @@ class _Run:
     """
 
     operation: str
-    operator: ComposedOperator
+    operator: ComposedOperator | JacobianOperator
     algorithm: Algorithm[Any]
-    space: api.Space
+    spaces: Mapping[Side, api.Space]
     loss: float
     max_products: int
     provenance: dict[str, str]
@@ -149,6 +150,8 @@ class RankEngine:
         model = self._models.get(space)
         if space.outputs_on is None:
             return model.operators.space_of(space.parameters)
+        if space.activation is not None:
+            return model.operators.space_of_activation(space)
         operator = api.Operator(space=space.whole, batch_path=space.outputs_on, kind="jacobian")
         return model.operators.get(operator).curvature.output_space
 
@@ -172,13 +175,13 @@ class RankEngine:
     @command
     def loss(self, operator: api.Operator) -> float:
         """L(θ), the same on every rank."""
-        return self._operator(operator).curvature.loss()
+        return self._operator(operator.plain).curvature.loss()
 
     @command
     def gradient(self, operator: api.Operator, output: str) -> None:
         """Store ∇L(θ) under the name `output`."""
         self._reserve(operator.space, [output])
-        gradient = self._operator(operator).curvature.gradient()
+        gradient = self._operator(operator.plain).curvature.gradient()
         self._vectors[output] = _Vector(operator.space, gradient)
 
     @command
@@ -203,7 +206,7 @@ class RankEngine:
     ) -> list[float]:
         """A number for each input; products that are made on the way do not outlive the call."""
         vectors = self._shards(operator.space, inputs)
-        loaded = self._operator(operator)
+        loaded = self._operator(operator.plain)
         match form:
             case "slope":
                 return loaded.slopes(vectors)
@@ -220,7 +223,19 @@ class RankEngine:
     ) -> list[float]:
         """The loss at each point, the same on every rank; nothing outlives the call."""
         vectors = self._shards(operator.space, directions)
-        return self._operator(operator).losses_along(vectors, points)
+        return self._operator(operator.plain).losses_along(vectors, points)
+
+    @command
+    def shape(self, space: api.Space) -> tuple[int, ...]:
+        """The shape of vectors of a space of activations."""
+        found = self._space(space)
+        assert isinstance(found, OutputSpace)
+        return found.shape
+
+    @command
+    def check_jacobian(self, operator: api.Operator) -> None:
+        """Build a Jacobian of activations, so far as no product is made."""
+        self._operator(operator)
 
     # Vectors ------------------------------------------------------------------------------------
 
@@ -346,11 +361,11 @@ class RankEngine:
         """
         declared = operations()[operation]
         loaded = self._operator(operator)
-        space = loaded.curvature.space
         composition = operator.composition
         facts = Facts(
-            num_parameters=space.dimension,
+            num_parameters=self._space(operator.domain).dimension,
             kind=operator.kind,
+            num_outputs=self._space(operator.codomain).dimension,
             is_semidefinite=composition and composition.is_semidefinite,
         )
         # Once more: the row that the spec comes from may have been damaged.
@@ -363,18 +378,23 @@ class RankEngine:
             for each in declared.inputs
         }
         cost = declared.cost(spec, facts)
+        vector_bytes = self._vector_bytes(operator)
         # What the first product will keep has to fit beside the run's own vectors.
         promised = 0 if loaded.has_products else loaded.budget_bytes
-        assert operator.kind not in api.JACOBIANS  # the facts have refused it
-        composed = self._composed(operator, loaded, is_checked=True)
-        held = SymmetryCheck.NUM_VECTORS * composed.num_matrices
-        held += 0 if composition is None else WORKING_VECTORS + bool(composition.precondition)
-        promised += held * space.vector_bytes
+        composed: ComposedOperator | JacobianOperator
+        if operator.kind in api.JACOBIANS:
+            composed = JacobianOperator(loaded, operator.precision)
+            held = SymmetryCheck.NUM_VECTORS
+        else:
+            composed = self._composed(operator, loaded, is_checked=True)
+            held = SymmetryCheck.NUM_VECTORS * composed.num_matrices
+            held += 0 if composition is None else WORKING_VECTORS + bool(composition.precondition)
+        promised += held * vector_bytes
         budget = Budget(
             max_products=cost.max_products,
             num_vectors=room_for(
                 cost,
-                vector_bytes=space.vector_bytes,
+                vector_bytes=vector_bytes,
                 available_bytes=self._memory.least_available() - promised,
             ),
             inputs=given,
@@ -383,11 +403,18 @@ class RankEngine:
             operation=operation,
             operator=composed,
             algorithm=load(declared.algorithm).configure(spec, composed.linear, budget),
-            space=operator.space,
-            loss=loaded.curvature.loss(),
+            spaces={"domain": operator.domain, "codomain": operator.codomain},
+            loss=self._operator(operator.plain).curvature.loss(),
             max_products=cost.max_products,
             provenance=self._provenance(operator, loaded),
         )
+
+    def _vector_bytes(self, operator: api.Operator) -> int:
+        """Bytes of a run's vector on the rank where it has most; of a Jacobian, of one each way."""
+        spaces = {operator.domain, operator.codomain}
+        own = sum(self._space(space).vector_bytes for space in spaces)
+        most: int = max(self.collective.gather_objects(own))
+        return most
 
     @command
     def run_step(self, run: str, outputs: Sequence[str]) -> api.RunProgress | Result:
@@ -416,9 +443,9 @@ class RankEngine:
     def _finish(self, run: str, outputs: Sequence[str]) -> Result:
         state = self._runs.pop(run)
         found = state.algorithm.result(state.operator.linear, state.state)
-        count = sum(found.result.vector_counts().values())
-        for name, vector in zip(outputs[:count], found.vectors, strict=True):
-            self._vectors[name] = _Vector(state.space, vector.clone())
+        sides = found.result.vector_spaces()
+        for name, side, vector in zip(outputs[: len(sides)], sides, found.vectors, strict=True):
+            self._vectors[name] = _Vector(state.spaces[side], vector.clone())
         result: Result = replace(
             found.result,
             loss=state.loss,
@@ -442,7 +469,13 @@ class RankEngine:
         if operator.composition is None and matrix(operator.kind).draws is not None:
             drawn["sample_seed"] = str(operator.sample_seed)
             drawn["num_samples"] = str(operator.num_samples)
+        activations = {"output": operator.output, "input": operator.by}
         return {
+            **{
+                key: f"{each.side} of {each.module}"
+                for key, each in activations.items()
+                if each is not None
+            },
             "hvp": version("hvp"),
             "torch": torch.__version__,
             "transformers": version("transformers"),

@@ -108,6 +108,14 @@ class GroupBackend(Backend):
         )
         return losses
 
+    async def shape(self, space: Space) -> tuple[int, ...]:
+        """See Backend."""
+        return tuple(await self._call("shape", space))
+
+    async def check_jacobian(self, operator: Operator) -> None:
+        """See Backend."""
+        await self._call("check_jacobian", operator)
+
     async def create_vector(self, name: str, space: Space, source: Source) -> None:
         """See Backend."""
         await self._call("create_vector", name, space, source)

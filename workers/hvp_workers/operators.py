@@ -14,11 +14,14 @@ import torch
 from hvp_core.autodiff.product_spec import CENTRED, Draws, matrix
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.curvature.drawn_labels import DrawnLabels
+from hvp_core.curvature.sections import activation_space, section_of
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.symmetry import SymmetryCheck
 from hvp_core.model.chain import Chain, MicroBatch
+from hvp_core.model.places import Place
 from hvp_core.settings import ComputeSettings
+from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ParameterSpace
 
 from hvp_workers import backend as api
@@ -274,6 +277,63 @@ class CurvatureOperator(LinearOperator):
         }
 
 
+@final
+class JacobianOperator(LinearOperator):
+    """The Jacobian of a loaded operator's outputs or activations, for algorithms.
+
+    Args:
+        loaded: The model at a point, on a batch.
+        precision: Precision of the operands of its matrix products.
+    """
+
+    most_together = TOGETHER
+
+    def __init__(self, loaded: LoadedOperator, precision: api.Precision):
+        self.domain, self.codomain = loaded.curvature.input_space, loaded.curvature.output_space
+        self.noise = _NOISE[precision]
+        self._loaded = loaded
+        self._check = SymmetryCheck(self.domain, self.noise, self.codomain)
+
+    @property
+    def linear(self) -> LinearOperator:
+        """The operator itself, as of one that is composed."""
+        return self
+
+    def apply(self, vectors: Sequence[torch.Tensor], *, borrow: bool = False) -> list[torch.Tensor]:
+        """See LinearOperator. The products of the first calls are compared.
+
+        Raises:
+            CurvatureError: SYMMETRY_BROKEN; NON_FINITE.
+        """
+        products = self._loaded.product("jacobian", vectors)
+        if products:
+            self._check.see(vectors[0], products[0])
+        return products
+
+    def apply_transposed(
+        self, vectors: Sequence[torch.Tensor], *, borrow: bool = False
+    ) -> list[torch.Tensor]:
+        """See LinearOperator; as `apply`."""
+        products = self._loaded.product("jacobian_transposed", vectors)
+        if products:
+            self._check.see(vectors[0], products[0], transposed=True)
+        return products
+
+    def exact(self) -> LinearOperator | None:
+        """See LinearOperator: products in float64 throughout."""
+        return self._exact
+
+    @functools.cached_property
+    def _exact(self) -> JacobianOperator | None:
+        exact = self._loaded.exact()
+        return exact and JacobianOperator(exact, "full")
+
+    def notes(self) -> Mapping[str, str]:
+        """How its products were computed: a Jacobian's leave nothing to a schedule."""
+        notes = self._loaded.curvature.notes()
+        return {key: note for key, note in notes.items() if not key.startswith(_SCHEDULE)}
+
+
 class _Key(NamedTuple):
     """What tells one curvature of a model from another; the kind of operator does not matter."""
 
@@ -281,6 +341,8 @@ class _Key(NamedTuple):
     micro_batch_size: int
     precision: api.Precision
     parameters: tuple[str, ...]
+    output: api.Activation | None
+    by: api.Activation | None
 
 
 @final
@@ -313,6 +375,7 @@ class OperatorCache:
         self._tuning = tuning
         self._loaded: OrderedDict[_Key, LoadedOperator] = OrderedDict()
         self._parts: dict[tuple[str, ...], ParameterSpace] = {}
+        self._activations: dict[api.Space, OutputSpace] = {}
 
     def space_of(self, names: Sequence[str]) -> ParameterSpace:
         """The space of the parameters of these names; of all, for none.
@@ -344,11 +407,14 @@ class OperatorCache:
             operator.micro_batch_size,
             operator.precision,
             operator.space.parameters,
+            operator.output,
+            operator.by,
         )
         if key not in self._loaded:
+            loaded = self._load(operator)
             while len(self._loaded) >= _KEPT:
                 self._loaded.popitem(last=False)
-            self._loaded[key] = self._load(operator)
+            self._loaded[key] = loaded
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
@@ -367,6 +433,8 @@ class OperatorCache:
             available_bytes=self._memory.least_available(),
         )
 
+        if operator.output is not None or operator.by is not None:
+            return self._section(operator, batch, micro_batch_size, chosen)
         selected = self.space_of(operator.space.parameters)
 
         def curvature_with(how: ComputeSettings, labels: DrawnLabels | None) -> Curvature:
@@ -393,3 +461,51 @@ class OperatorCache:
         labels = DrawnLabels(lambda draws: curvature_with(DRAWING, None).draw(draws))
         curvature = curvature_with(chosen, None if chosen.precision == "full" else labels)
         return LoadedOperator(curvature, chosen.budget_bytes or 0, widest)
+
+    def _section(
+        self, operator: api.Operator, batch: MicroBatch, micro_batch_size: int, how: ComputeSettings
+    ) -> LoadedOperator:
+        """The Jacobian of activations, at the point of the operator without them."""
+        whole = self.get(operator.plain)
+        output, by = _place(operator.output), _place(operator.by)
+
+        def section_at(point: Curvature, how: ComputeSettings) -> Curvature:
+            chain, space, selected, recorded = section_of(point, output, by)
+            return Curvature(
+                chain,
+                space,
+                point.parameters,
+                batch,
+                micro_batch_size,
+                how,
+                selected,
+                recorded=recorded,
+            )
+
+        curvature = section_at(whole.curvature, how)
+
+        def widest() -> Curvature | None:
+            if self._space.dtype == torch.float64:
+                return curvature
+            exact = whole.exact()
+            return exact and section_at(exact.curvature, EXACT)
+
+        return LoadedOperator(curvature, 0, widest)
+
+    def space_of_activation(self, space: api.Space) -> OutputSpace:
+        """The space of an activation on a batch; found at the first call, on all ranks together.
+
+        Raises:
+            CurvatureError: MODULE_NOT_FOUND, MODULE_UNSUPPORTED.
+        """
+        if space not in self._activations:
+            place = _place(space.activation)
+            assert place is not None
+            assert space.outputs_on is not None
+            plain = api.Operator(space=space.whole, batch_path=space.outputs_on)
+            self._activations[space] = activation_space(self.get(plain).curvature, place)
+        return self._activations[space]
+
+
+def _place(activation: api.Activation | None) -> Place | None:
+    return None if activation is None else Place(activation.module, activation.side)

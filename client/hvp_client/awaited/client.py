@@ -22,7 +22,7 @@ from hvp_client._checkpoints import (
 from hvp_client._exceptions import HvpError, InvalidArgumentError, UnimplementedError
 from hvp_client._session import Session
 from hvp_client._settings import Retry, Timeout
-from hvp_client._specs import operator_spec
+from hvp_client._specs import name_activations, operator_spec
 from hvp_client._verification import Verification
 from hvp_client._wire import Wire
 from hvp_client.awaited._verifying import verify
@@ -292,24 +292,37 @@ class AsyncClient(AsyncCatalogue):
         dtype: Any = "float32",
         precision: str | None = None,
         parameters: str | Iterable[str] | None = None,
+        *,
+        output: str = "logits",
+        input: str = "parameters",  # noqa: A002 (the field's word)
     ) -> AsyncJacobian:
-        """Take the Jacobian of a model's outputs on a batch as an operator; computes nothing yet.
+        """Take a Jacobian of a model on a batch as an operator; of the outputs by θ, or of others.
 
         Args:
             checkpoint: A checkpoint or its name.
             batch: A batch or its name.
             dtype: `float32`, also for None, or `float64`.
             precision: As for `operator`.
-            parameters: As for `operator`.
+            parameters: As for `operator`; only where the input is `parameters`.
+            output: The outputs, `logits`, or the name of a submodule, such as `model.layers.30` or
+                `model.layers.3.mlp.down_proj`, whose output is meant.
+            input: What derivatives are taken by: `parameters`; the name of a submodule, whose
+                output is meant; or `input`, for what the output's submodule is given. By an
+                activation all parameters are constants.
 
         Returns:
-            J = ∂(outputs)/∂θ, of shape (outputs, n): `J @ v` and `J.T @ u`.
+            J = ∂(output)/∂(input): `J @ v` and `J.T @ u`. Where a submodule is named the server
+            runs the model up to there once, to see the shapes.
 
         Raises:
             NotFoundError: No such checkpoint or batch.
-            InvalidArgumentError: As for `operator`.
+            InvalidArgumentError: As for `operator`. `MODULE_NOT_FOUND`: no submodule has that name;
+                the message lists the nearest. `MODULE_UNSUPPORTED`: it does not give one tensor
+                with a row for each row of the batch, or is not called once.
+                `MODULES_OUT_OF_ORDER`: the output is not made after the input.
         """
         spec = operator_spec(checkpoint, batch, "jacobian", dtype, None, precision, parameters)
+        name_activations(spec, output, input)
         return await open_jacobian(self._session, spec)
 
     def __repr__(self) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any, final, overload
 import numpy as np
 from hvp_operations.low_rank.record import LowRankResult, read_saved
 from hvp_operations.matrices import Matrix
-from hvp_operations.operation import Spectral
-from hvp_operations.registry import operations
-from hvp_protos.v1 import job_pb2, operator_pb2, vector_pb2
+from hvp_protos.v1 import operator_pb2, vector_pb2
 
 from hvp_client._algebra import is_number, matrix_of, number, with_matrix
 from hvp_client._arrays import like
@@ -23,15 +20,12 @@ from hvp_client._bulk import as_real
 from hvp_client._checkpoints import tensors_from_proto
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._handles import is_sequence_of
-from hvp_client._labels import check_labels
-from hvp_client._results import Plan, plan_from_proto
 from hvp_client._selections import in_blocks, in_words
-from hvp_client._session import Session, gather_bounded, new_request_id
+from hvp_client._session import Session, gather_bounded
 from hvp_client._spaces import VectorSpace
-from hvp_client._specs import job_spec
+from hvp_client.awaited.asked import AsyncAsked
 from hvp_client.awaited.functional import AsyncFunctional
 from hvp_client.awaited.functions import AsyncFunctions
-from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.linear_map import describe_operator
 from hvp_client.awaited.vector import AsyncVector
 
@@ -46,7 +40,7 @@ async def open_operator(session: Session, spec: operator_pb2.OperatorSpec) -> As
 
 
 @final
-class AsyncOperator(AsyncFunctional, AsyncFunctions):
+class AsyncOperator(AsyncFunctional, AsyncAsked, AsyncFunctions):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -258,78 +252,8 @@ class AsyncOperator(AsyncFunctional, AsyncFunctions):
         ]
         return LowRankResult(**figures, eigenvectors=vectors)
 
-    async def plan(self, operation: str, **values: Any) -> Plan:
-        """Tell what a question would cost, without queueing anything.
-
-        Args:
-            operation: Name of the question, which is a method of this class.
-            values: Arguments of that method, by name.
-
-        Returns:
-            Products, bytes on each rank, seconds where the pace is known, and whether the job fits.
-
-        Raises:
-            InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
-        """
-        async with self._named(operation, values) as named:
-            answer = await self._create_job(operation, named, validate_only=True)
-        return plan_from_proto(answer.plan)
-
     def __repr__(self) -> str:
         size, of = f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}"
         drawn = f" (seed {self.sample_seed}, {self.num_samples} drawn)" if self.num_samples else ""
         kind = self.kind if " " not in self.kind else f"({self.kind})"
         return f"<{type(self).__name__} {kind}{drawn} {size} {self.dtype} {of}>"
-
-    async def _ask(
-        self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
-    ) -> AsyncJob[Any]:
-        labels = check_labels(labels)
-        async with self._named(operation, values) as named:
-            answer = await self._create_job(operation, named, labels=labels)
-        return AsyncJob(self._session, answer.job)
-
-    @contextlib.asynccontextmanager
-    async def _named(
-        self, operation: str, values: Mapping[str, Any]
-    ) -> AsyncIterator[Mapping[str, Any]]:
-        """The arguments of a question with names in the place of vectors, for the block.
-
-        Numbers are brought to the ranks and deleted at the block's end. A job that was queued in
-        the block has its vectors until it ends.
-        """
-        declared = operations().get(operation)
-        named = dict(values)
-        async with contextlib.AsyncExitStack() as stack:
-            for each in declared.inputs if declared else ():
-                field = each.field
-                given = values.get(field)
-                if isinstance(given, Spectral) and each.numbers:
-                    given, named[each.numbers] = given.spectral
-                is_left_out = given is None or (isinstance(given, (list, tuple)) and not given)
-                vectors: Sequence[AsyncVector] = ()
-                if not is_left_out:
-                    vectors = await stack.enter_async_context(self._vectors(given, field))
-                named[field] = tuple(vector.name for vector in vectors)
-            yield named
-
-    async def _create_job(
-        self,
-        operation: str,
-        values: Mapping[str, Any],
-        *,
-        labels: Mapping[str, str] | None = None,
-        validate_only: bool = False,
-    ) -> job_pb2.CreateJobResponse:
-        return await self._session.wire.unary(
-            "JobService/CreateJob",
-            job_pb2.CreateJobRequest(
-                parent=self._session.parent,
-                request_id=new_request_id(),
-                spec=job_spec(operation, self._spec, self.shape[0], values),
-                labels=labels,
-                validate_only=validate_only,
-            ),
-            job_pb2.CreateJobResponse,
-            timeout_s=self._session.wire.timeout.compute_s,
-        )

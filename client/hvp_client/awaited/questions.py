@@ -1,4 +1,4 @@
-"""The questions that an operator answers: made of their declarations by `make sdk`."""
+"""The questions that operators answer: made of their declarations by `make sdk`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hvp_operations.diagonal.record import DiagonalResult
 from hvp_operations.eigsh.record import EigshResult
 from hvp_operations.low_rank.record import LowRankResult
 from hvp_operations.solve.record import SolveResult
+from hvp_operations.svds.record import SvdsResult
 from hvp_operations.trace.record import TraceResult
 from hvp_operations.trace_of.record import TraceOfResult
 
@@ -19,7 +20,7 @@ from hvp_client.awaited.vector import AsyncVector
 
 
 class AsyncQuestions(ABC):
-    """Every question, as a job."""
+    """Every question about a symmetric matrix, as a job."""
 
     @abstractmethod
     async def _ask(
@@ -403,6 +404,64 @@ class AsyncQuestions(ABC):
                 "atol": atol,
                 "max_products": max_products,
                 "seed": seed,
+            },
+            labels,
+        )
+
+
+class AsyncJacobianQuestions(ABC):
+    """Every question about a Jacobian, as a job."""
+
+    @abstractmethod
+    async def _ask(
+        self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
+    ) -> AsyncJob[Any]: ...
+
+    async def svds(
+        self,
+        k: int = 6,
+        *,
+        tol: float = 0.0,
+        max_products: int | None = None,
+        seed: int = 0,
+        num_lanczos_vectors: int | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[SvdsResult[AsyncVector]]:
+        """Search for the k largest singular values by Golub-Kahan-Lanczos bidiagonalisation.
+
+        Both bases are kept orthogonal, every triplet is verified by a product each way in
+        float64, and a run from a fresh random vector looks for what the first one may have
+        missed.
+
+        Args:
+            k: Number of singular values, 1 ≤ k ≤ min(m, n).
+            tol: Stop when every wanted triplet's estimated residual is at most tol times the
+                largest singular value, 0 ≤ tol < 1; 0 means the dtype's rounding.
+            max_products: Upper bound on products with J and with Jᵀ together, those that show
+                completeness and those of the final residuals included; None lets the server
+                choose.
+            seed: Seed of the starting vector.
+            num_lanczos_vectors: Vectors of each of the two bases, more than k where k < min(m,
+                n); None lets the server choose by memory.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `K_INVALID`, `MAX_PRODUCTS_INVALID`,
+                `NUM_LANCZOS_VECTORS_INVALID`, `SEED_INVALID`, `TOL_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "svds",
+            {
+                "k": k,
+                "tol": tol,
+                "max_products": max_products,
+                "seed": seed,
+                "num_lanczos_vectors": num_lanczos_vectors,
             },
             labels,
         )

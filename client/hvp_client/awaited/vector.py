@@ -83,8 +83,21 @@ class AsyncVector:
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Shape of outputs, `(sequences, positions, vocabulary)`; None in parameter space."""
+        """Shape of outputs, `(sequences, positions, vocabulary)`, or of the activation.
+
+        It is None in parameter space.
+        """
         return tuple(self._message.shape) if self._message.data_batch else None
+
+    @property
+    def module(self) -> str | None:
+        """Name of the submodule whose activation the vector has; None for any other vector."""
+        return self._message.module or None
+
+    @property
+    def of_input(self) -> bool:
+        """Whether it has what the submodule is given, and not what it gives."""
+        return self._message.of_input
 
     @property
     def shape(self) -> tuple[int]:
@@ -456,5 +469,7 @@ async def combine(session: Session, terms: Sequence[tuple[float, AsyncVector]]) 
         shape=first.output_shape or first.shape,
         data_batch=first.batch or "",
         parameters=first.parameters,
+        module=first.module or "",
+        of_input=first.of_input,
     )
     return await create_vector(session, space, source)

@@ -262,25 +262,39 @@ class Client(Catalogue, twin=AsyncClient):
         dtype: Any = "float32",
         precision: str | None = None,
         parameters: str | Iterable[str] | None = None,
+        *,
+        output: str = "logits",
+        input: str = "parameters",
     ) -> Jacobian:
-        """Take the Jacobian of a model's outputs on a batch as an operator; computes nothing yet.
+        """Take a Jacobian of a model on a batch as an operator; of the outputs by θ, or of others.
 
         Args:
             checkpoint: A checkpoint or its name.
             batch: A batch or its name.
             dtype: `float32`, also for None, or `float64`.
             precision: As for `operator`.
-            parameters: As for `operator`.
+            parameters: As for `operator`; only where the input is `parameters`.
+            output: The outputs, `logits`, or the name of a submodule, such as `model.layers.30` or
+                `model.layers.3.mlp.down_proj`, whose output is meant.
+            input: What derivatives are taken by: `parameters`; the name of a submodule, whose
+                output is meant; or `input`, for what the output's submodule is given. By an
+                activation all parameters are constants.
 
         Returns:
-            J = ∂(outputs)/∂θ, of shape (outputs, n): `J @ v` and `J.T @ u`.
+            J = ∂(output)/∂(input): `J @ v` and `J.T @ u`. Where a submodule is named the server
+            runs the model up to there once, to see the shapes.
 
         Raises:
             NotFoundError: No such checkpoint or batch.
-            InvalidArgumentError: As for `operator`.
+            InvalidArgumentError: As for `operator`. `MODULE_NOT_FOUND`: no submodule has that name;
+                the message lists the nearest. `MODULE_UNSUPPORTED`: it does not give one tensor
+                with a row for each row of the batch, or is not called once.
+                `MODULES_OUT_OF_ORDER`: the output is not made after the input.
         """
         result: Jacobian = self._wait(
-            self._twin.jacobian(checkpoint, batch, dtype, precision, parameters)
+            self._twin.jacobian(
+                checkpoint, batch, dtype, precision, parameters, output=output, input=input
+            )
         )
         return result
 

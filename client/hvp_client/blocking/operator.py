@@ -8,9 +8,9 @@ from typing import Any, final, overload
 
 from hvp_operations.low_rank.record import LowRankResult
 
-from hvp_client._results import Plan
 from hvp_client._selections import in_words
 from hvp_client.awaited.operator import AsyncOperator
+from hvp_client.blocking.asked import Asked
 from hvp_client.blocking.functional import Functional
 from hvp_client.blocking.functions import Functions
 from hvp_client.blocking.protocols import SymmetricLinearOperator
@@ -19,7 +19,7 @@ from hvp_client.blocking.vector import Vector
 
 
 @final
-class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperator):
+class Operator(Functional, Asked, Functions, SymmetricLinearOperator, twin=AsyncOperator):
     """The curvature of a loss L(θ) as a symmetric linear operator: products, never a matrix.
 
     Law: u·Hv == v·Hu and H(au + bv) == aHu + bHv, to rounding of `dtype`. What the properties tell
@@ -178,23 +178,6 @@ class Operator(Functional, Functions, SymmetricLinearOperator, twin=AsyncOperato
         """
         result: LowRankResult[Vector] = self._wait(self._twin.load_low_rank(path))
         return result
-
-    def plan(self, operation: str, **values: Any) -> Plan:
-        """Tell what a question would cost, without queueing anything.
-
-        Args:
-            operation: Name of the question, which is a method of this class.
-            values: Arguments of that method, by name.
-
-        Returns:
-            Products, bytes on each rank, seconds where the pace is known, and whether the job fits.
-
-        Raises:
-            InvalidArgumentError: `OPERATION_UNKNOWN`, or as the question itself.
-        """
-        return self._portal.run(
-            self._twin.plan(operation, **{name: twin_of(value) for name, value in values.items()})
-        )
 
     def __repr__(self) -> str:
         size, of = (f"n={self.shape[0]:,}", f"of {self.checkpoint}{in_words(self.selection)}")

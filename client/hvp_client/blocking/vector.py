@@ -61,8 +61,21 @@ class Vector(Blocking, Fetched, twin=AsyncVector):
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Shape of outputs, `(sequences, positions, vocabulary)`; None in parameter space."""
+        """Shape of outputs, `(sequences, positions, vocabulary)`, or of the activation.
+
+        It is None in parameter space.
+        """
         return self._twin.output_shape
+
+    @property
+    def module(self) -> str | None:
+        """Name of the submodule whose activation the vector has; None for any other vector."""
+        return self._twin.module
+
+    @property
+    def of_input(self) -> bool:
+        """Whether it has what the submodule is given, and not what it gives."""
+        return self._twin.of_input
 
     @property
     def shape(self) -> tuple[int]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hvp_client import Batch, Checkpoint, Client, Job, Operator, Vector
+from hvp_client import Batch, Checkpoint, Client, Jacobian, Job, Operator, Vector
 from hvp_client.cli.display import print_table, show_events
 from hvp_client.cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, failures_reported, usage_error
 from hvp_client.cli.listing import job_name
@@ -34,13 +34,15 @@ class Order:
         values: The operation's own options, by field.
         checkpoint: Name of a checkpoint, or a folder to upload.
         ids: Name of a batch, or a file to upload.
-        operator: Kind of the operator, such as `hessian`.
+        operator: Kind of the operator, such as `hessian`, or `jacobian`.
         dtype: Dtype to compute in.
         precision: Precision of the operands of matrix products; None lets the server choose.
         micro_batch_size: Sequences that a rank takes at once; None lets the server choose.
         parameters: Patterns of parameters' names; empty for all.
         sample_seed: Seed of the labels of a Fisher matrix; None means 0.
         num_samples: Labels that it draws for each target; None means 1.
+        output_module: Of a Jacobian, as `output` of `client.jacobian`.
+        input_module: As its `input`.
     """
 
     operation: str
@@ -54,6 +56,8 @@ class Order:
     parameters: Sequence[str]
     sample_seed: int | None
     num_samples: int | None
+    output_module: str = "logits"
+    input_module: str = "parameters"
 
 
 def ask(
@@ -88,17 +92,7 @@ def ask(
     tensors = read_unless_named(order.ids)
     with failures_reported(), Client(address) as client:
         checkpoint, batch = brought(client, order.checkpoint, order.ids, tensors)
-        H = client.operator(
-            checkpoint,
-            batch,
-            kind=order.operator,
-            dtype=order.dtype,
-            micro_batch_size=order.micro_batch_size,
-            precision=order.precision,
-            parameters=order.parameters or None,
-            sample_seed=order.sample_seed,
-            num_samples=order.num_samples,
-        )
+        H = _operator(client, checkpoint, batch, order)
         values = {**order.values, **_vectors(client, H, order, files)}
         if plan:
             told = H.plan(order.operation, **values)
@@ -112,6 +106,34 @@ def ask(
             _stay(job, output=output, picture=picture, as_json=as_json)
         else:
             print(json.dumps({"job": job.name}) if as_json else job.name)
+
+
+def _operator(
+    client: Client, checkpoint: Checkpoint, batch: Batch, order: Order
+) -> Operator | Jacobian:
+    """The operator that a question is about."""
+    parameters = order.parameters or None
+    if order.operator == "jacobian":
+        return client.jacobian(
+            checkpoint,
+            batch,
+            dtype=order.dtype,
+            precision=order.precision,
+            parameters=parameters,
+            output=order.output_module,
+            input=order.input_module,
+        )
+    return client.operator(
+        checkpoint,
+        batch,
+        kind=order.operator,
+        dtype=order.dtype,
+        micro_batch_size=order.micro_batch_size,
+        precision=order.precision,
+        parameters=parameters,
+        sample_seed=order.sample_seed,
+        num_samples=order.num_samples,
+    )
 
 
 def follow_job(address: str, job: str, *, as_json: bool) -> None:
@@ -206,7 +228,7 @@ def _read_vector(path: Path) -> Any:
 
 
 def _vectors(
-    client: Client, H: Operator, order: Order, files: Mapping[str, Any]
+    client: Client, H: Operator | Jacobian, order: Order, files: Mapping[str, Any]
 ) -> Mapping[str, list[Vector]]:
     """The vectors of a question on the server, by field."""
     return {
@@ -218,7 +240,7 @@ def _vectors(
     }
 
 
-def _flat(H: Operator, path: str, found: Any) -> Any:
+def _flat(H: Operator | Jacobian, path: str, found: Any) -> Any:
     """The elements (n,) of a file: its one array, or those of every parameter in order."""
     if not isinstance(found, dict):
         return found

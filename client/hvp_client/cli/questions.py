@@ -43,13 +43,15 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
             values={name: _plain(typed[name]) for name in field_types(operation.spec)},
             checkpoint=typed["checkpoint"],
             ids=typed["ids"],
-            operator=typed["operator"].value,
+            operator=_plain(typed.get("operator", "jacobian")),
             dtype=typed["dtype"].value,
             precision=_plain(typed["precision"]),
-            micro_batch_size=typed["micro_batch_size"],
+            micro_batch_size=typed.get("micro_batch_size"),
             parameters=typed["parameters"],
             sample_seed=typed["sample_seed"],
             num_samples=typed["num_samples"],
+            output_module=typed.get("of", "logits"),
+            input_module=typed.get("by", "parameters"),
         )
         ask(
             typed["address"],
@@ -203,6 +205,14 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
             "output", Path | None, typer.Option(help="Write the result here as JSON."), None
         ),
     ]
+    if operation.asked_of == "jacobian":  # there is one kind, and outputs have one cut
+        last = [each for each in last if each.name not in ("operator", "micro_batch_size")]
+        of = typer.Option(help="The submodule whose output J is of, as model.layers.3; or logits.")
+        by = typer.Option(
+            help="What J is taken by: parameters, a submodule's output, or input, for what the "
+            "other's submodule is given."
+        )
+        last = [_parameter("of", str, of, "logits"), _parameter("by", str, by, "parameters"), *last]
     if operation.has_picture:
         option = typer.Option(help="Draw the result here, as .png, .svg or .pdf.")
         last.append(_parameter("plot", Path | None, option, None))

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
+from hvp_operations.certificates import Completeness, Outcome
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
 
 Which = Literal["LA", "SA", "LM", "BE"]
-Outcome = Literal[
-    "CONVERGED", "MAX_PRODUCTS", "MULTIPLICITY_UNCERTAIN", "NOISE_LIMIT", "UNVERIFIED"
-]
 
 # About 220 bytes of a result are one pair's, and a result travels as one message of 4 MiB.
 MAX_EIGENPAIRS = 10_000
@@ -73,27 +71,6 @@ class EigshProgress(Detail):
             headings=("Ritz value", "residual estimate"),
             rows=tuple((f"{value:.8g}", f"{estimate:.1e}") for value, estimate in pairs),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completeness:
-    """Whether a search for k eigenvalues may have missed some of the wanted ones.
-
-    Attributes:
-        shown: Whether it is shown that none was missed, copies of repeated ones included: counted
-            from its end of the spectrum, the i-th wanted eigenvalue lies at most `margin` further
-            out than the i-th of the pairs.
-        margin: The tolerance and the noise of the search, in units of the eigenvalues; infinite
-            where nothing is known.
-        failure_probability: Probability that `shown` is wrong, over the random starting vectors of
-            the search for missed eigenvalues; 0 where the basis spanned the whole space.
-        num_products: Operator products spent on that search.
-    """
-
-    shown: bool = False
-    margin: float = float("inf")
-    failure_probability: float = 1.0
-    num_products: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

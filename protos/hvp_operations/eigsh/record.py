@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_operations.eigsh import Completeness
+from hvp_operations.certificates import Completeness
 from hvp_operations.eigsh.overlap import Overlap
 from hvp_operations.operation import Table
 

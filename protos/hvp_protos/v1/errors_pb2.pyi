@@ -188,7 +188,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_POINTS_INVALID: _ErrorReason.ValueType  # 90
     """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
     ERROR_REASON_SYMMETRY_BROKEN: _ErrorReason.ValueType  # 91
-    """u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
+    """u.Av and v.Au, or of a Jacobian v.J^T u, differ by more than rounding: a kernel or the model's code
+    is wrong; `hvp verify`.
+    """
     ERROR_REASON_LOSS_HAS_NO_DISTRIBUTION: _ErrorReason.ValueType  # 105
     """The model's loss is not known as the negative log likelihood of a distribution, of which labels could
     be drawn; ask for the Gauss-Newton matrix.
@@ -205,6 +207,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A preconditioner has an element that is not positive and finite; metadata has the first one's index."""
     ERROR_REASON_TERMS_INVALID: _ErrorReason.ValueType  # 109
     """Operators make no such sum: too many terms, or a kind beside the terms."""
+    ERROR_REASON_OPERATOR_NOT_JACOBIAN: _ErrorReason.ValueType  # 110
+    """The question is asked of a Jacobian, which a symmetric matrix is not; its eigenvalues tell as much."""
+    ERROR_REASON_MODULE_NOT_FOUND: _ErrorReason.ValueType  # 111
+    """The model has no submodule of this name; metadata has the nearest names."""
+    ERROR_REASON_MODULE_UNSUPPORTED: _ErrorReason.ValueType  # 112
+    """A submodule's activation is no vector: it is not one tensor with a row for each row of the batch, or
+    the submodule is not called once.
+    """
+    ERROR_REASON_MODULES_OUT_OF_ORDER: _ErrorReason.ValueType  # 113
+    """The output of a Jacobian is not made after its input: exchange them."""
+    ERROR_REASON_MODULES_INVALID: _ErrorReason.ValueType  # 114
+    """Submodules are named of an operator that is no Jacobian, or exclude one another."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -369,7 +383,9 @@ ERROR_REASON_LOSS_MISMATCH: ErrorReason.ValueType  # 76
 ERROR_REASON_POINTS_INVALID: ErrorReason.ValueType  # 90
 """Points of a loss slice are K finite numbers each, one for each direction, and not too many."""
 ERROR_REASON_SYMMETRY_BROKEN: ErrorReason.ValueType  # 91
-"""u.Av and v.Au differ by more than rounding: a kernel or the model's code is wrong; `hvp verify`."""
+"""u.Av and v.Au, or of a Jacobian v.J^T u, differ by more than rounding: a kernel or the model's code
+is wrong; `hvp verify`.
+"""
 ERROR_REASON_LOSS_HAS_NO_DISTRIBUTION: ErrorReason.ValueType  # 105
 """The model's loss is not known as the negative log likelihood of a distribution, of which labels could
 be drawn; ask for the Gauss-Newton matrix.
@@ -386,6 +402,18 @@ ERROR_REASON_PRECONDITIONER_INVALID: ErrorReason.ValueType  # 108
 """A preconditioner has an element that is not positive and finite; metadata has the first one's index."""
 ERROR_REASON_TERMS_INVALID: ErrorReason.ValueType  # 109
 """Operators make no such sum: too many terms, or a kind beside the terms."""
+ERROR_REASON_OPERATOR_NOT_JACOBIAN: ErrorReason.ValueType  # 110
+"""The question is asked of a Jacobian, which a symmetric matrix is not; its eigenvalues tell as much."""
+ERROR_REASON_MODULE_NOT_FOUND: ErrorReason.ValueType  # 111
+"""The model has no submodule of this name; metadata has the nearest names."""
+ERROR_REASON_MODULE_UNSUPPORTED: ErrorReason.ValueType  # 112
+"""A submodule's activation is no vector: it is not one tensor with a row for each row of the batch, or
+the submodule is not called once.
+"""
+ERROR_REASON_MODULES_OUT_OF_ORDER: ErrorReason.ValueType  # 113
+"""The output of a Jacobian is not made after its input: exchange them."""
+ERROR_REASON_MODULES_INVALID: ErrorReason.ValueType  # 114
+"""Submodules are named of an operator that is no Jacobian, or exclude one another."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

@@ -19,6 +19,7 @@ from hvp_protos.v1 import diagonal_pb2 as _diagonal_pb2
 from hvp_protos.v1 import eigsh_pb2 as _eigsh_pb2
 from hvp_protos.v1 import low_rank_pb2 as _low_rank_pb2
 from hvp_protos.v1 import solve_pb2 as _solve_pb2
+from hvp_protos.v1 import svds_pb2 as _svds_pb2
 from hvp_protos.v1 import trace_of_pb2 as _trace_of_pb2
 from hvp_protos.v1 import trace_pb2 as _trace_pb2
 import builtins as _builtins
@@ -45,6 +46,7 @@ class JobSpec(_message.Message):
     TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
     LOW_RANK_FIELD_NUMBER: _builtins.int
+    SVDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshSpec: ...
     @_builtins.property
@@ -59,6 +61,8 @@ class JobSpec(_message.Message):
     def diagonal(self) -> _diagonal_pb2.DiagonalSpec: ...
     @_builtins.property
     def low_rank(self) -> _low_rank_pb2.LowRankSpec: ...
+    @_builtins.property
+    def svds(self) -> _svds_pb2.SvdsSpec: ...
     def __init__(
         self,
         *,
@@ -69,12 +73,13 @@ class JobSpec(_message.Message):
         trace_of: _trace_of_pb2.TraceOfSpec | None = ...,
         diagonal: _diagonal_pb2.DiagonalSpec | None = ...,
         low_rank: _low_rank_pb2.LowRankSpec | None = ...,
+        svds: _svds_pb2.SvdsSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -91,6 +96,7 @@ class JobResult(_message.Message):
     TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
     LOW_RANK_FIELD_NUMBER: _builtins.int
+    SVDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshResult: ...
     @_builtins.property
@@ -105,6 +111,8 @@ class JobResult(_message.Message):
     def diagonal(self) -> _diagonal_pb2.DiagonalResult: ...
     @_builtins.property
     def low_rank(self) -> _low_rank_pb2.LowRankResult: ...
+    @_builtins.property
+    def svds(self) -> _svds_pb2.SvdsResult: ...
     def __init__(
         self,
         *,
@@ -115,12 +123,13 @@ class JobResult(_message.Message):
         trace_of: _trace_of_pb2.TraceOfResult | None = ...,
         diagonal: _diagonal_pb2.DiagonalResult | None = ...,
         low_rank: _low_rank_pb2.LowRankResult | None = ...,
+        svds: _svds_pb2.SvdsResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -193,6 +202,7 @@ class JobProgress(_message.Message):
     TRACE_OF_FIELD_NUMBER: _builtins.int
     DIAGONAL_FIELD_NUMBER: _builtins.int
     LOW_RANK_FIELD_NUMBER: _builtins.int
+    SVDS_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
     """Operator products done in this attempt, and their upper bound."""
     max_products: _builtins.int
@@ -202,7 +212,7 @@ class JobProgress(_message.Message):
     `verifying` (the residual of x) and `probing` (what else is claimed); of trace and diagonal
     `sampling`, `correcting` (comparing coarse products with exact ones), `sketching`, `projecting`
     and `exact`; of trace_of `iterating`; of low_rank `sampling` or `searching`, and `checking`
-    (bounding the error).
+    (bounding the error); of svds as of eigsh.
     """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
@@ -220,6 +230,8 @@ class JobProgress(_message.Message):
     def diagonal(self) -> _diagonal_pb2.DiagonalProgress: ...
     @_builtins.property
     def low_rank(self) -> _low_rank_pb2.LowRankProgress: ...
+    @_builtins.property
+    def svds(self) -> _svds_pb2.SvdsProgress: ...
     def __init__(
         self,
         *,
@@ -234,12 +246,13 @@ class JobProgress(_message.Message):
         trace_of: _trace_of_pb2.TraceOfProgress | None = ...,
         diagonal: _diagonal_pb2.DiagonalProgress | None = ...,
         low_rank: _low_rank_pb2.LowRankProgress | None = ...,
+        svds: _svds_pb2.SvdsProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank"]  # noqa: Y015
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds"]  # noqa: Y015
     _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 

@@ -48,7 +48,8 @@ class OperatorSpec(_message.Message):
         """or all targets of one sequence of the batch. Symmetric, with no negative eigenvalue, both."""
         KIND_JACOBIAN: OperatorSpec._Kind.ValueType  # 5
         """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
-        whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
+        whether its label counts or not. Takes vectors of parameter space to vectors of outputs. With
+        `output_module`, `input_module` or `own_input` that of a submodule's output, or by one.
         """
         KIND_GRADIENT_COVARIANCE_TOKEN: OperatorSpec._Kind.ValueType  # 6
         """The covariance of the gradients g_u of the same units, C = (1/W) sum_u (g_u - m) (g_u - m)^T with
@@ -79,7 +80,8 @@ class OperatorSpec(_message.Message):
     """or all targets of one sequence of the batch. Symmetric, with no negative eigenvalue, both."""
     KIND_JACOBIAN: OperatorSpec.Kind.ValueType  # 5
     """The Jacobian J of the model's outputs in theta: of a language model's logits at every position,
-    whether its label counts or not. Takes vectors of parameter space to vectors of outputs.
+    whether its label counts or not. Takes vectors of parameter space to vectors of outputs. With
+    `output_module`, `input_module` or `own_input` that of a submodule's output, or by one.
     """
     KIND_GRADIENT_COVARIANCE_TOKEN: OperatorSpec.Kind.ValueType  # 6
     """The covariance of the gradients g_u of the same units, C = (1/W) sum_u (g_u - m) (g_u - m)^T with
@@ -136,6 +138,9 @@ class OperatorSpec(_message.Message):
     DAMPING_FIELD_NUMBER: _builtins.int
     PRECONDITION_FIELD_NUMBER: _builtins.int
     SHIFT_FIELD_NUMBER: _builtins.int
+    OUTPUT_MODULE_FIELD_NUMBER: _builtins.int
+    INPUT_MODULE_FIELD_NUMBER: _builtins.int
+    OWN_INPUT_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     data_batch: _builtins.str
     kind: Global___OperatorSpec.Kind.ValueType
@@ -163,6 +168,14 @@ class OperatorSpec(_message.Message):
     """
     shift: _builtins.float
     """Added behind D; without `precondition` it is 0."""
+    output_module: _builtins.str
+    """Of a Jacobian: the submodule whose output it is the derivative of, such as `model.layers.3` or
+    `model.layers.3.mlp.down_proj`; empty for the model's own outputs.
+    """
+    input_module: _builtins.str
+    """The submodule by whose output it is taken, with all parameters as constants; empty for theta."""
+    own_input: _builtins.bool
+    """It is taken by what `output_module` is given; `input_module` is empty then."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Which parameters theta consists of: patterns of their names, as shells have them (`*`, `?`,
@@ -194,10 +207,13 @@ class OperatorSpec(_message.Message):
         damping: _builtins.float = ...,
         precondition: _builtins.str = ...,
         shift: _builtins.float = ...,
+        output_module: _builtins.str = ...,
+        input_module: _builtins.str = ...,
+        own_input: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "dtype", b"dtype", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "dtype", b"dtype", "input_module", b"input_module", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "output_module", b"output_module", "own_input", b"own_input", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

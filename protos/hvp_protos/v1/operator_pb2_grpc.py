@@ -42,6 +42,11 @@ class OperatorServiceStub:
     product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
+    INVALID_ARGUMENT `MODULE_NOT_FOUND`: the model has no such submodule (metadata: module, nearest).
+    INVALID_ARGUMENT `MODULE_UNSUPPORTED`: the submodule does not give one tensor with a row for each row of
+    the batch, or is not called once (metadata: module).
+    INVALID_ARGUMENT `MODULES_OUT_OF_ORDER`: the output is not made after the input.
+    INVALID_ARGUMENT `MODULES_INVALID`: modules of no Jacobian, or that exclude one another.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
@@ -111,6 +116,11 @@ class OperatorServiceServicer:
     product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
+    INVALID_ARGUMENT `MODULE_NOT_FOUND`: the model has no such submodule (metadata: module, nearest).
+    INVALID_ARGUMENT `MODULE_UNSUPPORTED`: the submodule does not give one tensor with a row for each row of
+    the batch, or is not called once (metadata: module).
+    INVALID_ARGUMENT `MODULES_OUT_OF_ORDER`: the output is not made after the input.
+    INVALID_ARGUMENT `MODULES_INVALID`: modules of no Jacobian, or that exclude one another.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
@@ -244,6 +254,11 @@ class OperatorService:
     product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
     FAILED_PRECONDITION `LOSS_HAS_NO_DISTRIBUTION`: labels cannot be drawn of a loss that is no likelihood.
+    INVALID_ARGUMENT `MODULE_NOT_FOUND`: the model has no such submodule (metadata: module, nearest).
+    INVALID_ARGUMENT `MODULE_UNSUPPORTED`: the submodule does not give one tensor with a row for each row of
+    the batch, or is not called once (metadata: module).
+    INVALID_ARGUMENT `MODULES_OUT_OF_ORDER`: the output is not made after the input.
+    INVALID_ARGUMENT `MODULES_INVALID`: modules of no Jacobian, or that exclude one another.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.

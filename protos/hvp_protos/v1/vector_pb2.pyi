@@ -46,6 +46,8 @@ class Vector(_message.Message):
     DATA_BATCH_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
+    OF_INPUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     checkpoint: _builtins.str
     """The checkpoint whose parameters, or outputs, the vector has."""
@@ -60,6 +62,11 @@ class Vector(_message.Message):
     """The session that it belongs to; empty when it belongs to none."""
     data_batch: _builtins.str
     """The batch whose outputs the vector has, row-major in `shape`; empty for parameter space."""
+    module: _builtins.str
+    """The submodule whose output on the batch the vector has, or its own input; empty for the model's
+    outputs.
+    """
+    of_input: _builtins.bool
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -68,7 +75,7 @@ class Vector(_message.Message):
 
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Shape (n), or for outputs (sequences, positions, vocabulary)."""
+        """Shape (n), or for outputs (sequences, positions, vocabulary), or that of the activation."""
 
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -90,10 +97,12 @@ class Vector(_message.Message):
         data_batch: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         parameters: _abc.Iterable[_builtins.str] | None = ...,
+        module: _builtins.str = ...,
+        of_input: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "data_batch", b"data_batch", "dtype", b"dtype", "durable", b"durable", "expire_time", b"expire_time", "name", b"name", "num_elements", b"num_elements", "parameters", b"parameters", "session", b"session", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "data_batch", b"data_batch", "dtype", b"dtype", "durable", b"durable", "expire_time", b"expire_time", "module", b"module", "name", b"name", "num_elements", b"num_elements", "of_input", b"of_input", "parameters", b"parameters", "session", b"session", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -272,6 +281,8 @@ class CreateVectorRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     DATA_BATCH_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
+    OF_INPUT_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     request_id: _builtins.str
     checkpoint: _builtins.str
@@ -280,6 +291,11 @@ class CreateVectorRequest(_message.Message):
     """The session that the vector is to belong to; empty for none."""
     data_batch: _builtins.str
     """The batch on which it is the model's outputs; empty: it is of parameter space."""
+    module: _builtins.str
+    """With a batch: the submodule whose output the vector has, or its own input; empty for the model's
+    outputs.
+    """
+    of_input: _builtins.bool
     @_builtins.property
     def source(self) -> Global___VectorSource: ...
     @_builtins.property
@@ -297,10 +313,12 @@ class CreateVectorRequest(_message.Message):
         session: _builtins.str = ...,
         data_batch: _builtins.str = ...,
         parameters: _abc.Iterable[_builtins.str] | None = ...,
+        module: _builtins.str = ...,
+        of_input: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "parameters", b"parameters", "parent", b"parent", "request_id", b"request_id", "session", b"session", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_batch", b"data_batch", "dtype", b"dtype", "module", b"module", "of_input", b"of_input", "parameters", b"parameters", "parent", b"parent", "request_id", b"request_id", "session", b"session", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

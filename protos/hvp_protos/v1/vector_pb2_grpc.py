@@ -91,7 +91,8 @@ class VectorServiceServicer:
         """INVALID_ARGUMENT `DTYPE_UNSUPPORTED`, `SOURCE_MISSING`, `DISTRIBUTION_UNSPECIFIED`.
         INVALID_ARGUMENT `SHAPE_MISMATCH`: an uploaded vector has another length than the parameters that
         are selected.
-        INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID`: as of an operator.
+        INVALID_ARGUMENT `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID`, `MODULE_NOT_FOUND`,
+        `MODULE_UNSUPPORTED`, `MODULES_INVALID`: as of an operator.
         INVALID_ARGUMENT `NON_FINITE`: an uploaded vector holds NaN or infinity; metadata gives the index.
         INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: terms of another checkpoint or dtype.
         RESOURCE_EXHAUSTED `VECTOR_MEMORY`: the ranks' room for vectors is used up; delete some.

@@ -20,6 +20,7 @@ from hvp_service.group.supervisor import GroupSupervisor
 from hvp_service.jobs.dispatcher import Dispatcher
 from hvp_service.jobs.sqlite_store import SqliteJobStore
 from hvp_service.jobs.store import JobStore
+from hvp_service.operators.activations import Activations
 from hvp_service.operators.resolver import OperatorResolver
 from hvp_service.sessions.reaper import Reaper
 from hvp_service.sessions.store import SessionStore
@@ -92,7 +93,9 @@ async def open_dependencies(
         vectors = VectorStore(database, state_dir, pager, group, ttl_s=config.vector_ttl_s)
         sessions = SessionStore(database, vectors, config)
         reaper = Reaper(sessions)
-        operators = OperatorResolver(checkpoints, batches, state_dir, backend.device)
+        operators = OperatorResolver(
+            checkpoints, batches, state_dir, backend.device, Activations(group)
+        )
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)
         sweeper = Sweeper(config, database, uploads, blobs, checkpoints, request_log, jobs, vectors)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import cast
 
 import structlog
-from hvp_operations.operation import Result
+from hvp_operations.operation import Result, Side
 from hvp_workers.backend import Backend, BackendError, GroupLostError, RunProgress
 
 from hvp_service.app.config import ServerConfig
@@ -225,14 +225,15 @@ class Dispatcher:
                 ) as items,
             ):
                 result = await self._follow(job.lease, items)
-            outputs = outputs[: sum(result.vector_counts().values())]
+            sides = result.vector_spaces()
+            outputs = outputs[: len(sides)]
             log.info(
                 "answer found",
                 job=str(job.name),
                 operation=asked.operation,
                 provenance=dict(result.provenance),
             )
-            made = await self._keep(job, resolved, outputs)
+            made = await self._keep(job, resolved, outputs, sides)
             if self._cancelled:
                 raise _InterruptedError
         except GroupLostError:
@@ -243,7 +244,9 @@ class Dispatcher:
         return JobResult(
             result=result,
             vectors=tuple(str(vector.name) for vector in made),
-            num_elements=resolved.num_parameters,
+            num_elements=resolved.num_arguments,
+            output_shape=() if resolved.codomain is None else resolved.codomain.shape,
+            argument_shape=() if resolved.domain is None else resolved.domain.shape,
             vector_time=made[0].create_time if made else 0,
         )
 
@@ -316,18 +319,23 @@ class Dispatcher:
             return True
         return False
 
-    async def _keep(self, job: Job, resolved: ResolvedOperator, outputs: list[str]) -> list[Vector]:
-        made = [
-            self._vectors.new(
-                resolved.checkpoint.name,
-                resolved.operator.space.dtype,
-                resolved.num_parameters,
-                {"kind": "file"},
-                identifier=output,
-                selection=resolved.selection,
+    async def _keep(
+        self, job: Job, resolved: ResolvedOperator, outputs: Sequence[str], sides: Sequence[Side]
+    ) -> list[Vector]:
+        made = []
+        for output, side in zip(outputs, sides, strict=True):
+            space = resolved.codomain if side == "codomain" else resolved.domain
+            made.append(
+                self._vectors.new(
+                    resolved.checkpoint.name,
+                    resolved.operator.space.dtype,
+                    resolved.length(space),
+                    {"kind": "file"},
+                    identifier=output,
+                    outputs=space,
+                    selection=resolved.selection,
+                )
             )
-            for output in outputs
-        ]
         if not made:
             return []
         created = now_us()

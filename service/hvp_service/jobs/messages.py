@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,16 +84,9 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
     to_message(found.result, result)
     names = iter(found.vectors)
     for field, count in found.result.vector_counts().items():
+        of_codomain = field in found.result.of_codomain
         vectors = [
-            vector_pb2.Vector(
-                name=name,
-                checkpoint=asked.operator.checkpoint,
-                dtype=asked.operator.dtype,
-                num_elements=found.num_elements,
-                durable=True,
-                create_time=timestamp(found.vector_time),
-                parameters=asked.operator.parameters,
-            )
+            _vector_message(asked, found, name, of_codomain=of_codomain)
             for name in itertools.islice(names, count)
         ]
         if result.DESCRIPTOR.fields_by_name[field].is_repeated:
@@ -100,6 +94,29 @@ def result_message(asked: JobSpec, found: JobResult) -> pb.JobResult:
         else:
             getattr(result, field).CopyFrom(*vectors)
     return message
+
+
+def _vector_message(
+    asked: JobSpec, found: JobResult, name: str, *, of_codomain: bool
+) -> vector_pb2.Vector:
+    """The message of one of a result's vectors."""
+    operator = asked.operator
+    of_outputs = found.output_shape if of_codomain else found.argument_shape
+    shape = of_outputs or (found.num_elements,)
+    module = operator.output_module if of_codomain or operator.own_input else operator.input_module
+    return vector_pb2.Vector(
+        name=name,
+        checkpoint=operator.checkpoint,
+        dtype=operator.dtype,
+        num_elements=math.prod(shape),
+        durable=True,
+        create_time=timestamp(found.vector_time),
+        data_batch=operator.data_batch if of_outputs else "",
+        shape=shape,
+        parameters=() if of_outputs else operator.parameters,
+        module=module if of_outputs else "",
+        of_input=bool(of_outputs) and operator.own_input and not of_codomain,
+    )
 
 
 def job_message(job: Job) -> pb.Job:

@@ -63,11 +63,12 @@ async def plan_of(
     num_inputs = len({name for names in asked.inputs.values() for name in names})
     ranks = await group.call(lambda backend: backend.ranks())
     available = min((rank.memory_bytes for rank in ranks), default=0)
-    dimension, dtype = resolved.num_parameters, resolved.operator.space.dtype
-    vector_bytes = dimension * ITEM_BYTES[dtype] / max(1, len(ranks))
+    dtype, shape = resolved.operator.space.dtype, (resolved.num_outputs, resolved.num_arguments)
+    elements = shape[1] if resolved.codomain is resolved.domain else sum(shape)
+    vector_bytes = elements * ITEM_BYTES[dtype] / max(1, len(ranks))
     needed = needed_bytes(num_inputs + cost.least_vectors, vector_bytes)
     problem = (
-        f"{asked.declared.headline(asked.spec)} of an operator of order {dimension} in {dtype} "
+        f"{asked.declared.headline(asked.spec)} of an operator of shape {shape} in {dtype} "
         f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} in "
         "all; ask for less, or use more workers or float32."
     )

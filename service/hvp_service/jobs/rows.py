@@ -36,6 +36,8 @@ class _Frame:
 
     vectors: tuple[str, ...] = ()
     num_elements: int = 0
+    output_shape: tuple[int, ...] = ()
+    argument_shape: tuple[int, ...] = ()
     vector_time: int = 0
 
 
@@ -127,6 +129,8 @@ def result_row(result: JobResult) -> dict[str, Any]:
         "result": kind.dump_python(result.result, mode="json"),
         "vectors": list(result.vectors),
         "num_elements": result.num_elements,
+        "output_shape": list(result.output_shape),
+        "argument_shape": list(result.argument_shape),
         "vector_time": result.vector_time,
     }
 

@@ -81,13 +81,17 @@ class JobResult:
     Attributes:
         result: The operation's own result.
         vectors: Names of the job's vectors, in the result's order.
-        num_elements: Number of elements of each vector.
+        num_elements: Number of elements of each vector of the operator's domain.
+        output_shape: Shape of those of its codomain, where these are outputs.
+        argument_shape: Shape of those of its domain, where these are activations.
         vector_time: When the vectors were made, in microseconds.
     """
 
     result: Result
     vectors: tuple[str, ...] = ()
     num_elements: int = 0
+    output_shape: tuple[int, ...] = ()
+    argument_shape: tuple[int, ...] = ()
     vector_time: int = 0
 
 

@@ -34,6 +34,9 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         damping=message.damping,
         precondition=message.precondition,
         shift=message.shift,
+        output_module=message.output_module,
+        input_module=message.input_module,
+        own_input=message.own_input,
     )
 
 
@@ -61,4 +64,7 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         damping=ref.damping,
         precondition=ref.precondition,
         shift=ref.shift,
+        output_module=ref.output_module,
+        input_module=ref.input_module,
+        own_input=ref.own_input,
     )

@@ -12,13 +12,21 @@ from hvp_operations.matrices import Matrix, Term, check_samples
 from hvp_operations.operation import Facts, SpecError
 from hvp_operations.parameters import select
 from hvp_operations.wording import shown
-from hvp_workers.backend import Dtype, Operator, ParameterTensor, Precision, Space
+from hvp_workers.backend import (
+    Activation,
+    Dtype,
+    Operator,
+    ParameterTensor,
+    Precision,
+    Space,
+)
 
 from hvp_service.batches.contents import batch_refused
 from hvp_service.batches.store import BatchStore, DataBatch
 from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import Name, parse
 from hvp_service.checkpoints.store import Checkpoint, CheckpointStore
+from hvp_service.operators.activations import Activations, activation_of
 from hvp_service.operators.kinds import check_composition, check_kind, plain_kind, refused
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors.rows import (
@@ -55,6 +63,9 @@ class OperatorRef:
     damping: float = 0.0
     precondition: str = ""  # name of a vector; "" for none
     shift: float = 0.0
+    output_module: str = ""  # of a Jacobian; "" for the model's outputs
+    input_module: str = ""  # "" for the parameters
+    own_input: bool = False  # that of the output's module
 
     @property
     def is_composed(self) -> bool:
@@ -90,6 +101,8 @@ class ResolvedOperator:
     operator: Operator
     selection: Selection
     precondition: Name | None = None
+    output: Outputs | None = None  # the activation that a Jacobian is of; None: the outputs
+    argument: Outputs | None = None  # that it is taken by; None: parameters
 
     def filled(self, ref: OperatorRef) -> OperatorRef:
         """What the operator was named by, with every default filled in."""
@@ -111,8 +124,9 @@ class ResolvedOperator:
         """The facts that an operation's rules and cost depend on."""
         composition = self.operator.composition
         return Facts(
-            num_parameters=self.num_parameters,
+            num_parameters=self.num_arguments,
             kind=self.operator.kind,
+            num_outputs=self.num_outputs,
             is_semidefinite=composition and composition.is_semidefinite,
         )
 
@@ -128,8 +142,17 @@ class ResolvedOperator:
 
     @property
     def outputs(self) -> Outputs:
-        """The space of the model's outputs on the batch."""
-        return outputs_of(self.checkpoint, self.batch)
+        """The space of the activation, or of the model's outputs, on the batch."""
+        return self.output or outputs_of(self.checkpoint, self.batch)
+
+    @property
+    def num_outputs(self) -> int:
+        """m, the length of the operator's products."""
+        return self.length(self.codomain)
+
+    def length(self, space: Outputs | None) -> int:
+        """The length of vectors of a space of outputs; None for parameter space."""
+        return self.num_parameters if space is None else math.prod(space.shape)
 
     @property
     def transposed(self) -> ResolvedOperator:
@@ -141,12 +164,17 @@ class ResolvedOperator:
     @property
     def domain(self) -> Outputs | None:
         """Space of the vectors that the operator takes; None for parameter space."""
-        return self.outputs if self.operator.kind == "jacobian_transposed" else None
+        return self.outputs if self.operator.kind == "jacobian_transposed" else self.argument
 
     @property
     def codomain(self) -> Outputs | None:
         """Space of the operator's products; None for parameter space."""
-        return self.outputs if self.operator.kind == "jacobian" else None
+        return self.outputs if self.operator.kind == "jacobian" else self.argument
+
+    @property
+    def num_arguments(self) -> int:
+        """n, the length of the vectors that the operator takes."""
+        return self.length(self.domain)
 
 
 def select_parameters(
@@ -206,6 +234,7 @@ def check_space(
         resolved.checkpoint.name,
         resolved.operator.space.dtype,
         None if outputs is None else outputs.batch,
+        None if outputs is None else outputs.activation,
         resolved.selection if outputs is None else ALL_PARAMETERS,
     )
     for index, vector in enumerate(vectors):
@@ -218,7 +247,8 @@ def check_preconditioner(resolved: ResolvedOperator, vector: Vector, field: str)
     Raises:
         ServiceError: VECTOR_SPACE_MISMATCH.
     """
-    space = (resolved.checkpoint.name, resolved.operator.space.dtype, None, resolved.selection)
+    dtype = resolved.operator.space.dtype
+    space = (resolved.checkpoint.name, dtype, None, None, resolved.selection)
     _check_vector(vector, space, f"{field}.precondition")
 
 
@@ -278,6 +308,7 @@ class OperatorResolver:
         batches: Store of the batches.
         state_dir: Folder that holds the files of both.
         device: Device of the ranks, `cpu` or `cuda`.
+        activations: Asks the ranks about activations.
     """
 
     def __init__(
@@ -286,7 +317,9 @@ class OperatorResolver:
         batches: BatchStore,
         state_dir: StateDir,
         device: str,
+        activations: Activations,
     ):
+        self.activations = activations
         self._checkpoints = checkpoints
         self._batches = batches
         self._state_dir = state_dir
@@ -308,7 +341,7 @@ class OperatorResolver:
             yield await self.resolve(ref, field)
 
     async def resolve(self, ref: OperatorRef, field: str = "operator") -> ResolvedOperator:
-        """Check an operator; nothing is computed.
+        """Check an operator; nothing is computed but, once, the shapes of activations.
 
         Args:
             ref: The operator as the caller names it.
@@ -318,8 +351,10 @@ class OperatorResolver:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
                 PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, TERMS_INVALID,
-                OPERATOR_NOT_SYMMETRIC, or a reason of `check_fit`, `check_samples` or
+                OPERATOR_NOT_SYMMETRIC, MODULES_INVALID, MODULE_NOT_FOUND, MODULE_UNSUPPORTED,
+                MODULES_OUT_OF_ORDER, or a reason of `check_fit`, `check_samples` or
                 `check_matrix`.
+            BackendError: The ranks cannot run the model up to the submodules that are named.
         """
         composition, num_samples = None, 0
         if ref.is_composed:
@@ -347,6 +382,7 @@ class OperatorResolver:
                 "a Jacobian 0.",
                 field=f"{field}.micro_batch_size",
             )
+        output, by = _activations_of(ref, kind, field)
         checkpoint_name = parse(ref.checkpoint, "checkpoints")
         batch_name = parse(ref.data_batch, "dataBatches")
         if batch_name.project != checkpoint_name.project:
@@ -361,26 +397,41 @@ class OperatorResolver:
         if composition is not None and composition.precondition:
             precondition = parse(composition.precondition, "vectors")
             composition = replace(composition, precondition=precondition.id)
-        return ResolvedOperator(
+        operator = Operator(
+            space=Space(
+                checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id),
+                dtype=dtype,
+                parameters=selection.names,
+            ),
+            batch_path=self._batches.path(batch),
+            kind=kind,
+            micro_batch_size=ref.micro_batch_size,
+            precision=precision,
+            sample_seed=ref.sample_seed,
+            num_samples=num_samples,
+            composition=composition,
+            output=output,
+            by=by,
+        )
+
+        async def outputs(activation: Activation | None, space: Space, name: str) -> Outputs | None:
+            if activation is None:
+                return None
+            shape = await self.activations.shape(space, f"{field}.{name}")
+            return Outputs(batch=batch.name, shape=shape, activation=activation)
+
+        resolved = ResolvedOperator(
             checkpoint=checkpoint,
             batch=batch,
             precondition=precondition,
-            operator=Operator(
-                space=Space(
-                    checkpoint_dir=self._state_dir.checkpoint(checkpoint_name.id),
-                    dtype=dtype,
-                    parameters=selection.names,
-                ),
-                batch_path=self._batches.path(batch),
-                kind=kind,
-                micro_batch_size=ref.micro_batch_size,
-                precision=precision,
-                sample_seed=ref.sample_seed,
-                num_samples=num_samples,
-                composition=composition,
-            ),
+            operator=operator,
             selection=selection,
+            output=await outputs(output, operator.outputs, "output_module"),
+            argument=await outputs(by, operator.arguments, "input_module"),
         )
+        if output is not None or by is not None:
+            await self.activations.check(operator, field)
+        return resolved
 
     @staticmethod
     def _check_fit(checkpoint: Checkpoint, batch: DataBatch, field: str) -> None:
@@ -388,6 +439,40 @@ class OperatorResolver:
             check_fit(checkpoint.description.batch_schema, batch.statistics.fields)
         except BatchError as error:
             raise batch_refused(error, f"{field}.data_batch") from None
+
+
+def _activations_of(
+    ref: OperatorRef, kind: str, field: str
+) -> tuple[Activation | None, Activation | None]:
+    """The activation that a Jacobian is of, and the one that it is taken by.
+
+    Raises:
+        ServiceError: MODULES_INVALID.
+    """
+    named = ref.output_module or ref.input_module or ref.own_input
+    if named and kind != "jacobian":
+        raise ServiceError(
+            "MODULES_INVALID", f"Submodules are named of a Jacobian, not of a {kind}.", field=field
+        )
+    if ref.own_input and ref.input_module:
+        raise ServiceError(
+            "MODULES_INVALID",
+            "A Jacobian is taken by one input: that of input_module, or the output's own.",
+            field=f"{field}.own_input",
+        )
+    if (ref.input_module or ref.own_input) and ref.parameters:
+        raise ServiceError(
+            "PARAMETERS_INVALID",
+            "By an activation all parameters are constants; leave parameters empty.",
+            field=f"{field}.parameters",
+        )
+    output = activation_of(ref.output_module, of_input=False, field=f"{field}.output_module")
+    by = activation_of(
+        ref.output_module if ref.own_input else ref.input_module,
+        of_input=ref.own_input,
+        field=f"{field}.input_module",
+    )
+    return output, by
 
 
 def _no_outputs(checkpoint: Checkpoint, field: str) -> ServiceError:

@@ -37,7 +37,11 @@ class OperatorServicer(operator_pb2_grpc.OperatorServiceServicer):
             num_parameters=resolved.num_parameters,
             domain_shape=_shape(resolved, resolved.domain),
             codomain_shape=_shape(resolved, resolved.codomain),
-            parameters=[parameter_message(tensor) for tensor in resolved.parameters],
+            parameters=(
+                [parameter_message(tensor) for tensor in resolved.parameters]
+                if resolved.argument is None
+                else []
+            ),
         )
 
     async def EvaluateLoss(

@@ -264,7 +264,7 @@ def _products(
         deps.vectors.new(
             resolved.checkpoint.name,
             resolved.operator.space.dtype,
-            resolved.num_parameters if outputs is None else math.prod(outputs.shape),
+            resolved.length(outputs),
             None,
             lifetime=lifetime,
             outputs=outputs,

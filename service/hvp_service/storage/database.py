@@ -108,6 +108,9 @@ vectors = sa.Table(
     sa.Column("batch_id", sa.String, nullable=False, server_default=""),  # "": parameter space
     sa.Column("shape", sa.JSON, nullable=False, server_default="[]"),  # of outputs
     sa.Column("selection", sa.JSON, nullable=False, server_default="{}"),  # of parameters; {}: all
+    sa.Column(
+        "activation", sa.JSON, nullable=False, server_default="{}"
+    ),  # {}: the model's outputs
 )
 
 sessions = sa.Table(

@@ -22,4 +22,6 @@ def vector_message(vector: Vector) -> vector_pb2.Vector:
         data_batch="" if vector.batch is None else str(vector.batch),
         shape=vector.shape,
         parameters=vector.selection.globs,
+        module=vector.activation.module if vector.activation else "",
+        of_input=vector.activation is not None and vector.activation.side == "input",
     )

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import sqlalchemy as sa
 from hvp_operations.wording import clipped
-from hvp_workers.backend import Dtype
+from hvp_workers.backend import Activation, Dtype
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.calls.errors import ServiceError, not_found, session_expired
@@ -40,15 +40,17 @@ Recipe = Mapping[str, Any]  # JSON; "kind" is seeded, file, zeros or parameters
 @final
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """The space of a model's outputs on a batch.
+    """The space of a model's outputs, or of an activation, on a batch.
 
     Attributes:
         batch: Name of the batch.
-        shape: (sequences, positions, vocabulary).
+        shape: (sequences, positions, vocabulary), or that of the activation.
+        activation: The activation; None for the model's own outputs.
     """
 
     batch: Name
     shape: tuple[int, ...]
+    activation: Activation | None = None
 
 
 @final
@@ -66,8 +68,8 @@ class Selection:
 
 
 ALL_PARAMETERS = Selection()
-#: A space of vectors that can be added: checkpoint, dtype, batch of outputs, selection.
-VectorSpace = tuple[Name, Dtype, Name | None, Selection]
+#: A space of vectors that can be added: checkpoint, dtype, batch of outputs, activation, selection.
+VectorSpace = tuple[Name, Dtype, Name | None, Activation | None, Selection]
 
 
 @final
@@ -86,6 +88,7 @@ class Vector:
     batch_id: str = ""  # "": parameter space
     output_shape: tuple[int, ...] = ()
     selection: Selection = ALL_PARAMETERS
+    activation: Activation | None = None  # that its outputs are; None: the model's own
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +103,7 @@ class Vector:
     @property
     def space(self) -> VectorSpace:
         """The space of the vectors that it can be added to."""
-        return self.checkpoint, self.dtype, self.batch, self.selection
+        return self.checkpoint, self.dtype, self.batch, self.activation, self.selection
 
     @property
     def durable(self) -> bool:
@@ -174,6 +177,7 @@ class VectorRows:
                         "batch_id": vector.batch_id,
                         "shape": list(vector.output_shape),
                         "selection": asdict(vector.selection),
+                        "activation": asdict(vector.activation) if vector.activation else {},
                     }
                     for vector in made
                 ],
@@ -317,8 +321,9 @@ class VectorRows:
 
 def words_of(space: VectorSpace) -> str:
     """A space of vectors in words."""
-    checkpoint, dtype, batch, selection = space
-    where = f"of {checkpoint}" if batch is None else f"of the outputs of {checkpoint} on {batch}"
+    checkpoint, dtype, batch, activation, selection = space
+    what = f"{activation.side} of {activation.module} in" if activation else "outputs of"
+    where = f"of {checkpoint}" if batch is None else f"of the {what} {checkpoint} on {batch}"
     if selection.names:
         where = f"of {_shown(selection.globs)} ({len(selection.names)} tensors) {where}"
     return f"{dtype} vector {where}"
@@ -365,4 +370,5 @@ def _from_row(row: sa.Row[Any]) -> Vector:
         batch_id=row.batch_id,
         output_shape=tuple(row.shape),
         selection=Selection(*(tuple(row.selection.get(key, ())) for key in ("names", "globs"))),
+        activation=Activation(**row.activation) if row.activation else None,
     )

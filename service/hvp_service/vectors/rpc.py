@@ -38,6 +38,8 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             request.session,
             request.data_batch,
             request.parameters,
+            request.module,
+            request.of_input,
         )
         return pb.CreateVectorResponse(vector=vector_message(made))
 
@@ -103,6 +105,8 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             first.create.session,
             first.create.data_batch,
             first.create.parameters,
+            first.create.module,
+            first.create.of_input,
         )
         return pb.WriteVectorResponse(vector=vector_message(made))
 

@@ -9,12 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvp_workers.backend import Backend, BackendError, Combination, Distribution
+from hvp_workers.backend import (
+    Activation,
+    Backend,
+    BackendError,
+    Combination,
+    Distribution,
+    Dtype,
+    Space,
+)
 
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.blobs.store import Digest
 from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import Name, parse
+from hvp_service.operators.activations import activation_of
 from hvp_service.operators.resolver import (
     check_dtype,
     outputs_of,
@@ -85,6 +94,8 @@ async def create(
     session: str = "",
     data_batch: str = "",
     parameters: Sequence[str] = (),
+    module: str = "",
+    of_input: bool = False,
 ) -> Vector:
     """Make a vector on the ranks, in a session or in none.
 
@@ -97,11 +108,14 @@ async def create(
         session: Name of the session that the vector is to belong to; "" for none.
         data_batch: Name of the batch whose outputs the vector has; "" for parameter space.
         parameters: Globs of the parameters that a vector of parameter space has; () for all.
+        module: Submodule whose output a vector of outputs has; "" for the model's own outputs.
+        of_input: It has what the submodule is given.
 
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SOURCE_MISSING,
             DISTRIBUTION_UNSPECIFIED, SHAPE_MISMATCH, NON_FINITE, VECTOR_SPACE_MISMATCH,
-            INPUT_MISSING, SESSION_EXPIRED, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
+            INPUT_MISSING, SESSION_EXPIRED, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID,
+            MODULES_INVALID, MODULE_NOT_FOUND, MODULE_UNSUPPORTED.
         BackendError: VECTOR_MEMORY.
     """
     name = checkpoint_name(project, checkpoint)
@@ -110,8 +124,11 @@ async def create(
             held.enter_context(deps.checkpoints.hold(name))
             if data_batch:
                 held.enter_context(deps.batches.hold(parse(data_batch, "dataBatches")))
-            num_elements, outputs, selection = await space_of(deps, name, data_batch, parameters)
             space_dtype = check_dtype(dtype)
+            activation = activation_of(module, of_input=of_input, field="module")
+            num_elements, outputs, selection = await space_of(
+                deps, name, data_batch, parameters, activation, space_dtype
+            )
 
             def new(recipe: Recipe | None) -> Vector:
                 return deps.vectors.new(
@@ -128,15 +145,27 @@ async def create(
 
 
 async def space_of(
-    deps: Dependencies, checkpoint: Name, data_batch: str, parameters: Sequence[str]
+    deps: Dependencies,
+    checkpoint: Name,
+    data_batch: str,
+    parameters: Sequence[str],
+    activation: Activation | None,
+    dtype: Dtype,
 ) -> tuple[int, Outputs | None, Selection]:
     """Resolve a space: the length of its vectors, their outputs (or None), and their parameters.
 
     Raises:
-        ServiceError: RESOURCE_NOT_FOUND, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
+        ServiceError: RESOURCE_NOT_FOUND, PARAMETERS_NOT_FOUND, PARAMETERS_INVALID,
+            MODULES_INVALID, MODULE_NOT_FOUND, MODULE_UNSUPPORTED.
     """
     found = await deps.checkpoints.get(checkpoint)
     if not data_batch:
+        if activation is not None:
+            raise ServiceError(
+                "MODULES_INVALID",
+                "An activation is one on a batch; name that, or leave module empty.",
+                field="module",
+            )
         selection = select_parameters(found, parameters)
         numel = sum(math.prod(tensor.shape) for tensor in parameters_of(found, selection))
         return numel, None, selection
@@ -149,7 +178,18 @@ async def space_of(
     name = parse(data_batch, "dataBatches")
     if name.project != checkpoint.project:
         raise not_found(data_batch, "data batch")
-    outputs = outputs_of(found, await deps.batches.get(name))
+    batch = await deps.batches.get(name)
+    if activation is None:
+        outputs = outputs_of(found, batch)
+    else:
+        space = Space(
+            checkpoint_dir=deps.state_dir.checkpoint(checkpoint.id),
+            dtype=dtype,
+            outputs_on=deps.batches.path(batch),
+            activation=activation,
+        )
+        shape = await deps.operators.activations.shape(space, "module")
+        outputs = Outputs(batch=name, shape=shape, activation=activation)
     return math.prod(outputs.shape), outputs, ALL_PARAMETERS
 
 

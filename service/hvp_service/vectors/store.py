@@ -106,6 +106,7 @@ class VectorStore:
             lifetime=lifetime,
             batch_id="" if outputs is None else outputs.batch.id,
             output_shape=() if outputs is None else outputs.shape,
+            activation=None if outputs is None else outputs.activation,
             selection=selection if outputs is None else ALL_PARAMETERS,
         )
 
@@ -117,6 +118,7 @@ class VectorStore:
             # A batch's id is its blob's.
             outputs_on=self._state_dir.blob(vector.batch_id) if vector.batch_id else None,
             parameters=vector.selection.names,
+            activation=vector.activation,
         )
 
     def file(self, vector: Vector) -> Path:

@@ -15,6 +15,7 @@ from hvp_service.blobs.service import resolve_range
 from hvp_service.blobs.store import Piece, read_range
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
+from hvp_service.operators.activations import activation_of
 from hvp_service.operators.resolver import check_dtype
 from hvp_service.uploads.file import UploadFile, disk_full
 from hvp_service.vectors.rows import Vector
@@ -41,6 +42,8 @@ async def write(
     session: str = "",
     data_batch: str = "",
     parameters: Sequence[str] = (),
+    module: str = "",
+    of_input: bool = False,
 ) -> Vector:
     """Make a vector from elements that come in one stream, in a session or in none.
 
@@ -49,10 +52,9 @@ async def write(
     """
     # The session is held from the first element on: it must not expire in a slow stream.
     async with deps.sessions.using(project, session):
-        source = await receive(deps, project, checkpoint, dtype, pieces, data_batch, parameters)
-        return await _write(
-            deps, project, checkpoint, dtype, request_id, source, session, data_batch, parameters
-        )
+        space = data_batch, parameters, module, of_input
+        source = await receive(deps, project, checkpoint, dtype, pieces, *space)
+        return await _write(deps, project, checkpoint, dtype, request_id, source, session, *space)
 
 
 async def _write(
@@ -65,11 +67,13 @@ async def _write(
     session: str,
     data_batch: str,
     parameters: Sequence[str],
+    module: str,
+    of_input: bool,
 ) -> Vector:
+    space = data_batch, parameters, module, of_input
+
     async def respond() -> bytes:
-        made = await create(
-            deps, project, checkpoint, dtype, source, session, data_batch, parameters
-        )
+        made = await create(deps, project, checkpoint, dtype, source, session, *space)
         return str(made.name).encode()
 
     try:
@@ -78,6 +82,7 @@ async def _write(
             (project, "WriteVector", request_id),
             "\0".join(
                 [checkpoint, dtype, source.sha256, session, data_batch, *parameters]
+                + ([module, str(of_input)] if module else [])
             ).encode(),
             respond,
         )
@@ -94,6 +99,8 @@ async def receive(
     pieces: AsyncIterator[VectorPiece],
     data_batch: str = "",
     parameters: Sequence[str] = (),
+    module: str = "",
+    of_input: bool = False,
 ) -> FileSource:
     """Take the elements of a vector that come in one stream into a temporary file.
 
@@ -102,11 +109,14 @@ async def receive(
     Raises:
         ServiceError: RESOURCE_NOT_FOUND, DTYPE_UNSUPPORTED, SHAPE_MISMATCH,
             CHUNK_CHECKSUM_MISMATCH, CHUNK_TOO_LARGE, WRITE_OFFSET_GAP, DISK_FULL,
-            PARAMETERS_NOT_FOUND, PARAMETERS_INVALID.
+            PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, MODULES_INVALID, MODULE_NOT_FOUND,
+            MODULE_UNSUPPORTED.
     """
     owner = checkpoint_name(project, checkpoint)
-    num_elements, *_ = await space_of(deps, owner, data_batch, parameters)
-    item = ITEM_BYTES[check_dtype(dtype)]
+    known = check_dtype(dtype)
+    activation = activation_of(module, of_input=of_input, field="create.module")
+    num_elements, *_ = await space_of(deps, owner, data_batch, parameters, activation, known)
+    item = ITEM_BYTES[known]
     expected = num_elements * item
     free = shutil.disk_usage(deps.state_dir.root).free
     if expected > free:

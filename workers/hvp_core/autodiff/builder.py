@@ -53,7 +53,7 @@ class ExecutorBuilder:
     def __init__(self, chain: Chain, settings: ComputeSettings):
         self._settings = settings
         self._prepare = COMPILER if settings.compile else None
-        self._looks = _looks.setdefault(chain, Looks())
+        self._looks = _looks.setdefault(chain.origin, Looks())
         #: For each block that is not cut or not traced, why.
         self.fallbacks: dict[str, str] = {}
         #: For each block whose code calls for a remark, the remark.

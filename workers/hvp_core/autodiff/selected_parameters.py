@@ -44,17 +44,24 @@ class SelectedParameters:
         space: Space of the vectors, which have all of the model's parameters or some.
 
     Attributes:
-        first: Index of the first block that uses a selected parameter; where none does, index of
-            the last block.
+        first: Index of the first block that has a derivative: that uses a selected parameter or,
+            where the chain's input moves, the first. Where none does, index of the last block.
     """
 
     def __init__(self, chain: Chain, space: ParameterSpace):
         selected = {parameter.name for parameter in space.layout.parameters}
         of = [selected.intersection(block.parameters) for block in chain.blocks]
         self.first = min((i for i, names in enumerate(of) if names), default=len(of) - 1)
+        if chain.input_moves:
+            self.first = 0
         #: The blocks, in their order.
         self.links = [
-            Link(block.name, block.parameters, names, index <= self.first)
+            Link(
+                block.name,
+                block.parameters,
+                names,
+                index <= self.first and not chain.input_moves,
+            )
             for index, (block, names) in enumerate(zip(chain.blocks, of, strict=True))
         ]
 

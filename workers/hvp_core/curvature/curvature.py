@@ -7,12 +7,13 @@ summed over the ranks and cut into shards as soon as it is known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from hvp_core.autodiff.executor import ParamsAndTangents
 from hvp_core.autodiff.product_spec import (
     CENTRED,
     GRADIENT,
@@ -26,6 +27,7 @@ from hvp_core.autodiff.product_spec import (
     Unit,
     matrix,
 )
+from hvp_core.autodiff.sums import Sums
 from hvp_core.blame import InStep, raise_first
 from hvp_core.curvature.drawn_labels import DrawnLabels, uniform_numbers
 from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
@@ -36,13 +38,14 @@ from hvp_core.curvature.nonfinite import first_non_finite_block
 from hvp_core.curvature.passage import Passage
 from hvp_core.curvature.retention import BlockRetention
 from hvp_core.curvature.shards import Results
-from hvp_core.curvature.sweep import ParameterFeed
+from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain, MicroBatch, placed, rows
+from hvp_core.model.places import Observed, Observer, Place
 from hvp_core.precision import compute_dtype, matmuls
 from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.output_space import OutputSpace
-from hvp_core.vectors.space import ParameterSpace
+from hvp_core.vectors.space import ParameterSpace, ShardedSpace
 
 
 @final
@@ -62,10 +65,12 @@ class Curvature:
             `ParameterSpace.part`); all other parameters are constants. None: vectors of all.
         labels: Labels drawn from the model for the same cut of the batch, which a Fisher matrix is
             to have; None: it draws its own.
+        recorded: Further fields of each of this rank's micro-batches, where the chain has any.
 
     Attributes:
         space: Space of the vectors.
         labels: The labels that Fisher matrices have.
+        theta_space: Space of all parameters, of which `parameters` is the point.
 
     Raises:
         CurvatureError: NO_TARGETS: no target of the batch counts; MICRO_BATCH_INVALID: the size is
@@ -82,6 +87,7 @@ class Curvature:
         settings: ComputeSettings | None = None,
         selected: ParameterSpace | None = None,
         labels: DrawnLabels | None = None,
+        recorded: Sequence[Mapping[str, Tensor]] = (),
     ):
         if micro_batch_size < 1:
             raise CurvatureError(
@@ -89,7 +95,7 @@ class Curvature:
             )
         self.chain = chain
         self.space = selected or space
-        self._theta_space = space
+        self.theta_space = space
         self.settings = settings or ComputeSettings()
         self.num_targets = chain.loss.weight(batch.targets)
         if self.num_targets == 0:
@@ -107,6 +113,11 @@ class Curvature:
             placed(rows(batch, each.start, each.stop), space.device, self._dtype)
             for each in self._row_ranges
         ]
+        if recorded:
+            self._batches = [
+                MicroBatch(inputs={**each.inputs, **more}, targets=each.targets)
+                for each, more in zip(self._batches, recorded, strict=True)
+            ]
         pair = chain.pair(batch)
         self.labels = labels or DrawnLabels(self.draw)
         self._executors = ExecutorTable(
@@ -121,6 +132,7 @@ class Curvature:
         )
         self._passage = Passage(chain, self._batches, self._executors)
         self._output_space: OutputSpace | None = None
+        self._input_space: OutputSpace | None = None
         self._probes: dict[int, list[Tensor]] = {}
         self._exchange = Exchange(space.collective, self._executors.notes)
         self._mean = MeanGradient(self.space, self.gradient, chain.loss, batch.targets)
@@ -140,7 +152,7 @@ class Curvature:
     def _take(self, parameters: Tensor) -> None:
         self._parameters = parameters
         self._feed = ParameterFeed(
-            self._theta_space, self.chain.blocks, parameters.to(self._dtype), self.space
+            self.theta_space, self.chain.blocks, parameters.to(self._dtype), self.space
         )
         self._drop()
 
@@ -377,26 +389,47 @@ class Curvature:
         if self._output_space is None:
             with matmuls(self.settings.precision):
                 self._executors.prepare(OUTPUT_JVP, self._feed)
-            shapes = self.space.collective.gather_objects(self._executors.output_shape)
-            shape = next(each for each in shapes if each is not None)
-            self._output_space = OutputSpace(
-                self._num_rows,
-                shape,
-                self._row_ranges,
-                self.space.collective,
-                self.space.dtype,
-                self.space.device,
-            )
+            self._output_space = self.space_of_rows(self._executors.output_shape)
         return self._output_space
+
+    @property
+    def input_space(self) -> ShardedSpace:
+        """The space of the vectors that `jvp` takes: `space` or, where that moves, the input's.
+
+        The space is found at the first call, which all ranks make together.
+        """
+        if not self.chain.input_moves:
+            return self.space
+        if self._input_space is None:
+            shapes = [self.chain.first_input(each).shape[1:] for each in self._batches]
+            self._input_space = self.space_of_rows(shapes[0] if shapes else None)
+        return self._input_space
+
+    def space_of_rows(self, shape: Sequence[int] | None) -> OutputSpace:
+        """The space of tensors with a row of this shape for each row of the batch.
+
+        Args:
+            shape: The shape of a row; None on a rank that has no row.
+        """
+        shapes = self.space.collective.gather_objects(shape)
+        return OutputSpace(
+            self._num_rows,
+            next(each for each in shapes if each is not None),
+            self._row_ranges,
+            self.space.collective,
+            self.space.dtype,
+            self.space.device,
+        )
 
     def jvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """J v for each v, J = ∂(outputs)/∂θ, of every position, whether its label counts or not.
 
-        The outputs are what the loss is given: a language model's logits. Memory: the results, and
-        pieces of the last block. Cost for K vectors: 1 + 2K GEMM passes.
+        The outputs are what the loss is given: a language model's logits. Where the chain's input
+        moves, J is the derivative by that. Memory: the results, and pieces of the last block. Cost
+        for K vectors: 1 + 2K GEMM passes, 1 + K where θ is constant.
 
         Args:
-            vectors: Shards, as for `product`.
+            vectors: Vectors of `input_space`: shards, as for `product`, or this rank's rows.
 
         Returns:
             Vectors of `output_space`, (local,): each rank has those of its own rows.
@@ -410,15 +443,13 @@ class Curvature:
         return found
 
     def vjp(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Jᵀ u for each u of the `output_space`, J as for `jvp`.
-
-        Cost for K vectors: 1 + 2K GEMM passes.
+        """Jᵀ u for each u of the `output_space`, J as for `jvp`, at the same cost.
 
         Args:
             outputs: Vectors (local,), this rank's rows.
 
         Returns:
-            This rank's shards, (shard_numel,) of the parameter space's type.
+            Vectors of `input_space`.
 
         Raises:
             CurvatureError: NON_FINITE.
@@ -426,7 +457,43 @@ class Curvature:
         space = self.output_space
         if not outputs:
             return []
-        return self._product(OUTPUT_VJP, [], given=[space.by_row(each) for each in outputs])
+        given = [space.by_row(each) for each in outputs]
+        if not self.chain.input_moves:
+            return self._product(OUTPUT_VJP, [], given=given)
+        assert isinstance(self.input_space, OutputSpace)
+        found = [self.input_space.zeros() for _ in outputs]
+        of_input = [self.input_space.by_row(each) for each in found]
+        self._product(OUTPUT_VJP, [], given=given, of_input=of_input)
+        return found
+
+    def observe(self, index: int, places: Sequence[Place]) -> list[Observed]:
+        """A block's input, and activations inside it, of each of this rank's micro-batches.
+
+        Cost: 1 GEMM pass over the data, up to this block. All ranks call it together.
+
+        Args:
+            index: Index of the block.
+            places: The activations; those that the block does not make are left out.
+
+        Raises:
+            CurvatureError: MODULE_UNSUPPORTED: an activation is not one tensor; the errors of a
+                block's code.
+        """
+        step, found = InStep(), list[Observed]()
+
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+            for batch, x in enumerate(step.live(xs)):
+                observer = Observer(self.chain, places, len(x))
+                if places:
+                    observer.run(self._executors.body(index, batch, True), weights.p, x)
+                found.append(Observed(x, observer.seen))
+
+        with matmuls(self.settings.precision), torch.no_grad():
+            self._executors.prepare(LOSS, self._feed)
+            xs = self._passage.inputs_of(index, self._feed, step)
+            sweep(self._feed, [index], visit, lambda block: step.on(block.name, "its activations"))
+        raise_first(self.space.collective.gather_objects(step.failure))
+        return found
 
     def notes(self) -> dict[str, str]:
         """How products were computed, for whoever wants to reproduce or explain them.
@@ -445,6 +512,7 @@ class Curvature:
         *,
         borrow: bool = False,
         given: Sequence[Tensor] = (),
+        of_input: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Products that go back: one without vectors, or one with each vector."""
         if spec.passes.forward == "tangent" and not vectors:
@@ -462,9 +530,9 @@ class Curvature:
                 dtypes = [self.space.dtype for _ in given] or self._dtypes(vectors)
                 into = Results(self.space, dtypes)
                 results = self._passage.there_and_back(
-                    spec, choices, self._feed, tangents, into, step, given
+                    spec, choices, self._feed, tangents, into, step, given, of_input
                 )
-        self._agree(results, f"the {spec.title}", step)
+        self._agree([*results, *of_input], f"the {spec.title}", step)
         return results
 
     def _measure(
@@ -478,7 +546,12 @@ class Curvature:
             self._executors.prepare(spec, self._feed)
             choices = self._executors.choose(spec, len(vectors))
             tangents = [vector.to(self._dtype) for vector in vectors]
-            self._passage.there(spec, choices, self._feed, tangents, into, step)
+            x_dots: list[Tensor] = []
+            if self.chain.input_moves:  # of the parameters there are none
+                assert isinstance(self.input_space, OutputSpace)
+                x_dots = [self.input_space.by_row(each) for each in vectors]
+                tangents = [self.space.zeros(self._dtype) for _ in vectors]
+            self._passage.there(spec, choices, self._feed, tangents, into, step, x_dots)
         self._agree(into, f"the {spec.title}", step)
 
     def _numbers(self, spec: ProductSpec, vectors: Sequence[Tensor]) -> list[float]:
@@ -543,7 +616,8 @@ class Curvature:
         if fine:
             return
         self._drop()
-        self.loss()  # says which block, if the loss itself is at fault
+        if self.chain.ends_in_loss:
+            self.loss()  # says which block, if the loss itself is at fault
         raise CurvatureError(
             "NON_FINITE", f"{what} is not finite although the loss is; use float64"
         )

@@ -172,6 +172,12 @@ class Passage:
 
         sweep(feed, blocks, value, lambda block: step.on(block.name, "its value"))
 
+    def inputs_of(self, index: int, feed: ParameterFeed, step: InStep) -> list[Tensor]:
+        """Each micro-batch's input of a block."""
+        xs = [self._chain.first_input(batch) for batch in self._batches]
+        self._values(range(index), xs, feed, step)
+        return xs
+
     def _up_to_what_moves(self, feed: ParameterFeed, step: InStep) -> list[Tensor]:
         """Each micro-batch's input of the first block that has a derivative.
 
@@ -192,6 +198,7 @@ class Passage:
         results: Results,
         step: InStep,
         given: Sequence[Tensor] = (),
+        of_input: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Compute the products: forward, through the last block, and backward.
 
@@ -204,6 +211,8 @@ class Passage:
             step: Keeps this rank in step where it fails.
             given: For each probe a cotangent of the output, this rank's rows of it. Only a product
                 that is given outputs has any.
+            of_input: For each probe zeros, this rank's rows, for the cotangents of the chain's
+                first input; where that moves.
 
         Returns:
             This rank's shards of the products.
@@ -236,6 +245,10 @@ class Passage:
             tangents,
             results,
         )
+        for batch, cotangent in enumerate(step.live(cotangents) if of_input else ()):
+            for whole, x_bar in zip(of_input, cotangent.dots, strict=True):
+                if x_bar is not None:
+                    self._rows(whole, batch).copy_(x_bar)
         return results.finish()
 
     def there(
@@ -246,6 +259,7 @@ class Passage:
         tangents: Sequence[Tensor],
         into: Sequence[Tensor],
         step: InStep,
+        x_dots: Sequence[Tensor] = (),
     ) -> None:
         """Go forward alone, and write down what the product measures.
 
@@ -257,8 +271,10 @@ class Passage:
             into: For each probe zeros to fill, for this rank's rows: (rows,) float64, or a tensor
                 like the output.
             step: Keeps this rank in step where it fails.
+            x_dots: For each probe a tangent of the chain's first input, this rank's rows; where
+                that moves.
         """
-        xs, dots, _ = self._forward(spec, choices, feed, tangents, step)
+        xs, dots, _ = self._forward(spec, choices, feed, tangents, step, x_dots)
 
         def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
             for batch, x in enumerate(step.live(xs)):
@@ -280,10 +296,14 @@ class Passage:
         feed: ParameterFeed,
         tangents: Sequence[Tensor],
         step: InStep,
+        x_dots: Sequence[Tensor] = (),
     ) -> _Front:
         """Go up to the last block: its inputs, their tangents in each probe, and all residuals."""
         xs = self._up_to_what_moves(feed, step)
-        dots: list[list[Tensor | None]] = [[None for _ in tangents] for _ in xs]
+        dots: list[list[Tensor | None]] = [
+            [self._rows(each, batch).to(x.dtype) for each in x_dots] or [None for _ in tangents]
+            for batch, x in enumerate(xs)
+        ]
         residuals_of: dict[tuple[int, int], Residuals] = {}
         kept = self._kept if spec.passes == self._kept_passes else {}
 

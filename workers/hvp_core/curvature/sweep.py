@@ -50,6 +50,9 @@ class ParameterFeed:
             tangents: Vectors, this rank's shards.
         """
         block = self.blocks[index]
+        if not block.parameters:
+            yield ParamsAndTangents({}, [{} for _ in tangents])
+            return
         with (
             gathered(self.space, index, block, [self._theta]) as (p,),
             gathered(self._vectors, index, block, tangents) as vs,

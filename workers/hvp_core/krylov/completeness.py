@@ -79,16 +79,21 @@ class Recurrence:
             total += now * now
         return total
 
-    def bound(self, failure: float) -> float:
+    def bound(self, failure: float, within: float = 0.0) -> float:
         """A bound beyond which B has no eigenvalue, but with probability `failure`.
 
         It is infinite where the run is too short to give one.
+
+        Args:
+            failure: The probability.
+            within: A bound is looked for up to here at least; also one far above what the run has
+                seen is of use, if the wanted eigenvalues are larger still.
         """
         if not self.alphas:
             return math.inf
         target = 2 * self.dimension / (math.pi * failure**2)
         low = max(self.alphas)
-        high = low + 4 * max(map(abs, (*self.alphas, *self.betas)))
+        high = max(within, low + 4 * max(map(abs, (*self.alphas, *self.betas))))
         if not self.reaches(high, target):
             return math.inf
         for _ in range(_HALVINGS):

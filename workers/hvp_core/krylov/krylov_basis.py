@@ -91,6 +91,37 @@ def orthogonalise(
     return first, second
 
 
+def random_unit(space: VectorSpace, known: Tensor, seed: int, number: int) -> tuple[Tensor, int]:
+    """A random unit vector outside orthonormal ones.
+
+    Args:
+        space: Space of the vectors.
+        known: The orthonormal vectors, (m, local).
+        seed: Seed from which the seeds of all random vectors are derived.
+        number: Number of the first random vector to look at.
+
+    Returns:
+        The vector (local,), orthogonal to them to rounding, and the number that it has.
+
+    Raises:
+        CurvatureError: NON_FINITE: an inner product is not finite, or no random vector has a part
+            outside them.
+    """
+    for drawn in range(number, number + _MOST_STARTS):
+        w = space.random(derived_seed(seed, drawn), "gaussian")
+        for _ in range(_PASSES):
+            w = w / finite_norm(space, w)
+            w.addmv_(known.T, finite_dots(space, known, w).to(w), alpha=-1)
+        norm = finite_norm(space, w)
+        if norm > 0.5:  # it kept its length through the last pass: orthogonal to rounding
+            return w / norm, drawn
+    raise CurvatureError(
+        "NON_FINITE",
+        f"none of {_MOST_STARTS} random vectors has a part outside {len(known)} basis vectors of a "
+        f"space of {space.dimension} dimensions: inner products are wrong; use float64",
+    )
+
+
 @exact_products()
 def rotate(rows: Tensor, vectors: Tensor) -> None:
     """Set rows[:r] to vectorsᵀ @ rows, in place.
@@ -255,21 +286,8 @@ class KrylovBasis:
             self.leaks = torch.cat((self.leaks, coupling[None]))
         self.T[self.size, :] = self.T[:, self.size] = 0
         self.origin = self.size
-        known = self.rows[: self.size]
-        for _ in range(_MOST_STARTS):
-            self.num_starts += 1
-            w = space.random(derived_seed(self.seed, self.num_starts), "gaussian")
-            for _ in range(_PASSES):
-                w = w / finite_norm(space, w)
-                w.addmv_(known.T, finite_dots(space, known, w).to(w), alpha=-1)
-            norm = finite_norm(space, w)
-            if norm > 0.5:  # it kept its length through the last pass: orthogonal to rounding
-                torch.div(w, norm, out=self.rows[self.size])
-                return
-        raise CurvatureError(
-            "NON_FINITE",
-            f"none of {_MOST_STARTS} random vectors has a part outside {self.size} basis vectors "
-            f"of a space of {self.dimension} dimensions: inner products are wrong; use float64",
+        self.rows[self.size], self.num_starts = random_unit(
+            space, self.rows[: self.size], self.seed, self.num_starts + 1
         )
 
     def compress(self, values: Tensor, vectors: Tensor) -> None:

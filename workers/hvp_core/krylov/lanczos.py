@@ -13,14 +13,8 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from hvp_operations.eigsh import (
-    WORKING_VECTORS,
-    Completeness,
-    EigshProgress,
-    EigshResult,
-    EigshSpec,
-    Outcome,
-)
+from hvp_operations.certificates import Completeness, Outcome
+from hvp_operations.eigsh import WORKING_VECTORS, EigshProgress, EigshResult, EigshSpec
 
 from hvp_core.krylov.krylov_basis import KrylovBasis, rounding
 from hvp_core.krylov.lanczos_search import FAILURE, LanczosSearch

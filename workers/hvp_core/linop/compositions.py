@@ -1,4 +1,4 @@
-"""Operators made of operators: multiples, sums, shifts, and what a diagonal preconditions."""
+"""Operators made of operators: multiples, sums, shifts, transposes, preconditioned ones."""
 
 from __future__ import annotations
 
@@ -292,3 +292,36 @@ class Preconditioned(LinearOperator):
     def _exact(self) -> LinearOperator | None:
         exact = self._operator.exact()
         return exact and Preconditioned(exact, self._root)
+
+
+@final
+class Transposed(LinearOperator):
+    """The transpose Aᵀ of an operator that has products with it.
+
+    Args:
+        operator: A.
+    """
+
+    def __init__(self, operator: LinearOperator):
+        self.domain, self.codomain = operator.codomain, operator.domain
+        self.symmetric, self.noise = operator.symmetric, operator.noise
+        self.semidefinite = operator.semidefinite
+        self.most_together = operator.most_together
+        self._operator = operator
+
+    def apply(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        """See LinearOperator."""
+        return self._operator.apply_transposed(vectors, borrow=borrow)
+
+    def apply_transposed(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        """See LinearOperator."""
+        return self._operator.apply(vectors, borrow=borrow)
+
+    def exact(self) -> LinearOperator | None:
+        """The transpose of the exact operator."""
+        return self._exact
+
+    @cached_property
+    def _exact(self) -> LinearOperator | None:
+        exact = self._operator.exact()
+        return exact and Transposed(exact)

@@ -14,7 +14,8 @@ class LinearOperator(ABC):
     """A linear operator from one space to another, known by its products alone.
 
     Laws, each to `noise` relative to the operator's norm, or to `size` where that is larger:
-    A(au + bv) = aAu + bAv; where `symmetric`, u·Av = v·Au; where `semidefinite`, v·Av ≥ 0.
+    A(au + bv) = aAu + bAv; u·Av = v·Aᵀu, and where `symmetric`, u·Av = v·Au; where `semidefinite`,
+    v·Av ≥ 0.
 
     Attributes:
         domain: The space of its arguments.
@@ -57,6 +58,23 @@ class LinearOperator(ABC):
         Returns:
             K vectors of the codomain, (local,) each.
         """
+
+    def apply_transposed(self, vectors: Sequence[Tensor], *, borrow: bool = False) -> list[Tensor]:
+        """The products of the transpose with K vectors at once.
+
+        Args:
+            vectors: K vectors of the codomain, (local,) each; read, never written to.
+            borrow: As for `apply`.
+
+        Returns:
+            K vectors of the domain, (local,) each. By default those of `apply`.
+
+        Raises:
+            TypeError: The operator is not symmetric, and has no products with its transpose.
+        """
+        if not self.symmetric:
+            raise TypeError(f"{type(self).__name__} has no products with its transpose")
+        return self.apply(vectors, borrow=borrow)
 
     def forms(self, vectors: Sequence[Tensor]) -> list[float] | None:
         """v·Av for K vectors at once, by a rule that takes less work than their products.

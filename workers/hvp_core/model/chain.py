@@ -132,6 +132,10 @@ class Chain(ABC):
         notes: How the model was taken apart; `Curvature.notes` includes these notes.
         positions_at_once: Number of positions in each piece, for a chain whose last block takes its
             input in pieces; None chooses by memory.
+        module: The model that the chain was made of. Its parameters may be on the meta device.
+        input_moves: Derivatives are taken by the first input, which is no data, and by no
+            parameter.
+        ends_in_loss: The loss is one of the last block's output.
     """
 
     blocks: Sequence[Block]
@@ -139,6 +143,14 @@ class Chain(ABC):
     loss: Loss
     notes: Mapping[str, str] = MappingProxyType({})
     positions_at_once: int | None = None
+    module: nn.Module
+    input_moves: bool = False
+    ends_in_loss: bool = True
+
+    @property
+    def origin(self) -> Chain:
+        """The chain whose blocks these are: this one, unless it is a part of another."""
+        return self
 
     @abstractmethod
     def context(self, batch: MicroBatch) -> Any:
@@ -162,6 +174,22 @@ class Chain(ABC):
     def pieces(self, x: Tensor) -> list[slice]:
         """Slices of x's dimension 1 that may go through the last block one by one; [] for none."""
         return []
+
+    def blocks_with(self, module: str) -> Sequence[int]:
+        """Indices of the blocks that may run a submodule, by its name in the model.
+
+        By default those whose name the submodule's begins with, and all others that are no part of
+        the model by their name.
+        """
+        parts = {name for name, _ in self.module.named_modules()}
+        inside = [
+            index
+            for index, block in enumerate(self.blocks)
+            if block.name in parts and f"{module}.".startswith(f"{block.name}.")
+        ]
+        return inside or [
+            index for index, block in enumerate(self.blocks) if block.name not in parts
+        ]
 
 
 def refuse_train_mode(module: nn.Module) -> None:
@@ -351,6 +379,7 @@ class ModuleChain(Chain):
 
     def __init__(self, module: nn.Module, loss: Loss, inputs: Sequence[str] = ("x",)):
         refuse_train_mode(module)
+        self.module = module
         self.loss = loss
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self._inputs = tuple(inputs)

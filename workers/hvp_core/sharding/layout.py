@@ -9,6 +9,7 @@ that inner products need not know of it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,22 @@ class Layout:
             return self
         users = [[name for name in user if name in shapes] for user in self._users]
         return Layout(shapes, users, self.world_size)
+
+    def for_blocks(self, users: Sequence[Iterable[str]]) -> Layout:
+        """The same cut for other blocks of the same model, such as a part of a chain.
+
+        Args:
+            users: Names of the parameters of each of these blocks; any that this layout lacks are
+                left out.
+        """
+        found = copy.copy(self)
+        of = {
+            each.name: i for i, segment in enumerate(self.segments) for each in segment.parameters
+        }
+        found.block_segments = tuple(
+            tuple(sorted({of[name] for name in names if name in of})) for names in users
+        )
+        return found
 
     def _cut(self, groups: list[list[Parameter]]) -> Iterator[Segment]:
         shard_offset = 0

@@ -319,3 +319,9 @@ class ParameterSpace(ShardedSpace):
         if layout is self.layout:
             return self
         return ParameterSpace(layout, self.collective, self.dtype, self.device)
+
+    def for_blocks(self, users: Sequence[Sequence[str]]) -> ParameterSpace:
+        """The same vectors, for a chain of other blocks; see `Layout.for_blocks`."""
+        return ParameterSpace(
+            self.layout.for_blocks(users), self.collective, self.dtype, self.device
+        )

@@ -82,6 +82,7 @@ class LayeredChain(Chain):
         head: OutputHead = LANGUAGE,
     ):
         refuse_train_mode(model)
+        self.module = model
         self.loss, self._unit = head.loss, head.unit
         self.notes: dict[str, str] = {}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
