@@ -125,6 +125,8 @@ def _docstring(operation: Operation[Any]) -> str:
     told = attributes(operation.spec)
     for each in operation.inputs:
         told[each.field] += f" {_GIVEN[each.most > 1]}"
+        if each.taken_from:
+            told[each.field] += f" A result stands for its `{each.taken_from}`."
     told["labels"] = "Kept with the job."
     refused = ", ".join(f"`{reason}`" for reason in sorted(reasons(operation)))
     missing = ", `INPUT_MISSING`" if operation.inputs else ""

@@ -102,6 +102,9 @@ class Input:
         most: The most vectors that can be named.
         numbers: Name of the spec's field of numbers that go with the vectors, one with each; ""
             where there is none. The SDK takes a `Spectral` for both.
+        taken_from: Field of the operation's result whose vectors serve as such an input: those of a
+            result in the place of vectors, and of the job that an extension goes on from; "" for
+            none.
     """
 
     field: str
@@ -109,6 +112,7 @@ class Input:
     least: int = 1
     most: int = 1
     numbers: str = ""
+    taken_from: str = ""
 
 
 class Spectral(ABC):
@@ -118,6 +122,26 @@ class Spectral(ABC):
     @abstractmethod
     def spectral(self) -> tuple[Sequence[Any], Sequence[float]]:
         """The vectors, and their numbers in the same order."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Extension(Generic[SpecT]):
+    """What a job may change that goes on from the result of another one.
+
+    Attributes:
+        fields: Fields of the spec that may differ.
+        refusal: Says, of the extension's spec and the earlier result, why there is nothing to go on
+            from and what to do, as a sentence; "" where there is something.
+        takes_result: Whether the algorithm needs the earlier result (`Budget.earlier`); otherwise
+            the vectors of `Input.taken_from` are all.
+        new_seed: Whether the seed has to differ, and the SDK counts it up.
+    """
+
+    fields: tuple[str, ...]
+    refusal: Callable[[SpecT, Any], str] = lambda spec, result: ""
+    takes_result: bool = False
+    new_seed: bool = False
 
 
 class SpecError(Exception):
@@ -220,6 +244,7 @@ class Operation(Generic[SpecT]):
         record: `module:class` of the SDK's record of a result; imported by clients alone.
         has_picture: Whether the record has `plot(path)`.
         asked_of: Whether it is a question about a symmetric matrix or about a Jacobian.
+        extension: How a job is extended; None where it cannot be.
     """
 
     name: str
@@ -235,6 +260,7 @@ class Operation(Generic[SpecT]):
     inputs: tuple[Input, ...] = ()
     has_picture: bool = False
     asked_of: Literal["matrix", "jacobian"] = "matrix"
+    extension: Extension[SpecT] | None = None
 
     def named(self, spec: SpecT) -> Mapping[str, tuple[str, ...]]:
         """Names of the vectors that a spec names, by field."""

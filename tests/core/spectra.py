@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +86,17 @@ def run(
     semidefinite: bool = False,
     seed: int = 7,
     exact: Callable[[Tensor], Tensor] | str | None = "itself",
+    block_size: int = 1,
+    starts: Sequence[Tensor] = (),
 ) -> Run:
     """Find eigenpairs of a matrix, or of a function on vectors of length n."""
     space = DenseSpace(len(a), a.dtype) if isinstance(a, Tensor) else DenseSpace(n, dtype)
     operator = DenseOperator(a, space, semidefinite=semidefinite, exact=exact)
     algorithm = Eigsh(
-        spec=EigshSpec(k=k, which=which, tol=tol, seed=Seed(seed)),
+        spec=EigshSpec(k=k, which=which, tol=tol, seed=Seed(seed), block_size=block_size),
         max_products=max_products,
         num_vectors=min(num_vectors, space.n),
+        starts=starts,
     )
     reported: list[Advance] = []
     found = drive(algorithm, operator, reported.append)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -18,12 +18,20 @@ from tests.core.spectra import matrix, random, run
 WHICHES: tuple[Which, ...] = ("LA", "SA", "LM", "BE")
 
 
-def claims_are_true(a: Tensor, k: int, which: Which, tol: float, seed: int) -> str:
+def claims_are_true(
+    a: Tensor,
+    k: int,
+    which: Which,
+    tol: float,
+    seed: int,
+    block_size: int = 1,
+    starts: Sequence[Tensor] = (),
+) -> str:
     """Run, and compare everything that the result claims with the dense matrix; the outcome."""
     n = len(a)
     found = run(
         a, k, which, tol=tol, max_products=min(10 * n, 300 + k), num_vectors=max(2 * k + 16, 40),
-        seed=seed,
+        seed=seed, block_size=block_size, starts=starts,
     )  # fmt: skip
     pairs = found.pairs
     true = torch.linalg.eigvalsh(a.double())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.errors import CurvatureError
-from hvp_core.krylov.krylov_basis import rounding
+from hvp_core.krylov.orthogonality import rounding
 from hvp_core.stochastic.density_probe import Probe
 from hvp_core.stochastic.functions import Bracket, Ends, bracket
 from hvp_core.stochastic.quadrature import Jacobi, Rule, share_bounds

@@ -79,6 +79,16 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     pairs = drive(search, operator).result
     found["eigenvalues"] = torch.tensor(pairs.eigenvalues, dtype=torch.float64)
     assert pairs.outcome == "CONVERGED"
+    for name, size, given in (("blocks", 3, ()), ("given vectors", 2, (5, 6, 7))):
+        search = Eigsh(
+            spec=EigshSpec(k=4, which="BE", tol=1e-7, block_size=size),
+            max_products=300,
+            num_vectors=14,
+            starts=[operator.space.random(seed, "gaussian") for seed in given],
+        )
+        block = drive(search, operator).result
+        assert block.outcome == "CONVERGED"
+        found[f"eigenvalues, {name}"] = torch.tensor(block.eigenvalues, dtype=torch.float64)
     positive = ShardedMatrix(matrix(SPECTRUM.abs() + 0.1), collective)
     bs = [operator.space.random(seed, "gaussian") for seed in (1, 2)]
     methods: tuple[Method, ...] = ("cg", "minres")

@@ -32,13 +32,16 @@ def eigsh(
     tol: float,
     num_vectors: int,
     max_products: int,
+    block_size: int = 1,
+    num_starts: int = 0,
 ) -> tuple[set[str], EigshResult]:
     """Compare a run with one whose state goes through bytes: what happened in it, its result."""
     operator = DenseOperator(matrix(spectrum).to(dtype), exact="itself")
     algorithm = Eigsh(
-        spec=EigshSpec(k=k, which=which, tol=tol, seed=Seed(3)),
+        spec=EigshSpec(k=k, which=which, tol=tol, seed=Seed(3), block_size=block_size),
         max_products=max_products,
         num_vectors=num_vectors,
+        starts=[random(len(spectrum), dtype, seed=seed) for seed in range(num_starts)],
     )
     reported, found, last = run(algorithm, operator, interrupted=False)
     others, again, final = run(algorithm, operator, interrupted=True)
@@ -89,6 +92,17 @@ def test_a_search_with_everything_in_it_is_the_same_bit_for_bit(dtype: torch.dty
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 def test_each_end_of_the_spectrum_is_the_same_bit_for_bit(which: Which) -> None:
     eigsh(CLUSTERED, 5, which, torch.float64, 0.0, 40, 300)
+
+
+@pytest.mark.parametrize(("block_size", "num_starts"), [(2, 0), (4, 3), (1, 5)])
+def test_blocks_and_given_vectors_are_the_same_bit_for_bit(
+    block_size: int, num_starts: int
+) -> None:
+    happened, result = eigsh(
+        CLUSTERED, 4, "LA", torch.float64, 1e-4, 14, 400, block_size, num_starts
+    )
+    assert result.outcome == "CONVERGED"
+    assert happened >= {"iterating", "completeness", "verifying", "restarted", "leaked"}
 
 
 def test_a_state_is_only_as_long_as_what_it_knows() -> None:

@@ -44,7 +44,7 @@ POISON: dict[str, tuple[dict[str, Any], str]] = {
         "FAILED",
     ),
     "an-earlier-version": ({"spec": {"k": 2, "which": "BE", "operator": {}}}, "FAILED"),
-    "a-field-more": ({"spec": "+block_size"}, "FAILED"),
+    "a-field-more": ({"spec": "+filter_degree"}, "FAILED"),
     "a-field-more-within": ({"spec": "+operator.selection"}, "FAILED"),
     "another-which": ({"spec": "which=BOTH"}, "FAILED"),
     "no-json": ({"spec": "{damaged"}, "FAILED"),

@@ -64,6 +64,8 @@ class AsyncAsked(AsyncLinearMap):
                 given = values.get(field)
                 if isinstance(given, Spectral) and each.numbers:
                     given, named[each.numbers] = given.spectral
+                if each.taken_from:
+                    given = getattr(given, each.taken_from, given)  # of a result
                 is_left_out = given is None or (isinstance(given, (list, tuple)) and not given)
                 vectors: Sequence[AsyncVector] = ()
                 if not is_left_out:

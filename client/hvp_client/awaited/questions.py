@@ -125,9 +125,14 @@ class AsyncQuestions(ABC):
         max_products: int | None = None,
         seed: int = 0,
         num_lanczos_vectors: int | None = None,
+        block_size: int | None = None,
+        v0: AsyncVector | Sequence[AsyncVector] | Any = None,
         labels: Mapping[str, str] | None = None,
     ) -> AsyncJob[EigshResult[AsyncVector]]:
         """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
+
+        With a block size b > 1 products are taken b at a time, which share what does not depend
+        on their vectors, and b copies of a repeated eigenvalue are found at once.
 
         Args:
             k: Number of eigenpairs, 1 ≤ k ≤ n.
@@ -137,19 +142,26 @@ class AsyncQuestions(ABC):
                 largest Ritz value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
             max_products: Upper bound on products, those that show completeness and those of the
                 final residuals included; None lets the server choose.
-            seed: Seed of the starting vector.
+            seed: Seed of the starting vectors, and of those that show completeness.
             num_lanczos_vectors: Rows of the Krylov basis, more than k where k < n; None lets
                 the server choose by memory.
+            block_size: b, the number of vectors whose products are taken in one call, 1 to 4;
+                None lets the server choose, which takes 1.
+            v0: Vectors to begin with, for example the eigenvectors of an earlier checkpoint;
+                random ones where it is left out. Whatever they are, completeness is shown from
+                random vectors. A vector on the server or a sequence of them, or real numbers
+                (n,) or (n, k), which travel. A result stands for its `eigenvectors`.
             labels: Kept with the job.
 
         Returns:
             The job, queued; `result()` waits for it.
 
         Raises:
-            InvalidArgumentError: `K_INVALID`, `MAX_PRODUCTS_INVALID`,
-                `NUM_LANCZOS_VECTORS_INVALID`, `SEED_INVALID`, `TOL_INVALID`,
-                `WHICH_UNSUPPORTED`.
-            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            InvalidArgumentError: `BLOCK_SIZE_INVALID`, `K_INVALID`, `MAX_PRODUCTS_INVALID`,
+                `NUM_LANCZOS_VECTORS_INVALID`, `SEED_INVALID`, `TOL_INVALID`, `V0_INVALID`,
+                `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`, `WHICH_UNSUPPORTED`.
+            NotFoundError: A vector is gone.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`, `INPUT_MISSING`.
             ResourceExhaustedError: `QUEUE_FULL`.
         """
         return await self._ask(
@@ -161,6 +173,8 @@ class AsyncQuestions(ABC):
                 "max_products": max_products,
                 "seed": seed,
                 "num_lanczos_vectors": num_lanczos_vectors,
+                "block_size": block_size,
+                "v0": v0,
             },
             labels,
         )
@@ -255,7 +269,8 @@ class AsyncQuestions(ABC):
             max_products: Upper bound on products for each right-hand side, those of its
                 residual included; None lets the server choose.
             x0: Start for each right-hand side; zero where it is left out. A vector on the
-                server or a sequence of them, or real numbers (n,) or (n, k), which travel.
+                server or a sequence of them, or real numbers (n,) or (n, k), which travel. A
+                result stands for its `x`.
             preconditioner: Result of `low_rank`; or one vector d with dᵢ ≥ 0 and dᵢ + λ > 0,
                 the diagonal of a matrix near A; or the vectors of a low-rank matrix, with their
                 values. λ is added to it, as to A. A vector on the server or a sequence of them,

@@ -7,8 +7,18 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
 from hvp_operations.certificates import Completeness, Outcome
-from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.checking import FIRST_SEED, Names, Seed
+from hvp_operations.operation import (
+    Cost,
+    Detail,
+    Extension,
+    Facts,
+    Input,
+    Operation,
+    Result,
+    Rule,
+    Table,
+)
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -16,12 +26,18 @@ Which = Literal["LA", "SA", "LM", "BE"]
 MAX_EIGENPAIRS = 10_000
 #: Vectors that a run holds beside its basis and its eigenvectors: the product, its vector, a random
 #: restart, and one to make eigenvectors of the basis.
-WORKING_VECTORS = 4
+_WORKING_VECTORS = 4
+#: More products in one call share little more, and a basis of as many vectors reaches less far.
+MAX_BLOCK_SIZE = 4
+MAX_STARTS = 1024
 
 
 @dataclass(frozen=True)
 class EigshSpec:
     """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
+
+    With a block size b > 1 products are taken b at a time, which share what does not depend on
+    their vectors, and b copies of a repeated eigenvalue are found at once.
 
     Attributes:
         k: Number of eigenpairs, 1 ≤ k ≤ n.
@@ -31,9 +47,13 @@ class EigshSpec:
             value's magnitude, 0 ≤ tol < 1; 0 means the dtype's rounding.
         max_products: Upper bound on products, those that show completeness and those of the final
             residuals included; None lets the server choose.
-        seed: Seed of the starting vector.
+        seed: Seed of the starting vectors, and of those that show completeness.
         num_lanczos_vectors: Rows of the Krylov basis, more than k where k < n; None lets the server
             choose by memory.
+        block_size: b, the number of vectors whose products are taken in one call, 1 to 4; None
+            lets the server choose, which takes 1.
+        v0: Vectors to begin with, for example the eigenvectors of an earlier checkpoint; random
+            ones where it is left out. Whatever they are, completeness is shown from random vectors.
     """
 
     k: int = 6
@@ -43,6 +63,13 @@ class EigshSpec:
     max_products: int | None = None
     seed: Seed = FIRST_SEED
     num_lanczos_vectors: int | None = None
+    block_size: int | None = None
+    v0: Names = ()
+
+    @property
+    def width(self) -> int:
+        """Number of vectors whose products are taken in one call."""
+        return self.block_size or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +152,15 @@ def basis_sizes(spec: EigshSpec, dimension: int) -> tuple[int, int]:
     return min(k + 8, wish), wish
 
 
+def beside_basis(spec: EigshSpec) -> int:
+    """Vectors that a run holds beside the rows of its basis whose products are known."""
+    waiting = max(spec.width, len(spec.v0)) - 1
+    return _WORKING_VECTORS + 2 * (spec.width - 1) + waiting + spec.k
+
+
 def _cost(spec: EigshSpec, facts: Facts) -> Cost:
     least, wish = basis_sizes(spec, facts.num_parameters)
-    beside = WORKING_VECTORS + spec.k
+    beside = beside_basis(spec)
     return Cost(
         max_products=default_max_products(spec, facts.num_parameters),
         least_vectors=least + beside,
@@ -137,8 +170,8 @@ def _cost(spec: EigshSpec, facts: Facts) -> Cost:
 
 
 def _least_basis(spec: EigshSpec, facts: Facts) -> int:
-    """Rows that the smallest basis has: one more than the pairs, or all that there are."""
-    return min(spec.k + 1, facts.num_parameters)
+    """Rows that the smallest basis has: a call's more than the pairs, or all that there are."""
+    return min(spec.k + spec.width, facts.num_parameters)
 
 
 _RULES: tuple[Rule[EigshSpec], ...] = (
@@ -182,6 +215,14 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
         ),
     ),
     Rule(
+        field="block_size",
+        reason="BLOCK_SIZE_INVALID",
+        holds=lambda spec, facts: 1 <= spec.width <= min(MAX_BLOCK_SIZE, facts.num_parameters),
+        allowed=lambda spec, facts: (
+            f"1 to {MAX_BLOCK_SIZE} are possible, and no more than there are parameters"
+        ),
+    ),
+    Rule(
         field="seed",
         reason="SEED_INVALID",
         holds=lambda spec, facts: spec.seed >= 0,
@@ -200,4 +241,9 @@ OPERATION = Operation(
     headline=lambda spec: f"eigsh {spec.which} k={spec.k}",
     algorithm="hvp_core.krylov.lanczos:Eigsh",
     record="hvp_operations.eigsh.record:EigshResult",
+    inputs=(Input(field="v0", least=0, most=MAX_STARTS, taken_from="eigenvectors"),),
+    extension=Extension(
+        fields=("max_products", "tol", "seed", "num_lanczos_vectors", "block_size"),
+        new_seed=True,
+    ),
 )

@@ -7,7 +7,17 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
 from hvp_operations.checking import Names, Numbers
-from hvp_operations.operation import Cost, Detail, Facts, Input, Operation, Result, Rule, Table
+from hvp_operations.operation import (
+    Cost,
+    Detail,
+    Extension,
+    Facts,
+    Input,
+    Operation,
+    Result,
+    Rule,
+    Table,
+)
 
 Method = Literal["auto", "cg", "minres"]
 Outcome = Literal[
@@ -266,7 +276,7 @@ OPERATION = Operation(
     record="hvp_operations.solve.record:SolveResult",
     inputs=(
         Input(field="b", space="codomain", most=MAX_RIGHT_HAND_SIDES),
-        Input(field="x0", space="domain", least=0, most=MAX_RIGHT_HAND_SIDES),
+        Input(field="x0", space="domain", least=0, most=MAX_RIGHT_HAND_SIDES, taken_from="x"),
         Input(
             field="preconditioner",
             space="domain",
@@ -275,4 +285,5 @@ OPERATION = Operation(
             numbers="preconditioner_values",
         ),
     ),
+    extension=Extension(fields=("tol", "max_products")),
 )

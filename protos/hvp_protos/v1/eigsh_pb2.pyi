@@ -23,8 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EigshSpec(_message.Message):
-    """k extremal eigenpairs by thick-restart Lanczos with full reorthogonalisation, verified in float64,
-    and a search from fresh random vectors for what the first one may have missed.
+    """k extremal eigenpairs by thick-restart block Lanczos with full reorthogonalisation, verified in
+    float64, and a search from fresh random vectors for what the first one may have missed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -63,6 +63,8 @@ class EigshSpec(_message.Message):
     MAX_PRODUCTS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NUM_LANCZOS_VECTORS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    V0_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """Number of eigenpairs, 1 <= k <= n."""
     which: Global___EigshSpec.Which.ValueType
@@ -75,11 +77,21 @@ class EigshSpec(_message.Message):
     included; 0 means 10 n or the larger of 300 + k and 3 k, whichever is less.
     """
     seed: _builtins.int
-    """Seed of the starting vector."""
+    """Seed of the starting vectors, and of those that show completeness."""
     num_lanczos_vectors: _builtins.int
     """Rows of the Krylov basis, more than k where k < n; 0 lets the server choose by memory."""
+    block_size: _builtins.int
+    """Number of vectors whose products are taken in one call, 1 to 4; 0 lets the server choose. So
+    many copies of a repeated eigenvalue are found at once.
+    """
     @_builtins.property
     def operator(self) -> _operator_pb2.OperatorSpec: ...
+    @_builtins.property
+    def v0(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of vectors to begin with, such as eigenvectors of an earlier checkpoint; none for random
+        ones. Completeness is shown from random vectors all the same.
+        """
+
     def __init__(
         self,
         *,
@@ -90,10 +102,12 @@ class EigshSpec(_message.Message):
         max_products: _builtins.int = ...,
         seed: _builtins.int = ...,
         num_lanczos_vectors: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        v0: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "max_products", b"max_products", "num_lanczos_vectors", b"num_lanczos_vectors", "operator", b"operator", "seed", b"seed", "tol", b"tol", "which", b"which"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "k", b"k", "max_products", b"max_products", "num_lanczos_vectors", b"num_lanczos_vectors", "operator", b"operator", "seed", b"seed", "tol", b"tol", "v0", b"v0", "which", b"which"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -270,7 +284,8 @@ class EigshResult(_message.Message):
     @_builtins.property
     def ritz_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Ritz values of the first basis, before any restart. With `ritz_weights`, the squared first
-        components of T's eigenvectors, they are the picture of the density.
+        components of T's eigenvectors, they are the picture of the density where the first vector is a
+        random one.
         """
 
     @_builtins.property

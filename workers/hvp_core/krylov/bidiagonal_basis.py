@@ -15,13 +15,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import (
-    finite_norm,
-    orthogonalise,
-    random_unit,
-    rotate,
-    rounding,
-)
+from hvp_core.krylov.krylov_basis import rotate
+from hvp_core.krylov.orthogonality import finite_norm, orthogonalise, random_outside, rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import derived_seed
 from hvp_core.runs.snapshot import vectors_of_the_space
@@ -195,7 +190,12 @@ class BidiagonalBasis:
 
     def _random(self, space: VectorSpace, known: Tensor) -> Tensor:
         self.num_starts += 1
-        vector, drawn = random_unit(space, known, self.seed, self.num_starts)
+        vector, drawn = random_outside(
+            space,
+            known,
+            lambda index: space.random(derived_seed(self.seed, index), "gaussian"),
+            self.num_starts,
+        )
         self.num_starts = drawn
         return vector
 

@@ -1,125 +1,32 @@
 """An orthonormal basis that grows by products, and the operator projected to it.
 
-Every process holds its part of each basis vector, and the whole of the small projected matrix.
-Vectors are made orthogonal to all before them, twice ("twice is enough": Parlett, "The Symmetric
-Eigenvalue Problem", section 6.9). The coefficients are float64, the vectors have the operator's
-dtype.
+Every process holds its part of each basis vector, and the whole of the small projected matrix. The
+coefficients are float64, the vectors have the operator's dtype.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.errors import CurvatureError
+from hvp_core.krylov.orthogonality import (
+    finite_norm,
+    orthogonalise,
+    part_outside,
+    random_outside,
+    rounding,
+)
 from hvp_core.precision import exact_products
 from hvp_core.runs.algorithm import derived_seed
 from hvp_core.runs.snapshot import vectors_of_the_space
 from hvp_core.vectors.vector_space import VectorSpace
 
 _ROTATED = 1 << 16  # columns of the basis rotated at once: a few MiB of working memory
-#: eps to this power is what rounding leaves of a vector that should vanish, relative to ‖T‖: 1e-6
-#: in float32, 5e-14 in float64. A smaller β means that the Krylov space is exhausted.
-_ROUNDING_POWER = 0.85
-_PASSES = 3  # of a random vector against the basis
-_MOST_STARTS = 20  # random vectors looked at before one keeps its length
-
-
-def rounding(eps: float) -> float:
-    """The norm that errors of eps leave of a vector that should vanish, relative to ‖A‖."""
-    return float(eps**_ROUNDING_POWER)
-
-
-def finite_dots(space: VectorSpace, rows: Tensor, vector: Tensor) -> Tensor:
-    """Inner products (m,) float64 of the vectors in `rows` (m, local) with `vector` (local,).
-
-    Raises:
-        CurvatureError: NON_FINITE: an inner product is infinite or NaN.
-    """
-    return finite(space.dots(rows, vector))
-
-
-def finite(numbers: Tensor) -> Tensor:
-    """Numbers that are made of products, if none is infinite or NaN.
-
-    Raises:
-        CurvatureError: NON_FINITE.
-    """
-    if not bool(numbers.isfinite().all()):
-        raise CurvatureError(
-            "NON_FINITE",
-            "an inner product is not finite: a product with the operator overflows or is NaN; use "
-            "float64 or full precision",
-        )
-    return numbers
-
-
-def finite_norm(space: VectorSpace, vector: Tensor) -> float:
-    """Euclidean norm of a whole vector.
-
-    Raises:
-        CurvatureError: NON_FINITE.
-    """
-    return math.sqrt(float(finite_dots(space, vector.unsqueeze(0), vector)[0]))
-
-
-def orthogonalise(
-    space: VectorSpace, known: Tensor, w: Tensor, *, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Take a vector's parts along orthonormal vectors out of it, twice.
-
-    Args:
-        space: Space of the vectors.
-        known: The orthonormal vectors, (m, local).
-        w: The vector, (local,); read only.
-        out: Takes the rest of the vector, (local,).
-
-    Returns:
-        The coefficients (m,) float64 of the first pass, and of the second.
-
-    Raises:
-        CurvatureError: NON_FINITE.
-    """
-    first = finite_dots(space, known, w)
-    torch.addmv(w, known.T, first.to(w), alpha=-1, out=out)
-    second = finite_dots(space, known, out)
-    out.addmv_(known.T, second.to(w), alpha=-1)
-    return first, second
-
-
-def random_unit(space: VectorSpace, known: Tensor, seed: int, number: int) -> tuple[Tensor, int]:
-    """A random unit vector outside orthonormal ones.
-
-    Args:
-        space: Space of the vectors.
-        known: The orthonormal vectors, (m, local).
-        seed: Seed from which the seeds of all random vectors are derived.
-        number: Number of the first random vector to look at.
-
-    Returns:
-        The vector (local,), orthogonal to them to rounding, and the number that it has.
-
-    Raises:
-        CurvatureError: NON_FINITE: an inner product is not finite, or no random vector has a part
-            outside them.
-    """
-    for drawn in range(number, number + _MOST_STARTS):
-        w = space.random(derived_seed(seed, drawn), "gaussian")
-        for _ in range(_PASSES):
-            w = w / finite_norm(space, w)
-            w.addmv_(known.T, finite_dots(space, known, w).to(w), alpha=-1)
-        norm = finite_norm(space, w)
-        if norm > 0.5:  # it kept its length through the last pass: orthogonal to rounding
-            return w / norm, drawn
-    raise CurvatureError(
-        "NON_FINITE",
-        f"none of {_MOST_STARTS} random vectors has a part outside {len(known)} basis vectors of a "
-        f"space of {space.dimension} dimensions: inner products are wrong; use float64",
-    )
+_WARM_SEEDS = 1 << 32  # where the seeds of a run begin that was given its first vectors
 
 
 @exact_products()
@@ -139,22 +46,30 @@ def rotate(rows: Tensor, vectors: Tensor) -> None:
 @final
 @dataclass
 class KrylovBasis:
-    """Rows V of a basis with A Vᵀ = Vᵀ T + v_next cᵀ + Σ vᵢ gᵢᵀ.
+    """Rows V of a basis with A Vᵀ = Vᵀ T + Pᵀ C + Σ vᵢ gᵢᵀ.
 
-    Law: `rows[:size]` are orthonormal, `rows[size]` (v_next) is orthogonal to them, and T is the
-    operator projected to them. The row `T[size, :size]` is c; `leaks` are the gᵢ, of directions
-    vᵢ, unit vectors orthogonal to the rows they leak from, that were given up for a fresh start.
+    Law: the first `size` rows, V, and the `num_pending` rows behind them, P, which wait for their
+    products, are orthonormal, and T is the operator projected to V. The rows of P in `T` are C;
+    `leaks` are the gᵢ, of directions vᵢ, unit vectors orthogonal to the rows they leak from, that
+    were given up for a fresh start. A row's product adds one row to P, unless only rounding is left
+    of it. So a run that begins with a single vector is the Lanczos method, and one with several is
+    the band Lanczos method (Ruhe, "Implementation aspects of band Lanczos algorithms", Math. Comp.
+    33 (1979)), which gives the block Krylov space.
 
     Attributes:
-        rows: The vectors, (capacity + 1, local); those from `num_rows` on hold nothing yet.
-        T: The projected operator, (capacity + 1, capacity + 1) float64 on the CPU.
+        rows: The vectors, (capacity + width, local), for at most `width` pending ones; those from
+            `num_rows` on hold nothing yet.
+        T: The projected operator, (capacity + width, capacity + width) float64 on the CPU.
         leaks: The gᵢ, (c, size) float64.
         dimension: n, the length of a whole vector.
         seed: Seed from which the seeds of all random vectors are derived.
         eps: Relative error of a product: the rounding of the dtype, or more.
+        capacity: The most rows whose products can be known at a time.
         size: Number of rows with a known product.
+        num_pending: Number of rows behind them that wait for their products.
         origin: Number of such rows before the present run of the recurrence began.
-        num_starts: Number of random vectors that were drawn after the first one.
+        num_starts: Index of the latest random vector; those of a basis that began with given ones
+            are others than those of one that did not, in which the given ones may have been found.
         symmetry_defect: Largest |u·Av − v·Au| / ‖Av‖ met between rows.
     """
 
@@ -164,44 +79,61 @@ class KrylovBasis:
     dimension: int
     seed: int
     eps: float
+    capacity: int
     size: int = 0
+    num_pending: int = 0
     origin: int = 0
     num_starts: int = 0
     symmetry_defect: float = 0.0
 
     @classmethod
-    def begin(cls, space: VectorSpace, capacity: int, seed: int, noise: float = 0.0) -> KrylovBasis:
-        """A basis of which only the first vector is known: a random one, Gaussian.
+    def begin(
+        cls,
+        space: VectorSpace,
+        capacity: int,
+        seed: int,
+        noise: float = 0.0,
+        *,
+        width: int = 1,
+        starts: Sequence[Tensor] = (),
+        room: int = 0,
+    ) -> KrylovBasis:
+        """A basis before its first products: given vectors, and random ones, Gaussian.
 
-        Memory: capacity + 2 vectors.
+        Memory: capacity + max(width, room) + 1 vectors.
 
         Args:
             space: Space of the vectors.
-            capacity: Rows whose products can be known at a time; one more is allocated.
-            seed: Seed of the first vector, and of fresh starts.
+            capacity: Rows whose products can be known at a time.
+            seed: Seed of the random vectors, and of fresh starts.
             noise: Relative error of a product, where that is more than the rounding of the dtype.
+            width: The fewest vectors to begin with, where the space has so many: random ones make
+                up for starts that are missing.
+            starts: Vectors to begin with, (local,) each, at most `width`; see `include`.
+            room: The most rows that will wait at a time, where that is more than `width`.
+
+        Raises:
+            CurvatureError: NON_FINITE.
         """
-        start = space.random(derived_seed(seed, 0), "gaussian")
+        like, most = space.zeros(), capacity + max(width, room)
         basis = cls(
-            rows=start.new_empty(capacity + 1, start.numel()),
-            T=torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64),
+            rows=like.new_empty(most, like.numel()),
+            T=torch.zeros(most, most, dtype=torch.float64),
             leaks=torch.zeros(0, 0, dtype=torch.float64),
             dimension=space.dimension,
             seed=seed,
-            eps=max(torch.finfo(start.dtype).eps, noise),
+            eps=max(torch.finfo(like.dtype).eps, noise),
+            capacity=capacity,
+            num_starts=_WARM_SEEDS if starts else -1,
         )
-        torch.div(start, finite_norm(space, start), out=basis.rows[0])
+        basis.include(space, starts)
+        basis.widen(space, width)
         return basis
 
     @property
-    def capacity(self) -> int:
-        """The most rows whose products can be known at a time."""
-        return len(self.T) - 1
-
-    @property
     def num_rows(self) -> int:
-        """Number of rows that hold a vector: those with a known product, and the next vector."""
-        return self.size + 1
+        """Number of rows that hold a vector: those with a known product, and those that wait."""
+        return self.size + self.num_pending
 
     @property
     def rounding(self) -> float:
@@ -219,94 +151,157 @@ class KrylovBasis:
         return self.size == self.dimension
 
     @property
-    def coupling(self) -> Tensor:
-        """The coefficients c (size,) of the rows' products along the next vector."""
-        row: Tensor = self.T[self.size, : self.size]
-        return row
+    def exhausted(self) -> bool:
+        """Whether no row waits for its product, though the rows do not span the whole space."""
+        return self.num_pending == 0 and not self.whole
+
+    def coupling(self, vectors: Tensor) -> Tensor:
+        """The coefficients (num_pending, r) of these vectors' products along the pending rows.
+
+        Args:
+            vectors: Coefficients (size, r) of the vectors in the rows.
+        """
+        coupling: Tensor = vectors.new_zeros(self.num_pending, vectors.shape[1])
+        for index, row in enumerate(self.T[self.size : self.num_rows, : self.size]):
+            coupling[index] = row @ vectors
+        return coupling
 
     def residuals(self, vectors: Tensor) -> Tensor:
         """Residual norms, or a little more, of these combinations (size, r) of the rows."""
-        own = (self.coupling @ vectors).abs()
+        own: Tensor = torch.linalg.vector_norm(self.coupling(vectors), dim=0)
         return own + (self.leaks @ vectors).abs().sum(0)
 
     @property
-    def newest(self) -> Tensor:
-        """The row (local,) whose product comes next."""
-        return self.rows[self.size]
+    def pending(self) -> Tensor:
+        """The rows (num_pending, local) that wait for their products, the next one first."""
+        rows: Tensor = self.rows[self.size : self.num_rows]
+        return rows
 
     def extend(self, space: VectorSpace, w: Tensor) -> tuple[float, float]:
-        """Take in one more product. Cost: 4 m n multiplications, with m rows known.
+        """Take in the product of the first pending row. Cost: 4 m n multiplications, with m rows.
 
         Args:
             space: Space of the vectors.
-            w: The product with `newest`, (local,); read, not written to: it may be `newest` itself.
+            w: The product, (local,); read, not written to: it may be that row itself.
 
         Returns:
-            α and β of the recurrence. β is zero where only rounding is left of the product; the
-            next row then is not chosen yet (see `start_afresh`).
+            α and β of the recurrence. β is zero where only rounding is left of the product; then
+            fewer rows wait than before (see `start_afresh`).
 
         Raises:
             CurvatureError: NON_FINITE.
         """
-        j = self.size
-        known, following = self.rows[: j + 1], self.rows[j + 1]
+        j, end = self.size, self.num_rows
+        known, following = self.rows[:end], self.rows[end]
         norm = finite_norm(space, w)
         first, second = orthogonalise(space, known, w, out=following)
         found = first + second
-        self.T[j, j] = found[j]
+        self.T[j:end, j] = self.T[j, j:end] = found[j:]
         if len(self.leaks):  # the rows before the origin have parts along this one
             self.T[: self.origin, j] = self.T[j, : self.origin] = found[: self.origin]
         predicted = self.T[:j, j] - first[:j]
         if norm > 0 and j > 0:
             self.symmetry_defect = max(self.symmetry_defect, float(predicted.abs().max()) / norm)
-        self.size = j + 1
+        self.size, self.num_pending = j + 1, self.num_pending - 1
         beta = finite_norm(space, following)
-        known_norm = float(self.T[: j + 1, : j + 1].abs().sum(0).max())
+        known_norm = float(self.T[:end, : j + 1].abs().sum(0).max())
         size = max(known_norm, beta)  # at least ‖T‖
-        if beta <= self.rounding * size or self.whole:
+        if beta <= self.rounding * size or end >= self.dimension:
             beta = 0.0
         else:
             following.div_(beta)
-        self.T[j, j + 1] = self.T[j + 1, j] = beta
+            self.T[end, j] = self.T[j, end] = beta
+            self.num_pending += 1
         self.leaks = torch.cat((self.leaks, self.leaks.new_zeros(len(self.leaks), 1)), 1)
         return float(found[j]), beta
 
-    def start_afresh(self, space: VectorSpace) -> None:
-        """Give up the next vector and take a random one, orthogonal to all rows, in its place.
+    def include(self, space: VectorSpace, vectors: Sequence[Tensor]) -> None:
+        """Let what these vectors have outside of the rows wait for its products too.
 
         Args:
             space: Space of the vectors.
+            vectors: (local,) each, not zero; read only. One that depends on the others and the rows
+                to rounding adds nothing.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        for vector in vectors:
+            part = part_outside(space, self.rows[: self.num_rows], vector)
+            if part is not None and self.num_rows < self.dimension:
+                self._append(part)
+
+    def widen(self, space: VectorSpace, width: int) -> None:
+        """Let random vectors, orthogonal to all rows, wait for their products, up to `width` rows.
+
+        Args:
+            space: Space of the vectors.
+            width: Rows that wait then, or as many as the space has.
 
         Raises:
             CurvatureError: NON_FINITE: an inner product is not finite, or no random vector has a
                 part outside the rows.
         """
-        coupling = self.coupling.clone()
-        if float(coupling.norm()) > 0:
-            self.leaks = torch.cat((self.leaks, coupling[None]))
-        self.T[self.size, :] = self.T[:, self.size] = 0
-        self.origin = self.size
-        self.rows[self.size], self.num_starts = random_unit(
-            space, self.rows[: self.size], self.seed, self.num_starts + 1
-        )
+        while self.num_pending < min(width, self.dimension - self.size):
+            known = self.rows[: self.num_rows]
+            part, self.num_starts = random_outside(
+                space,
+                known,
+                lambda index: space.random(derived_seed(self.seed, index), "gaussian"),
+                self.num_starts + 1,
+            )
+            self._append(part)
+
+    def _append(self, w: Tensor) -> None:
+        """Let a vector wait for its product whose only parts along products are those of leaks."""
+        end = self.num_rows
+        self.rows[end] = w
+        self.T[end:, :] = self.T[:, end:] = 0
+        self.num_pending += 1
+
+    def start_afresh(self, space: VectorSpace, width: int = 1) -> None:
+        """Give up the pending rows, and take random vectors, orthogonal to V, in their place.
+
+        Args:
+            space: Space of the vectors.
+            width: Number of random vectors.
+
+        Raises:
+            CurvatureError: NON_FINITE: an inner product is not finite, or no random vector has a
+                part outside the rows.
+        """
+        coupling = self.T[self.size : self.num_rows, : self.size]
+        self.leaks = torch.cat((self.leaks, coupling[coupling.norm(dim=1) > 0]))
+        self.origin, self.num_pending = self.size, 0
+        self.widen(space, width)
 
     def compress(self, values: Tensor, vectors: Tensor) -> None:
-        """Keep only these Ritz vectors and the next vector.
+        """Keep only these Ritz vectors and the pending rows.
 
         Args:
             values: Ritz values (r,), r <= capacity.
             vectors: Coefficients (size, r) of the Ritz vectors in the rows.
         """
-        r = len(values)
-        coupling = self.coupling @ vectors
+        r, p = len(values), self.num_pending
+        coupling = self.coupling(vectors)
         leaks = self.leaks @ vectors
         self.leaks = leaks[leaks.norm(dim=1) > self.eps * float(values.abs().max())]
         self.rotate(vectors)
-        self.rows[r] = self.rows[self.size]
+        for index in range(p):
+            self.rows[r + index] = self.rows[self.size + index]
         self.T.zero_()
         self.T[range(r), range(r)] = values
-        self.T[r, :r] = self.T[:r, r] = coupling
+        self.T[r : r + p, :r] = coupling
+        self.T[:r, r : r + p] = coupling.T
         self.size = self.origin = r
+
+    def take_back(self, leaks: Tensor) -> None:
+        """Forget the present run, and all rows that wait.
+
+        Args:
+            leaks: The leaks that there were before the run, (c, origin).
+        """
+        self.size, self.num_pending, self.leaks = self.origin, 0, leaks.clone()
 
     def slide(self) -> None:
         """Forget the present run's vectors but for the latest two, from which the run goes on."""
@@ -326,7 +321,7 @@ class KrylovBasis:
         forgotten = leaks.new_zeros(1, origin + 1)
         forgotten[0, origin] = previous
         self.leaks = torch.cat((leaks[leaks.norm(dim=1) > 0], forgotten))
-        self.size = origin + 1
+        self.size, self.num_pending = origin + 1, 1
 
     def rotate(self, vectors: Tensor) -> None:
         """Set rows[:r] to vectorsᵀ @ rows, in place.

@@ -1,4 +1,4 @@
-"""Extremal eigenpairs of a symmetric operator from its products: thick-restart Lanczos.
+"""Extremal eigenpairs of a symmetric operator from its products: thick-restart block Lanczos.
 
 Nothing here knows of models or ranks: the operator is known by its products, and a vector is
 whatever part of it this process holds. A residual certifies an eigenvalue, not the k-th. So
@@ -9,16 +9,20 @@ pair a product of its own, and this module decides what may be claimed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from hvp_operations.certificates import Completeness, Outcome
-from hvp_operations.eigsh import WORKING_VECTORS, EigshProgress, EigshResult, EigshSpec
+from hvp_operations.eigsh import EigshProgress, EigshResult, EigshSpec, beside_basis
+from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import KrylovBasis, rounding
+from hvp_core.errors import CurvatureError
+from hvp_core.krylov.krylov_basis import KrylovBasis
 from hvp_core.krylov.lanczos_search import FAILURE, LanczosSearch
 from hvp_core.krylov.lanczos_state import LanczosState, Sought, Stage, Standing
+from hvp_core.krylov.orthogonality import combinations, finite_norm, rounding
 from hvp_core.krylov.verification import is_verified, verification_of, verify_next
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
@@ -30,7 +34,7 @@ _TRUSTED = 10
 @final
 @dataclass(frozen=True, kw_only=True)
 class Eigsh(Algorithm[LanczosState]):
-    """The search for k extremal eigenpairs; every step makes one product.
+    """The search for k extremal eigenpairs; every step makes one call, of a block of products.
 
     The outcome is one of these. `CONVERGED`: every true residual meets the tolerance, or rounding,
     and no pair was missed. `MULTIPLICITY_UNCERTAIN`: the latter could not be shown within the
@@ -40,13 +44,15 @@ class Eigsh(Algorithm[LanczosState]):
     bounds are those of the operator's `exact()`.
 
     Cost: at most `max_products` products, and 4 m n multiplications for orthogonality in each;
-    (num_vectors + 1) vectors of memory. To show that none was missed takes about as many products
-    as it takes to separate the wanted ends from the rest: some ten where they stand far apart.
+    num_vectors + max(block_size, number of starts) vectors of memory. To show that none was missed
+    takes about as many products as it takes to separate the wanted ends from the rest: some ten
+    where they stand far apart.
 
     Attributes:
         spec: The eigenpairs to find, 1 <= k <= n; its budgets are those below.
         max_products: Upper bound on products, the k of the verification included; at least 2k.
         num_vectors: Rows of the basis, k < num_vectors <= n (k = num_vectors only where k = n).
+        starts: Vectors to begin with, (local,) each; a random one where there are none.
 
     Raises:
         ValueError: tol is 1 or more: every vector of the space would do.
@@ -55,6 +61,7 @@ class Eigsh(Algorithm[LanczosState]):
     spec: EigshSpec
     max_products: int
     num_vectors: int
+    starts: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.spec.tol < 1:
@@ -63,19 +70,38 @@ class Eigsh(Algorithm[LanczosState]):
     @classmethod
     def configure(cls, spec: EigshSpec, operator: LinearOperator, budget: Budget) -> Eigsh:
         """See Algorithm."""
-        room = budget.num_vectors - WORKING_VECTORS - spec.k
         return cls(
             spec=spec,
             max_products=budget.max_products,
-            num_vectors=min(room, operator.domain.dimension),
+            num_vectors=min(budget.num_vectors - beside_basis(spec), operator.domain.dimension),
+            starts=budget.inputs["v0"],
         )
 
     def begin(self, operator: LinearOperator) -> LanczosState:
-        """See Algorithm."""
-        space = operator.domain
+        """See Algorithm.
+
+        Raises:
+            CurvatureError: V0_INVALID: a start is zero.
+        """
+        space, spec = operator.domain, self.spec
+        if any(finite_norm(space, start) == 0 for start in self.starts):
+            raise CurvatureError("V0_INVALID", "a vector of v0 is zero; leave it out")
+        starts, width = self.starts, spec.width
+        if len(starts) > width:
+            starts = combinations(space, starts, width)
         # A fresh run has to have room for two vectors beside the wanted ones.
-        capacity = min(max(self.num_vectors, self.spec.k + 2), space.dimension)
-        return LanczosState(KrylovBasis.begin(space, capacity, self.spec.seed, operator.noise))
+        capacity = min(max(self.num_vectors, spec.k + max(2, width)), space.dimension)
+        return LanczosState(
+            KrylovBasis.begin(
+                space,
+                capacity,
+                spec.seed,
+                operator.noise,
+                width=width,
+                starts=starts,
+                room=len(self.starts),
+            )
+        )
 
     def step(self, operator: LinearOperator, state: LanczosState) -> Advance | None:
         """See Algorithm."""
@@ -97,6 +123,7 @@ class Eigsh(Algorithm[LanczosState]):
         found = _claims(self._search(operator, state))
         provenance = {
             "num_lanczos_vectors": str(self.num_vectors),
+            "block_size": str(self.spec.width),
             "seed": str(self.spec.seed),
             "verified_in": "float64" if found.error_bounds else "not verified",
         }
@@ -107,7 +134,9 @@ class Eigsh(Algorithm[LanczosState]):
 
     def _search(self, operator: LinearOperator, state: LanczosState) -> LanczosSearch:
         sought = Sought(k=self.spec.k, which=self.spec.which, tol=self.spec.tol)
-        return LanczosSearch(sought, self.max_products, operator, state)
+        return LanczosSearch(
+            sought, self.max_products, self.spec.width, self.starts, operator, state
+        )
 
 
 def _claims(search: LanczosSearch) -> EigshResult:

@@ -1,14 +1,20 @@
 """The search for extremal eigenpairs, until none of the wanted can be missing.
 
 Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
-Anal. Appl. 22 (2000). One starting vector sees one copy of a repeated eigenvalue. So when the
-wanted pairs have converged they are taken out, and the run begins afresh from a random vector:
+Anal. Appl. 22 (2000). Of a repeated eigenvalue so many copies are seen as there are starting
+vectors, and nothing of what these are orthogonal to. So when the wanted pairs have converged they
+are taken out, and the run begins afresh from one random vector, which takes the fewest products:
 until it has found something that belongs to the wanted, which then has to converge too, or
 `completeness` shows that there is nothing.
+
+A run that is given more vectors than go into one call begins with combinations of them: each
+product then improves every pair, as it would not in a Krylov space of each. Where the combinations'
+products show that the vectors span an invariant subspace already, all have their products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -23,6 +29,7 @@ from hvp_core.krylov.lanczos_state import (
     Verification,
     wanted,
 )
+from hvp_core.krylov.orthogonality import distance
 from hvp_core.linop.linear_operator import LinearOperator
 
 #: Probability with which one fresh start may overlook an eigenvalue.
@@ -32,6 +39,8 @@ _BLUR = 2000
 #: Other pairs are taken out with the wanted ones if their residuals are this part of the leak that
 #: is allowed.
 _SETTLED = 0.1
+#: Given vectors span an invariant subspace if products leave it by so many times the tolerance.
+_SETTLED_STARTS = 10
 _PAIRS_TOLD = 64  # of a search that is under way
 _ROOM = 4  # rows that a fresh run has at least, where there are so many
 
@@ -45,14 +54,23 @@ class LanczosSearch:
     Args:
         sought: Which eigenpairs the search is for.
         max_products: Upper bound on products, those of the verification included.
+        block_size: Number of vectors whose products are taken in one call.
+        starts: Vectors that the search was given to begin with, (local,) each.
         operator: The operator whose eigenpairs are sought.
         state: State of the search; each step changes it.
     """
 
     def __init__(
-        self, sought: Sought, max_products: int, operator: LinearOperator, state: LanczosState
+        self,
+        sought: Sought,
+        max_products: int,
+        block_size: int,
+        starts: Sequence[Tensor],
+        operator: LinearOperator,
+        state: LanczosState,
     ):
         self.sought, self.max_products = sought, max_products
+        self.block_size, self.starts = block_size, starts
         self.operator, self.space = operator, operator.domain
         self.state, self.basis = state, state.basis
 
@@ -97,16 +115,20 @@ class LanczosSearch:
     # Searching ----------------------------------------------------------------------------------
 
     def step(self) -> tuple[Stage, Standing]:
-        """Make one product, and act on it: go on, restart, begin a fresh run, or end the search.
+        """Make one call, and act on it: go on, restart, begin a fresh run, or end the search.
 
         Returns:
-            The stage that the product was for, and where the search stood after it.
+            The stage that the products were for, and where the search stood after them.
 
         Raises:
             CurvatureError: NON_FINITE.
         """
         exhausted = self._extend()
         is_searching = self.state.fresh is None or self._moved()
+        if is_searching and self.block_size > 1:
+            self.state.fresh = None  # what it has found may have copies
+            if self.basis.num_pending:
+                self.basis.widen(self.space, self.block_size)
         stage: Stage = "iterating" if is_searching else "completeness"
         standing = self._standing()
         if self._is_over(is_searching, exhausted):
@@ -120,17 +142,38 @@ class LanczosSearch:
         return stage, standing
 
     def _extend(self) -> bool:
-        """Make one product and one new basis vector; true when the Krylov space is exhausted."""
+        """Make the products of one call; true when the Krylov space is exhausted."""
         state, basis = self.state, self.basis
-        (product,) = self.operator.apply([basis.newest], borrow=True)
-        alpha, beta = basis.extend(self.space, product)
-        state.num_products += 1
+        left = max(1, self.max_products - self.sought.k - state.num_products)
+        count = min(self.block_size, basis.num_pending, basis.capacity - basis.size, left)
+        for product in self.operator.apply(list(basis.pending[:count]), borrow=True):
+            alpha, beta = basis.extend(self.space, product)
+            if state.fresh is not None:  # in such a run a single row waits
+                state.fresh.append(alpha, beta)
+        state.num_products += count
         state.size = max(state.size, self.operator.size)
-        if state.fresh is not None:
-            state.fresh.append(alpha, beta)
-            state.num_fresh_products += 1
+        state.num_fresh_products += count if state.fresh is not None else 0
+        state.num_given = max(0, state.num_given - count)
+        if state.num_products == count and len(self.starts) > self.block_size:
+            self._look_at_starts()
         self._solve()
-        return beta == 0 and not basis.whole
+        return basis.exhausted
+
+    def _look_at_starts(self) -> None:
+        """Let all the given vectors have their products, if the operator hardly leaves their span.
+
+        The first products are those of combinations of all of them, and tell that.
+        """
+        basis, space = self.basis, self.space
+        known = basis.T[: basis.num_rows, : basis.size]
+        self.state.scale = float(known.norm(dim=0).max())  # at most ‖A‖
+        outside = [
+            float(coupling.norm()) * distance(space, self.starts, row)
+            for coupling, row in zip(known[basis.size :], basis.pending, strict=True)
+        ]
+        if sum(outside) <= _SETTLED_STARTS * self.tolerance(4 * basis.eps):
+            basis.include(space, self.starts)
+            self.state.num_given = basis.num_pending
 
     def _is_over(self, is_searching: bool, exhausted: bool) -> bool:
         """Whether the wanted pairs are complete or the budget is spent."""
@@ -157,7 +200,8 @@ class LanczosSearch:
 
     def _converged(self) -> bool:
         """Whether the residuals of the wanted pairs meet the tolerance."""
-        enough = self.basis.size >= self.sought.k and (self._moved() or not self.state.must_move)
+        enough = self.basis.size >= self.sought.k and not self.state.num_given
+        enough = enough and (self._moved() or not self.state.must_move)
         return enough and bool((self.estimates <= self.tolerance(4 * self.basis.eps)).all())
 
     def _moved(self) -> bool:
@@ -187,33 +231,31 @@ class LanczosSearch:
             self.state.has_slid = True
         else:
             self._take_back()
-            self.basis.start_afresh(self.space)
+            self.basis.start_afresh(self.space, self.block_size)
             self.state.must_move = True
 
     def _take_back(self) -> None:
         """Forget the fresh run, and go back to the basis that it was set against."""
         assert self.state.deflated is not None
-        self.basis.size = self.basis.origin
-        self.basis.leaks = self.state.deflated.leaks.clone()
-        self.basis.T[self.basis.size, :] = self.basis.T[:, self.basis.size] = 0
+        self.basis.take_back(self.state.deflated.leaks)
         self.state.fresh, self.state.has_slid = None, False
         self._solve()
 
     def _start_afresh(self) -> None:
-        """Search on from a random vector; called when the Krylov space is exhausted."""
+        """Search on from random vectors; called when the Krylov space is exhausted."""
         self._keep_first_ritz()
         if self.state.has_slid:
             self._take_back()
         self.state.fresh = None
         if self.basis.full:
             self._restart()
-        self.basis.start_afresh(self.space)
+        self.basis.start_afresh(self.space, self.block_size)
 
     def _restart(self) -> None:
         """Compress the basis to the wanted Ritz vectors and as many more as half the rest."""
         self._keep_first_ritz()
         capacity, k = self.basis.capacity, self.sought.k
-        keep = min(k + (capacity - k) // 2, capacity - 1)
+        keep = min(k + (capacity - k) // 2, max(k, capacity - self.block_size))
         index = wanted(self.values, keep, self.sought.which)
         self.basis.compress(self.values[index], self.vectors[:, index])
         self.state.fresh = None
@@ -228,7 +270,7 @@ class LanczosSearch:
         is above the square of all leaks, none of them matters. So the first round may leak a
         quarter of the margin, and each one after it half as much as the one before.
         """
-        leak = self.basis.coupling @ self.vectors[:, self._settled()]
+        leak = self.basis.coupling(self.vectors[:, self._settled()])
         return float(leak.norm()) <= self._leak
 
     @property

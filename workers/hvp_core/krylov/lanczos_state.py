@@ -89,6 +89,7 @@ class LanczosState:
         fresh: The fresh run that looks for missed eigenpairs; None while there is none.
         deflated: The pairs that were taken out of the operator before the fresh run.
         reference: Wanted values when the fresh run began, (k,) float64.
+        num_given: Number of vectors that wait for their products because the run was given them.
         has_slid: Whether the basis has lost some of the fresh run's vectors.
         must_move: Whether the fresh run has seen something that the basis does not show yet.
         blur: The smallest gap that the fresh run can resolve, in units of what rounding leaves.
@@ -109,6 +110,7 @@ class LanczosState:
     fresh: Recurrence | None = None
     deflated: Deflated | None = None
     reference: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    num_given: int = 0
     has_slid: bool = False
     must_move: bool = False
     blur: int = 1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.krylov.cg import Inverse
-from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, rounding
+from hvp_core.krylov.orthogonality import finite_dots, finite_norm, rounding
 from hvp_core.runs.snapshot import vectors_of_the_space
 from hvp_core.vectors.vector_space import VectorSpace
 

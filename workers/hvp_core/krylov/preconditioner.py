@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_core.errors import CurvatureError
-from hvp_core.krylov.krylov_basis import finite
+from hvp_core.krylov.orthogonality import finite
 from hvp_core.vectors.vector_space import VectorSpace
 
 #: Vectors whose ‖UᵀU − I‖₂ is more than this were not meant as orthonormal; rounding to float32, of

@@ -28,8 +28,8 @@ from hvp_operations.solve import (
 from torch import Tensor
 
 from hvp_core.krylov.cg import ConjugateGradients, Inverse
-from hvp_core.krylov.krylov_basis import finite_dots, finite_norm
 from hvp_core.krylov.minres import Minres
+from hvp_core.krylov.orthogonality import finite_dots, finite_norm
 from hvp_core.krylov.preconditioner import (
     DiagonalPreconditioner,
     LowRankPreconditioner,

@@ -18,9 +18,9 @@ from hvp_operations.svds import WORKING_PAIRS, SvdsProgress, SvdsResult, SvdsSpe
 from torch import Tensor
 
 from hvp_core.krylov.bidiagonal_basis import BidiagonalBasis
-from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, rounding
 from hvp_core.krylov.lanczos_search import FAILURE
 from hvp_core.krylov.lanczos_state import Stage, Standing
+from hvp_core.krylov.orthogonality import finite_dots, finite_norm, rounding
 from hvp_core.krylov.svds_search import SvdsSearch
 from hvp_core.krylov.svds_state import Checked, SvdsState
 from hvp_core.linop.compositions import Transposed

@@ -11,8 +11,8 @@ from hvp_operations.solve import Outcome, System
 from torch import Tensor
 
 from hvp_core.krylov.cg import ConjugateGradients
-from hvp_core.krylov.krylov_basis import finite_norm
 from hvp_core.krylov.minres import Minres
+from hvp_core.krylov.orthogonality import finite_norm
 from hvp_core.runs.snapshot import vectors_of_the_space
 from hvp_core.vectors.vector_space import VectorSpace
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite_dots, finite_norm
 from hvp_core.krylov.lanczos_search import LanczosSearch
 from hvp_core.krylov.lanczos_state import Verification
+from hvp_core.krylov.orthogonality import finite_dots, finite_norm
 
 
 def verification_of(search: LanczosSearch) -> Verification:

@@ -9,7 +9,7 @@ import torch
 from hvp_operations.density import Quadrature
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite_dots, finite_norm, orthogonalise, rounding
+from hvp_core.krylov.orthogonality import finite_dots, finite_norm, orthogonalise, rounding
 from hvp_core.runs.snapshot import vectors_of_the_space
 from hvp_core.stochastic.quadrature import Jacobi
 from hvp_core.vectors.vector_space import Distribution, VectorSpace

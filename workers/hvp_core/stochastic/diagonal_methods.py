@@ -17,7 +17,7 @@ import torch
 from hvp_operations.diagonal import DiagonalSpec
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite_norm
+from hvp_core.krylov.orthogonality import finite_norm
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.stochastic.block_traces import Standing
 from hvp_core.stochastic.probing import FEWEST, Probing, Seen, Stepper, Turns

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from hvp_core.errors import CurvatureError
 from hvp_core.krylov.completeness import Recurrence
-from hvp_core.krylov.krylov_basis import KrylovBasis, finite_dots, rounding
+from hvp_core.krylov.krylov_basis import KrylovBasis
 from hvp_core.krylov.lanczos_state import LanczosState
+from hvp_core.krylov.orthogonality import finite_dots, rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_seed
 from hvp_core.runs.snapshot import vectors_of_the_space
@@ -257,7 +258,7 @@ class LowRank(Algorithm[LowRankState]):
     def _bound(self, operator: LinearOperator, state: LowRankState, check: Check) -> None:
         """A step of Lanczos on A − A_k."""
         space, source = operator.domain, self._exact(operator, state)
-        vector = check.basis.newest
+        vector = check.basis.pending[0]
         (product,) = source.apply([vector])
         parts = finite_dots(space, state.rows, vector)
         values = torch.tensor(state.eigenvalues, dtype=torch.float64)
@@ -326,9 +327,7 @@ class LowRank(Algorithm[LowRankState]):
 
 def _is_over(check: Check, space: VectorSpace) -> bool:
     """Whether the run has had all its products, or its Krylov space is exhausted."""
-    basis, couplings = check.basis, check.basis.T
-    exhausted = basis.size > 0 and float(couplings[basis.size - 1, basis.size]) == 0
-    return basis.size == num_checks(space.dimension) or exhausted
+    return check.basis.size == num_checks(space.dimension) or check.basis.num_pending == 0
 
 
 def _least_error(space: VectorSpace, check: Check) -> float:

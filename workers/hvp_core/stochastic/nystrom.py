@@ -21,14 +21,8 @@ import torch
 from torch import Tensor
 
 from hvp_core.errors import CurvatureError
-from hvp_core.krylov.krylov_basis import (
-    finite,
-    finite_dots,
-    finite_norm,
-    orthogonalise,
-    rotate,
-    rounding,
-)
+from hvp_core.krylov.krylov_basis import rotate
+from hvp_core.krylov.orthogonality import finite, finite_dots, finite_norm, orthogonalise, rounding
 from hvp_core.vectors.vector_space import VectorSpace
 
 #: Combinations of random vectors whose form with A + νI is this part of ν are left out: they are

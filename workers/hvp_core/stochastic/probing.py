@@ -18,7 +18,7 @@ from hvp_operations.parameters import layer_of
 from hvp_operations.trace import Per
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite, finite_dots, finite_norm, rounding
+from hvp_core.krylov.orthogonality import finite, finite_dots, finite_norm, rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import derived_seed
 from hvp_core.vectors.vector_space import Distribution, VectorSpace

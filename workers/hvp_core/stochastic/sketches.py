@@ -23,7 +23,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite, finite_dots, finite_norm, orthogonalise, rounding
+from hvp_core.krylov.orthogonality import finite, finite_dots, finite_norm, orthogonalise, rounding
 from hvp_core.runs.snapshot import vectors_of_the_space
 from hvp_core.stochastic.samples import Estimate
 from hvp_core.vectors.vector_space import VectorSpace

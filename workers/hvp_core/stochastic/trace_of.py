@@ -36,7 +36,7 @@ from hvp_operations.trace_of import (
 )
 
 from hvp_core.krylov.completeness import Recurrence
-from hvp_core.krylov.krylov_basis import rounding
+from hvp_core.krylov.orthogonality import rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_seed
 from hvp_core.stochastic.density_probe import Probe

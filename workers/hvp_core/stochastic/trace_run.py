@@ -10,7 +10,7 @@ import torch
 from hvp_operations.trace import TraceSpec
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite, finite_norm
+from hvp_core.krylov.orthogonality import finite, finite_norm
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.stochastic.probing import Probing, Seen
 from hvp_core.stochastic.samples import Estimate, Moments

@@ -31,7 +31,7 @@ import torch
 from hvp_operations.students_t import student_t
 from torch import Tensor
 
-from hvp_core.krylov.krylov_basis import finite_norm, orthogonalise
+from hvp_core.krylov.orthogonality import finite_norm, orthogonalise
 from hvp_core.runs.snapshot import vectors_of_the_space
 from hvp_core.stochastic.sketches import Range
 from hvp_core.stochastic.vector_moments import VectorEstimate, VectorMoments
