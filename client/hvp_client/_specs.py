@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from hvp_operations.checking import checked
-from hvp_operations.codec import to_message
+from hvp_operations.checking import checked, typed
+from hvp_operations.codec import to_message, to_values
 from hvp_operations.matrices import MOST_SAMPLES, check_samples
 from hvp_operations.operation import SpecError
 from hvp_operations.registry import operations
@@ -17,7 +17,11 @@ from hvp_protos.v1 import job_pb2, operator_pb2
 from hvp_client._algebra import facts_of
 from hvp_client._batches import Batch
 from hvp_client._checkpoints import Checkpoint
-from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._exceptions import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnimplementedError,
+)
 from hvp_client._kinds import KINDS, kind_name
 from hvp_client._names import name_of
 from hvp_client._selections import as_globs
@@ -141,6 +145,62 @@ def job_spec(
     message = job_pb2.JobSpec()
     part = getattr(message, operation)
     part.operator.CopyFrom(operator)
+    to_message(spec, part)
+    return message
+
+
+def extended_spec(
+    earlier: job_pb2.JobSpec, name: str, changes: Mapping[str, Any]
+) -> job_pb2.JobSpec:
+    """Make the message of a question that goes on from a job's result.
+
+    Args:
+        earlier: The job's own question.
+        name: Name of the job, for errors.
+        changes: Values that differ, by field.
+
+    Returns:
+        The message; the server fills in the vectors to begin with.
+
+    Raises:
+        InvalidArgumentError: `EXTENSION_MISMATCH`: the extension may not change a field; a reason
+            of the operation's for a value of the wrong type.
+        FailedPreconditionError: `EXTENSION_UNSUPPORTED`: jobs of this operation cannot be extended.
+        UnimplementedError: `RESULT_UNREADABLE`: the operation is new to this client.
+    """
+    declared = operations().get(earlier.WhichOneof("spec") or "")
+    if declared is None:
+        raise UnimplementedError(
+            f"{name} asks what this client does not know; install the server's version of it",
+            reason="RESULT_UNREADABLE",
+        )
+    extension = declared.extension
+    if extension is None:
+        raise FailedPreconditionError(
+            f"a job of {declared.name} cannot be extended; ask anew",
+            reason="EXTENSION_UNSUPPORTED",
+        )
+    if unknown := sorted(changes.keys() - set(extension.fields)):
+        raise InvalidArgumentError(
+            f"an extension of {declared.name} cannot change {shown(unknown[0])}; it can change "
+            f"{', '.join(extension.fields)}",
+            reason="EXTENSION_MISMATCH",
+            field=unknown[0],
+        )
+    before = getattr(earlier, declared.name)
+    values = to_values(before, declared.spec)
+    values |= {each.field: () for each in declared.inputs if each.taken_from}
+    if extension.new_seed:
+        values["seed"] = (values["seed"] + 1) % 2**64
+    try:
+        spec = typed(declared, {**values, **changes})
+    except SpecError as error:
+        raise InvalidArgumentError(
+            error.message, reason=error.reason, field=error.field, metadata=error.metadata
+        ) from None
+    message = job_pb2.JobSpec()
+    part = getattr(message, declared.name)
+    part.operator.CopyFrom(before.operator)
     to_message(spec, part)
     return message
 

@@ -16,6 +16,7 @@ from typing import Any, final
 
 import numpy as np
 from hvp_batches.schema import causal_schema
+from hvp_operations.density import DensityResult, DensitySpec, Quadrature
 from hvp_operations.eigsh import EigshProgress, EigshResult
 from hvp_operations.operation import Result
 from hvp_operations.solve import SolveResult, SolveSpec, System
@@ -250,10 +251,15 @@ class QuadraticBackend(Backend):
         spec: Any,
         outputs: Sequence[str],
         inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
+        earlier: Result | None = None,
     ) -> AsyncIterator[RunProgress | Result]:
         self.asked.append(operator)
         if operation == "solve":
             async for item in self._solve(operator, spec, outputs, inputs):
+                yield item
+            return
+        if operation == "density":
+            async for item in self._density(operator, spec, earlier):
                 yield item
             return
         assert operation == "eigsh"
@@ -300,6 +306,32 @@ class QuadraticBackend(Backend):
             ritz_weights=tuple(coordinates[0] ** 2),
             loss=0.0,
             provenance={"seed": str(spec.seed)},
+        )
+
+    async def _density(
+        self, operator: Operator, spec: DensitySpec, earlier: Result | None
+    ) -> AsyncIterator[RunProgress | Result]:
+        """The whole measure that each probe sees; a probe is a step, and a product."""
+        values, u = np.linalg.eigh(_matrix(operator.space))
+        known = earlier.quadratures if isinstance(earlier, DensityResult) else ()
+        quadratures = list(known)
+        yield RunProgress(operation="density", stage="loading", num_products=0, max_products=0)
+        for index in range(len(known), spec.num_probes):
+            self._reach_ranks()
+            await self._pass_gate()
+            self.num_products += 1
+            weights = (u.T @ _probe(spec.seed + index, "sphere", len(values))) ** 2
+            quadratures.append(Quadrature(nodes=tuple(values), weights=tuple(weights)))
+            yield RunProgress(
+                operation="density",
+                stage="iterating",
+                num_products=index + 1 - len(known),
+                max_products=spec.num_probes - len(known),
+            )
+        yield DensityResult(
+            quadratures=tuple(quadratures),
+            orthogonality_defect=0.0,
+            num_products=spec.num_probes - len(known),
         )
 
     async def _solve(

@@ -105,6 +105,7 @@ async def create_job(
     name: Name | None = None,
     operation: str | None = "eigsh",
     labels: Mapping[str, str] | None = None,
+    extends: str = "",
     **values: Any,
 ) -> Job:
     """Queue a job, by default the search for two eigenvalues from both ends."""
@@ -117,6 +118,7 @@ async def create_job(
         values={**usual, **values},
         labels=labels or {},
         validate_only=False,
+        extends=extends,
     )
     return created
 

@@ -431,6 +431,7 @@ class Backend(ABC):
         spec: Any,
         outputs: Sequence[str],
         inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
+        earlier: Result | None = None,
     ) -> AsyncIterator[RunProgress | Result]:
         """Answer a question about an operator, giving progress after each step and the result last.
 
@@ -444,6 +445,7 @@ class Backend(ABC):
             outputs: Names for the vectors that belong to the result, as many as it can have. The
                 first ones are taken, as many as `Result.vector_counts` says in all.
             inputs: Names of the vectors that the spec names, by its fields; the run reads them.
+            earlier: Result that the run goes on from, where the operation's extension takes one.
 
         Raises:
             BackendError: INSUFFICIENT_CLUSTER_MEMORY, NON_FINITE, DOUBLE_BACKWARD_UNSUPPORTED;

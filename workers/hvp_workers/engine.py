@@ -343,6 +343,7 @@ class RankEngine:
         operation: str,
         spec: Any,
         inputs: Mapping[str, Sequence[str]],
+        earlier: Result | None = None,
     ) -> None:
         """Plan a run and evaluate the loss; no product is made yet.
 
@@ -352,6 +353,7 @@ class RankEngine:
             operation: Name of the operation.
             spec: Spec of the operation.
             inputs: Names of the vectors that the spec names, by field.
+            earlier: Result that the run goes on from; None for a run of its own.
 
         Raises:
             BackendError: INSUFFICIENT_CLUSTER_MEMORY; NON_FINITE; INPUT_MISSING or
@@ -398,6 +400,7 @@ class RankEngine:
                 available_bytes=self._memory.least_available() - promised,
             ),
             inputs=given,
+            earlier=earlier,
         )
         self._runs[run] = _Run(
             operation=operation,

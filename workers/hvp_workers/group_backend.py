@@ -142,12 +142,15 @@ class GroupBackend(Backend):
         spec: Any,
         outputs: Sequence[str],
         inputs: Mapping[str, Sequence[str]] = NO_INPUTS,
+        earlier: Result | None = None,
     ) -> AsyncIterator[RunProgress | Result]:
         """See Backend; the ranks hold the run between two calls, so others fit in between."""
         run = uuid.uuid4().hex
         yield RunProgress(operation=operation, stage="loading", num_products=0, max_products=0)
         try:
-            await self._group.run("run_start", run, operator, operation, spec, dict(inputs))
+            await self._group.run(
+                "run_start", run, operator, operation, spec, dict(inputs), earlier
+            )
             while True:
                 step: RunProgress | Result = await self._call("run_step", run, tuple(outputs))
                 yield step

@@ -34,7 +34,8 @@ from hvp_client._results import (
     result_from_proto,
     status_from_proto,
 )
-from hvp_client._session import Session
+from hvp_client._session import Session, new_request_id
+from hvp_client._specs import extended_spec
 from hvp_client._wire import Pauses, is_transient
 from hvp_client.awaited.vector import AsyncVector
 
@@ -135,6 +136,11 @@ class AsyncJob(Generic[ResultT]):
         return declared.headline(declared.spec(**values))
 
     @property
+    def extends(self) -> str:
+        """Name of the job whose result this one goes on from; "" for a job of its own."""
+        return self._message.extends
+
+    @property
     def _declared(self) -> Operation[Any] | None:
         return operations().get(self._message.spec.WhichOneof("spec") or "")
 
@@ -189,6 +195,45 @@ class AsyncJob(Generic[ResultT]):
             job_pb2.UpdateJobResponse,
         )
         self._learn(answer.job)
+
+    async def extend(
+        self, *, labels: Mapping[str, str] | None = None, **changes: Any
+    ) -> AsyncJob[ResultT]:
+        """Ask the same question again, going on from this job's result.
+
+        What the result holds is not computed again: probes of a density, samples of a trace by
+        hutchinson. Eigenvectors and solutions are what the new search begins with. Products are
+        counted anew, and so is their budget. This job may be deleted meanwhile.
+
+        Args:
+            labels: Kept with the new job.
+            changes: Arguments of the question that differ, by name, such as `num_probes`,
+                `max_products` or `tol`; those that may differ are named where another one is given.
+
+        Returns:
+            The new job, queued.
+
+        Raises:
+            InvalidArgumentError: `EXTENSION_MISMATCH`: an argument that may not differ; or as the
+                question itself.
+            FailedPreconditionError: `JOB_NOT_SUCCEEDED`; `EXTENSION_UNSUPPORTED`: there is nothing
+                to go on from.
+            NotFoundError: This job, or a vector of its, was deleted.
+            UnimplementedError: `RESULT_UNREADABLE`: the question is new to this client.
+        """
+        answer = await self._session.wire.unary(
+            "JobService/CreateJob",
+            job_pb2.CreateJobRequest(
+                parent=self._session.parent,
+                request_id=new_request_id(),
+                spec=extended_spec(self._message.spec, self.name, changes),
+                labels=check_labels(labels),
+                extends=self.name,
+            ),
+            job_pb2.CreateJobResponse,
+            timeout_s=self._session.wire.timeout.compute_s,
+        )
+        return AsyncJob(self._session, answer.job)
 
     async def cancel(self) -> None:
         """Ask the job to stop between two products; an ended job is not changed.

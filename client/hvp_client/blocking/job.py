@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, final
 from hvp_client._exceptions import HvpError
 from hvp_client._results import Event, JobStatus, Progress
 from hvp_client.awaited.job import AsyncJob
-from hvp_client.blocking.twins import Blocking
+from hvp_client.blocking.twins import Blocking, twin_of
 
 ResultT = TypeVar("ResultT")
 
@@ -80,6 +80,11 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
         return self._twin.headline
 
     @property
+    def extends(self) -> str:
+        """Name of the job whose result this one goes on from; "" for a job of its own."""
+        return self._twin.extends
+
+    @property
     def create_time(self) -> datetime:
         """When the job was queued, UTC."""
         return self._twin.create_time
@@ -118,6 +123,36 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
             AbortedError: `ETAG_MISMATCH`: the labels have changed; ask for `status()` first.
         """
         self._portal.run(self._twin.relabel(labels, etag=etag))
+
+    def extend(self, *, labels: Mapping[str, str] | None = None, **changes: Any) -> Job[ResultT]:
+        """Ask the same question again, going on from this job's result.
+
+        What the result holds is not computed again: probes of a density, samples of a trace by
+        hutchinson. Eigenvectors and solutions are what the new search begins with. Products are
+        counted anew, and so is their budget. This job may be deleted meanwhile.
+
+        Args:
+            labels: Kept with the new job.
+            changes: Arguments of the question that differ, by name, such as `num_probes`,
+                `max_products` or `tol`; those that may differ are named where another one is given.
+
+        Returns:
+            The new job, queued.
+
+        Raises:
+            InvalidArgumentError: `EXTENSION_MISMATCH`: an argument that may not differ; or as the
+                question itself.
+            FailedPreconditionError: `JOB_NOT_SUCCEEDED`; `EXTENSION_UNSUPPORTED`: there is nothing
+                to go on from.
+            NotFoundError: This job, or a vector of its, was deleted.
+            UnimplementedError: `RESULT_UNREADABLE`: the question is new to this client.
+        """
+        result: Job[ResultT] = self._wait(
+            self._twin.extend(
+                labels=labels, **{name: twin_of(value) for name, value in changes.items()}
+            )
+        )
+        return result
 
     def cancel(self) -> None:
         """Ask the job to stop between two products; an ended job is not changed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
 
 # Nodes and weights travel as one message of 4 MiB, 16 bytes each pair.
 MAX_NODES = 200_000
@@ -144,4 +144,14 @@ OPERATION = Operation(
     algorithm="hvp_core.stochastic.density:Density",
     record="hvp_operations.density.record:DensityResult",
     has_picture=True,
+    extension=Extension(
+        fields=("num_probes",),
+        refusal=lambda spec, result: (
+            f"num_probes is {spec.num_probes}, and the job has {len(result.quadratures)} already; "
+            "ask for more"
+            if spec.num_probes <= len(result.quadratures)
+            else ""
+        ),
+        takes_result=True,
+    ),
 )

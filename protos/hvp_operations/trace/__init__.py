@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
 from hvp_operations.tolerances import SEED_RULE, of_estimates
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
@@ -101,6 +101,21 @@ class TracePart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level:
+    """Running means of samples of the whole and of each part.
+
+    Attributes:
+        means: Mean of each.
+        squares: Sum of squared distances from the mean, of each.
+        count: Number of samples.
+    """
+
+    means: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TraceResult(Result):
     """The trace, and how far it can be trusted.
 
@@ -117,6 +132,9 @@ class TraceResult(Result):
         num_probes: Random vectors that the value is made of.
         num_exact_products: Products with the exact operator, where the others are coarser.
         parts: Traces of the diagonal blocks, in canonical order.
+        levels: Running means of `hutchinson`, with which an extension goes on: of forms of random
+            vectors, and of differences between exact and coarse ones; none of other methods.
+        size: Sum of the sizes by which the rounding of these forms goes.
     """
 
     value: float
@@ -130,6 +148,8 @@ class TraceResult(Result):
     num_probes: int
     num_exact_products: int = 0
     parts: tuple[TracePart, ...] = ()
+    levels: tuple[Level, ...] = ()
+    size: float = 0.0
 
 
 def _max_products(spec: TraceSpec) -> int:
@@ -208,4 +228,14 @@ OPERATION = Operation(
     headline=_headline,
     algorithm="hvp_core.stochastic.trace:Trace",
     record="hvp_operations.trace.record:TraceResult",
+    extension=Extension(
+        fields=("rtol", "atol", "max_products"),
+        refusal=lambda spec, result: (
+            ""
+            if result.levels
+            else f"the samples of {result.method} are not kept; only a job by hutchinson can be "
+            "extended"
+        ),
+        takes_result=True,
+    ),
 )

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvp_operations.operation import Table
-from hvp_operations.trace import Outcome, TracePart
+from hvp_operations.trace import Level, Outcome, TracePart
 
+_OWN = ("provenance", "levels", "size")  # of the job alone
 #: What each outcome of an estimate says.
 MEANING: Mapping[str, str] = {
     "CONVERGED": "the standard error meets the tolerance",
@@ -41,6 +42,8 @@ class TraceResult:
         num_products: Operator products spent.
         num_exact_products: Of them, those with the exact operator, where the others are coarser.
         parts: Traces of the diagonal blocks, in canonical order; their values add up to the whole.
+        levels: Running means of `hutchinson`, which a job that extends this one goes on from.
+        size: Sum of the sizes by which the rounding of their samples goes.
         loss: L(θ), in nats.
         provenance: Origin of the figures: versions, digests, dtype, seed.
     """
@@ -57,6 +60,8 @@ class TraceResult:
     num_products: int
     num_exact_products: int
     parts: Sequence[TracePart]
+    levels: Sequence[Level] = ()
+    size: float = 0.0
     loss: float
     provenance: Mapping[str, str]
 
@@ -96,7 +101,7 @@ class TraceResult:
     def to_json(self) -> dict[str, Any]:
         """The record as plain numbers, strings, lists and dicts."""
         return {
-            **{name: value for name, value in vars(self).items() if name != "provenance"},
+            **{name: value for name, value in vars(self).items() if name not in _OWN},
             "parts": [asdict(part) for part in self.parts],
             "provenance": dict(self.provenance),
         }

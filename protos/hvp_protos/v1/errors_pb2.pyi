@@ -219,6 +219,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The output of a Jacobian is not made after its input: exchange them."""
     ERROR_REASON_MODULES_INVALID: _ErrorReason.ValueType  # 114
     """Submodules are named of an operator that is no Jacobian, or exclude one another."""
+    ERROR_REASON_EXTENSION_UNSUPPORTED: _ErrorReason.ValueType  # 120
+    """A job's answer does not hold what an extension would go on from; ask anew."""
+    ERROR_REASON_EXTENSION_MISMATCH: _ErrorReason.ValueType  # 121
+    """An extension asks the same question of the same operator; the message says what may differ."""
+    ERROR_REASON_JOB_NOT_SUCCEEDED: _ErrorReason.ValueType  # 122
+    """Only a job that has succeeded can be extended."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -414,6 +420,12 @@ ERROR_REASON_MODULES_OUT_OF_ORDER: ErrorReason.ValueType  # 113
 """The output of a Jacobian is not made after its input: exchange them."""
 ERROR_REASON_MODULES_INVALID: ErrorReason.ValueType  # 114
 """Submodules are named of an operator that is no Jacobian, or exclude one another."""
+ERROR_REASON_EXTENSION_UNSUPPORTED: ErrorReason.ValueType  # 120
+"""A job's answer does not hold what an extension would go on from; ask anew."""
+ERROR_REASON_EXTENSION_MISMATCH: ErrorReason.ValueType  # 121
+"""An extension asks the same question of the same operator; the message says what may differ."""
+ERROR_REASON_JOB_NOT_SUCCEEDED: ErrorReason.ValueType  # 122
+"""Only a job that has succeeded can be extended."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

@@ -93,7 +93,8 @@ class JobServiceServicer:
         INVALID_ARGUMENT `SPEC_MISSING`; `<FIELD>_INVALID`, as in `K_INVALID`, for a value that the
         operation does not take, `<FIELD>_UNSUPPORTED` for an enum's value; metadata: the value.
         FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: not even the smallest basis fits; metadata
-        `needed_bytes`, `available_bytes`.
+        `needed_bytes`, `available_bytes`. `JOB_NOT_SUCCEEDED`, `EXTENSION_UNSUPPORTED`: of the job
+        that is to be extended; INVALID_ARGUMENT `EXTENSION_MISMATCH`: it asked something else.
         RESOURCE_EXHAUSTED `QUEUE_FULL`: retry later.
         ALREADY_EXISTS `REQUEST_ID_REUSED`: same request id, other payload.
         """

@@ -197,6 +197,37 @@ class TraceResult(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Level(_message.Message):
+        """Running means of `hutchinson`, with which a job that extends this one goes on: of the forms of
+        random vectors, and of the differences between exact and coarse forms. None of other methods.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEANS_FIELD_NUMBER: _builtins.int
+        SQUARES_FIELD_NUMBER: _builtins.int
+        COUNT_FIELD_NUMBER: _builtins.int
+        count: _builtins.int
+        @_builtins.property
+        def means(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+            """Of the whole and of each part; sums of squared distances from them."""
+
+        @_builtins.property
+        def squares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+        def __init__(
+            self,
+            *,
+            means: _abc.Iterable[_builtins.float] | None = ...,
+            squares: _abc.Iterable[_builtins.float] | None = ...,
+            count: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "means", b"means", "squares", b"squares"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VALUE_FIELD_NUMBER: _builtins.int
     STANDARD_ERROR_FIELD_NUMBER: _builtins.int
     LOW_FIELD_NUMBER: _builtins.int
@@ -211,6 +242,8 @@ class TraceResult(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     value: _builtins.float
     standard_error: _builtins.float
     """Standard deviation of `value` over the choice of random vectors, as they show it; 0 where the
@@ -231,6 +264,8 @@ class TraceResult(_message.Message):
     num_exact_products: _builtins.int
     """Of them, those taken of the exact operator, where the others are coarser."""
     loss: _builtins.float
+    size: _builtins.float
+    """Sum of the sizes by which the rounding of these forms goes."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracePart]:
         """In canonical order; their values add up to the whole. Empty unless asked for."""
@@ -239,6 +274,8 @@ class TraceResult(_message.Message):
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Origin of the figures: versions, digests, dtype, seed."""
 
+    @_builtins.property
+    def levels(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResult.Level]: ...
     def __init__(
         self,
         *,
@@ -256,10 +293,12 @@ class TraceResult(_message.Message):
         parts: _abc.Iterable[Global___TracePart] | None = ...,
         loss: _builtins.float = ...,
         provenance: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        levels: _abc.Iterable[Global___TraceResult.Level] | None = ...,
+        size: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "loss", b"loss", "low", b"low", "method", b"method", "num_exact_products", b"num_exact_products", "num_probes", b"num_probes", "num_products", b"num_products", "outcome", b"outcome", "parts", b"parts", "provenance", b"provenance", "reason", b"reason", "rounding", b"rounding", "standard_error", b"standard_error", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "levels", b"levels", "loss", b"loss", "low", b"low", "method", b"method", "num_exact_products", b"num_exact_products", "num_probes", b"num_probes", "num_products", b"num_products", "outcome", b"outcome", "parts", b"parts", "provenance", b"provenance", "reason", b"reason", "rounding", b"rounding", "size", b"size", "standard_error", b"standard_error", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -219,7 +219,12 @@ class Dispatcher:
                     cast(
                         "AsyncGenerator[RunProgress | Result, None]",
                         self._group.backend.run(
-                            resolved.operator, asked.operation, asked.spec, outputs, inputs
+                            resolved.operator,
+                            asked.operation,
+                            asked.spec,
+                            outputs,
+                            inputs,
+                            job.earlier,
                         ),
                     )
                 ) as items,

@@ -137,6 +137,7 @@ def job_message(job: Job) -> pb.Job:
         end_time=timestamp(job.end_time),
         labels=job.labels,
         etag=etag_of(job.labels),
+        extends=job.extends,
     )
 
 

@@ -68,6 +68,9 @@ def read_job(row: sa.Row[Any]) -> Job:
     damaged = any(column not in whole and numbers[column] is not None for column in numbers)
     spec = None if damaged else read_spec(row.spec)
     state, error = row.state, _read(ERROR, row.error)
+    earlier = None if spec is None else _read(_results(spec.operation), row.earlier)
+    if row.earlier is not None and earlier is None:
+        spec = None  # without it the question would be another one
     result = None if spec is None else _read_result(spec.operation, row.result)
     ended_unread = state in FINAL_STATES and (
         (state == "SUCCEEDED" and (spec is None or result is None))
@@ -78,6 +81,8 @@ def read_job(row: sa.Row[Any]) -> Job:
     return Job(
         name=name,
         spec=spec,
+        extends=row.extends,
+        earlier=earlier,
         labels=row.labels if isinstance(row.labels, dict) else {},
         state=state,
         attempt=whole.get("attempt", 0),
@@ -124,15 +129,23 @@ def result_row(result: JobResult) -> dict[str, Any]:
     Raises:
         TypeError: The result is not of the operation's type.
     """
-    kind = TypeAdapter(type(result.result))
     return {
-        "result": kind.dump_python(result.result, mode="json"),
+        "result": earlier_row(result.result),
         "vectors": list(result.vectors),
         "num_elements": result.num_elements,
         "output_shape": list(result.output_shape),
         "argument_shape": list(result.argument_shape),
         "vector_time": result.vector_time,
     }
+
+
+def earlier_row(result: Result) -> Any:
+    """The value of the column for the result that a job goes on from.
+
+    Raises:
+        TypeError: The result is not of the operation's type.
+    """
+    return TypeAdapter(type(result)).dump_python(result, mode="json")
 
 
 @functools.cache

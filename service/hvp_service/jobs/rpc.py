@@ -40,6 +40,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
             values=values,
             labels=dict(request.labels),
             validate_only=request.validate_only,
+            extends=request.extends,
         )
         return pb.CreateJobResponse(job=job_message(job), plan=plan_message(planned))
 

@@ -16,6 +16,7 @@ from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.labels import check_labels, check_mask
 from hvp_service.calls.names import Name
+from hvp_service.jobs.extension import earlier_of
 from hvp_service.jobs.inputs import using_inputs
 from hvp_service.jobs.plan import Plan, plan_of, require_room
 from hvp_service.jobs.store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
@@ -71,6 +72,7 @@ async def create(
     values: Mapping[str, Any],
     labels: Mapping[str, str],
     validate_only: bool,
+    extends: str = "",
 ) -> tuple[Job, Plan]:
     """Check a question about an operator, plan it and queue it.
 
@@ -83,6 +85,7 @@ async def create(
         labels: The caller's own texts by name.
         validate_only: Queue nothing; a job that does not fit is then told by the plan and not
             refused.
+        extends: Name of the job whose result this one goes on from; "" for none.
 
     Returns:
         The job and its plan.
@@ -91,15 +94,21 @@ async def create(
         ServiceError: SPEC_MISSING, the operation's own reasons, as `OperatorResolver.resolve`,
             RESOURCE_NOT_FOUND, VECTOR_SPACE_MISMATCH or INPUT_MISSING for a vector that the
             question names, LABELS_INVALID, QUEUE_FULL, REQUEST_ID_REUSED,
-            INSUFFICIENT_CLUSTER_MEMORY.
+            INSUFFICIENT_CLUSTER_MEMORY; JOB_NOT_SUCCEEDED, EXTENSION_MISMATCH or
+            EXTENSION_UNSUPPORTED for the job to be extended.
     """
+    earlier = await earlier_of(deps.jobs, name.project, extends, operation, values)
+    values = {**values, **earlier.values}
     async with _asked(deps, operation, operator, values) as (asked, resolved):
+        result = earlier.check(asked)
         check_labels(labels)
         pace = await deps.jobs.pace(name.project, asked.operator)
         planned = await plan_of(deps.group, asked, resolved, pace)
         job = Job(
             name=name,
             spec=asked,
+            extends=extends,
+            earlier=result,
             labels=labels,
             max_attempts=deps.config.max_attempts,
             create_time=now_us(),
@@ -108,7 +117,7 @@ async def create(
             return job, planned
         require_room(asked, planned)
         created = await deps.jobs.create(job, deps.config.max_queued_jobs)
-        if created.spec != asked:
+        if created.spec != asked or created.extends != extends:
             raise ServiceError(
                 "REQUEST_ID_REUSED",
                 "This request id came before with another job; use a new one.",

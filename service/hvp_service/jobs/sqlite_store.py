@@ -20,6 +20,7 @@ from hvp_service.jobs.event_log import EventLog
 from hvp_service.jobs.rows import (
     ERROR,
     STATE_CHANGE,
+    earlier_row,
     progress_row,
     read_job,
     read_progress,
@@ -86,6 +87,8 @@ class SqliteJobStore(JobStore):
                     project=job.name.project,
                     id=job.name.id,
                     spec=spec_row(job.spec),
+                    extends=job.extends,
+                    earlier=None if job.earlier is None else earlier_row(job.earlier),
                     labels=dict(job.labels),
                     state="QUEUED",
                     attempt=0,
@@ -330,7 +333,12 @@ class SqliteJobStore(JobStore):
     async def _end(
         self, connection: AsyncConnection, job: Job, end: JobResult | JobError | None
     ) -> Job:
-        columns: dict[str, Any] = {"end_time": now_us(), "lease_owner": "", "lease_expire": 0}
+        columns: dict[str, Any] = {
+            "end_time": now_us(),
+            "lease_owner": "",
+            "lease_expire": 0,
+            "earlier": None,
+        }
         await connection.execute(
             sa.delete(job_inputs).where(
                 job_inputs.c.project == job.name.project, job_inputs.c.job_id == job.name.id
@@ -383,4 +391,4 @@ def _listed(job: Job) -> Job:
     progress = job.progress
     if progress is not None:
         progress = replace(progress, detail=None)
-    return replace(job, result=None, progress=progress)
+    return replace(job, result=None, earlier=None, progress=progress)

@@ -101,6 +101,8 @@ class Job:
 
     name: Name
     spec: JobSpec | None  # None: another version's
+    extends: str = ""  # name of the job that this one goes on from
+    earlier: Result | None = None  # its result, until this one has ended
     labels: Mapping[str, str]
     state: JobState = "QUEUED"
     attempt: int = 0

@@ -142,6 +142,9 @@ jobs = sa.Table(
     sa.Column("create_time", sa.BigInteger, nullable=False),
     sa.Column("start_time", sa.BigInteger, nullable=True),
     sa.Column("end_time", sa.BigInteger, nullable=True),
+    sa.Column("extends", sa.String, nullable=False, server_default=""),  # name of another job
+    # The other job's result for as long as this one needs it, whatever becomes of that job.
+    sa.Column("earlier", sa.JSON(none_as_null=True), nullable=True),
 )
 
 # The vectors that a job needs which has not ended; none of another one.

@@ -25,11 +25,13 @@ class Budget:
             operation's `least_vectors`.
         inputs: The vectors that the spec names, (local,) each, by its fields; read, never written
             to, and not among the `num_vectors`.
+        earlier: Result of the same question that the run goes on from; None for a run of its own.
     """
 
     max_products: int
     num_vectors: int
     inputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    earlier: Any = None
 
 
 @final

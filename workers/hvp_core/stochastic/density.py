@@ -73,12 +73,19 @@ class Density(Algorithm[DensityState]):
         num_steps: Steps of each probe, at most n.
         num_together: Number of probes that go in lockstep.
         is_kept: Whether the probes' bases fit into memory and are kept orthogonal.
+        earlier: Result whose probes are the first ones; None where they have to be run too.
     """
 
     spec: DensitySpec
     num_steps: int
     num_together: int
     is_kept: bool
+    earlier: DensityResult | None = None
+
+    @property
+    def _first(self) -> int:
+        """Number of the first probe that has to be run."""
+        return 0 if self.earlier is None else len(self.earlier.quadratures)
 
     @classmethod
     def configure(cls, spec: DensitySpec, operator: LinearOperator, budget: Budget) -> Density:
@@ -88,12 +95,15 @@ class Density(Algorithm[DensityState]):
         is_kept = budget.num_vectors >= kept
         fitting = max(1, budget.num_vectors // (kept if is_kept else WORKING_VECTORS))
         fitting = min(fitting, operator.most_together or fitting)
-        num_groups = math.ceil(spec.num_probes / fitting)
+        known = 0 if budget.earlier is None else len(budget.earlier.quadratures)
+        missing = spec.num_probes - known
+        num_groups = math.ceil(missing / fitting)
         return cls(
             spec=spec,
             num_steps=num_steps,
-            num_together=math.ceil(spec.num_probes / num_groups),  # no more than they need
+            num_together=math.ceil(missing / num_groups),  # no more than they need
             is_kept=is_kept,
+            earlier=budget.earlier,
         )
 
     def begin(self, operator: LinearOperator) -> DensityState:
@@ -102,7 +112,13 @@ class Density(Algorithm[DensityState]):
         vector = space.zeros()
         num_rows = self.num_steps if self.is_kept else 2
         memory = [vector.new_empty(num_rows, len(vector)) for _ in range(self.num_together)]
-        return DensityState(self._group(space, 0, memory))
+        state = DensityState(self._group(space, self._first, memory))
+        if self.earlier is not None:
+            state.quadratures = list(self.earlier.quadratures)
+            state.orthogonality_defect = self.earlier.orthogonality_defect
+            for quadrature in state.quadratures:
+                self._tell(state, quadrature.nodes)
+        return state
 
     def _group(self, space: VectorSpace, first: int, memory: list[torch.Tensor]) -> list[Probe]:
         """The next group of probes, as many as there is memory for, from number `first` on."""

@@ -17,11 +17,11 @@ The interval
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast, final
 
 import torch
-from hvp_operations.trace import Outcome, TraceProgress, TraceResult, TraceSpec
+from hvp_operations.trace import Level, Outcome, TraceProgress, TraceResult, TraceSpec
 
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
@@ -54,11 +54,14 @@ class Trace(Algorithm[TraceState]):
         spec: The request.
         choice: The method and its sizes.
         max_products: Upper bound on products.
+        earlier: Result by `hutchinson` whose random vectors are the first ones; None where there is
+            none.
     """
 
     spec: TraceSpec
     choice: Choice
     max_products: int
+    earlier: TraceResult | None = None
 
     @classmethod
     def configure(cls, spec: TraceSpec, operator: LinearOperator, budget: Budget) -> Trace:
@@ -68,8 +71,13 @@ class Trace(Algorithm[TraceState]):
             CurvatureError: METHOD_UNSUPPORTED: `xnystrace` of an operator that may have negative
                 eigenvalues.
         """
-        choice = chosen(spec, operator, budget)
-        return cls(spec=spec, choice=choice, max_products=budget.max_products)
+        if budget.earlier is not None:  # what it has seen are samples of this method
+            choice = chosen(replace(spec, method="hutchinson"), operator, budget)
+        else:
+            choice = chosen(spec, operator, budget)
+        return cls(
+            spec=spec, choice=choice, max_products=budget.max_products, earlier=budget.earlier
+        )
 
     def begin(self, operator: LinearOperator) -> TraceState:
         """See Algorithm."""
@@ -89,6 +97,10 @@ class Trace(Algorithm[TraceState]):
                 state.nystrom = NystromSketch.begin(space, rows)
             case "exact":
                 state.num_coordinates = 0
+        if self.earlier is not None:
+            state.samples, state.corrections = map(_moments, self.earlier.levels)
+            state.num_drawn = state.num_sizes = state.samples.count
+            state.size = self.earlier.size
         return state
 
     def _run(self, operator: LinearOperator, state: TraceState) -> TraceRun:
@@ -136,6 +148,8 @@ class Trace(Algorithm[TraceState]):
                 num_products=state.num_products,
                 num_exact_products=state.num_exact,
                 parts=block_traces(run, standing, noise),
+                levels=self._levels(state),
+                size=state.size if self._levels(state) else 0.0,
                 provenance={
                     "seed": str(self.spec.seed),
                     "probe": f"Philox4x32-10 by flat index, {law}",
@@ -143,3 +157,26 @@ class Trace(Algorithm[TraceState]):
                 },
             )
         )
+
+    def _levels(self, state: TraceState) -> tuple[Level, ...]:
+        """What an extension goes on from; nothing where the answer is made of other things."""
+        if self.choice.method != "hutchinson" or state.num_coordinates >= 0:
+            return ()
+        return _level(state.samples), _level(state.corrections)
+
+
+def _moments(level: Level) -> Moments:
+    """Running means as they were."""
+    mean, squares = (
+        torch.tensor(each, dtype=torch.float64) for each in (level.means, level.squares)
+    )
+    return Moments(mean, squares, level.count)
+
+
+def _level(moments: Moments) -> Level:
+    """Running means, written down."""
+    return Level(
+        means=tuple(moments.mean.tolist()),
+        squares=tuple(moments.squares.tolist()),
+        count=moments.count,
+    )
