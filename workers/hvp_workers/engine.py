@@ -469,7 +469,8 @@ class RankEngine:
     def _provenance(self, operator: api.Operator, loaded: LoadedOperator) -> dict[str, str]:
         curvature = loaded.curvature
         drawn = {}
-        if operator.composition is None and matrix(operator.kind).draws is not None:
+        is_matrix = operator.composition is None and operator.kind not in api.JACOBIANS
+        if is_matrix and matrix(operator.kind).draws is not None:
             drawn["sample_seed"] = str(operator.sample_seed)
             drawn["num_samples"] = str(operator.num_samples)
         activations = {"output": operator.output, "input": operator.by}
