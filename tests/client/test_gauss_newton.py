@@ -95,7 +95,7 @@ async def test_the_asynchronous_client_takes_the_same_words(
         )
         assert (G.kind, G.precision) == ("ggn", "full")
         assert set((await client.server_info()).operator_kinds) == {
-            *("hessian", "ggn"),
+            *("hessian", "ggn", "fisher"),
             *("empirical_fisher_token", "empirical_fisher_sequence"),
             *("gradient_covariance_token", "gradient_covariance_sequence"),
             "jacobian",

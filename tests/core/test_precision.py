@@ -64,7 +64,7 @@ def test_inner_products_and_checks_are_not_rounded_whatever_torch_was_told(told:
     torch.set_float32_matmul_precision(told)
     try:
         for work in (
-            lambda: partial_products(torch.ones(2, 3), torch.ones(3)),
+            lambda: partial_products(torch.ones(2, 3).double(), torch.ones(3).double()),
             lambda: disagreement(family, facts, model, problem.chain, space, problem.flat, loss),
             exact_products()(lambda: torch.ones(2, 2) @ torch.ones(2, 2)),
         ):

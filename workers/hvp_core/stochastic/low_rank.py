@@ -155,6 +155,7 @@ class LowRank(Algorithm[LowRankState]):
                 Budget(
                     max_products=budget.max_products - num_checks(dimension),
                     num_vectors=budget.num_vectors - spec.k - CHECK_PRODUCTS,
+                    inputs={"v0": ()},
                 ),
             )
         rows = num_samples(spec, dimension) if method == "nystrom" else 0
