@@ -674,6 +674,7 @@ async def test_the_server_tells_what_it_is(wire: Wire, deps: Dependencies) -> No
         *("KIND_EMPIRICAL_FISHER_TOKEN", "KIND_EMPIRICAL_FISHER_SEQUENCE"),
         "KIND_JACOBIAN",
         *("KIND_GRADIENT_COVARIANCE_TOKEN", "KIND_GRADIENT_COVARIANCE_SEQUENCE"),
+        "KIND_FISHER",
     ]
     assert list(info.precisions) == ["bfloat16", "full"]
     groups = await wire.system.ListWorkerGroups(system_pb2.ListWorkerGroupsRequest(parent=PARENT))

@@ -352,7 +352,7 @@ class RankEngine:
             operator: The operator that the question is about.
             operation: Name of the operation.
             spec: Spec of the operation.
-            inputs: Names of the vectors that the spec names, by field.
+            inputs: Names of the vectors that the spec names, by field; none where it is left out.
             earlier: Result that the run goes on from; None for a run of its own.
 
         Raises:
@@ -376,7 +376,9 @@ class RankEngine:
         except SpecError as error:
             raise CurvatureError(error.reason, error.message, error.metadata) from None
         given = {
-            each.field: tuple(self._shards(getattr(operator, each.space), inputs[each.field]))
+            each.field: tuple(
+                self._shards(getattr(operator, each.space), inputs.get(each.field, ()))
+            )
             for each in declared.inputs
         }
         cost = declared.cost(spec, facts)

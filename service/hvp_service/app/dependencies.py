@@ -21,6 +21,7 @@ from hvp_service.jobs.dispatcher import Dispatcher
 from hvp_service.jobs.sqlite_store import SqliteJobStore
 from hvp_service.jobs.store import JobStore
 from hvp_service.operators.activations import Activations
+from hvp_service.operators.messages import SYMMETRIC
 from hvp_service.operators.resolver import OperatorResolver
 from hvp_service.sessions.reaper import Reaper
 from hvp_service.sessions.store import SessionStore
@@ -94,7 +95,7 @@ async def open_dependencies(
         sessions = SessionStore(database, vectors, config)
         reaper = Reaper(sessions)
         operators = OperatorResolver(
-            checkpoints, batches, state_dir, backend.device, Activations(group)
+            checkpoints, batches, state_dir, backend.device, Activations(group), SYMMETRIC
         )
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hvp_operations.matrices import Matrix, Term, check_matrix
 from hvp_operations.operation import SpecError
-from hvp_protos.v1 import operator_pb2
 
 from hvp_service.calls.errors import ServiceError
 
@@ -36,21 +36,16 @@ def check_kind(kind: str, field: str = "kind") -> str:
     return plain_kind(kind)
 
 
-#: Kinds of the matrices that a sum may have.
-SYMMETRIC = [
-    plain_kind(kind)
-    for kind in operator_pb2.OperatorSpec.Kind.keys()  # noqa: SIM118 (it is no dict)
-    if kind not in ("KIND_UNSPECIFIED", "KIND_JACOBIAN")
-]
-
-
-def check_composition(kind: str, own: Term, given: Matrix, field: str) -> Matrix:
+def check_composition(
+    kind: str, own: Term, given: Matrix, kinds: Sequence[str], field: str
+) -> Matrix:
     """Check an operator that is more than one matrix as it stands.
 
     Args:
         kind: Name of the enum value of its kind; KIND_UNSPECIFIED where it has terms.
         own: The matrix of that kind.
         given: What the operator is besides.
+        kinds: Kinds that a term may have.
         field: Path of the operator in the request, for errors.
 
     Returns:
@@ -76,6 +71,6 @@ def check_composition(kind: str, own: Term, given: Matrix, field: str) -> Matrix
             )
         given = replace(given, terms=(own,))
     try:
-        return check_matrix(given, SYMMETRIC, field)
+        return check_matrix(given, kinds, field)
     except SpecError as error:
         raise refused(error) from None

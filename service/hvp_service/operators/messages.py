@@ -9,6 +9,13 @@ from hvp_service.calls.messages import enum_name, enum_value
 from hvp_service.operators.kinds import plain_kind
 from hvp_service.operators.resolver import OperatorRef
 
+#: Kinds of the matrices that a sum may have.
+SYMMETRIC = [
+    plain_kind(kind)
+    for kind in operator_pb2.OperatorSpec.Kind.keys()  # noqa: SIM118 (it is no dict)
+    if kind not in ("KIND_UNSPECIFIED", "KIND_JACOBIAN")
+]
+
 
 def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
     """Read an operator from its message, unchecked."""

@@ -309,6 +309,7 @@ class OperatorResolver:
         state_dir: Folder that holds the files of both.
         device: Device of the ranks, `cpu` or `cuda`.
         activations: Asks the ranks about activations.
+        kinds: Kinds of the matrices that a sum may have.
     """
 
     def __init__(
@@ -318,7 +319,9 @@ class OperatorResolver:
         state_dir: StateDir,
         device: str,
         activations: Activations,
+        kinds: Sequence[str],
     ):
+        self._kinds = kinds
         self.activations = activations
         self._checkpoints = checkpoints
         self._batches = batches
@@ -358,7 +361,7 @@ class OperatorResolver:
         """
         composition, num_samples = None, 0
         if ref.is_composed:
-            composition = check_composition(ref.kind, ref.own_term, ref.besides, field)
+            composition = check_composition(ref.kind, ref.own_term, ref.besides, self._kinds, field)
             kind, kinds = str(composition), {each.kind for each in composition.terms}
         else:
             kind = check_kind(ref.kind, f"{field}.kind")
