@@ -99,6 +99,7 @@ def test_sums_per_layer_are_those_of_the_estimate_with_errors_of_their_own(
     assert table.notes[2] == f"diagonal: {found.diagonal.name}"
 
 
+@pytest.mark.slow
 def test_the_gauss_newton_matrix_and_selections_have_diagonals_too(
     client: Client, small: Operator
 ) -> None:

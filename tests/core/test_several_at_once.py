@@ -110,7 +110,10 @@ def vectors(count: int, n: int) -> list[Tensor]:
     return list(torch.randn(count, n, generator=generator, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each in ("gpt2", "bert"))) for each in CASES],
+)
 def test_products_of_several_vectors_are_those_of_each_and_of_the_dense_matrix(
     what: str, folder: Path
 ) -> None:
