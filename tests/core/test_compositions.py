@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from hvp_core.krylov.lanczos import Eigsh
+from hvp_core.krylov.orthogonality import rounding
 from hvp_core.linop.compositions import Identity, Preconditioned, Scaled, Shifted, Sum
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.selection import BlockDiagonal, Restricted, Selection, Stretch
 from hvp_core.runs.algorithm import Budget, drive
 from hvp_core.sharding.layout import Run
 from hvp_core.stochastic.density import Density
+from hvp_operations import diagonal, low_rank, trace, trace_of
 from hvp_operations.density import DensitySpec
 from hvp_operations.eigsh import EigshSpec
+from hvp_operations.operation import Facts, Operation, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -247,6 +250,30 @@ def test_intervals_of_terms_that_cancel_hold_the_eigenvalues_of_the_exact_sum() 
     assert found.outcome == "NOISE_LIMIT"  # the tolerance is relative to the difference
     for value, bound in zip(found.eigenvalues, found.error_bounds, strict=True):
         assert float((true - value).abs().min()) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_bounded_of_terms_that_cancel_allows_for_their_rounding(dtype: torch.dtype) -> None:
+    n, eps = 60, torch.finfo(dtype).eps
+    a = matrix(torch.linspace(1, 2, n).double())
+    difference = 10 * eps * matrix(torch.linspace(-1, 1, n).double())
+
+    def known(operation: Operation[Any], spec: Any) -> Any:
+        left, right = (a + difference).to(dtype), (-a).to(dtype)
+        operator = Sum(DenseOperator(left), DenseOperator(right))
+        cost = operation.cost(spec, Facts(num_parameters=n, kind="hessian"))
+        budget = Budget(max_products=cost.max_products, num_vectors=cost.wished_vectors)
+        algorithm = load(operation.algorithm).configure(spec, operator, budget)
+        return drive(algorithm, operator).result
+
+    least = rounding(eps) * 2  # each product is rounded as those of A are, of norm 2
+    assert known(trace.OPERATION, trace.TraceSpec(method="hutchinson")).rounding >= n * least
+    assert known(diagonal.OPERATION, diagonal.DiagonalSpec()).rounding >= least
+    below = trace_of.TraceOfSpec("count", high=0.0)
+    assert known(trace_of.OPERATION, below).high == n  # nothing is known of any sign
+    found = known(low_rank.OPERATION, low_rank.LowRankSpec(3))
+    assert found.error == 0
+    assert found.error_bound >= least
 
 
 @settings(max_examples=50, deadline=None)

@@ -91,7 +91,7 @@ def _composed(
 
 
 def quadratic(
-    linear: LinearOperator, vectors: Sequence[torch.Tensor], room_bytes: int
+    linear: LinearOperator, vectors: Sequence[torch.Tensor], room_bytes: int, beside: int
 ) -> list[float]:
     """v·Av for each vector; products that are made on the way do not outlive the call.
 
@@ -99,6 +99,7 @@ def quadratic(
         linear: The operator A.
         vectors: This rank's shards.
         room_bytes: Memory that products may take.
+        beside: Vectors that each product takes beside itself.
 
     Raises:
         CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
@@ -108,7 +109,7 @@ def quadratic(
         some = vectors[len(found) : len(found) + TOGETHER]
         forms = linear.forms(some)
         if forms is None:
-            each_bytes = (1 + WORKING_VECTORS) * vectors[0].nbytes
+            each_bytes = (1 + beside) * vectors[0].nbytes
             at_once = min(TOGETHER, room_bytes // each_bytes)
             if at_once < 1:
                 raise no_vector_memory(each_bytes, max(0, room_bytes))

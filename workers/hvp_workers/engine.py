@@ -213,9 +213,13 @@ class RankEngine:
             case "quadratic":
                 assert operator.kind not in api.JACOBIANS  # which the service refuses
                 room = self._vector_budget - self._held_bytes()
+                forms, beside = None, WORKING_VECTORS
                 if operator.composition is None:
-                    return loaded.quadratic(operator.kind, vectors, room, draws_of(operator))
-                return quadratic(self._composed(operator, loaded).linear, vectors, room)
+                    forms = loaded.forward_forms(operator.kind, vectors, draws_of(operator))
+                    beside = 0
+                if forms is not None:
+                    return forms
+                return quadratic(self._composed(operator, loaded).linear, vectors, room, beside)
 
     @command
     def losses_along(

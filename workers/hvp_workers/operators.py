@@ -135,45 +135,6 @@ class LoadedOperator:
             for value in self.curvature.losses_along(directions, points[start : start + TOGETHER])
         ]
 
-    def quadratic(
-        self,
-        kind: str,
-        vectors: Sequence[torch.Tensor],
-        room_bytes: int,
-        draws: Draws | None = None,
-    ) -> list[float]:
-        """v·Av for each vector, by going forward alone where A has a rule for that.
-
-        A Hessian has none here: its forms are taken of products, a few at a time, which do not
-        outlive the call.
-
-        Args:
-            kind: Kind of the matrix A.
-            vectors: This rank's shards.
-            room_bytes: Memory that products may take.
-            draws: The labels of a Fisher matrix.
-
-        Returns:
-            The numbers, the same on every rank.
-
-        Raises:
-            CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
-        """
-        forms = self.forward_forms(kind, vectors, draws)
-        if forms is not None:
-            return forms
-        space = self.curvature.space
-        at_once = min(TOGETHER, room_bytes // space.vector_bytes)
-        if at_once < 1:
-            raise no_vector_memory(space.vector_bytes, max(0, room_bytes))
-        return [
-            space.dot(vector, product)
-            for some in _together(vectors, at_once)
-            for vector, product in zip(
-                some, self.product(kind, some, draws=draws, borrow=True), strict=True
-            )
-        ]
-
     def exact(self) -> LoadedOperator | None:
         """The same operator with products in float64, rounded to the vectors' dtype as they add up.
 

@@ -101,7 +101,7 @@ class Coordinates(Method, Turns):
             state.samples.clear()
             state.sketch = None
         for vector, product in zip(vectors, run.apply(source, vectors), strict=True):
-            state.whole_size = math.hypot(state.whole_size, run.size_of(product, 1.0))
+            state.whole_size = math.hypot(state.whole_size, run.size_of(source, product, 1.0))
             state.samples.mean.addcmul_(vector, product)
 
     def estimate(self) -> VectorEstimate | None:
@@ -137,7 +137,7 @@ class Hutchinson(Method, TwoLevels):
         """See TwoLevels."""
         run, state = self.run, self.run.state
         for vector, product in zip(vectors, run.apply(run.operator, vectors), strict=True):
-            run.note_size(run.size_of(product, math.sqrt(run.space.dimension)))
+            run.note_size(run.size_of(run.operator, product, math.sqrt(run.space.dimension)))
             if run.blocks:
                 state.part_samples.add(run.numbers(vector, product))
             state.samples.add(vector * product)
@@ -190,14 +190,14 @@ class XDiag(Method):
         if state.is_grown:
             vectors = run.draw(min(together, run.remaining), "rademacher")
             for vector, product in zip(vectors, run.apply(exact, vectors), strict=True):
-                run.note_size(run.size_of(product, math.sqrt(run.space.dimension)))
+                run.note_size(run.size_of(exact, product, math.sqrt(run.space.dimension)))
                 state.samples.add(sketch.left_of(run.space, product).mul_(vector))
             return "sampling"
         start = sketch.num_probes
         count = min(together, run.choice.num_rows - start, run.remaining // 2)
         vectors = run.draw(count, "rademacher")
         for vector, product in zip(vectors, run.apply(exact, vectors), strict=True):
-            run.note_size(run.size_of(product, math.sqrt(run.space.dimension)))
+            run.note_size(run.size_of(exact, product, math.sqrt(run.space.dimension)))
             sketch.extend(run.space, vector, product)
         if new := list(sketch.range.rows[start : sketch.num_probes]):
             for product in run.apply(exact, new):

@@ -288,7 +288,7 @@ class LowRank(Algorithm[LowRankState]):
         check, space = state.check, operator.domain
         assert check is not None
         error = _least_error(space, check)
-        size = (operator.exact() or operator).size  # of the products of the check
+        size = self._exact(operator, state).size  # of the operator that the check asked
         scale = max(error + max(map(abs, state.eigenvalues)), size)
         noise = rounding(torch.finfo(space.dtype).eps) * scale
         ends: Sequence[Recurrence] = (check.run, check.run.mirrored())

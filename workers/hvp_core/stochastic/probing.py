@@ -191,14 +191,12 @@ class Probing(ABC):
         self.state.size += size
         self.state.num_sizes += 1
 
-    def size_of(self, product: Tensor, length: float) -> float:
-        """What the rounding of the product with a vector of this norm goes by.
+    def size_of(self, source: LinearOperator, product: Tensor, length: float) -> float:
+        """What the rounding of a source's product with a vector of this norm goes by.
 
         Where terms of the operator cancel, their errors are those of larger products.
         """
-        exact = self.operator.exact() if self.operator.noise else None
-        size = max(self.operator.size, exact.size if exact else 0.0)
-        return max(finite_norm(self.space, product), size * length)
+        return max(finite_norm(self.space, product), source.size * length)
 
     def rounding(self, rest: float) -> float:
         """What the rounding of products can have moved the estimate by.

@@ -181,9 +181,9 @@ class Sketching(Method):
         count = min(run.choice.num_together, room, run.remaining // self.products_a_probe)
         return run.draw(count, "sphere")
 
-    def _note_size(self, product: Tensor) -> None:
+    def _note_size(self, source: LinearOperator, product: Tensor) -> None:
         """Note what rounding goes by: a vector of norm 1 stands for one of norm √n."""
-        self.run.note_size(self.run.space.dimension * self.run.size_of(product, 1.0))
+        self.run.note_size(self.run.space.dimension * self.run.size_of(source, product, 1.0))
 
     def standing(self) -> Standing | None:
         """The mean over sketches, by their numbers of vectors; of one that is whole, its own."""
@@ -241,7 +241,7 @@ class XTrace(Sketching):
         vectors = self._group()
         for product in run.apply(exact, vectors):
             basis.extend(run.space, product)
-            self._note_size(product)
+            self._note_size(exact, product)
         new = list(basis.rows[start : basis.num_rows])
         if new:
             sketch.project(run.space, start, run.apply(exact, new))
@@ -268,10 +268,10 @@ class XNysTrace(Sketching):
 
     def step(self) -> str:
         """See Stepper."""
-        run, vectors = self.run, self._group()
-        for vector, product in zip(vectors, run.apply(run.exact(), vectors), strict=True):
+        run, vectors, exact = self.run, self._group(), self.run.exact()
+        for vector, product in zip(vectors, run.apply(exact, vectors), strict=True):
             self.sketch.extend(run.space, vector, product)
-            self._note_size(product)
+            self._note_size(exact, product)
         return "sketching"
 
 

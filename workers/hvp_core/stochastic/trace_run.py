@@ -82,7 +82,7 @@ class TraceRun(Probing):
         found = []
         for vector, product in zip(vectors, self.apply(source, vectors), strict=True):
             length = finite_norm(self.space, vector)
-            size = length * self.size_of(product, length)
+            size = length * self.size_of(source, product, length)
             found.append(Form(self.numbers(vector, product), size))
         return found
 
