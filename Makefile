@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-ORACLES := .venv/.oracles
+PEERS := .venv/.peers
 
 .NOTPARALLEL:
 .PHONY: setup demo test test-slow oracle lint types proto proto-baseline sdk bench
@@ -32,15 +32,15 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal --durations=20
 
 # The long ones: chaos, random operators by the hundred, comparisons with other libraries.
-test-slow: setup $(ORACLES)
+test-slow: setup $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '(slow or oracle) and not gpu' -n 2 --dist worksteal --durations=20
 
 # Products against other libraries', which nothing else needs.
-oracle: setup $(ORACLES)
+oracle: setup $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'oracle and not gpu' -n 2 --dist worksteal
 
-$(ORACLES): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[oracle]'
+$(PEERS): $(STAMP) benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt -r benchmarks/peers.txt
 	touch $@
 
 lint: setup
@@ -64,5 +64,5 @@ sdk: setup
 	$(BIN)/python client/generate.py
 
 # What this machine can measure; `make bench ARGS="--shape tiny"` for something else.
-bench: setup
+bench: setup $(PEERS)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,7 +1,7 @@
 """Libraries that compute the same products, each in its own way of being used.
 
-They are optional: `pip install -e '.[bench]'`. Attention runs by the formula, as fused kernels have
-neither a forward derivative nor a second one.
+`make bench` and `make oracle` install them from benchmarks/peers.txt. Attention runs by the
+formula, as fused kernels have neither a forward derivative nor a second one.
 """
 
 from __future__ import annotations
