@@ -28,9 +28,16 @@ HVP = Path(sys.executable).parent / "hvp"
 
 
 class Server:
-    """`hvp serve --workers 2` on a state directory."""
+    """`hvp serve` on a state directory, with Ray ranks.
 
-    def __init__(self, state_dir: Path):
+    Args:
+        state_dir: Of the server.
+        workers: Number of ranks.
+        packages: A folder of packages that are to be installed for it.
+    """
+
+    def __init__(self, state_dir: Path, workers: int = 2, packages: Path | None = None):
+        path = os.pathsep.join(filter(None, [str(packages or ""), os.environ.get("PYTHONPATH")]))
         self._log = (state_dir.parent / "server.log").open("a")
         self.process = subprocess.Popen(
             [
@@ -38,9 +45,10 @@ class Server:
                 "serve",
                 "--address=127.0.0.1:0",
                 f"--state-dir={state_dir}",
-                "--workers=2",
+                f"--workers={workers}",
                 "--device=cpu",
             ],
+            env=os.environ | {"PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,19 @@ def test_inner_products_lose_nothing_of_a_vector_with_a_few_large_elements(num_r
     assert (partial_products(rows, rows[0]) / exact - 1).abs().max() < 1e-5
     wide = partial_products(rows.double(), rows[0].double())
     assert (wide / exact - 1).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_inner_products_of_signs_round_no_way_in_particular(num_rows: int) -> None:
+    """Added one by one, the few numbers that such products are would be rounded alike each time."""
+    generator = torch.Generator().manual_seed(0)
+    v = (2 * torch.randint(2, (10**6,), generator=generator) - 1).double() / 1000
+    product = 2 * v
+    product[1:] -= v[:-1]
+    product[:-1] -= v[1:]
+    true = math.fsum((v * product).tolist())
+    found = partial_products(v.repeat(num_rows, 1), product)
+    assert (found / true - 1).abs().max() < 1e-15
 
 
 def test_a_vector_survives_its_file(tmp_path: Path) -> None:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
-from hvp_core.curvature.curvature import Curvature
-from hvp_core.krylov.lanczos import Eigsh
-from hvp_core.model.chain import Chain, MicroBatch
-from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
-from hvp_core.model.huggingface.layered import LayeredChain
 from hvp_core.precision import exact
-from hvp_core.runs.algorithm import drive
-from hvp_core.settings import ComputeSettings
-from hvp_core.sharding.collective import Alone
-from hvp_core.sharding.layout import Layout
-from hvp_core.vectors.space import ParameterSpace as CoreSpace
-from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshResult, EigshSpec
 from hvp_workers.backend import Backend, Operator, Space
 from hvp_workers.opening import open_backend
@@ -29,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.core.dense import DenseOperator
-from tests.core.problems import CPU, llama_config, ragged_tokens, scatter
+from tests.core.problems import llama_config, ragged_tokens, scatter
 from tests.core.test_checkpoint import save
 
 
@@ -175,79 +162,3 @@ async def test_in_float32_pairs_meet_a_tolerance_that_float64_confirms(
     true = (await eigenpairs(backend, wide, EigshSpec(k=4, which="LA"))).eigenvalues
     for value, bound, other in zip(found.eigenvalues, found.error_bounds, true, strict=True):
         assert abs(value - other) <= min(bound, found.completeness.margin)
-
-
-# What follows searches in one arithmetic and verifies in another, on many small operators.
-
-
-def tiny() -> tuple[Chain, MicroBatch, int]:
-    """A chain of a Llama with few enough parameters for dense Hessians, a batch, and n."""
-    attention.register()
-    sizes = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2, "vocab_size": 12}
-    config = LlamaConfig(**{**llama_config().to_dict(), **sizes, "num_key_value_heads": 1})
-    config._attn_implementation = attention.NAME
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(0))
-    chain = LayeredChain(model, torch.float32, CPU)
-    return chain, token_batch(ids), sum(each.numel() for each in model.parameters())
-
-
-def curvatures(chain: Chain, batch: MicroBatch) -> Iterator[Curvature]:
-    """In bfloat16, and in float64 throughout: of one space."""
-    layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
-    space = CoreSpace(layout, Alone(), torch.float32, CPU)
-    for precision in ("bfloat16", "float64"):
-        yield Curvature(
-            chain,
-            space,
-            space.zeros(),
-            batch,
-            5,
-            ComputeSettings(precision=precision),
-        )
-
-
-def search(coarse: Curvature, fine: Curvature, k: int, seed: int) -> EigshResult:
-    operator = DenseOperator(
-        lambda v: coarse.product("hessian", [v])[0],
-        coarse.space,
-        noise=2**-8,
-        exact=lambda v: fine.product("hessian", [v])[0],
-    )
-    algorithm = Eigsh(
-        spec=EigshSpec(k=k, which="BE", seed=Seed(seed)), max_products=100, num_vectors=40
-    )
-    result: EigshResult = drive(algorithm, operator).result
-    return result
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", range(4))
-def test_every_interval_of_a_run_in_bfloat16_holds_an_eigenvalue_of_the_exact_hessian(
-    part: int,
-) -> None:
-    chain, batch, n = tiny()
-    coarse, fine = curvatures(chain, batch)
-    exact_layout = Layout(chain.shapes, [block.parameters for block in chain.blocks], 1)
-    exact_space = CoreSpace(exact_layout, Alone(), torch.float64, CPU)
-    truth = Curvature(chain, exact_space, exact_space.zeros(), batch, 5)
-    identity = torch.eye(exact_space.layout.shard_numel, dtype=torch.float64)
-    noise_limited = 0
-    for seed in range(50 * part, 50 * part + 50):
-        theta = fine.space.random(seed + 1, "gaussian") * 0.3
-        coarse.parameters, fine.parameters = theta, theta
-        pairs = search(coarse, fine, 6, seed)
-        truth.parameters = theta.double()
-        rows = [
-            row
-            for start in range(0, n, 64)
-            for row in truth.hvp(list(identity[start : start + 64]))
-        ]
-        true = torch.linalg.eigvalsh(torch.stack(rows)[:n, :n])
-        for value, bound in zip(pairs.eigenvalues, pairs.error_bounds, strict=True):
-            assert float((true - value).abs().min()) <= bound
-        assert pairs.outcome in ("NOISE_LIMIT", "MAX_PRODUCTS", "CONVERGED")
-        noise_limited += pairs.outcome == "NOISE_LIMIT"
-        assert math.isfinite(pairs.completeness.margin)
-    assert noise_limited > 25
