@@ -182,6 +182,7 @@ def covers(method: str, count: int, max_products: int, **spec: Any) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("method", "max_products", "num_vectors"),
     [

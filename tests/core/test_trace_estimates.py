@@ -192,6 +192,7 @@ def covers(method: str, count: int, max_products: int, rtol: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("method", "max_products"),
     [("hutchinson", 40), ("hutch++", 48), ("xtrace", 32), ("xnystrace", 24)],

@@ -145,6 +145,7 @@ def test_counts_are_whole_numbers_where_eigenvalues_stand_apart() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("function", ["log", "inverse", "exp"])
 def test_intervals_hold_the_truth_in_95_of_100_runs_and_estimates_have_no_bias(
     function: str,
