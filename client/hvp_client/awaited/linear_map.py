@@ -114,6 +114,11 @@ class AsyncLinearMap:
         return self._spec.precision
 
     @property
+    def deterministic(self) -> bool:
+        """Whether every result has the same bits each time it is asked for."""
+        return self._spec.deterministic
+
+    @property
     def selection(self) -> tuple[str, ...]:
         """Patterns by which the parameters were selected; empty where all of them are."""
         return tuple(self._spec.parameters)
