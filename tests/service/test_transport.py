@@ -593,6 +593,17 @@ async def test_what_has_no_room_is_planned_with_the_reason_and_not_queued(
     assert not plan.fits
     assert plan.least_bytes_per_rank > plan.available_bytes_per_rank == 64
     assert "use more workers or float32" in plan.problem
+    least = plan.least_bytes_per_rank
+
+    operator.deterministic = True  # such a job has all that it wishes, or does not begin
+    request = job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator), validate_only=True)
+    plan = (await wire.jobs.CreateJob(request)).plan
+    assert plan.least_bytes_per_rank == plan.wished_bytes_per_rank > least
+    _, details = await refusal(
+        wire.jobs.CreateJob(job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(operator)))
+    )
+    assert details["ErrorInfo"].reason == "DETERMINISTIC_MEMORY"
+    assert details["ErrorInfo"].metadata["needed_bytes"] == str(plan.least_bytes_per_rank)
 
 
 async def test_a_question_of_symmetric_matrices_is_not_asked_of_a_jacobian(

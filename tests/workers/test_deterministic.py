@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from hvp_workers.backend import BackendError, Operator, Seeded
+import torch.distributed as dist
+from hvp_core.sharding.collective import Distributed
+from hvp_operations.eigsh import EigshSpec
+from hvp_workers.backend import BackendError, Operator, RunProgress, Seeded
 from hvp_workers.engine import RankEngine
+from torch.multiprocessing.spawn import spawn
 
+from tests.core.test_sharded import free_port
 from tests.workers.deterministic import (
     VECTORS,
     ask,
@@ -17,6 +24,7 @@ from tests.workers.deterministic import (
     facts,
     forget_operators,
     have,
+    operator_of,
     written,
 )
 
@@ -89,26 +97,23 @@ def test_without_the_flag_memory_changes_bits_and_with_it_there_is_a_refusal(
     assert facts(ask(short, operator, "eigsh")[0]) == facts(own[1][0])
 
 
+@pytest.mark.parametrize(("flag", "told"), [(False, "UNVERIFIED"), (True, "DETERMINISTIC_MEMORY")])
 def test_an_answer_that_rests_on_a_product_in_float64_is_refused_without_memory_for_one(
-    engine: RankEngine, operator: Operator
+    engine: RankEngine, operator: Operator, flag: bool, told: str
 ) -> None:
-    # Vectors of 8 elements: what is large is θ in float64.
-    selected = replace(operator, space=replace(operator.space, parameters=("model.norm.weight",)))
-    told = {}
-    for available_bytes in (12_000, PLENTY):
-        forget_operators(engine, operator)
-        have(engine, available_bytes)
-        for each in (replace(selected, deterministic=False), selected):
-            try:
-                told[available_bytes, each.deterministic] = ask(engine, each, "eigsh")[0].outcome  # type: ignore[attr-defined]
-            except BackendError as error:
-                told[available_bytes, each.deterministic] = error.reason
-    assert told == {
-        (12_000, False): "UNVERIFIED",
-        (12_000, True): "DETERMINISTIC_MEMORY",
-        (PLENTY, False): "CONVERGED",
-        (PLENTY, True): "CONVERGED",
-    }
+    spec = EigshSpec(k=1, which="LA", tol=0.1)
+    engine.run_start("r", replace(operator, deterministic=flag), "eigsh", spec, {})
+    have(engine, 10_000)
+    try:
+        while isinstance(step := engine.run_step("r", ["e0"]), RunProgress):
+            pass
+        outcome = step.outcome  # type: ignore[attr-defined]
+    except BackendError as error:
+        outcome = error.reason
+    finally:
+        engine.run_end("r")
+        have(engine, PLENTY)
+    assert outcome == told
 
 
 def test_forms_that_are_taken_of_products_are_taken_of_all_at_once_or_refused(
@@ -148,3 +153,54 @@ def test_the_operator_with_the_flag_and_that_without_are_two(
     assert engine._operator(operator) is not engine._operator(plain)
     assert engine._operator(operator) is engine._operator(replace(operator, kind="ggn"))
     assert not torch.are_deterministic_algorithms_enabled()  # between calls torch is as it was
+
+
+def on_two_ranks(rank: int, port: int, folder: Path, name: str, available_bytes: int) -> None:
+    """One of two ranks: what the model in a folder gives, told by rank 0."""
+    torch.set_num_threads(1)
+    where = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    engine = engine_of(available_bytes, Distributed(torch.device("cpu")), folder / "cache")
+    operator = operator_of(folder, name)
+    if available_bytes == LITTLE:  # it is to be warm too
+        with_vectors(engine, operator)
+        engine.apply(replace(operator, deterministic=False), VECTORS, ["x", "y", "z"])
+    found = bits(engine, operator)
+    (folder / f"{available_bytes}-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def alone(_: int, folder: Path, name: str, available_bytes: int) -> None:
+    """The one rank of a fresh process: everything that there is to ask."""
+    torch.set_num_threads(1)
+    engine, operator = engine_of(available_bytes, cache=folder / "cache"), operator_of(folder, name)
+    if available_bytes == LITTLE:
+        with_vectors(engine, operator)
+        engine.apply(replace(operator, kind="ggn", deterministic=False), VECTORS, ["x", "y", "z"])
+    found = bits(engine, operator, everything=True)
+    (folder / f"{available_bytes}-0.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "num_ranks"), [("gpt2", 1), ("llama", 2)])
+def test_processes_give_the_same_bits_on_an_empty_folder_and_on_one_that_remembers_checks(
+    name: str, num_ranks: int, tmp_path: Path
+) -> None:
+    written(name, tmp_path)
+    for seed, available_bytes in ((1, PLENTY), (2, LITTLE)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONHASHSEED", str(seed))
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+            given = (tmp_path, name, available_bytes)
+            if num_ranks == 1:
+                spawn(alone, given, nprocs=1)
+            else:
+                spawn(on_two_ranks, (free_port(), *given), nprocs=2)
+    assert list((tmp_path / "cache" / "verified").iterdir())
+    for rank in range(num_ranks):
+        cold, warm = (
+            json.loads((tmp_path / f"{available_bytes}-{rank}.json").read_text())
+            for available_bytes in (PLENTY, LITTLE)
+        )
+        assert [each for each in cold if warm[each] != cold[each]] == []

@@ -192,9 +192,9 @@ class AsyncClient(AsyncCatalogue):
             damping: A number λ that is added to the diagonal of the matrix.
             precondition: The diagonal of D, for D^-1/2 (A + λI) D^-1/2: a vector or numbers, as
                 `Operator.preconditioned` takes it.
-            deterministic: Whether every result is to have the same bits each time it is asked for, on
-                this kind of machine and number of ranks: nothing that changes rounding goes by free
-                memory, time or history. What there is no memory for is refused, not done otherwise
+            deterministic: Whether every result is to have the same bits each time it is asked for,
+                on this kind of machine and number of ranks: nothing that changes rounding goes by
+                free memory, time or history. What there is no memory for is refused
                 (docs/operators.md).
 
         Returns:
