@@ -74,7 +74,9 @@ def test_every_schedule_gives_the_same_products_alone_together_and_again(
         assert distance(curvature.product(kind, vectors), expected) < 1e-13
 
 
-@pytest.mark.parametrize("make", [llama_problem, gpt2_problem])
+@pytest.mark.parametrize(
+    "make", [llama_problem, pytest.param(gpt2_problem, marks=pytest.mark.slow)]
+)
 def test_a_deterministic_products_bits_do_not_depend_on_what_is_kept_or_was_made_before(
     make: Any,
 ) -> None:
