@@ -41,9 +41,9 @@ def test_products_and_jobs_repeat_themselves_and_an_extension_keeps_the_operator
     v = D.random_vector(seed=1)
     first = (D @ v).numpy()
     density = D.density(num_probes=2, num_steps=4)
+    told = density.result()
     more = density.extend(num_probes=3)
     assert more.spec["deterministic"] is True
-    told = density.result()
     assert told.provenance["deterministic"] == "true"
     assert told.provenance["schedule_hessian_of_2"].endswith("shared")
     assert more.result().provenance["deterministic"] == "true"
