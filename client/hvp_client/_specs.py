@@ -37,6 +37,8 @@ def operator_spec(
     parameters: Any,
     sample_seed: int | None = None,
     num_samples: int | None = None,
+    *,
+    deterministic: bool = False,
 ) -> operator_pb2.OperatorSpec:
     """Make the message of an operator; the server checks dtype and precision.
 
@@ -50,14 +52,21 @@ def operator_spec(
         parameters: Patterns of names; None for all.
         sample_seed: Seed of the labels of a Fisher matrix; None means 0.
         num_samples: Labels that are drawn for each target; None means 1.
+        deterministic: Whether it is to give the same bits each time.
 
     Returns:
         The message.
 
     Raises:
         InvalidArgumentError: `KIND_UNSPECIFIED`, `MICRO_BATCH_INVALID`, `PARAMETERS_INVALID`,
-            `SEED_INVALID` or `NUM_SAMPLES_INVALID`.
+            `SEED_INVALID`, `NUM_SAMPLES_INVALID` or `DETERMINISTIC_INVALID`.
     """
+    if not isinstance(deterministic, bool):
+        raise InvalidArgumentError(
+            f"deterministic is True or False, not {shown(deterministic)}",
+            reason="DETERMINISTIC_INVALID",
+            field="deterministic",
+        )
     try:
         wire_kind = operator_pb2.OperatorSpec.Kind.Value(f"KIND_{str(kind).upper()}")
     except ValueError:
@@ -85,6 +94,7 @@ def operator_spec(
         parameters=as_globs(parameters),
         sample_seed=seed,
         num_samples=samples,
+        deterministic=deterministic,
     )
 
 

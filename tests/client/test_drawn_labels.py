@@ -83,7 +83,7 @@ def test_the_handle_and_the_job_say_the_seed(client: Client, F: Operator, H: Ope
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_it_travels(
-    kind: str, given: dict[str, int], reason: str, words: str
+    kind: str, given: dict[str, Any], reason: str, words: str
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=words) as refused:
         operator_spec("c", "b", kind, None, None, None, None, **given)

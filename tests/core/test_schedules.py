@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from hvp_core.autodiff import verify
 from hvp_core.autodiff.executor import Bytes
 from hvp_core.autodiff.product_spec import HESSIAN
 from hvp_core.autodiff.sums import GradientTerm, Sums
+from hvp_core.autodiff.traced import TracedHead
+from hvp_core.autodiff.verdicts import Verdicts
+from hvp_core.blame import working_on
 from hvp_core.curvature.curvature import Curvature
-from hvp_core.curvature.retention import BlockRetention, choose
+from hvp_core.curvature.retention import BlockRetention, choose, pinned
 from hvp_core.errors import CurvatureError
 from hvp_core.model.data import token_batch
 from hvp_core.model.huggingface import attention
 from hvp_core.model.huggingface.layered import LayeredChain
+from hvp_core.precision import reproducible
 from hvp_core.settings import ComputeSettings, Schedule
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
@@ -67,6 +72,94 @@ def test_every_schedule_gives_the_same_products_alone_together_and_again(
             alone = [curvature.product(kind, [each])[0] for each in vectors]
             assert distance(alone, expected) < 1e-13
         assert distance(curvature.product(kind, vectors), expected) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "make", [llama_problem, pytest.param(gpt2_problem, marks=pytest.mark.slow)]
+)
+def test_a_deterministic_products_bits_do_not_depend_on_what_is_kept_or_was_made_before(
+    make: Any,
+) -> None:
+    problem = make(torch.float32)
+    vectors = probes(problem, 3)
+    roomy = curvature_of(problem, 5, deterministic=True, budget_bytes=1 << 30)
+    first = {kind: roomy.product(kind, vectors[:1])[0] for kind in KINDS}
+    for kind in ("ggn", "ggn", "hessian"):  # from what was kept, and where another dropped that
+        assert torch.equal(roomy.product(kind, vectors[:1])[0], first[kind])
+    needed = sum(each.shared for each in _kept(roomy))
+    tight = curvature_of(problem, 5, deterministic=True, budget_bytes=needed)
+    for kind in KINDS:
+        assert torch.equal(tight.product(kind, vectors[:1])[0], first[kind])
+    nothing = curvature_of(problem, 5, deterministic=True, schedule="fast")
+    assert torch.equal(nothing.hvp(vectors[:1])[0], first["hessian"])
+    own, others = (each._executors.choose(HESSIAN, 1) for each in (nothing, roomy))
+    assert {each.way for each in (*own, *others)} == {"shared"}
+    assert not any(each.cached for each in own)
+    assert all(each.cached for each in others)
+    lean = curvature_of(problem, 5, schedule="lean").hvp(vectors[:1])[0]
+    assert not torch.equal(lean, first["hessian"])  # without the flag this is what memory does
+    assert distance([first["hessian"]], [lean]) < 1e-5
+    with pytest.raises(CurvatureError, match="DETERMINISTIC_MEMORY") as caught:
+        curvature_of(problem, 5, deterministic=True, budget_bytes=needed - 1).hvp(vectors[:1])
+    assert caught.value.metadata["needed_bytes"] == str(needed)
+    tight.allow(1 << 30)
+    assert torch.equal(tight.hvp(vectors)[1], roomy.hvp(vectors)[1])
+
+
+def _kept(curvature: Curvature) -> list[Bytes]:
+    executors = curvature._executors.executor_of
+    own = {index for index, _ in executors if index < len(curvature.chain.blocks) - 1}
+    return [executors[index, 0].kept_bytes(HESSIAN.passes, 1) for index in sorted(own)]
+
+
+def test_a_deterministic_product_is_the_product_and_a_constant_says_when_it_is_lean() -> None:
+    problem = llama_problem()
+    vectors = probes(problem, 2)
+    expected = curvature_of(problem, 5, schedule="lean").hvp(vectors)
+    curvature = curvature_of(problem, 5, deterministic=True)
+    assert distance(curvature.hvp(vectors), expected) < 1e-13
+    assert distance(curvature.ggn(vectors), curvature_of(problem).ggn(vectors)) < 1e-13
+    assert curvature.notes()["schedule_hessian_of_2"] == "3 shared"
+    blocks = [Bytes(lean=1, fast=5, shared=6, cached=9)] * 2
+    for budget in (12, 18, 10**9):
+        ways = [each.way for each in pinned("auto", blocks, budget, 12)]
+        assert ways == ["shared", "shared"]
+    for budget in (0, 12, 10**9):
+        assert pinned("auto", blocks, budget, 11) == [BlockRetention("lean", False)] * 2
+        assert pinned("lean", blocks, budget, 12) == [BlockRetention("lean", False)] * 2
+    assert [each.cached for each in pinned("auto", blocks, 15, 12)] == [True, False]
+    assert [each.cached for each in pinned("fast", blocks, 10**9, 12)] == [False, False]
+
+
+def test_a_trace_that_torch_contradicts_is_no_slower_way_of_a_deterministic_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The gradient would have gone by the trace before, and another way ever after.
+    run = TracedHead.run
+
+    def wrong(self: TracedHead, *args: Any, **kwargs: Any) -> Any:
+        found = run(self, *args, **kwargs)
+        found.dots = [None if each is None else 1.01 * each for each in found.dots]
+        return found
+
+    curvature = curvature_of(llama_problem(torch.float32), 5, deterministic=True)
+    monkeypatch.setattr(verify, "_verified", Verdicts())
+    monkeypatch.setattr(TracedHead, "run", wrong)
+    with pytest.raises(CurvatureError, match=r"DETERMINISM_UNSUPPORTED: .* block head"):
+        curvature.hvp([curvature.space.random(1, "gaussian")])
+
+
+def test_torchs_refusal_to_repeat_itself_has_a_reason_of_its_own() -> None:
+    with (
+        pytest.raises(CurvatureError, match="DETERMINISM_UNSUPPORTED") as caught,
+        reproducible(),
+        working_on("a block", "its value"),
+    ):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    assert caught.value.metadata["block"] == "a block"
+    assert not torch.are_deterministic_algorithms_enabled()
+    with reproducible(False):
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_products_of_two_kinds_may_alternate() -> None:

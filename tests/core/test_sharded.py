@@ -27,6 +27,7 @@ from hvp_core.krylov.svds import Svds
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.model.data import token_batch
 from hvp_core.model.places import Place
+from hvp_core.precision import reproducible
 from hvp_core.runs.algorithm import drive
 from hvp_core.sharding.collective import Alone, Collective, Distributed, open_collective
 from hvp_operations.checking import Seed
@@ -200,6 +201,14 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
             world_size * (world_size + 1) / 2
         )
         assert torch.equal(out, expected), way
+        narrow = torch.rand(world_size * 5003)
+        with reproducible():
+            once, again = torch.zeros(5003), torch.zeros(5003)
+            for each in (once, again):
+                collective.scatter_sum(narrow, each)
+        parts = collective.gather(narrow).view(world_size, world_size, -1)[:, rank]
+        assert torch.equal(once, parts.sum(0)), way
+        assert torch.equal(once, again), way
     # Each model by each way for one number of ranks or another.
     for (name, make), way in zip(PROBLEMS.items(), ways(world_size), strict=True):
         found = numbers(make(), collectives[way])

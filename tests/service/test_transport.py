@@ -31,6 +31,7 @@ from hvp_protos.v1 import (
     checkpoint_pb2_grpc,
     data_batch_pb2,
     data_batch_pb2_grpc,
+    density_pb2,
     eigsh_pb2,
     job_pb2,
     job_pb2_grpc,
@@ -593,6 +594,21 @@ async def test_what_has_no_room_is_planned_with_the_reason_and_not_queued(
     assert not plan.fits
     assert plan.least_bytes_per_rank > plan.available_bytes_per_rank == 64
     assert "use more workers or float32" in plan.problem
+
+    # A deterministic operator's job has all that it wishes, or does not begin.
+    for flag in (False, True):
+        operator.deterministic = flag
+        asked = job_pb2.JobSpec(
+            density=density_pb2.DensitySpec(operator=operator, num_probes=8, num_steps=4)
+        )
+        request = job_pb2.CreateJobRequest(parent=PARENT, spec=asked, validate_only=True)
+        plan = (await wire.jobs.CreateJob(request)).plan
+        is_all = plan.least_bytes_per_rank == plan.wished_bytes_per_rank
+        assert is_all == flag
+    request = job_pb2.CreateJobRequest(parent=PARENT, spec=asked)
+    _, details = await refusal(wire.jobs.CreateJob(request))
+    assert details["ErrorInfo"].reason == "DETERMINISTIC_MEMORY"
+    assert details["ErrorInfo"].metadata["needed_bytes"] == str(plan.least_bytes_per_rank)
 
 
 async def test_a_question_of_symmetric_matrices_is_not_asked_of_a_jacobian(

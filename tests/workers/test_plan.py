@@ -11,11 +11,12 @@ from hvp_operations.eigsh import OPERATION, EigshSpec
 from hvp_operations.operation import Cost, Facts
 from hvp_workers.backend import Tuning
 from hvp_workers.micro_batch import default_micro_batch
-from hvp_workers.plan import room_for, settings
+from hvp_workers.plan import policy
 from hvp_workers.room import needed_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+FLEXIBLE, PINNED = policy(deterministic=False), policy(deterministic=True)
 PLAIN = ComputeSettings(
     schedule="auto", budget_bytes=250, compile=False, graphs=False, precision="full"
 )
@@ -34,11 +35,11 @@ PLAIN = ComputeSettings(
 def test_compiling_is_for_gpus_unless_somebody_says_otherwise(
     device: str, tuning: Tuning, expected: ComputeSettings
 ) -> None:
-    assert settings("full", tuning, device=device, available_bytes=1000) == expected
+    assert FLEXIBLE.settings("full", tuning, device=device, available_bytes=1000) == expected
 
 
 def test_the_precision_is_the_operators() -> None:
-    assert settings("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
+    assert FLEXIBLE.settings("tf32", Tuning(), device="cuda", available_bytes=0).precision == "tf32"
 
 
 def cost(spec: EigshSpec, dimension: int) -> Cost:
@@ -52,10 +53,49 @@ def test_the_servers_own_budget_finds_and_certifies_as_many_pairs_as_were_asked_
 
 def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
     asked = cost(EigshSpec(k=6, which="BE"), 1000)
-    assert room_for(asked, vector_bytes=1, available_bytes=10**6) == 40 + 10
-    assert room_for(asked, vector_bytes=100, available_bytes=4000) == 32
+    assert FLEXIBLE.room_for(asked, vector_bytes=1, available_bytes=10**6) == 40 + 10
+    assert FLEXIBLE.room_for(asked, vector_bytes=100, available_bytes=4000) == 32
     with pytest.raises(CurvatureError, match="INSUFFICIENT_CLUSTER_MEMORY"):
-        room_for(asked, vector_bytes=100, available_bytes=2900)
+        FLEXIBLE.room_for(asked, vector_bytes=100, available_bytes=2900)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning(compile="on"), Tuning(schedule="lean")])
+def test_a_pinned_plan_is_one_whatever_memory_there_is_and_compiles_nothing(
+    device: str, tuning: Tuning
+) -> None:
+    little, plenty = (
+        replace(
+            PINNED.settings("full", tuning, device=device, available_bytes=each), budget_bytes=None
+        )
+        for each in (1 << 20, 1 << 40)
+    )
+    assert little == plenty == ComputeSettings(schedule=tuning.schedule, deterministic=True)
+
+
+def test_a_pinned_run_has_all_the_vectors_that_it_can_use_or_is_refused() -> None:
+    asked = cost(EigshSpec(k=6, which="BE"), 1000)
+    needed = needed_bytes(50, 100)
+    for available_bytes in (needed, 10**6, 10**12):
+        assert PINNED.room_for(asked, vector_bytes=100, available_bytes=available_bytes) == 50
+    with pytest.raises(CurvatureError, match=f"DETERMINISTIC_MEMORY.*{needed}.*{needed - 1}"):
+        PINNED.room_for(asked, vector_bytes=100, available_bytes=needed - 1)
+
+
+def test_what_a_pinned_plan_has_no_memory_for_it_does_not_do_otherwise() -> None:
+    assert PINNED.affords_exact(9, 9)
+    assert not FLEXIBLE.affords_exact(10, 9)
+    with pytest.raises(CurvatureError, match="DETERMINISTIC_MEMORY") as caught:
+        PINNED.affords_exact(10, 9)
+    assert caught.value.metadata == {"needed_bytes": "10", "available_bytes": "9"}
+    assert PINNED.at_once(3, each_bytes=10, room_bytes=30) == 3
+    assert [FLEXIBLE.at_once(3, each_bytes=10, room_bytes=each) for each in (29, 9, -1)] == [
+        2,
+        0,
+        0,
+    ]
+    with pytest.raises(CurvatureError, match="DETERMINISTIC_MEMORY"):
+        PINNED.at_once(3, each_bytes=10, room_bytes=29)
 
 
 @given(
@@ -82,7 +122,7 @@ def test_what_is_refused_before_it_is_queued_no_rank_would_run(
     asked = cost(spec, dimension)
     assume(total_bytes < needed_bytes(asked.least_vectors, 4 * dimension / num_ranks))
     with pytest.raises(CurvatureError):
-        room_for(
+        FLEXIBLE.room_for(
             asked,
             vector_bytes=4 * (-(-dimension // num_ranks) + padding),
             available_bytes=int(total_bytes * (1 - used)),

@@ -41,6 +41,8 @@ _ALONE = (
 )
 #: Words in torch's message about an operation that it cannot differentiate.
 _NO_DERIVATIVE = ("derivative", "autograd.Function")
+#: And about one for which it has no kernel that gives the same bits each time.
+_NOT_REPRODUCIBLE = "deterministic"
 
 
 def whose(error: Exception) -> Fault:
@@ -77,6 +79,7 @@ def explained(error: Exception, block: str, doing: str) -> CurvatureError:
     Returns:
         A CurvatureError keeps its reason and gets the block's name. Others become OUT_OF_MEMORY;
         DOUBLE_BACKWARD_UNSUPPORTED, where torch has no derivative of an operation;
+        DETERMINISM_UNSUPPORTED, where it was to compute reproducibly and cannot;
         MODEL_UNSUPPORTED, for anything else that a model raises; or INTERNAL with a traceback, for
         a bug of this library.
     """
@@ -102,6 +105,13 @@ def explained(error: Exception, block: str, doing: str) -> CurvatureError:
             "INTERNAL",
             f"block {block}, {doing}: {words}; this is a bug of hvp, please report it",
             {**at, "exception": type(error).__name__, "traceback": lines},
+        )
+    if isinstance(error, RuntimeError) and _NOT_REPRODUCIBLE in said:
+        return CurvatureError(
+            "DETERMINISM_UNSUPPORTED",
+            f"block {block} has an operation that torch cannot compute with the same bits each "
+            f"time ({said}); ask without deterministic, or replace the operation",
+            at,
         )
     if isinstance(error, RuntimeError) and (
         isinstance(error, NotImplementedError) or any(each in said for each in _NO_DERIVATIVE)

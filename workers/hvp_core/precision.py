@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hvp_core.errors import CurvatureError, is_out_of_memory
-from hvp_core.settings import Precision
+from hvp_core.settings import ComputeSettings, Precision
 
 
 def layer_norm(
@@ -250,6 +250,39 @@ def matmuls(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(legacy)
         for each, value in zip(devices, before, strict=True):
             each.fp32_precision = value
+
+
+@contextmanager
+def reproducible(wanted: bool = True) -> Iterator[None]:
+    """Have torch take the kernels that give the same bits each time, and raise where it has none.
+
+    Torch's own switch for the whole process, and the search for the fastest convolution; both are
+    restored at the end. Compilers are not told, whose loading takes seconds: nothing is compiled
+    inside.
+
+    Args:
+        wanted: Whether to; if not, nothing changes.
+    """
+    if not wanted:
+        yield
+        return
+    fills: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode()
+    filled, timed = fills.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    fills.fill_uninitialized_memory = torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before > 0, warn_only=before == 1)
+        fills.fill_uninitialized_memory, torch.backends.cudnn.benchmark = filled, timed
+
+
+@contextmanager
+def arithmetic(settings: ComputeSettings) -> Iterator[None]:
+    """Compute as settings say: matrix products in their precision, and reproducibly or not."""
+    with matmuls(settings.precision), reproducible(settings.deterministic):
+        yield
 
 
 def exact_products() -> _GeneratorContextManager[None]:

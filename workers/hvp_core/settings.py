@@ -31,6 +31,9 @@ class ComputeSettings:
             then see what they mean to see.
         trace: Trace the blocks. Without, torch differentiates each by itself, which begins sooner
             and is slower: for a loss that is asked for once.
+        deterministic: The same bits each time: no choice that changes rounding looks at free
+            memory, time or history, and nothing is summed in the order in which threads run.
+            `compile` and `graphs` are off then. What is not to be had so is refused.
     """
 
     schedule: Schedule = "auto"
@@ -40,3 +43,4 @@ class ComputeSettings:
     precision: Precision = "full"
     strict: bool = False
     trace: bool = True
+    deterministic: bool = False

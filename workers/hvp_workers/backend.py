@@ -147,6 +147,7 @@ class Operator:
     composition: Matrix | None = None
     output: Activation | None = None  # that a Jacobian is of; None: the model's own outputs
     by: Activation | None = None  # that it is taken by; None: the parameters of `space`
+    deterministic: bool = False  # whether it gives the same bits each time
 
     @property
     def plain(self) -> Operator:

@@ -20,6 +20,7 @@ from hvp_workers.operators import (
     LoadedOperator,
     no_vector_memory,
 )
+from hvp_workers.plan import Policy
 
 #: Vectors that a composition takes beside its arguments and its product, for each argument.
 WORKING_VECTORS = 3
@@ -91,7 +92,11 @@ def _composed(
 
 
 def quadratic(
-    linear: LinearOperator, vectors: Sequence[torch.Tensor], room_bytes: int, beside: int
+    linear: LinearOperator,
+    vectors: Sequence[torch.Tensor],
+    room_bytes: int,
+    beside: int,
+    decide: Policy,
 ) -> list[float]:
     """v·Av for each vector; products that are made on the way do not outlive the call.
 
@@ -100,9 +105,11 @@ def quadratic(
         vectors: This rank's shards.
         room_bytes: Memory that products may take.
         beside: Vectors that each product takes beside itself.
+        decide: Decides how many products are taken at once.
 
     Raises:
-        CurvatureError: VECTOR_MEMORY: there is no room for one product; NON_FINITE.
+        CurvatureError: VECTOR_MEMORY: there is no room for one product, or DETERMINISTIC_MEMORY,
+            for as many as it has to be; NON_FINITE.
     """
     found: list[float] = []
     while len(found) < len(vectors):
@@ -110,7 +117,7 @@ def quadratic(
         forms = linear.forms(some)
         if forms is None:
             each_bytes = (1 + beside) * vectors[0].nbytes
-            at_once = min(TOGETHER, room_bytes // each_bytes)
+            at_once = decide.at_once(len(some), each_bytes=each_bytes, room_bytes=room_bytes)
             if at_once < 1:
                 raise no_vector_memory(each_bytes, max(0, room_bytes))
             some = some[:at_once]

@@ -21,7 +21,8 @@ from hvp_core.autodiff.product_spec import matrix
 from hvp_core.autodiff.verify import keep_verdicts
 from hvp_core.errors import CurvatureError, is_out_of_memory
 from hvp_core.linop.symmetry import SymmetryCheck
-from hvp_core.runs.algorithm import Advance, Algorithm, Budget
+from hvp_core.precision import reproducible
+from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
 from hvp_core.sharding.collective import Collective
 from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ShardedSpace
@@ -40,7 +41,7 @@ from hvp_workers.composed import (
 from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
 from hvp_workers.operators import JacobianOperator, LoadedOperator, no_vector_memory
-from hvp_workers.plan import room_for
+from hvp_workers.plan import Policy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,6 +94,7 @@ class _Run:
         loss: L(θ).
         max_products: The most products that the run may make.
         provenance: Facts that the answer will rest on, by name.
+        policy: Decides what memory decides.
         state: State of the algorithm; None before the first step, which takes its memory.
         num_products: Number of products so far.
         seconds: Seconds for a product, for each step.
@@ -105,15 +107,22 @@ class _Run:
     loss: float
     max_products: int
     provenance: dict[str, str]
+    policy: Policy
     state: Any = None
     num_products: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def step(self) -> Advance | None:
         """Go on by one step; the first one allocates the run's memory."""
-        if self.state is None:
-            self.state = self.algorithm.begin(self.operator.linear)
-        return self.algorithm.step(self.operator.linear, self.state)
+        with reproducible(self.policy.is_deterministic):
+            if self.state is None:
+                self.state = self.algorithm.begin(self.operator.linear)
+            return self.algorithm.step(self.operator.linear, self.state)
+
+    def found(self) -> Found:
+        """The answer, once the algorithm has finished."""
+        with reproducible(self.policy.is_deterministic):
+            return self.algorithm.result(self.operator.linear, self.state)
 
 
 @final
@@ -219,7 +228,9 @@ class RankEngine:
                     beside = 0
                 if forms is not None:
                     return forms
-                return quadratic(self._composed(operator, loaded).linear, vectors, room, beside)
+                return quadratic(
+                    self._composed(operator, loaded).linear, vectors, room, beside, loaded.policy
+                )
 
     @command
     def losses_along(
@@ -400,7 +411,7 @@ class RankEngine:
         promised += held * vector_bytes
         budget = Budget(
             max_products=cost.max_products,
-            num_vectors=room_for(
+            num_vectors=loaded.policy.room_for(
                 cost,
                 vector_bytes=vector_bytes,
                 available_bytes=self._memory.least_available() - promised,
@@ -415,7 +426,8 @@ class RankEngine:
             spaces={"domain": operator.domain, "codomain": operator.codomain},
             loss=self._operator(operator.plain).curvature.loss(),
             max_products=cost.max_products,
-            provenance=self._provenance(operator, loaded),
+            provenance=self._provenance(operator, loaded, budget),
+            policy=loaded.policy,
         )
 
     def _vector_bytes(self, operator: api.Operator) -> int:
@@ -451,7 +463,7 @@ class RankEngine:
 
     def _finish(self, run: str, outputs: Sequence[str]) -> Result:
         state = self._runs.pop(run)
-        found = state.algorithm.result(state.operator.linear, state.state)
+        found = state.found()
         sides = found.result.vector_spaces()
         for name, side, vector in zip(outputs[: len(sides)], sides, found.vectors, strict=True):
             self._vectors[name] = _Vector(state.spaces[side], vector.clone())
@@ -472,7 +484,9 @@ class RankEngine:
         self._runs.pop(run, None)
         self._memory.give_back()
 
-    def _provenance(self, operator: api.Operator, loaded: LoadedOperator) -> dict[str, str]:
+    def _provenance(
+        self, operator: api.Operator, loaded: LoadedOperator, budget: Budget
+    ) -> dict[str, str]:
         curvature = loaded.curvature
         drawn = {}
         is_matrix = operator.composition is None and operator.kind not in api.JACOBIANS
@@ -500,4 +514,5 @@ class RankEngine:
             "num_tensors": str(len(curvature.space.layout.parameters)),
             "probe": "Philox4x32-10 by flat index, Box-Muller",
             "blocks": str(len(curvature.chain.blocks)),
+            **loaded.policy.provenance(curvature, budget.num_vectors),
         }

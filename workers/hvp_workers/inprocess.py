@@ -20,7 +20,12 @@ from hvp_workers.backend import BackendError, GroupLostError, RankInfo, Tuning
 from hvp_workers.environment import OFFLINE
 from hvp_workers.group import Group, as_backend_error
 from hvp_workers.group_backend import GroupBackend
-from hvp_workers.rank_process import loading_modules, total_memory, use_compile_cache
+from hvp_workers.rank_process import (
+    fix_workspaces,
+    loading_modules,
+    total_memory,
+    use_compile_cache,
+)
 
 # An engine that is idle goes in milliseconds; what it computes can take an hour.
 _LEAVE_S = 1.0
@@ -127,6 +132,7 @@ class InProcessGroup(Group):
 
     def _make_engine(self) -> Any:
         use_compile_cache(self._tuning.compile_cache)
+        fix_workspaces()
         os.environ.update(OFFLINE)
         module, _, name = self._engine_name.partition(":")
         with loading_modules():

@@ -27,7 +27,7 @@ from hvp_core.vectors.space import ParameterSpace
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
 from hvp_workers.micro_batch import default_micro_batch
-from hvp_workers.plan import DRAWING, EXACT, exact_bytes, settings
+from hvp_workers.plan import DRAWING, EXACT, Policy, exact_bytes, policy
 
 #: Unit roundoff of the operands of matrix products, where it is more than the vectors' own.
 _NOISE: dict[api.Precision, float] = {"full": 0.0, "tf32": 2**-11, "bfloat16": 2**-8}
@@ -62,12 +62,15 @@ class LoadedOperator:
     Attributes:
         curvature: Computes the products.
         budget_bytes: Memory it may hold between products, from the first product on.
+        policy: Decides what memory decides.
         has_products: Whether there has been a product, so that this memory is taken already.
     """
 
     curvature: Curvature
     budget_bytes: int
+    policy: Policy
     _widest: Callable[[], Curvature | None]
+    _budget_now: Callable[[], int] = lambda: 0
     has_products: bool = False
     _told: Mapping[str, str] = field(default_factory=dict)
     _exact: weakref.ref[LoadedOperator] | None = None
@@ -94,7 +97,14 @@ class LoadedOperator:
             case "jacobian_transposed":
                 products = self.curvature.vjp(vectors)
             case _:
-                products = self.curvature.product(kind, vectors, draws=draws, borrow=borrow)
+                try:
+                    products = self.curvature.product(kind, vectors, draws=draws, borrow=borrow)
+                except CurvatureError as error:
+                    if error.reason != "DETERMINISTIC_MEMORY":
+                        raise
+                    # There may be more memory than there was when the operator was loaded.
+                    self.curvature.allow(self._budget_now())
+                    products = self.curvature.product(kind, vectors, draws=draws, borrow=borrow)
         self.has_products = True
         return products
 
@@ -152,7 +162,7 @@ class LoadedOperator:
         curvature = self._widest()
         if curvature is None:
             return None
-        made = LoadedOperator(curvature, 0, self._widest)
+        made = LoadedOperator(curvature, 0, self.policy, self._widest)
         self._exact = weakref.ref(made)
         return made
 
@@ -304,6 +314,7 @@ class _Key(NamedTuple):
     parameters: tuple[str, ...]
     output: api.Activation | None
     by: api.Activation | None
+    deterministic: bool
 
 
 @final
@@ -370,6 +381,7 @@ class OperatorCache:
             operator.space.parameters,
             operator.output,
             operator.by,
+            operator.deterministic,
         )
         if key not in self._loaded:
             loaded = self._load(operator)
@@ -387,13 +399,17 @@ class OperatorCache:
             self._space.collective.world_size,
             self._space.device.type,
         )
-        chosen = settings(
-            operator.precision,
-            self._tuning,
-            device=self._space.device.type,
-            available_bytes=self._memory.least_available(),
-        )
+        decide = policy(deterministic=operator.deterministic)
 
+        def choose() -> ComputeSettings:
+            return decide.settings(
+                operator.precision,
+                self._tuning,
+                device=self._space.device.type,
+                available_bytes=self._memory.least_available(),
+            )
+
+        chosen = choose()
         if operator.output is not None or operator.by is not None:
             return self._section(operator, batch, micro_batch_size, chosen)
         selected = self.space_of(operator.space.parameters)
@@ -414,14 +430,23 @@ class OperatorCache:
             if self._space.dtype == torch.float64:
                 return curvature
             needed = exact_bytes(self._space.layout.shard_numel, selected.layout.shard_numel)
-            affordable = needed <= self._memory.least_available()
-            return curvature_with(EXACT, curvature.labels) if affordable else None
+            affordable = decide.affords_exact(needed, self._memory.least_available())
+            how = decide.as_wanted(EXACT)
+            return curvature_with(how, curvature.labels) if affordable else None
 
         # In 16 bits a sum would be rounded otherwise for each cut of the batch, and a label in a
         # hundred be another.
-        labels = DrawnLabels(lambda draws: curvature_with(DRAWING, None).draw(draws))
+        labels = DrawnLabels(
+            lambda draws: curvature_with(decide.as_wanted(DRAWING), None).draw(draws)
+        )
         curvature = curvature_with(chosen, None if chosen.precision == "full" else labels)
-        return LoadedOperator(curvature, chosen.budget_bytes or 0, widest)
+        return LoadedOperator(
+            curvature,
+            chosen.budget_bytes or 0,
+            decide,
+            widest,
+            _budget_now=lambda: choose().budget_bytes or 0,
+        )
 
     def _section(
         self, operator: api.Operator, batch: MicroBatch, micro_batch_size: int, how: ComputeSettings
@@ -449,9 +474,9 @@ class OperatorCache:
             if self._space.dtype == torch.float64:
                 return curvature
             exact = whole.exact()
-            return exact and section_at(exact.curvature, EXACT)
+            return exact and section_at(exact.curvature, whole.policy.as_wanted(EXACT))
 
-        return LoadedOperator(curvature, 0, widest)
+        return LoadedOperator(curvature, 0, whole.policy, widest)
 
     def space_of_activation(self, space: api.Space) -> OutputSpace:
         """The space of an activation on a batch; found at the first call, on all ranks together.

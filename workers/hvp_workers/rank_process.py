@@ -23,6 +23,7 @@ def prepare_process(tuning: Tuning, *, device: str, num_threads: int) -> None:
         num_threads: The rank's share of the host's cores.
     """
     use_compile_cache(tuning.compile_cache)
+    fix_workspaces()
     # Otherwise every rank of a host compiles with as many processes as the host has cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num_threads))
     # It is quicker and takes more at the peak; who asks for lean has no more.
@@ -55,6 +56,15 @@ def total_memory(device: str) -> int:
     import torch
 
     return int(torch.cuda.mem_get_info(torch.device(device))[1])
+
+
+def fix_workspaces() -> None:
+    """Give cuBLAS workspaces of a fixed size, without which sums may be cut otherwise each time.
+
+    Torch insists on it where it is to be deterministic, and reads it once. The size is what torch
+    takes on a Hopper anyway.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def use_compile_cache(folder: Path | None) -> None:

@@ -160,6 +160,8 @@ class AsyncClient(AsyncCatalogue):
         num_samples: int | None = None,
         damping: float = 0.0,
         precondition: AsyncVector | Any = None,
+        *,
+        deterministic: bool = False,
     ) -> AsyncOperator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -190,6 +192,10 @@ class AsyncClient(AsyncCatalogue):
             damping: A number λ that is added to the diagonal of the matrix.
             precondition: The diagonal of D, for D^-1/2 (A + λI) D^-1/2: a vector or numbers, as
                 `Operator.preconditioned` takes it.
+            deterministic: Whether every result is to have the same bits each time it is asked for,
+                on this kind of machine and number of ranks: nothing that changes rounding goes by
+                free memory, time or history. What there is no memory for is refused
+                (docs/operators.md).
 
         Returns:
             The operator.
@@ -203,7 +209,8 @@ class AsyncClient(AsyncCatalogue):
                 `Operator.preconditioned`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
-                `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product.
+                `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product;
+                `DETERMINISTIC_MEMORY` or `DETERMINISM_UNSUPPORTED` of whatever is computed.
         """
         if str(kind).lower() == "jacobian":
             raise InvalidArgumentError(
@@ -221,6 +228,7 @@ class AsyncClient(AsyncCatalogue):
             parameters,
             sample_seed,
             num_samples,
+            deterministic=deterministic,
         )
         spec = with_matrix(spec, replace(matrix_of(spec), damping=number(damping, "damping")))
         H = await open_operator(self._session, spec)
@@ -295,6 +303,7 @@ class AsyncClient(AsyncCatalogue):
         *,
         output: str = "logits",
         input: str = "parameters",  # noqa: A002 (the field's word)
+        deterministic: bool = False,
     ) -> AsyncJacobian:
         """Take a Jacobian of a model on a batch as an operator; of the outputs by θ, or of others.
 
@@ -309,6 +318,7 @@ class AsyncClient(AsyncCatalogue):
             input: What derivatives are taken by: `parameters`; the name of a submodule, whose
                 output is meant; or `input`, for what the output's submodule is given. By an
                 activation all parameters are constants.
+            deterministic: As for `operator`.
 
         Returns:
             J = ∂(output)/∂(input): `J @ v` and `J.T @ u`. Where a submodule is named the server
@@ -321,7 +331,16 @@ class AsyncClient(AsyncCatalogue):
                 with a row for each row of the batch, or is not called once.
                 `MODULES_OUT_OF_ORDER`: the output is not made after the input.
         """
-        spec = operator_spec(checkpoint, batch, "jacobian", dtype, None, precision, parameters)
+        spec = operator_spec(
+            checkpoint,
+            batch,
+            "jacobian",
+            dtype,
+            None,
+            precision,
+            parameters,
+            deterministic=deterministic,
+        )
         name_activations(spec, output, input)
         return await open_jacobian(self._session, spec)
 

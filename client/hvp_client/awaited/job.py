@@ -120,6 +120,7 @@ class AsyncJob(Generic[ResultT]):
             "batch": message.operator.data_batch,
             "dtype": message.operator.dtype,
             "precision": message.operator.precision,
+            "deterministic": message.operator.deterministic,
             "parameters": list(message.operator.parameters),
             "sample_seed": message.operator.sample_seed,
             "num_samples": message.operator.num_samples,

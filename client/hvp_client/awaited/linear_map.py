@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hvp_client._arrays import like
 from hvp_client._bulk import as_elements, as_real
 from hvp_client._checkpoints import ParameterTensor
-from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._exceptions import InvalidArgumentError, UnimplementedError
 from hvp_client._handles import is_sequence_of, require_handle
 from hvp_client._selections import as_globs, chosen
 from hvp_client._session import Session, gather_bounded, new_request_id
@@ -43,14 +43,22 @@ async def describe_operator(
         The operator with every default filled in, and the shapes of its domain and codomain.
 
     Raises:
+        UnimplementedError: `DETERMINISM_UNSUPPORTED`: the server is older than the word.
         HvpError: As DescribeOperator says.
     """
-    return await session.wire.unary(
+    answer = await session.wire.unary(
         "OperatorService/DescribeOperator",
         operator_pb2.DescribeOperatorRequest(operator=spec),
         operator_pb2.DescribeOperatorResponse,
         timeout_s=session.wire.timeout.compute_s,
     )
+    if spec.deterministic and not answer.operator.deterministic:
+        raise UnimplementedError(
+            "the server does not know deterministic operators; install a newer version there",
+            reason="DETERMINISM_UNSUPPORTED",
+            field="deterministic",
+        )
+    return answer
 
 
 class AsyncLinearMap:
@@ -112,6 +120,11 @@ class AsyncLinearMap:
     def precision(self) -> str:
         """Precision of the operands of matrix products: `full`, `tf32` or `bfloat16`."""
         return self._spec.precision
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every result has the same bits each time it is asked for."""
+        return self._spec.deterministic
 
     @property
     def selection(self) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ class AsyncOperator(AsyncFunctional, AsyncAsked, AsyncFunctions):
     where the vectors are.
 
     Multiples of an operator, and sums of operators of one checkpoint, batch, selection, dtype and
-    precision, are operators on the server: `2 * H`, `H - G`, `H + 1e-3 * client.identity(H)`.
+    precision, all of them deterministic or none, are operators on the server: `2 * H`, `H - G`,
+    `H + 1e-3 * client.identity(H)`.
     """
 
     _beside: tuple[AsyncVector, ...] = ()  # vectors that it names: they stay while it does
@@ -143,6 +144,7 @@ class AsyncOperator(AsyncFunctional, AsyncAsked, AsyncFunctions):
             self._session is other._session
             and (here.checkpoint, here.data_batch) == (there.checkpoint, there.data_batch)
             and (here.dtype, here.precision) == (there.dtype, there.precision)
+            and here.deterministic == there.deterministic
             and self._tensors == other._tensors
         )
 

@@ -143,6 +143,8 @@ class Client(Catalogue, twin=AsyncClient):
         num_samples: int | None = None,
         damping: float = 0.0,
         precondition: Vector | Any = None,
+        *,
+        deterministic: bool = False,
     ) -> Operator:
         """Take the loss of a checkpoint on a batch as a linear operator; computes nothing yet.
 
@@ -173,6 +175,10 @@ class Client(Catalogue, twin=AsyncClient):
             damping: A number λ that is added to the diagonal of the matrix.
             precondition: The diagonal of D, for D^-1/2 (A + λI) D^-1/2: a vector or numbers, as
                 `Operator.preconditioned` takes it.
+            deterministic: Whether every result is to have the same bits each time it is asked for,
+                on this kind of machine and number of ranks: nothing that changes rounding goes by
+                free memory, time or history. What there is no memory for is refused
+                (docs/operators.md).
 
         Returns:
             The operator.
@@ -186,7 +192,8 @@ class Client(Catalogue, twin=AsyncClient):
                 `Operator.preconditioned`.
             UnimplementedError: `KIND_UNSUPPORTED`.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY` or
-                `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product.
+                `DOUBLE_BACKWARD_UNSUPPORTED`; `LOSS_HAS_NO_DISTRIBUTION` of a product;
+                `DETERMINISTIC_MEMORY` or `DETERMINISM_UNSUPPORTED` of whatever is computed.
         """
         result: Operator = self._wait(
             self._twin.operator(
@@ -201,6 +208,7 @@ class Client(Catalogue, twin=AsyncClient):
                 num_samples,
                 damping,
                 twin_of(precondition),
+                deterministic=deterministic,
             )
         )
         return result
@@ -265,6 +273,7 @@ class Client(Catalogue, twin=AsyncClient):
         *,
         output: str = "logits",
         input: str = "parameters",
+        deterministic: bool = False,
     ) -> Jacobian:
         """Take a Jacobian of a model on a batch as an operator; of the outputs by θ, or of others.
 
@@ -279,6 +288,7 @@ class Client(Catalogue, twin=AsyncClient):
             input: What derivatives are taken by: `parameters`; the name of a submodule, whose
                 output is meant; or `input`, for what the output's submodule is given. By an
                 activation all parameters are constants.
+            deterministic: As for `operator`.
 
         Returns:
             J = ∂(output)/∂(input): `J @ v` and `J.T @ u`. Where a submodule is named the server
@@ -293,7 +303,14 @@ class Client(Catalogue, twin=AsyncClient):
         """
         result: Jacobian = self._wait(
             self._twin.jacobian(
-                checkpoint, batch, dtype, precision, parameters, output=output, input=input
+                checkpoint,
+                batch,
+                dtype,
+                precision,
+                parameters,
+                output=output,
+                input=input,
+                deterministic=deterministic,
             )
         )
         return result

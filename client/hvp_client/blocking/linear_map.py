@@ -48,6 +48,11 @@ class LinearMap(Blocking, twin=AsyncLinearMap):
         return self._twin.precision
 
     @property
+    def deterministic(self) -> bool:
+        """Whether every result has the same bits each time it is asked for."""
+        return self._twin.deterministic
+
+    @property
     def selection(self) -> tuple[str, ...]:
         """Patterns by which the parameters were selected; empty where all of them are."""
         return self._twin.selection

@@ -32,7 +32,8 @@ class Operator(Functional, Asked, Functions, SymmetricLinearOperator, twin=Async
     where the vectors are.
 
     Multiples of an operator, and sums of operators of one checkpoint, batch, selection, dtype and
-    precision, are operators on the server: `2 * H`, `H - G`, `H + 1e-3 * client.identity(H)`.
+    precision, all of them deterministic or none, are operators on the server: `2 * H`, `H - G`,
+    `H + 1e-3 * client.identity(H)`.
     """
 
     _twin: AsyncOperator

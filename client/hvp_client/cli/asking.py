@@ -37,6 +37,7 @@ class Order:
         operator: Kind of the operator, such as `hessian`, or `jacobian`.
         dtype: Dtype to compute in.
         precision: Precision of the operands of matrix products; None lets the server choose.
+        deterministic: Whether the answer is to have the same bits each time.
         micro_batch_size: Sequences that a rank takes at once; None lets the server choose.
         parameters: Patterns of parameters' names; empty for all.
         sample_seed: Seed of the labels of a Fisher matrix; None means 0.
@@ -52,6 +53,7 @@ class Order:
     operator: str
     dtype: str
     precision: str | None
+    deterministic: bool
     micro_batch_size: int | None
     parameters: Sequence[str]
     sample_seed: int | None
@@ -122,6 +124,7 @@ def _operator(
             parameters=parameters,
             output=order.output_module,
             input=order.input_module,
+            deterministic=order.deterministic,
         )
     return client.operator(
         checkpoint,
@@ -133,6 +136,7 @@ def _operator(
         parameters=parameters,
         sample_seed=order.sample_seed,
         num_samples=order.num_samples,
+        deterministic=order.deterministic,
     )
 
 

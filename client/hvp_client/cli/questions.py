@@ -46,6 +46,7 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
             operator=_plain(typed.get("operator", "jacobian")),
             dtype=typed["dtype"].value,
             precision=_plain(typed["precision"]),
+            deterministic=typed["deterministic"],
             micro_batch_size=typed.get("micro_batch_size"),
             parameters=typed["parameters"],
             sample_seed=typed["sample_seed"],
@@ -188,6 +189,15 @@ def _common(operation: Operation[Any]) -> tuple[list[inspect.Parameter], list[in
                 show_default="bfloat16 for float32 on GPUs, else full",
             ),
             None,
+        ),
+        _parameter(
+            "deterministic",
+            bool,
+            typer.Option(
+                "--deterministic",
+                help="The same bits each time, or a refusal where memory is short.",
+            ),
+            False,
         ),
         _parameter(
             "micro_batch_size",

@@ -191,6 +191,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """u.Av and v.Au, or of a Jacobian v.J^T u, differ by more than rounding: a kernel or the model's code
     is wrong; `hvp verify`.
     """
+    ERROR_REASON_DETERMINISTIC_MEMORY: _ErrorReason.ValueType  # 95
+    """A deterministic operator computes in one way, and there is no memory for it; metadata has the bytes."""
+    ERROR_REASON_DETERMINISM_UNSUPPORTED: _ErrorReason.ValueType  # 96
+    """An operation of the model has no kernel that gives the same bits each time, or torch contradicts the
+    trace of a block; metadata names the block. Ask without deterministic.
+    """
     ERROR_REASON_LOSS_HAS_NO_DISTRIBUTION: _ErrorReason.ValueType  # 105
     """The model's loss is not known as the negative log likelihood of a distribution, of which labels could
     be drawn; ask for the Gauss-Newton matrix.
@@ -391,6 +397,12 @@ ERROR_REASON_POINTS_INVALID: ErrorReason.ValueType  # 90
 ERROR_REASON_SYMMETRY_BROKEN: ErrorReason.ValueType  # 91
 """u.Av and v.Au, or of a Jacobian v.J^T u, differ by more than rounding: a kernel or the model's code
 is wrong; `hvp verify`.
+"""
+ERROR_REASON_DETERMINISTIC_MEMORY: ErrorReason.ValueType  # 95
+"""A deterministic operator computes in one way, and there is no memory for it; metadata has the bytes."""
+ERROR_REASON_DETERMINISM_UNSUPPORTED: ErrorReason.ValueType  # 96
+"""An operation of the model has no kernel that gives the same bits each time, or torch contradicts the
+trace of a block; metadata names the block. Ask without deterministic.
 """
 ERROR_REASON_LOSS_HAS_NO_DISTRIBUTION: ErrorReason.ValueType  # 105
 """The model's loss is not known as the negative log likelihood of a distribution, of which labels could

@@ -138,6 +138,7 @@ class OperatorSpec(_message.Message):
     DAMPING_FIELD_NUMBER: _builtins.int
     PRECONDITION_FIELD_NUMBER: _builtins.int
     SHIFT_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
     OUTPUT_MODULE_FIELD_NUMBER: _builtins.int
     INPUT_MODULE_FIELD_NUMBER: _builtins.int
     OWN_INPUT_FIELD_NUMBER: _builtins.int
@@ -168,6 +169,10 @@ class OperatorSpec(_message.Message):
     """
     shift: _builtins.float
     """Added behind D; without `precondition` it is 0."""
+    deterministic: _builtins.bool
+    """The same bits each time: every choice that changes rounding is made by rule, not by free memory, time
+    or history, and what cannot be had so is refused. Operators that differ in it are two operators.
+    """
     output_module: _builtins.str
     """Of a Jacobian: the submodule whose output it is the derivative of, such as `model.layers.3` or
     `model.layers.3.mlp.down_proj`; empty for the model's own outputs.
@@ -207,13 +212,14 @@ class OperatorSpec(_message.Message):
         damping: _builtins.float = ...,
         precondition: _builtins.str = ...,
         shift: _builtins.float = ...,
+        deterministic: _builtins.bool = ...,
         output_module: _builtins.str = ...,
         input_module: _builtins.str = ...,
         own_input: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "dtype", b"dtype", "input_module", b"input_module", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "output_module", b"output_module", "own_input", b"own_input", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "deterministic", b"deterministic", "dtype", b"dtype", "input_module", b"input_module", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "output_module", b"output_module", "own_input", b"own_input", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,6 +48,10 @@ class OperatorServiceStub:
     INVALID_ARGUMENT `MODULES_OUT_OF_ORDER`: the output is not made after the input.
     INVALID_ARGUMENT `MODULES_INVALID`: modules of no Jacobian, or that exclude one another.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
+    FAILED_PRECONDITION `DETERMINISTIC_MEMORY`: of a deterministic operator, likewise (metadata: needed and
+    available bytes).
+    FAILED_PRECONDITION `DETERMINISM_UNSUPPORTED`: of a deterministic operator, an operation of the model
+    has no kernel that gives the same bits each time (metadata: block).
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
     FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model's own code raises (metadata: block, operation;
@@ -122,6 +126,10 @@ class OperatorServiceServicer:
     INVALID_ARGUMENT `MODULES_OUT_OF_ORDER`: the output is not made after the input.
     INVALID_ARGUMENT `MODULES_INVALID`: modules of no Jacobian, or that exclude one another.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
+    FAILED_PRECONDITION `DETERMINISTIC_MEMORY`: of a deterministic operator, likewise (metadata: needed and
+    available bytes).
+    FAILED_PRECONDITION `DETERMINISM_UNSUPPORTED`: of a deterministic operator, an operation of the model
+    has no kernel that gives the same bits each time (metadata: block).
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
     FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model's own code raises (metadata: block, operation;
@@ -260,6 +268,10 @@ class OperatorService:
     INVALID_ARGUMENT `MODULES_OUT_OF_ORDER`: the output is not made after the input.
     INVALID_ARGUMENT `MODULES_INVALID`: modules of no Jacobian, or that exclude one another.
     FAILED_PRECONDITION `INSUFFICIENT_CLUSTER_MEMORY`: metadata gives needed and available bytes.
+    FAILED_PRECONDITION `DETERMINISTIC_MEMORY`: of a deterministic operator, likewise (metadata: needed and
+    available bytes).
+    FAILED_PRECONDITION `DETERMINISM_UNSUPPORTED`: of a deterministic operator, an operation of the model
+    has no kernel that gives the same bits each time (metadata: block).
     FAILED_PRECONDITION `DOUBLE_BACKWARD_UNSUPPORTED`: an operation of the model has no second
     derivative; metadata names block and operation.
     FAILED_PRECONDITION `MODEL_UNSUPPORTED`: the model's own code raises (metadata: block, operation;

@@ -23,11 +23,12 @@ class Plan:
         seconds_per_product: Median of the latest job on the same operator; 0 where there was none.
         num_ranks: Number of ranks that share each vector.
         least_bytes: Memory on each rank without which the job does not begin, with that of the
-            vectors which it names.
+            vectors which it names. A deterministic operator's jobs begin with all that they wish.
         wished_bytes: Memory on each rank that the job takes where there is enough.
         available_bytes: Memory of the rank that has least, free or in use; 0 where the ranks do not
             tell.
         problem: Why the job does not fit, and what would; "" where it may fit.
+        reason: The reason of the refusal that `problem` is.
     """
 
     cost: Cost
@@ -37,6 +38,7 @@ class Plan:
     wished_bytes: int
     available_bytes: int
     problem: str
+    reason: str
 
 
 async def plan_of(
@@ -66,11 +68,15 @@ async def plan_of(
     dtype, shape = resolved.operator.space.dtype, (resolved.num_outputs, resolved.num_arguments)
     elements = shape[1] if resolved.codomain is resolved.domain else sum(shape)
     vector_bytes = elements * ITEM_BYTES[dtype] / max(1, len(ranks))
-    needed = needed_bytes(num_inputs + cost.least_vectors, vector_bytes)
+    is_deterministic = resolved.operator.deterministic
+    least = cost.wished_vectors if is_deterministic else cost.least_vectors
+    needed = needed_bytes(num_inputs + least, vector_bytes)
+    described = "a deterministic" if is_deterministic else "an"
     problem = (
-        f"{asked.declared.headline(asked.spec)} of an operator of shape {shape} in {dtype} "
-        f"takes at least {needed} bytes on each of {len(ranks)} ranks, and one has {available} in "
-        "all; ask for less, or use more workers or float32."
+        f"{asked.declared.headline(asked.spec)} of {described} "
+        f"operator of shape {shape} in {dtype} takes at least {needed} bytes on each of "
+        f"{len(ranks)} ranks, and one has {available} in all; ask for less, or use more workers or "
+        "float32."
     )
     return Plan(
         cost=cost,
@@ -80,6 +86,7 @@ async def plan_of(
         wished_bytes=needed_bytes(num_inputs + cost.wished_vectors, vector_bytes),
         available_bytes=available,
         problem=problem if 0 < available < needed else "",
+        reason="DETERMINISTIC_MEMORY" if is_deterministic else "INSUFFICIENT_CLUSTER_MEMORY",
     )
 
 
@@ -87,12 +94,12 @@ def require_room(asked: JobSpec, plan: Plan) -> None:
     """Refuse a job that does not fit.
 
     Raises:
-        ServiceError: INSUFFICIENT_CLUSTER_MEMORY (metadata: needed and available bytes, of the rank
-            that has least).
+        ServiceError: INSUFFICIENT_CLUSTER_MEMORY, of a deterministic operator DETERMINISTIC_MEMORY
+            (metadata: needed and available bytes, of the rank that has least).
     """
     if plan.problem:
         raise ServiceError(
-            "INSUFFICIENT_CLUSTER_MEMORY",
+            plan.reason,
             plan.problem,
             field=f"spec.{asked.operation}",
             metadata={

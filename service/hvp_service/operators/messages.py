@@ -44,6 +44,7 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         output_module=message.output_module,
         input_module=message.input_module,
         own_input=message.own_input,
+        deterministic=message.deterministic,
     )
 
 
@@ -74,4 +75,5 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         output_module=ref.output_module,
         input_module=ref.input_module,
         own_input=ref.own_input,
+        deterministic=ref.deterministic,
     )

@@ -66,6 +66,7 @@ class OperatorRef:
     output_module: str = ""  # of a Jacobian; "" for the model's outputs
     input_module: str = ""  # "" for the parameters
     own_input: bool = False  # that of the output's module
+    deterministic: bool = False
 
     @property
     def is_composed(self) -> bool:
@@ -415,6 +416,7 @@ class OperatorResolver:
             composition=composition,
             output=output,
             by=by,
+            deterministic=ref.deterministic,
         )
 
         async def outputs(activation: Activation | None, space: Space, name: str) -> Outputs | None:

@@ -52,6 +52,8 @@ class ExecutorBuilder:
 
     def __init__(self, chain: Chain, settings: ComputeSettings):
         self._settings = settings
+        #: What programs and their kernels depend on, of the settings.
+        self._kind = settings.compile, settings.deterministic
         self._prepare = COMPILER if settings.compile else None
         self._looks = _looks.setdefault(chain.origin, Looks())
         #: For each block that is not cut or not traced, why.
@@ -98,7 +100,7 @@ class ExecutorBuilder:
         values, inputs, constants = _inputs(link, p, x, body.constants)
         f = _placed(body, link.parameters)
         look = self._looks.at(
-            link.name, (body.settings, cut), f, values, inputs, constants, body.masks
+            link.name, (body.settings, cut, self._kind), f, values, inputs, constants, body.masks
         )
         attentions = _attentions(look, body, self._settings) if cut else []
 
@@ -113,9 +115,7 @@ class ExecutorBuilder:
             return BlockDual(trace, of, remarks, self._prepare)
 
         of = look.text, len(attentions), link.takes_data
-        dual = _duals.get(
-            (of, signature(values | inputs | constants), self._settings.compile), make
-        )
+        dual = _duals.get((of, signature(values | inputs | constants), self._kind), make)
         self.remark(link.name, dual.remarks)
         return TracedExecutor(dual, link.parameters, link.selected, body.constants, attentions)
 
@@ -149,7 +149,13 @@ class ExecutorBuilder:
         f = _placed(body, link.parameters)
         try:
             look = self._looks.at(
-                link.name, (body.settings, False), f, values, inputs, constants, body.masks
+                link.name,
+                (body.settings, False, self._kind),
+                f,
+                values,
+                inputs,
+                constants,
+                body.masks,
             )
             of = look.text, loss, spec.program, link.takes_data
 
@@ -158,9 +164,7 @@ class ExecutorBuilder:
                     trace = trace_head(f, loss, spec, values, inputs, constants)
                 return HeadDual(trace, spec.passes, of, remarks, self._prepare)
 
-            dual = _duals.get(
-                (of, signature(values | inputs | constants), self._settings.compile), make
-            )
+            dual = _duals.get((of, signature(values | inputs | constants), self._kind), make)
         except Exception as error:
             self._untraced(link.name, error)
             return EagerHead(function_of(body), link.selected, spec, loss, target, scale)

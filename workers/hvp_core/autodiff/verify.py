@@ -30,6 +30,7 @@ from hvp_core.model.chain import Body, Chain, MicroBatch, function_of
 from hvp_core.sharding.collective import Collective
 
 #: Parameters that may wait to be compared, on each of several ranks: 256 MiB in float32.
+_NOT_TRACED = "not traced"
 _ROOM = 1 << 26
 _verified = Verdicts()  # of programs and what they were taken through
 
@@ -133,6 +134,7 @@ class Verifier:
     ):
         self._chain, self._selected, self._collective = chain, selected, collective
         self._spec, self._build_head, self._comparer = spec, build_head, comparer
+        self._last = len(chain.blocks) - 1
         self._piece = None
         if batches:
             small = chain.sample_for_checks(batches[0])
@@ -149,6 +151,12 @@ class Verifier:
         """Blocks, by index, whose traces are not what torch says."""
         met = [self._met[key] for key, answer in self._answers.items() if answer is False]
         return sorted(set().union(*met))
+
+    @property
+    def contradicted(self) -> list[int]:
+        """Blocks of `wrong` that have a trace; of the last there may be none."""
+        untraced = (self._last, _NOT_TRACED) in self._answers
+        return [index for index in self.wrong if not (untraced and index == self._last)]
 
     def block(
         self, index: int, p: Params, executor: BlockExecutor | None, *, keeps_shape: bool
@@ -218,7 +226,7 @@ class Verifier:
         f, like = function_of(body), {name: torch.empty_like(p[name], dtype=dtype) for name in p}
         target = self._spec.targets_like(batch.targets)
         traced = self._build_head(self._spec, link, body, loss, like, x, target, 1.0)
-        key = (index, "not traced") if traced.key is None else _key(traced.key, p, link, passes)
+        key = (index, _NOT_TRACED) if traced.key is None else _key(traced.key, p, link, passes)
         if self._knows(key, index):
             return
         untraced = partial(self._comparer.untraced_head, link, f, x, target)

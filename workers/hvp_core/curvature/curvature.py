@@ -42,7 +42,7 @@ from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain, MicroBatch, placed, rows
 from hvp_core.model.places import Observed, Observer, Place
-from hvp_core.precision import compute_dtype, matmuls
+from hvp_core.precision import arithmetic, compute_dtype
 from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ParameterSpace, ShardedSpace
@@ -70,6 +70,7 @@ class Curvature:
     Attributes:
         space: Space of the vectors.
         labels: The labels that Fisher matrices have.
+        micro_batch_size: Rows that go through a block at once.
         theta_space: Space of all parameters, of which `parameters` is the point.
 
     Raises:
@@ -93,7 +94,7 @@ class Curvature:
             raise CurvatureError(
                 "MICRO_BATCH_INVALID", f"micro_batch_size is {micro_batch_size}; give 1 or more"
             )
-        self.chain = chain
+        self.chain, self.micro_batch_size = chain, micro_batch_size
         self.space = selected or space
         self.theta_space = space
         self.settings = settings or ComputeSettings()
@@ -165,6 +166,10 @@ class Curvature:
         """Give back the memory of what was kept for later products."""
         self._drop()
 
+    def allow(self, budget_bytes: int) -> None:
+        """Let blocks keep so many bytes of products that have not been made yet."""
+        self._executors.budget_bytes = budget_bytes
+
     # The questions ------------------------------------------------------------------------------
 
     def loss(self) -> float:
@@ -174,7 +179,7 @@ class Curvature:
             CurvatureError: NON_FINITE, naming the first block with an infinite or undefined value.
         """
         step = InStep()
-        with matmuls(self.settings.precision):
+        with arithmetic(self.settings):
             self._executors.prepare(LOSS, self._feed)
             total = self._passage.loss(self._feed, step)
             answers = self.space.collective.gather_objects((total, step.failure))
@@ -203,7 +208,7 @@ class Curvature:
             CurvatureError: The errors of a block's code.
         """
         step = InStep()
-        with matmuls(self.settings.precision):
+        with arithmetic(self.settings):
             self._executors.prepare(LOSS, self._feed)
             tangents = [each.to(self.space.dtype) for each in directions]
             totals = self._passage.losses_along(self._feed, tangents, points, step)
@@ -274,7 +279,7 @@ class Curvature:
             CurvatureError: LOSS_HAS_NO_DISTRIBUTION; the errors of a block's code.
         """
         step = InStep()
-        with matmuls(self.settings.precision):
+        with arithmetic(self.settings):
             self._executors.prepare(LOSS, self._feed)
             drawn = self._passage.draw(self._feed, lambda batch: self._uniform(draws, batch), step)
             failures = self.space.collective.gather_objects(step.failure)
@@ -387,7 +392,7 @@ class Curvature:
         """
         self._require_outputs(OUTPUT_JVP)
         if self._output_space is None:
-            with matmuls(self.settings.precision):
+            with arithmetic(self.settings):
                 self._executors.prepare(OUTPUT_JVP, self._feed)
             self._output_space = self.space_of_rows(self._executors.output_shape)
         return self._output_space
@@ -488,7 +493,7 @@ class Curvature:
                     observer.run(self._executors.body(index, batch, True), weights.p, x)
                 found.append(Observed(x, observer.seen))
 
-        with matmuls(self.settings.precision), torch.no_grad():
+        with arithmetic(self.settings), torch.no_grad():
             self._executors.prepare(LOSS, self._feed)
             xs = self._passage.inputs_of(index, self._feed, step)
             sweep(self._feed, [index], visit, lambda block: step.on(block.name, "its activations"))
@@ -521,7 +526,7 @@ class Curvature:
             self._passage.drop_residuals()
             self._graphs = GraphedProducts()
         step = InStep()
-        with matmuls(self.settings.precision):
+        with arithmetic(self.settings):
             self._executors.prepare(spec, self._feed)
             choices = self._executors.choose(spec, len(vectors))
             results = None if given else self._replayed(spec, choices, vectors, borrow)
@@ -542,7 +547,7 @@ class Curvature:
         if not vectors:
             return
         step = InStep()
-        with matmuls(self.settings.precision):
+        with arithmetic(self.settings):
             self._executors.prepare(spec, self._feed)
             choices = self._executors.choose(spec, len(vectors))
             tangents = [vector.to(self._dtype) for vector in vectors]

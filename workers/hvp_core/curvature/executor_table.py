@@ -23,8 +23,9 @@ from hvp_core.autodiff.verify import Verifier
 from hvp_core.blame import raised_again, working_on
 from hvp_core.curvature.drawn_labels import DrawnLabels
 from hvp_core.curvature.executors import Executors
-from hvp_core.curvature.retention import BlockRetention, choose
+from hvp_core.curvature.retention import PINNED_BYTES, BlockRetention, choose, pinned
 from hvp_core.curvature.sweep import ParameterFeed, sweep
+from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Block, Body, Chain, MicroBatch, function_of
 from hvp_core.model.rows import RowCheck
 from hvp_core.precision import exact_products, listening
@@ -74,6 +75,8 @@ class ExecutorTable(Executors):
         ):
             self._contexts = [chain.context(each) for each in batches]
         self._builder = ExecutorBuilder(chain, settings)
+        #: As `ComputeSettings.budget_bytes`.
+        self.budget_bytes = settings.budget_bytes
         self._pair, self._labels = pair, labels
         self.executor_of: dict[tuple[int, int], BlockExecutor] = {}
         #: Shape of a row of the output, once a product has asked for it; None on ranks without
@@ -104,7 +107,8 @@ class ExecutorTable(Executors):
             return
         verifier = None
         if spec is not LOSS:
-            builder = ExecutorBuilder(self._chain, ComputeSettings())
+            plain = ComputeSettings(deterministic=self._settings.deterministic)
+            builder = ExecutorBuilder(self._chain, plain)
             verifier = Verifier(
                 self._chain,
                 self._batches,
@@ -152,8 +156,11 @@ class ExecutorTable(Executors):
                 again = verifier.settle()
             if again:
                 sweep(feed, range(last + 1), visit, guard)
-            for index in verifier.wrong:
-                self._refuse(index)
+            if self._settings.deterministic:
+                self._require_traces(verifier.contradicted)
+            else:
+                for index in verifier.wrong:
+                    self._refuse(index)
         self._prepared.add(spec)
 
     @torch.no_grad()
@@ -164,6 +171,25 @@ class ExecutorTable(Executors):
         self.output_shape = tuple(y.shape[1:])
         if len(pieces) > 1:
             self.output_shape = (x.shape[1], *y.shape[2:])
+
+    def _require_traces(self, contradicted: Sequence[int]) -> None:
+        """See that torch contradicts no trace, on any rank.
+
+        A block whose trace it contradicts for one product goes another way from then on, in every
+        product: the bits of these would depend on what was asked before.
+
+        Raises:
+            CurvatureError: DETERMINISM_UNSUPPORTED, naming the block.
+        """
+        for indices in self._space.collective.gather_objects(list(contradicted)):
+            for index in indices:
+                name = self._chain.blocks[index].name
+                raise CurvatureError(
+                    "DETERMINISM_UNSUPPORTED",
+                    f"torch does not confirm the trace of block {name}, so that the way it is "
+                    "computed depends on what was asked before; ask without deterministic",
+                    {"block": name},
+                )
 
     def _refuse(self, index: int) -> None:
         """Let torch differentiate a block, whose trace is not the block."""
@@ -233,6 +259,9 @@ class ExecutorTable(Executors):
 
         The choice is made once for each product and number of probes, from the memory that is free
         then.
+
+        Raises:
+            CurvatureError: DETERMINISTIC_MEMORY, on all ranks alike.
         """
         spec = spec.program
         blocks = range(self.selected.first, len(self._chain.blocks) - 1)
@@ -252,11 +281,19 @@ class ExecutorTable(Executors):
                 sizes.append(
                     Bytes(*[sum(column) for column in zip(Bytes(0, 0, 0, 0), *each, strict=True)])
                 )
-            budget = self._settings.budget_bytes
+            budget = self.budget_bytes
             if budget is None:
                 budget = int(_USABLE * self._space.free_bytes())
-            self._choices[key] = choose(self._settings.schedule, sizes, budget, num_probes)
+            self._choices[key] = self._chosen(sizes, budget, num_probes)
         return self._choices[key]
+
+    def _chosen(self, sizes: Sequence[Bytes], budget: int, num_probes: int) -> list[BlockRetention]:
+        schedule = self._settings.schedule
+        if not self._settings.deterministic:
+            return choose(schedule, sizes, budget, num_probes)
+        most = PINNED_BYTES[self._space.device.type]
+        with self._space.collective.same_fate(raised_again):
+            return pinned(schedule, sizes, budget, most)
 
     def targets(self, spec: ProductSpec, batch: int) -> Tensor:
         """See Executors."""
@@ -284,7 +321,8 @@ class ExecutorTable(Executors):
             if COMPILER.refused:
                 found["not_compiled"] = f"{len(COMPILER.refused)}: {COMPILER.refused[-1]}"
         for (spec, num_probes), choices in self._choices.items():
-            names = ["cached" if each.cached else each.way for each in choices]
+            tells = not self._settings.deterministic  # what changes no bit is left out then
+            names = ["cached" if each.cached and tells else each.way for each in choices]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             key = f"schedule_{spec.name}{f'_of_{num_probes}' if num_probes > 1 else ''}"
             found[key] = ", ".join(f"{count} {name}" for name, count in counts.items())

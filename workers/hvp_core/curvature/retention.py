@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 from hvp_core.autodiff.executor import Bytes
 from hvp_core.autodiff.passes import Retention
+from hvp_core.errors import CurvatureError
 from hvp_core.settings import Schedule
+
+#: Most bytes that blocks keep of one deterministic product on a rank, by kind of device; with more
+#: to keep they are lean. A constant, and no share of the memory that happens to be there.
+PINNED_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 
 
 class BlockRetention(NamedTuple):
@@ -55,3 +60,54 @@ def choose(
         left -= extra
         found[index] = BlockRetention("shared", True)
     return found
+
+
+def pinned(
+    schedule: Schedule, blocks: Sequence[Bytes], budget_bytes: int, most_bytes: int
+) -> list[BlockRetention]:
+    """Choose what each block keeps where free memory may not change a bit.
+
+    All blocks are shared, or all are lean, by what they would keep and nothing else. Shared ones
+    make the primal half by itself; whether it is kept for the next product or made again, by the
+    same subprograms, does not change it. So this alone goes by the budget.
+
+    Args:
+        schedule: The schedule that was asked for.
+        blocks: Memory that each block would keep, over all micro-batches of a rank.
+        budget_bytes: Memory that all blocks may keep together.
+        most_bytes: What shared blocks may keep; with more to keep all are lean.
+
+    Raises:
+        CurvatureError: DETERMINISTIC_MEMORY: shared blocks do not fit the budget.
+    """
+    needed = sum(each.shared for each in blocks)
+    if schedule == "lean" or needed > most_bytes:
+        return [BlockRetention("lean", False) for _ in blocks]
+    if needed > budget_bytes:
+        raise no_memory_for(
+            "what blocks keep of a product", needed, budget_bytes, "or start with --schedule lean"
+        )
+    found, left = [BlockRetention("shared", False) for _ in blocks], budget_bytes - needed
+    for index, each in enumerate(blocks if schedule != "fast" else ()):
+        left -= max(each.shared, each.cached) - each.shared
+        if left < 0:
+            break
+        found[index] = BlockRetention("shared", True)
+    return found
+
+
+def no_memory_for(what: str, needed: int, available: int, advice: str) -> CurvatureError:
+    """The refusal of a deterministic computation for which there is no memory.
+
+    Args:
+        what: What needs the memory.
+        needed: Bytes that it takes on a rank.
+        available: Bytes that a rank has for it.
+        advice: What helps beside more memory.
+    """
+    return CurvatureError(
+        "DETERMINISTIC_MEMORY",
+        f"{what} takes {needed} bytes on a rank and {available} are available; with less the bits "
+        f"would be others. Free memory, use more workers, {advice}",
+        {"needed_bytes": str(needed), "available_bytes": str(available)},
+    )

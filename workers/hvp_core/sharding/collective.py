@@ -127,7 +127,15 @@ class Distributed(Collective):
         return flat
 
     def scatter_sum(self, flat: torch.Tensor, out: torch.Tensor) -> None:
-        """One reduce-scatter."""
+        """One reduce-scatter; where torch is to be deterministic, an exchange and a sum by rank.
+
+        A reduce-scatter promises no order. As many bytes travel either way.
+        """
+        if torch.are_deterministic_algorithms_enabled():
+            parts = torch.empty_like(flat)
+            dist.all_to_all_single(parts, flat.contiguous())
+            out += parts.view(self.world_size, -1).sum(0)
+            return
         part = torch.empty_like(out, dtype=flat.dtype)
         dist.reduce_scatter_tensor(part, flat)
         out += part
