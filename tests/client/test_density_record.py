@@ -168,6 +168,22 @@ def test_a_picture_of_a_null_space_has_no_panel_of_rounding_errors(tmp_path: Pat
     assert (tmp_path / "one.svg").read_text().count("axes_") == 1
 
 
+def test_a_picture_has_no_panel_of_a_bulk_that_the_steps_do_not_resolve(tmp_path: Path) -> None:
+    """Each probe has two nodes there: their smoothed peaks would look like a spectrum."""
+    inside = ((-1e-3, 2e-3), (-2e-3, 1e-3))
+    found = result(
+        *(
+            Quadrature(nodes=(-40.0, *each, 90.0), weights=(0.001, 0.5, 0.498, 0.001))
+            for each in inside
+        ),
+        dtype="float64",
+        precision="full",
+        operator="hessian",
+    )
+    found.plot(tmp_path / "one.svg")
+    assert (tmp_path / "one.svg").read_text().count("axes_") == 1
+
+
 @pytest.mark.parametrize("degree", [-1, 6, 10**6, 2.5, "3", None, True], ids=repr)
 def test_a_moment_that_the_steps_do_not_give_is_refused(degree: Any) -> None:
     with pytest.raises(ValueError, match="0 to 5"):

@@ -15,11 +15,13 @@ _POINTS = (800, 20_000)  # of a curve, at least and at most
 _PER_KERNEL = 5  # of them within a kernel's standard deviation, so that no peak is overlooked
 _TAIL = 0.005  # of the eigenvalues, on either side of the panel that leaves outliers out
 _SMALL = 0.25  # of the spectrum: a bulk that takes less gets a panel of its own
+_RESOLVED = 3  # nodes that each probe has in a bulk whose shape is known
 _FINE = 1 / 50  # of a panel: the kernel's standard deviation in it
 _COLOUR = "#1c5fd4"
 _NAMES = {
     "hessian": "the Hessian",
     "ggn": "the Gauss-Newton matrix",
+    "fisher": "the Fisher matrix of drawn labels",
     "empirical_fisher_token": "the empirical Fisher matrix of tokens",
     "empirical_fisher_sequence": "the empirical Fisher matrix of sequences",
     "gradient_covariance_token": "the covariance of the targets' gradients",
@@ -67,7 +69,8 @@ def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
     ends = float(nodes.min()), float(nodes.max())
     bulk = _bulk(result)
     is_small = 0 < bulk[1] - bulk[0] < _SMALL * (ends[1] - ends[0])
-    panels = [ends, bulk] if is_small and sigma is None else [ends]
+    is_resolved = is_small and _num_inside(result, bulk) >= _RESOLVED
+    panels = [ends, bulk] if is_resolved and sigma is None else [ends]
     figure = Figure(figsize=(9, 4.4 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (low, high) in zip(rows, panels, strict=True):
@@ -83,7 +86,13 @@ def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
         fontsize="x-large",
     )
     counts = f"{len(result.quadratures)} probes of {nodes.shape[1]} Lanczos steps each"
-    rows[0].set_title(f"The whole spectrum, from {counts}", loc="left", fontsize="medium")
+    title = f"The whole spectrum, from {counts}"
+    if is_small and not is_resolved:
+        title += (
+            f"\n{1 - 2 * _TAIL:.0%} of the weight is on nodes from {bulk[0]:.2g} to {bulk[1]:.2g}: "
+            "so few steps do not resolve the bulk"
+        )
+    rows[0].set_title(title, loc="left", fontsize="medium")
     for axes in rows[1:]:
         rows[0].axvspan(*axes.get_xlim(), color="#8a94a6", alpha=0.15, linewidth=0)
         axes.set_title(
@@ -103,6 +112,12 @@ def _bulk(result: Spectrum) -> tuple[float, float]:
     share = weights[order].cumsum() / weights.sum()
     low, high = np.searchsorted(share, (_TAIL, 1 - _TAIL))
     return float(nodes[order][low]), float(nodes[order][min(high, len(order) - 1)])
+
+
+def _num_inside(result: Spectrum, interval: tuple[float, float]) -> int:
+    """How many nodes the probe with the fewest has in an interval."""
+    low, high = interval
+    return int(((result.nodes >= low) & (result.nodes <= high)).sum(1).min())
 
 
 def _panel(axes: Any, result: Spectrum, low: float, high: float, width: float) -> None:
