@@ -66,7 +66,7 @@ def test_it_finds_every_end_of_an_indefinite_spectrum(which: Which) -> None:
 @pytest.mark.parametrize(
     ("spectrum", "k", "which"),
     [
-        ([0.0] * 30, 3, "LM"),
+        ([0.0] * 25, 3, "LM"),
         ([1.0] * 30, 3, "LA"),
         ([3.0], 1, "LA"),
         ([-2.0, 1.0], 2, "SA"),
@@ -106,14 +106,14 @@ def test_zeros_of_a_semidefinite_matrix_are_its_smallest() -> None:
 
 
 def test_small_gaps_take_a_fraction_of_what_restarts_in_as_few_rows_take() -> None:
-    a = laplacian(120)
-    restarted = run(a, 4, "LA", tol=1e-6, num_vectors=6, max_products=20_000)
-    passes = two_pass(a, 4, "LA", tol=1e-6)
+    a = laplacian(100)
+    restarted = run(a, 3, "LA", tol=1e-4, num_vectors=5, max_products=20_000)
+    passes = two_pass(a, 3, "LA", tol=1e-4)
     assert restarted.pairs.converged
     assert passes.pairs.converged
-    assert passes.count < restarted.count / 4
-    kept = run(a, 4, "LA", tol=1e-6, num_vectors=120)
-    assert passes.count < 2 * kept.count + 10  # of a basis that keeps every vector
+    assert passes.count < restarted.count / 3
+    kept = run(a, 3, "LA", tol=1e-4, num_vectors=90)
+    assert passes.count < 2 * kept.count  # of a basis that keeps every vector
     stages = Counter(each.stage for each in passes.reported)
     assert stages["second_pass"] < stages["first_pass"]
 
@@ -169,9 +169,7 @@ def test_auto_keeps_a_basis_where_there_is_room_for_it_and_makes_two_passes_wher
         ({"max_products": 12}, 8, "lanczos"),  # which have no need of more
     ):
         spec = EigshSpec(k=6, **options)  # type: ignore[arg-type]
-        budget = Budget(
-            max_products=300, num_vectors=rows + beside_basis(spec), inputs={"v0": ()}
-        )
+        budget = Budget(max_products=300, num_vectors=rows + beside_basis(spec), inputs={"v0": ()})
         assert Eigsh.configure(spec, operator, budget).method == method
 
 
@@ -180,8 +178,9 @@ def test_blocks_are_refused_by_two_passes() -> None:
     with pytest.raises(SpecError, match="one by one") as caught:
         checked(OPERATION, {"method": "two_pass", "block_size": 2}, facts)
     assert (caught.value.reason, caught.value.field) == ("BLOCK_SIZE_INVALID", "block_size")
-    with pytest.raises(SpecError, match="METHOD_UNSUPPORTED|method"):
+    with pytest.raises(SpecError, match="method") as caught:
         checked(OPERATION, {"method": "power"}, facts)
+    assert caught.value.reason == "METHOD_UNSUPPORTED"
 
 
 def test_vectors_to_begin_with_that_are_eigenvectors_end_the_search() -> None:

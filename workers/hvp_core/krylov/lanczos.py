@@ -19,11 +19,11 @@ from hvp_operations.eigsh import EigshProgress, EigshResult, EigshSpec, beside_b
 from torch import Tensor
 
 from hvp_core.errors import CurvatureError
-from hvp_core.krylov.two_pass_search import TwoPassSearch
 from hvp_core.krylov.krylov_basis import KrylovBasis
 from hvp_core.krylov.lanczos_search import FAILURE, LanczosSearch
 from hvp_core.krylov.lanczos_state import LanczosState, Sought, Stage, Standing
 from hvp_core.krylov.orthogonality import combinations, finite_norm, rounding
+from hvp_core.krylov.two_pass_search import TwoPassSearch
 from hvp_core.krylov.verification import is_verified, verification_of, verify_next
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found

@@ -205,9 +205,14 @@ class LanczosSearch:
             state.is_complete = self.space.agree(self._complete(exhausted))
         if state.is_complete or self.is_spent:
             return True
-        if is_searching and state.has_converged and not self.ends():
+        if is_searching and state.has_converged and (not self.ends() or self._is_zero):
             state.is_complete = True  # nothing can lie beyond
         return state.is_complete
+
+    @property
+    def _is_zero(self) -> bool:
+        """Whether products with random vectors have all been zero, as those of 0 alone are."""
+        return self.state.scale == 0 and not self.starts
 
     def end(self) -> None:
         """Make the first rows of the basis the wanted Ritz vectors."""

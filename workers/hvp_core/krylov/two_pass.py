@@ -78,9 +78,7 @@ class Seen:
     residuals: Tensor
 
 
-def seen(
-    alphas: Sequence[float], betas: Sequence[float], apart: float, weightless: float
-) -> Seen:
+def seen(alphas: Sequence[float], betas: Sequence[float], apart: float, weightless: float) -> Seen:
     """What the coefficients of a recurrence tell. Cost: 10 j³ for j steps.
 
     Args:

@@ -7,11 +7,11 @@ the coefficients, and the second, which makes the same products, sums up the wan
 That takes twice the products of Lanczos with a basis of any size, and two vectors beside the pairs.
 
 The vectors of such a recurrence lose their orthogonality, and two passes with products that differ
-by noise part from one another. Neither touches what is claimed: the new vectors are made orthonormal
-and get a product each with A, of which their Ritz pairs, and bounds on the residuals, are made, so
-that the basis keeps the law of `KrylovBasis`. Pairs that have converged are kept, and the
-recurrence runs orthogonal to them; with those that have not it starts again. In the end the basis
-goes to `LanczosSearch` for the fresh run that looks for what was missed, which takes two rows
+by noise part from one another. Neither touches what is claimed: the new vectors are made
+orthonormal and get a product each with A, of which their Ritz pairs, and bounds on the residuals,
+are made, so that the basis keeps the law of `KrylovBasis`. Pairs that have converged are kept, and
+the recurrence runs orthogonal to them; with those that have not it starts again. In the end the
+basis goes to `LanczosSearch` for the fresh run that looks for what was missed, which takes two rows
 beside the pairs too; what that sees is searched for in two passes in its turn.
 """
 
@@ -94,7 +94,7 @@ class TwoPassSearch:
         return stage, standing
 
     def _step_of_lanczos(self) -> tuple[Stage, Standing]:
-        """A step of the first basis or of a fresh run; where its rows are full, begin the passes."""
+        """A step of the first basis or of a fresh run; where rows are full, begin the passes."""
         state = self.state
         num_restarts, must_move = state.num_restarts, state.must_move
         told = self.search.step()
@@ -213,7 +213,7 @@ class TwoPassSearch:
             )
             basis.num_starts = max(basis.num_starts, passes.start)
             z.copy_(part)
-        if row < basis.size:  # the rows that had not converged have done their part
+        if row != basis.size:  # the rows that had not converged have done their part
             basis.rows[row + 1] = z
         basis.rows[row].zero_()
         basis.num_pending = max(0, row + 2 - basis.size)
