@@ -168,7 +168,7 @@ def test_auto_keeps_a_basis_where_there_is_room_for_it_and_makes_two_passes_wher
         ({"num_lanczos_vectors": 9}, 9, "lanczos"),  # they were asked for
         ({"max_products": 12}, 8, "lanczos"),  # which have no need of more
     ):
-        spec = EigshSpec(k=6, **options)  # type: ignore[arg-type]
+        spec = EigshSpec(k=6, **options)
         budget = Budget(max_products=300, num_vectors=rows + beside_basis(spec), inputs={"v0": ()})
         assert Eigsh.configure(spec, operator, budget).method == method
 

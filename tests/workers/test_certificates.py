@@ -131,10 +131,13 @@ async def test_where_no_basis_fits_two_passes_find_the_same_pairs(
     assert roomy.provenance["method"] == "lanczos"
     vector_bytes = 8 * LlamaForCausalLM(llama_config()).num_parameters()
     vectors = OPERATION.cost(spec, Facts(num_parameters=600, kind="hessian")).least_vectors
-    held = 2 * vector_bytes  # by the check of the first products' symmetry
+    monkeypatch.setattr(Memory, "least_available", lambda self: 0)
+    with pytest.raises(BackendError, match="INSUFFICIENT_CLUSTER_MEMORY") as caught:
+        await eigenpairs(backend, operator, spec)
+    promised = -int(caught.value.metadata["available_bytes"])  # to the products themselves
 
     def room(count: int) -> None:
-        available = needed_bytes(count, vector_bytes) + vector_bytes // 2 + held
+        available = needed_bytes(count, vector_bytes) + vector_bytes // 2 + promised
         monkeypatch.setattr(Memory, "least_available", lambda self: available)
 
     room(vectors)

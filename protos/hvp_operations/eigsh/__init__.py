@@ -32,8 +32,8 @@ _WORKING_VECTORS = 4
 MAX_BLOCK_SIZE = 4
 MAX_STARTS = 1024
 #: Rows of a basis beside the wanted pairs: of Lanczos, with fewer of which restarts lose most of
-#: what they have found; and of two passes, two as in any fresh run that looks for what was missed. The
-#: recurrence takes one of them, and the row that waits in a basis.
+#: what they have found; and of two passes, two as in any fresh run that looks for what was missed.
+#: The recurrence takes one of them, and the row that waits in a basis.
 _LEAST_BESIDE, _BESIDE_PASSES = 8, 2
 
 
