@@ -155,7 +155,7 @@ def test_it_holds_no_more_rows_than_the_plan_says() -> None:
     )
     state = algorithm.begin(operator)
     while algorithm.step(operator, state) is not None:
-        held = [each for each in written(state).shards.values()]
+        held = written(state).shards.values()
         assert sum(map(len, held)) <= len(state.basis.rows) == 5 + 3
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
-from hvp_operations.eigsh import Which
 from torch import Tensor
 
 from hvp_core.krylov.completeness import Deflated, Recurrence
 from hvp_core.krylov.krylov_basis import KrylovBasis
 from hvp_core.krylov.two_pass import TwoPass
 
+Which = Literal["LA", "SA", "LM", "BE"]
 Stage = Literal["iterating", "first_pass", "second_pass", "completeness", "verifying"]
 
 

@@ -30,7 +30,7 @@ class TwoPass:
 
     Attributes:
         is_on: Whether the products are those of the two passes; otherwise Lanczos makes them.
-        num_kept: Number of rows that have converged.
+        num_kept: Number of rows that have converged; -1 between two searches.
         start: Index of the random vector that the recurrence starts with; -1 where that is the sum
             of the pairs that have not converged.
         alphas: Diagonal of the recurrence's tridiagonal matrix, of the first pass.
