@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from hvp_core.krylov.lanczos import Eigsh
@@ -88,6 +89,7 @@ def run(
     exact: Callable[[Tensor], Tensor] | str | None = "itself",
     block_size: int = 1,
     starts: Sequence[Tensor] = (),
+    method: Literal["lanczos", "two_pass"] = "lanczos",
 ) -> Run:
     """Find eigenpairs of a matrix, or of a function on vectors of length n."""
     space = DenseSpace(len(a), a.dtype) if isinstance(a, Tensor) else DenseSpace(n, dtype)
@@ -97,6 +99,7 @@ def run(
         max_products=max_products,
         num_vectors=min(num_vectors, space.n),
         starts=starts,
+        method=method,
     )
     reported: list[Advance] = []
     found = drive(algorithm, operator, reported.append)

@@ -89,6 +89,15 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
         block = drive(search, operator).result
         assert block.outcome == "CONVERGED"
         found[f"eigenvalues, {name}"] = torch.tensor(block.eigenvalues, dtype=torch.float64)
+    search = Eigsh(
+        spec=EigshSpec(k=4, which="BE", tol=1e-7),
+        max_products=400,
+        num_vectors=6,
+        method="two_pass",
+    )
+    passes = drive(search, operator).result
+    assert passes.outcome == "CONVERGED"
+    found["eigenvalues, two passes"] = torch.tensor(passes.eigenvalues, dtype=torch.float64)
     positive = ShardedMatrix(matrix(SPECTRUM.abs() + 0.1), collective)
     bs = [operator.space.random(seed, "gaussian") for seed in (1, 2)]
     methods: tuple[Method, ...] = ("cg", "minres")

@@ -10,9 +10,12 @@ import pytest_asyncio
 import torch
 from hvp_core.model.huggingface import attention
 from hvp_core.precision import exact
-from hvp_operations.eigsh import EigshResult, EigshSpec
-from hvp_workers.backend import Backend, Operator, Space
+from hvp_operations.eigsh import OPERATION, EigshResult, EigshSpec
+from hvp_operations.operation import Facts
+from hvp_workers.backend import Backend, BackendError, Operator, Space
+from hvp_workers.memory import Memory
 from hvp_workers.opening import open_backend
+from hvp_workers.room import needed_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,6 +119,36 @@ async def test_each_largest_eigenvalue_of_a_gauss_newton_matrix_comes_as_often_a
     errors = torch.tensor(found.eigenvalues).flip(0) - true[:6]
     # Angles of positions are rounded to float32, here and there in other places.
     assert float(errors.abs().max()) <= found.completeness.margin + 1e-7 * float(true[0])
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_where_no_basis_fits_two_passes_find_the_same_pairs(
+    backend: Backend, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = operator_of(llama, "float64")
+    spec = EigshSpec(k=6, which="LA", tol=1e-6, max_products=600)
+    roomy = await eigenpairs(backend, operator, spec)
+    assert roomy.provenance["method"] == "lanczos"
+    vector_bytes = 8 * LlamaForCausalLM(llama_config()).num_parameters()
+    vectors = OPERATION.cost(spec, Facts(num_parameters=600, kind="hessian")).least_vectors
+    monkeypatch.setattr(Memory, "least_available", lambda self: 0)
+    with pytest.raises(BackendError, match="INSUFFICIENT_CLUSTER_MEMORY") as caught:
+        await eigenpairs(backend, operator, spec)
+    promised = -int(caught.value.metadata["available_bytes"])  # to the products themselves
+
+    def room(count: int) -> None:
+        available = needed_bytes(count, vector_bytes) + vector_bytes // 2 + promised
+        monkeypatch.setattr(Memory, "least_available", lambda self: available)
+
+    room(vectors)
+    scarce = await eigenpairs(backend, operator, spec)
+    assert scarce.provenance["method"] == "two_pass"
+    assert scarce.provenance["num_lanczos_vectors"] == "8"
+    assert roomy.outcome == scarce.outcome == "CONVERGED"
+    assert scarce.eigenvalues == pytest.approx(roomy.eigenvalues, abs=1e-9)
+    room(vectors - 1)
+    with pytest.raises(BackendError, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        await eigenpairs(backend, operator, spec)
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -55,8 +55,13 @@ def test_a_basis_shrinks_to_the_memory_there_is_and_no_further() -> None:
     asked = cost(EigshSpec(k=6, which="BE"), 1000)
     assert FLEXIBLE.room_for(asked, vector_bytes=1, available_bytes=10**6) == 40 + 10
     assert FLEXIBLE.room_for(asked, vector_bytes=100, available_bytes=4000) == 32
+    # For two passes.
+    assert FLEXIBLE.room_for(asked, vector_bytes=100, available_bytes=2900) == 23
     with pytest.raises(CurvatureError, match="INSUFFICIENT_CLUSTER_MEMORY"):
-        FLEXIBLE.room_for(asked, vector_bytes=100, available_bytes=2900)
+        FLEXIBLE.room_for(asked, vector_bytes=100, available_bytes=2200)
+    kept = cost(EigshSpec(k=6, which="BE", method="lanczos"), 1000)
+    with pytest.raises(CurvatureError, match="INSUFFICIENT_CLUSTER_MEMORY"):
+        FLEXIBLE.room_for(kept, vector_bytes=100, available_bytes=2900)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -127,9 +127,10 @@ class AsyncQuestions(ABC):
         num_lanczos_vectors: int | None = None,
         block_size: int | None = None,
         v0: AsyncVector | Sequence[AsyncVector] | Any = None,
+        method: Literal["auto", "lanczos", "two_pass"] = "auto",
         labels: Mapping[str, str] | None = None,
     ) -> AsyncJob[EigshResult[AsyncVector]]:
-        """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
+        """Search for k extremal eigenpairs by Lanczos, and verify them in float64.
 
         With a block size b > 1 products are taken b at a time, which share what does not depend
         on their vectors, and b copies of a repeated eigenvalue are found at once.
@@ -151,6 +152,9 @@ class AsyncQuestions(ABC):
                 random ones where it is left out. Whatever they are, completeness is shown from
                 random vectors. A vector on the server or a sequence of them, or real numbers
                 (n,) or (n, k), which travel. A result stands for its `eigenvectors`.
+            method: `lanczos` keeps a basis, of k + 8 rows or more; `two_pass` keeps none, and
+                makes the products of one run twice, which takes k + 2 rows and does not know of
+                blocks; `auto`: `lanczos` where memory allows its basis, else `two_pass`.
             labels: Kept with the job.
 
         Returns:
@@ -158,8 +162,9 @@ class AsyncQuestions(ABC):
 
         Raises:
             InvalidArgumentError: `BLOCK_SIZE_INVALID`, `K_INVALID`, `MAX_PRODUCTS_INVALID`,
-                `NUM_LANCZOS_VECTORS_INVALID`, `SEED_INVALID`, `TOL_INVALID`, `V0_INVALID`,
-                `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`, `WHICH_UNSUPPORTED`.
+                `METHOD_UNSUPPORTED`, `NUM_LANCZOS_VECTORS_INVALID`, `SEED_INVALID`,
+                `TOL_INVALID`, `V0_INVALID`, `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`,
+                `WHICH_UNSUPPORTED`.
             NotFoundError: A vector is gone.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`, `INPUT_MISSING`.
             ResourceExhaustedError: `QUEUE_FULL`.
@@ -175,6 +180,7 @@ class AsyncQuestions(ABC):
                 "num_lanczos_vectors": num_lanczos_vectors,
                 "block_size": block_size,
                 "v0": v0,
+                "method": method,
             },
             labels,
         )

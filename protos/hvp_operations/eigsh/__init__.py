@@ -21,6 +21,7 @@ from hvp_operations.operation import (
 )
 
 Which = Literal["LA", "SA", "LM", "BE"]
+Method = Literal["auto", "lanczos", "two_pass"]
 
 # About 220 bytes of a result are one pair's, and a result travels as one message of 4 MiB.
 MAX_EIGENPAIRS = 10_000
@@ -30,11 +31,15 @@ _WORKING_VECTORS = 4
 #: More products in one call share little more, and a basis of as many vectors reaches less far.
 MAX_BLOCK_SIZE = 4
 MAX_STARTS = 1024
+#: Rows of a basis beside the wanted pairs: of Lanczos, with fewer of which restarts lose most of
+#: what they have found; and of two passes, two as in any fresh run that looks for what was missed.
+#: The recurrence takes one of them, and the row that waits in a basis.
+_LEAST_BESIDE, _BESIDE_PASSES = 8, 2
 
 
 @dataclass(frozen=True)
 class EigshSpec:
-    """Search for k extremal eigenpairs by thick-restart Lanczos, and verify them in float64.
+    """Search for k extremal eigenpairs by Lanczos, and verify them in float64.
 
     With a block size b > 1 products are taken b at a time, which share what does not depend on
     their vectors, and b copies of a repeated eigenvalue are found at once.
@@ -54,6 +59,9 @@ class EigshSpec:
             lets the server choose, which takes 1.
         v0: Vectors to begin with, for example the eigenvectors of an earlier checkpoint; random
             ones where it is left out. Whatever they are, completeness is shown from random vectors.
+        method: `lanczos` keeps a basis, of k + 8 rows or more; `two_pass` keeps none, and makes the
+            products of one run twice, which takes k + 2 rows and does not know of blocks; `auto`:
+            `lanczos` where memory allows its basis, else `two_pass`.
     """
 
     k: int = 6
@@ -65,6 +73,7 @@ class EigshSpec:
     num_lanczos_vectors: int | None = None
     block_size: int | None = None
     v0: Names = ()
+    method: Method = "auto"
 
     @property
     def width(self) -> int:
@@ -144,12 +153,40 @@ def basis_sizes(spec: EigshSpec, dimension: int) -> tuple[int, int]:
         spec: The question.
         dimension: n.
     """
-    asked, k = spec.num_lanczos_vectors, spec.k
+    asked = spec.num_lanczos_vectors
     if asked:
         return asked, asked
-    max_products = default_max_products(spec, dimension)
-    wish = min(max(2 * k + 16, 40), dimension, max(max_products - k, k + 1))
-    return min(k + 8, wish), wish
+    of_passes = min(spec.k + _BESIDE_PASSES, dimension)
+    if spec.method == "two_pass":
+        return of_passes, of_passes
+    least, wish = _sizes_of_lanczos(spec, dimension)
+    return min(least, of_passes) if _may_choose(spec) else least, wish
+
+
+def _sizes_of_lanczos(spec: EigshSpec, dimension: int) -> tuple[int, int]:
+    """As `basis_sizes`, of the method that keeps its basis."""
+    k, most = spec.k, default_max_products(spec, dimension) - spec.k
+    wish = min(max(2 * k + 16, 40), dimension, max(most, k + 1))
+    return min(k + _LEAST_BESIDE, wish), wish
+
+
+def _may_choose(spec: EigshSpec) -> bool:
+    """Whether two passes will do where the basis does not fit."""
+    return spec.method == "auto" and spec.width == 1 and not spec.num_lanczos_vectors
+
+
+def taken(spec: EigshSpec, num_rows: int, dimension: int) -> Literal["lanczos", "two_pass"]:
+    """The method that a spec asks for, or that is chosen.
+
+    Args:
+        spec: The question.
+        num_rows: Rows that the basis can have.
+        dimension: n.
+    """
+    if spec.method != "auto":
+        return spec.method
+    is_short = num_rows < _sizes_of_lanczos(spec, dimension)[0]
+    return "two_pass" if is_short and _may_choose(spec) else "lanczos"
 
 
 def beside_basis(spec: EigshSpec) -> int:
@@ -223,6 +260,14 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
         ),
     ),
     Rule(
+        field="block_size",
+        reason="BLOCK_SIZE_INVALID",
+        holds=lambda spec, facts: spec.method != "two_pass" or spec.width == 1,
+        allowed=lambda spec, facts: (
+            "two_pass takes products one by one; leave block_size out, or use lanczos"
+        ),
+    ),
+    Rule(
         field="seed",
         reason="SEED_INVALID",
         holds=lambda spec, facts: spec.seed >= 0,
@@ -243,7 +288,7 @@ OPERATION = Operation(
     record="hvp_operations.eigsh.record:EigshResult",
     inputs=(Input(field="v0", least=0, most=MAX_STARTS, taken_from="eigenvectors"),),
     extension=Extension(
-        fields=("max_products", "tol", "seed", "num_lanczos_vectors", "block_size"),
+        fields=("max_products", "tol", "seed", "num_lanczos_vectors", "block_size", "method"),
         new_seed=True,
     ),
 )

@@ -26,7 +26,7 @@ from hvp_protos.v1 import operator_pb2 as hvp_dot_v1_dot_operator__pb2
 from hvp_protos.v1 import vector_pb2 as hvp_dot_v1_dot_vector__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12hvp/v1/eigsh.proto\x12\x06hvp.v1\x1a\x15hvp/v1/operator.proto\x1a\x13hvp/v1/vector.proto\"\xac\x02\n\tEigshSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\t\n\x01k\x18\x02 \x01(\x05\x12&\n\x05which\x18\x03 \x01(\x0e\x32\x17.hvp.v1.EigshSpec.Which\x12\x0b\n\x03tol\x18\x04 \x01(\x01\x12\x14\n\x0cmax_products\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x1b\n\x13num_lanczos_vectors\x18\x07 \x01(\x05\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\n\n\x02v0\x18\t \x03(\t\"V\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x0c\n\x08WHICH_LA\x10\x01\x12\x0c\n\x08WHICH_SA\x10\x02\x12\x0c\n\x08WHICH_LM\x10\x03\x12\x0c\n\x08WHICH_BE\x10\x04\"V\n\rEigshProgress\x12\x14\n\x0cnum_restarts\x18\x01 \x01(\x05\x12\x13\n\x0britz_values\x18\x02 \x03(\x01\x12\x1a\n\x12residual_estimates\x18\x03 \x03(\x01\"\xb8\x05\n\x0b\x45igshResult\x12\x13\n\x0b\x65igenvalues\x18\x01 \x03(\x01\x12\x11\n\tresiduals\x18\x02 \x03(\x01\x12$\n\x0c\x65igenvectors\x18\x03 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.hvp.v1.EigshResult.Outcome\x12\x17\n\x0fsymmetry_defect\x18\x06 \x01(\x01\x12\x13\n\x0britz_values\x18\x07 \x03(\x01\x12\x14\n\x0critz_weights\x18\x08 \x03(\x01\x12\x0c\n\x04loss\x18\t \x01(\x01\x12\x37\n\nprovenance\x18\n \x03(\x0b\x32#.hvp.v1.EigshResult.ProvenanceEntry\x12\x14\n\x0c\x65rror_bounds\x18\x0b \x03(\x01\x12\x36\n\x0c\x63ompleteness\x18\x0c \x01(\x0b\x32 .hvp.v1.EigshResult.Completeness\x1a`\n\x0c\x43ompleteness\x12\r\n\x05shown\x18\x01 \x01(\x08\x12\x0e\n\x06margin\x18\x02 \x01(\x01\x12\x1b\n\x13\x66\x61ilure_probability\x18\x03 \x01(\x01\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa8\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x03\x12\"\n\x1eOUTCOME_MULTIPLICITY_UNCERTAIN\x10\x04\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12hvp/v1/eigsh.proto\x12\x06hvp.v1\x1a\x15hvp/v1/operator.proto\x1a\x13hvp/v1/vector.proto\"\xb2\x03\n\tEigshSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\t\n\x01k\x18\x02 \x01(\x05\x12&\n\x05which\x18\x03 \x01(\x0e\x32\x17.hvp.v1.EigshSpec.Which\x12\x0b\n\x03tol\x18\x04 \x01(\x01\x12\x14\n\x0cmax_products\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x1b\n\x13num_lanczos_vectors\x18\x07 \x01(\x05\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\n\n\x02v0\x18\t \x03(\t\x12(\n\x06method\x18\n \x01(\x0e\x32\x18.hvp.v1.EigshSpec.Method\"V\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x0c\n\x08WHICH_LA\x10\x01\x12\x0c\n\x08WHICH_SA\x10\x02\x12\x0c\n\x08WHICH_LM\x10\x03\x12\x0c\n\x08WHICH_BE\x10\x04\"Z\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMETHOD_AUTO\x10\x01\x12\x12\n\x0eMETHOD_LANCZOS\x10\x02\x12\x13\n\x0fMETHOD_TWO_PASS\x10\x03\"V\n\rEigshProgress\x12\x14\n\x0cnum_restarts\x18\x01 \x01(\x05\x12\x13\n\x0britz_values\x18\x02 \x03(\x01\x12\x1a\n\x12residual_estimates\x18\x03 \x03(\x01\"\xb8\x05\n\x0b\x45igshResult\x12\x13\n\x0b\x65igenvalues\x18\x01 \x03(\x01\x12\x11\n\tresiduals\x18\x02 \x03(\x01\x12$\n\x0c\x65igenvectors\x18\x03 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.hvp.v1.EigshResult.Outcome\x12\x17\n\x0fsymmetry_defect\x18\x06 \x01(\x01\x12\x13\n\x0britz_values\x18\x07 \x03(\x01\x12\x14\n\x0critz_weights\x18\x08 \x03(\x01\x12\x0c\n\x04loss\x18\t \x01(\x01\x12\x37\n\nprovenance\x18\n \x03(\x0b\x32#.hvp.v1.EigshResult.ProvenanceEntry\x12\x14\n\x0c\x65rror_bounds\x18\x0b \x03(\x01\x12\x36\n\x0c\x63ompleteness\x18\x0c \x01(\x0b\x32 .hvp.v1.EigshResult.Completeness\x1a`\n\x0c\x43ompleteness\x12\r\n\x05shown\x18\x01 \x01(\x08\x12\x0e\n\x06margin\x18\x02 \x01(\x01\x12\x1b\n\x13\x66\x61ilure_probability\x18\x03 \x01(\x01\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa8\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x03\x12\"\n\x1eOUTCOME_MULTIPLICITY_UNCERTAIN\x10\x04\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EIGSHRESULT_PROVENANCEENTRY']._loaded_options = None
   _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_options = b'8\001'
   _globals['_EIGSHSPEC']._serialized_start=75
-  _globals['_EIGSHSPEC']._serialized_end=375
-  _globals['_EIGSHSPEC_WHICH']._serialized_start=289
-  _globals['_EIGSHSPEC_WHICH']._serialized_end=375
-  _globals['_EIGSHPROGRESS']._serialized_start=377
-  _globals['_EIGSHPROGRESS']._serialized_end=463
-  _globals['_EIGSHRESULT']._serialized_start=466
-  _globals['_EIGSHRESULT']._serialized_end=1162
-  _globals['_EIGSHRESULT_COMPLETENESS']._serialized_start=844
-  _globals['_EIGSHRESULT_COMPLETENESS']._serialized_end=940
-  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_start=942
-  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_end=991
-  _globals['_EIGSHRESULT_OUTCOME']._serialized_start=994
-  _globals['_EIGSHRESULT_OUTCOME']._serialized_end=1162
+  _globals['_EIGSHSPEC']._serialized_end=509
+  _globals['_EIGSHSPEC_WHICH']._serialized_start=331
+  _globals['_EIGSHSPEC_WHICH']._serialized_end=417
+  _globals['_EIGSHSPEC_METHOD']._serialized_start=419
+  _globals['_EIGSHSPEC_METHOD']._serialized_end=509
+  _globals['_EIGSHPROGRESS']._serialized_start=511
+  _globals['_EIGSHPROGRESS']._serialized_end=597
+  _globals['_EIGSHRESULT']._serialized_start=600
+  _globals['_EIGSHRESULT']._serialized_end=1296
+  _globals['_EIGSHRESULT_COMPLETENESS']._serialized_start=978
+  _globals['_EIGSHRESULT_COMPLETENESS']._serialized_end=1074
+  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_start=1076
+  _globals['_EIGSHRESULT_PROVENANCEENTRY']._serialized_end=1125
+  _globals['_EIGSHRESULT_OUTCOME']._serialized_start=1128
+  _globals['_EIGSHRESULT_OUTCOME']._serialized_end=1296
 # @@protoc_insertion_point(module_scope)

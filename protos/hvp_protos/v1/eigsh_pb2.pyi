@@ -23,8 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EigshSpec(_message.Message):
-    """k extremal eigenpairs by thick-restart block Lanczos with full reorthogonalisation, verified in
-    float64, and a search from fresh random vectors for what the first one may have missed.
+    """k extremal eigenpairs by thick-restart block Lanczos with full reorthogonalisation, or in two passes
+    that keep no basis, verified in float64, and a search from fresh random vectors for what the first one
+    may have missed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -56,6 +57,29 @@ class EigshSpec(_message.Message):
     WHICH_BE: EigshSpec.Which.ValueType  # 4
     """Half from each end, the odd one from the high end."""
 
+    class _Method:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EigshSpec._Method.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        METHOD_UNSPECIFIED: EigshSpec._Method.ValueType  # 0
+        METHOD_AUTO: EigshSpec._Method.ValueType  # 1
+        """Lanczos where memory allows its basis, else two passes."""
+        METHOD_LANCZOS: EigshSpec._Method.ValueType  # 2
+        """Thick-restart Lanczos with a basis of k + 8 rows or more, unless fewer are asked for."""
+        METHOD_TWO_PASS: EigshSpec._Method.ValueType  # 3
+        """Lanczos that keeps no basis, run twice: k + 3 rows, and twice the products."""
+
+    class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
+    METHOD_UNSPECIFIED: EigshSpec.Method.ValueType  # 0
+    METHOD_AUTO: EigshSpec.Method.ValueType  # 1
+    """Lanczos where memory allows its basis, else two passes."""
+    METHOD_LANCZOS: EigshSpec.Method.ValueType  # 2
+    """Thick-restart Lanczos with a basis of k + 8 rows or more, unless fewer are asked for."""
+    METHOD_TWO_PASS: EigshSpec.Method.ValueType  # 3
+    """Lanczos that keeps no basis, run twice: k + 3 rows, and twice the products."""
+
     OPERATOR_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     WHICH_FIELD_NUMBER: _builtins.int
@@ -65,6 +89,7 @@ class EigshSpec(_message.Message):
     NUM_LANCZOS_VECTORS_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     V0_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """Number of eigenpairs, 1 <= k <= n."""
     which: Global___EigshSpec.Which.ValueType
@@ -84,6 +109,7 @@ class EigshSpec(_message.Message):
     """Number of vectors whose products are taken in one call, 1 to 4; 0 lets the server choose. So
     many copies of a repeated eigenvalue are found at once.
     """
+    method: Global___EigshSpec.Method.ValueType
     @_builtins.property
     def operator(self) -> _operator_pb2.OperatorSpec: ...
     @_builtins.property
@@ -104,10 +130,11 @@ class EigshSpec(_message.Message):
         num_lanczos_vectors: _builtins.int = ...,
         block_size: _builtins.int = ...,
         v0: _abc.Iterable[_builtins.str] | None = ...,
+        method: Global___EigshSpec.Method.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "k", b"k", "max_products", b"max_products", "num_lanczos_vectors", b"num_lanczos_vectors", "operator", b"operator", "seed", b"seed", "tol", b"tol", "v0", b"v0", "which", b"which"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "k", b"k", "max_products", b"max_products", "method", b"method", "num_lanczos_vectors", b"num_lanczos_vectors", "operator", b"operator", "seed", b"seed", "tol", b"tol", "v0", b"v0", "which", b"which"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

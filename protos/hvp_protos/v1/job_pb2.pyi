@@ -207,12 +207,13 @@ class JobProgress(_message.Message):
     """Operator products done in this attempt, and their upper bound."""
     max_products: _builtins.int
     stage: _builtins.str
-    """`loading`, `saving`, or what the operation calls it: of eigsh `iterating`, `completeness`
+    """`loading`, `saving`, or what the operation calls it: of eigsh `iterating`, `first_pass` and
+    `second_pass` (where no basis fits), `completeness`
     (looking for what was missed) and `verifying`; of density `iterating`; of solve `iterating`,
     `verifying` (the residual of x) and `probing` (what else is claimed); of trace and diagonal
     `sampling`, `correcting` (comparing coarse products with exact ones), `sketching`, `projecting`
     and `exact`; of trace_of `iterating`; of low_rank `sampling` or `searching`, and `checking`
-    (bounding the error); of svds as of eigsh.
+    (bounding the error); of svds as of eigsh with a basis.
     """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""

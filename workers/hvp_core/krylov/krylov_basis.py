@@ -215,6 +215,24 @@ class KrylovBasis:
         self.leaks = torch.cat((self.leaks, self.leaks.new_zeros(len(self.leaks), 1)), 1)
         return float(found[j]), beta
 
+    def close(self, space: VectorSpace, w: Tensor) -> None:
+        """Take in the product of the first pending row; what it has outside of all rows leaks.
+
+        Args:
+            space: Space of the vectors.
+            w: The product, (local,); read only.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        j, end = self.size, self.num_rows
+        first, second = orthogonalise(space, self.rows[:end], w, out=self.rows[end])
+        self.T[:end, j] = self.T[j, :end] = first + second
+        self.size, self.num_pending = j + 1, self.num_pending - 1
+        leaks = self.leaks.new_zeros(len(self.leaks) + 1, j + 1)
+        leaks[:-1, :j], leaks[-1, j] = self.leaks, finite_norm(space, self.rows[end])
+        self.leaks = leaks
+
     def include(self, space: VectorSpace, vectors: Sequence[Tensor]) -> None:
         """Let what these vectors have outside of the rows wait for its products too.
 
@@ -270,10 +288,14 @@ class KrylovBasis:
             CurvatureError: NON_FINITE: an inner product is not finite, or no random vector has a
                 part outside the rows.
         """
+        self.give_up()
+        self.widen(space, width)
+
+    def give_up(self) -> None:
+        """Give up the pending rows; what the others' products have along them leaks from now on."""
         coupling = self.T[self.size : self.num_rows, : self.size]
         self.leaks = torch.cat((self.leaks, coupling[coupling.norm(dim=1) > 0]))
         self.origin, self.num_pending = self.size, 0
-        self.widen(space, width)
 
     def compress(self, values: Tensor, vectors: Tensor) -> None:
         """Keep only these Ritz vectors and the pending rows.

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 import torch
 from hvp_operations.certificates import Completeness, Outcome
-from hvp_operations.eigsh import EigshProgress, EigshResult, EigshSpec, beside_basis
+from hvp_operations.eigsh import EigshProgress, EigshResult, EigshSpec, beside_basis, taken
 from torch import Tensor
 
 from hvp_core.errors import CurvatureError
@@ -23,6 +23,7 @@ from hvp_core.krylov.krylov_basis import KrylovBasis
 from hvp_core.krylov.lanczos_search import FAILURE, LanczosSearch
 from hvp_core.krylov.lanczos_state import LanczosState, Sought, Stage, Standing
 from hvp_core.krylov.orthogonality import combinations, finite_norm, rounding
+from hvp_core.krylov.two_pass_search import TwoPassSearch
 from hvp_core.krylov.verification import is_verified, verification_of, verify_next
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
@@ -53,6 +54,7 @@ class Eigsh(Algorithm[LanczosState]):
         max_products: Upper bound on products, the k of the verification included; at least 2k.
         num_vectors: Rows of the basis, k < num_vectors <= n (k = num_vectors only where k = n).
         starts: Vectors to begin with, (local,) each; a random one where there are none.
+        method: Whether the basis is kept, or what does not fit into it is made in two passes.
 
     Raises:
         ValueError: tol is 1 or more: every vector of the space would do.
@@ -62,6 +64,7 @@ class Eigsh(Algorithm[LanczosState]):
     max_products: int
     num_vectors: int
     starts: Sequence[Tensor] = ()
+    method: Literal["lanczos", "two_pass"] = "lanczos"
 
     def __post_init__(self) -> None:
         if not 0 <= self.spec.tol < 1:
@@ -70,11 +73,14 @@ class Eigsh(Algorithm[LanczosState]):
     @classmethod
     def configure(cls, spec: EigshSpec, operator: LinearOperator, budget: Budget) -> Eigsh:
         """See Algorithm."""
+        dimension = operator.domain.dimension
+        num_rows = min(budget.num_vectors - beside_basis(spec), dimension)
         return cls(
             spec=spec,
             max_products=budget.max_products,
-            num_vectors=min(budget.num_vectors - beside_basis(spec), operator.domain.dimension),
+            num_vectors=num_rows,
             starts=budget.inputs["v0"],
+            method=taken(spec, num_rows, dimension),
         )
 
     def begin(self, operator: LinearOperator) -> LanczosState:
@@ -109,7 +115,8 @@ class Eigsh(Algorithm[LanczosState]):
         stage: Stage
         standing: Standing
         if state.verification is None:
-            stage, standing = search.step()
+            in_two = self.method == "two_pass"
+            stage, standing = (TwoPassSearch(search) if in_two else search).step()
         elif not is_verified(search):
             verify_next(search)
             stage, standing = "verifying", state.verification.standing
@@ -122,6 +129,7 @@ class Eigsh(Algorithm[LanczosState]):
         """See Algorithm."""
         found = _claims(self._search(operator, state))
         provenance = {
+            "method": self.method,
             "num_lanczos_vectors": str(self.num_vectors),
             "block_size": str(self.spec.width),
             "seed": str(self.spec.seed),

@@ -74,7 +74,12 @@ class LanczosSearch:
         self.operator, self.space = operator, operator.domain
         self.state, self.basis = state, state.basis
 
-    def _solve(self) -> None:
+    def count(self, num_products: int) -> None:
+        """Note products that were made."""
+        self.state.num_products += num_products
+        self.state.size = max(self.state.size, self.operator.size)
+
+    def solve(self) -> None:
         """Ritz values and T's eigenvectors for the current size."""
         state, size = self.state, self.basis.size
         self.values, self.vectors = self.space.agree(
@@ -97,7 +102,22 @@ class LanczosSearch:
         """How far beyond the i-th wanted value the i-th eigenvalue may lie."""
         return self.tolerance(self.state.blur * self.basis.rounding)
 
-    def _standing(self) -> Standing:
+    @property
+    def is_spent(self) -> bool:
+        """Whether the products that are left are those of the verification."""
+        return self.state.num_products >= self.max_products - self.sought.k
+
+    @property
+    def leak(self) -> float:
+        """The most that the wanted pairs may leak when a fresh run begins.
+
+        The leak that pairs have then stays for ever, and where (t - θ) (t - μ) is above the square
+        of all leaks, none of them matters. So the first round may leak a quarter of the margin, and
+        each one after it half as much as the one before.
+        """
+        return self.margin * 0.5 ** (self.state.num_rounds + 2)
+
+    def standing(self) -> Standing:
         """Where the search stands.
 
         Of many pairs only those furthest from done are told, in their order: an event is stored for
@@ -130,11 +150,11 @@ class LanczosSearch:
             if self.basis.num_pending:
                 self.basis.widen(self.space, self.block_size)
         stage: Stage = "iterating" if is_searching else "completeness"
-        standing = self._standing()
+        standing = self.standing()
         if self._is_over(is_searching, exhausted):
-            self._end()
+            self.end()
         elif is_searching and self.state.has_converged and self.space.agree(self._is_ready()):
-            self._look_for_missed()
+            self.look_for_missed()
         elif exhausted:
             self._start_afresh()
         elif self.basis.full:
@@ -150,13 +170,12 @@ class LanczosSearch:
             alpha, beta = basis.extend(self.space, product)
             if state.fresh is not None:  # in such a run a single row waits
                 state.fresh.append(alpha, beta)
-        state.num_products += count
-        state.size = max(state.size, self.operator.size)
+        self.count(count)
         state.num_fresh_products += count if state.fresh is not None else 0
         state.num_given = max(0, state.num_given - count)
         if state.num_products == count and len(self.starts) > self.block_size:
             self._look_at_starts()
-        self._solve()
+        self.solve()
         return basis.exhausted
 
     def _look_at_starts(self) -> None:
@@ -184,18 +203,23 @@ class LanczosSearch:
             state.has_converged = self._converged()
         else:
             state.is_complete = self.space.agree(self._complete(exhausted))
-        if state.is_complete or state.num_products >= self.max_products - self.sought.k:
+        if state.is_complete or self.is_spent:
             return True
-        if is_searching and state.has_converged and not self._ends():
+        if is_searching and state.has_converged and (not self.ends() or self._is_zero):
             state.is_complete = True  # nothing can lie beyond
         return state.is_complete
 
-    def _end(self) -> None:
+    @property
+    def _is_zero(self) -> bool:
+        """Whether products with random vectors have all been zero, as those of 0 alone are."""
+        return self.state.scale == 0 and not self.starts
+
+    def end(self) -> None:
         """Make the first rows of the basis the wanted Ritz vectors."""
         self._keep_first_ritz()
         if self.state.fresh is not None and not self.basis.whole and not self._moved():
             self._take_back()
-        self.state.verification = Verification(self._standing())
+        self.state.verification = Verification(self.standing())
         self.basis.rotate(self.vectors[:, self.index])
 
     def _converged(self) -> bool:
@@ -223,7 +247,7 @@ class LanczosSearch:
         elif not self.state.has_slid and len(self._settled()) > self.basis.origin:
             # Something lies at the edge of the wanted: once it is known as well, without it.
             if self._converged() and self._is_ready():
-                self._look_for_missed()
+                self.look_for_missed()
             else:
                 self._restart()
         elif not self._sees_more():
@@ -239,7 +263,7 @@ class LanczosSearch:
         assert self.state.deflated is not None
         self.basis.take_back(self.state.deflated.leaks)
         self.state.fresh, self.state.has_slid = None, False
-        self._solve()
+        self.solve()
 
     def _start_afresh(self) -> None:
         """Search on from random vectors; called when the Krylov space is exhausted."""
@@ -264,20 +288,11 @@ class LanczosSearch:
     # Looking for what was missed ----------------------------------------------------------------
 
     def _is_ready(self) -> bool:
-        """Whether the wanted pairs are known well enough to be shown complete.
-
-        The leak that pairs have when a fresh run begins stays for ever, and where (t - θ) (t - μ)
-        is above the square of all leaks, none of them matters. So the first round may leak a
-        quarter of the margin, and each one after it half as much as the one before.
-        """
+        """Whether the wanted pairs are known well enough to be shown complete."""
         leak = self.basis.coupling(self.vectors[:, self._settled()])
-        return float(leak.norm()) <= self._leak
+        return float(leak.norm()) <= self.leak
 
-    @property
-    def _leak(self) -> float:
-        return self.margin * 0.5 ** (self.state.num_rounds + 2)
-
-    def _look_for_missed(self) -> None:
+    def look_for_missed(self) -> None:
         """Take out the wanted pairs and others that have settled; begin a fresh run."""
         self._keep_first_ritz()
         basis, index = self.basis, self._settled()
@@ -295,7 +310,7 @@ class LanczosSearch:
         """Indices of the wanted Ritz pairs and of others that are known even better."""
         ends = self.values[self.index]
         distance = (self.values[:, None] - ends).abs().amin(1)
-        settled = self.basis.residuals(self.vectors) <= _SETTLED * self._leak
+        settled = self.basis.residuals(self.vectors) <= _SETTLED * self.leak
         settled[self.index] = True
         room = self.basis.capacity - self.sought.k
         most = self.sought.k + max(0, min(room // 2, room - _ROOM))
@@ -304,7 +319,7 @@ class LanczosSearch:
         found: Tensor = nearest[settled[nearest]][:most].sort().values
         return found
 
-    def _ends(self) -> list[tuple[int, list[Claim]]]:
+    def ends(self) -> list[tuple[int, list[Claim]]]:
         """The claims that have to hold for the wanted values to be complete.
 
         Returns:
@@ -331,7 +346,7 @@ class LanczosSearch:
         assert self.state.fresh is not None
         assert self.state.deflated is not None
         self.state.blur = _BLUR if exhausted else 1
-        ends = self._ends()
+        ends = self.ends()
         for sign, claims in ends:
             run, deflated = self.state.fresh, self.state.deflated
             if sign < 0:
@@ -349,7 +364,7 @@ class LanczosSearch:
                     (self.state.fresh if sign > 0 else self.state.fresh.mirrored()).has_beyond(
                         min(claim.t for claim in claims)
                     )
-                    for sign, claims in self._ends()
+                    for sign, claims in self.ends()
                 )
             )
         )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hvp_core.krylov.completeness import Deflated, Recurrence
 from hvp_core.krylov.krylov_basis import KrylovBasis
+from hvp_core.krylov.two_pass import TwoPass
 
-Stage = Literal["iterating", "completeness", "verifying"]
 Which = Literal["LA", "SA", "LM", "BE"]
+Stage = Literal["iterating", "first_pass", "second_pass", "completeness", "verifying"]
 
 
 @final
@@ -98,6 +99,8 @@ class LanczosState:
         is_complete: Whether it is shown that none of the wanted pairs is missing.
         has_converged: Whether the residuals of the wanted pairs met the tolerance.
         verification: The verification of the pairs; None while the search goes on.
+        two_pass: The state of a search in two passes; None before it begins, and of one that keeps
+            its basis.
     """
 
     basis: KrylovBasis
@@ -119,6 +122,7 @@ class LanczosState:
     is_complete: bool = False
     has_converged: bool = False
     verification: Verification | None = None
+    two_pass: TwoPass | None = None
 
     @property
     def rounded_by(self) -> float:

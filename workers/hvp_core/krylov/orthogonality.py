@@ -95,17 +95,35 @@ def part_outside(space: VectorSpace, known: Tensor, vector: Tensor) -> Tensor | 
     Raises:
         CurvatureError: NON_FINITE.
     """
-    norm = finite_norm(space, vector)
+    w = vector.clone()
+    return w if leave_outside(space, known, w) else None
+
+
+def leave_outside(space: VectorSpace, known: Tensor, w: Tensor) -> bool:
+    """Leave of a vector what it has outside of orthonormal ones, of norm 1, in its own place.
+
+    Args:
+        space: Space of the vectors.
+        known: The orthonormal vectors, (m, local).
+        w: The vector, (local,); takes the result.
+
+    Returns:
+        Whether there is more outside than rounding; if not, the vector holds nothing of use.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    norm = finite_norm(space, w)
     if norm == 0:
-        return None
-    w = vector / norm
+        return False
+    w.div_(norm)
     for _ in range(_PASSES):
         w.addmv_(known.T, finite_dots(space, known, w).to(w), alpha=-1)
         left = finite_norm(space, w)
         if left <= rounding(torch.finfo(w.dtype).eps):
-            return None
-        w = w / left
-    return w
+            return False
+        w.div_(left)
+    return True
 
 
 def combinations(space: VectorSpace, vectors: Sequence[Tensor], count: int) -> list[Tensor]:
