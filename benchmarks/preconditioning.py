@@ -1,4 +1,4 @@
-"""Products of conjugate gradients with and without a low-rank preconditioner, on a real model.
+"""Products of conjugate gradients with several preconditioners and without, on a real model.
 
     python -m benchmarks.preconditioning --output FOLDER
 
@@ -20,6 +20,7 @@ from hvp_demo.server import running_server
 from hvp_demo.text import python_reference, token_batch
 from hvp_operations.solve import SolveProgress
 
+_COLOURS = ("#8a8f98", "#1f6feb", "#d4762c")
 _LAYERS = ("model.layers.28.*", "model.layers.29.*")
 
 
@@ -62,7 +63,7 @@ def solved(G: Operator, b: Vector, name: str, **asked: Any) -> Run:
 
 
 def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ask a server of one's own for the approximation and for both solves."""
+    """Ask a server of one's own for the approximation and for all solves."""
     folder = ensure_checkpoint(find_gguf(), cache_dir())
     tokens = token_batch(folder, python_reference(), num_sequences=2, sequence_length=128)
     server = running_server(output, num_workers=1, device=arguments.device)
@@ -81,6 +82,7 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             runs = [
                 solved(G, b, "plain CG", **wanted),
                 solved(G, b, f"with L of rank {arguments.k}", preconditioner=L, **wanted),
+                solved(G, b, "with Kronecker factors", factors="kronecker", **wanted),
             ]
             for run in runs:
                 print(relative, run.name, run.num_products, run.outcome, run.relative_residual)
@@ -108,7 +110,7 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """The residual against products, of both."""
+    """The residual against products, of all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +123,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             1, len(systems), figsize=(4.5 * len(systems), 3.4), squeeze=False, layout="constrained"
         )
         for axis, system in zip(axes[0], systems, strict=True):
-            for run, colour in zip(system["runs"], ("#8a8f98", "#1f6feb"), strict=True):
+            for run, colour in zip(system["runs"], _COLOURS, strict=True):
                 products, residuals = zip(*run["history"], strict=True)
                 name = f"{run['name']}: {run['num_products']} products"
                 axis.semilogy(products, residuals, color=colour, lw=1.4, label=name)
