@@ -2,7 +2,8 @@
 
     python -m benchmarks.preconditioning --output FOLDER
 
-The system is (G + λI) x = ∇L with the Gauss-Newton matrix of the last two layers of SmolLM2-135M.
+The system is (G + λI) x = ∇L with the Gauss-Newton matrix of the last two layers of SmolLM2-135M,
+or of other parameters.
 What is compared is numbers of products, which depend on no machine.
 """
 
@@ -70,7 +71,11 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with server as address, Client(address) as client:
         checkpoint, batch = client.upload_checkpoint(folder), client.upload_batch(tokens)
         G = client.operator(
-            checkpoint, batch, kind="ggn", parameters=_LAYERS, precision=arguments.precision
+            checkpoint,
+            batch,
+            kind="ggn",
+            parameters=arguments.parameters,
+            precision=arguments.precision,
         )
         asked = {"method": arguments.method, "oversampling": arguments.oversampling}
         L: LowRankResult[Vector] = G.low_rank(arguments.k, **asked).result()
@@ -98,7 +103,7 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "model": MODEL_NAME,
             "num_parameters": G.shape[0],
-            "parameters": list(_LAYERS),
+            "parameters": arguments.parameters,
             "dtype": str(G.dtype),
             "precision": G.precision,
             "tokens": "2 x 128",
@@ -133,7 +138,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.set_ylabel("relative residual")
             axis.set_title(f"λ = {system['relative_damping']:g} λ₁", size=9, loc="left")
         figure.suptitle(
-            f"(G + λI) x = ∇L, the last two layers of {found['model']}, "
+            f"(G + λI) x = ∇L, {', '.join(found['parameters'])} of {found['model']}, "
             f"n = {found['num_parameters']:,}",
             size=9,
         )
@@ -146,6 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--k", type=int, default=20, help="vectors of the preconditioner")
+    parser.add_argument(
+        "--parameters", nargs="+", default=list(_LAYERS), help="patterns of their names"
+    )
     parser.add_argument("--method", choices=("nystrom", "eigsh"), default="nystrom")
     parser.add_argument("--oversampling", type=int, default=10, help="of nystrom")
     parser.add_argument(

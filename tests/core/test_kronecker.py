@@ -96,6 +96,7 @@ def hooked(model: nn.Module, problem: Problem, targets: Tensor) -> dict[str, Ten
     (loss / count).backward()
     found = {}
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         scale = count * parameter.grad.square().sum() / parameter.numel()
         found[name] = scale * torch.eye(parameter.numel(), dtype=torch.float64)
         if name in matrices:
@@ -305,17 +306,10 @@ SHAPES = {
 }
 
 
-class OfMany(Alone):
-    """A rank that only knows how many there are."""
-
-    def __init__(self, world_size: int):
-        self.world_size = world_size
-
-
 def dealt(world_size: int, most_elements: int) -> list[Share]:
     users = [["wide", "square"], ["tall", "bias", "other"], ["cube"]]
-    layout = Layout(SHAPES, users, world_size)
-    return deal(ParameterSpace(layout, OfMany(world_size), torch.float64, CPU), most_elements)
+    space = ParameterSpace(Layout(SHAPES, users, world_size), Alone(), torch.float64, CPU)
+    return deal(space, most_elements)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

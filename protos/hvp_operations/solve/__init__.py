@@ -38,8 +38,8 @@ MAX_PRECONDITIONER_VECTORS = 1024
 FACTOR_VECTORS = 4
 #: What to do where an operator has no factors.
 NO_FACTORS = (
-    "they are made of a matrix of the model's own, such as the Hessian or the ggn: give the damping "
-    "to solve, not to the operator, or take a vector or a low_rank as a preconditioner"
+    "they are made of a matrix of the model's own, such as the Hessian or the ggn: give the "
+    "damping to solve, not to the operator, or take a vector or a low_rank as a preconditioner"
 )
 #: Products of each right-hand side that are set aside: one for the residual of x, one for what else
 #: is claimed, such as a negative curvature.

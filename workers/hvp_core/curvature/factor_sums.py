@@ -97,7 +97,7 @@ def deal(space: ParameterSpace, most_elements: int) -> list[Share]:
         if size <= MOST_ROWS and size * size - size <= left:
             left -= size * size - size
             dense.add((name, side))
-    loads = [0] * space.collective.world_size
+    loads = [0] * space.layout.world_size
     return [_share(segment, dense, loads) for segment in segments]
 
 
@@ -111,12 +111,12 @@ def _sizes(parameter: Parameter) -> list[tuple[int, int]]:
 
 def _share(segment: Segment, dense: set[tuple[str, int]], loads: list[int]) -> Share:
     """A segment's factors, the largest first to the rank that has least of the segment so far."""
-    pairs = [
-        (each.name, *(Side(size, (each.name, side) in dense) for side, size in _sizes(each)))
-        for each in segment.parameters
-        if _is_matrix(each)
-    ]
-    taken, places = [0] * len(loads), []
+    pairs: list[tuple[str, Side, Side]] = []
+    for each in segment.parameters:
+        if _is_matrix(each):
+            left, right = (Side(size, (each.name, side) in dense) for side, size in _sizes(each))
+            pairs.append((each.name, left, right))
+    taken, places = [0] * len(loads), list[Place]()
     for name, left, right in sorted(pairs, key=lambda pair: -(pair[1].numel + pair[2].numel)):
         owner = min(range(len(loads)), key=lambda rank: (taken[rank], loads[rank], rank))
         places.append(Place(name, left, right, owner, taken[owner]))
@@ -197,7 +197,8 @@ class _BlockFactors(Accumulator):
 
 
 def _norms(x: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
+    found: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
+    return found
 
 
 def _live(sizes: Tensor, dtype: torch.dtype) -> Tensor:

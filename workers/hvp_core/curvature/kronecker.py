@@ -140,7 +140,7 @@ class KroneckerFactors:
     def solve(self, vector: Tensor, damping: float) -> Tensor:
         """The inverse of the matrix with λI, times a vector.
 
-        Cost: a gather and a sum over the ranks of each segment, 4 m n (m + n) multiplications for
+        Cost: a gather and a sum over the ranks of each segment, 2 m n (m + n) multiplications for
         a matrix (m, n), on the rank that has its factors. Memory: a segment twice, and the result.
 
         Args:
