@@ -62,7 +62,9 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
         "narrow": space.to_flat(curvature.hvp([v.bfloat16()])[0]),
         "uhv": torch.tensor([space.dot(u, hv), space.dot(v, hu)], dtype=torch.float64),
         "eigenvalues": torch.tensor(pairs.eigenvalues, dtype=torch.float64),
-        "factored": space.to_flat(curvature.factors("hessian", 10**6).solve(u, 1e-3)),
+        "factored": space.to_flat(
+            curvature.factors("empirical_fisher_token", 10**6).solve(u, 1e-3)
+        ),
         "shard": torch.tensor(space.layout.shard_numel),
     }
 
