@@ -1,8 +1,9 @@
-"""Products of conjugate gradients with and without a low-rank preconditioner, on a real model.
+"""Products of conjugate gradients with several preconditioners and without, on a real model.
 
     python -m benchmarks.preconditioning --output FOLDER
 
-The system is (G + λI) x = ∇L with the Gauss-Newton matrix of the last two layers of SmolLM2-135M.
+The system is (G + λI) x = ∇L with the Gauss-Newton matrix of the last two layers of SmolLM2-135M,
+or of other parameters.
 What is compared is numbers of products, which depend on no machine.
 """
 
@@ -20,6 +21,7 @@ from hvp_demo.server import running_server
 from hvp_demo.text import python_reference, token_batch
 from hvp_operations.solve import SolveProgress
 
+_COLOURS = ("#8a8f98", "#1f6feb", "#d4762c")
 _LAYERS = ("model.layers.28.*", "model.layers.29.*")
 
 
@@ -62,14 +64,18 @@ def solved(G: Operator, b: Vector, name: str, **asked: Any) -> Run:
 
 
 def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ask a server of one's own for the approximation and for both solves."""
+    """Ask a server of one's own for the approximation and for all solves."""
     folder = ensure_checkpoint(find_gguf(), cache_dir())
     tokens = token_batch(folder, python_reference(), num_sequences=2, sequence_length=128)
     server = running_server(output, num_workers=1, device=arguments.device)
     with server as address, Client(address) as client:
         checkpoint, batch = client.upload_checkpoint(folder), client.upload_batch(tokens)
         G = client.operator(
-            checkpoint, batch, kind="ggn", parameters=_LAYERS, precision=arguments.precision
+            checkpoint,
+            batch,
+            kind="ggn",
+            parameters=arguments.parameters,
+            precision=arguments.precision,
         )
         asked = {"method": arguments.method, "oversampling": arguments.oversampling}
         L: LowRankResult[Vector] = G.low_rank(arguments.k, **asked).result()
@@ -81,6 +87,7 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             runs = [
                 solved(G, b, "plain CG", **wanted),
                 solved(G, b, f"with L of rank {arguments.k}", preconditioner=L, **wanted),
+                solved(G, b, "with Kronecker factors", factors="kronecker", **wanted),
             ]
             for run in runs:
                 print(relative, run.name, run.num_products, run.outcome, run.relative_residual)
@@ -96,7 +103,7 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "model": MODEL_NAME,
             "num_parameters": G.shape[0],
-            "parameters": list(_LAYERS),
+            "parameters": arguments.parameters,
             "dtype": str(G.dtype),
             "precision": G.precision,
             "tokens": "2 x 128",
@@ -108,7 +115,7 @@ def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """The residual against products, of both."""
+    """The residual against products, of all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +128,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             1, len(systems), figsize=(4.5 * len(systems), 3.4), squeeze=False, layout="constrained"
         )
         for axis, system in zip(axes[0], systems, strict=True):
-            for run, colour in zip(system["runs"], ("#8a8f98", "#1f6feb"), strict=True):
+            for run, colour in zip(system["runs"], _COLOURS, strict=True):
                 products, residuals = zip(*run["history"], strict=True)
                 name = f"{run['name']}: {run['num_products']} products"
                 axis.semilogy(products, residuals, color=colour, lw=1.4, label=name)
@@ -131,7 +138,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.set_ylabel("relative residual")
             axis.set_title(f"λ = {system['relative_damping']:g} λ₁", size=9, loc="left")
         figure.suptitle(
-            f"(G + λI) x = ∇L, the last two layers of {found['model']}, "
+            f"(G + λI) x = ∇L, {', '.join(found['parameters'])} of {found['model']}, "
             f"n = {found['num_parameters']:,}",
             size=9,
         )
@@ -144,6 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--k", type=int, default=20, help="vectors of the preconditioner")
+    parser.add_argument(
+        "--parameters", nargs="+", default=list(_LAYERS), help="patterns of their names"
+    )
     parser.add_argument("--method", choices=("nystrom", "eigsh"), default="nystrom")
     parser.add_argument("--oversampling", type=int, default=10, help="of nystrom")
     parser.add_argument(

@@ -25,8 +25,8 @@ class Facts:
         num_parameters: n, the length of the vectors that it takes.
         kind: Kind of the operator, such as `hessian` or `ggn`; of a sum it is its formula.
         num_outputs: m, the length of its products; None where it is n.
-        is_semidefinite: Whether the matrix is known to have no negative eigenvalue; None where its
-            kind says it.
+        is_semidefinite: Of a composed matrix, whether it is known to have no negative eigenvalue;
+            None where its kind says it.
     """
 
     num_parameters: int
@@ -38,6 +38,11 @@ class Facts:
     def most_values(self) -> int:
         """min(m, n): the number of singular values."""
         return min(self.num_parameters, self.num_outputs or self.num_parameters)
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether the operator is made of matrices, or more is done to one."""
+        return self.is_semidefinite is not None
 
     @property
     def may_be_negative(self) -> bool:

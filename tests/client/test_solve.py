@@ -100,6 +100,66 @@ def test_a_gauss_newton_matrix_is_solved_by_cg(client: Client, small: Operator) 
     assert again.num_products == 1
 
 
+def test_kronecker_factors_save_products_and_change_no_answer(
+    client: Client, small: Operator
+) -> None:
+    G = client.operator(
+        small.checkpoint,
+        client.upload_batch({"input_ids": np.random.default_rng(1).integers(0, 7, (8, 16))}),
+        kind="ggn",
+        dtype="float64",
+        parameters=["*.down_proj.weight"],
+    )
+    matrix = G.matmat(np.eye(G.shape[0]))
+    damping, b = 1e-4 * float(np.linalg.eigvalsh(matrix)[-1]), G.gradient()
+    asked: dict[str, Any] = {"damping": damping, "tol": 1e-9}
+    plain = G.solve(b, **asked).result()
+    for method in ("cg", "minres"):
+        job = G.solve(b, factors="kronecker", method=method, **asked)
+        found = job.result()
+        assert found.outcomes == ("CONVERGED",)
+        assert "kronecker factors" in job.headline
+        assert 3 * found.num_products <= 2 * plain.num_products
+        assert true_residual(matrix, found.x[0], b, damping) <= 1e-9
+        np.testing.assert_allclose(found.x[0].numpy(), plain.x[0].numpy(), rtol=1e-4, atol=1e-9)
+        told = found.provenance["preconditioner"]
+        assert told.startswith("Kronecker factors of ")
+        assert told.endswith("labels drawn by seed 0")
+    again = G.solve(b, factors="kronecker", method="minres", **asked).result()
+    assert np.array_equal(again.x[0].numpy(), found.x[0].numpy())  # the seed's own
+    other = G.solve(b, factors="kronecker", seed=7, **asked).result()
+    assert other.provenance["preconditioner"].endswith("labels drawn by seed 7")
+    further = job.extend(tol=1e-11).result()
+    assert "Kronecker" in further.provenance["preconditioner"]
+    F = client.operator(
+        small.checkpoint, small.batch, kind="fisher", sample_seed=5, dtype="float64"
+    )
+    solved = F.solve(F.gradient(), damping=0.1, factors="kronecker").result()
+    assert solved.provenance["preconditioner"].endswith("labels drawn by seed 5")
+    assert solved.converged
+
+
+def test_what_has_no_factors_is_refused_with_what_to_do(client: Client, small: Operator) -> None:
+    b, damping = small.gradient(), 1.0
+    shifted = client.operator(small.checkpoint, small.batch, dtype="float64", damping=0.5)
+    cases: list[tuple[Operator, str, str, dict[str, Any]]] = [
+        (shifted, "OPERATOR_HAS_NO_FACTORS", "give the damping to solve", {"damping": damping}),
+        (2 * small, "OPERATOR_HAS_NO_FACTORS", "a vector or a low_rank", {"damping": damping}),
+        (small, "FACTORS_INVALID", "leave out one", {"damping": damping, "preconditioner": b}),
+        (small, "FACTORS_UNSUPPORTED", "kronecker", {"damping": damping, "factors": "tensor"}),
+        (small, "DAMPING_INVALID", "more than 0", {"damping": 0.0}),
+        (small, "DAMPING_INVALID", "more than 0", {"damping": -1.0, "method": "minres"}),
+        (small, "SEED_INVALID", "0 or more", {"damping": damping, "seed": -1}),
+    ]
+    for operator, reason, lever, asked in cases:
+        with pytest.raises(InvalidArgumentError, match=lever) as refusal:
+            operator.solve(b, **{"factors": "kronecker", **asked})
+        assert refusal.value.reason == reason
+    plain = small.plan("solve", b=b, damping=damping)
+    factored = small.plan("solve", b=b, damping=damping, factors="kronecker")
+    assert factored.max_products == plain.max_products
+
+
 def test_numbers_are_taken_as_matvec_takes_them_and_leave_nothing(
     small: Operator, dense: Array, server: Server
 ) -> None:

@@ -90,7 +90,7 @@ def test_the_condition_is_that_of_the_theorem_and_products_are_saved(dtype: torc
     a, b, damping = matrix(DECAYING), random(N), 1e-3
     result, approximation, u = approximate(a.to(dtype), 40, oversampling=10)
     P = LowRankPreconditioner(DenseSpace(N, dtype), [*u.to(dtype)], result.eigenvalues, damping)
-    P.check()
+    P.prepare()
     inverse = torch.stack([P(each) for each in torch.eye(N, dtype=dtype)]).double()
     assert torch.linalg.matrix_norm(inverse - inverse.T) <= 1e-5
     forms = torch.linalg.eigvals(inverse @ (a + damping * torch.eye(N, dtype=torch.float64))).real
@@ -214,6 +214,12 @@ def test_a_diagonal_that_is_not_positive_is_refused_before_any_product(
     assert operator.count == 0
 
 
+def test_an_operator_without_factors_of_its_own_is_refused() -> None:
+    operator = DenseOperator(matrix(DECAYING), semidefinite=True)
+    with pytest.raises(CurvatureError, match=r"OPERATOR_HAS_NO_FACTORS.*low_rank"):
+        configured(operator, [random(N)], factors="kronecker", damping=0.1)
+
+
 @pytest.mark.parametrize("kind", ["scaled", "twice", "not finite"])
 def test_vectors_that_are_not_orthonormal_are_refused_before_any_product(kind: str) -> None:
     operator = DenseOperator(matrix(DECAYING), semidefinite=True)
@@ -285,6 +291,8 @@ def test_the_memory_of_a_preconditioner_is_counted() -> None:
     plain = OPERATION.cost(SolveSpec(("b",), method="cg"), facts)
     low = SolveSpec(("b",), method="cg", preconditioner=("v",), preconditioner_values=(1.0,))
     diagonal = SolveSpec(("b",), method="cg", preconditioner=("v",))
+    factored = SolveSpec(("b",), method="cg", factors="kronecker", damping=1.0)
+    assert OPERATION.cost(factored, facts).least_vectors == plain.least_vectors + 5
     assert OPERATION.cost(low, facts).least_vectors == plain.least_vectors + 1
     assert OPERATION.cost(diagonal, facts).least_vectors == plain.least_vectors + 2
 

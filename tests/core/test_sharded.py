@@ -62,6 +62,9 @@ def numbers(problem: Problem, collective: Collective) -> dict[str, torch.Tensor]
         "narrow": space.to_flat(curvature.hvp([v.bfloat16()])[0]),
         "uhv": torch.tensor([space.dot(u, hv), space.dot(v, hu)], dtype=torch.float64),
         "eigenvalues": torch.tensor(pairs.eigenvalues, dtype=torch.float64),
+        "factored": space.to_flat(
+            curvature.factors("empirical_fisher_token", 10**6).solve(u, 1e-3)
+        ),
         "shard": torch.tensor(space.layout.shard_numel),
     }
 
@@ -280,7 +283,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(ranks: tuple[int, Path]) -> 
         alone = numbers(make(), Alone())
         found = torch.load(folder / f"{name}.pt")
         assert torch.equal(found["u"], alone["u"])
-        for what in ("loss", "gradient", "hu", "hv", "uhv", "eigenvalues"):
+        for what in ("loss", "gradient", "hu", "hv", "uhv", "eigenvalues", "factored"):
             assert relative_error(found[what], alone[what]) < 1e-11, (name, what)
         # v is exact in 16 bits: only the storing of the product rounds.
         assert relative_error(found["narrow"], alone["hv"]) < 4e-3

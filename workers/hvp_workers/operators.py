@@ -14,15 +14,18 @@ import torch
 from hvp_core.autodiff.product_spec import CENTRED, Draws, matrix
 from hvp_core.curvature.curvature import Curvature
 from hvp_core.curvature.drawn_labels import DrawnLabels
+from hvp_core.curvature.kronecker import KroneckerPreconditioner
 from hvp_core.curvature.sections import activation_space, section_of
 from hvp_core.errors import CurvatureError
 from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.linop.preconditioner import Preconditioner
 from hvp_core.linop.symmetry import SymmetryCheck
 from hvp_core.model.chain import Chain, MicroBatch
 from hvp_core.model.places import Place
 from hvp_core.settings import ComputeSettings
 from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ParameterSpace
+from hvp_operations.solve import FACTOR_VECTORS
 
 from hvp_workers import backend as api
 from hvp_workers.memory import Memory
@@ -225,6 +228,15 @@ class CurvatureOperator(LinearOperator):
         if self._kind in CENTRED:
             return None
         return self._loaded.forward_forms(self._kind, vectors, self._draws)
+
+    def factored(self, damping: float, seed: int) -> Preconditioner:
+        """See LinearOperator: Kronecker factors, of a Fisher matrix those of its own seed."""
+        curvature = self._loaded.curvature
+        draws = self._draws if matrix(self._kind).draws else Draws(seed)
+        most = FACTOR_VECTORS * curvature.space.dimension
+        return KroneckerPreconditioner(
+            lambda: curvature.factors(self._kind, most, draws=draws), damping
+        )
 
     def exact(self) -> LinearOperator | None:
         """See LinearOperator: products in float64 throughout.

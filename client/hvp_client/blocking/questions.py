@@ -248,6 +248,8 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
         x0: Vector | Sequence[Vector] | Any = None,
         preconditioner: Vector | Sequence[Vector] | Any = None,
         preconditioner_values: Sequence[float] = (),
+        factors: Literal["kronecker"] | None = None,
+        seed: int = 0,
         labels: Mapping[str, str] | None = None,
     ) -> Job[SolveResult[Vector]]:
         """Solve (A + λI) x = b by conjugate gradients or MINRES, for one b or several at once.
@@ -260,7 +262,9 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
         A preconditioner is a matrix M near A that is cheap to invert. Each step applies (M +
         λI)⁻¹, and the nearer M is, the fewer steps there are. Where M is U diag(values) Uᵀ with
         k orthonormal vectors, what is orthogonal to them is multiplied by 1 / (λ + the least of
-        the values) (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023)).
+        the values) (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023)). Instead
+        of given vectors, M can be made of Kronecker factors of the model's own, at the price of
+        a gradient (Martens and Grosse, ICML 2015).
 
         Args:
             b: The right-hand side, or several. A vector on the server or a sequence of them, or
@@ -281,15 +285,23 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
                 or real numbers (n,) or (n, k), which travel.
             preconditioner_values: Eigenvalues of the low-rank matrix, 0 or more, and above 0
                 with λ; a result of `low_rank` brings its own.
+            factors: `kronecker`, in the place of `preconditioner`: M has a Kronecker product
+                for each matrix of parameters, of its layer's inputs and of its outputs'
+                gradients, and a multiple of the identity for each other parameter. For a matrix
+                of the model's own, such as the Hessian or the ggn, and λ > 0.
+            seed: Seed of the labels that are drawn from the model for the factors. A Fisher
+                matrix has its own seed, and an empirical one the batch's labels.
             labels: Kept with the job.
 
         Returns:
             The job, queued; `result()` waits for it.
 
         Raises:
-            InvalidArgumentError: `B_INVALID`, `DAMPING_INVALID`, `MAX_PRODUCTS_INVALID`,
-                `METHOD_UNSUPPORTED`, `PRECONDITIONER_INVALID`, `PRECONDITIONER_VALUES_INVALID`,
-                `TOL_INVALID`, `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`, `X0_INVALID`.
+            InvalidArgumentError: `B_INVALID`, `DAMPING_INVALID`, `FACTORS_INVALID`,
+                `FACTORS_UNSUPPORTED`, `MAX_PRODUCTS_INVALID`, `METHOD_UNSUPPORTED`,
+                `OPERATOR_HAS_NO_FACTORS`, `PRECONDITIONER_INVALID`,
+                `PRECONDITIONER_VALUES_INVALID`, `SEED_INVALID`, `TOL_INVALID`,
+                `VECTORS_MISSING`, `VECTOR_SPACE_MISMATCH`, `X0_INVALID`.
             NotFoundError: A vector is gone.
             FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`, `INPUT_MISSING`.
             ResourceExhaustedError: `QUEUE_FULL`.
@@ -304,6 +316,8 @@ class Questions(Blocking, ABC, twin=AsyncQuestions):
                 x0=twin_of(x0),
                 preconditioner=twin_of(preconditioner),
                 preconditioner_values=preconditioner_values,
+                factors=factors,
+                seed=seed,
                 labels=labels,
             )
         )

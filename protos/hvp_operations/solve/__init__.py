@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
-from hvp_operations.checking import Names, Numbers
+from hvp_operations.checking import FIRST_SEED, Names, Numbers, Seed
 from hvp_operations.operation import (
     Cost,
     Detail,
@@ -20,6 +20,7 @@ from hvp_operations.operation import (
 )
 
 Method = Literal["auto", "cg", "minres"]
+Factors = Literal["kronecker"]
 Outcome = Literal[
     "CONVERGED",
     "MAX_PRODUCTS",
@@ -33,6 +34,13 @@ Outcome = Literal[
 MAX_RIGHT_HAND_SIDES = 64
 #: The most vectors of a low-rank preconditioner.
 MAX_PRECONDITIONER_VECTORS = 1024
+#: Vectors that all Kronecker factors together take at most: what would take more is diagonal.
+FACTOR_VECTORS = 4
+#: What to do where an operator has no factors.
+NO_FACTORS = (
+    "they are made of a matrix of the model's own, such as the Hessian or the ggn: give the "
+    "damping to solve, not to the operator, or take a vector or a low_rank as a preconditioner"
+)
 #: Products of each right-hand side that are set aside: one for the residual of x, one for what else
 #: is claimed, such as a negative curvature.
 RESERVED_PRODUCTS = 2
@@ -55,7 +63,9 @@ class SolveSpec:
     A preconditioner is a matrix M near A that is cheap to invert. Each step applies (M + λI)⁻¹, and
     the nearer M is, the fewer steps there are. Where M is U diag(values) Uᵀ with k orthonormal
     vectors, what is orthogonal to them is multiplied by 1 / (λ + the least of the values)
-    (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023)).
+    (Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023)). Instead of given vectors,
+    M can be made of Kronecker factors of the model's own, at the price of a gradient (Martens and
+    Grosse, ICML 2015).
 
     Attributes:
         b: The right-hand side, or several.
@@ -72,6 +82,12 @@ class SolveSpec:
             is added to it, as to A.
         preconditioner_values: Eigenvalues of the low-rank matrix, 0 or more, and above 0 with λ; a
             result of `low_rank` brings its own.
+        factors: `kronecker`, in the place of `preconditioner`: M has a Kronecker product for each
+            matrix of parameters, of its layer's inputs and of its outputs' gradients, and a
+            multiple of the identity for each other parameter. For a matrix of the model's own, such
+            as the Hessian or the ggn, and λ > 0.
+        seed: Seed of the labels that are drawn from the model for the factors. A Fisher matrix has
+            its own seed, and an empirical one the batch's labels.
     """
 
     b: Names
@@ -83,6 +99,8 @@ class SolveSpec:
     x0: Names = ()
     preconditioner: Names = ()
     preconditioner_values: Numbers = ()
+    factors: Factors | None = None
+    seed: Seed = FIRST_SEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +184,13 @@ def kept_vectors(spec: SolveSpec) -> int:
 
 def working_vectors(spec: SolveSpec, method: Method) -> int:
     """Vectors of a right-hand side on its way, beside x; what a preconditioner gives is one."""
-    return WORKING_VECTORS[method] + bool(spec.preconditioner)
+    return WORKING_VECTORS[method] + bool(spec.preconditioner or spec.factors)
 
 
 def common_vectors(spec: SolveSpec) -> int:
-    """Vectors that all right-hand sides share: the inverse of a diagonal."""
+    """Vectors that all right-hand sides share: the inverse of a diagonal, or factors."""
+    if spec.factors:
+        return FACTOR_VECTORS
     return int(bool(spec.preconditioner) and not spec.preconditioner_values)
 
 
@@ -253,12 +273,41 @@ _RULES: tuple[Rule[SolveSpec], ...] = (
             "each has to be 0 or more, and above 0 with the damping; leave out vectors with others"
         ),
     ),
+    Rule(
+        field="factors",
+        reason="FACTORS_INVALID",
+        holds=lambda spec, facts: not (spec.factors and spec.preconditioner),
+        allowed=lambda spec, facts: (
+            "there is one preconditioner, and preconditioner names another: leave out one of them"
+        ),
+    ),
+    Rule(
+        field="factors",
+        reason="OPERATOR_HAS_NO_FACTORS",
+        holds=lambda spec, facts: not (spec.factors and facts.is_composed),
+        allowed=lambda spec, facts: f"{facts.kind} has none; {NO_FACTORS}",
+    ),
+    Rule(
+        field="damping",
+        reason="DAMPING_INVALID",
+        holds=lambda spec, facts: not spec.factors or spec.damping > 0,
+        allowed=lambda spec, facts: (
+            "with factors more than 0 is possible: without, their matrix is singular"
+        ),
+    ),
+    Rule(
+        field="seed",
+        reason="SEED_INVALID",
+        holds=lambda spec, facts: spec.seed >= 0,
+        allowed=lambda spec, facts: "a seed is 0 or more",
+    ),
 )
 
 
 def _headline(spec: SolveSpec) -> str:
     damped = f" damping={spec.damping:g}" if spec.damping else ""
     helped = " preconditioned" if spec.preconditioner else ""
+    helped = f" {spec.factors} factors" if spec.factors else helped
     several = f" of {len(spec.b)} right-hand sides" if len(spec.b) > 1 else ""
     return f"solve {spec.method}{damped} tol={spec.tol:g}{helped}{several}"
 

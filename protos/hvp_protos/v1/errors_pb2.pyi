@@ -207,6 +207,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A preconditioner's diagonal with the damping has an element that is not above 0, or one below 0."""
     ERROR_REASON_VECTORS_NOT_ORTHONORMAL: _ErrorReason.ValueType  # 101
     """Vectors of a low-rank preconditioner are not orthonormal; take those of one result."""
+    ERROR_REASON_OPERATOR_HAS_NO_FACTORS: _ErrorReason.ValueType  # 98
+    """Factors of an operator are asked for that is a sum, or to which something is added: ask it of a matrix
+    of the model, with the damping of the question.
+    """
     ERROR_REASON_COEFFICIENT_INVALID: _ErrorReason.ValueType  # 107
     """A coefficient, a damping or a shift of an operator is not finite."""
     ERROR_REASON_PRECONDITIONER_INVALID: _ErrorReason.ValueType  # 108
@@ -414,6 +418,10 @@ ERROR_REASON_PRECONDITIONER_NOT_POSITIVE: ErrorReason.ValueType  # 100
 """A preconditioner's diagonal with the damping has an element that is not above 0, or one below 0."""
 ERROR_REASON_VECTORS_NOT_ORTHONORMAL: ErrorReason.ValueType  # 101
 """Vectors of a low-rank preconditioner are not orthonormal; take those of one result."""
+ERROR_REASON_OPERATOR_HAS_NO_FACTORS: ErrorReason.ValueType  # 98
+"""Factors of an operator are asked for that is a sum, or to which something is added: ask it of a matrix
+of the model, with the damping of the question.
+"""
 ERROR_REASON_COEFFICIENT_INVALID: ErrorReason.ValueType  # 107
 """A coefficient, a damping or a shift of an operator is not finite."""
 ERROR_REASON_PRECONDITIONER_INVALID: ErrorReason.ValueType  # 108

@@ -26,7 +26,7 @@ from hvp_protos.v1 import operator_pb2 as hvp_dot_v1_dot_operator__pb2
 from hvp_protos.v1 import vector_pb2 as hvp_dot_v1_dot_vector__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12hvp/v1/solve.proto\x12\x06hvp.v1\x1a\x15hvp/v1/operator.proto\x1a\x13hvp/v1/vector.proto\"\xb4\x02\n\tSolveSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\t\n\x01\x62\x18\x02 \x03(\t\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12(\n\x06method\x18\x04 \x01(\x0e\x32\x18.hvp.v1.SolveSpec.Method\x12\x0b\n\x03tol\x18\x05 \x01(\x01\x12\x14\n\x0cmax_products\x18\x06 \x01(\x05\x12\n\n\x02x0\x18\x07 \x03(\t\x12\x16\n\x0epreconditioner\x18\x08 \x03(\t\x12\x1d\n\x15preconditioner_values\x18\t \x03(\x01\"S\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMETHOD_AUTO\x10\x01\x12\r\n\tMETHOD_CG\x10\x02\x12\x11\n\rMETHOD_MINRES\x10\x03\"5\n\rSolveProgress\x12\x11\n\tnum_ended\x18\x01 \x01(\x05\x12\x11\n\tresiduals\x18\x02 \x03(\x01\"\xe9\x05\n\x0bSolveResult\x12+\n\x07systems\x18\x01 \x03(\x0b\x32\x1a.hvp.v1.SolveResult.System\x12\x19\n\x01x\x18\x02 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\"\n\ndirections\x18\x03 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x37\n\nprovenance\x18\x06 \x03(\x0b\x32#.hvp.v1.SolveResult.ProvenanceEntry\x1a\x84\x02\n\x06System\x12,\n\x07outcome\x18\x01 \x01(\x0e\x32\x1b.hvp.v1.SolveResult.Outcome\x12\x14\n\x0cnum_products\x18\x02 \x01(\x05\x12\x19\n\x11relative_residual\x18\x03 \x01(\x01\x12\x1a\n\x12recursion_residual\x18\x04 \x01(\x01\x12\x10\n\x08is_exact\x18\x05 \x01(\x08\x12\x16\n\tcurvature\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rhas_direction\x18\x07 \x01(\x08\x12\x1c\n\x0fnormal_residual\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_curvatureB\x12\n\x10_normal_residual\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x1e\n\x1aOUTCOME_NEGATIVE_CURVATURE\x10\x03\x12\x19\n\x15OUTCOME_LEAST_SQUARES\x10\x04\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x05\x12\x15\n\x11OUTCOME_BREAKDOWN\x10\x06\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12hvp/v1/solve.proto\x12\x06hvp.v1\x1a\x15hvp/v1/operator.proto\x1a\x13hvp/v1/vector.proto\"\xd3\x02\n\tSolveSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\t\n\x01\x62\x18\x02 \x03(\t\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12(\n\x06method\x18\x04 \x01(\x0e\x32\x18.hvp.v1.SolveSpec.Method\x12\x0b\n\x03tol\x18\x05 \x01(\x01\x12\x14\n\x0cmax_products\x18\x06 \x01(\x05\x12\n\n\x02x0\x18\x07 \x03(\t\x12\x16\n\x0epreconditioner\x18\x08 \x03(\t\x12\x1d\n\x15preconditioner_values\x18\t \x03(\x01\x12\x0f\n\x07\x66\x61\x63tors\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x04\"S\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMETHOD_AUTO\x10\x01\x12\r\n\tMETHOD_CG\x10\x02\x12\x11\n\rMETHOD_MINRES\x10\x03\"5\n\rSolveProgress\x12\x11\n\tnum_ended\x18\x01 \x01(\x05\x12\x11\n\tresiduals\x18\x02 \x03(\x01\"\xe9\x05\n\x0bSolveResult\x12+\n\x07systems\x18\x01 \x03(\x0b\x32\x1a.hvp.v1.SolveResult.System\x12\x19\n\x01x\x18\x02 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\"\n\ndirections\x18\x03 \x03(\x0b\x32\x0e.hvp.v1.Vector\x12\x14\n\x0cnum_products\x18\x04 \x01(\x05\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x37\n\nprovenance\x18\x06 \x03(\x0b\x32#.hvp.v1.SolveResult.ProvenanceEntry\x1a\x84\x02\n\x06System\x12,\n\x07outcome\x18\x01 \x01(\x0e\x32\x1b.hvp.v1.SolveResult.Outcome\x12\x14\n\x0cnum_products\x18\x02 \x01(\x05\x12\x19\n\x11relative_residual\x18\x03 \x01(\x01\x12\x1a\n\x12recursion_residual\x18\x04 \x01(\x01\x12\x10\n\x08is_exact\x18\x05 \x01(\x08\x12\x16\n\tcurvature\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rhas_direction\x18\x07 \x01(\x08\x12\x1c\n\x0fnormal_residual\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_curvatureB\x12\n\x10_normal_residual\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x1e\n\x1aOUTCOME_NEGATIVE_CURVATURE\x10\x03\x12\x19\n\x15OUTCOME_LEAST_SQUARES\x10\x04\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x05\x12\x15\n\x11OUTCOME_BREAKDOWN\x10\x06\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SOLVERESULT_PROVENANCEENTRY']._loaded_options = None
   _globals['_SOLVERESULT_PROVENANCEENTRY']._serialized_options = b'8\001'
   _globals['_SOLVESPEC']._serialized_start=75
-  _globals['_SOLVESPEC']._serialized_end=383
-  _globals['_SOLVESPEC_METHOD']._serialized_start=300
-  _globals['_SOLVESPEC_METHOD']._serialized_end=383
-  _globals['_SOLVEPROGRESS']._serialized_start=385
-  _globals['_SOLVEPROGRESS']._serialized_end=438
-  _globals['_SOLVERESULT']._serialized_start=441
-  _globals['_SOLVERESULT']._serialized_end=1186
-  _globals['_SOLVERESULT_SYSTEM']._serialized_start=658
-  _globals['_SOLVERESULT_SYSTEM']._serialized_end=918
-  _globals['_SOLVERESULT_PROVENANCEENTRY']._serialized_start=920
-  _globals['_SOLVERESULT_PROVENANCEENTRY']._serialized_end=969
-  _globals['_SOLVERESULT_OUTCOME']._serialized_start=972
-  _globals['_SOLVERESULT_OUTCOME']._serialized_end=1186
+  _globals['_SOLVESPEC']._serialized_end=414
+  _globals['_SOLVESPEC_METHOD']._serialized_start=331
+  _globals['_SOLVESPEC_METHOD']._serialized_end=414
+  _globals['_SOLVEPROGRESS']._serialized_start=416
+  _globals['_SOLVEPROGRESS']._serialized_end=469
+  _globals['_SOLVERESULT']._serialized_start=472
+  _globals['_SOLVERESULT']._serialized_end=1217
+  _globals['_SOLVERESULT_SYSTEM']._serialized_start=689
+  _globals['_SOLVERESULT_SYSTEM']._serialized_end=949
+  _globals['_SOLVERESULT_PROVENANCEENTRY']._serialized_start=951
+  _globals['_SOLVERESULT_PROVENANCEENTRY']._serialized_end=1000
+  _globals['_SOLVERESULT_OUTCOME']._serialized_start=1003
+  _globals['_SOLVERESULT_OUTCOME']._serialized_end=1217
 # @@protoc_insertion_point(module_scope)

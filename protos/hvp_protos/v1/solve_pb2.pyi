@@ -59,6 +59,8 @@ class SolveSpec(_message.Message):
     X0_FIELD_NUMBER: _builtins.int
     PRECONDITIONER_FIELD_NUMBER: _builtins.int
     PRECONDITIONER_VALUES_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     damping: _builtins.float
     method: Global___SolveSpec.Method.ValueType
     tol: _builtins.float
@@ -67,6 +69,12 @@ class SolveSpec(_message.Message):
     """Upper bound on products for each right-hand side, those of its residual included, at least 4; 0
     lets the server choose.
     """
+    factors: _builtins.str
+    """`kronecker`: the preconditioner is made of Kronecker factors of the operator's own, one matrix of a
+    model; damping > 0, and `preconditioner` names nothing. Empty for none.
+    """
+    seed: _builtins.int
+    """Seed of the labels that are drawn from the model for the factors."""
     @_builtins.property
     def operator(self) -> _operator_pb2.OperatorSpec: ...
     @_builtins.property
@@ -102,10 +110,12 @@ class SolveSpec(_message.Message):
         x0: _abc.Iterable[_builtins.str] | None = ...,
         preconditioner: _abc.Iterable[_builtins.str] | None = ...,
         preconditioner_values: _abc.Iterable[_builtins.float] | None = ...,
+        factors: _builtins.str = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "damping", b"damping", "max_products", b"max_products", "method", b"method", "operator", b"operator", "preconditioner", b"preconditioner", "preconditioner_values", b"preconditioner_values", "tol", b"tol", "x0", b"x0"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b", b"b", "damping", b"damping", "factors", b"factors", "max_products", b"max_products", "method", b"method", "operator", b"operator", "preconditioner", b"preconditioner", "preconditioner_values", b"preconditioner_values", "seed", b"seed", "tol", b"tol", "x0", b"x0"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,7 +39,7 @@ from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.reference import Function, Params, held, pull_back, value_and_tangent
 from hvp_core.autodiff.selected_parameters import Link
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator, Sums
 from hvp_core.blame import whose
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
@@ -53,7 +53,8 @@ _STEP = 1e-3  # of central differences, extrapolated: exact to the fourth order
 _ROUGHLY = 1e-2  # by which differences may be off, in a number of size one
 #: Takes a block there and back: (weights, ẋ, sums) -> ([y, ẏ] if there, cotangents of x).
 _Run = Callable[
-    [ParamsAndTangents, Tensor | None, Sums], tuple[Sequence[Tensor], Sequence[Tensor | None]]
+    [ParamsAndTangents, Tensor | None, Accumulator],
+    tuple[Sequence[Tensor], Sequence[Tensor | None]],
 ]
 
 
@@ -132,7 +133,7 @@ class Comparer:
 
         def by(executor: BlockExecutor) -> _Run:
             def run(
-                weights: ParamsAndTangents, x_dot: Tensor | None, sums: Sums
+                weights: ParamsAndTangents, x_dot: Tensor | None, sums: Accumulator
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
                 y, y_dots, residuals = executor.forward(passes, "fast", weights, x, dots, None)
@@ -179,7 +180,7 @@ class Comparer:
 
         def by(head: HeadExecutor) -> _Run:
             def run(
-                weights: ParamsAndTangents, x_dot: Tensor | None, sums: Sums
+                weights: ParamsAndTangents, x_dot: Tensor | None, sums: Accumulator
             ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
                 dots = [x_dot for _ in weights.v]
                 measured = [] if spec.measure is None else head.measure(weights, x, dots)

@@ -27,7 +27,7 @@ from hvp_core.autodiff.reference import (
     held,
     pull_back,
 )
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
 
@@ -85,7 +85,7 @@ class EagerExecutor(BlockExecutor):
         weights: ParamsAndTangents,
         residuals: Residuals,
         cotangents: Cotangents,
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
     ) -> Cotangents:
         """See BlockExecutor: a backward dual for each probe, or a plain backward pass."""
         x = residuals.primal["x"]
@@ -164,7 +164,7 @@ class EagerHead(HeadExecutor):
         weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
         *,
         wants_primal: bool,
         given: Sequence[Tensor] = (),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp_core.autodiff.passes import Passes, Retention
 from hvp_core.autodiff.reference import Params
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.autodiff.trace import Env
 
 
@@ -132,7 +132,7 @@ class BlockExecutor(ABC):
         weights: ParamsAndTangents,
         residuals: Residuals,
         cotangents: Cotangents,
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
     ) -> Cotangents:
         """Cotangents of x; adds the parameters' derivatives to `sums`.
 
@@ -175,7 +175,7 @@ class HeadExecutor(ABC):
         weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
         *,
         wants_primal: bool,
         given: Sequence[Tensor] = (),

@@ -3,6 +3,7 @@
     product           forward    at the output                              backward
     loss              value                                                 none
     gradient          value      G                                          cotangent
+    ... of drawn ones value      G of a drawn label                         cotangent
     hessian           tangent    (G, H_out ẏ)                               pair
     ggn               tangent    H_out ẏ                                    cotangent
     fisher by token   tangent    for each target G · slope                  cotangent
@@ -147,6 +148,13 @@ _FORWARD = Passes("tangent", "none")
 
 LOSS = ProductSpec("loss", "loss", VALUE, of_outputs=False)
 GRADIENT = ProductSpec("gradient", "gradient", _GRADIENT, rules.gradient, of_outputs=False)
+DRAWN_GRADIENT = ProductSpec(
+    "drawn_gradient",
+    "gradient of drawn labels",
+    _GRADIENT,
+    rules.gradient_of_a_draw,
+    draws=Draws(),
+)
 SLOPES = ProductSpec(
     "slopes", "derivative of the loss", _FORWARD, measure=rules.slopes_of_rows, of_outputs=False
 )
@@ -260,3 +268,22 @@ def matrix(kind: str, draws: Draws | None = None) -> ProductSpec:
             {"kind": kind},
         )
     return MATRICES[kind].of(draws or Draws())
+
+
+def gradient_of_factors(kind: str, draws: Draws | None, *, is_likelihood: bool) -> ProductSpec:
+    """The gradient whose operands make Kronecker factors near a matrix.
+
+    It is that of labels drawn from the model, one for each target, whose outer product has the
+    Fisher matrix for its expectation; the empirical Fisher matrix is one of the batch's own labels.
+
+    Args:
+        kind: A kind of `MATRICES`.
+        draws: The labels, of which the first of each target is taken.
+        is_likelihood: Whether labels can be drawn. Where they cannot, those of the batch serve.
+
+    Raises:
+        CurvatureError: KIND_UNSUPPORTED.
+    """
+    if not is_likelihood or matrix(kind) in (FISHER_TOKEN, FISHER_SEQUENCE):
+        return GRADIENT
+    return DRAWN_GRADIENT.of(Draws((draws or Draws()).seed))

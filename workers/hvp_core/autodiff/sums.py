@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -79,8 +80,20 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> N
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
+class Accumulator(ABC):
+    """Takes the derivatives of a block's parameters, as executors hand them out."""
+
+    @abstractmethod
+    def add(self, name: str, terms: Sequence[GradientTerm], results: Mapping[str, Tensor]) -> None:
+        """Take terms of a parameter's derivative; their operands are among the results."""
+
+    @abstractmethod
+    def add_dense(self, parts: Mapping[str, Tensor]) -> None:
+        """Take tensors of the parameters' size, by the parameters' names."""
+
+
 @final
-class Sums:
+class Sums(Accumulator):
     """Adds up the derivatives of a block's parameters.
 
     Derivatives of 16 bits are summed in 32 bits: a view of 16 bits takes a single term as it is,
@@ -97,14 +110,14 @@ class Sums:
         self._wide: dict[str, Tensor] = {}
 
     def add(self, name: str, terms: Sequence[GradientTerm], results: Mapping[str, Tensor]) -> None:
-        """Add terms to a parameter's derivative; their operands are among the results."""
+        """See Accumulator."""
         for term in terms:
             fresh = name in self._fresh
             term.add_to(self._total(name, fresh and term.is_one), results, fresh=fresh)
             self._fresh.discard(name)
 
     def add_dense(self, parts: Mapping[str, Tensor]) -> None:
-        """Add tensors of the parameters' size, by the parameters' names."""
+        """See Accumulator."""
         for name, part in parts.items():
             fresh = name in self._fresh
             total = self._total(name, fresh)

@@ -21,7 +21,7 @@ from hvp_core.autodiff.head_dual import HeadDual
 from hvp_core.autodiff.passes import VALUE, Passes, Retention
 from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.subprograms import Subprogram
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.autodiff.trace import Env, dotted, is_parameters
 
 
@@ -145,7 +145,7 @@ class TracedExecutor(BlockExecutor):
         weights: ParamsAndTangents,
         residuals: Residuals,
         cotangents: Cotangents,
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
     ) -> Cotangents:
         """See BlockExecutor: the block's backward legs."""
         plan = self.dual.plan(passes, way)
@@ -197,7 +197,7 @@ def tangents_at(place_of: Mapping[str, str], v: Params) -> Env:
     return {dotted(place): v[name] for name, place in place_of.items() if place.startswith("p/")}
 
 
-def adder(sums: Sums, names: Sequence[str]) -> Callable[[Subprogram, Env], None]:
+def adder(sums: Accumulator, names: Sequence[str]) -> Callable[[Subprogram, Env], None]:
     """A function that adds a subprogram's derivatives of parameters to their sums.
 
     Args:
@@ -261,7 +261,7 @@ class TracedHead(HeadExecutor):
         weights: ParamsAndTangents,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
         *,
         wants_primal: bool,
         given: Sequence[Tensor] = (),
@@ -301,7 +301,7 @@ class TracedHead(HeadExecutor):
             along["x_dot"] = x_dot
         return along
 
-    def _step(self, subprogram: Subprogram, env: Env, sum_: Sums) -> Env:
+    def _step(self, subprogram: Subprogram, env: Env, sum_: Accumulator) -> Env:
         found = subprogram(env)
         adder(sum_, self._names)(subprogram, found)
         return {name: each for name, each in found.items() if not is_parameters(name)}

@@ -25,19 +25,22 @@ from hvp_core.autodiff.product_spec import (
     Draws,
     ProductSpec,
     Unit,
+    gradient_of_factors,
     matrix,
 )
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.blame import InStep, raise_first
 from hvp_core.curvature.drawn_labels import DrawnLabels, uniform_numbers
 from hvp_core.curvature.exchange import Exchange, refuse_slower_ways
 from hvp_core.curvature.executor_table import ExecutorTable
+from hvp_core.curvature.factor_sums import FactorSums
 from hvp_core.curvature.graphed_product import GraphedProducts
+from hvp_core.curvature.kronecker import KroneckerFactors
 from hvp_core.curvature.mean_gradient import MeanGradient
 from hvp_core.curvature.nonfinite import first_non_finite_block
 from hvp_core.curvature.passage import Passage
 from hvp_core.curvature.retention import BlockRetention
-from hvp_core.curvature.shards import Results
+from hvp_core.curvature.shards import Collector, Results
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
 from hvp_core.model.chain import Chain, MicroBatch, placed, rows
@@ -306,6 +309,31 @@ class Curvature:
                 {"kind": spec.name},
             )
 
+    def factors(
+        self, kind: str, most_elements: int, *, draws: Draws | None = None
+    ) -> KroneckerFactors:
+        """Kronecker factors of a matrix near the curvature matrix of a kind.
+
+        They are made of the operands of a gradient's products, that of labels drawn from the model
+        or, of an empirical Fisher matrix, of the batch (see `gradient_of_factors`). Cost: 3 GEMM
+        passes, one more for the labels, the factors' own products, and decompositions.
+
+        Args:
+            kind: A kind of `product_spec.MATRICES`.
+            most_elements: Elements that the factors may have on all ranks together; those of the
+                largest matrices are diagonal where there would be more.
+            draws: The labels, of which the first of each target is taken; None for `Draws()`.
+
+        Raises:
+            CurvatureError: NON_FINITE; the errors of a block's code.
+        """
+        spec = gradient_of_factors(kind, draws, is_likelihood=self.chain.loss.is_likelihood)
+        self._require_labels(spec)
+        into = FactorSums(self.space, most_elements)
+        (gradient,) = self._product(spec, [], into=into)
+        labels = "of the batch" if spec.draws is None else f"drawn by seed {spec.draws.seed}"
+        return KroneckerFactors(self.space, into.totals(), gradient, self.num_targets, labels)
+
     def probes(self, count: int) -> list[Tensor]:
         """Vectors to fill and to multiply, time after time, that a CUDA graph reads where they are.
 
@@ -486,7 +514,7 @@ class Curvature:
         """
         step, found = InStep(), list[Observed]()
 
-        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 observer = Observer(self.chain, places, len(x))
                 if places:
@@ -518,6 +546,7 @@ class Curvature:
         borrow: bool = False,
         given: Sequence[Tensor] = (),
         of_input: Sequence[Tensor] = (),
+        into: Collector | None = None,
     ) -> list[Tensor]:
         """Products that go back: one without vectors, or one with each vector."""
         if spec.passes.forward == "tangent" and not vectors:
@@ -529,11 +558,13 @@ class Curvature:
         with arithmetic(self.settings):
             self._executors.prepare(spec, self._feed)
             choices = self._executors.choose(spec, len(vectors))
-            results = None if given else self._replayed(spec, choices, vectors, borrow)
+            results = None
+            if not given and into is None:
+                results = self._replayed(spec, choices, vectors, borrow)
             if results is None:
                 tangents = [vector.to(self._dtype) for vector in vectors]
                 dtypes = [self.space.dtype for _ in given] or self._dtypes(vectors)
-                into = Results(self.space, dtypes)
+                into = into or Results(self.space, dtypes)
                 results = self._passage.there_and_back(
                     spec, choices, self._feed, tangents, into, step, given, of_input
                 )

@@ -18,7 +18,7 @@ from hvp_core.autodiff.passes import Retention
 from hvp_core.autodiff.product_spec import LOSS, ProductSpec
 from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.selected_parameters import SelectedParameters
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.autodiff.verify import Verifier
 from hvp_core.blame import raised_again, working_on
 from hvp_core.curvature.drawn_labels import DrawnLabels
@@ -122,7 +122,7 @@ class ExecutorTable(Executors):
         last = len(self._chain.blocks) - 1
         xs: list[Tensor] = []
 
-        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             block, p = self._chain.blocks[index], weights.p
             if index == 0:
                 xs[:] = [self._chain.first_input(batch) for batch in self._batches]

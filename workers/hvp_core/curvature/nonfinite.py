@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from hvp_core.autodiff.executor import ParamsAndTangents
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.errors import CurvatureError
@@ -33,7 +33,7 @@ def first_non_finite_block(
     first = len(names)
     xs = [chain.first_input(batch) for batch in batches]
 
-    def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+    def visit(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
         nonlocal first
         p = weights.p
         for batch, x in enumerate(xs):

@@ -18,11 +18,11 @@ from hvp_core.autodiff.executor import (
 from hvp_core.autodiff.passes import Passes
 from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.reference import Params
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator
 from hvp_core.blame import InStep
 from hvp_core.curvature.executors import Executors
 from hvp_core.curvature.retention import BlockRetention
-from hvp_core.curvature.shards import Results
+from hvp_core.curvature.shards import Collector
 from hvp_core.curvature.sweep import ParameterFeed, sweep
 from hvp_core.losses.loss import at_least_float32
 from hvp_core.model.chain import Chain, MicroBatch, function_of
@@ -76,7 +76,7 @@ class Passage:
         """The sum of the losses of this rank's targets, not yet divided by their number."""
         xs, total = self._up_to_what_moves(feed, step), 0.0
 
-        def end(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def end(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             nonlocal total
             for batch, x in enumerate(step.live(xs)):
                 total += self._end(index, batch, weights.p, x)
@@ -105,7 +105,7 @@ class Passage:
         still = self._up_to_what_moves(feed, step)
         xs, totals = [list(still) for _ in points], [0.0 for _ in points]
 
-        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             for point, coefficients in enumerate(points):
                 p = displaced(weights, coefficients)
                 for batch, x in enumerate(step.live(xs[point])):
@@ -131,7 +131,7 @@ class Passage:
         """
         xs, drawn = self._up_to_what_moves(feed, step), list[Tensor]()
 
-        def end(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def end(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 numbers = [each for _, each in self._executors.pieces(batch, x, uniform(batch))]
                 found = [
@@ -166,7 +166,7 @@ class Passage:
     ) -> None:
         """Take each micro-batch's input through blocks, for its value alone; `xs` is updated."""
 
-        def value(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def value(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 xs[batch] = self._executors.executor(index, batch, weights.p, x).value(weights.p, x)
 
@@ -195,7 +195,7 @@ class Passage:
         choices: Sequence[BlockRetention],
         feed: ParameterFeed,
         tangents: Sequence[Tensor],
-        results: Results,
+        results: Collector,
         step: InStep,
         given: Sequence[Tensor] = (),
         of_input: Sequence[Tensor] = (),
@@ -224,7 +224,7 @@ class Passage:
         if pair and any(each.cached for each in choices):
             self._head_cotangents = [Cotangents(each.primal, []) for each in cotangents]
 
-        def visit(index: int, weights: ParamsAndTangents, sums: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, sums: Sequence[Accumulator]) -> None:
             choice = choices[index - self._moving.start]
             for batch, cotangent in enumerate(step.live(cotangents)):
                 residuals = residuals_of.pop((index, batch))
@@ -276,7 +276,7 @@ class Passage:
         """
         xs, dots, _ = self._forward(spec, choices, feed, tangents, step, x_dots)
 
-        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 pieces = self._pieces(spec, weights.p, batch, x, dots[batch])
                 _measure(spec, weights, pieces, [self._rows(each, batch) for each in into])
@@ -307,7 +307,7 @@ class Passage:
         residuals_of: dict[tuple[int, int], Residuals] = {}
         kept = self._kept if spec.passes == self._kept_passes else {}
 
-        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, _: Sequence[Accumulator]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 executor = self._executors.executor(index, batch, weights.p, x)
                 xs[batch], dots[batch], residuals = executor.forward(
@@ -335,7 +335,7 @@ class Passage:
         spec: ProductSpec,
         feed: ParameterFeed,
         tangents: Sequence[Tensor],
-        results: Results,
+        results: Collector,
         step: InStep,
         xs: Sequence[Tensor],
         dots: Sequence[Sequence[Tensor | None]],
@@ -345,7 +345,7 @@ class Passage:
         known = spec.passes.backward == "pair" and bool(self._head_cotangents)
         cotangents: list[Cotangents] = []
 
-        def visit(index: int, weights: ParamsAndTangents, sums: Sequence[Sums]) -> None:
+        def visit(index: int, weights: ParamsAndTangents, sums: Sequence[Accumulator]) -> None:
             for batch, x in enumerate(step.live(xs)):
                 own = [self._rows(each, batch) for each in given]
                 found = self._close(spec, weights, batch, x, dots[batch], sums, own, not known)
@@ -370,7 +370,7 @@ class Passage:
         batch: int,
         x: Tensor,
         x_dots: Sequence[Tensor | None],
-        sums: Sequence[Sums],
+        sums: Sequence[Accumulator],
         given: Sequence[Tensor],
         wants_primal: bool,
     ) -> Cotangents:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hvp_core.autodiff.sums import Sums
+from hvp_core.autodiff.sums import Accumulator, Sums
 from hvp_core.model.chain import Block
 from hvp_core.vectors.space import ParameterSpace
 
@@ -70,8 +71,23 @@ def part_of(whole: ParameterSpace, vector: Tensor, part: ParameterSpace) -> Tens
     return found
 
 
+class Collector(ABC):
+    """Takes the derivatives that a walk finds, block by block.
+
+    Law: every rank visits the same blocks in the same order.
+    """
+
+    @abstractmethod
+    def block(self, index: int) -> AbstractContextManager[Sequence[Accumulator]]:
+        """What takes a block's derivatives, one for each probe, until the context ends."""
+
+    @abstractmethod
+    def finish(self) -> list[Tensor]:
+        """The products, this rank's shards, when all blocks are through."""
+
+
 @final
-class Results:
+class Results(Collector):
     """The products of one walk: this rank's shards.
 
     Args:
@@ -99,7 +115,7 @@ class Results:
         self._fresh = [set(names) for _ in dtypes]
 
     @contextmanager
-    def block(self, index: int) -> Iterator[list[Sums]]:
+    def block(self, index: int) -> Iterator[Sequence[Sums]]:
         """The sums that take a block's part of each product; summed over the ranks at the end.
 
         A rank alone adds to the result itself: nothing of the block's size is allocated.

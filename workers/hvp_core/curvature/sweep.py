@@ -9,14 +9,14 @@ from typing import final
 from torch import Tensor
 
 from hvp_core.autodiff.executor import ParamsAndTangents
-from hvp_core.autodiff.sums import Sums
-from hvp_core.curvature.shards import Results, gathered
+from hvp_core.autodiff.sums import Accumulator
+from hvp_core.curvature.shards import Collector, gathered
 from hvp_core.model.chain import Block
 from hvp_core.vectors.space import ParameterSpace
 
 #: A visit to a block: (its index, its parameters and their tangents, sums of derivatives, one for
 #: each result).
-Visit = Callable[[int, ParamsAndTangents, Sequence[Sums]], None]
+Visit = Callable[[int, ParamsAndTangents, Sequence[Accumulator]], None]
 #: A context around each visit, which decides what becomes of the errors that the visit raises.
 Guard = Callable[[Block], AbstractContextManager[object]]
 
@@ -66,7 +66,7 @@ def sweep(
     visit: Visit,
     guard: Guard,
     tangents: Sequence[Tensor] = (),
-    results: Results | None = None,
+    results: Collector | None = None,
 ) -> None:
     """Visit blocks one after the other; no more than one has its parameters here at a time.
 

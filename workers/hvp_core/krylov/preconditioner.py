@@ -1,8 +1,7 @@
-"""Preconditioners of (A + λI) x = b: matrices near A + λI that are cheap to invert."""
+"""Preconditioners of (A + λI) x = b that are made of given vectors."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import final
@@ -12,34 +11,12 @@ from torch import Tensor
 
 from hvp_core.errors import CurvatureError
 from hvp_core.krylov.orthogonality import finite
+from hvp_core.linop.preconditioner import Preconditioner
 from hvp_core.vectors.vector_space import VectorSpace
 
 #: Vectors whose ‖UᵀU − I‖₂ is more than this were not meant as orthonormal; rounding to float32, of
 #: thousands of elements or billions, leaves 1e-6.
 _ORTHONORMAL = 1e-3
-
-
-class Preconditioner(ABC):
-    """A positive definite matrix that is known by its inverse.
-
-    Law: the inverse is linear, symmetric and positive definite, to rounding.
-    """
-
-    @abstractmethod
-    def check(self) -> None:
-        """Refuse vectors that make no positive definite matrix.
-
-        Raises:
-            CurvatureError: VECTORS_NOT_ORTHONORMAL, PRECONDITIONER_NOT_POSITIVE or NON_FINITE.
-        """
-
-    @abstractmethod
-    def __call__(self, vector: Tensor) -> Tensor:
-        """The product (local,) of the inverse and a vector (local,), which is only read."""
-
-    @abstractmethod
-    def __str__(self) -> str:
-        """What it is, in a few words."""
 
 
 @final
@@ -71,7 +48,7 @@ class LowRankPreconditioner(Preconditioner):
         self._space, self._vectors = space, vectors
         self._values = torch.tensor(values, dtype=torch.float64) + damping
 
-    def check(self) -> None:
+    def prepare(self) -> None:
         """See Preconditioner."""
         _ = self._factors
 
@@ -122,7 +99,7 @@ class DiagonalPreconditioner(Preconditioner):
     def __init__(self, space: VectorSpace, diagonal: Tensor, damping: float):
         self._space, self._diagonal, self._damping = space, diagonal, damping
 
-    def check(self) -> None:
+    def prepare(self) -> None:
         """See Preconditioner."""
         d = self._diagonal
         good = (d >= 0) & (d + self._damping > 0) & d.isfinite()

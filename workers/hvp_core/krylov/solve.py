@@ -15,6 +15,7 @@ from typing import Literal, final
 
 import torch
 from hvp_operations.solve import (
+    NO_FACTORS,
     RESERVED_PRODUCTS,
     Outcome,
     SolveProgress,
@@ -27,17 +28,15 @@ from hvp_operations.solve import (
 )
 from torch import Tensor
 
+from hvp_core.errors import CurvatureError
 from hvp_core.krylov.cg import ConjugateGradients, Inverse
 from hvp_core.krylov.minres import Minres
 from hvp_core.krylov.orthogonality import finite_dots, finite_norm
-from hvp_core.krylov.preconditioner import (
-    DiagonalPreconditioner,
-    LowRankPreconditioner,
-    Preconditioner,
-)
+from hvp_core.krylov.preconditioner import DiagonalPreconditioner, LowRankPreconditioner
 from hvp_core.krylov.system_state import SolveState, SystemState
 from hvp_core.linop.compositions import Shifted
 from hvp_core.linop.linear_operator import LinearOperator
+from hvp_core.linop.preconditioner import Preconditioner
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
 from hvp_core.vectors.vector_space import VectorSpace
 
@@ -52,14 +51,23 @@ def identity(vector: Tensor) -> Tensor:
     return vector
 
 
-def preconditioner(spec: SolveSpec, space: VectorSpace, vectors: Sequence[Tensor]) -> Inverse:
+def preconditioner(spec: SolveSpec, operator: LinearOperator, vectors: Sequence[Tensor]) -> Inverse:
     """The inverse of the preconditioner that a spec names; `identity` where it names none.
 
     Args:
         spec: The request.
-        space: Space of the vectors.
+        operator: The operator A, which has factors of its own where they are asked for.
         vectors: The vectors (local,) of the preconditioner.
+
+    Raises:
+        CurvatureError: OPERATOR_HAS_NO_FACTORS.
     """
+    space = operator.domain
+    if spec.factors:
+        found = operator.factored(spec.damping, spec.seed)
+        if found is None:
+            raise CurvatureError("OPERATOR_HAS_NO_FACTORS", f"the operator has none; {NO_FACTORS}")
+        return found
     if not vectors:
         return identity
     values = spec.preconditioner_values
@@ -117,17 +125,18 @@ class Solve(Algorithm[SolveState]):
             num_together=max(1, min(room, operator.most_together or room)),
             right_hand_sides=budget.inputs["b"],
             starts=budget.inputs["x0"],
-            apply_inverse=preconditioner(spec, operator.domain, budget.inputs["preconditioner"]),
+            apply_inverse=preconditioner(spec, operator, budget.inputs["preconditioner"]),
         )
 
     def begin(self, operator: LinearOperator) -> SolveState:
         """See Algorithm.
 
         Raises:
-            CurvatureError: PRECONDITIONER_NOT_POSITIVE, VECTORS_NOT_ORTHONORMAL or NON_FINITE.
+            CurvatureError: PRECONDITIONER_NOT_POSITIVE, VECTORS_NOT_ORTHONORMAL or NON_FINITE; the
+                errors of the walk that factors are taken of.
         """
         if isinstance(self.apply_inverse, Preconditioner):
-            self.apply_inverse.check()
+            self.apply_inverse.prepare()
         starts: Sequence[Tensor | None] = self.starts or [None] * len(self.right_hand_sides)
         return SolveState(
             [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hvp_core.linop.preconditioner import Preconditioner
 from hvp_core.vectors.vector_space import VectorSpace
 
 
@@ -88,6 +89,20 @@ class LinearOperator(ABC):
         Returns:
             K numbers, the same on every process; None where there is no such rule, at every call,
             and the numbers have to be taken of products. By default there is none.
+        """
+        return None
+
+    def factored(self, damping: float, seed: int) -> Preconditioner | None:
+        """The inverse of F + λI, with a matrix F near this one that its own structure gives.
+
+        Nothing is computed before the preconditioner is prepared.
+
+        Args:
+            damping: λ, above 0.
+            seed: Seed of what is drawn to make F.
+
+        Returns:
+            The preconditioner; None where no such structure is known, as by default.
         """
         return None
 

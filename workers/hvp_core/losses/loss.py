@@ -121,6 +121,11 @@ class Loss(ABC):
             {"loss": repr(self)},
         )
 
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether targets can be drawn."""
+        return type(self).draw is not Loss.draw
+
     def drawn_slopes(
         self, output: torch.Tensor, tangent: torch.Tensor, drawn: torch.Tensor
     ) -> torch.Tensor:

@@ -61,6 +61,11 @@ def gradient(at: AtOutput) -> tuple[Tensor, ...]:
     return (at.gradient,)
 
 
+def gradient_of_a_draw(at: AtOutput) -> tuple[Tensor, ...]:
+    """The gradient G of the first of the drawn labels of each target."""
+    return (at.loss.gradient(at.y, at.target[..., 0]),)
+
+
 def curve(at: AtOutput) -> tuple[Tensor, ...]:
     """The product H_out ẏ with the loss's own Hessian by the output."""
     return (at.curve,)

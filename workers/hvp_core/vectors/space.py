@@ -296,7 +296,7 @@ class ParameterSpace(ShardedSpace):
         return {each.name: each.numel for each in self.layout.parameters}
 
     @cached_property
-    def _stretches(self) -> list[tuple[int, slice]]:
+    def stretches(self) -> list[tuple[int, slice]]:
         """Stretches of this rank's part that are of one tensor each, with the tensor's number."""
         found = []
         for run in self._runs:
@@ -311,7 +311,7 @@ class ParameterSpace(ShardedSpace):
     def dots_by_part(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """What each tensor adds to an inner product, (tensors,) float64: see VectorSpace."""
         total = torch.zeros(len(self.layout.parameters), dtype=torch.float64)
-        for number, here in self._stretches:
+        for number, here in self.stretches:
             total[number] += partial_products(left[here].unsqueeze(0), right[here])[0]
         return self.collective.sum(total)
 
