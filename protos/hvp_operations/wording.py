@@ -20,3 +20,23 @@ def clipped(text: str, most: int = _TEXT) -> str:
 def shown(value: Any, most: int = _TEXT) -> str:
     """A value as Python writes it, clipped; a text keeps its quotes."""
     return repr(clipped(value, most)) if isinstance(value, str) else clipped(repr(value), most)
+
+
+_MATRICES = {
+    "hessian": "the Hessian",
+    "ggn": "the Gauss-Newton matrix",
+    "fisher": "the Fisher matrix of drawn labels",
+    "empirical_fisher_token": "the empirical Fisher matrix of tokens",
+    "empirical_fisher_sequence": "the empirical Fisher matrix of sequences",
+    "gradient_covariance_token": "the covariance of the targets' gradients",
+    "gradient_covariance_sequence": "the covariance of the sequences' gradients",
+}
+
+
+def name_of_matrix(kind: str) -> str:
+    """What the matrix of a kind of operator is called in a sentence.
+
+    Args:
+        kind: The kind, as a result's provenance has it.
+    """
+    return _MATRICES.get(kind, f"the {kind.replace('_', ' ')}")

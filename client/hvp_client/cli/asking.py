@@ -285,5 +285,7 @@ def _draw(result: Any, picture: Path) -> None:
         result.plot(picture)
     except ImportError:
         usage_error("--plot needs matplotlib: pip install matplotlib")
+    except ValueError as error:  # such a result has no picture
+        usage_error(f"--plot {picture}: {error}")
     except OSError as error:
         usage_error(f"--plot {picture} cannot be written: {error.strerror}")

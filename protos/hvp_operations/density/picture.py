@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hvp_operations.wording import name_of_matrix
+
 _POINTS = (800, 20_000)  # of a curve, at least and at most
 _PER_KERNEL = 5  # of them within a kernel's standard deviation, so that no peak is overlooked
 _TAIL = 0.005  # of the eigenvalues, on either side of the panel that leaves outliers out
@@ -18,15 +20,6 @@ _SMALL = 0.25  # of the spectrum: a bulk that takes less gets a panel of its own
 _RESOLVED = 3  # nodes that each probe has in a bulk whose shape is known
 _FINE = 1 / 50  # of a panel: the kernel's standard deviation in it
 _COLOUR = "#1c5fd4"
-_NAMES = {
-    "hessian": "the Hessian",
-    "ggn": "the Gauss-Newton matrix",
-    "fisher": "the Fisher matrix of drawn labels",
-    "empirical_fisher_token": "the empirical Fisher matrix of tokens",
-    "empirical_fisher_sequence": "the empirical Fisher matrix of sequences",
-    "gradient_covariance_token": "the covariance of the targets' gradients",
-    "gradient_covariance_sequence": "the covariance of the sequences' gradients",
-}
 
 
 class Spectrum(Protocol):
@@ -78,7 +71,7 @@ def draw(result: Spectrum, path: str | Path, sigma: float | None) -> None:
         margin = max(4 * width, 0.02 * (high - low))
         _panel(axes, result, low - margin, high + margin, width)
     kind = result.provenance.get("operator", "operator")
-    name = _NAMES.get(kind, f"the {kind.replace('_', ' ')}")
+    name = name_of_matrix(kind)
     figure.suptitle(
         f"Spectral density of {name}, {result.num_parameters:,} parameters",
         x=0.01,

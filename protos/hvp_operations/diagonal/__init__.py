@@ -205,4 +205,5 @@ OPERATION = Operation(
     headline=_headline,
     algorithm="hvp_core.stochastic.diagonal:Diagonal",
     record="hvp_operations.diagonal.record:DiagonalResult",
+    has_picture=True,
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hvp_operations.operation import Table
 from hvp_operations.trace import Outcome, TracePart
 from hvp_operations.trace.record import MEANING, estimate_of, interval_of, part_of
+from hvp_operations.wording import name_of_matrix
 
 VectorT = TypeVar("VectorT")
 
@@ -114,6 +116,24 @@ class DiagonalResult(Generic[VectorT]):
             field: getattr(getattr(self, field), "name", "")
             for field in ("diagonal", "standard_error")
         }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the sums and means over the parts, of a job that was asked for them.
+
+        Args:
+            path: Path of the picture; its suffix says the format, as `.png` or `.svg`.
+
+        Raises:
+            ValueError: The job gave no sums over parts; or the suffix names no format.
+            ImportError: matplotlib is not installed.
+            OSError: The file cannot be written.
+        """
+        if not self.parts:
+            raise ValueError("there are no sums over parts to draw; ask with per='layer'")
+        from hvp_operations.parts_picture import draw_parts
+
+        kind = self.provenance.get("operator", "operator")
+        draw_parts(self.parts, f"Diagonal of {name_of_matrix(kind)}, by parts", path)
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain numbers, strings, lists and dicts; vectors by name."""

@@ -228,6 +228,7 @@ OPERATION = Operation(
     headline=_headline,
     algorithm="hvp_core.stochastic.trace:Trace",
     record="hvp_operations.trace.record:TraceResult",
+    has_picture=True,
     extension=Extension(
         fields=("rtol", "atol", "max_products"),
         refusal=lambda spec, result: (

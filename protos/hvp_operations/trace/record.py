@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hvp_operations.operation import Table
 from hvp_operations.trace import Level, Outcome, TracePart
+from hvp_operations.wording import name_of_matrix
 
 _OWN = ("provenance", "levels", "size")  # of the job alone
 #: What each outcome of an estimate says.
@@ -96,6 +98,33 @@ class TraceResult:
                 f"{self.outcome}: {MEANING.get(self.outcome, 'new to this client')}.",
                 f"{''.join(f'{each}, ' for each in told if each)}{self.reason}",
             ),
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the traces of the blocks and their mean eigenvalues; of no blocks, of the whole.
+
+        Args:
+            path: Path of the picture; its suffix says the format, as `.png` or `.svg`.
+
+        Raises:
+            ValueError: The suffix names no format, or there is no suffix.
+            ImportError: matplotlib is not installed.
+            OSError: The file cannot be written.
+        """
+        from hvp_operations.parts_picture import draw_parts
+
+        n = int(self.provenance["num_parameters"])
+        whole = TracePart(
+            name="whole",
+            num_parameters=n,
+            value=self.value,
+            standard_error=self.standard_error,
+            low=self.low,
+            high=self.high,
+        )
+        kind = self.provenance.get("operator", "operator")
+        draw_parts(
+            self.parts or [whole], f"Trace of {name_of_matrix(kind)}, {n:,} parameters", path
         )
 
     def to_json(self) -> dict[str, Any]:
