@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
+from hvp_operations.rules import SEED_RULE
 
 # Nodes and weights travel as one message of 4 MiB, 16 bytes each pair.
 MAX_NODES = 200_000
@@ -124,12 +125,7 @@ _RULES: tuple[Rule[DensitySpec], ...] = (
             f"with {spec.num_probes} probes 1 to {_most_steps(spec)} are possible"
         ),
     ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    SEED_RULE,
 )
 
 OPERATION = Operation(

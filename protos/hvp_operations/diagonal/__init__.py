@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
-from hvp_operations.tolerances import SEED_RULE, of_estimates
+from hvp_operations.rules import SEED_RULE, of_estimates
 from hvp_operations.trace import TOGETHER, Outcome, Per, TracePart
 
 Method = Literal["auto", "hutchinson", "xdiag"]

@@ -19,6 +19,7 @@ from hvp_operations.operation import (
     Rule,
     Table,
 )
+from hvp_operations.rules import SEED_RULE, of_basis
 
 Which = Literal["LA", "SA", "LM", "BE"]
 Method = Literal["auto", "lanczos", "two_pass"]
@@ -239,18 +240,7 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
             f"{2 * spec.k}; left out, the server chooses"
         ),
     ),
-    Rule(
-        field="num_lanczos_vectors",
-        reason="NUM_LANCZOS_VECTORS_INVALID",
-        holds=lambda spec, facts: (
-            spec.num_lanczos_vectors is None
-            or _least_basis(spec, facts) <= spec.num_lanczos_vectors <= facts.num_parameters
-        ),
-        allowed=lambda spec, facts: (
-            f"{_least_basis(spec, facts)} to {facts.num_parameters} are possible; left out, the "
-            "server chooses"
-        ),
-    ),
+    of_basis(_least_basis, lambda facts: facts.num_parameters),
     Rule(
         field="block_size",
         reason="BLOCK_SIZE_INVALID",
@@ -267,12 +257,7 @@ _RULES: tuple[Rule[EigshSpec], ...] = (
             "two_pass takes products one by one; leave block_size out, or use lanczos"
         ),
     ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    SEED_RULE,
 )
 
 OPERATION = Operation(

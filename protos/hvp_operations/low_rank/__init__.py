@@ -10,6 +10,7 @@ from hvp_operations import eigsh
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.rules import SEED_RULE
 from hvp_operations.solve import MAX_PRECONDITIONER_VECTORS
 from hvp_operations.trace import TOGETHER
 
@@ -212,12 +213,7 @@ _RULES: tuple[Rule[LowRankSpec], ...] = (
             "them to bound the error; left out, the server chooses"
         ),
     ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    SEED_RULE,
 )
 
 OPERATION = Operation(

@@ -18,6 +18,7 @@ from hvp_operations.operation import (
     Rule,
     Table,
 )
+from hvp_operations.rules import SEED_RULE
 
 Method = Literal["auto", "cg", "minres"]
 Factors = Literal["kronecker"]
@@ -295,12 +296,7 @@ _RULES: tuple[Rule[SolveSpec], ...] = (
             "with factors more than 0 is possible: without, their matrix is singular"
         ),
     ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    SEED_RULE,
 )
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from hvp_operations.certificates import Completeness, Outcome
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.rules import SEED_RULE, of_basis
 
 # About 440 bytes of a result are one triplet's, and a result travels as one message of 4 MiB.
 MAX_TRIPLETS = 5_000
@@ -166,24 +167,8 @@ _RULES: tuple[Rule[SvdsSpec], ...] = (
             "server chooses"
         ),
     ),
-    Rule(
-        field="num_lanczos_vectors",
-        reason="NUM_LANCZOS_VECTORS_INVALID",
-        holds=lambda spec, facts: (
-            spec.num_lanczos_vectors is None
-            or _least_basis(spec, facts) <= spec.num_lanczos_vectors <= facts.most_values
-        ),
-        allowed=lambda spec, facts: (
-            f"{_least_basis(spec, facts)} to {facts.most_values} are possible; left out, the "
-            "server chooses"
-        ),
-    ),
-    Rule(
-        field="seed",
-        reason="SEED_INVALID",
-        holds=lambda spec, facts: spec.seed >= 0,
-        allowed=lambda spec, facts: "a seed is 0 or more",
-    ),
+    of_basis(_least_basis, lambda facts: facts.most_values),
+    SEED_RULE,
 )
 
 OPERATION = Operation(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
-from hvp_operations.tolerances import SEED_RULE, of_estimates
+from hvp_operations.rules import SEED_RULE, of_estimates
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
 Per = Literal["tensor", "layer"]

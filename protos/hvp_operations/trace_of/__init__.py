@@ -8,7 +8,7 @@ from typing import Literal
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.density import MAX_NODES, MAX_STEPS, WORKING_VECTORS, Quadrature
 from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
-from hvp_operations.tolerances import SEED_RULE, of_estimates
+from hvp_operations.rules import SEED_RULE, of_estimates
 
 Function = Literal["log", "exp", "inverse", "sqrt", "count"]
 Outcome = Literal[

@@ -1,10 +1,11 @@
-"""Rules of specs that several operations have in common: tolerances of estimates, and seeds."""
+"""Rules of specs that several operations have in common: tolerances, sizes of a basis, seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from hvp_operations.operation import Rule
+from hvp_operations.operation import Facts, Rule
 
 SEED_RULE: Rule[Any] = Rule(
     field="seed",
@@ -35,5 +36,25 @@ def of_estimates(quantity: str) -> tuple[Rule[Any], Rule[Any]]:
             reason="ATOL_INVALID",
             holds=lambda spec, facts: spec.atol >= 0,
             allowed=lambda spec, facts: f"0 or more is possible, in units of {quantity}",
+        ),
+    )
+
+
+def of_basis(least: Callable[[Any, Facts], int], most: Callable[[Facts], int]) -> Rule[Any]:
+    """The rule of `num_lanczos_vectors`, the size of a Krylov basis.
+
+    Args:
+        least: Gives the smallest basis that does.
+        most: Gives the dimension of the space.
+    """
+    return Rule(
+        field="num_lanczos_vectors",
+        reason="NUM_LANCZOS_VECTORS_INVALID",
+        holds=lambda spec, facts: (
+            spec.num_lanczos_vectors is None
+            or least(spec, facts) <= spec.num_lanczos_vectors <= most(facts)
+        ),
+        allowed=lambda spec, facts: (
+            f"{least(spec, facts)} to {most(facts)} are possible; left out, the server chooses"
         ),
     )
