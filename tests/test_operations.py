@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import Message
 from hvp_operations.checking import checked, field_types, typed
 from hvp_operations.codec import to_message, to_values
@@ -86,6 +89,45 @@ def test_a_spec_survives_the_wire(operation: Operation[Any]) -> None:
     to_message(spec, message)
     read = type(message).FromString(message.SerializeToString())
     assert typed(operation, to_values(read, operation.spec)) == spec
+
+
+def fields_of_a_release() -> dict[str, set[str]]:
+    """The fields of each message of the wire that `make lint` holds the protos against."""
+    path = Path(__file__).parent.parent / "protos" / "baseline.binpb.gz"
+    files = FileDescriptorSet.FromString(gzip.decompress(path.read_bytes())).file
+    return {
+        message.name: {field.name for field in message.field}
+        for file in files
+        for message in file.message_type
+    }
+
+
+@pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
+def test_a_client_that_lacks_the_newer_fields_of_a_spec_is_served(
+    operation: Operation[Any],
+) -> None:
+    message = message_of(job_pb2.JobSpec, operation.name)
+    to_message(operation.spec(**default(operation)), message)
+    released = fields_of_a_release().get(message.DESCRIPTOR.name, names(message))
+    for field in names(message) - released:
+        message.ClearField(field)
+    facts = FACTS if operation.asked_of == "matrix" else JACOBIAN
+    checked(operation, to_values(message, operation.spec), facts)
+
+
+def test_an_unspecified_word_is_auto_where_there_is_that_word() -> None:
+    for operation in operations().values():
+        message = message_of(job_pb2.JobSpec, operation.name)
+        to_message(operation.spec(**default(operation)), message)
+        if any(each.name == "METHOD_AUTO" for each in enum_values(message, "method")):
+            message.ClearField("method")
+            assert to_values(message, operation.spec)["method"] == "auto"
+
+
+def enum_values(message: Message, name: str) -> list[Any]:
+    """The values of a field's enum; none where it is of another type, or not there."""
+    field = message.DESCRIPTOR.fields_by_name.get(name)
+    return list(field.enum_type.values) if field is not None and field.enum_type else []
 
 
 @pytest.mark.parametrize(

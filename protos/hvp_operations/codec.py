@@ -1,8 +1,9 @@
 """Dataclasses as messages and back, by the names of their fields.
 
 An enum's value is a word without the enum's prefix, in the letters in which the dataclass has it; a
-number that this version does not know reads as `UNKNOWN_7`. A field that may be None is None where
-its message has no value, or zero in a field that cannot tell the two apart.
+number that this version does not know reads as `UNKNOWN_7`. An unspecified one reads as `auto`
+where there is that word: a client that is older than the field leaves it out. A field that may be
+None is None where its message has no value, or zero in a field that cannot tell the two apart.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ def _value(
             return tuple(kind(**to_values(item, kind, numbers=numbers)) for item in value)
         return kind(**to_values(value, kind, numbers=numbers))
     if field.enum_type is not None:
-        found = word(field.enum_type, value)
-        words = typing.get_args(hint)
+        found, words = word(field.enum_type, value), typing.get_args(hint)
+        if found == "UNSPECIFIED" and "auto" in words:
+            return "auto"
         return next((each for each in words if each.upper() == found), found)
     if field.is_repeated:
         return tuple(value) if field.type == field.TYPE_STRING else numbers(value)

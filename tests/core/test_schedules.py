@@ -273,7 +273,7 @@ def test_several_probes_do_not_meet_what_was_kept_for_one() -> None:
     expected = curvature.hvp(vectors)
     table = curvature._executors
     for exponent in range(30, 100):  # until some block is cached for one probe, lean for four
-        table._settings = ComputeSettings(budget_bytes=int(1.15**exponent))
+        table.budget_bytes = int(1.15**exponent)
         table._choices.clear()
         pairs = list(zip(*(table.choose(HESSIAN, n) for n in (1, 4)), strict=True))
         if any(one.cached and several.way == "lean" for one, several in pairs):

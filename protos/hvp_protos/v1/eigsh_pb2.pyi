@@ -64,6 +64,7 @@ class EigshSpec(_message.Message):
     class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EigshSpec._Method.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         METHOD_UNSPECIFIED: EigshSpec._Method.ValueType  # 0
+        """As METHOD_AUTO."""
         METHOD_AUTO: EigshSpec._Method.ValueType  # 1
         """Lanczos where memory allows its basis, else two passes."""
         METHOD_LANCZOS: EigshSpec._Method.ValueType  # 2
@@ -73,6 +74,7 @@ class EigshSpec(_message.Message):
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     METHOD_UNSPECIFIED: EigshSpec.Method.ValueType  # 0
+    """As METHOD_AUTO."""
     METHOD_AUTO: EigshSpec.Method.ValueType  # 1
     """Lanczos where memory allows its basis, else two passes."""
     METHOD_LANCZOS: EigshSpec.Method.ValueType  # 2

@@ -34,6 +34,7 @@ class LowRankSpec(_message.Message):
     class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[LowRankSpec._Method.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         METHOD_UNSPECIFIED: LowRankSpec._Method.ValueType  # 0
+        """As METHOD_AUTO."""
         METHOD_AUTO: LowRankSpec._Method.ValueType  # 1
         """Nystrom for matrices without negative eigenvalues, else eigsh."""
         METHOD_NYSTROM: LowRankSpec._Method.ValueType  # 2
@@ -43,6 +44,7 @@ class LowRankSpec(_message.Message):
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     METHOD_UNSPECIFIED: LowRankSpec.Method.ValueType  # 0
+    """As METHOD_AUTO."""
     METHOD_AUTO: LowRankSpec.Method.ValueType  # 1
     """Nystrom for matrices without negative eigenvalues, else eigsh."""
     METHOD_NYSTROM: LowRankSpec.Method.ValueType  # 2

@@ -34,6 +34,7 @@ class SolveSpec(_message.Message):
     class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SolveSpec._Method.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         METHOD_UNSPECIFIED: SolveSpec._Method.ValueType  # 0
+        """As METHOD_AUTO."""
         METHOD_AUTO: SolveSpec._Method.ValueType  # 1
         """CG for matrices without negative eigenvalues unless damping < 0, else MINRES."""
         METHOD_CG: SolveSpec._Method.ValueType  # 2
@@ -43,6 +44,7 @@ class SolveSpec(_message.Message):
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     METHOD_UNSPECIFIED: SolveSpec.Method.ValueType  # 0
+    """As METHOD_AUTO."""
     METHOD_AUTO: SolveSpec.Method.ValueType  # 1
     """CG for matrices without negative eigenvalues unless damping < 0, else MINRES."""
     METHOD_CG: SolveSpec.Method.ValueType  # 2
