@@ -29,7 +29,7 @@ demo: setup
 
 # Two tests at a time, on one core each: some are ranks, servers and clusters of several processes.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal --durations=200 --durations-min=4
 
 # The long ones: chaos, random operators by the hundred, comparisons with other libraries.
 test-slow: setup $(PEERS)

@@ -59,7 +59,7 @@ def rough(client: Client, rough_llama_dir: Path) -> Checkpoint:
     return client.upload_checkpoint(rough_llama_dir)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.slow), "float32"])
 def test_a_right_model_passes_every_check(
     client: Client, rough: Checkpoint, batch: Batch, dtype: str
 ) -> None:

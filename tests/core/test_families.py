@@ -85,6 +85,10 @@ def operator(folder: Path, batch_path: Path) -> api.Operator:
     return api.Operator(space=space, batch_path=batch_path)
 
 
+#: Of those that are served, the ones whose blocks take longest to trace.
+LONG = ("positions that change their own state",)
+
+
 def truth(model: PreTrainedModel, ids: Tensor, v: Tensor) -> tuple[float, Tensor, Tensor]:
     """Loss, gradient and Hv by differentiating the whole model backward twice."""
     parameters = [each.requires_grad_() for each in model.parameters()]
@@ -96,7 +100,10 @@ def truth(model: PreTrainedModel, ids: Tensor, v: Tensor) -> tuple[float, Tensor
     return loss.item(), flat.detach(), torch.cat([each.reshape(-1) for each in hv])
 
 
-@pytest.mark.parametrize("what", SERVED)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in SERVED],
+)
 def test_loss_gradient_and_product_are_the_models_own(what: str, tmp_path: Path) -> None:
     kind, settings = CONFIGS[what]
     model = checkpoint(tmp_path / "model", kind, settings)
@@ -129,6 +136,7 @@ def test_a_model_is_loaded_the_same_way_every_time(tmp_path: Path) -> None:
     assert len(losses) == 1
 
 
+@pytest.mark.slow
 def test_a_table_read_under_no_grad_is_differentiated_like_any_other(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", "roformer", {**STOPPED, "pad_token_id": 0})
     ids, path = batch(tmp_path, 6)

@@ -32,7 +32,10 @@ def dense(name: str, problem: Problem, unit: Unit) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each == "llama")) for each in DECODERS],
+)
 @pytest.mark.parametrize("unit", UNITS)
 def test_of_a_decoder_it_is_made_of_the_gradients_of_single_units(name: str, unit: Unit) -> None:
     problem = DECODERS[name][0]()
@@ -181,6 +184,7 @@ def test_every_schedule_and_other_products_between_give_the_same(unit: Unit) -> 
             assert distance(curvature.empirical_fisher(vectors[:1], unit), expected[:1]) < 1e-12
 
 
+@pytest.mark.slow
 def test_numbers_of_32_and_16_bits_agree_to_their_rounding() -> None:
     single, double = llama_problem(torch.float32), llama_problem()
     probes = probes_of(double, 1)

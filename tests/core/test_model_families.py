@@ -179,7 +179,8 @@ def test_the_empirical_fisher_matrix_is_that_of_the_gradients_of_sequences(tmp_p
     [
         ("roberta", {}),  # positions that are counted from the padding token
         ("gpt2", {"n_embd": 4, "n_layer": 2, "n_head": 2, "n_positions": 10}),
-        ("albert", {"embedding_size": 4}),  # one layer, called twice: one block
+        # One layer, called twice: one block.
+        pytest.param("albert", {"embedding_size": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_classifiers_of_other_builds(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:

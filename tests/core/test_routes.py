@@ -119,7 +119,9 @@ class AttendsTwice(LlamaDecoderLayer):  # type: ignore[misc]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-@pytest.mark.parametrize("selected", ["everything", "the second layer"])
+@pytest.mark.parametrize(
+    "selected", ["everything", pytest.param("the second layer", marks=pytest.mark.slow)]
+)
 def test_a_block_is_cut_at_each_of_its_attentions(selected: str) -> None:
     def make() -> Problem:
         problem = decoder(LlamaConfig(**GATED))

@@ -350,7 +350,7 @@ def test_the_method_follows_the_operator_and_the_result_says_why() -> None:
         assert why in choice.reason
 
 
-@pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
+@pytest.mark.parametrize("method", [pytest.param("xtrace", marks=pytest.mark.slow), "xnystrace"])
 def test_where_memory_ends_a_sketch_others_follow_and_their_mean_has_no_bias(method: str) -> None:
     a, values = matrix(SPECTRUM), []
     for seed in range(100):

@@ -10,6 +10,7 @@ from hvp_client import Client
 from hvp_demo.server import ServerFailedError, running_server
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_server_serves_inside_the_block_and_is_gone_after_it(tmp_path: Path) -> None:
     with (

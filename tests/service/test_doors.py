@@ -59,6 +59,7 @@ def server(tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
     process.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_nothing_of_a_running_server_is_open_to_others(
     server: tuple[psutil.Process, str], tmp_path: Path

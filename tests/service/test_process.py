@@ -118,9 +118,8 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "backend", ["inprocess", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inprocess", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_product_that_outlasts_the_grace_is_ended_and_its_job_waits_uncounted(
     servers: Any, checkpoint: Path, tmp_path: Path, backend: str
 ) -> None:
