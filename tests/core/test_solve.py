@@ -446,3 +446,29 @@ def test_progress_tells_the_residuals_and_how_many_have_ended() -> None:
     assert told[-1].detail.num_ended == 2
     assert max(told[-1].detail.residuals) <= 1e-6
     assert told[0].detail.table().rows
+
+
+def test_a_residual_a_hair_above_the_tolerance_is_not_taken_for_noise() -> None:
+    """The second round of this one goes where its recurrence meets the tolerance and x does not."""
+    generator, n = torch.Generator().manual_seed(4), 800
+    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
+    wide = torch.float64
+    bulk, outliers = (
+        torch.logspace(-4, -1, n - 20, dtype=wide),
+        torch.linspace(0.2, 1, 20, dtype=wide),
+    )
+    a = (q * torch.cat((bulk, outliers))) @ q.T
+    single = a.float()
+    operator = DenseOperator(
+        lambda v: single @ v,
+        DenseOperator(single).domain,
+        semidefinite=True,
+        exact=lambda v: (a @ v.double()).float(),
+    )
+    b = torch.randn(n, generator=generator)
+    spec = SolveSpec(("b",), damping=1e-3, method="cg", tol=1e-5)
+    inputs = {"b": [b], "x0": [], "preconditioner": []}
+    budget = Budget(max_products=900, num_vectors=40, inputs=inputs)
+    (system,) = drive(Solve.configure(spec, operator, budget), operator).result.systems
+    assert system.outcome == "CONVERGED"
+    assert system.num_products < 200

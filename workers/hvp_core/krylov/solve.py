@@ -42,6 +42,8 @@ from hvp_core.vectors.vector_space import VectorSpace
 
 #: A round that leaves more of the residual than this is the last one.
 _HELPFUL = 0.5
+#: A round after the first goes to this part of the tolerance: the one before was not far from it.
+_AGAIN = 0.9
 #: Roundings that an exact product's figures are trusted to, relative to the matrix.
 _TRUSTED = 8
 
@@ -196,16 +198,17 @@ class Solve(Algorithm[SolveState]):
     def _begin_round(self, shifted: LinearOperator, system: SystemState, r: Tensor) -> None:
         """Begin the recurrence from a residual, in the memory that it has already."""
         space, noise = shifted.domain, shifted.noise
-        rows, scale = None, 0.0
+        rows, scale, wanted = None, 0.0, self.spec.tol * system.norm
         if system.recurrence is not None:
             rows, scale = system.recurrence.rows, system.recurrence.scale
+            wanted *= _AGAIN
         if self.method == "cg":
             system.cg = ConjugateGradients.begin(space, r, self.apply_inverse, scale, rows)
         else:
             system.minres = Minres.begin(space, r, self.apply_inverse, noise, scale, rows)
         # What is reduced by more than the products' own error is that error.
         most = max(noise, torch.finfo(r.dtype).eps)
-        system.target = max(self.spec.tol * system.norm, most * system.under_way.residual_norm)
+        system.target = max(wanted, most * system.under_way.residual_norm)
         system.end, system.stage = "", "iterating"
         if system.under_way.end:  # at once: what was given as a preconditioner is none
             system.end, system.stage = system.under_way.end, "verifying"
