@@ -159,13 +159,26 @@ def small_input_ids() -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, 7, (2, 5))
 
 
+def _all_of(kind: str, server: Server, folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A matrix of the small model, from products with the columns of the identity."""
+    with Client(server.address) as client:
+        batch = client.upload_batch({"input_ids": ids})
+        A = client.operator(client.upload_checkpoint(folder), batch, kind=kind, dtype="float64")
+        matrix: NDArray[np.float64] = A.matmat(np.eye(A.shape[0]))
+    return matrix
+
+
 @pytest.fixture(scope="session")
 def dense(
     server: Server, small_llama_dir: Path, small_input_ids: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """All of the small model's H, from products with the columns of the identity."""
-    with Client(server.address) as client:
-        batch = client.upload_batch({"input_ids": small_input_ids})
-        H = client.operator(client.upload_checkpoint(small_llama_dir), batch, dtype="float64")
-        matrix: NDArray[np.float64] = H.matmat(np.eye(H.shape[0]))
-    return matrix
+    """All of the small model's H."""
+    return _all_of("hessian", server, small_llama_dir, small_input_ids)
+
+
+@pytest.fixture(scope="session")
+def dense_ggn(
+    server: Server, small_llama_dir: Path, small_input_ids: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """All of the small model's G."""
+    return _all_of("ggn", server, small_llama_dir, small_input_ids)

@@ -40,19 +40,10 @@ def gauss_newton(
         )
 
 
-@pytest.fixture(scope="module")
-def known() -> dict[str, Any]:
-    """What is computed once for all tests of this module."""
-    return {}
-
-
 @pytest.fixture
-def whole(G: Operator, known: dict[str, Any]) -> Array:
-    """All of G, from products with the columns of the identity."""
-    if "whole" not in known:
-        known["whole"] = G.matmat(np.eye(G.shape[0]))
-    found: Array = known["whole"]
-    return found
+def whole(dense_ggn: Array) -> Array:
+    """All of G."""
+    return dense_ggn
 
 
 def dense(L: LowRankResult[Vector]) -> Array:

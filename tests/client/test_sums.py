@@ -37,18 +37,6 @@ def ggn(client: Client, H: Operator, **more: Any) -> Operator:
     return client.operator(H.checkpoint, H.batch, kind="ggn", dtype="float64", **more)
 
 
-@pytest.fixture(scope="session", name="dense_ggn")
-def dense_gauss_newton(
-    server: Server, small_llama_dir: Path, small_input_ids: NDArray[np.int64]
-) -> Matrix:
-    with Client(server.address) as client:
-        batch = client.upload_batch({"input_ids": small_input_ids})
-        checkpoint = client.upload_checkpoint(small_llama_dir)
-        G = client.operator(checkpoint, batch, kind="ggn", dtype="float64")
-        matrix: Matrix = G.matmat(np.eye(G.shape[0]))
-    return matrix
-
-
 def numbers(n: int, columns: int = 2) -> Matrix:
     return np.random.default_rng(1).standard_normal((n, columns))
 
