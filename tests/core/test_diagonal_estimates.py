@@ -175,8 +175,8 @@ def covers(method: str, count: int, max_products: int, **spec: Any) -> float:
         inside += found.within(a.diagonal()) / count
         total += found.diagonal - a.diagonal()
         squares += (found.diagonal - a.diagonal()) ** 2
-    z = total / squares.sqrt()  # each about normal, of 60 elements
-    assert float(z.abs().max()) < 4
+    z = total / squares.sqrt()  # each about normal, of 60 elements in five cases
+    assert float(z.abs().max()) < 4.75  # but with a chance of 6e-4
     assert float(z.square().mean()) < 2
     return inside
 

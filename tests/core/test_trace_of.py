@@ -147,12 +147,13 @@ def test_counts_are_whole_numbers_where_eigenvalues_stand_apart() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("function", ["log", "inverse", "exp"])
-def test_intervals_hold_the_truth_in_95_of_100_runs_and_estimates_have_no_bias(
+def test_intervals_hold_the_truth_in_95_of_100_runs_and_no_bias_is_beyond_what_is_told(
     function: str,
 ) -> None:
     # Of three distinct eigenvalues, whose form every probe knows exactly after three steps.
     spectrum = torch.tensor([0.25] * 30 + [1.0] * 14 + [3.0] * 8).double()
-    a, true, inside, values = matrix(spectrum), true_value(spectrum, function), 0, []
+    a, true, inside = matrix(spectrum), true_value(spectrum, function), 0
+    values, quadrature = [], []
     operator = Together(a)
     operator.domain = operator.codomain = QuickSpace(len(a))
     count = 2000
@@ -160,10 +161,13 @@ def test_intervals_hold_the_truth_in_95_of_100_runs_and_estimates_have_no_bias(
         found = trace_of(operator, function, 54, num_steps=4, rtol=1e-9, seed=seed)
         inside += found.low <= true <= found.high
         values.append(found.value)
+        quadrature.append(found.quadrature_error)
     assert found.num_probes >= 12
     assert 0.93 <= inside / count <= 0.97
     spread = torch.tensor(values).double()
-    assert abs(float(spread.mean()) - true) <= 3.5 * float(spread.std()) / math.sqrt(count)
+    # A probe that is known well enough, beside the others, ends before its form is exact.
+    allowed = 3.5 * float(spread.std()) / math.sqrt(count) + sum(quadrature) / count
+    assert abs(float(spread.mean()) - true) <= allowed
 
 
 def test_intervals_of_few_steps_hold_the_truth_more_often_than_they_have_to() -> None:
