@@ -42,7 +42,7 @@ _ALONE = (
 #: Words in torch's message about an operation that it cannot differentiate.
 _NO_DERIVATIVE = ("derivative", "autograd.Function")
 #: And about one for which it has no kernel that gives the same bits each time.
-_NOT_REPRODUCIBLE = "deterministic"
+_NOT_REPRODUCIBLE = "use_deterministic_algorithms"
 
 
 def whose(error: Exception) -> Fault:

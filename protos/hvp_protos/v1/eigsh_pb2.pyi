@@ -70,7 +70,7 @@ class EigshSpec(_message.Message):
         METHOD_LANCZOS: EigshSpec._Method.ValueType  # 2
         """Thick-restart Lanczos with a basis of k + 8 rows or more, unless fewer are asked for."""
         METHOD_TWO_PASS: EigshSpec._Method.ValueType  # 3
-        """Lanczos that keeps no basis, run twice: k + 3 rows, and twice the products."""
+        """Lanczos that keeps no basis, run twice: k + 2 rows, and twice the products."""
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     METHOD_UNSPECIFIED: EigshSpec.Method.ValueType  # 0
@@ -80,7 +80,7 @@ class EigshSpec(_message.Message):
     METHOD_LANCZOS: EigshSpec.Method.ValueType  # 2
     """Thick-restart Lanczos with a basis of k + 8 rows or more, unless fewer are asked for."""
     METHOD_TWO_PASS: EigshSpec.Method.ValueType  # 3
-    """Lanczos that keeps no basis, run twice: k + 3 rows, and twice the products."""
+    """Lanczos that keeps no basis, run twice: k + 2 rows, and twice the products."""
 
     OPERATOR_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int

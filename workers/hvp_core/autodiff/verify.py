@@ -29,8 +29,9 @@ from hvp_core.losses.loss import Loss
 from hvp_core.model.chain import Body, Chain, MicroBatch, function_of
 from hvp_core.sharding.collective import Collective
 
-#: Parameters that may wait to be compared, on each of several ranks: 256 MiB in float32.
+#: In the place of a program's key, of a last block that has none.
 _NOT_TRACED = "not traced"
+#: Parameters that may wait to be compared, on each of several ranks: 256 MiB in float32.
 _ROOM = 1 << 26
 _verified = Verdicts()  # of programs and what they were taken through
 
