@@ -55,13 +55,13 @@ class Matrix:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one matrix, and no more is done to it."""
+        """Whether the operator is one matrix, and no more is done to it."""
         added = self.damping or self.precondition or self.shift
         return len(self.terms) == 1 and self.terms[0].coefficient == 1 and not added
 
     @property
     def is_semidefinite(self) -> bool:
-        """Whether it is known to have no negative eigenvalue."""
+        """Whether the operator is known to have no negative eigenvalue."""
         coefficients = [
             0.0 if each.coefficient == 0 else -1.0 if each.kind in INDEFINITE else each.coefficient
             for each in self.terms

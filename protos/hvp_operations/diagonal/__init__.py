@@ -70,7 +70,7 @@ class DiagonalSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalProgress(Detail):
-    """Where an estimate stands.
+    """How far the run of an estimate has come.
 
     Attributes:
         norm: Norm of the diagonal, by the estimate so far.

@@ -64,7 +64,7 @@ class DiagonalResult(Generic[VectorT]):
 
     @property
     def converged(self) -> bool:
-        """Whether the standard error meets the tolerance."""
+        """Whether the estimate converged: its standard error meets the tolerance."""
         return self.outcome == "CONVERGED"
 
     def part(self, name: str) -> TracePart:

@@ -84,7 +84,7 @@ class EigshSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EigshProgress(Detail):
-    """Where a search stands.
+    """How far the search for eigenpairs or singular values has come.
 
     Attributes:
         num_restarts: Number of times that the Krylov basis was compressed.

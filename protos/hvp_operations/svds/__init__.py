@@ -46,7 +46,7 @@ class SvdsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SvdsProgress(Detail):
-    """Where a search stands.
+    """How far the search for eigenpairs or singular values has come.
 
     Attributes:
         num_restarts: Number of times that the bases were compressed.

@@ -59,7 +59,7 @@ class TraceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceProgress(Detail):
-    """Where an estimate stands.
+    """How far the run of an estimate has come.
 
     Attributes:
         value: The estimate so far.

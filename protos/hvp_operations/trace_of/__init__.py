@@ -69,7 +69,7 @@ class TraceOfSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOfProgress(Detail):
-    """Where an estimate stands.
+    """How far the run of an estimate has come.
 
     Attributes:
         value: The estimate so far.
