@@ -15,8 +15,9 @@ from hvp_core.attention.rule import Span
 from hvp_core.autodiff import directions, inductor, looks, traced, verify
 from hvp_core.autodiff.compiler import Compiler
 from hvp_core.autodiff.programs import trace_block
+from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.subprograms import Subprogram, group, partition
-from hvp_core.autodiff.trace import Env, Phase, Trace
+from hvp_core.autodiff.trace import Phase, Trace
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.errors import CurvatureError
 from hvp_core.losses.loss import CrossEntropy

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hvp_core.errors import CurvatureError
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.krylov.solve import Solve
+from hvp_core.linop.compositions import Preconditioned, Scaled, Shifted, Sum
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.selection import Restricted, Selection
 from hvp_core.runs.algorithm import Algorithm, Budget, drive
@@ -118,9 +119,29 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
     found |= traces(operator) | diagonals(operator) | functions(operator, positive)
-    found |= low_rank(positive, collective)
+    found |= low_rank(positive, collective) | compositions(operator, positive)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
+    return found
+
+
+def compositions(operator: ShardedMatrix, positive: ShardedMatrix) -> dict[str, Tensor]:
+    """Products and eigenvalues of operators that are made of others."""
+    space = operator.space
+    root = space.from_flat(torch.linspace(0.5, 2, space.dimension, dtype=torch.float64))
+    made = {
+        "sum": Shifted(Sum(Scaled(operator, 2.0), Scaled(operator, -0.5)), 0.3),
+        "preconditioned": Shifted(Preconditioned(positive, root), 0.1),
+    }
+    found: dict[str, Tensor] = {}
+    for name, composed in made.items():
+        vectors = [space.random(seed, "gaussian") for seed in (3, 4)]
+        for index, product in enumerate(composed.apply(vectors)):
+            found[f"product {index} of a {name}"] = space.to_flat(product)
+        search = Eigsh(spec=EigshSpec(k=3, tol=1e-7), max_products=300, num_vectors=12)
+        pairs = drive(search, composed).result
+        assert pairs.outcome == "CONVERGED"
+        found[f"eigenvalues of a {name}"] = torch.tensor(pairs.eigenvalues, dtype=torch.float64)
     return found
 
 
@@ -307,7 +328,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 46
+    assert len(alone) == 52
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

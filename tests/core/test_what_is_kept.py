@@ -10,6 +10,7 @@ import pytest
 import torch
 from hvp_core.autodiff import comparison, looks, verdicts, verify
 from hvp_core.autodiff.product_spec import HESSIAN
+from hvp_core.autodiff.trace import trace_graph
 from hvp_core.autodiff.traced import TracedHead
 from hvp_core.autodiff.verdicts import Verdicts
 from hvp_core.losses.loss import CrossEntropy, Loss
@@ -140,13 +141,13 @@ def test_operators_of_one_chain_look_at_its_blocks_once_and_are_each_their_own(
 
     hessian = torch.func.hessian(loss)(problem.flat)
     seen: list[object] = []
-    right = looks._recorded
+    right = trace_graph
 
     def counted(*arguments: Any) -> Any:
         seen.append(arguments)
         return right(*arguments)
 
-    monkeypatch.setattr(looks, "_recorded", counted)
+    monkeypatch.setattr(looks, "trace_graph", counted)
     names = list(problem.parameters)
     # Parameters of one shape in turn; of the second block alone, whose input then is data.
     for selected in (["0.one", "2.weight"], ["0.other", "2.weight"], ["1.one"], ["1.other"], names):

@@ -22,9 +22,6 @@ from hvp_workers.operators import (
 )
 from hvp_workers.plan import Policy
 
-#: Vectors that a composition takes beside its arguments and its product, for each argument.
-WORKING_VECTORS = 3
-
 
 @final
 class ComposedOperator:

@@ -32,7 +32,6 @@ from hvp_operations.registry import operations
 
 from hvp_workers import backend as api
 from hvp_workers.composed import (
-    WORKING_VECTORS,
     ComposedOperator,
     draws_of,
     inverse_root,
@@ -42,6 +41,7 @@ from hvp_workers.memory import Memory
 from hvp_workers.models import ModelStore
 from hvp_workers.operators import JacobianOperator, LoadedOperator, no_vector_memory
 from hvp_workers.plan import Policy
+from hvp_workers.room import composed_vectors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -222,10 +222,9 @@ class RankEngine:
             case "quadratic":
                 assert operator.kind not in api.JACOBIANS  # which the service refuses
                 room = self._vector_budget - self._held_bytes()
-                forms, beside = None, WORKING_VECTORS
+                forms, beside = None, composed_vectors(operator.composition)
                 if operator.composition is None:
                     forms = loaded.forward_forms(operator.kind, vectors, draws_of(operator))
-                    beside = 0
                 if forms is not None:
                     return forms
                 return quadratic(
@@ -407,7 +406,7 @@ class RankEngine:
         else:
             composed = self._composed(operator, loaded, is_checked=True)
             held = SymmetryCheck.NUM_VECTORS * composed.num_matrices
-            held += 0 if composition is None else WORKING_VECTORS + bool(composition.precondition)
+            held += composed_vectors(composition)
         promised += held * vector_bytes
         budget = Budget(
             max_products=cost.max_products,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hvp_operations.matrices import Matrix
+
 USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 
 
@@ -13,3 +15,12 @@ def needed_bytes(num_vectors: int, vector_bytes: float) -> int:
         vector_bytes: Bytes of one vector on the rank.
     """
     return int(num_vectors * vector_bytes / USABLE)
+
+
+def composed_vectors(composition: Matrix | None) -> int:
+    """Vectors that an operator takes beside each vector it is given, and what it makes of it.
+
+    Args:
+        composition: What it is made of; None for a matrix of the model.
+    """
+    return 0 if composition is None else 3 + bool(composition.precondition)

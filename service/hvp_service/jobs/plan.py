@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvp_operations.operation import Cost
-from hvp_workers.room import needed_bytes
+from hvp_workers.room import composed_vectors, needed_bytes
 
 from hvp_service.calls.errors import ServiceError
 from hvp_service.group.supervisor import GroupSupervisor
@@ -23,7 +23,8 @@ class Plan:
         seconds_per_product: Median of the latest job on the same operator; 0 where there was none.
         num_ranks: Number of ranks that share each vector.
         least_bytes: Memory on each rank without which the job does not begin, with that of the
-            vectors which it names. A deterministic operator's jobs begin with all that they wish.
+            vectors which it names, and of those that an operator of several matrices works with. A
+            deterministic operator's jobs begin with all that they wish.
         wished_bytes: Memory on each rank that the job takes where there is enough.
         available_bytes: Memory of the rank that has least, free or in use; 0 where the ranks do not
             tell.
@@ -62,7 +63,8 @@ async def plan_of(
         ServiceError: WORKER_GROUP_LOST.
     """
     cost = asked.declared.cost(asked.spec, resolved.facts)
-    num_inputs = len({name for names in asked.inputs.values() for name in names})
+    beside = len({name for names in asked.inputs.values() for name in names})
+    beside += composed_vectors(resolved.operator.composition)
     ranks = await group.call(lambda backend: backend.ranks())
     available = min((rank.memory_bytes for rank in ranks), default=0)
     dtype, shape = resolved.operator.space.dtype, (resolved.num_outputs, resolved.num_arguments)
@@ -70,7 +72,7 @@ async def plan_of(
     vector_bytes = elements * ITEM_BYTES[dtype] / max(1, len(ranks))
     is_deterministic = resolved.operator.deterministic
     least = cost.wished_vectors if is_deterministic else cost.least_vectors
-    needed = needed_bytes(num_inputs + least, vector_bytes)
+    needed = needed_bytes(beside + least, vector_bytes)
     described = "a deterministic" if is_deterministic else "an"
     problem = (
         f"{asked.declared.headline(asked.spec)} of {described} "
@@ -83,7 +85,7 @@ async def plan_of(
         seconds_per_product=seconds_per_product,
         num_ranks=len(ranks),
         least_bytes=needed,
-        wished_bytes=needed_bytes(num_inputs + cost.wished_vectors, vector_bytes),
+        wished_bytes=needed_bytes(beside + cost.wished_vectors, vector_bytes),
         available_bytes=available,
         problem=problem if 0 < available < needed else "",
         reason="DETERMINISTIC_MEMORY" if is_deterministic else "INSUFFICIENT_CLUSTER_MEMORY",

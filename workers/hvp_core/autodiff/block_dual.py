@@ -26,8 +26,9 @@ from torch import Tensor
 
 from hvp_core.attention.rule import Attention, Output, Pattern, Point, Qkv, Span
 from hvp_core.autodiff.passes import Passes, Retention
+from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.subprograms import Group, Subprogram, partition
-from hvp_core.autodiff.trace import Env, Phase, Trace, dotted, phases
+from hvp_core.autodiff.trace import Phase, Trace, dotted, phases
 
 Half = Literal["primal", "tangent"]
 Collect = Callable[[Subprogram, Env], None]

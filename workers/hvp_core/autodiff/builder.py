@@ -21,8 +21,8 @@ from hvp_core.autodiff.head_dual import HeadDual
 from hvp_core.autodiff.looks import MADE_INSIDE, Look, Looks, Placed, asked, signature
 from hvp_core.autodiff.product_spec import ProductSpec
 from hvp_core.autodiff.programs import trace_block, trace_head, trace_value
+from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.selected_parameters import Link
-from hvp_core.autodiff.trace import Env
 from hvp_core.autodiff.traced import TracedExecutor, TracedHead, places
 from hvp_core.blame import whose
 from hvp_core.errors import CurvatureError

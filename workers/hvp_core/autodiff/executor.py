@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hvp_core.autodiff.passes import Passes, Retention
+from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.sums import Accumulator
-from hvp_core.autodiff.trace import Env
 
 
 @final

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from hvp_core.autodiff.product_spec import ProductSpec
-from hvp_core.autodiff.trace import Env, Trace, dotted, suffixed
+from hvp_core.autodiff.recorder import Env
+from hvp_core.autodiff.trace import Trace, dotted, suffixed
 from hvp_core.losses.loss import Loss, at_least_float32
 from hvp_core.losses.output_rules import AtOutput
 

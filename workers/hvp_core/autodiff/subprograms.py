@@ -13,8 +13,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.sums import GradientTerm
-from hvp_core.autodiff.trace import Env, Phase, Trace, is_parameters
+from hvp_core.autodiff.trace import Phase, Trace, is_parameters
 
 aten = torch.ops.aten
 

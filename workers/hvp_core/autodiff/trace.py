@@ -30,15 +30,11 @@ from typing import Any, final
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from hvp_core.autodiff.recorder import Env, Program, record
 from hvp_core.autodiff.rewrites import alike, drop_zeros, merge_sums, sums_behind, terms_of
 
 aten = torch.ops.aten
-
-Env = dict[str, Tensor]
-Program = Callable[[Env], Env]
 
 
 @final
@@ -175,20 +171,7 @@ def trace_graph(program: Program, arguments: Env) -> tuple[fx.Graph, list[str]]:
         RuntimeError: The program computes with a tensor that is not among its arguments, or an
             operation is given operands of several types.
     """
-    names: list[str] = []
-
-    def positional(*values: Tensor) -> tuple[Tensor, ...]:
-        found = program(dict(zip(arguments, values, strict=True)))
-        names[:] = found
-        return tuple(found.values())
-
-    # Without grad mode torch picks fused backward kernels, some of which have no derivative.
-    with torch.enable_grad():
-        module = make_fx(functionalize(positional, remove="mutations"), tracing_mode="fake")(
-            # New tensors: one given twice would be one value.
-            *[torch.empty_like(each) for each in arguments.values()]
-        )
-    graph: fx.Graph = module.graph
+    graph, names = record(program, arguments)
     _clean(graph)
     if any(node.op == "get_attr" for node in graph.nodes):
         raise RuntimeError("the block computes with a tensor that is not among its arguments")
@@ -214,7 +197,7 @@ def _refuse_mixed(node: fx.Node) -> None:
         raise RuntimeError(f"{node.target} is given operands of several types")
 
 
-_IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
 
 
 def _clean(graph: fx.Graph) -> None:

@@ -19,10 +19,11 @@ from hvp_core.autodiff.executor import (
 )
 from hvp_core.autodiff.head_dual import HeadDual
 from hvp_core.autodiff.passes import VALUE, Passes, Retention
+from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.reference import Params
 from hvp_core.autodiff.subprograms import Subprogram
 from hvp_core.autodiff.sums import Accumulator
-from hvp_core.autodiff.trace import Env, dotted, is_parameters
+from hvp_core.autodiff.trace import dotted, is_parameters
 
 
 @final
