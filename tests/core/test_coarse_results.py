@@ -288,16 +288,19 @@ def low_rank(case: Case) -> float:
 #: Each question, and the share of its claims that have to hold.
 QUESTIONS: Mapping[Callable[[Case], float], float] = {
     eigsh: 1.0,
-    eigsh_of_a_difference: 1.0,
-    eigsh_of_what_is_preconditioned: 1.0,
     svds: 1.0,
     trace: _LEAST,
-    trace_of_a_difference: _LEAST,
     log_determinant: _LEAST,
     density: _LEAST,
     diagonal: 0.93,
     solve: 1.0,
     low_rank: 1.0,
+}
+#: Of operators that are composed of several, at every fourth point.
+OF_COMPOSITIONS: Mapping[Callable[[Case], float], float] = {
+    eigsh_of_a_difference: 1.0,
+    eigsh_of_what_is_preconditioned: 1.0,
+    trace_of_a_difference: _LEAST,
 }
 
 
@@ -305,10 +308,11 @@ QUESTIONS: Mapping[Callable[[Case], float], float] = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(4))
 def test_what_is_claimed_in_bfloat16_holds_for_the_float64_matrix(part: int) -> None:
-    held: dict[str, list[float]] = {question.__name__: [] for question in QUESTIONS}
-    for case in cases(range(50 * part, 50 * part + 50)):
-        for question in QUESTIONS:
+    wanted = {**QUESTIONS, **OF_COMPOSITIONS}
+    held: dict[str, list[float]] = {question.__name__: [] for question in wanted}
+    for number, case in enumerate(cases(range(50 * part, 50 * part + 50))):
+        for question in QUESTIONS if number % 4 else wanted:
             held[question.__name__].append(question(case))
     shares = {name: sum(each) / len(each) for name, each in held.items()}
     print(shares)
-    assert all(shares[each.__name__] >= least for each, least in QUESTIONS.items()), shares
+    assert all(shares[each.__name__] >= least for each, least in wanted.items()), shares
