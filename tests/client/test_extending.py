@@ -94,6 +94,23 @@ def test_a_trace_is_extended_by_samples_and_is_that_of_one_long_run(H: Operator)
     assert "levels" not in result.to_json()
 
 
+def test_a_trace_of_a_function_is_extended_by_probes(H: Operator) -> None:
+    job = H.trace_of("count", low=1.0, num_steps=4, max_products=12, atol=1e9, seed=2)
+    short, longer = job.result(), job.extend(max_products=64)
+    result = longer.result()
+    assert (short.outcome, short.num_probes < 16) == ("MAX_PRODUCTS", True)
+    assert (result.outcome, result.num_probes, len(result.probes)) == ("CONVERGED", 16, 16)
+    values = [each.value for each in result.probes]
+    assert values[: short.num_probes] == [each.value for each in short.probes]
+    assert result.num_products <= 40
+    np.testing.assert_allclose(result.value, np.mean(values), rtol=1e-12)
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    np.testing.assert_allclose(result.standard_error, error, rtol=1e-9)
+    assert result.to_json().keys().isdisjoint({"levels", "spectrum_low", "spectrum_high"})
+    nothing = longer.extend().result()
+    assert (nothing.num_products, nothing.value) == (0, result.value)
+
+
 def test_a_search_and_a_solve_go_on_from_what_they_found(H: Operator) -> None:
     job = H.eigsh(3, "LM", tol=1e-4)
     first = job.result()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.density import MAX_NODES, MAX_STEPS, WORKING_VECTORS, Quadrature
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
 from hvp_operations.rules import SEED_RULE, of_estimates
+from hvp_operations.trace import Level
 
 Function = Literal["log", "exp", "inverse", "sqrt", "count"]
 Outcome = Literal[
@@ -136,6 +138,12 @@ class TraceOfResult(Result):
         largest: Largest Ritz value of A.
         num_exact_products: Products with the exact operator, where the operator's own are coarser.
         probes: What each random vector has seen, in the order of their seeds.
+        levels: Running means over the probes, with which an extension goes on: of value, low, high,
+            and what of high − low is for steps and for rounding, for the matrix over its order;
+            none where there is no value, or one of coarse products alone.
+        spectrum_low: Bound below the spectrum of A, which the probes' bounds rest on; infinite
+            where they need none.
+        spectrum_high: Bound above it.
     """
 
     value: float
@@ -151,6 +159,9 @@ class TraceOfResult(Result):
     largest: float
     num_exact_products: int = 0
     probes: tuple[TraceOfProbe, ...] = ()
+    levels: tuple[Level, ...] = ()
+    spectrum_low: float = -math.inf
+    spectrum_high: float = math.inf
 
 
 def most_steps(spec: TraceOfSpec, dimension: int) -> int:
@@ -241,6 +252,32 @@ def _headline(spec: TraceOfSpec) -> str:
     return f"trace of {spec.function}({argument}) to {spec.rtol:g}"
 
 
+def _refusal(spec: TraceOfSpec, result: TraceOfResult) -> str:
+    """Why there is nothing to go on from; "" where there is something."""
+    if result.outcome == "INDEFINITE":
+        return (
+            f"there is no value: A has an eigenvalue of {result.smallest:.6g} or less; ask anew "
+            f"with a damping above {-result.smallest:.6g}"
+        )
+    if not result.levels:
+        return "its probes were not taken of the exact operator, or are another version's; ask anew"
+    if math.isinf(result.quadrature_error):
+        return "the steps of its probes bound nothing; ask anew with more steps"
+    budget = max_products(spec)
+    if budget < result.num_steps:
+        return (
+            f"max_products is {budget}, and a probe takes up to {result.num_steps} steps; give "
+            f"{result.num_steps} or more"
+        )
+    known = sum(len(each.quadrature.nodes) for each in result.probes)
+    if known + budget > MAX_NODES:
+        return (
+            f"its probes have {known} nodes, and a result holds {MAX_NODES}: give max_products of "
+            f"at most {MAX_NODES - known}"
+        )
+    return ""
+
+
 OPERATION = Operation(
     name="trace_of",
     summary="Estimate the trace of a function: log determinant, exp, inverse, sqrt, or a count.",
@@ -253,4 +290,7 @@ OPERATION = Operation(
     algorithm="hvp_core.stochastic.trace_of:TraceOf",
     record="hvp_operations.trace_of.record:TraceOfResult",
     has_picture=True,
+    extension=Extension(
+        fields=("rtol", "atol", "max_products", "num_steps"), refusal=_refusal, takes_result=True
+    ),
 )

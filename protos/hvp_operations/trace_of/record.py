@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_operations.operation import Table
+from hvp_operations.trace import Level
 from hvp_operations.trace_of import Outcome, TraceOfProbe
+
+_OWN = ("levels", "spectrum_low", "spectrum_high")  # of the job alone
 
 _MEANING: dict[str, str] = {
     "CONVERGED": "standard error and quadrature error meet the tolerance",
@@ -55,6 +58,10 @@ class TraceOfResult:
         num_exact_products: Of them, those with the exact operator, where its own are coarser.
         probes: What each random vector has seen: value, bounds, and the Gauss quadrature of the
             spectral measure of A, without λ.
+        levels: Running means over the probes, which a job that extends this one goes on from.
+        spectrum_low: Bound below the spectrum of A, which the probes' bounds rest on; infinite
+            where they need none.
+        spectrum_high: Bound above it.
         loss: L(θ), in nats.
         provenance: Origin of the figures: versions, digests, dtype, seed.
     """
@@ -75,6 +82,9 @@ class TraceOfResult:
     probes: Sequence[TraceOfProbe]
     loss: float
     provenance: Mapping[str, str]
+    levels: Sequence[Level] = ()
+    spectrum_low: float = -math.inf
+    spectrum_high: float = math.inf
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -165,6 +175,7 @@ class TraceOfResult:
         plain = {
             name: value if not isinstance(value, float) or math.isfinite(value) else None
             for name, value in vars(self).items()
+            if name not in _OWN
         }
         return {
             **plain,

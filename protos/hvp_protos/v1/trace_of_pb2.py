@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from hvp_protos.v1 import density_pb2 as hvp_dot_v1_dot_density__pb2
 from hvp_protos.v1 import operator_pb2 as hvp_dot_v1_dot_operator__pb2
+from hvp_protos.v1 import trace_pb2 as hvp_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hvp/v1/trace_of.proto\x12\x06hvp.v1\x1a\x14hvp/v1/density.proto\x1a\x15hvp/v1/operator.proto\"\xe1\x01\n\x0bTraceOfSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x10\n\x03low\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tnum_steps\x18\x06 \x01(\x05\x12\x0c\n\x04rtol\x18\x07 \x01(\x01\x12\x0c\n\x04\x61tol\x18\x08 \x01(\x01\x12\x14\n\x0cmax_products\x18\t \x01(\x05\x12\x0c\n\x04seed\x18\n \x01(\x04\x42\x06\n\x04_lowB\x07\n\x05_high\"_\n\x0fTraceOfProgress\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x16\n\x0estandard_error\x18\x02 \x01(\x01\x12\x12\n\nnum_probes\x18\x03 \x01(\x05\x12\x11\n\tnum_steps\x18\x04 \x01(\x05\"`\n\x0cTraceOfProbe\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12&\n\nquadrature\x18\x04 \x01(\x0b\x32\x12.hvp.v1.Quadrature\"\x81\x05\n\rTraceOfResult\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x16\n\x0estandard_error\x18\x02 \x01(\x01\x12\x0b\n\x03low\x18\x03 \x01(\x01\x12\x0c\n\x04high\x18\x04 \x01(\x01\x12\x18\n\x10quadrature_error\x18\x05 \x01(\x01\x12\x10\n\x08rounding\x18\x06 \x01(\x01\x12.\n\x07outcome\x18\x07 \x01(\x0e\x32\x1d.hvp.v1.TraceOfResult.Outcome\x12\x12\n\nnum_probes\x18\x08 \x01(\x05\x12\x11\n\tnum_steps\x18\t \x01(\x05\x12\x14\n\x0cnum_products\x18\n \x01(\x05\x12\x1a\n\x12num_exact_products\x18\x0b \x01(\x05\x12\x10\n\x08smallest\x18\x0c \x01(\x01\x12\x0f\n\x07largest\x18\r \x01(\x01\x12$\n\x06probes\x18\x0e \x03(\x0b\x32\x14.hvp.v1.TraceOfProbe\x12\x0c\n\x04loss\x18\x0f \x01(\x01\x12\x39\n\nprovenance\x18\x10 \x03(\x0b\x32%.hvp.v1.TraceOfResult.ProvenanceEntry\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb3\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x15\n\x11OUTCOME_MAX_STEPS\x10\x03\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x04\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x05\x12\x16\n\x12OUTCOME_INDEFINITE\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hvp/v1/trace_of.proto\x12\x06hvp.v1\x1a\x14hvp/v1/density.proto\x1a\x15hvp/v1/operator.proto\x1a\x12hvp/v1/trace.proto\"\xe1\x01\n\x0bTraceOfSpec\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x10\n\x03low\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tnum_steps\x18\x06 \x01(\x05\x12\x0c\n\x04rtol\x18\x07 \x01(\x01\x12\x0c\n\x04\x61tol\x18\x08 \x01(\x01\x12\x14\n\x0cmax_products\x18\t \x01(\x05\x12\x0c\n\x04seed\x18\n \x01(\x04\x42\x06\n\x04_lowB\x07\n\x05_high\"_\n\x0fTraceOfProgress\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x16\n\x0estandard_error\x18\x02 \x01(\x01\x12\x12\n\nnum_probes\x18\x03 \x01(\x05\x12\x11\n\tnum_steps\x18\x04 \x01(\x05\"`\n\x0cTraceOfProbe\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\x12&\n\nquadrature\x18\x04 \x01(\x0b\x32\x12.hvp.v1.Quadrature\"\xd9\x05\n\rTraceOfResult\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x16\n\x0estandard_error\x18\x02 \x01(\x01\x12\x0b\n\x03low\x18\x03 \x01(\x01\x12\x0c\n\x04high\x18\x04 \x01(\x01\x12\x18\n\x10quadrature_error\x18\x05 \x01(\x01\x12\x10\n\x08rounding\x18\x06 \x01(\x01\x12.\n\x07outcome\x18\x07 \x01(\x0e\x32\x1d.hvp.v1.TraceOfResult.Outcome\x12\x12\n\nnum_probes\x18\x08 \x01(\x05\x12\x11\n\tnum_steps\x18\t \x01(\x05\x12\x14\n\x0cnum_products\x18\n \x01(\x05\x12\x1a\n\x12num_exact_products\x18\x0b \x01(\x05\x12\x10\n\x08smallest\x18\x0c \x01(\x01\x12\x0f\n\x07largest\x18\r \x01(\x01\x12$\n\x06probes\x18\x0e \x03(\x0b\x32\x14.hvp.v1.TraceOfProbe\x12\x0c\n\x04loss\x18\x0f \x01(\x01\x12\x39\n\nprovenance\x18\x10 \x03(\x0b\x32%.hvp.v1.TraceOfResult.ProvenanceEntry\x12)\n\x06levels\x18\x11 \x03(\x0b\x32\x19.hvp.v1.TraceResult.Level\x12\x14\n\x0cspectrum_low\x18\x12 \x01(\x01\x12\x15\n\rspectrum_high\x18\x13 \x01(\x01\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb3\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_CONVERGED\x10\x01\x12\x18\n\x14OUTCOME_MAX_PRODUCTS\x10\x02\x12\x15\n\x11OUTCOME_MAX_STEPS\x10\x03\x12\x17\n\x13OUTCOME_NOISE_LIMIT\x10\x04\x12\x16\n\x12OUTCOME_UNVERIFIED\x10\x05\x12\x16\n\x12OUTCOME_INDEFINITE\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,16 +36,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRACEOFRESULT_PROVENANCEENTRY']._loaded_options = None
   _globals['_TRACEOFRESULT_PROVENANCEENTRY']._serialized_options = b'8\001'
-  _globals['_TRACEOFSPEC']._serialized_start=79
-  _globals['_TRACEOFSPEC']._serialized_end=304
-  _globals['_TRACEOFPROGRESS']._serialized_start=306
-  _globals['_TRACEOFPROGRESS']._serialized_end=401
-  _globals['_TRACEOFPROBE']._serialized_start=403
-  _globals['_TRACEOFPROBE']._serialized_end=499
-  _globals['_TRACEOFRESULT']._serialized_start=502
-  _globals['_TRACEOFRESULT']._serialized_end=1143
-  _globals['_TRACEOFRESULT_PROVENANCEENTRY']._serialized_start=912
-  _globals['_TRACEOFRESULT_PROVENANCEENTRY']._serialized_end=961
-  _globals['_TRACEOFRESULT_OUTCOME']._serialized_start=964
-  _globals['_TRACEOFRESULT_OUTCOME']._serialized_end=1143
+  _globals['_TRACEOFSPEC']._serialized_start=99
+  _globals['_TRACEOFSPEC']._serialized_end=324
+  _globals['_TRACEOFPROGRESS']._serialized_start=326
+  _globals['_TRACEOFPROGRESS']._serialized_end=421
+  _globals['_TRACEOFPROBE']._serialized_start=423
+  _globals['_TRACEOFPROBE']._serialized_end=519
+  _globals['_TRACEOFRESULT']._serialized_start=522
+  _globals['_TRACEOFRESULT']._serialized_end=1251
+  _globals['_TRACEOFRESULT_PROVENANCEENTRY']._serialized_start=1020
+  _globals['_TRACEOFRESULT_PROVENANCEENTRY']._serialized_end=1069
+  _globals['_TRACEOFRESULT_OUTCOME']._serialized_start=1072
+  _globals['_TRACEOFRESULT_OUTCOME']._serialized_end=1251
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hvp_protos.v1 import density_pb2 as _density_pb2
 from hvp_protos.v1 import operator_pb2 as _operator_pb2
+from hvp_protos.v1 import trace_pb2 as _trace_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -245,6 +246,9 @@ class TraceOfResult(_message.Message):
     PROBES_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
+    SPECTRUM_LOW_FIELD_NUMBER: _builtins.int
+    SPECTRUM_HIGH_FIELD_NUMBER: _builtins.int
     value: _builtins.float
     """NaN where there is none."""
     standard_error: _builtins.float
@@ -267,6 +271,11 @@ class TraceOfResult(_message.Message):
     """Ends of the Ritz values of A, without damping."""
     largest: _builtins.float
     loss: _builtins.float
+    spectrum_low: _builtins.float
+    """Bounds below and above the spectrum of A, which the probes' bounds rest on; infinite where they
+    need none.
+    """
+    spectrum_high: _builtins.float
     @_builtins.property
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceOfProbe]:
         """In the order of their seeds."""
@@ -274,6 +283,13 @@ class TraceOfResult(_message.Message):
     @_builtins.property
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Origin of the figures: versions, digests, dtype, seed."""
+
+    @_builtins.property
+    def levels(self) -> _containers.RepeatedCompositeFieldContainer[_trace_pb2.TraceResult.Level]:
+        """Running means over the probes, with which a job that extends this one goes on: of value, low and
+        high, of what steps leave open between these and of what rounding does, for the matrix over its
+        order. None where there is no value, or one of coarse products alone.
+        """
 
     def __init__(
         self,
@@ -294,10 +310,13 @@ class TraceOfResult(_message.Message):
         probes: _abc.Iterable[Global___TraceOfProbe] | None = ...,
         loss: _builtins.float = ...,
         provenance: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        levels: _abc.Iterable[_trace_pb2.TraceResult.Level] | None = ...,
+        spectrum_low: _builtins.float = ...,
+        spectrum_high: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "largest", b"largest", "loss", b"loss", "low", b"low", "num_exact_products", b"num_exact_products", "num_probes", b"num_probes", "num_products", b"num_products", "num_steps", b"num_steps", "outcome", b"outcome", "probes", b"probes", "provenance", b"provenance", "quadrature_error", b"quadrature_error", "rounding", b"rounding", "smallest", b"smallest", "standard_error", b"standard_error", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "largest", b"largest", "levels", b"levels", "loss", b"loss", "low", b"low", "num_exact_products", b"num_exact_products", "num_probes", b"num_probes", "num_products", b"num_products", "num_steps", b"num_steps", "outcome", b"outcome", "probes", b"probes", "provenance", b"provenance", "quadrature_error", b"quadrature_error", "rounding", b"rounding", "smallest", b"smallest", "spectrum_high", b"spectrum_high", "spectrum_low", b"spectrum_low", "standard_error", b"standard_error", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 from hvp_operations.students_t import student_t
+from hvp_operations.trace import Level
 from torch import Tensor
 
 
@@ -69,6 +70,21 @@ class Moments:
         """The moments of no samples of `num_parts` numbers each."""
         zeros = torch.zeros(num_parts, dtype=torch.float64)
         return cls(zeros, zeros.clone())
+
+    @classmethod
+    def restored(cls, level: Level) -> Moments:
+        """The moments that were written down."""
+        mean, squares = (
+            torch.tensor(each, dtype=torch.float64) for each in (level.means, level.squares)
+        )
+        return cls(mean, squares, level.count)
+
+    @property
+    def level(self) -> Level:
+        """The moments, written down."""
+        return Level(
+            means=tuple(self.mean.tolist()), squares=tuple(self.squares.tolist()), count=self.count
+        )
 
     def add(self, sample: Tensor) -> None:
         """Take in one more sample, (p,) float64."""

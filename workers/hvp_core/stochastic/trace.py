@@ -98,7 +98,7 @@ class Trace(Algorithm[TraceState]):
             case "exact":
                 state.num_coordinates = 0
         if self.earlier is not None:
-            state.samples, state.corrections = map(_moments, self.earlier.levels)
+            state.samples, state.corrections = map(Moments.restored, self.earlier.levels)
             state.num_drawn = state.num_sizes = state.samples.count
             state.size = self.earlier.size
         return state
@@ -162,21 +162,4 @@ class Trace(Algorithm[TraceState]):
         """What an extension goes on from; nothing where the answer is made of other things."""
         if self.choice.method != "hutchinson" or state.num_coordinates >= 0:
             return ()
-        return _level(state.samples), _level(state.corrections)
-
-
-def _moments(level: Level) -> Moments:
-    """Running means as they were."""
-    mean, squares = (
-        torch.tensor(each, dtype=torch.float64) for each in (level.means, level.squares)
-    )
-    return Moments(mean, squares, level.count)
-
-
-def _level(moments: Moments) -> Level:
-    """Running means, written down."""
-    return Level(
-        means=tuple(moments.mean.tolist()),
-        squares=tuple(moments.squares.tolist()),
-        count=moments.count,
-    )
+        return state.samples.level, state.corrections.level

@@ -43,7 +43,7 @@ from hvp_core.stochastic.density_probe import Probe
 from hvp_core.stochastic.functions import Bracket, Ends, bracket, is_indefinite, needs_ends
 from hvp_core.stochastic.probing import FEWEST
 from hvp_core.stochastic.quadrature import Jacobi, Rule
-from hvp_core.stochastic.trace_of_state import Standing, TraceOfState
+from hvp_core.stochastic.trace_of_state import Standing, TraceOfState, gone_on
 from hvp_core.vectors.vector_space import VectorSpace
 
 #: The probability with which an end of the spectrum is wrong.
@@ -80,12 +80,14 @@ class TraceOf(Algorithm[TraceOfState]):
         num_steps: Steps of each probe, at most.
         num_together: Lanczos runs that go in lockstep.
         max_products: Upper bound on products.
+        earlier: Result whose probes are the first ones; None where there is none.
     """
 
     spec: TraceOfSpec
     num_steps: int
     num_together: int
     max_products: int
+    earlier: TraceOfResult | None = None
 
     @classmethod
     def configure(cls, spec: TraceOfSpec, operator: LinearOperator, budget: Budget) -> TraceOf:
@@ -100,10 +102,15 @@ class TraceOf(Algorithm[TraceOfState]):
             num_steps=num_steps,
             num_together=max(FEWEST_TOGETHER, min(fitting, paid)),
             max_products=budget.max_products,
+            earlier=budget.earlier,
         )
 
     def begin(self, operator: LinearOperator) -> TraceOfState:
         """See Algorithm."""
+        if self.earlier is not None:
+            state = gone_on(self.earlier)
+            self._judge(operator.domain, state, is_short=False)
+            return state
         state = TraceOfState()
         if operator.semidefinite and not operator.noise:
             state.low_end = 0.0
@@ -220,7 +227,8 @@ class TraceOf(Algorithm[TraceOfState]):
     def _is_narrow(self, state: TraceOfState, so_far: Standing) -> bool:
         """Whether more steps would make the interval little narrower."""
         count = len(state.done) + len(state.probes)
-        affordable = max(count, self.max_products // state.num_steps)
+        known = 0 if self.earlier is None else len(self.earlier.probes)
+        affordable = max(count, known + self.max_products // state.num_steps)
         error = so_far.error * math.sqrt(count / affordable)
         share = _OF_COUNTS_ERROR if self.spec.function == "count" else _OF_ERROR
         least = share * error if math.isfinite(error) else 0.0
@@ -267,6 +275,7 @@ class TraceOf(Algorithm[TraceOfState]):
 
     def result(self, operator: LinearOperator, state: TraceOfState) -> Found:
         """See Algorithm."""
+        is_kept = state.is_verified and not state.is_indefinite
         found = state.samples.standing(operator.domain.dimension)
         if state.is_indefinite:
             found = Standing(math.nan, math.inf, -math.inf, math.inf, math.inf, 0.0)
@@ -288,6 +297,9 @@ class TraceOf(Algorithm[TraceOfState]):
                 num_products=state.num_products,
                 num_exact_products=state.num_exact,
                 probes=tuple(state.done),
+                levels=(state.samples.moments.level,) if is_kept else (),
+                spectrum_low=state.low_end,
+                spectrum_high=state.high_end,
                 provenance={
                     "seed": str(self.spec.seed),
                     "probe": "Philox4x32-10 by flat index, Rademacher",

@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 
 import torch
 from hvp_operations.density import Quadrature
-from hvp_operations.trace_of import TraceOfProbe
+from hvp_operations.trace_of import TraceOfProbe, TraceOfResult
 
 from hvp_core.stochastic.density_probe import Probe
 from hvp_core.stochastic.functions import Bracket
@@ -168,3 +168,26 @@ class TraceOfState:
         for probe in self.probes:
             self.orthogonality_defect = max(self.orthogonality_defect, probe.defect)
         self.probes, self.scout = [], None
+
+
+def gone_on(earlier: TraceOfResult) -> TraceOfState:
+    """The state that a result was made of, with products that are counted anew."""
+    lows, highs = ([getattr(each, end) for each in earlier.probes] for end in ("low", "high"))
+    samples = Samples(
+        moments=Moments.restored(earlier.levels[0]),
+        is_open_below=any(map(math.isinf, lows)),
+        is_open_above=any(map(math.isinf, highs)),
+        is_open=math.isinf(earlier.quadrature_error),
+    )
+    return TraceOfState(
+        low_end=earlier.spectrum_low,
+        high_end=earlier.spectrum_high,
+        samples=samples,
+        done=list(earlier.probes),
+        value=earlier.value,
+        error=earlier.standard_error,
+        smallest=earlier.smallest,
+        largest=earlier.largest,
+        num_drawn=len(earlier.probes),
+        num_steps=earlier.num_steps,
+    )
