@@ -12,6 +12,10 @@ SpecT = TypeVar("SpecT")
 #: The space of the vectors that an operator takes, or that of those which it gives.
 Side = Literal["domain", "codomain"]
 
+#: Begins the names under which an extension is given the vectors of the earlier result, with the
+#: result's own field behind it; no field of a spec has a dot in its name.
+EARLIER = "earlier."
+
 #: Kinds of matrices that may have negative eigenvalues; the others are sums of squares.
 INDEFINITE = frozenset({"hessian"})
 
@@ -140,12 +144,15 @@ class Extension(Generic[SpecT]):
             from and what to do, as a sentence; "" where there is something.
         takes_result: Whether the algorithm needs the earlier result (`Budget.earlier`); otherwise
             the vectors of `Input.taken_from` are all.
+        vectors: Fields of the earlier result whose vectors the algorithm needs beside it; they are
+            among `Budget.inputs` behind `EARLIER`.
         new_seed: Whether the seed has to differ, and the SDK counts it up.
     """
 
     fields: tuple[str, ...]
     refusal: Callable[[SpecT, Any], str] = lambda spec, result: ""
     takes_result: bool = False
+    vectors: tuple[str, ...] = ()
     new_seed: bool = False
 
 

@@ -111,6 +111,25 @@ def test_a_trace_of_a_function_is_extended_by_probes(H: Operator) -> None:
     assert (nothing.num_products, nothing.value) == (0, result.value)
 
 
+def test_a_diagonal_is_extended_from_vectors_that_the_new_job_keeps(H: Operator) -> None:
+    job = H.diagonal("hutchinson", rtol=1e-6, max_products=24, per="layer", seed=1)
+    first = job.result()
+    longer = job.extend(max_products=16)
+    job.delete()
+    result = longer.result()
+    assert (result.num_products, result.num_probes, result.num_samples) == (16, 40, 40)
+    whole = H.diagonal("hutchinson", rtol=1e-6, max_products=40, per="layer", seed=1).result()
+    for name in ("diagonal", "standard_error"):
+        mine, other = (getattr(each, name).numpy() for each in (result, whole))
+        np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-12)
+    for part, other in zip(result.parts, whole.parts, strict=True):
+        np.testing.assert_allclose((part.low, part.high), (other.low, other.high), rtol=1e-9)
+    with pytest.raises(NotFoundError):
+        first.diagonal.numpy()
+    with pytest.raises(NotFoundError):
+        job.extend(max_products=16)
+
+
 def test_a_search_and_a_solve_go_on_from_what_they_found(H: Operator) -> None:
     job = H.eigsh(3, "LM", tol=1e-4)
     first = job.result()
@@ -151,6 +170,11 @@ def test_what_cannot_be_extended_is_refused_and_says_what_can(H: Operator) -> No
     sketched.result()
     with pytest.raises(FailedPreconditionError, match="only a job by hutchinson"):
         sketched.extend(max_products=20)
+    known = H.diagonal("xdiag", max_products=24, rtol=1e-9)
+    for vector in (known.result().diagonal, known.result().standard_error):
+        vector.delete()
+    with pytest.raises(NotFoundError):
+        known.extend(max_products=24)
     failed = H.eigsh(1, v0=H.random_vector(seed=1) * 0.0)
     with pytest.raises(JobFailedError):
         failed.result()

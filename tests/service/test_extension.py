@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from hvp_operations.density import DensityResult
+from hvp_operations.diagonal import DiagonalSpec
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
 from hvp_service.calls.errors import ServiceError
@@ -15,7 +17,8 @@ from hvp_service.calls.names import Name
 from hvp_service.calls.paging import PageRequest
 from hvp_service.jobs import service as jobs
 from hvp_service.jobs.messages import job_message
-from hvp_service.jobs.store import Job
+from hvp_service.jobs.rows import read_spec, spec_row
+from hvp_service.jobs.store import Job, JobSpec
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.database import jobs as rows
 from hvp_service.storage.state_dir import StateDir
@@ -226,3 +229,21 @@ async def test_a_job_without_what_it_goes_on_from_does_not_begin_from_nothing(
     failed = await until(deps, longer.name, "FAILED")
     assert failed.error is not None
     assert failed.error.reason == "JOB_UNREADABLE"
+
+
+async def test_the_vectors_of_an_earlier_result_are_in_the_row_of_the_job_that_needs_them(
+    deps: Dependencies,
+) -> None:
+    ref = await make_operator(deps)
+    named = {"diagonal": ("projects/p/vectors/a",), "standard_error": ("projects/p/vectors/b",)}
+    asked = JobSpec(operation="diagonal", operator=ref, spec=DiagonalSpec(), earlier=named)
+    assert [str(name) for names in asked.inputs.values() for name in names] == [
+        "projects/p/vectors/a",
+        "projects/p/vectors/b",
+    ]
+    row = json.loads(json.dumps(spec_row(asked)))
+    assert read_spec(row) == asked
+    assert read_spec(row | {"earlier": ["a"]}) is None
+    assert read_spec(row | {"later": {}}) is None
+    plain = spec_row(replace(asked, earlier={}))
+    assert plain.keys() == {"operation", "operator", "spec"}  # as earlier versions read it

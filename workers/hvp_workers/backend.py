@@ -445,7 +445,8 @@ class Backend(ABC):
             spec: Spec of the operation, checked.
             outputs: Names for the vectors that belong to the result, as many as it can have. The
                 first ones are taken, as many as `Result.vector_counts` says in all.
-            inputs: Names of the vectors that the spec names, by its fields; the run reads them.
+            inputs: Names of the vectors that the spec names, by its fields, and of those of the
+                earlier result, by its fields behind `EARLIER`; the run reads them.
             earlier: Result that the run goes on from, where the operation's extension takes one.
 
         Raises:

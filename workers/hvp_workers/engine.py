@@ -27,7 +27,7 @@ from hvp_core.sharding.collective import Collective
 from hvp_core.vectors.output_space import OutputSpace
 from hvp_core.vectors.space import ShardedSpace
 from hvp_operations.checking import checked
-from hvp_operations.operation import Facts, Result, Side, SpecError, load
+from hvp_operations.operation import EARLIER, Facts, Result, Side, SpecError, load
 from hvp_operations.registry import operations
 
 from hvp_workers import backend as api
@@ -366,7 +366,8 @@ class RankEngine:
             operator: The operator that the question is about.
             operation: Name of the operation.
             spec: Spec of the operation.
-            inputs: Names of the vectors that the spec names, by field; none where it is left out.
+            inputs: Names of the vectors that the spec names, by field; none where it is left out;
+                and those of the result that the run goes on from, behind `EARLIER`.
             earlier: Result that the run goes on from; None for a run of its own.
 
         Raises:
@@ -395,6 +396,11 @@ class RankEngine:
             )
             for each in declared.inputs
         }
+        if earlier is not None and declared.extension is not None:
+            for field in declared.extension.vectors:
+                side = "codomain" if field in declared.result.of_codomain else "domain"
+                name = f"{EARLIER}{field}"
+                given[name] = tuple(self._shards(getattr(operator, side), inputs.get(name, ())))
         cost = declared.cost(spec, facts)
         vector_bytes = self._vector_bytes(operator)
         # What the first product will keep has to fit beside the run's own vectors.

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
 from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
+from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
 from hvp_operations.rules import SEED_RULE, of_estimates
 from hvp_operations.trace import TOGETHER, Outcome, Per, TracePart
 
@@ -107,6 +107,10 @@ class DiagonalResult(Result):
         num_probes: Random vectors that the estimate is made of.
         num_exact_products: Products with the exact operator, where the others are coarser.
         parts: Sums over the parts of the diagonal, in canonical order.
+        num_samples: Samples of random signs of which the estimate is the plain mean, with which an
+            extension goes on; 0 where it is made otherwise.
+        num_corrections: Random vectors whose products were taken of both operators, in this run and
+            those before it.
     """
 
     norm: float
@@ -119,6 +123,8 @@ class DiagonalResult(Result):
     num_probes: int
     num_exact_products: int = 0
     parts: tuple[TracePart, ...] = ()
+    num_samples: int = 0
+    num_corrections: int = 0
 
     vectors: ClassVar[tuple[str, ...]] = ("diagonal", "standard_error")
 
@@ -194,6 +200,17 @@ def _headline(spec: DiagonalSpec) -> str:
     return f"diagonal{blocks} by {spec.method} to {spec.rtol:g}"
 
 
+def _refusal(spec: DiagonalSpec, result: DiagonalResult) -> str:
+    """Why there is nothing to go on from; "" where there is something."""
+    if not result.relative_standard_error:
+        return "its standard error is 0: more random vectors would add nothing"
+    if result.outcome == "UNVERIFIED" and not result.num_samples:
+        return "its products were coarse and not compared with exact ones; ask anew"
+    if result.method == "hutchinson" and result.num_exact_products > result.num_corrections:
+        return "its answer is another version's; ask anew"
+    return ""
+
+
 OPERATION = Operation(
     name="diagonal",
     summary="Estimate the diagonal, and its sums per layer, with standard errors.",
@@ -206,4 +223,10 @@ OPERATION = Operation(
     algorithm="hvp_core.stochastic.diagonal:Diagonal",
     record="hvp_operations.diagonal.record:DiagonalResult",
     has_picture=True,
+    extension=Extension(
+        fields=("rtol", "atol", "max_products"),
+        refusal=_refusal,
+        takes_result=True,
+        vectors=("diagonal", "standard_error"),
+    ),
 )

@@ -42,6 +42,10 @@ class DiagonalResult(Generic[VectorT]):
         num_products: Operator products spent.
         num_exact_products: Of them, those with the exact operator, where the others are coarser.
         parts: Sums over the parts of the diagonal, in canonical order, each with a 95 % interval.
+        num_samples: Samples of random signs of which the estimate is the plain mean, with which an
+            extension goes on; 0 where it is made otherwise.
+        num_corrections: Random vectors whose products were taken of both operators, in this run and
+            those before it.
         loss: L(θ), in nats.
         provenance: Origin of the figures: versions, digests, dtype, seed.
     """
@@ -61,6 +65,8 @@ class DiagonalResult(Generic[VectorT]):
     parts: Sequence[TracePart]
     loss: float
     provenance: Mapping[str, str]
+    num_samples: int = 0
+    num_corrections: int = 0
 
     @property
     def converged(self) -> bool:

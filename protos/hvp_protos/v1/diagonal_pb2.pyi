@@ -175,6 +175,8 @@ class DiagonalResult(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    NUM_CORRECTIONS_FIELD_NUMBER: _builtins.int
     norm: _builtins.float
     """Norm of the diagonal: the root of what the estimate's square is beyond the standard error's."""
     relative_standard_error: _builtins.float
@@ -193,6 +195,12 @@ class DiagonalResult(_message.Message):
     num_exact_products: _builtins.int
     """Of them, those taken of the exact operator, where the others are coarser."""
     loss: _builtins.float
+    num_samples: _builtins.int
+    """Samples of random signs of which the estimate is the plain mean, with which a job that extends
+    this one goes on; 0 where it is made otherwise.
+    """
+    num_corrections: _builtins.int
+    """Random vectors whose products were taken of both operators, in this run and those before it."""
     @_builtins.property
     def diagonal(self) -> _vector_pb2.Vector:
         """The estimate."""
@@ -229,10 +237,12 @@ class DiagonalResult(_message.Message):
         parts: _abc.Iterable[_trace_pb2.TracePart] | None = ...,
         loss: _builtins.float = ...,
         provenance: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        num_samples: _builtins.int = ...,
+        num_corrections: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["diagonal", b"diagonal", "standard_error", b"standard_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diagonal", b"diagonal", "interval_factor", b"interval_factor", "loss", b"loss", "method", b"method", "norm", b"norm", "num_exact_products", b"num_exact_products", "num_probes", b"num_probes", "num_products", b"num_products", "outcome", b"outcome", "parts", b"parts", "provenance", b"provenance", "reason", b"reason", "relative_standard_error", b"relative_standard_error", "rounding", b"rounding", "standard_error", b"standard_error"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diagonal", b"diagonal", "interval_factor", b"interval_factor", "loss", b"loss", "method", b"method", "norm", b"norm", "num_corrections", b"num_corrections", "num_exact_products", b"num_exact_products", "num_probes", b"num_probes", "num_products", b"num_products", "num_samples", b"num_samples", "outcome", b"outcome", "parts", b"parts", "provenance", b"provenance", "reason", b"reason", "relative_standard_error", b"relative_standard_error", "rounding", b"rounding", "standard_error", b"standard_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,10 +21,12 @@ class Earlier:
     Attributes:
         job: The job; None where a job is one of its own.
         values: Values of the spec that are its result's: names of vectors, by field.
+        vectors: Names of the vectors that the algorithm needs beside the result, by its fields.
     """
 
     job: Job | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def check(self, asked: JobSpec) -> Result | None:
         """Check that a job asks what the earlier one did, as far as its extension says.
@@ -89,12 +91,12 @@ async def earlier_of(
         )
     if name.project != project or job.spec.operation != operation:
         raise _mismatch("extends", job, f"asks for {operation}, which is another question than")
-    _extension(job)
+    needed = {each: _vectors(job, each) for each in _extension(job).vectors}
     taken = {}
     for each in job.spec.declared.inputs:
         if each.taken_from and not values.get(each.field):
             taken[each.field] = _vectors(job, each.taken_from)
-    return Earlier(job=job, values=taken)
+    return Earlier(job=job, values=taken, vectors=needed)
 
 
 def _question(job: Job) -> JobSpec:

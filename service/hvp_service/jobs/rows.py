@@ -42,6 +42,8 @@ class _Frame:
 
 
 _OPERATOR: Final = TypeAdapter(OperatorRef)
+_OF_SPEC: Final = frozenset({"operation", "operator", "spec"})
+_NAMES: Final = TypeAdapter(dict[str, tuple[str, ...]])
 _PROGRESS: Final = TypeAdapter(RunProgress)
 _FRAME: Final = TypeAdapter(_Frame)
 ERROR: Final = TypeAdapter(JobError)
@@ -111,11 +113,14 @@ def read_event(row: sa.Row[Any]) -> JobEvent:
 
 def spec_row(spec: JobSpec) -> dict[str, Any]:
     """The value of a spec's column."""
-    return {
+    row = {
         "operation": spec.operation,
         "operator": _OPERATOR.dump_python(spec.operator, mode="json"),
         "spec": asdict(spec.spec),
     }
+    if spec.earlier:
+        row["earlier"] = {field: list(names) for field, names in spec.earlier.items()}
+    return row
 
 
 def progress_row(progress: RunProgress) -> dict[str, Any]:
@@ -160,11 +165,12 @@ def _results(operation: str) -> TypeAdapter[Result]:
 
 def read_spec(stored: Any) -> JobSpec | None:
     """Read a spec; None unless this version knows all of it: a part would be another question."""
-    if not (isinstance(stored, dict) and stored.keys() == {"operation", "operator", "spec"}):
+    if not (isinstance(stored, dict) and stored.keys() - {"earlier"} == _OF_SPEC):
         return None
     declared = operations().get(str(stored["operation"]))  # whatever a damaged row has there
     operator = _read(_OPERATOR, stored["operator"])
-    if declared is None or operator is None:
+    earlier = _read(_NAMES, stored.get("earlier", {}))
+    if declared is None or operator is None or earlier is None:
         return None
     if not _names_all(_OPERATOR.dump_python(operator), stored["operator"]):
         return None
@@ -174,7 +180,7 @@ def read_spec(stored: Any) -> JobSpec | None:
         spec = typed(declared, stored["spec"])
     except SpecError:
         return None
-    return JobSpec(operation=declared.name, operator=operator, spec=spec)
+    return JobSpec(operation=declared.name, operator=operator, spec=spec, earlier=earlier)
 
 
 def read_progress(stored: Any) -> RunProgress | None:

@@ -35,7 +35,11 @@ def job_id(project: str, request_id: str) -> str:
 
 @contextlib.asynccontextmanager
 async def _asked(
-    deps: Dependencies, operation: str | None, operator: OperatorRef, values: Mapping[str, Any]
+    deps: Dependencies,
+    operation: str | None,
+    operator: OperatorRef,
+    values: Mapping[str, Any],
+    earlier: Mapping[str, tuple[str, ...]],
 ) -> AsyncIterator[tuple[JobSpec, ResolvedOperator]]:
     """Check a question, for a block until whose end the files of its operator and its vectors stay.
 
@@ -58,7 +62,9 @@ async def _asked(
                 field=f"{where}.{error.field}",
                 metadata=error.metadata,
             ) from None
-        asked = JobSpec(operation=operation, operator=resolved.filled(operator), spec=spec)
+        asked = JobSpec(
+            operation=operation, operator=resolved.filled(operator), spec=spec, earlier=earlier
+        )
         async with using_inputs(deps.vectors, asked, resolved):
             yield asked, resolved
 
@@ -99,7 +105,8 @@ async def create(
     """
     earlier = await earlier_of(deps.jobs, name.project, extends, operation, values)
     values = {**values, **earlier.values}
-    async with _asked(deps, operation, operator, values) as (asked, resolved):
+    asking = _asked(deps, operation, operator, values, earlier.vectors)
+    async with asking as (asked, resolved):
         result = earlier.check(asked)
         check_labels(labels)
         pace = await deps.jobs.pace(name.project, asked.operator)

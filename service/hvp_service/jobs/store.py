@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hvp_operations.operation import Operation, Result
+from hvp_operations.operation import EARLIER, Operation, Result
 from hvp_operations.registry import operations
 from hvp_workers.backend import RunProgress
 
@@ -38,11 +38,14 @@ class JobSpec:
         operation: Name of the operation.
         operator: The operator that the question is about.
         spec: The operation's own spec, checked.
+        earlier: Names of the vectors of the result that the question goes on from and needs, by
+            that result's fields.
     """
 
     operation: str
     operator: OperatorRef
     spec: Any
+    earlier: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def declared(self) -> Operation[Any]:
@@ -51,12 +54,16 @@ class JobSpec:
 
     @property
     def inputs(self) -> Mapping[str, tuple[Name, ...]]:
-        """The vectors that the question names, by field, and its operator's under PRECONDITION.
+        """The vectors that the question needs.
+
+        Those that it names are by field, its operator's under PRECONDITION, and those of the result
+        that it goes on from behind EARLIER.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND: no vector could ever have that name.
         """
         named = dict(self.declared.named(self.spec))
+        named |= {f"{EARLIER}{field}": names for field, names in self.earlier.items()}
         if self.operator.precondition:
             named[PRECONDITION] = (self.operator.precondition,)
         return {

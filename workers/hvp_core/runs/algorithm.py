@@ -23,8 +23,9 @@ class Budget:
         max_products: Products with the operator.
         num_vectors: Vectors that the run may hold beside the operator's own; at least the
             operation's `least_vectors`.
-        inputs: The vectors that the spec names, (local,) each, by its fields; read, never written
-            to, and not among the `num_vectors`.
+        inputs: The vectors that the spec names, (local,) each, by its fields, and those of the
+            earlier result that the operation's extension needs, by its fields behind `EARLIER`;
+            read, never written to, and not among the `num_vectors`.
         earlier: Result of the same question that the run goes on from; None for a run of its own.
     """
 

@@ -16,21 +16,25 @@ The interval
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast, final
 
+import torch
 from hvp_operations.diagonal import DiagonalProgress, DiagonalResult, DiagonalSpec
+from hvp_operations.operation import EARLIER
 from hvp_operations.trace import Outcome
 
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found
 from hvp_core.stochastic.block_traces import block_traces
 from hvp_core.stochastic.diagonal_choice import chosen
+from hvp_core.stochastic.diagonal_known import Known, joined, joined_sums
 from hvp_core.stochastic.diagonal_methods import DiagonalRun, DiagonalState, stepper
 from hvp_core.stochastic.probing import Choice, blocks, judge, method_told
 from hvp_core.stochastic.samples import Moments
-from hvp_core.stochastic.vector_moments import VectorMoments
+from hvp_core.stochastic.vector_moments import VectorEstimate, VectorMoments
 from hvp_core.stochastic.xdiag import XDiagSketch
+from hvp_core.vectors.vector_space import VectorSpace
 
 
 @final
@@ -52,17 +56,30 @@ class Diagonal(Algorithm[DiagonalState]):
         spec: The request.
         choice: The method and its sizes.
         max_products: Upper bound on products.
+        known: The estimate of the run that this one goes on from; None where there is none.
     """
 
     spec: DiagonalSpec
     choice: Choice
     max_products: int
+    known: Known | None = None
 
     @classmethod
     def configure(cls, spec: DiagonalSpec, operator: LinearOperator, budget: Budget) -> Diagonal:
         """See Algorithm."""
-        choice = chosen(spec, operator, budget)
-        return cls(spec=spec, choice=choice, max_products=budget.max_products)
+        known = None
+        if budget.earlier is not None:
+            (value,), (error,) = (
+                budget.inputs[f"{EARLIER}{each}"] for each in ("diagonal", "standard_error")
+            )
+            known = Known(budget.earlier, value, error)
+        if known is None or not known.is_mean:
+            choice = chosen(spec, operator, budget)
+        else:  # what it has are samples of this method
+            choice = chosen(replace(spec, method="hutchinson"), operator, budget)
+            if spec.method != choice.method == "hutchinson":
+                choice = replace(choice, reason="it goes on from samples of this method")
+        return cls(spec=spec, choice=choice, max_products=budget.max_products, known=known)
 
     def begin(self, operator: LinearOperator) -> DiagonalState:
         """See Algorithm."""
@@ -78,7 +95,21 @@ class Diagonal(Algorithm[DiagonalState]):
             state.num_coordinates = 0
         elif choice.num_rows:
             state.sketch = XDiagSketch.begin(space, choice.num_rows)
+        if self.known is not None:
+            self._go_on(space, state, self.known)
         return state
+
+    @staticmethod
+    def _go_on(space: VectorSpace, state: DiagonalState, known: Known) -> None:
+        """Begin where an earlier run ended."""
+        state.num_drawn = known.result.num_probes
+        state.num_compared = known.result.num_corrections
+        if known.is_mean:
+            known.restore(state.samples, state.part_samples)
+            state.num_sizes = state.samples.count
+            state.size = known.size(torch.finfo(space.dtype).eps) * state.num_sizes
+        else:
+            state.known_error = known.error_norm(space)
 
     def _run(self, operator: LinearOperator, state: DiagonalState) -> DiagonalRun:
         return DiagonalRun(self.spec, self.choice, self.max_products, operator, state)
@@ -90,7 +121,7 @@ class Diagonal(Algorithm[DiagonalState]):
         run = self._run(operator, state)
         method = stepper(run)
         stage = method.step()
-        estimate = method.estimate()
+        estimate, _ = self._whole(run, method.estimate())
         detail = DiagonalProgress(num_probes=state.num_probes)
         if estimate is not None:
             norm, error = estimate.norms(run.space)
@@ -103,12 +134,20 @@ class Diagonal(Algorithm[DiagonalState]):
         """See Algorithm."""
         run = self._run(operator, state)
         method = stepper(run)
-        estimate = method.estimate()
-        assert estimate is not None  # an outcome is one of something
-        noise = run.rounding(method.rest)
-        norm, error = estimate.norms(run.space)
         told, reason = method_told(self.choice, state)
-        sums = method.sums(estimate) if run.blocks else None
+        made = method.estimate()
+        assert made is not None  # an outcome is one of something
+        sums = method.sums(made) if run.blocks else None
+        estimate, share = self._whole(run, made)
+        assert estimate is not None
+        noise = run.rounding(method.rest)
+        if share < 1:
+            assert self.known is not None
+            noise = share * noise + (1 - share) * self.known.result.rounding
+            reason += "; the answer is the mean with that of the job that it goes on from"
+            if sums is not None:
+                sums = joined_sums(self.known, sums, share)
+        norm, error = estimate.norms(run.space)
         of_sums = noise * math.sqrt(run.space.dimension)
         return Found(
             result=DiagonalResult(
@@ -123,12 +162,29 @@ class Diagonal(Algorithm[DiagonalState]):
                 num_products=state.num_products,
                 num_exact_products=state.num_exact,
                 parts=block_traces(run, sums, of_sums) if sums is not None else (),
+                num_samples=self._num_samples(state),
+                num_corrections=state.num_compared + state.num_corrections,
                 provenance={
                     "seed": str(self.spec.seed),
                     "probe": "Philox4x32-10 by flat index, Rademacher",
                     "probes_in_lockstep": str(self.choice.num_together),
                     **({"sketch_vectors": str(state.sketch.num_probes)} if state.sketch else {}),
+                    **({"share_of_this_run": f"{share:.3f}"} if share < 1 else {}),
                 },
             ),
             vectors=(estimate.value, estimate.error),
         )
+
+    def _whole(
+        self, run: DiagonalRun, made: VectorEstimate | None
+    ) -> tuple[VectorEstimate | None, float]:
+        """What is known, with an earlier estimate that was none of samples, and the run's share."""
+        if made is None or self.known is None or self.known.is_mean:
+            return made, 1.0
+        return joined(run.space, self.known, made)
+
+    def _num_samples(self, state: DiagonalState) -> int:
+        """The samples that the estimate is the plain mean of; 0 where it is made otherwise."""
+        is_other = self.choice.method != "hutchinson" or state.num_coordinates >= 0
+        is_joined = self.known is not None and not self.known.is_mean
+        return 0 if is_other or is_joined or state.num_corrections > 1 else state.samples.count

@@ -20,6 +20,7 @@ from torch import Tensor
 from hvp_core.krylov.orthogonality import finite_norm
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.stochastic.block_traces import Standing
+from hvp_core.stochastic.diagonal_known import joined_error
 from hvp_core.stochastic.probing import FEWEST, Probing, Seen, Stepper, Turns
 from hvp_core.stochastic.samples import Moments, combined
 from hvp_core.stochastic.two_levels import COARSE_SHARE, TwoLevels
@@ -41,6 +42,9 @@ class DiagonalState(Seen):
         part_corrections: The same of the differences.
         sketch: The sketch at hand; None where the method is another.
         is_grown: Whether the sketch grows no more.
+        num_compared: Corrections that earlier runs took samples for.
+        known_error: Norm of the standard error of an earlier estimate that the new one is averaged
+            with; infinite where there is none.
         foreseen: Variance, over all elements, that the end of the budget would bring if the sketch
             grew no more; infinite before that is known.
     """
@@ -51,6 +55,8 @@ class DiagonalState(Seen):
     part_corrections: Moments
     sketch: XDiagSketch | None = None
     is_grown: bool = False
+    num_compared: int = 0
+    known_error: float = math.inf
     foreseen: float = math.inf
 
     @property
@@ -128,10 +134,16 @@ class Hutchinson(Method, TwoLevels):
         """See TwoLevels."""
         return self.run.state.num_corrections
 
+    @property
+    def num_compared(self) -> int:
+        """See TwoLevels."""
+        return self.run.state.num_compared + self.run.state.num_corrections
+
     def is_known(self) -> bool:
         """See TwoLevels."""
-        norm, error = self.run.state.samples.estimate().norms(self.run.space)
-        return error <= COARSE_SHARE * self.run.tolerance(norm)
+        state = self.run.state
+        norm, error = state.samples.estimate().norms(self.run.space)
+        return joined_error(state.known_error, error) <= COARSE_SHARE * self.run.tolerance(norm)
 
     def sample(self, vectors: Sequence[Tensor]) -> None:
         """See TwoLevels."""

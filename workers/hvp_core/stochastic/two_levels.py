@@ -36,6 +36,11 @@ class TwoLevels(Stepper):
     def num_corrections(self) -> int:
         """Number of samples of the difference of exact and coarse products."""
 
+    @property
+    def num_compared(self) -> int:
+        """Number of random vectors of corrections so far, those of earlier runs among them."""
+        return self.num_corrections
+
     @abstractmethod
     def is_known(self) -> bool:
         """Whether the first level's error is within its share of the tolerance."""
@@ -83,7 +88,7 @@ class TwoLevels(Stepper):
         exact = run.exact()
         if not run.state.is_verified:
             return
-        first = _CORRECTION_SEEDS + self.num_corrections
+        first = _CORRECTION_SEEDS + self.num_compared
         count = max(1, min(run.choice.num_together, CORRECTIONS, run.remaining // 2))
         vectors = [run.vector(index, "rademacher") for index in range(first, first + count)]
         self.compare(exact, vectors)
