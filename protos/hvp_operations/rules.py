@@ -58,3 +58,10 @@ def of_basis(least: Callable[[Any, Facts], int], most: Callable[[Facts], int]) -
             f"{least(spec, facts)} to {most(facts)} are possible; left out, the server chooses"
         ),
     )
+
+
+def of_more(k: int, known: int) -> str:
+    """Why an extension cannot ask for k of what a job has so many of; "" where it can."""
+    if k >= known:
+        return ""
+    return f"k is {k}, and the job has {known} already; ask for {known} or more"

@@ -41,7 +41,9 @@ def found(
     num_vectors: int = PLENTY,
 ) -> Answer:
     operator = DenseOperator(operator) if isinstance(operator, Tensor) else operator
-    before = earlier and Found(result=earlier.result, vectors=[earlier.diagonal, earlier.error])
+    before = None
+    if earlier is not None:
+        before = Found(result=earlier.result, vectors=[earlier.diagonal, earlier.error])
     made = answer(going_on(OPERATION, spec, operator, before, num_vectors=num_vectors), operator)
     return Answer(made.result, *made.vectors)
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from hvp_operations.certificates import Completeness, Outcome
 from hvp_operations.checking import FIRST_SEED, Seed
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
-from hvp_operations.rules import SEED_RULE, of_basis
+from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
+from hvp_operations.rules import SEED_RULE, of_basis, of_more
 
 # About 440 bytes of a result are one triplet's, and a result travels as one message of 4 MiB.
 MAX_TRIPLETS = 5_000
@@ -80,7 +80,8 @@ class SvdsResult(Result):
         residuals: ‖J v − σ u‖ of each triplet, from a fresh product in float64.
         transposed_residuals: ‖Jᵀ u − σ v‖, likewise.
         outcome: How the search ended.
-        adjoint_defect: |u·Jv − v·Jᵀu| relative to the products' norms, over the run's own vectors.
+        adjoint_defect: |u·Jv − v·Jᵀu| relative to the products' norms, over the run's own vectors;
+            of an extension, over the triplets alone, relative to ‖J‖.
         error_bounds: Bound b of each triplet: [σ − b, σ + b] holds a singular value of the exact
             Jacobian; empty where nothing is claimed.
         completeness: Whether any of the wanted may have been missed.
@@ -183,4 +184,11 @@ OPERATION = Operation(
     algorithm="hvp_core.krylov.svds:Svds",
     record="hvp_operations.svds.record:SvdsResult",
     asked_of="jacobian",
+    extension=Extension(
+        fields=("k", "tol", "max_products", "seed", "num_lanczos_vectors"),
+        refusal=lambda spec, result: of_more(spec.k, len(result.singular_values)),
+        takes_result=True,
+        vectors=("u", "v"),
+        new_seed=True,
+    ),
 )

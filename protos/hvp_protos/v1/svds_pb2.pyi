@@ -230,7 +230,7 @@ class SvdsResult(_message.Message):
     outcome: Global___SvdsResult.Outcome.ValueType
     adjoint_defect: _builtins.float
     """|u.J v - v.J^T u| relative to the products' norms, over the run's own vectors: rounding shows here
-    first.
+    first. Of a job that extends another one, over the triplets alone, relative to ||J||.
     """
     num_products: _builtins.int
     loss: _builtins.float

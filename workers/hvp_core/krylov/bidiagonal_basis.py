@@ -9,6 +9,7 @@ projected matrix are those of A to rounding of ‖A‖, which those of AᵀA wou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -16,7 +17,13 @@ import torch
 from torch import Tensor
 
 from hvp_core.krylov.krylov_basis import rotate
-from hvp_core.krylov.orthogonality import finite_norm, orthogonalise, random_outside, rounding
+from hvp_core.krylov.orthogonality import (
+    finite_norm,
+    orthogonalise,
+    part_outside,
+    random_outside,
+    rounding,
+)
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import derived_seed
 from hvp_core.runs.snapshot import vectors_of_the_space
@@ -51,6 +58,8 @@ class BidiagonalBasis:
         size: Number of vectors of either basis whose products are known.
         num_starts: Number of random vectors that were drawn after the first one.
         adjoint_defect: Largest |u·Av − v·Aᵀu| met, relative to ‖Av‖ or ‖Aᵀu‖.
+        is_given: Whether some vectors were given (`settle`), whose products are known to a residual
+            only: the law then holds to that, and inner products with theirs show no rounding.
     """
 
     right: Tensor = field(metadata=vectors_of_the_space("num_right"))
@@ -64,6 +73,7 @@ class BidiagonalBasis:
     size: int = 0
     num_starts: int = 0
     adjoint_defect: float = 0.0
+    is_given: bool = False
 
     @classmethod
     def begin(
@@ -93,6 +103,38 @@ class BidiagonalBasis:
         )
         torch.div(start, finite_norm(domain, start), out=basis.right[0])
         return basis
+
+    def settle(
+        self,
+        domain: VectorSpace,
+        values: Sequence[float],
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        residuals: Sequence[float],
+        start: Tensor | None,
+    ) -> None:
+        """Take known singular triplets for the first vectors, without a product.
+
+        Args:
+            domain: Space of the right vectors.
+            values: Their values, fewer than the domain has dimensions.
+            left: Left singular vectors, orthonormal, (local,) each.
+            right: Right ones, likewise.
+            residuals: ‖Aᵀu − σv‖ of each.
+            start: The next right vector, in the place of a random one, (local,), read only.
+
+        Raises:
+            CurvatureError: NON_FINITE.
+        """
+        r = len(values)
+        for index in range(r):
+            self.left[index], self.right[index] = left[index], right[index]
+        self.B[range(r), range(r)] = torch.tensor(values, dtype=torch.float64)
+        self.size, self.is_given = r, r > 0
+        self.coupling = torch.zeros(r, dtype=torch.float64)
+        self.leaks = torch.diag(torch.tensor(residuals, dtype=torch.float64))
+        part = None if start is None else part_outside(domain, self.right[:r], start)
+        self.right[r] = self._random(domain, self.right[:r]) if part is None else part
 
     @property
     def num_right(self) -> int:
@@ -185,7 +227,7 @@ class BidiagonalBasis:
     def _note(self, defects: Tensor, norm: float) -> None:
         """Note how far inner products with a product differ from what they should be."""
         # Of a product that is rounding alone, every part is.
-        if len(defects) and norm > self.rounding * self._norm():
+        if not self.is_given and len(defects) and norm > self.rounding * self._norm():
             self.adjoint_defect = max(self.adjoint_defect, float(defects.max()) / norm)
 
     def _random(self, space: VectorSpace, known: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import final
 
 import torch
 from hvp_operations.certificates import Completeness, Outcome
+from hvp_operations.operation import EARLIER
 from hvp_operations.svds import WORKING_PAIRS, SvdsProgress, SvdsResult, SvdsSpec
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from hvp_core.krylov.bidiagonal_basis import BidiagonalBasis
 from hvp_core.krylov.lanczos_search import FAILURE
 from hvp_core.krylov.lanczos_state import Stage, Standing
 from hvp_core.krylov.orthogonality import finite_dots, finite_norm, rounding
+from hvp_core.krylov.svds_known import Triplets
 from hvp_core.krylov.svds_search import SvdsSearch
 from hvp_core.krylov.svds_state import Checked, SvdsState
 from hvp_core.linop.compositions import Transposed
@@ -51,6 +53,7 @@ class Svds(Algorithm[SvdsState]):
             least 4k.
         num_vectors: Vectors of either basis, k < num_vectors <= min(m, n) (k = num_vectors only
             where k = min(m, n)).
+        known: Triplets of the search that this one goes on from; None where there is none.
 
     Raises:
         ValueError: tol is 1 or more: any vectors would do.
@@ -59,6 +62,7 @@ class Svds(Algorithm[SvdsState]):
     spec: SvdsSpec
     max_products: int
     num_vectors: int
+    known: Triplets | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.spec.tol < 1:
@@ -69,18 +73,33 @@ class Svds(Algorithm[SvdsState]):
         """See Algorithm."""
         room = budget.num_vectors - WORKING_PAIRS - spec.k
         most = min(operator.domain.dimension, operator.codomain.dimension)
-        return cls(spec=spec, max_products=budget.max_products, num_vectors=min(room, most))
+        known = None
+        if budget.earlier is not None:
+            u, v = (budget.inputs[f"{EARLIER}{side}"] for side in ("u", "v"))
+            left, right = (u, v) if _is_tall(operator) else (v, u)
+            known = Triplets(budget.earlier, left, right)
+        return cls(
+            spec=spec,
+            max_products=budget.max_products,
+            num_vectors=min(room, most),
+            known=known,
+        )
 
     def begin(self, operator: LinearOperator) -> SvdsState:
         """See Algorithm."""
         tall = _tall(operator)
         # A fresh run has to have room beside the wanted triplets.
         capacity = min(max(self.num_vectors, self.spec.k + 2), tall.domain.dimension)
-        return SvdsState(
+        state = SvdsState(
             BidiagonalBasis.begin(
                 tall.domain, tall.codomain, capacity, self.spec.seed, operator.noise
             )
         )
+        if self.known is not None:
+            least = rounding(torch.finfo(tall.domain.dtype).eps)
+            tol = self.spec.tol if self.spec.tol > least else 0.0
+            state.given = self.known.begin(tall.domain, state.basis, tol)
+        return state
 
     def step(self, operator: LinearOperator, state: SvdsState) -> Advance | None:
         """See Algorithm."""
@@ -152,9 +171,13 @@ def _check_next(operator: LinearOperator, state: SvdsState) -> None:
     for space, vector in ((operator.codomain, u), (operator.domain, v)):
         vector.div_(finite_norm(space, vector))
     (w,) = used.apply([v], borrow=True)
-    value = max(0.0, float(finite_dots(operator.codomain, w.unsqueeze(0), u)[0]))
+    along = float(finite_dots(operator.codomain, w.unsqueeze(0), u)[0])
+    value = max(0.0, along)
     checked.residuals.append(finite_norm(operator.codomain, w.sub(u, alpha=value)))
     (w,) = used.apply_transposed([u], borrow=True)
+    other = float(finite_dots(operator.domain, w.unsqueeze(0), v)[0])
+    defect = abs(along - other) / state.scale if state.scale else 0.0
+    checked.adjoint_defect = max(checked.adjoint_defect, defect)
     checked.transposed_residuals.append(finite_norm(operator.domain, w.sub(v, alpha=value)))
     checked.values.append(value)
     state.num_products += 2
@@ -176,7 +199,7 @@ def _claims(tol: float, state: SvdsState, checked: Checked, order: Sequence[int]
         num_products=state.num_products,
         outcome=_outcome(state, checked, all(each <= trusted for each in larger)),
         completeness=_completeness(state, checked, max(larger)),
-        adjoint_defect=basis.adjoint_defect,
+        adjoint_defect=checked.adjoint_defect if basis.is_given else basis.adjoint_defect,
     )
 
 
@@ -192,7 +215,7 @@ def _completeness(state: SvdsState, checked: Checked, noise: float) -> Completen
     failure = 0.0 if state.basis.whole else min(1.0, FAILURE * max(1, state.num_rounds))
     return Completeness(
         shown=True,
-        margin=state.shown_margin + noise,
+        margin=state.shown_margin + state.given + noise,
         failure_probability=failure,
         num_products=state.num_fresh_products,
     )

@@ -26,6 +26,8 @@ class Checked:
         values: σ = u·Av of the triplets that have had their products.
         residuals: ‖Av − σu‖ of the same triplets.
         transposed_residuals: ‖Aᵀu − σv‖ of the same triplets.
+        adjoint_defect: Largest |u·Av − v·Aᵀu| / ‖A‖ of the same triplets, with the norm as the run
+            knows it.
     """
 
     standing: Standing
@@ -33,6 +35,7 @@ class Checked:
     values: list[float] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
     transposed_residuals: list[float] = field(default_factory=list)
+    adjoint_defect: float = 0.0
 
 
 @final
@@ -55,6 +58,8 @@ class SvdsState:
         num_beyond: Triplets beside the wanted ones that have to settle before the next fresh run.
         num_rounds: Number of fresh runs so far.
         num_fresh_products: Number of products spent on fresh runs.
+        given: ‖ΔA‖ at most, where known triplets were taken without a product: they are those of
+            A + ΔA, and so is what is shown.
         shown_margin: The margin to which it is shown that none is missing.
         is_complete: Whether it is shown that none of the wanted triplets is missing.
         has_converged: Whether the residuals of the wanted triplets met the tolerance.
@@ -71,6 +76,7 @@ class SvdsState:
     num_beyond: int = 0
     num_rounds: int = 0
     num_fresh_products: int = 0
+    given: float = 0.0
     shown_margin: float = math.inf
     is_complete: bool = False
     has_converged: bool = False
