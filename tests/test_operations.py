@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,22 @@ def test_numbers_of_numpy_are_numbers() -> None:
     spec = checked(OPERATION, values, FACTS)
     assert spec == EigshSpec(k=3, tol=0.5, seed=checked(OPERATION, values, FACTS).seed)
     assert int(spec.seed) == 2**64 - 1
+
+
+@pytest.mark.parametrize("operation", operations().values(), ids=lambda each: each.name)
+def test_how_a_job_is_extended_is_declared_and_on_the_page_or_that_it_cannot_be(
+    operation: Operation[Any],
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| `")]
+    own = [row for row in rows if f"`{operation.name}`" == row[0].split()[0]]
+    assert own, f"docs/extending.md has no row for {operation.name}"
+    extension = operation.extension
+    if extension is None:
+        assert all("cannot be extended: " in row[1] for row in own)
+        return
+    told = {word for row in own for word in re.findall(r"`(\w+)`", row[1])}
+    assert told == set(extension.fields) <= set(field_types(operation.spec))
+    assert set(extension.vectors) <= set(operation.result.vectors)
+    assert extension.takes_result or not extension.vectors
+    assert ("seed" in extension.fields) == extension.new_seed

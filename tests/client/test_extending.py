@@ -138,6 +138,9 @@ def test_a_search_and_a_solve_go_on_from_what_they_found(H: Operator) -> None:
     assert (result.outcome, longer.spec["seed"]) == ("CONVERGED", 1)
     assert longer.spec["v0"] == tuple(v.name for v in first.eigenvectors)
     assert result.num_products - result.completeness.num_products <= 4 + 3
+    more = longer.extend(k=4, tol=1e-6).result()
+    expected = H.eigsh(4, "LM", tol=1e-6).result()
+    np.testing.assert_allclose(more.eigenvalues, expected.eigenvalues, rtol=1e-6)
     b = H.random_vector(seed=5)
     solving = H.solve(b, damping=5.0, tol=1e-2)
     solving.result()

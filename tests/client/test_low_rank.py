@@ -12,6 +12,7 @@ import pytest
 from hvp_client import (
     AsyncClient,
     Client,
+    FailedPreconditionError,
     InvalidArgumentError,
     JobFailedError,
     LowRankResult,
@@ -51,6 +52,22 @@ def dense(L: LowRankResult[Vector]) -> Array:
     u = np.stack([each.numpy() for each in L.eigenvectors])
     found: Array = u.T @ np.diag(L.eigenvalues) @ u
     return found
+
+
+def test_it_is_extended_by_new_random_vectors_alone(G: Operator, whole: Array) -> None:
+    job = G.low_rank(K)
+    first = job.result()
+    longer = job.extend(k=K + 8)
+    L = longer.result()
+    assert (first.num_products, L.num_products) == (K + 20, 8 + 20)
+    error = np.linalg.norm(whole - dense(L), 2)
+    assert L.error <= error <= L.error_bound
+    assert error <= np.linalg.norm(whole - dense(first), 2)
+    scale = np.linalg.norm(whole, 2)
+    assert np.linalg.eigvalsh(whole - dense(L)).min() >= -1e-10 * scale
+    assert len(L.eigenvalues) == len(L.eigenvectors) == K + 8
+    with pytest.raises(FailedPreconditionError, match=f"the job has {K + 8} already"):
+        longer.extend(k=K)
 
 
 def test_it_is_a_matrix_below_the_operator_that_computes_on_the_server(

@@ -6,7 +6,15 @@ import json
 
 import numpy as np
 import pytest
-from hvp_client import Batch, Checkpoint, Client, InvalidArgumentError, Jacobian, Operator
+from hvp_client import (
+    Batch,
+    Checkpoint,
+    Client,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Jacobian,
+    Operator,
+)
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -60,6 +68,28 @@ def test_vectors_stay_with_their_job_and_are_those_of_their_space(
     with pytest.raises(InvalidArgumentError) as refusal:
         J @ u
     assert refusal.value.reason == "VECTOR_SPACE_MISMATCH"
+
+
+def test_a_search_is_extended_to_more_triplets_from_those_that_it_has(
+    J: Jacobian, dense: NDArray[np.float64]
+) -> None:
+    job = J.svds(2, tol=1e-9)
+    job.result()
+    longer = job.extend(k=4, tol=1e-6)
+    job.delete()  # its vectors stay as long as they are needed
+    found = longer.result()
+    assert (found.outcome, longer.spec["seed"]) == ("CONVERGED", 1)
+    true = np.linalg.svd(dense, compute_uv=False)
+    np.testing.assert_allclose(found.singular_values, true[:4], rtol=1e-9)
+    assert found.completeness.shown
+    u, v = (np.stack([each.numpy() for each in side], 1) for side in (found.u, found.v))
+    np.testing.assert_allclose(dense @ v, u * found.singular_values, atol=1e-5 * true[0])
+    fresh = J.svds(4, tol=1e-6, seed=1).result()
+    assert found.num_products < fresh.num_products
+    with pytest.raises(FailedPreconditionError, match="k is 3, and the job has 4 already"):
+        longer.extend(k=3)
+    with pytest.raises(InvalidArgumentError, match="EXTENSION_MISMATCH"):
+        longer.extend(seed=1)
 
 
 def test_what_cannot_be_asked_is_refused_before_it_travels(J: Jacobian, H: Operator) -> None:

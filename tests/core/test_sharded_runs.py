@@ -32,12 +32,15 @@ from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.diagonal import DiagonalSpec
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.low_rank import LowRankSpec
+from hvp_operations.registry import operations
 from hvp_operations.solve import Method, SolveSpec
+from hvp_operations.svds import SvdsSpec
 from hvp_operations.trace import TraceSpec
 from hvp_operations.trace_of import TraceOfSpec
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from tests.core.extended import answer, going_on
 from tests.core.references import relative_error
 from tests.core.spectra import matrix
 from tests.core.written import is_same, run
@@ -120,6 +123,7 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
     found |= traces(operator) | diagonals(operator) | functions(operator, positive)
     found |= low_rank(positive, collective) | compositions(operator, positive)
+    found |= extended(operator, positive)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
     return found
@@ -180,6 +184,35 @@ def low_rank(operator: ShardedMatrix, collective: Collective) -> dict[str, Tenso
     wrong = Solve.configure(SolveSpec(("b",), preconditioner=("p",)), operator, budget)
     with pytest.raises(CurvatureError, match=f"NOT_POSITIVE: {collective.world_size} of 91"):
         drive(wrong, operator)
+    return found
+
+
+def extended(operator: ShardedMatrix, positive: ShardedMatrix) -> dict[str, Tensor]:
+    """Runs that go on from others."""
+    found: dict[str, Tensor] = {}
+    positive.semidefinite = True
+    cases: list[tuple[str, LinearOperator, Any, dict[str, Any]]] = [
+        ("diagonal", operator, DiagonalSpec("hutchinson", per="layer", rtol=1e-6), {}),
+        ("diagonal", operator, DiagonalSpec("xdiag", rtol=1e-6), {}),
+        ("low_rank", positive, LowRankSpec(5), {"k": 9, "seed": Seed(1)}),
+        ("svds", operator, SvdsSpec(3, tol=1e-9), {"k": 5, "tol": 1e-6, "seed": Seed(1)}),
+        ("trace_of", positive, TraceOfSpec("log", damping=0.1, rtol=1e-9), {}),
+    ]
+    for index, (name, of, spec, changes) in enumerate(cases):
+        most = {"max_products": 400 if name == "svds" else 48, "num_vectors": 90}
+        short = answer(going_on(operations()[name], spec, of, None, **most), of)
+        longer = answer(
+            going_on(operations()[name], replace(spec, **changes), of, short, **most), of
+        )
+        result, flat = longer.result, [operator.space.to_flat(each) for each in longer.vectors]
+        if name == "diagonal":
+            found[f"extended {index}"] = torch.cat((flat[0], flat[1] + 1))
+        elif name == "low_rank":
+            u, values = torch.stack(flat), torch.tensor(result.eigenvalues, dtype=torch.float64)
+            found[f"extended {index}"] = u.T @ torch.diag(values) @ u
+        else:
+            numbers = result.singular_values if name == "svds" else (result.value, result.low)
+            found[f"extended {index}"] = torch.tensor(numbers, dtype=torch.float64)
     return found
 
 
@@ -328,7 +361,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 52
+    assert len(alone) == 57
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

@@ -175,7 +175,11 @@ async def test_what_is_another_question_is_no_extension(
         ("operator", "EXTENSION_MISMATCH", density(deps, replace(ref, dtype="float32"), 5, short)),
         ("extends", "EXTENSION_MISMATCH", create_job(deps, ref, extends=str(short.name))),
         ("seed", "EXTENSION_MISMATCH", create_job(deps, ref, extends=str(search.name))),
-        ("k", "EXTENSION_MISMATCH", create_job(deps, ref, extends=str(search.name), seed=2, k=3)),
+        (
+            "which",
+            "EXTENSION_MISMATCH",
+            create_job(deps, ref, extends=str(search.name), seed=2, which="LA"),
+        ),
     ]
     for field, reason, asked in refused:
         with pytest.raises(ServiceError, match=reason) as caught:
@@ -185,6 +189,9 @@ async def test_what_is_another_question_is_no_extension(
     with pytest.raises(ServiceError, match="EXTENSION_UNSUPPORTED") as caught:
         await density(deps, ref, 3, short)
     assert "has 3 already; ask for more" in caught.value.message
+    with pytest.raises(ServiceError, match="EXTENSION_UNSUPPORTED") as caught:
+        await create_job(deps, ref, extends=str(search.name), seed=2, k=1)
+    assert "k is 1, and the job has 2 already; ask for 2 or more" in caught.value.message
     with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):
         await create_job(deps, ref, extends="no name")
     with pytest.raises(ServiceError, match="RESOURCE_NOT_FOUND"):

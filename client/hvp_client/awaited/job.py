@@ -202,13 +202,15 @@ class AsyncJob(Generic[ResultT]):
     ) -> AsyncJob[ResultT]:
         """Ask the same question again, going on from this job's result.
 
-        What the result holds is not computed again: probes of a density, samples of a trace by
-        hutchinson. Eigenvectors and solutions are what the new search begins with. Products are
-        counted anew, and so is their budget. This job may be deleted meanwhile.
+        What the result holds is not computed again: probes of a density, a trace by hutchinson or a
+        trace of a function; a diagonal is gone on with or averaged; a low-rank matrix is added to.
+        Eigenvectors, singular vectors and solutions are what the new search begins with.
+        Products are counted anew, and so is their budget. This job may be deleted meanwhile;
+        docs/extending.md has every question.
 
         Args:
             labels: Kept with the new job.
-            changes: Arguments of the question that differ, by name, such as `num_probes`,
+            changes: Arguments of the question that differ, by name, such as `num_probes`, `k`,
                 `max_products` or `tol`; those that may differ are named where another one is given.
 
         Returns:

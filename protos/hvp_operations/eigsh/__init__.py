@@ -19,7 +19,7 @@ from hvp_operations.operation import (
     Rule,
     Table,
 )
-from hvp_operations.rules import SEED_RULE, of_basis
+from hvp_operations.rules import SEED_RULE, of_basis, of_more
 
 Which = Literal["LA", "SA", "LM", "BE"]
 Method = Literal["auto", "lanczos", "two_pass"]
@@ -273,7 +273,8 @@ OPERATION = Operation(
     record="hvp_operations.eigsh.record:EigshResult",
     inputs=(Input(field="v0", least=0, most=MAX_STARTS, taken_from="eigenvectors"),),
     extension=Extension(
-        fields=("max_products", "tol", "seed", "num_lanczos_vectors", "block_size", "method"),
+        fields=("k", "max_products", "tol", "seed", "num_lanczos_vectors", "block_size", "method"),
+        refusal=lambda spec, result: of_more(spec.k, len(result.eigenvalues)),
         new_seed=True,
     ),
 )

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from hvp_operations import eigsh
 from hvp_operations.checking import FIRST_SEED, Seed
 from hvp_operations.eigsh import EigshSpec
-from hvp_operations.operation import Cost, Detail, Facts, Operation, Result, Rule, Table
-from hvp_operations.rules import SEED_RULE
+from hvp_operations.operation import Cost, Detail, Extension, Facts, Operation, Result, Rule, Table
+from hvp_operations.rules import SEED_RULE, of_more
 from hvp_operations.solve import MAX_PRECONDITIONER_VECTORS
 from hvp_operations.trace import TOGETHER
 
@@ -216,6 +216,19 @@ _RULES: tuple[Rule[LowRankSpec], ...] = (
     SEED_RULE,
 )
 
+
+def _refusal(spec: LowRankSpec, result: LowRankResult) -> str:
+    """Why there is nothing to go on from; "" where there is something."""
+    known = len(result.eigenvalues)
+    if fewer := of_more(spec.k, known):
+        return fewer
+    if not result.is_exact:
+        return "its products were coarse and not compared with exact ones; ask anew"
+    if result.method == "nystrom" and spec.k + spec.oversampling == known:
+        return "no random vector would be added: ask for a larger k, or some oversampling"
+    return ""
+
+
 OPERATION = Operation(
     name="low_rank",
     summary="Approximate the operator by a low-rank matrix, a preconditioner of solve.",
@@ -227,4 +240,11 @@ OPERATION = Operation(
     headline=lambda spec: f"low_rank {spec.method} k={spec.k}",
     algorithm="hvp_core.stochastic.low_rank:LowRank",
     record="hvp_operations.low_rank.record:LowRankResult",
+    extension=Extension(
+        fields=("k", "oversampling", "tol", "max_products", "seed"),
+        refusal=_refusal,
+        takes_result=True,
+        vectors=("eigenvectors",),
+        new_seed=True,
+    ),
 )

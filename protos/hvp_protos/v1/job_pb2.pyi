@@ -496,8 +496,9 @@ class CreateJobRequest(_message.Message):
     """Check and plan, and queue nothing. What does not fit is no refusal then: the plan says so."""
     extends: _builtins.str
     """Name of a job in state SUCCEEDED with the same question about the same operator, to go on from
-    its result: only what the question's extension may change differs (`seed` of eigsh does).
-    Products count anew. Vectors to begin with are the result's own where the spec has none.
+    its result: only what the question's extension may change differs (`seed` of eigsh, svds and
+    low_rank does). Products count anew. Vectors to begin with are the result's own where the spec has
+    none; other vectors of the result that are needed are not named in it.
     """
     @_builtins.property
     def spec(self) -> Global___JobSpec: ...

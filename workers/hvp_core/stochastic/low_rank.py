@@ -11,13 +11,15 @@ The error
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, final
 
 import torch
 from hvp_operations import eigsh
+from hvp_operations.eigsh import EigshSpec
 from hvp_operations.low_rank import (
     CHECK_PRODUCTS,
     LowRankProgress,
@@ -29,7 +31,7 @@ from hvp_operations.low_rank import (
     search_spec,
     taken,
 )
-from hvp_operations.operation import load
+from hvp_operations.operation import EARLIER, load
 from hvp_operations.trace import TOGETHER
 from torch import Tensor
 
@@ -37,11 +39,11 @@ from hvp_core.errors import CurvatureError
 from hvp_core.krylov.completeness import Recurrence
 from hvp_core.krylov.krylov_basis import KrylovBasis
 from hvp_core.krylov.lanczos_state import LanczosState
-from hvp_core.krylov.orthogonality import finite_dots, rounding
+from hvp_core.krylov.orthogonality import finite_dots, finite_norm, rounding
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.runs.algorithm import Advance, Algorithm, Budget, Found, derived_seed
-from hvp_core.runs.snapshot import vectors_of_the_space
-from hvp_core.stochastic.nystrom import distance_from_orthonormal, factored
+from hvp_core.stochastic.low_rank_state import Check, LowRankState
+from hvp_core.stochastic.nystrom import distance_from_orthonormal, factored, joined
 from hvp_core.vectors.vector_space import VectorSpace
 
 #: Probability with which the bound on the error may be wrong.
@@ -55,54 +57,6 @@ _OUTCOMES: dict[str, Outcome] = {
     "NOISE_LIMIT": "NOISE_LIMIT",
     "UNVERIFIED": "UNVERIFIED",
 }
-
-
-@final
-@dataclass
-class Check:
-    """A short Lanczos run on what the approximation leaves of the operator.
-
-    Attributes:
-        basis: The basis of the run.
-        run: Its coefficients.
-    """
-
-    basis: KrylovBasis
-    run: Recurrence
-
-
-@final
-@dataclass
-class LowRankState:
-    """What a run knows.
-
-    Attributes:
-        rows: The products of the random vectors; then U, (·, local).
-        num_rows: Number of leading rows that hold something.
-        eigenvalues: Eigenvalues of A_k, ascending; empty before they are known.
-        shift: What was added to the diagonal while computing.
-        orthogonality: ‖UᵀU − I‖₂.
-        search: The search for eigenpairs, while it goes on.
-        outcome: How the run ends, as far as that is decided.
-        check: The run that bounds the error; None before it begins.
-        num_products: Products so far.
-        num_exact: Of them, those of the exact operator where the others are coarser.
-        num_check: Of them, those that bound the error.
-        is_exact: Whether there was memory for the exact operator wherever it was needed.
-    """
-
-    rows: Tensor = field(metadata=vectors_of_the_space("num_rows"))
-    num_rows: int = 0
-    eigenvalues: list[float] = field(default_factory=list)
-    shift: float = 0.0
-    orthogonality: float = 0.0
-    search: LanczosState | None = None
-    outcome: str = "CONVERGED"
-    check: Check | None = None
-    num_products: int = 0
-    num_exact: int = 0
-    num_check: int = 0
-    is_exact: bool = True
 
 
 @final
@@ -122,9 +76,11 @@ class LowRank(Algorithm[LowRankState]):
     Attributes:
         spec: The request.
         method: The method.
-        num_rows: Random vectors of `nystrom`.
+        num_rows: Of `nystrom`, random vectors, and vectors of the run that it goes on from.
         num_together: Number of random vectors whose products are taken in one call.
         search: The algorithm of the question `eigsh`; None of `nystrom`.
+        known: Eigenvalues of the run that this one goes on from, ascending; none of one of its own.
+        vectors: Their vectors, (local,) each; read only.
     """
 
     spec: LowRankSpec
@@ -132,6 +88,8 @@ class LowRank(Algorithm[LowRankState]):
     num_rows: int
     num_together: int
     search: Algorithm[LanczosState] | None
+    known: Sequence[float] = ()
+    vectors: Sequence[Tensor] = ()
 
     @classmethod
     def configure(cls, spec: LowRankSpec, operator: LinearOperator, budget: Budget) -> LowRank:
@@ -147,15 +105,21 @@ class LowRank(Algorithm[LowRankState]):
                 "METHOD_UNSUPPORTED",
                 "nystrom needs an operator that has no negative eigenvalue; use eigsh",
             )
+        known: Sequence[float] = ()
+        vectors: Sequence[Tensor] = ()
+        if budget.earlier is not None:
+            known, vectors = budget.earlier.eigenvalues, budget.inputs[f"{EARLIER}eigenvectors"]
         search: Any = None
         if method == "eigsh":
+            room = budget.num_vectors - spec.k - CHECK_PRODUCTS
+            asked, starts = _started(search_spec(spec, dimension), dimension, room, known, vectors)
             search = load(eigsh.OPERATION.algorithm).configure(
-                search_spec(spec, dimension),
+                asked,
                 operator,
                 Budget(
                     max_products=budget.max_products - num_checks(dimension),
-                    num_vectors=budget.num_vectors - spec.k - CHECK_PRODUCTS,
-                    inputs={"v0": ()},
+                    num_vectors=room,
+                    inputs={"v0": starts},
                 ),
             )
         rows = num_samples(spec, dimension) if method == "nystrom" else 0
@@ -167,12 +131,18 @@ class LowRank(Algorithm[LowRankState]):
             num_rows=rows,
             num_together=max(1, together),
             search=search,
+            known=known,
+            vectors=vectors,
         )
 
     def begin(self, operator: LinearOperator) -> LowRankState:
         """See Algorithm."""
         vector = operator.domain.zeros()
         state = LowRankState(vector.new_empty(self.num_rows, len(vector)))
+        if self.search is None:
+            for row, known in zip(state.rows, self.vectors, strict=False):
+                row.copy_(known)
+            state.num_rows = len(self.vectors)
         state.search = None if self.search is None else self.search.begin(operator)
         return state
 
@@ -199,6 +169,8 @@ class LowRank(Algorithm[LowRankState]):
         """A step towards the approximation; the run that bounds its error once it is there."""
         if self.search is None:
             self._sample(operator, state)
+            if state.num_rows == self.num_rows:
+                self._factor(operator, state)
         else:
             self._search(self.search, operator, state)
         if not state.eigenvalues:
@@ -211,27 +183,45 @@ class LowRank(Algorithm[LowRankState]):
     def _sample(self, operator: LinearOperator, state: LowRankState) -> None:
         """Products of the next random vectors; after the last ones, the approximation."""
         space, first = operator.domain, state.num_rows
-        source = self._exact(operator, state) if operator.noise else operator
-        draw = partial(self._drawn, space)
         last = min(first + self.num_together, self.num_rows)
-        products = source.apply([draw(index) for index in range(first, last)], borrow=True)
-        for row, product in zip(state.rows[first:last], products, strict=True):
+        if first == last:
+            return
+        source = self._source(operator, state)
+        drawn = [self._drawn(space, index - len(self.known)) for index in range(first, last)]
+        products = source.apply(drawn, borrow=True)
+        for row, vector, product in zip(state.rows[first:last], drawn, products, strict=True):
+            state.size = math.hypot(state.size, finite_norm(space, product))
             row.copy_(product)
+            if self.known:
+                _take_off(space, row, vector, state.rows[: len(self.known)], self.known)
         state.num_rows = last
         self._count(operator, source, state, last - first)
-        if last == self.num_rows:
-            factors = factored(space, state.rows, self.spec.k, draw, source.noise)
-            self._take(
-                state,
-                state.rows,
-                factors.eigenvalues.tolist(),
-                factors.orthogonality,
-            )
+
+    def _source(self, operator: LinearOperator, state: LowRankState) -> LinearOperator:
+        """The operator whose products are factored: differences, which coarse ones would spoil."""
+        return self._exact(operator, state) if operator.noise else operator
+
+    def _factor(self, operator: LinearOperator, state: LowRankState) -> None:
+        """The approximation, of all products of random vectors."""
+        space, k, first = operator.domain, self.spec.k, len(self.known)
+        draw = partial(self._drawn, space)
+        noise = self._source(operator, state).noise
+        if not first:
+            factors = factored(space, state.rows, k, draw, noise)
+            values, state.shift = factors.eigenvalues, factors.shift
+            self._take(state, state.rows, values.tolist(), factors.orthogonality)
+            return
+        values = torch.tensor(self.known, dtype=torch.float64)
+        if new := self.num_rows - first:
+            factors = factored(space, state.rows[first:], new, draw, noise, state.size)
             state.shift = factors.shift
+            values = joined(space, state.rows, values, factors.eigenvalues, k)
+        defect = distance_from_orthonormal(space, state.rows[:k])
+        self._take(state, state.rows, values.tolist(), defect)
 
     def _drawn(self, space: VectorSpace, index: int) -> Tensor:
         """The vector of Ω of an index, of norm 1; as many as there are coordinates are these."""
-        if self.num_rows == space.dimension:
+        if self.num_rows == space.dimension and not self.known:
             return space.coordinate(index)
         return space.random(derived_seed(self.spec.seed, index), "sphere")
 
@@ -261,9 +251,7 @@ class LowRank(Algorithm[LowRankState]):
         space, source = operator.domain, self._exact(operator, state)
         vector = check.basis.pending[0]
         (product,) = source.apply([vector])
-        parts = finite_dots(space, state.rows, vector)
-        values = torch.tensor(state.eigenvalues, dtype=torch.float64)
-        product.addmv_(state.rows.T, (values * parts).to(product), alpha=-1)
+        _take_off(space, product, vector, state.rows, state.eigenvalues)
         check.run.append(*check.basis.extend(space, product))
         state.num_check += 1
         self._count(operator, source, state, 1)
@@ -319,11 +307,50 @@ class LowRank(Algorithm[LowRankState]):
         )
 
     def _reason(self) -> str:
+        told = self._why()
+        return f"{told}; it goes on from {len(self.known)} vectors" if self.known else told
+
+    def _why(self) -> str:
         if self.spec.method != "auto":
             return "it was asked for"
         if self.method == "nystrom":
             return "no eigenvalue is negative: each vector takes one product"
         return "eigenvalues may be negative, which nystrom does not allow"
+
+
+def _started(
+    spec: EigshSpec,
+    dimension: int,
+    room: int,
+    known: Sequence[float],
+    vectors: Sequence[Tensor],
+) -> tuple[EigshSpec, Sequence[Tensor]]:
+    """A search that begins with known eigenvectors: those of the largest values that fit.
+
+    Args:
+        spec: The search without them.
+        dimension: n.
+        room: Vectors that the search may hold.
+        known: Their eigenvalues.
+        vectors: The eigenvectors.
+    """
+    least = eigsh.basis_sizes(spec, dimension)[0] + eigsh.beside_basis(spec)
+    order = sorted(range(len(known)), key=lambda index: -abs(known[index]))
+    starts = [vectors[index] for index in order[: 1 + max(0, room - least)]]
+    return replace(spec, v0=("",) * len(starts)), starts
+
+
+def _take_off(
+    space: VectorSpace, product: Tensor, vector: Tensor, rows: Tensor, eigenvalues: Sequence[float]
+) -> None:
+    """Take U Λ Uᵀ times a vector off a product with it, in place.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    values = torch.tensor(eigenvalues, dtype=torch.float64)
+    parts = values * finite_dots(space, rows, vector)
+    product.addmv_(rows.T, parts.to(product), alpha=-1)
 
 
 def _is_over(check: Check, space: VectorSpace) -> bool:

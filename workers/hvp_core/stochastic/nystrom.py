@@ -8,6 +8,11 @@ Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 44 (202
 with an orthonormal Q is factored in place, and all else is small matrices: with the eigenpairs
 (D, V) of Ωᵀ(Y + νΩ), the singular values σ of R V D^(-1/2) and its left vectors P give
 Â = QP max(σ² − ν, 0) (QP)ᵀ. Ω is never held: each vector of it is drawn again from its seed.
+
+An approximation A_k ≤ A is made better by that of the rest A − A_k, which is semidefinite too: the
+sum is at most A, and A − (A_k + B̂) = (A − A_k) − B̂ has the error of Nyström's method on the rest.
+Without a truncation it would be the approximation of both sketches together (the Schur complement
+of a Schur complement is that of the whole), so that no product of the first one is taken again.
 """
 
 from __future__ import annotations
@@ -48,7 +53,12 @@ class Factors:
 
 
 def factored(
-    space: VectorSpace, rows: Tensor, k: int, draw: Callable[[int], Tensor], noise: float
+    space: VectorSpace,
+    rows: Tensor,
+    k: int,
+    draw: Callable[[int], Tensor],
+    noise: float,
+    rounded_by: float = 0.0,
 ) -> Factors:
     """Make the k leading eigenvectors of Â of products with random vectors, in place.
 
@@ -60,11 +70,14 @@ def factored(
         k: Number of eigenpairs, k ≤ l.
         draw: Gives the vector (local,) of Ω of an index, of norm 1.
         noise: Relative error of a product where that is more than rounding; else 0.
+        rounded_by: What the rounding of the products goes by, where they are differences of larger
+            vectors: the root of the sum of these vectors' squared norms.
 
     Raises:
         CurvatureError: NON_FINITE.
     """
     size = math.sqrt(sum(finite_norm(space, row) ** 2 for row in rows))
+    size = max(size, rounded_by)
     shift = max(rounding(torch.finfo(rows.dtype).eps), noise) * size
     if not size:  # nothing is known of an operator of zero but that it is zero
         for index, row in enumerate(rows):
@@ -82,6 +95,33 @@ def factored(
     eigenvalues[: len(sigma)] = (sigma.square() - shift).clamp_min(0)
     rotate(rows, p[:, :k].flip(1))
     return Factors(eigenvalues[:k].flip(0), shift, distance_from_orthonormal(space, rows[:k]))
+
+
+def joined(space: VectorSpace, rows: Tensor, first: Tensor, second: Tensor, k: int) -> Tensor:
+    """Make the k leading eigenvectors of a sum of two low-rank matrices, in place.
+
+    Cost: about 4 l² n multiplications for l vectors, and one vector of memory.
+
+    Args:
+        space: Space of the vectors.
+        rows: Orthonormal eigenvectors of the one matrix and then of the other, (l, local), l ≤ n;
+            the first k of them become those of the sum.
+        first: Eigenvalues of the one matrix, float64.
+        second: Those of the other.
+        k: Number of eigenpairs, k ≤ l.
+
+    Returns:
+        The eigenvalues, ascending, (k,) float64.
+
+    Raises:
+        CurvatureError: NON_FINITE.
+    """
+    r = orthonormalise(space, rows)
+    core = (r * torch.cat((first, second))) @ r.T
+    values, vectors = space.agree(tuple(torch.linalg.eigh(core)))
+    rotate(rows, vectors[:, -k:])
+    leading: Tensor = values[-k:].clamp_min(0)
+    return leading
 
 
 def _shifted(
