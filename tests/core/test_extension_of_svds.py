@@ -127,3 +127,49 @@ def test_fewer_values_are_no_extension() -> None:
         SvdsSpec(k=3), known
     )
     assert OPERATION.extension.new_seed
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(5), *[pytest.param(s, marks=pytest.mark.slow) for s in range(5, 60)]]
+)
+def test_no_claim_is_wrong_that_rests_on_triplets_which_are_only_nearly_right(seed: int) -> None:
+    """Some of the wanted are missing among them, and all are as far off as counts as settled."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    m, n, k = below(25, 70), below(25, 70), below(1, 8)
+    values = torch.rand(min(m, n), generator=generator, dtype=torch.float64)
+    values[: min(m, n) // 3] = values[: min(m, n) // 3].round(decimals=1)  # some are repeated
+    a, tol = matrix(m, n, values, seed), 10.0 ** -below(2, 9)
+    u, sigma, vt = torch.linalg.svd(a, full_matrices=False)
+    kept = torch.randperm(k + 2, generator=generator)[:k].sort().values
+    off = 0.3 * tol * float(sigma[0]) / 4 / k**0.5
+    near = [
+        torch.linalg.qr(
+            x + off * torch.randn(*x.shape, generator=generator).double() / len(x) ** 0.5
+        )
+        for x in (u[:, kept], vt[kept].T)
+    ]
+    left, right = (q * r.diagonal().sign() for q, r in near)  # as the vectors were
+    known = (left * (a @ right)).sum(0)
+    order = known.argsort(descending=True)
+    left, right, known = left[:, order], right[:, order], known[order]
+    residuals = [(a @ right - left * known).norm(dim=0), (a.T @ left - right * known).norm(dim=0)]
+    result = replace(
+        found(a, k, tol).result,
+        singular_values=tuple(known.tolist()),
+        residuals=tuple(residuals[0].tolist()),
+        transposed_residuals=tuple(residuals[1].tolist()),
+    )
+    wrong = Found(result=result, vectors=[*left.T, *right.T])
+    longer = found(a, min(k + below(0, 4), m, n), tol, wrong).result
+    count = len(longer.singular_values)
+    got, bounds = (
+        torch.tensor(each, dtype=torch.float64)
+        for each in (longer.singular_values, longer.error_bounds)
+    )
+    assert longer.outcome == "CONVERGED"
+    assert bool((sigma[:count] <= got + longer.completeness.margin).all())
+    assert bool(((got[:, None] - sigma).abs().amin(1) <= bounds).all())

@@ -170,6 +170,21 @@ def test_no_claim_about_a_random_spectrum_is_wrong(seed: int) -> None:
         assert float((true - found.values).abs().max()) <= allowed
 
 
+@pytest.mark.parametrize("seed", [4, 58])
+def test_what_an_earlier_round_has_leaked_does_not_keep_the_next_one_from_beginning(
+    seed: int,
+) -> None:
+    """With repeated values near the wanted ones, where the first round shows nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(46, generator=generator, dtype=torch.float64)
+    values[:15] = values[:15].round(decimals=1)
+    found = svds(matrix(61, 46, values, seed), 5, tol=1e-6)
+    assert found.result.outcome == "CONVERGED"
+    assert found.result.num_products <= 200
+    true = values.sort(descending=True).values[:5]
+    assert bool((true <= found.values + found.result.completeness.margin).all())
+
+
 def test_a_budget_that_runs_out_is_told_and_what_is_claimed_holds() -> None:
     a = gaussian(90, 70)
     found = svds(a, 3, max_products=20)

@@ -110,7 +110,6 @@ class BidiagonalBasis:
         values: Sequence[float],
         left: Sequence[Tensor],
         right: Sequence[Tensor],
-        residuals: Sequence[float],
         start: Tensor | None,
     ) -> None:
         """Take known singular triplets for the first vectors, without a product.
@@ -120,7 +119,6 @@ class BidiagonalBasis:
             values: Their values, fewer than the domain has dimensions.
             left: Left singular vectors, orthonormal, (local,) each.
             right: Right ones, likewise.
-            residuals: ‖Aᵀu − σv‖ of each.
             start: The next right vector, in the place of a random one, (local,), read only.
 
         Raises:
@@ -132,7 +130,7 @@ class BidiagonalBasis:
         self.B[range(r), range(r)] = torch.tensor(values, dtype=torch.float64)
         self.size, self.is_given = r, r > 0
         self.coupling = torch.zeros(r, dtype=torch.float64)
-        self.leaks = torch.diag(torch.tensor(residuals, dtype=torch.float64))
+        self.leaks = torch.zeros(0, r, dtype=torch.float64)
         part = None if start is None else part_outside(domain, self.right[:r], start)
         self.right[r] = self._random(domain, self.right[:r]) if part is None else part
 

@@ -4,8 +4,10 @@ Where all residuals Av − σu and Aᵀu − σv of triplets (U, Σ, V) are smal
 A' = A − R₁Vᵀ − UR₂ᵀ(I − VVᵀ) near A: A'V = UΣ and A'ᵀU = VΣ, because UᵀR₁ and R₂ᵀV are the same
 (Kahan, Parlett and Jiang, "Residual bounds on approximate eigensystems of nonnormal matrices", SIAM
 J. Numer. Anal. 19 (1982)). And what a fresh run goes on, (I − UUᵀ) A (I − VVᵀ), is the same matrix
-of A and of A'. So such triplets are taken for the first vectors of the bases without a product, and
-what is then shown complete is shown of A', whose singular values are those of A to ‖R₁‖ + ‖R₂‖.
+of A and of A'. So such triplets are taken for the first vectors of the bases without a product: of
+A' they leak nothing, and what is then shown complete is shown of A', whose singular values are
+those of A to ‖R₁‖ + ‖R₂‖. (With other right vectors X in the bases, whose products are A's, it is
+shown of A − R₁Vᵀ − UR₂ᵀ(I − VVᵀ − XXᵀ), which is as near.)
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ from hvp_core.krylov.bidiagonal_basis import BidiagonalBasis
 from hvp_core.krylov.orthogonality import combinations
 from hvp_core.vectors.vector_space import VectorSpace
 
-#: Triplets are settled if all together leak this part of the margin: rounds of fresh runs can then
-#: follow, each of which allows for half as much as the one before.
-_SETTLED = 1 / 64
+#: Triplets are settled if all together are off by this part of the tolerance on either side.
+_SETTLED = 1 / 4
 
 
 @final
@@ -49,7 +50,7 @@ class Triplets:
             domain: Space of the right vectors.
             basis: Bases without a product.
             tol: The largest residual that counts as converged, relative to the largest value; with
-                0 none is settled, for what leaks is rounding, and would stay.
+                0 none is settled.
 
         Returns:
             ‖R₁‖ + ‖R₂‖ of those that are settled, or more.
@@ -71,7 +72,6 @@ class Triplets:
             [result.singular_values[index] for index in settled],
             [self.left[index] for index in settled],
             [self.right[index] for index in settled],
-            [max(both[index]) for index in settled],
             combinations(domain, others, 1)[0] if others else None,
         )
         return sum(math.hypot(*(both[index][side] for index in settled)) for side in (0, 1))

@@ -165,7 +165,10 @@ class SvdsSearch:
 
     @property
     def _leak(self) -> float:
-        """What all triplets that are taken out may leak: half as much each round."""
+        """What all triplets that are taken out may newly leak: half as much each round.
+
+        What they have leaked before stays, and whether it matters is seen when the claims are.
+        """
         return self.margin() * 0.5 ** (self.state.num_rounds + 2)
 
     def _settled(self) -> int:
@@ -174,7 +177,7 @@ class SvdsSearch:
         The wanted ones are among them; room for a fresh run is left.
         """
         most = min(self.k + (len(self.basis.B) - self.k) // 2, self.basis.size)
-        known = self.basis.residuals(self.left[:, :most]) <= _SETTLED * self._leak
+        known = (self.basis.coupling @ self.left[:, :most]).abs() <= _SETTLED * self._leak
         known[: self.k] = True
         return int(known.int().cumprod(0).sum())
 
@@ -183,7 +186,7 @@ class SvdsSearch:
         settled = self._settled()
         if settled < min(self.k + self.state.num_beyond, self.basis.size):
             return False
-        return float(self.basis.residuals(self.left[:, :settled]).norm()) <= self._leak
+        return float((self.basis.coupling @ self.left[:, :settled]).norm()) <= self._leak
 
     def _look_for_missed(self) -> None:
         """Take out the wanted triplets and others that have settled; begin a fresh run."""
