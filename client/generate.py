@@ -19,6 +19,7 @@ from generate_blocking import blocking_module
 from hvp_operations.checking import Numbers, Seed, reasons
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Operation, load
+from hvp_operations.partition import Partition
 from hvp_operations.registry import operations
 
 TARGET = Path(__file__).parent / "hvp_client"
@@ -29,6 +30,9 @@ _GIVEN = (
     "A vector on the server, or real numbers (n,), which travel.",
     "A vector on the server or a sequence of them, or real numbers (n,) or (n, k), which travel.",
 )
+
+#: What a partition of the parameters can be given as.
+_PARTITION = "str | Sequence[Any] | Mapping[str, Any]"
 
 _HEAD = '''"""The questions that operators answer: made of their declarations by `make sdk`."""
 
@@ -105,6 +109,8 @@ def _parameter(operation: Operation[Any], parameter: inspect.Parameter) -> str:
         default = "" if parameter.default is parameter.empty else " = None"
         return f"{parameter.name}: AsyncVector | Sequence[AsyncVector] | Any{default}"
     hint = typing.get_type_hints(operation.spec)[parameter.name]
+    if hint is Partition:
+        return f'{parameter.name}: {_PARTITION} = "{parameter.default}"'
     default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
     return f"{parameter.name}: {_hint(hint)}{default}".replace("'", '"')
 

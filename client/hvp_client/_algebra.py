@@ -77,14 +77,17 @@ def with_matrix(spec: operator_pb2.OperatorSpec, matrix: Matrix) -> operator_pb2
     return made
 
 
-def facts_of(spec: operator_pb2.OperatorSpec, shape: tuple[int, int]) -> Facts:
-    """The facts of an operator (m, n) that an operation's rules depend on."""
+def facts_of(
+    spec: operator_pb2.OperatorSpec, shape: tuple[int, int], names: tuple[str, ...]
+) -> Facts:
+    """The facts of an operator (m, n) on these parameters that an operation's rules depend on."""
     matrix = matrix_of(spec)
     return Facts(
         num_parameters=shape[1],
         kind=str(matrix),
         num_outputs=shape[0],
         is_semidefinite=None if matrix.is_plain else matrix.is_semidefinite,
+        parameter_names=names,
     )
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hvp_operations.block_mass.record import BlockMassResult as BlockMassResult
     from hvp_operations.density.record import DensityResult as DensityResult
     from hvp_operations.diagonal.record import DiagonalResult as DiagonalResult
     from hvp_operations.eigsh.record import EigshResult as EigshResult
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from hvp_operations.trace_of.record import TraceOfResult as TraceOfResult
 
 __all__ = [
+    "BlockMassResult",
     "DensityResult",
     "DiagonalResult",
     "EigshResult",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "BlockMassResult": "hvp_operations.block_mass.record",
     "DensityResult": "hvp_operations.density.record",
     "DiagonalResult": "hvp_operations.diagonal.record",
     "EigshResult": "hvp_operations.eigsh.record",

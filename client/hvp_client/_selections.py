@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from hvp_operations.operation import SpecError
-from hvp_operations.parameters import layer_of, select
-from hvp_operations.wording import clipped, shown
+from hvp_operations.parameters import globs_of, select
+from hvp_operations.partition import Partition
+from hvp_operations.wording import clipped
 
 from hvp_client._checkpoints import ParameterTensor
 from hvp_client._exceptions import InvalidArgumentError
@@ -22,19 +24,19 @@ def as_globs(value: Any, field: str = "parameters") -> tuple[str, ...]:
     """
     if value is None:
         return ()
-    if not isinstance(value, Iterable):
-        raise _invalid(f"{field} are patterns of names, not {shown(value)}.", field)
-    found = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(each, str) for each in found):
-        raise _invalid(f"{field} are patterns of names, not {shown(found)}.", field)
-    if not found:
-        raise _invalid("No pattern selects no parameter; None selects all.", field)
-    for each in found:
-        if not each.isprintable():
-            raise _invalid(
-                f"{field}: {clipped(each)!a} is no pattern of names of parameters.", field
-            )
-    return found
+    with refusals():
+        return globs_of(value, field)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise what a spec is refused for as an `InvalidArgumentError`."""
+    try:
+        yield
+    except SpecError as error:
+        raise InvalidArgumentError(
+            error.message, reason=error.reason, field=error.field, metadata=error.metadata
+        ) from None
 
 
 def chosen(
@@ -45,12 +47,8 @@ def chosen(
     Raises:
         InvalidArgumentError: `PARAMETERS_NOT_FOUND`, with the nearest names; `PARAMETERS_INVALID`.
     """
-    try:
+    with refusals():
         names = set(select(globs, [tensor.name for tensor in tensors], field))
-    except SpecError as error:
-        raise InvalidArgumentError(
-            error.message, reason=error.reason, field=error.field, metadata=error.metadata
-        ) from None
     found, offset = [], 0
     for tensor in tensors:
         if tensor.name in names:
@@ -77,55 +75,11 @@ def in_blocks(
         InvalidArgumentError: `PARAMETERS_NOT_FOUND`: a pattern selects nothing.
             `PARAMETERS_INVALID`: `by` is another word, or a tensor is in two blocks or in none.
     """
-    names = [tensor.name for tensor in tensors]
-    if isinstance(by, str):
-        if by not in ("layer", "tensor"):
-            raise _no_blocks(by)
-        blocks: dict[str, list[str]] = {}
-        for name in names:
-            blocks.setdefault(name if by == "tensor" else layer_of(name), []).append(name)
-        return blocks
-    if isinstance(by, Mapping):
-        asked = {str(name): as_globs(globs, "by") for name, globs in by.items()}
-    elif isinstance(by, Iterable):
-        asked = {}
-        for globs in by:
-            patterns = as_globs(globs, "by")
-            name = ", ".join(patterns)
-            if name in asked:
-                raise _invalid(f"Two blocks have the same patterns, {shown(name)}.", "by")
-            asked[name] = patterns
-    else:
-        raise _no_blocks(by)
-    block_of: dict[str, str] = {}
-    for block, globs in asked.items():
-        for tensor in chosen(globs, tensors, "by"):
-            if tensor.name in block_of:
-                raise _invalid(
-                    f"{tensor.name} is in two blocks, {shown(block_of[tensor.name])} and "
-                    f"{shown(block)}.",
-                    "by",
-                )
-            block_of[tensor.name] = block
-    left = [name for name in names if name not in block_of]
-    if left:
-        raise _invalid(
-            f"{len(left)} tensors are in no block, {left[0]} among them; restrict the operator "
-            "first, or give them a block.",
-            "by",
-        )
-    return {block: [name for name in names if block_of[name] == block] for block in asked}
+    with refusals():
+        return Partition.of(by).divide([tensor.name for tensor in tensors])
 
 
 def in_words(globs: Sequence[str]) -> str:
     """A selection as a phrase, such as ` in *.mlp.*`; "" where all parameters are selected."""
     few = ", ".join(clipped(glob) for glob in globs[:2])
     return f" in {few}{', ...' if len(globs) > 2 else ''}" if globs else ""
-
-
-def _no_blocks(by: Any) -> InvalidArgumentError:
-    return _invalid(f"by must be 'layer', 'tensor' or lists of patterns, not {shown(by)}.", "by")
-
-
-def _invalid(message: str, field: str) -> InvalidArgumentError:
-    return InvalidArgumentError(message, reason="PARAMETERS_INVALID", field=field)

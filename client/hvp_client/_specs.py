@@ -125,6 +125,7 @@ def job_spec(
     operation: str,
     operator: operator_pb2.OperatorSpec,
     shape: tuple[int, int],
+    names: tuple[str, ...],
     values: Mapping[str, Any],
 ) -> job_pb2.JobSpec:
     """Make the message of a question about an operator.
@@ -133,6 +134,7 @@ def job_spec(
         operation: Name of the operation.
         operator: The operator that the question is about.
         shape: (m, n) of the operator.
+        names: Names of its parameters, in canonical order.
         values: The operation's own arguments, by name.
 
     Returns:
@@ -149,7 +151,7 @@ def job_spec(
             field="operation",
         )
     try:
-        spec = checked(operations()[operation], values, facts_of(operator, shape))
+        spec = checked(operations()[operation], values, facts_of(operator, shape, names))
     except SpecError as error:
         raise _refused(error) from None
     message = job_pb2.JobSpec()

@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar
 
 from hvp_operations.operation import Facts, Input, Operation, SpecError
+from hvp_operations.partition import Partition
 from hvp_operations.wording import clipped, shown
 
 SpecT = TypeVar("SpecT")
@@ -105,7 +106,8 @@ def typed(operation: Operation[SpecT], values: Mapping[str, Any]) -> SpecT:
 
     Raises:
         SpecError: `FIELD_UNKNOWN`; `<FIELD>_INVALID` for a value of the wrong type;
-            `<FIELD>_UNSUPPORTED` for a word that is none of the field's.
+            `<FIELD>_UNSUPPORTED` for a word that is none of the field's; `PARAMETERS_INVALID` for a
+            value that is no partition.
     """
     types = field_types(operation.spec)
     if unknown := sorted(values.keys() - types.keys()):
@@ -160,6 +162,8 @@ def _typed_value(name: str, hint: Any, given: Any) -> Any:
         return _names(name, given)
     if kind == Numbers:
         return _numbers(name, given)
+    if kind is Partition:
+        return Partition.of(given, name)
     raise TypeError(f"no spec has a field of {kind}")
 
 

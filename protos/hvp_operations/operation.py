@@ -31,12 +31,14 @@ class Facts:
         num_outputs: m, the length of its products; None where it is n.
         is_semidefinite: Of a composed matrix, whether it is known to have no negative eigenvalue;
             None where its kind says it.
+        parameter_names: Names of the parameters in canonical order; () where they are not known.
     """
 
     num_parameters: int
     kind: str
     num_outputs: int | None = None
     is_semidefinite: bool | None = None
+    parameter_names: tuple[str, ...] = ()
 
     @property
     def most_values(self) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from hvp_operations.operation import SpecError
-from hvp_operations.wording import shown
+from hvp_operations.wording import clipped, shown
 
 MOST_NAMES = 4096  # in a request
 MOST_PATTERNS = 64  # of these, ones that are compared with every name
@@ -56,6 +57,29 @@ def select(
     return tuple(name for name in names if name in selected)
 
 
+def globs_of(value: Any, field: str = "parameters") -> tuple[str, ...]:
+    """Patterns as a tuple, from one pattern or several.
+
+    Raises:
+        SpecError: PARAMETERS_INVALID: the value is none of these, or is empty.
+    """
+    if not isinstance(value, Iterable):
+        raise _invalid(f"{field} are patterns of names, not {shown(value)}.", field)
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(each, str) for each in found):
+        raise _invalid(f"{field} are patterns of names, not {shown(found)}.", field)
+    if not found:
+        raise _invalid(
+            f"No pattern selects no parameter; give one or more, or leave {field} out.", field
+        )
+    for each in found:
+        if not each.isprintable():
+            raise _invalid(
+                f"{field}: {clipped(each)!a} is no pattern of names of parameters.", field
+            )
+    return found
+
+
 def layer_of(name: str) -> str:
     """The layer of a parameter: its name up to the first number, or else its module."""
     found = _LAYER.match(name)
@@ -92,3 +116,7 @@ def _nothing(glob: str, names: Sequence[str], field: str) -> SpecError:
         field,
         {"glob": glob, "nearest": ", ".join(nearest)[:1024]},
     )
+
+
+def _invalid(message: str, field: str) -> SpecError:
+    return SpecError("PARAMETERS_INVALID", message, field)

@@ -13,7 +13,7 @@ from hvp_client import _surface
 
 PUBLIC = """
 AbortedError AlreadyExistsError AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
-Batch Blob CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
+Batch Blob BlockMassResult CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
 DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError InternalError
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
 LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor

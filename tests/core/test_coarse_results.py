@@ -21,12 +21,14 @@ from hvp_core.runs.algorithm import Algorithm, Budget, Found, drive
 from hvp_core.settings import ComputeSettings
 from hvp_core.sharding.collective import Alone
 from hvp_core.sharding.layout import Layout
+from hvp_core.stochastic.block_mass import BlockMass
 from hvp_core.stochastic.density import Density
 from hvp_core.stochastic.diagonal import Diagonal
 from hvp_core.stochastic.low_rank import LowRank
 from hvp_core.stochastic.trace import Trace
 from hvp_core.stochastic.trace_of import TraceOf
 from hvp_core.vectors.space import ParameterSpace
+from hvp_operations.block_mass import BlockMassSpec
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensitySpec
 from hvp_operations.density.record import DensityResult
@@ -226,6 +228,24 @@ def trace(case: Case) -> float:
     return float(found.low <= float(case.hessian.trace()) <= found.high)
 
 
+def block_mass(case: Case) -> float:
+    spec = BlockMassSpec(num_probes=16, rtol=1e-9, atol=0.0, seed=case.seed)
+    found = case.ask(BlockMass, "hessian", spec, 24 * 4).result
+    assert found.num_exact_products == 4 * len(found.blocks)
+    squares = case.hessian.square()
+    layers = spec.by.divide(list(case.coarse.space.parts()))
+    owner = {name: block for block, names in layers.items() for name in names}
+    of = torch.cat(
+        [
+            torch.full((size,), list(layers).index(owner[name]))
+            for name, size in case.coarse.space.parts().items()
+        ]
+    )
+    inside = float(squares[of.unsqueeze(0) == of.unsqueeze(1)].sum())
+    true = 1 - inside / float(squares.sum())
+    return float(found.low <= true <= found.high)
+
+
 def log_determinant(case: Case) -> float:
     damping = 0.1 * case.size
     spec = TraceOfSpec("log", damping=damping, rtol=1e-9, seed=case.seed)
@@ -290,6 +310,7 @@ QUESTIONS: Mapping[Callable[[Case], float], float] = {
     eigsh: 1.0,
     svds: 1.0,
     trace: _LEAST,
+    block_mass: _LEAST,
     log_determinant: _LEAST,
     density: _LEAST,
     diagonal: 0.93,

@@ -21,18 +21,21 @@ from hvp_core.linop.selection import Restricted, Selection
 from hvp_core.runs.algorithm import Algorithm, Budget, drive
 from hvp_core.sharding.collective import Alone, Collective, Distributed
 from hvp_core.sharding.layout import Layout
+from hvp_core.stochastic.block_mass import BlockMass
 from hvp_core.stochastic.density import Density
 from hvp_core.stochastic.diagonal import Diagonal
 from hvp_core.stochastic.low_rank import LowRank
 from hvp_core.stochastic.trace import Trace
 from hvp_core.stochastic.trace_of import TraceOf
 from hvp_core.vectors.space import ParameterSpace
+from hvp_operations.block_mass import BlockMassSpec
 from hvp_operations.checking import Seed
 from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.diagonal import DiagonalSpec
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.low_rank import LowRankSpec
 from hvp_operations.registry import operations
+from hvp_operations.partition import Partition
 from hvp_operations.solve import Method, SolveSpec
 from hvp_operations.svds import SvdsSpec
 from hvp_operations.trace import TraceSpec
@@ -124,6 +127,7 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     found |= traces(operator) | diagonals(operator) | functions(operator, positive)
     found |= low_rank(positive, collective) | compositions(operator, positive)
     found |= extended(operator, positive)
+    found |= masses(operator)
     for dtype in (torch.float64, torch.float32):
         check_written(ShardedMatrix(matrix(SPECTRUM).to(dtype), collective))
     return found
@@ -214,6 +218,19 @@ def extended(operator: ShardedMatrix, positive: ShardedMatrix) -> dict[str, Tens
             numbers = result.singular_values if name == "svds" else (result.value, result.low)
             found[f"extended {index}"] = torch.tensor(numbers, dtype=torch.float64)
     return found
+
+
+def masses(operator: ShardedMatrix) -> dict[str, Tensor]:
+    """Masses of blocks of tensors, of which two begin and end within a rank's part."""
+    spec = BlockMassSpec(Partition.of([["first", "third"], "second"]), num_probes=9, rtol=1e-9)
+    budget = Budget(max_products=18, num_vectors=5)
+    result = drive(BlockMass.configure(spec, operator, budget), operator).result
+    assert (result.num_probes, result.block_sizes) == (9, (80, 11))
+    ends = [result.off_block_fraction, result.standard_error + 1, result.low, result.high]
+    return {
+        "masses": torch.tensor(result.masses, dtype=torch.float64),
+        "off-block fraction": torch.tensor(ends, dtype=torch.float64),
+    }
 
 
 TRACES = (
@@ -325,7 +342,13 @@ def check_written(operator: ShardedMatrix) -> None:
     function = TraceOf.configure(
         TraceOfSpec("exp", num_steps=3), operator, Budget(max_products=30, num_vectors=40)
     )
+    masses = BlockMass.configure(
+        BlockMassSpec(Partition.of("tensor"), num_probes=8),
+        operator,
+        Budget(max_products=24, num_vectors=5),
+    )
     algorithms: list[Algorithm[Any]] = [
+        masses,
         *(search, density, solving, function),
         *estimates,
         *diagonals,
@@ -361,7 +384,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 57
+    assert len(alone) == 59
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

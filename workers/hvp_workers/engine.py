@@ -384,6 +384,7 @@ class RankEngine:
             kind=operator.kind,
             num_outputs=self._space(operator.codomain).dimension,
             is_semidefinite=composition and composition.is_semidefinite,
+            parameter_names=tuple(self._space(operator.domain).parts()),
         )
         # Once more: the row that the spec comes from may have been damaged.
         try:

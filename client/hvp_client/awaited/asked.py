@@ -86,7 +86,7 @@ class AsyncAsked(AsyncLinearMap):
             job_pb2.CreateJobRequest(
                 parent=self._session.parent,
                 request_id=new_request_id(),
-                spec=job_spec(operation, self._spec, self.shape, values),
+                spec=job_spec(operation, self._spec, self.shape, self.parameter_names, values),
                 labels=labels,
                 validate_only=validate_only,
             ),

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from hvp_operations.block_mass.record import BlockMassResult
 from hvp_operations.density.record import DensityResult
 from hvp_operations.diagonal.record import DiagonalResult
 from hvp_operations.eigsh.record import EigshResult
@@ -26,6 +27,61 @@ class AsyncQuestions(ABC):
     async def _ask(
         self, operation: str, values: Mapping[str, Any], labels: Mapping[str, str] | None
     ) -> AsyncJob[Any]: ...
+
+    async def block_mass(
+        self,
+        by: str | Sequence[Any] | Mapping[str, Any] = "layer",
+        *,
+        num_probes: int = 64,
+        rtol: float = 0.05,
+        atol: float = 0.0001,
+        max_products: int | None = None,
+        seed: int = 0,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncJob[BlockMassResult]:
+        """Estimate how much of the matrix lies outside of its diagonal blocks, with an interval.
+
+        The parameters are divided into blocks, and the matrix A into blocks A_ab of rows a and
+        columns b. Their masses ‖A_ab‖², squares of Frobenius norms, are estimated by products
+        with the parts that random vectors have on each block: of B blocks each vector takes B
+        products. The run stops when the standard error of the off-block fraction, the mass off
+        the diagonal blocks over the whole mass, is at most rtol times it, or at most `atol`.
+
+        Args:
+            by: How to divide the parameters into blocks: `layer` (names that agree up to the
+                first number, and of the others those of one module), `tensor`, or the patterns
+                of each block; 2 to 128 blocks that are disjoint and together all of the
+                parameters.
+            num_probes: Upper bound on the random vectors, 8 to 4096.
+            rtol: Tolerance on the fraction's standard error, relative to the fraction, 0 < rtol
+                < 1.
+            atol: Tolerance on that standard error itself; the larger of the two counts.
+            max_products: Upper bound on products; None lets the server choose.
+            seed: Seed of the random vectors.
+            labels: Kept with the job.
+
+        Returns:
+            The job, queued; `result()` waits for it.
+
+        Raises:
+            InvalidArgumentError: `ATOL_INVALID`, `BY_INVALID`, `MAX_PRODUCTS_INVALID`,
+                `NUM_PROBES_INVALID`, `PARAMETERS_INVALID`, `PARAMETERS_NOT_FOUND`,
+                `RTOL_INVALID`, `SEED_INVALID`.
+            FailedPreconditionError: `INSUFFICIENT_CLUSTER_MEMORY`.
+            ResourceExhaustedError: `QUEUE_FULL`.
+        """
+        return await self._ask(
+            "block_mass",
+            {
+                "by": by,
+                "num_probes": num_probes,
+                "rtol": rtol,
+                "atol": atol,
+                "max_products": max_products,
+                "seed": seed,
+            },
+            labels,
+        )
 
     async def density(
         self,

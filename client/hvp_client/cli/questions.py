@@ -13,6 +13,7 @@ import typer
 from hvp_operations.checking import Numbers, Seed, field_types, without_none
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.operation import Input, Operation
+from hvp_operations.partition import WORDS, Partition
 
 from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client.cli.options import (
@@ -40,7 +41,10 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
 
         order = Order(
             operation=operation.name,
-            values={name: _plain(typed[name]) for name in field_types(operation.spec)},
+            values={
+                name: _blocks(typed[name]) if hint is Partition else _plain(typed[name])
+                for name, hint in field_types(operation.spec).items()
+            },
             checkpoint=typed["checkpoint"],
             ids=typed["ids"],
             operator=_plain(typed.get("operator", "jacobian")),
@@ -52,7 +56,7 @@ def command(operation: Operation[Any]) -> Callable[..., None]:
             sample_seed=typed["sample_seed"],
             num_samples=typed["num_samples"],
             output_module=typed.get("of", "logits"),
-            input_module=typed.get("by", "parameters"),
+            input_module=typed["by"] if operation.asked_of == "jacobian" else "parameters",
         )
         ask(
             typed["address"],
@@ -76,6 +80,12 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, StrEnum) else value
 
 
+def _blocks(typed: list[str]) -> Any:
+    """A partition of the parameters: a word, or the patterns of each block."""
+    (first, *others) = typed
+    return first if first in WORDS and not others else [each.split(",") for each in typed]
+
+
 def _parameter(name: str, kind: Any, option: Any, default: Any = ...) -> inspect.Parameter:
     return inspect.Parameter(
         name,
@@ -96,6 +106,9 @@ def _own(operation: Operation[Any]) -> list[inspect.Parameter]:
         given = next((each for each in operation.inputs if each.field == name), None)
         if given is not None:
             made.append(_vectors(given, told[name]))
+            continue
+        if hint is Partition:
+            made.append(_partition(name, told[name], default))
             continue
         shown: str | bool = True
         if may_be_none:
@@ -124,6 +137,17 @@ def _vectors(declared: Input, told: str) -> inspect.Parameter:
         show_default=False,
     )
     return _parameter(declared.field, list[str], option, ... if declared.least else [])
+
+
+def _partition(name: str, told: str, default: Partition) -> inspect.Parameter:
+    """The option of a partition: a word, or the patterns of one block each time."""
+    option = typer.Option(
+        f"--{name}",
+        metavar="|".join([*WORDS, "GLOB[,GLOB...]"]),
+        help=f"{told} With patterns it is given once for each block.",
+        show_default=str(default),
+    )
+    return _parameter(name, list[str], option, [str(default)])
 
 
 def _words(words: tuple[str, ...]) -> Any:

@@ -25,6 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from hvp_protos.v1 import block_mass_pb2 as hvp_dot_v1_dot_block__mass__pb2
 from hvp_protos.v1 import density_pb2 as hvp_dot_v1_dot_density__pb2
 from hvp_protos.v1 import diagonal_pb2 as hvp_dot_v1_dot_diagonal__pb2
 from hvp_protos.v1 import eigsh_pb2 as hvp_dot_v1_dot_eigsh__pb2
@@ -35,7 +36,7 @@ from hvp_protos.v1 import trace_pb2 as hvp_dot_v1_dot_trace__pb2
 from hvp_protos.v1 import trace_of_pb2 as hvp_dot_v1_dot_trace__of__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10hvp/v1/job.proto\x12\x06hvp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14hvp/v1/density.proto\x1a\x15hvp/v1/diagonal.proto\x1a\x12hvp/v1/eigsh.proto\x1a\x15hvp/v1/low_rank.proto\x1a\x12hvp/v1/solve.proto\x1a\x11hvp/v1/svds.proto\x1a\x12hvp/v1/trace.proto\x1a\x15hvp/v1/trace_of.proto\"\xc3\x02\n\x07JobSpec\x12\"\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x11.hvp.v1.EigshSpecH\x00\x12&\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x13.hvp.v1.DensitySpecH\x00\x12\"\n\x05solve\x18\x03 \x01(\x0b\x32\x11.hvp.v1.SolveSpecH\x00\x12\"\n\x05trace\x18\x04 \x01(\x0b\x32\x11.hvp.v1.TraceSpecH\x00\x12\'\n\x08trace_of\x18\x05 \x01(\x0b\x32\x13.hvp.v1.TraceOfSpecH\x00\x12(\n\x08\x64iagonal\x18\x06 \x01(\x0b\x32\x14.hvp.v1.DiagonalSpecH\x00\x12\'\n\x08low_rank\x18\x07 \x01(\x0b\x32\x13.hvp.v1.LowRankSpecH\x00\x12 \n\x04svds\x18\x08 \x01(\x0b\x32\x10.hvp.v1.SvdsSpecH\x00\x42\x06\n\x04spec\"\xd7\x02\n\tJobResult\x12$\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x13.hvp.v1.EigshResultH\x00\x12(\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x15.hvp.v1.DensityResultH\x00\x12$\n\x05solve\x18\x03 \x01(\x0b\x32\x13.hvp.v1.SolveResultH\x00\x12$\n\x05trace\x18\x04 \x01(\x0b\x32\x13.hvp.v1.TraceResultH\x00\x12)\n\x08trace_of\x18\x05 \x01(\x0b\x32\x15.hvp.v1.TraceOfResultH\x00\x12*\n\x08\x64iagonal\x18\x06 \x01(\x0b\x32\x16.hvp.v1.DiagonalResultH\x00\x12)\n\x08low_rank\x18\x07 \x01(\x0b\x32\x15.hvp.v1.LowRankResultH\x00\x12\"\n\x04svds\x18\x08 \x01(\x0b\x32\x12.hvp.v1.SvdsResultH\x00\x42\x08\n\x06result\"\x9c\x01\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x30\n\x08metadata\x18\x04 \x03(\x0b\x32\x1e.hvp.v1.JobError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc1\x03\n\x0bJobProgress\x12\x14\n\x0cnum_products\x18\x01 \x01(\x05\x12\x14\n\x0cmax_products\x18\x02 \x01(\x05\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x1b\n\x13seconds_per_product\x18\x04 \x01(\x01\x12&\n\x05\x65igsh\x18\x10 \x01(\x0b\x32\x15.hvp.v1.EigshProgressH\x00\x12*\n\x07\x64\x65nsity\x18\x11 \x01(\x0b\x32\x17.hvp.v1.DensityProgressH\x00\x12&\n\x05solve\x18\x12 \x01(\x0b\x32\x15.hvp.v1.SolveProgressH\x00\x12&\n\x05trace\x18\x13 \x01(\x0b\x32\x15.hvp.v1.TraceProgressH\x00\x12+\n\x08trace_of\x18\x14 \x01(\x0b\x32\x17.hvp.v1.TraceOfProgressH\x00\x12,\n\x08\x64iagonal\x18\x15 \x01(\x0b\x32\x18.hvp.v1.DiagonalProgressH\x00\x12+\n\x08low_rank\x18\x16 \x01(\x0b\x32\x17.hvp.v1.LowRankProgressH\x00\x12$\n\x04svds\x18\x17 \x01(\x0b\x32\x14.hvp.v1.SvdsProgressH\x00\x42\x08\n\x06\x64\x65tail\"\x84\x05\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04spec\x18\x02 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.hvp.v1.JobError\x12!\n\x06result\x18\x05 \x01(\x0b\x32\x11.hvp.v1.JobResult\x12%\n\x08progress\x18\x06 \x01(\x0b\x32\x13.hvp.v1.JobProgress\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x05\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06labels\x18\x0c \x03(\x0b\x32\x17.hvp.v1.Job.LabelsEntry\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x0f\n\x07\x65xtends\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x95\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x14\n\x10STATE_CANCELLING\x10\x03\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\x12\x13\n\x0fSTATE_CANCELLED\x10\x06\"\xcf\x02\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0cstate_change\x18\x03 \x01(\x0b\x32\x1c.hvp.v1.JobEvent.StateChangeH\x00\x12\'\n\x08progress\x18\x04 \x01(\x0b\x32\x13.hvp.v1.JobProgressH\x00\x12/\n\theartbeat\x18\x05 \x01(\x0b\x32\x1a.hvp.v1.JobEvent.HeartbeatH\x00\x1a\x61\n\x0bStateChange\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.hvp.v1.JobError\x1a\x0b\n\tHeartbeatB\x07\n\x05\x65vent\"\xe2\x01\n\x10\x43reateJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1d\n\x04spec\x18\x03 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12\x34\n\x06labels\x18\x04 \x03(\x0b\x32$.hvp.v1.CreateJobRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x0f\n\x07\x65xtends\x18\x06 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x11\x43reateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\x12\x1d\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.hvp.v1.JobPlan\"\xe2\x01\n\x07JobPlan\x12\x14\n\x0cmax_products\x18\x01 \x01(\x05\x12\x1b\n\x13seconds_per_product\x18\x02 \x01(\x01\x12\x13\n\x0bmax_seconds\x18\x03 \x01(\x01\x12\x11\n\tnum_ranks\x18\x04 \x01(\x05\x12\x1c\n\x14least_bytes_per_rank\x18\x05 \x01(\x03\x12\x1d\n\x15wished_bytes_per_rank\x18\x06 \x01(\x03\x12 \n\x18\x61vailable_bytes_per_rank\x18\x07 \x01(\x03\x12\x0c\n\x04\x66its\x18\x08 \x01(\x08\x12\x0f\n\x07problem\x18\t \x01(\t\"k\n\x10UpdateJobRequest\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"-\n\x11UpdateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0eGetJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"k\n\x0fListJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12!\n\x06states\x18\x04 \x03(\x0e\x32\x11.hvp.v1.Job.State\"F\n\x10ListJobsResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.hvp.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x11\x43\x61ncelJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"J\n\x0eWaitJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x0fWaitJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"3\n\x10WatchJobResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.hvp.v1.JobEvent2\x89\x04\n\nJobService\x12@\n\tCreateJob\x12\x18.hvp.v1.CreateJobRequest\x1a\x19.hvp.v1.CreateJobResponse\x12@\n\tUpdateJob\x12\x18.hvp.v1.UpdateJobRequest\x1a\x19.hvp.v1.UpdateJobResponse\x12\x37\n\x06GetJob\x12\x15.hvp.v1.GetJobRequest\x1a\x16.hvp.v1.GetJobResponse\x12=\n\x08ListJobs\x12\x17.hvp.v1.ListJobsRequest\x1a\x18.hvp.v1.ListJobsResponse\x12@\n\tCancelJob\x12\x18.hvp.v1.CancelJobRequest\x1a\x19.hvp.v1.CancelJobResponse\x12@\n\tDeleteJob\x12\x18.hvp.v1.DeleteJobRequest\x1a\x19.hvp.v1.DeleteJobResponse\x12:\n\x07WaitJob\x12\x16.hvp.v1.WaitJobRequest\x1a\x17.hvp.v1.WaitJobResponse\x12?\n\x08WatchJob\x12\x17.hvp.v1.WatchJobRequest\x1a\x18.hvp.v1.WatchJobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10hvp/v1/job.proto\x12\x06hvp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17hvp/v1/block_mass.proto\x1a\x14hvp/v1/density.proto\x1a\x15hvp/v1/diagonal.proto\x1a\x12hvp/v1/eigsh.proto\x1a\x15hvp/v1/low_rank.proto\x1a\x12hvp/v1/solve.proto\x1a\x11hvp/v1/svds.proto\x1a\x12hvp/v1/trace.proto\x1a\x15hvp/v1/trace_of.proto\"\xf0\x02\n\x07JobSpec\x12\"\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x11.hvp.v1.EigshSpecH\x00\x12&\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x13.hvp.v1.DensitySpecH\x00\x12\"\n\x05solve\x18\x03 \x01(\x0b\x32\x11.hvp.v1.SolveSpecH\x00\x12\"\n\x05trace\x18\x04 \x01(\x0b\x32\x11.hvp.v1.TraceSpecH\x00\x12\'\n\x08trace_of\x18\x05 \x01(\x0b\x32\x13.hvp.v1.TraceOfSpecH\x00\x12(\n\x08\x64iagonal\x18\x06 \x01(\x0b\x32\x14.hvp.v1.DiagonalSpecH\x00\x12\'\n\x08low_rank\x18\x07 \x01(\x0b\x32\x13.hvp.v1.LowRankSpecH\x00\x12 \n\x04svds\x18\x08 \x01(\x0b\x32\x10.hvp.v1.SvdsSpecH\x00\x12+\n\nblock_mass\x18\t \x01(\x0b\x32\x15.hvp.v1.BlockMassSpecH\x00\x42\x06\n\x04spec\"\x86\x03\n\tJobResult\x12$\n\x05\x65igsh\x18\x01 \x01(\x0b\x32\x13.hvp.v1.EigshResultH\x00\x12(\n\x07\x64\x65nsity\x18\x02 \x01(\x0b\x32\x15.hvp.v1.DensityResultH\x00\x12$\n\x05solve\x18\x03 \x01(\x0b\x32\x13.hvp.v1.SolveResultH\x00\x12$\n\x05trace\x18\x04 \x01(\x0b\x32\x13.hvp.v1.TraceResultH\x00\x12)\n\x08trace_of\x18\x05 \x01(\x0b\x32\x15.hvp.v1.TraceOfResultH\x00\x12*\n\x08\x64iagonal\x18\x06 \x01(\x0b\x32\x16.hvp.v1.DiagonalResultH\x00\x12)\n\x08low_rank\x18\x07 \x01(\x0b\x32\x15.hvp.v1.LowRankResultH\x00\x12\"\n\x04svds\x18\x08 \x01(\x0b\x32\x12.hvp.v1.SvdsResultH\x00\x12-\n\nblock_mass\x18\t \x01(\x0b\x32\x17.hvp.v1.BlockMassResultH\x00\x42\x08\n\x06result\"\x9c\x01\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x30\n\x08metadata\x18\x04 \x03(\x0b\x32\x1e.hvp.v1.JobError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf2\x03\n\x0bJobProgress\x12\x14\n\x0cnum_products\x18\x01 \x01(\x05\x12\x14\n\x0cmax_products\x18\x02 \x01(\x05\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x1b\n\x13seconds_per_product\x18\x04 \x01(\x01\x12&\n\x05\x65igsh\x18\x10 \x01(\x0b\x32\x15.hvp.v1.EigshProgressH\x00\x12*\n\x07\x64\x65nsity\x18\x11 \x01(\x0b\x32\x17.hvp.v1.DensityProgressH\x00\x12&\n\x05solve\x18\x12 \x01(\x0b\x32\x15.hvp.v1.SolveProgressH\x00\x12&\n\x05trace\x18\x13 \x01(\x0b\x32\x15.hvp.v1.TraceProgressH\x00\x12+\n\x08trace_of\x18\x14 \x01(\x0b\x32\x17.hvp.v1.TraceOfProgressH\x00\x12,\n\x08\x64iagonal\x18\x15 \x01(\x0b\x32\x18.hvp.v1.DiagonalProgressH\x00\x12+\n\x08low_rank\x18\x16 \x01(\x0b\x32\x17.hvp.v1.LowRankProgressH\x00\x12$\n\x04svds\x18\x17 \x01(\x0b\x32\x14.hvp.v1.SvdsProgressH\x00\x12/\n\nblock_mass\x18\x18 \x01(\x0b\x32\x19.hvp.v1.BlockMassProgressH\x00\x42\x08\n\x06\x64\x65tail\"\x84\x05\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04spec\x18\x02 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.hvp.v1.JobError\x12!\n\x06result\x18\x05 \x01(\x0b\x32\x11.hvp.v1.JobResult\x12%\n\x08progress\x18\x06 \x01(\x0b\x32\x13.hvp.v1.JobProgress\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\x05\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06labels\x18\x0c \x03(\x0b\x32\x17.hvp.v1.Job.LabelsEntry\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x0f\n\x07\x65xtends\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x95\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x14\n\x10STATE_CANCELLING\x10\x03\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\x12\x13\n\x0fSTATE_CANCELLED\x10\x06\"\xcf\x02\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0cstate_change\x18\x03 \x01(\x0b\x32\x1c.hvp.v1.JobEvent.StateChangeH\x00\x12\'\n\x08progress\x18\x04 \x01(\x0b\x32\x13.hvp.v1.JobProgressH\x00\x12/\n\theartbeat\x18\x05 \x01(\x0b\x32\x1a.hvp.v1.JobEvent.HeartbeatH\x00\x1a\x61\n\x0bStateChange\x12 \n\x05state\x18\x01 \x01(\x0e\x32\x11.hvp.v1.Job.State\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.hvp.v1.JobError\x1a\x0b\n\tHeartbeatB\x07\n\x05\x65vent\"\xe2\x01\n\x10\x43reateJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1d\n\x04spec\x18\x03 \x01(\x0b\x32\x0f.hvp.v1.JobSpec\x12\x34\n\x06labels\x18\x04 \x03(\x0b\x32$.hvp.v1.CreateJobRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x0f\n\x07\x65xtends\x18\x06 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x11\x43reateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\x12\x1d\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.hvp.v1.JobPlan\"\xe2\x01\n\x07JobPlan\x12\x14\n\x0cmax_products\x18\x01 \x01(\x05\x12\x1b\n\x13seconds_per_product\x18\x02 \x01(\x01\x12\x13\n\x0bmax_seconds\x18\x03 \x01(\x01\x12\x11\n\tnum_ranks\x18\x04 \x01(\x05\x12\x1c\n\x14least_bytes_per_rank\x18\x05 \x01(\x03\x12\x1d\n\x15wished_bytes_per_rank\x18\x06 \x01(\x03\x12 \n\x18\x61vailable_bytes_per_rank\x18\x07 \x01(\x03\x12\x0c\n\x04\x66its\x18\x08 \x01(\x08\x12\x0f\n\x07problem\x18\t \x01(\t\"k\n\x10UpdateJobRequest\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"-\n\x11UpdateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0eGetJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"k\n\x0fListJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12!\n\x06states\x18\x04 \x03(\x0e\x32\x11.hvp.v1.Job.State\"F\n\x10ListJobsResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.hvp.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x11\x43\x61ncelJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"J\n\x0eWaitJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x0fWaitJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.hvp.v1.Job\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"3\n\x10WatchJobResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.hvp.v1.JobEvent2\x89\x04\n\nJobService\x12@\n\tCreateJob\x12\x18.hvp.v1.CreateJobRequest\x1a\x19.hvp.v1.CreateJobResponse\x12@\n\tUpdateJob\x12\x18.hvp.v1.UpdateJobRequest\x1a\x19.hvp.v1.UpdateJobResponse\x12\x37\n\x06GetJob\x12\x15.hvp.v1.GetJobRequest\x1a\x16.hvp.v1.GetJobResponse\x12=\n\x08ListJobs\x12\x17.hvp.v1.ListJobsRequest\x1a\x18.hvp.v1.ListJobsResponse\x12@\n\tCancelJob\x12\x18.hvp.v1.CancelJobRequest\x1a\x19.hvp.v1.CancelJobResponse\x12@\n\tDeleteJob\x12\x18.hvp.v1.DeleteJobRequest\x1a\x19.hvp.v1.DeleteJobResponse\x12:\n\x07WaitJob\x12\x16.hvp.v1.WaitJobRequest\x1a\x17.hvp.v1.WaitJobResponse\x12?\n\x08WatchJob\x12\x17.hvp.v1.WatchJobRequest\x1a\x18.hvp.v1.WatchJobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,64 +49,64 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CREATEJOBREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSPEC']._serialized_start=298
-  _globals['_JOBSPEC']._serialized_end=621
-  _globals['_JOBRESULT']._serialized_start=624
-  _globals['_JOBRESULT']._serialized_end=967
-  _globals['_JOBERROR']._serialized_start=970
-  _globals['_JOBERROR']._serialized_end=1126
-  _globals['_JOBERROR_METADATAENTRY']._serialized_start=1079
-  _globals['_JOBERROR_METADATAENTRY']._serialized_end=1126
-  _globals['_JOBPROGRESS']._serialized_start=1129
-  _globals['_JOBPROGRESS']._serialized_end=1578
-  _globals['_JOB']._serialized_start=1581
-  _globals['_JOB']._serialized_end=2225
-  _globals['_JOB_LABELSENTRY']._serialized_start=2028
-  _globals['_JOB_LABELSENTRY']._serialized_end=2073
-  _globals['_JOB_STATE']._serialized_start=2076
-  _globals['_JOB_STATE']._serialized_end=2225
-  _globals['_JOBEVENT']._serialized_start=2228
-  _globals['_JOBEVENT']._serialized_end=2563
-  _globals['_JOBEVENT_STATECHANGE']._serialized_start=2444
-  _globals['_JOBEVENT_STATECHANGE']._serialized_end=2541
-  _globals['_JOBEVENT_HEARTBEAT']._serialized_start=2543
-  _globals['_JOBEVENT_HEARTBEAT']._serialized_end=2554
-  _globals['_CREATEJOBREQUEST']._serialized_start=2566
-  _globals['_CREATEJOBREQUEST']._serialized_end=2792
-  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_start=2028
-  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_end=2073
-  _globals['_CREATEJOBRESPONSE']._serialized_start=2794
-  _globals['_CREATEJOBRESPONSE']._serialized_end=2870
-  _globals['_JOBPLAN']._serialized_start=2873
-  _globals['_JOBPLAN']._serialized_end=3099
-  _globals['_UPDATEJOBREQUEST']._serialized_start=3101
-  _globals['_UPDATEJOBREQUEST']._serialized_end=3208
-  _globals['_UPDATEJOBRESPONSE']._serialized_start=3210
-  _globals['_UPDATEJOBRESPONSE']._serialized_end=3255
-  _globals['_GETJOBREQUEST']._serialized_start=3257
-  _globals['_GETJOBREQUEST']._serialized_end=3286
-  _globals['_GETJOBRESPONSE']._serialized_start=3288
-  _globals['_GETJOBRESPONSE']._serialized_end=3330
-  _globals['_LISTJOBSREQUEST']._serialized_start=3332
-  _globals['_LISTJOBSREQUEST']._serialized_end=3439
-  _globals['_LISTJOBSRESPONSE']._serialized_start=3441
-  _globals['_LISTJOBSRESPONSE']._serialized_end=3511
-  _globals['_CANCELJOBREQUEST']._serialized_start=3513
-  _globals['_CANCELJOBREQUEST']._serialized_end=3545
-  _globals['_CANCELJOBRESPONSE']._serialized_start=3547
-  _globals['_CANCELJOBRESPONSE']._serialized_end=3592
-  _globals['_DELETEJOBREQUEST']._serialized_start=3594
-  _globals['_DELETEJOBREQUEST']._serialized_end=3626
-  _globals['_DELETEJOBRESPONSE']._serialized_start=3628
-  _globals['_DELETEJOBRESPONSE']._serialized_end=3647
-  _globals['_WAITJOBREQUEST']._serialized_start=3649
-  _globals['_WAITJOBREQUEST']._serialized_end=3723
-  _globals['_WAITJOBRESPONSE']._serialized_start=3725
-  _globals['_WAITJOBRESPONSE']._serialized_end=3768
-  _globals['_WATCHJOBREQUEST']._serialized_start=3770
-  _globals['_WATCHJOBREQUEST']._serialized_end=3825
-  _globals['_WATCHJOBRESPONSE']._serialized_start=3827
-  _globals['_WATCHJOBRESPONSE']._serialized_end=3878
-  _globals['_JOBSERVICE']._serialized_start=3881
-  _globals['_JOBSERVICE']._serialized_end=4402
+  _globals['_JOBSPEC']._serialized_start=323
+  _globals['_JOBSPEC']._serialized_end=691
+  _globals['_JOBRESULT']._serialized_start=694
+  _globals['_JOBRESULT']._serialized_end=1084
+  _globals['_JOBERROR']._serialized_start=1087
+  _globals['_JOBERROR']._serialized_end=1243
+  _globals['_JOBERROR_METADATAENTRY']._serialized_start=1196
+  _globals['_JOBERROR_METADATAENTRY']._serialized_end=1243
+  _globals['_JOBPROGRESS']._serialized_start=1246
+  _globals['_JOBPROGRESS']._serialized_end=1744
+  _globals['_JOB']._serialized_start=1747
+  _globals['_JOB']._serialized_end=2391
+  _globals['_JOB_LABELSENTRY']._serialized_start=2194
+  _globals['_JOB_LABELSENTRY']._serialized_end=2239
+  _globals['_JOB_STATE']._serialized_start=2242
+  _globals['_JOB_STATE']._serialized_end=2391
+  _globals['_JOBEVENT']._serialized_start=2394
+  _globals['_JOBEVENT']._serialized_end=2729
+  _globals['_JOBEVENT_STATECHANGE']._serialized_start=2610
+  _globals['_JOBEVENT_STATECHANGE']._serialized_end=2707
+  _globals['_JOBEVENT_HEARTBEAT']._serialized_start=2709
+  _globals['_JOBEVENT_HEARTBEAT']._serialized_end=2720
+  _globals['_CREATEJOBREQUEST']._serialized_start=2732
+  _globals['_CREATEJOBREQUEST']._serialized_end=2958
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_start=2194
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_end=2239
+  _globals['_CREATEJOBRESPONSE']._serialized_start=2960
+  _globals['_CREATEJOBRESPONSE']._serialized_end=3036
+  _globals['_JOBPLAN']._serialized_start=3039
+  _globals['_JOBPLAN']._serialized_end=3265
+  _globals['_UPDATEJOBREQUEST']._serialized_start=3267
+  _globals['_UPDATEJOBREQUEST']._serialized_end=3374
+  _globals['_UPDATEJOBRESPONSE']._serialized_start=3376
+  _globals['_UPDATEJOBRESPONSE']._serialized_end=3421
+  _globals['_GETJOBREQUEST']._serialized_start=3423
+  _globals['_GETJOBREQUEST']._serialized_end=3452
+  _globals['_GETJOBRESPONSE']._serialized_start=3454
+  _globals['_GETJOBRESPONSE']._serialized_end=3496
+  _globals['_LISTJOBSREQUEST']._serialized_start=3498
+  _globals['_LISTJOBSREQUEST']._serialized_end=3605
+  _globals['_LISTJOBSRESPONSE']._serialized_start=3607
+  _globals['_LISTJOBSRESPONSE']._serialized_end=3677
+  _globals['_CANCELJOBREQUEST']._serialized_start=3679
+  _globals['_CANCELJOBREQUEST']._serialized_end=3711
+  _globals['_CANCELJOBRESPONSE']._serialized_start=3713
+  _globals['_CANCELJOBRESPONSE']._serialized_end=3758
+  _globals['_DELETEJOBREQUEST']._serialized_start=3760
+  _globals['_DELETEJOBREQUEST']._serialized_end=3792
+  _globals['_DELETEJOBRESPONSE']._serialized_start=3794
+  _globals['_DELETEJOBRESPONSE']._serialized_end=3813
+  _globals['_WAITJOBREQUEST']._serialized_start=3815
+  _globals['_WAITJOBREQUEST']._serialized_end=3889
+  _globals['_WAITJOBRESPONSE']._serialized_start=3891
+  _globals['_WAITJOBRESPONSE']._serialized_end=3934
+  _globals['_WATCHJOBREQUEST']._serialized_start=3936
+  _globals['_WATCHJOBREQUEST']._serialized_end=3991
+  _globals['_WATCHJOBRESPONSE']._serialized_start=3993
+  _globals['_WATCHJOBRESPONSE']._serialized_end=4044
+  _globals['_JOBSERVICE']._serialized_start=4047
+  _globals['_JOBSERVICE']._serialized_end=4568
 # @@protoc_insertion_point(module_scope)

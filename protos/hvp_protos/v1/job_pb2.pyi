@@ -14,6 +14,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hvp_protos.v1 import block_mass_pb2 as _block_mass_pb2
 from hvp_protos.v1 import density_pb2 as _density_pb2
 from hvp_protos.v1 import diagonal_pb2 as _diagonal_pb2
 from hvp_protos.v1 import eigsh_pb2 as _eigsh_pb2
@@ -47,6 +48,7 @@ class JobSpec(_message.Message):
     DIAGONAL_FIELD_NUMBER: _builtins.int
     LOW_RANK_FIELD_NUMBER: _builtins.int
     SVDS_FIELD_NUMBER: _builtins.int
+    BLOCK_MASS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshSpec: ...
     @_builtins.property
@@ -63,6 +65,8 @@ class JobSpec(_message.Message):
     def low_rank(self) -> _low_rank_pb2.LowRankSpec: ...
     @_builtins.property
     def svds(self) -> _svds_pb2.SvdsSpec: ...
+    @_builtins.property
+    def block_mass(self) -> _block_mass_pb2.BlockMassSpec: ...
     def __init__(
         self,
         *,
@@ -74,12 +78,13 @@ class JobSpec(_message.Message):
         diagonal: _diagonal_pb2.DiagonalSpec | None = ...,
         low_rank: _low_rank_pb2.LowRankSpec | None = ...,
         svds: _svds_pb2.SvdsSpec | None = ...,
+        block_mass: _block_mass_pb2.BlockMassSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_mass", b"block_mass", "density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mass", b"block_mass", "density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "spec", b"spec", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds", "block_mass"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -97,6 +102,7 @@ class JobResult(_message.Message):
     DIAGONAL_FIELD_NUMBER: _builtins.int
     LOW_RANK_FIELD_NUMBER: _builtins.int
     SVDS_FIELD_NUMBER: _builtins.int
+    BLOCK_MASS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def eigsh(self) -> _eigsh_pb2.EigshResult: ...
     @_builtins.property
@@ -113,6 +119,8 @@ class JobResult(_message.Message):
     def low_rank(self) -> _low_rank_pb2.LowRankResult: ...
     @_builtins.property
     def svds(self) -> _svds_pb2.SvdsResult: ...
+    @_builtins.property
+    def block_mass(self) -> _block_mass_pb2.BlockMassResult: ...
     def __init__(
         self,
         *,
@@ -124,12 +132,13 @@ class JobResult(_message.Message):
         diagonal: _diagonal_pb2.DiagonalResult | None = ...,
         low_rank: _low_rank_pb2.LowRankResult | None = ...,
         svds: _svds_pb2.SvdsResult | None = ...,
+        block_mass: _block_mass_pb2.BlockMassResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_mass", b"block_mass", "density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mass", b"block_mass", "density", b"density", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "result", b"result", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds", "block_mass"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -203,6 +212,7 @@ class JobProgress(_message.Message):
     DIAGONAL_FIELD_NUMBER: _builtins.int
     LOW_RANK_FIELD_NUMBER: _builtins.int
     SVDS_FIELD_NUMBER: _builtins.int
+    BLOCK_MASS_FIELD_NUMBER: _builtins.int
     num_products: _builtins.int
     """Operator products done in this attempt, and their upper bound."""
     max_products: _builtins.int
@@ -213,7 +223,7 @@ class JobProgress(_message.Message):
     `verifying` (the residual of x) and `probing` (what else is claimed); of trace and diagonal
     `sampling`, `correcting` (comparing coarse products with exact ones), `sketching`, `projecting`
     and `exact`; of trace_of `iterating`; of low_rank `sampling` or `searching`, and `checking`
-    (bounding the error); of svds as of eigsh with a basis.
+    (bounding the error); of svds as of eigsh with a basis; of block_mass `sampling` and `correcting`.
     """
     seconds_per_product: _builtins.float
     """Median time of a product so far."""
@@ -233,6 +243,8 @@ class JobProgress(_message.Message):
     def low_rank(self) -> _low_rank_pb2.LowRankProgress: ...
     @_builtins.property
     def svds(self) -> _svds_pb2.SvdsProgress: ...
+    @_builtins.property
+    def block_mass(self) -> _block_mass_pb2.BlockMassProgress: ...
     def __init__(
         self,
         *,
@@ -248,12 +260,13 @@ class JobProgress(_message.Message):
         diagonal: _diagonal_pb2.DiagonalProgress | None = ...,
         low_rank: _low_rank_pb2.LowRankProgress | None = ...,
         svds: _svds_pb2.SvdsProgress | None = ...,
+        block_mass: _block_mass_pb2.BlockMassProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_mass", b"block_mass", "density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "solve", b"solve", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mass", b"block_mass", "density", b"density", "detail", b"detail", "diagonal", b"diagonal", "eigsh", b"eigsh", "low_rank", b"low_rank", "max_products", b"max_products", "num_products", b"num_products", "seconds_per_product", b"seconds_per_product", "solve", b"solve", "stage", b"stage", "svds", b"svds", "trace", b"trace", "trace_of", b"trace_of"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds"]  # noqa: Y015
+    _WhichOneofReturnType_detail: _TypeAlias = _typing.Literal["eigsh", "density", "solve", "trace", "trace_of", "diagonal", "low_rank", "svds", "block_mass"]  # noqa: Y015
     _WhichOneofArgType_detail: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_detail) -> _WhichOneofReturnType_detail | None: ...
 

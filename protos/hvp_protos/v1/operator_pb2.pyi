@@ -226,6 +226,64 @@ class OperatorSpec(_message.Message):
 Global___OperatorSpec: _TypeAlias = OperatorSpec  # noqa: Y015
 
 @_typing.final
+class Block(_message.Message):
+    """The parameters of one block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Not empty, and another one than those of the other blocks."""
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Patterns of the parameters' names, one or more, as `parameters` of OperatorSpec."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        parameters: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Block: _TypeAlias = Block  # noqa: Y015
+
+@_typing.final
+class Partition(_message.Message):
+    """A rule that puts each of an operator's parameters into one block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PER_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    per: _builtins.str
+    """`layer`: parameters whose names agree up to the first number are a block, and of the others those
+    of one module. `tensor`: each is a block. Empty: `blocks` says it.
+    """
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
+        """Disjoint, and together all of the parameters."""
+
+    def __init__(
+        self,
+        *,
+        per: _builtins.str = ...,
+        blocks: _abc.Iterable[Global___Block] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "per", b"per"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Partition: _TypeAlias = Partition  # noqa: Y015
+
+@_typing.final
 class DescribeOperatorRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -129,6 +129,7 @@ class ResolvedOperator:
             kind=self.operator.kind,
             num_outputs=self.num_outputs,
             is_semidefinite=composition and composition.is_semidefinite,
+            parameter_names=tuple(each.name for each in self.parameters),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -126,6 +126,10 @@ class SelectedSpace(VectorSpace):
     def dots_by_part(self, left: Tensor, right: Tensor) -> Tensor:
         """See VectorSpace."""
         return self._whole.dots_by_part(left, right)
+
+    def only(self, vector: Tensor, parts: Collection[int]) -> Tensor:
+        """See VectorSpace."""
+        return self._whole.only(vector, parts)
 
     def agree(self, found: Any) -> Any:
         """See VectorSpace."""

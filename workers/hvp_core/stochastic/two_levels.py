@@ -17,7 +17,7 @@ from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.stochastic.probing import FEWEST, Stepper
 
 #: The fewest probes with a coarse and an exact product; where the seeds of these probes begin.
-CORRECTIONS, _CORRECTION_SEEDS = 4, 1 << 32
+CORRECTIONS, CORRECTION_SEEDS = 4, 1 << 32
 #: The share of the tolerance that the coarse level may take.
 COARSE_SHARE = 0.9
 
@@ -88,7 +88,7 @@ class TwoLevels(Stepper):
         exact = run.exact()
         if not run.state.is_verified:
             return
-        first = _CORRECTION_SEEDS + self.num_compared
+        first = CORRECTION_SEEDS + self.num_compared
         count = max(1, min(run.choice.num_together, CORRECTIONS, run.remaining // 2))
         vectors = [run.vector(index, "rademacher") for index in range(first, first + count)]
         self.compare(exact, vectors)

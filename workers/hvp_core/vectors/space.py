@@ -315,6 +315,14 @@ class ParameterSpace(ShardedSpace):
             total[number] += partial_products(left[here].unsqueeze(0), right[here])[0]
         return self.collective.sum(total)
 
+    def only(self, vector: torch.Tensor, parts: Collection[int]) -> torch.Tensor:
+        """See VectorSpace; parts are tensors."""
+        kept, found = set(parts), torch.zeros_like(vector)
+        for number, here in self.stretches:
+            if number in kept:
+                found[here] = vector[here]
+        return found
+
     def part(self, names: Collection[str]) -> ParameterSpace:
         """The space of some of the parameters; this one, where these are all."""
         layout = self.layout.part(names)

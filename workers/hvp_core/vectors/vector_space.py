@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,15 @@ class VectorSpace(ABC):
             One number for each of `parts`, (p,) float64 on the CPU.
         """
         return self.dots(left.unsqueeze(0), right)
+
+    def only(self, vector: Tensor, parts: Collection[int]) -> Tensor:
+        """A new vector (local,): this one on some of the parts, and zero on all others.
+
+        Args:
+            vector: The vector, (local,).
+            parts: Numbers of the parts, in the order of `parts`.
+        """
+        return vector.clone() if parts else torch.zeros_like(vector)
 
     @abstractmethod
     def agree(self, found: Any) -> Any:
