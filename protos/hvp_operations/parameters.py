@@ -69,9 +69,7 @@ def globs_of(value: Any, field: str = "parameters") -> tuple[str, ...]:
     if not all(isinstance(each, str) for each in found):
         raise _invalid(f"{field} are patterns of names, not {shown(found)}.", field)
     if not found:
-        raise _invalid(
-            f"No pattern selects no parameter; give one or more, or leave {field} out.", field
-        )
+        raise _invalid("No pattern selects no parameter; '*' selects all.", field)
     for each in found:
         if not each.isprintable():
             raise _invalid(

@@ -224,7 +224,7 @@ def test_two_ways_to_say_the_same_give_one_space_and_others_do_not_mix(
         ([""], "PARAMETERS_INVALID", "from 1 to 512"),
         (["x" * 513], "PARAMETERS_INVALID", "513"),
         (["*"] * 65, "PARAMETERS_INVALID", "64"),
-        ([], "PARAMETERS_INVALID", "None selects all"),
+        ([], "PARAMETERS_INVALID", "selects all"),
         ([3], "PARAMETERS_INVALID", "patterns of names"),
         (["\ud800"], "PARAMETERS_INVALID", "no pattern of names"),
     ],
