@@ -6,8 +6,10 @@ import math
 from typing import Any, TypeGuard
 
 import numpy as np
+from hvp_operations.codec import to_message, to_values
 from hvp_operations.matrices import Matrix, Term, check_matrix
 from hvp_operations.operation import Facts, SpecError
+from hvp_operations.partition import Partition
 from hvp_operations.wording import shown
 from hvp_protos.v1 import operator_pb2
 
@@ -37,7 +39,11 @@ def matrix_of(spec: operator_pb2.OperatorSpec) -> Matrix:
             ),
         )
     return Matrix(
-        terms=terms, damping=spec.damping, precondition=spec.precondition, shift=spec.shift
+        terms=terms,
+        damping=spec.damping,
+        precondition=spec.precondition,
+        shift=spec.shift,
+        blocks=Partition(**to_values(spec.blocks, Partition)) if spec.HasField("blocks") else None,
     )
 
 
@@ -56,7 +62,7 @@ def with_matrix(spec: operator_pb2.OperatorSpec, matrix: Matrix) -> operator_pb2
         ) from None
     made = operator_pb2.OperatorSpec()
     made.CopyFrom(spec)
-    for field in ("kind", "sample_seed", "num_samples", "terms", "damping", "shift"):
+    for field in ("kind", "sample_seed", "num_samples", "terms", "damping", "shift", "blocks"):
         made.ClearField(field)
     made.precondition = matrix.precondition
     if matrix.is_plain:
@@ -65,6 +71,8 @@ def with_matrix(spec: operator_pb2.OperatorSpec, matrix: Matrix) -> operator_pb2
         made.sample_seed, made.num_samples = only.sample_seed, only.num_samples
         return made
     made.damping, made.shift = matrix.damping, matrix.shift
+    if matrix.blocks is not None:
+        to_message(matrix.blocks, made.blocks)
     made.terms.extend(
         _Spec.Term(
             coefficient=each.coefficient,

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from hvp_operations.operation import INDEFINITE, SpecError
+from hvp_operations.partition import MOST_BLOCKS, Partition
 
 #: Kinds whose labels are drawn from the model.
 DRAWN = frozenset({"fisher"})
 MOST_SAMPLES = 64  # labels that are drawn for each target
 MOST_TERMS = 16  # of a sum: each takes a product of its own
+BLOCKS_TOGETHER = 4  # blocks of a block-diagonal matrix whose products are taken in one call
 
 
 @final
@@ -36,7 +38,9 @@ class Term:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """D^-1/2 (Σ c A + λI) D^-1/2 + μI, with multiples of matrices A and a positive diagonal D.
+    """D^-1/2 (B(Σ c A) + λI) D^-1/2 + μI, with multiples of matrices A and a positive diagonal D.
+
+    B makes zero of what couples two blocks of parameters, where there are blocks.
 
     Law: where there is no D, μ is 0. Two terms are of different matrices. Where nothing is added to
     it, a sum has one term at the least: λ is not 0, or there is a term.
@@ -46,17 +50,19 @@ class Matrix:
         damping: λ.
         precondition: Name of the vector that is the diagonal of D; "" where D is I.
         shift: μ.
+        blocks: How the parameters are divided for B; None for all of the matrices.
     """
 
     terms: tuple[Term, ...] = ()
     damping: float = 0.0
     precondition: str = ""
     shift: float = 0.0
+    blocks: Partition | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the operator is one matrix, and no more is done to it."""
-        added = self.damping or self.precondition or self.shift
+        added = self.damping or self.precondition or self.shift or self.blocks
         return len(self.terms) == 1 and self.terms[0].coefficient == 1 and not added
 
     @property
@@ -78,24 +84,30 @@ class Matrix:
         )._normal()
 
     def plus(self, other: Matrix) -> Matrix | None:
-        """The sum; None where it has no such form: two diagonals, or one that is not for both."""
+        """The sum; None where it has no such form: diagonals or blocks that are not for both."""
         mine, others = self, other
+        if mine.blocks != others.blocks:  # a multiple of I is in blocks, whatever these are
+            mine, others = mine._within(others), others._within(mine)
         if mine.precondition != others.precondition:
             # A multiple of I is added to what a diagonal preconditions, behind it.
             mine, others = mine._behind(others), others._behind(mine)
-        if mine.precondition != others.precondition:
+        if (mine.precondition, mine.blocks) != (others.precondition, others.blocks):
             return None
         return Matrix(
             terms=(*mine.terms, *others.terms),
             damping=mine.damping + others.damping,
             precondition=mine.precondition,
             shift=mine.shift + others.shift,
+            blocks=mine.blocks,
         )._normal()
+
+    def _within(self, other: Matrix) -> Matrix:
+        return self if self.terms or self.blocks else replace(self, blocks=other.blocks)
 
     def _behind(self, other: Matrix) -> Matrix:
         if self.terms or self.precondition or not other.precondition:
             return self
-        return Matrix(precondition=other.precondition, shift=self.damping)
+        return replace(self, damping=0.0, precondition=other.precondition, shift=self.damping)
 
     def _normal(self) -> Matrix:
         """The same with one term for each matrix, and none that is multiplied by 0 but the last."""
@@ -114,6 +126,8 @@ class Matrix:
         if self.is_plain:
             return self.terms[0].kind
         inner = [(each.coefficient, _called(each)) for each in self.terms]
+        if self.blocks and inner:
+            inner = [(1.0, f"block_diagonal[{self.blocks}]({_formula(inner)})")]
         inner += [(self.damping, "identity")] if self.damping or not inner else []
         if not self.precondition:
             return _formula(inner)
@@ -194,6 +208,28 @@ def check_matrix(matrix: Matrix, kinds: Sequence[str], field: str = "") -> Matri
     for each in checked.terms:
         _check_finite(each.coefficient, f"{path}terms")
     return checked
+
+
+def check_blocks(blocks: Partition, names: Sequence[str], field: str) -> None:
+    """Check that parameters can be divided into the blocks of an operator.
+
+    Args:
+        blocks: How they are divided.
+        names: Names of the operator's parameters, in canonical order.
+        field: Name of the request's field, for errors.
+
+    Raises:
+        SpecError: PARAMETERS_INVALID, PARAMETERS_NOT_FOUND; BLOCKS_INVALID: there are too many.
+    """
+    count = len(blocks.divide(names, field))
+    if count > MOST_BLOCKS:
+        raise SpecError(
+            "BLOCKS_INVALID",
+            f"{blocks} makes {count} blocks, each of which takes a product; at most {MOST_BLOCKS} "
+            "are possible. Give larger ones, or restrict the operator first.",
+            field,
+            {"blocks": str(count)},
+        )
 
 
 def _check_finite(number: float, field: str) -> None:

@@ -12,7 +12,9 @@ from hvp_operations.wording import shown
 
 #: Partitions that have a name.
 WORDS = ("layer", "tensor")
-MOST_BLOCKS = 4096  # in a request
+MOST_NAMED = 4096  # blocks in a request
+#: Blocks that a product can be taken for each of.
+MOST_BLOCKS = 128
 
 
 @final
@@ -88,14 +90,17 @@ class Partition:
         return found
 
     def __str__(self) -> str:
-        return self.per or f"{len(self.blocks)} blocks"
+        return self.per or f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''}"
 
     def _check(self, field: str) -> None:
         is_word = self.per in WORDS
         if is_word == bool(self.blocks) or (self.per and not is_word):
             raise _no_blocks(self.per or self.blocks, field)
-        if len(self.blocks) > MOST_BLOCKS:
-            raise _invalid(f"{field} has {len(self.blocks)} blocks, of {MOST_BLOCKS}.", field)
+        if len(self.blocks) > MOST_NAMED:
+            raise _invalid(
+                f"{field} has {len(self.blocks)} blocks, and at most {MOST_NAMED} are possible.",
+                field,
+            )
         names = set[str]()
         for block in self.blocks:
             globs_of(block.parameters, field)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,39 @@ class QuickSpace(DenseSpace):
             return super().random(seed, distribution)
         bits = np.random.default_rng(seed).integers(0, 2, self.n)
         return torch.from_numpy(2.0 * bits - 1)
+
+
+class InParts(QuickSpace):
+    """Vectors that consist of parts.
+
+    Args:
+        sizes: Numbers of elements of the parts, by name.
+        dtype: The dtype.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype = torch.float64):
+        super().__init__(sum(sizes.values()), dtype)
+        object.__setattr__(self, "sizes", dict(sizes))
+
+    def parts(self) -> Mapping[str, int]:
+        sizes: Mapping[str, int] = vars(self)["sizes"]
+        return sizes
+
+    def random(self, seed: int, distribution: Distribution) -> Tensor:
+        return super().random(seed, distribution).to(self.dtype)
+
+    def dots_by_part(self, left: Tensor, right: Tensor) -> Tensor:
+        products = left.double() * right.double()
+        return torch.stack([each.sum() for each in products.split(list(self.parts().values()))])
+
+    def only(self, vector: Tensor, parts: Collection[int]) -> Tensor:
+        pieces = vector.split(list(self.parts().values()))
+        return torch.cat(
+            [
+                piece if number in parts else torch.zeros_like(piece)
+                for number, piece in enumerate(pieces)
+            ]
+        )
 
 
 class DenseOperator(LinearOperator):

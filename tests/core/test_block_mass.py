@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ from hvp_operations.partition import Partition
 from scipy import stats
 from torch import Tensor
 
-from tests.core.dense import DenseOperator, DenseSpace, QuickSpace
+from tests.core.dense import DenseOperator, DenseSpace, InParts
 from tests.core.spectra import random
 from tests.core.written import is_same, run
 
@@ -33,35 +33,6 @@ PLENTY = 10**6
 SIZES = {"net.0.w": 9, "net.0.b": 3, "net.1.w": 8, "net.1.b": 4, "head.w": 16}
 N = sum(SIZES.values())
 LAYERS = {"net.0": (0, 12), "net.1": (12, 24), "head": (24, 40)}
-
-
-class InParts(QuickSpace):
-    """Vectors that consist of parts.
-
-    Args:
-        sizes: Numbers of elements of the parts, by name.
-        dtype: The dtype.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype = torch.float64):
-        super().__init__(sum(sizes.values()), dtype)
-        object.__setattr__(self, "sizes", dict(sizes))
-
-    def parts(self) -> Mapping[str, int]:
-        sizes: Mapping[str, int] = vars(self)["sizes"]
-        return sizes
-
-    def random(self, seed: int, distribution: Distribution) -> Tensor:
-        return super().random(seed, distribution).to(self.dtype)
-
-    def dots_by_part(self, left: Tensor, right: Tensor) -> Tensor:
-        products = left.double() * right.double()
-        return torch.stack([each.sum() for each in products.split(list(self.parts().values()))])
-
-    def only(self, vector: Tensor, parts: Collection[int]) -> Tensor:
-        pieces = vector.split(list(self.parts().values()))
-        kept = [piece * (number in parts) for number, piece in enumerate(pieces)]
-        return torch.cat(kept)
 
 
 _INDICES = {derived_seed(0, index): index for index in range(64)}
@@ -481,7 +452,7 @@ def test_a_question_without_an_answer_is_refused_with_what_would_do(
 def test_too_many_blocks_are_refused_and_one_parameter_has_nothing_outside() -> None:
     names = tuple(f"p{index}" for index in range(129))
     many = Facts(num_parameters=129, kind="ggn", parameter_names=names)
-    with pytest.raises(SpecError, match="makes 129 of") as caught:
+    with pytest.raises(SpecError, match="into 129, and 2 to 128") as caught:
         checked(OPERATION, {"by": "tensor"}, many)
     assert caught.value.reason == "BY_INVALID"
     with pytest.raises(SpecError, match="nothing is outside"):

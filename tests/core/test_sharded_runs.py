@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hvp_core.errors import CurvatureError
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.krylov.solve import Solve
+from hvp_core.linop.block_diagonal import BlockDiagonal
 from hvp_core.linop.compositions import Preconditioned, Scaled, Shifted, Sum
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.linop.selection import Restricted, Selection
@@ -125,6 +126,12 @@ def numbers(collective: Collective) -> dict[str, Tensor]:
     search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-7), max_products=200, num_vectors=30)
     found["of a part"] = torch.tensor(drive(search, part).result.eigenvalues, dtype=torch.float64)
     found |= traces(operator) | diagonals(operator) | functions(operator, positive)
+    blocks = BlockDiagonal(operator, [(0, 2), (1,)])
+    v = operator.space.random(4, "gaussian")
+    found["of blocks"] = operator.space.to_flat(blocks.apply([v])[0])
+    a = matrix(SPECTRUM)
+    a[35:46, :35] = a[35:46, 46:] = a[:35, 35:46] = a[46:, 35:46] = 0  # the second tensor's
+    assert relative_error(found["of blocks"], a @ operator.space.to_flat(v)) < 1e-14
     found |= low_rank(positive, collective) | compositions(operator, positive)
     found |= extended(operator, positive)
     found |= masses(operator)
@@ -384,7 +391,7 @@ def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
     alone = numbers(Alone())
-    assert len(alone) == 59
+    assert len(alone) == 60
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, expected in alone.items():
         # The sums of another number of ranks round otherwise; a solution meets its tolerance.

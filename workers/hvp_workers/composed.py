@@ -8,6 +8,7 @@ from typing import final
 import torch
 from hvp_core.autodiff.product_spec import Draws
 from hvp_core.errors import CurvatureError
+from hvp_core.linop.block_diagonal import BlockDiagonal
 from hvp_core.linop.compositions import Identity, Preconditioned, Scaled, Shifted, Sum
 from hvp_core.linop.linear_operator import LinearOperator
 from hvp_core.vectors.space import ShardedSpace
@@ -81,6 +82,10 @@ def _composed(
         linear = Scaled(Identity(space), composition.damping)
     else:
         linear = terms[0] if len(terms) == 1 else Sum(*terms)
+        if composition.blocks is not None:
+            numbers = {name: number for number, name in enumerate(space.parts())}
+            blocks = composition.blocks.divide(list(numbers)).values()
+            linear = BlockDiagonal(linear, [[numbers[name] for name in each] for each in blocks])
         if composition.damping:
             linear = Shifted(linear, composition.damping)
     if root is not None:

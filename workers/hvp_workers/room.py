@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvp_operations.matrices import Matrix
+from hvp_operations.matrices import BLOCKS_TOGETHER, Matrix
 
 USABLE = 0.8  # of the memory that is free: the rest is for blocks and logits
 
@@ -23,4 +23,7 @@ def composed_vectors(composition: Matrix | None) -> int:
     Args:
         composition: What it is made of; None for a matrix of the model.
     """
-    return 0 if composition is None else 3 + bool(composition.precondition)
+    if composition is None:
+        return 0
+    in_blocks = 2 * BLOCKS_TOGETHER if composition.blocks else 0
+    return 3 + bool(composition.precondition) + in_blocks

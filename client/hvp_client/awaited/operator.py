@@ -11,16 +11,17 @@ from typing import Any, final, overload
 
 import numpy as np
 from hvp_operations.low_rank.record import LowRankResult, read_saved
-from hvp_operations.matrices import Matrix
+from hvp_operations.matrices import Matrix, check_blocks
+from hvp_operations.partition import Partition
 from hvp_protos.v1 import operator_pb2, vector_pb2
 
 from hvp_client._algebra import is_number, matrix_of, number, with_matrix
 from hvp_client._arrays import like
 from hvp_client._bulk import as_real
 from hvp_client._checkpoints import tensors_from_proto
-from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._exceptions import InvalidArgumentError, UnimplementedError
 from hvp_client._handles import is_sequence_of
-from hvp_client._selections import in_blocks, in_words
+from hvp_client._selections import in_blocks, in_words, refusals
 from hvp_client._session import Session, gather_bounded
 from hvp_client._spaces import VectorSpace
 from hvp_client.awaited.asked import AsyncAsked
@@ -229,6 +230,49 @@ class AsyncOperator(AsyncFunctional, AsyncAsked, AsyncFunctions):
             _OPENED_AT_ONCE, [partial(self.restrict, *names) for names in blocks.values()]
         )
         return dict(zip(blocks, opened, strict=True))
+
+    async def block_diagonal(
+        self, by: str | Sequence[Any] | Mapping[str, Any] = "layer"
+    ) -> AsyncOperator:
+        """The operator without what couples its diagonal blocks, on all of its parameters.
+
+        Law: B(A) v is the sum over the blocks b of the rows b of A v_b, with the part v_b of v. The
+        matrix of a sum is the sum of the matrices, and what is preconditioned, damped or shifted
+        stays so.
+
+        Args:
+            by: How to group the parameters, as for `blocks`; at most 128 blocks.
+
+        Returns:
+            The operator. A product takes a product of this operator's for each block.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID` as for `blocks`;
+                `BLOCKS_INVALID`: there are too many. `TERMS_INVALID`: the operator is
+                block-diagonal already.
+            UnimplementedError: `KIND_UNSUPPORTED`: the server is older.
+        """
+        matrix = matrix_of(self._spec)
+        if matrix.blocks is not None:
+            raise InvalidArgumentError(
+                "the operator is block-diagonal already; take the blocks of the operator that it "
+                "was made of",
+                reason="TERMS_INVALID",
+                field="by",
+            )
+        with refusals():
+            blocks = Partition.of(by)
+            check_blocks(blocks, self.parameter_names, "by")
+        made = self._of(replace(matrix, blocks=blocks), self._beside)
+        opened = await open_operator(self._session, made._spec)
+        if not opened._spec.HasField("blocks"):  # or products would be those of the whole matrix
+            raise UnimplementedError(
+                "the server does not know block-diagonal operators; install this client's version "
+                "of it",
+                reason="KIND_UNSUPPORTED",
+            )
+        opened._beside = self._beside
+        return opened
 
     async def load_low_rank(self, path: str | Path) -> LowRankResult[AsyncVector]:
         """Bring a low-rank matrix back to the ranks that `save` has written to a file.

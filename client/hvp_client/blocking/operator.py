@@ -163,6 +163,28 @@ class Operator(Functional, Asked, Functions, SymmetricLinearOperator, twin=Async
         result: dict[str, Operator] = self._wait(self._twin.blocks(by))
         return result
 
+    def block_diagonal(self, by: str | Sequence[Any] | Mapping[str, Any] = "layer") -> Operator:
+        """The operator without what couples its diagonal blocks, on all of its parameters.
+
+        Law: B(A) v is the sum over the blocks b of the rows b of A v_b, with the part v_b of v. The
+        matrix of a sum is the sum of the matrices, and what is preconditioned, damped or shifted
+        stays so.
+
+        Args:
+            by: How to group the parameters, as for `blocks`; at most 128 blocks.
+
+        Returns:
+            The operator. A product takes a product of this operator's for each block.
+
+        Raises:
+            InvalidArgumentError: `PARAMETERS_NOT_FOUND`, `PARAMETERS_INVALID` as for `blocks`;
+                `BLOCKS_INVALID`: there are too many. `TERMS_INVALID`: the operator is
+                block-diagonal already.
+            UnimplementedError: `KIND_UNSUPPORTED`: the server is older.
+        """
+        result: Operator = self._wait(self._twin.block_diagonal(by))
+        return result
+
     def load_low_rank(self, path: str | Path) -> LowRankResult[Vector]:
         """Bring a low-rank matrix back to the ranks that `save` has written to a file.
 

@@ -17,7 +17,7 @@ from hvp_operations.operation import (
     SpecError,
     Table,
 )
-from hvp_operations.partition import Partition
+from hvp_operations.partition import MOST_BLOCKS, Partition
 from hvp_operations.rules import SEED_RULE, of_estimates
 
 Outcome = Literal["CONVERGED", "MAX_PRODUCTS", "NOISE_LIMIT", "UNVERIFIED", "ZERO_OPERATOR"]
@@ -26,7 +26,6 @@ Outcome = Literal["CONVERGED", "MAX_PRODUCTS", "NOISE_LIMIT", "UNVERIFIED", "ZER
 TOGETHER = 8
 #: Probes with coarse and exact products, where products are coarse.
 CORRECTIONS = 4
-_MOST_BLOCKS = 128
 #: Random vectors; of fewer than eight an interval often has no upper end.
 LEAST_PROBES, _MOST_PROBES = 8, 4096
 #: Products for each block: of eight probes, and of two more whose coarse products are compared with
@@ -178,10 +177,10 @@ _RULES: tuple[Rule[BlockMassSpec], ...] = (
     Rule(
         field="by",
         reason="BY_INVALID",
-        holds=lambda spec, facts: 2 <= _num_blocks(spec, facts) <= _MOST_BLOCKS,
+        holds=lambda spec, facts: 2 <= _num_blocks(spec, facts) <= MOST_BLOCKS,
         allowed=lambda spec, facts: (
-            f"that makes {_num_blocks(spec, facts)} of the operator's parameters, and 2 to "
-            f"{_MOST_BLOCKS} are possible: nothing is outside of one block, and each block takes a "
+            f"that divides the operator's parameters into {_num_blocks(spec, facts)}, and 2 to "
+            f"{MOST_BLOCKS} are possible: nothing is outside of one block, and each block takes a "
             "product for each random vector. Give patterns of blocks, or restrict the operator"
         ),
     ),

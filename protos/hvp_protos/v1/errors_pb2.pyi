@@ -217,6 +217,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A preconditioner has an element that is not positive and finite; metadata has the first one's index."""
     ERROR_REASON_TERMS_INVALID: _ErrorReason.ValueType  # 109
     """Operators make no such sum: too many terms, or a kind beside the terms."""
+    ERROR_REASON_BLOCKS_INVALID: _ErrorReason.ValueType  # 97
+    """A block-diagonal operator has at most 128 blocks, each of which takes a product; give larger ones."""
     ERROR_REASON_OPERATOR_NOT_JACOBIAN: _ErrorReason.ValueType  # 110
     """The question is asked of a Jacobian, which a symmetric matrix is not; its eigenvalues tell as much."""
     ERROR_REASON_MODULE_NOT_FOUND: _ErrorReason.ValueType  # 111
@@ -428,6 +430,8 @@ ERROR_REASON_PRECONDITIONER_INVALID: ErrorReason.ValueType  # 108
 """A preconditioner has an element that is not positive and finite; metadata has the first one's index."""
 ERROR_REASON_TERMS_INVALID: ErrorReason.ValueType  # 109
 """Operators make no such sum: too many terms, or a kind beside the terms."""
+ERROR_REASON_BLOCKS_INVALID: ErrorReason.ValueType  # 97
+"""A block-diagonal operator has at most 128 blocks, each of which takes a product; give larger ones."""
 ERROR_REASON_OPERATOR_NOT_JACOBIAN: ErrorReason.ValueType  # 110
 """The question is asked of a Jacobian, which a symmetric matrix is not; its eigenvalues tell as much."""
 ERROR_REASON_MODULE_NOT_FOUND: ErrorReason.ValueType  # 111

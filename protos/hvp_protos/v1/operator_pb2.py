@@ -26,7 +26,7 @@ from hvp_protos.v1 import checkpoint_pb2 as hvp_dot_v1_dot_checkpoint__pb2
 from hvp_protos.v1 import vector_pb2 as hvp_dot_v1_dot_vector__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hvp/v1/operator.proto\x12\x06hvp.v1\x1a\x17hvp/v1/checkpoint.proto\x1a\x13hvp/v1/vector.proto\"\xf3\x05\n\x0cOperatorSpec\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x12\n\ndata_batch\x18\x02 \x01(\t\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.hvp.v1.OperatorSpec.Kind\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x18\n\x10micro_batch_size\x18\x05 \x01(\x05\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x03(\t\x12\x13\n\x0bsample_seed\x18\x08 \x01(\x04\x12\x13\n\x0bnum_samples\x18\t \x01(\x05\x12(\n\x05terms\x18\n \x03(\x0b\x32\x19.hvp.v1.OperatorSpec.Term\x12\x0f\n\x07\x64\x61mping\x18\x0b \x01(\x01\x12\x14\n\x0cprecondition\x18\x0c \x01(\t\x12\r\n\x05shift\x18\r \x01(\x01\x12\x15\n\rdeterministic\x18\x0e \x01(\x08\x12\x15\n\routput_module\x18\x0f \x01(\t\x12\x14\n\x0cinput_module\x18\x10 \x01(\t\x12\x11\n\town_input\x18\x11 \x01(\x08\x1an\n\x04Term\x12\x13\n\x0b\x63oefficient\x18\x01 \x01(\x01\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.hvp.v1.OperatorSpec.Kind\x12\x13\n\x0bsample_seed\x18\x03 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x05\"\xf0\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_HESSIAN\x10\x01\x12\x0c\n\x08KIND_GGN\x10\x02\x12\x1f\n\x1bKIND_EMPIRICAL_FISHER_TOKEN\x10\x03\x12\"\n\x1eKIND_EMPIRICAL_FISHER_SEQUENCE\x10\x04\x12\x11\n\rKIND_JACOBIAN\x10\x05\x12\"\n\x1eKIND_GRADIENT_COVARIANCE_TOKEN\x10\x06\x12%\n!KIND_GRADIENT_COVARIANCE_SEQUENCE\x10\x07\x12\x0f\n\x0bKIND_FISHER\x10\x08\")\n\x05\x42lock\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\t\"7\n\tPartition\x12\x0b\n\x03per\x18\x01 \x01(\t\x12\x1d\n\x06\x62locks\x18\x02 \x03(\x0b\x32\r.hvp.v1.Block\"A\n\x17\x44\x65scribeOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"\xb5\x01\n\x18\x44\x65scribeOperatorResponse\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x14\n\x0c\x64omain_shape\x18\x03 \x03(\x03\x12\x16\n\x0e\x63odomain_shape\x18\x04 \x03(\x03\x12+\n\nparameters\x18\x05 \x03(\x0b\x32\x17.hvp.v1.ParameterTensor\"=\n\x13\x45valuateLossRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"9\n\x14\x45valuateLossResponse\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x13\n\x0bnum_targets\x18\x02 \x01(\x03\"e\n\x16\x43omputeGradientRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\";\n\x17\x43omputeGradientResponse\x12 \n\x08gradient\x18\x01 \x01(\x0b\x32\x0e.hvp.v1.Vector\"\xc2\x01\n\x14\x45valuateFormsRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12/\n\x04\x66orm\x18\x02 \x01(\x0e\x32!.hvp.v1.EvaluateFormsRequest.Form\x12\x0f\n\x07vectors\x18\x03 \x03(\t\"@\n\x04\x46orm\x12\x14\n\x10\x46ORM_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46ORM_QUADRATIC\x10\x01\x12\x0e\n\nFORM_SLOPE\x10\x02\"\'\n\x15\x45valuateFormsResponse\x12\x0e\n\x06values\x18\x01 \x03(\x01\"l\n\x18\x45valuateLossAlongRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\ndirections\x18\x02 \x03(\t\x12\x14\n\x0c\x63oefficients\x18\x03 \x03(\x01\"+\n\x19\x45valuateLossAlongResponse\x12\x0e\n\x06losses\x18\x01 \x03(\x01\"\x88\x01\n\x14\x41pplyOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07vectors\x18\x03 \x03(\t\x12\x0f\n\x07session\x18\x04 \x01(\t\x12\x12\n\ntransposed\x18\x05 \x01(\x08\"9\n\x15\x41pplyOperatorResponse\x12 \n\x08products\x18\x01 \x03(\x0b\x32\x0e.hvp.v1.Vector2\xfd\x03\n\x0fOperatorService\x12U\n\x10\x44\x65scribeOperator\x12\x1f.hvp.v1.DescribeOperatorRequest\x1a .hvp.v1.DescribeOperatorResponse\x12I\n\x0c\x45valuateLoss\x12\x1b.hvp.v1.EvaluateLossRequest\x1a\x1c.hvp.v1.EvaluateLossResponse\x12R\n\x0f\x43omputeGradient\x12\x1e.hvp.v1.ComputeGradientRequest\x1a\x1f.hvp.v1.ComputeGradientResponse\x12L\n\rEvaluateForms\x12\x1c.hvp.v1.EvaluateFormsRequest\x1a\x1d.hvp.v1.EvaluateFormsResponse\x12X\n\x11\x45valuateLossAlong\x12 .hvp.v1.EvaluateLossAlongRequest\x1a!.hvp.v1.EvaluateLossAlongResponse\x12L\n\rApplyOperator\x12\x1c.hvp.v1.ApplyOperatorRequest\x1a\x1d.hvp.v1.ApplyOperatorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hvp/v1/operator.proto\x12\x06hvp.v1\x1a\x17hvp/v1/checkpoint.proto\x1a\x13hvp/v1/vector.proto\"\x96\x06\n\x0cOperatorSpec\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x12\n\ndata_batch\x18\x02 \x01(\t\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.hvp.v1.OperatorSpec.Kind\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x18\n\x10micro_batch_size\x18\x05 \x01(\x05\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x03(\t\x12\x13\n\x0bsample_seed\x18\x08 \x01(\x04\x12\x13\n\x0bnum_samples\x18\t \x01(\x05\x12(\n\x05terms\x18\n \x03(\x0b\x32\x19.hvp.v1.OperatorSpec.Term\x12\x0f\n\x07\x64\x61mping\x18\x0b \x01(\x01\x12\x14\n\x0cprecondition\x18\x0c \x01(\t\x12\r\n\x05shift\x18\r \x01(\x01\x12\x15\n\rdeterministic\x18\x0e \x01(\x08\x12\x15\n\routput_module\x18\x0f \x01(\t\x12\x14\n\x0cinput_module\x18\x10 \x01(\t\x12\x11\n\town_input\x18\x11 \x01(\x08\x12!\n\x06\x62locks\x18\x12 \x01(\x0b\x32\x11.hvp.v1.Partition\x1an\n\x04Term\x12\x13\n\x0b\x63oefficient\x18\x01 \x01(\x01\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.hvp.v1.OperatorSpec.Kind\x12\x13\n\x0bsample_seed\x18\x03 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x05\"\xf0\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_HESSIAN\x10\x01\x12\x0c\n\x08KIND_GGN\x10\x02\x12\x1f\n\x1bKIND_EMPIRICAL_FISHER_TOKEN\x10\x03\x12\"\n\x1eKIND_EMPIRICAL_FISHER_SEQUENCE\x10\x04\x12\x11\n\rKIND_JACOBIAN\x10\x05\x12\"\n\x1eKIND_GRADIENT_COVARIANCE_TOKEN\x10\x06\x12%\n!KIND_GRADIENT_COVARIANCE_SEQUENCE\x10\x07\x12\x0f\n\x0bKIND_FISHER\x10\x08\")\n\x05\x42lock\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\t\"7\n\tPartition\x12\x0b\n\x03per\x18\x01 \x01(\t\x12\x1d\n\x06\x62locks\x18\x02 \x03(\x0b\x32\r.hvp.v1.Block\"A\n\x17\x44\x65scribeOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"\xb5\x01\n\x18\x44\x65scribeOperatorResponse\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x14\n\x0c\x64omain_shape\x18\x03 \x03(\x03\x12\x16\n\x0e\x63odomain_shape\x18\x04 \x03(\x03\x12+\n\nparameters\x18\x05 \x03(\x0b\x32\x17.hvp.v1.ParameterTensor\"=\n\x13\x45valuateLossRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\"9\n\x14\x45valuateLossResponse\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x13\n\x0bnum_targets\x18\x02 \x01(\x03\"e\n\x16\x43omputeGradientRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\";\n\x17\x43omputeGradientResponse\x12 \n\x08gradient\x18\x01 \x01(\x0b\x32\x0e.hvp.v1.Vector\"\xc2\x01\n\x14\x45valuateFormsRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12/\n\x04\x66orm\x18\x02 \x01(\x0e\x32!.hvp.v1.EvaluateFormsRequest.Form\x12\x0f\n\x07vectors\x18\x03 \x03(\t\"@\n\x04\x46orm\x12\x14\n\x10\x46ORM_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46ORM_QUADRATIC\x10\x01\x12\x0e\n\nFORM_SLOPE\x10\x02\"\'\n\x15\x45valuateFormsResponse\x12\x0e\n\x06values\x18\x01 \x03(\x01\"l\n\x18\x45valuateLossAlongRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\ndirections\x18\x02 \x03(\t\x12\x14\n\x0c\x63oefficients\x18\x03 \x03(\x01\"+\n\x19\x45valuateLossAlongResponse\x12\x0e\n\x06losses\x18\x01 \x03(\x01\"\x88\x01\n\x14\x41pplyOperatorRequest\x12&\n\x08operator\x18\x01 \x01(\x0b\x32\x14.hvp.v1.OperatorSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07vectors\x18\x03 \x03(\t\x12\x0f\n\x07session\x18\x04 \x01(\t\x12\x12\n\ntransposed\x18\x05 \x01(\x08\"9\n\x15\x41pplyOperatorResponse\x12 \n\x08products\x18\x01 \x03(\x0b\x32\x0e.hvp.v1.Vector2\xfd\x03\n\x0fOperatorService\x12U\n\x10\x44\x65scribeOperator\x12\x1f.hvp.v1.DescribeOperatorRequest\x1a .hvp.v1.DescribeOperatorResponse\x12I\n\x0c\x45valuateLoss\x12\x1b.hvp.v1.EvaluateLossRequest\x1a\x1c.hvp.v1.EvaluateLossResponse\x12R\n\x0f\x43omputeGradient\x12\x1e.hvp.v1.ComputeGradientRequest\x1a\x1f.hvp.v1.ComputeGradientResponse\x12L\n\rEvaluateForms\x12\x1c.hvp.v1.EvaluateFormsRequest\x1a\x1d.hvp.v1.EvaluateFormsResponse\x12X\n\x11\x45valuateLossAlong\x12 .hvp.v1.EvaluateLossAlongRequest\x1a!.hvp.v1.EvaluateLossAlongResponse\x12L\n\rApplyOperator\x12\x1c.hvp.v1.ApplyOperatorRequest\x1a\x1d.hvp.v1.ApplyOperatorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,41 +34,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hvp_protos.v1.operator_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPERATORSPEC']._serialized_start=80
-  _globals['_OPERATORSPEC']._serialized_end=835
-  _globals['_OPERATORSPEC_TERM']._serialized_start=482
-  _globals['_OPERATORSPEC_TERM']._serialized_end=592
-  _globals['_OPERATORSPEC_KIND']._serialized_start=595
-  _globals['_OPERATORSPEC_KIND']._serialized_end=835
-  _globals['_BLOCK']._serialized_start=837
-  _globals['_BLOCK']._serialized_end=878
-  _globals['_PARTITION']._serialized_start=880
-  _globals['_PARTITION']._serialized_end=935
-  _globals['_DESCRIBEOPERATORREQUEST']._serialized_start=937
-  _globals['_DESCRIBEOPERATORREQUEST']._serialized_end=1002
-  _globals['_DESCRIBEOPERATORRESPONSE']._serialized_start=1005
-  _globals['_DESCRIBEOPERATORRESPONSE']._serialized_end=1186
-  _globals['_EVALUATELOSSREQUEST']._serialized_start=1188
-  _globals['_EVALUATELOSSREQUEST']._serialized_end=1249
-  _globals['_EVALUATELOSSRESPONSE']._serialized_start=1251
-  _globals['_EVALUATELOSSRESPONSE']._serialized_end=1308
-  _globals['_COMPUTEGRADIENTREQUEST']._serialized_start=1310
-  _globals['_COMPUTEGRADIENTREQUEST']._serialized_end=1411
-  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_start=1413
-  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_end=1472
-  _globals['_EVALUATEFORMSREQUEST']._serialized_start=1475
-  _globals['_EVALUATEFORMSREQUEST']._serialized_end=1669
-  _globals['_EVALUATEFORMSREQUEST_FORM']._serialized_start=1605
-  _globals['_EVALUATEFORMSREQUEST_FORM']._serialized_end=1669
-  _globals['_EVALUATEFORMSRESPONSE']._serialized_start=1671
-  _globals['_EVALUATEFORMSRESPONSE']._serialized_end=1710
-  _globals['_EVALUATELOSSALONGREQUEST']._serialized_start=1712
-  _globals['_EVALUATELOSSALONGREQUEST']._serialized_end=1820
-  _globals['_EVALUATELOSSALONGRESPONSE']._serialized_start=1822
-  _globals['_EVALUATELOSSALONGRESPONSE']._serialized_end=1865
-  _globals['_APPLYOPERATORREQUEST']._serialized_start=1868
-  _globals['_APPLYOPERATORREQUEST']._serialized_end=2004
-  _globals['_APPLYOPERATORRESPONSE']._serialized_start=2006
-  _globals['_APPLYOPERATORRESPONSE']._serialized_end=2063
-  _globals['_OPERATORSERVICE']._serialized_start=2066
-  _globals['_OPERATORSERVICE']._serialized_end=2575
+  _globals['_OPERATORSPEC']._serialized_end=870
+  _globals['_OPERATORSPEC_TERM']._serialized_start=517
+  _globals['_OPERATORSPEC_TERM']._serialized_end=627
+  _globals['_OPERATORSPEC_KIND']._serialized_start=630
+  _globals['_OPERATORSPEC_KIND']._serialized_end=870
+  _globals['_BLOCK']._serialized_start=872
+  _globals['_BLOCK']._serialized_end=913
+  _globals['_PARTITION']._serialized_start=915
+  _globals['_PARTITION']._serialized_end=970
+  _globals['_DESCRIBEOPERATORREQUEST']._serialized_start=972
+  _globals['_DESCRIBEOPERATORREQUEST']._serialized_end=1037
+  _globals['_DESCRIBEOPERATORRESPONSE']._serialized_start=1040
+  _globals['_DESCRIBEOPERATORRESPONSE']._serialized_end=1221
+  _globals['_EVALUATELOSSREQUEST']._serialized_start=1223
+  _globals['_EVALUATELOSSREQUEST']._serialized_end=1284
+  _globals['_EVALUATELOSSRESPONSE']._serialized_start=1286
+  _globals['_EVALUATELOSSRESPONSE']._serialized_end=1343
+  _globals['_COMPUTEGRADIENTREQUEST']._serialized_start=1345
+  _globals['_COMPUTEGRADIENTREQUEST']._serialized_end=1446
+  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_start=1448
+  _globals['_COMPUTEGRADIENTRESPONSE']._serialized_end=1507
+  _globals['_EVALUATEFORMSREQUEST']._serialized_start=1510
+  _globals['_EVALUATEFORMSREQUEST']._serialized_end=1704
+  _globals['_EVALUATEFORMSREQUEST_FORM']._serialized_start=1640
+  _globals['_EVALUATEFORMSREQUEST_FORM']._serialized_end=1704
+  _globals['_EVALUATEFORMSRESPONSE']._serialized_start=1706
+  _globals['_EVALUATEFORMSRESPONSE']._serialized_end=1745
+  _globals['_EVALUATELOSSALONGREQUEST']._serialized_start=1747
+  _globals['_EVALUATELOSSALONGREQUEST']._serialized_end=1855
+  _globals['_EVALUATELOSSALONGRESPONSE']._serialized_start=1857
+  _globals['_EVALUATELOSSALONGRESPONSE']._serialized_end=1900
+  _globals['_APPLYOPERATORREQUEST']._serialized_start=1903
+  _globals['_APPLYOPERATORREQUEST']._serialized_end=2039
+  _globals['_APPLYOPERATORRESPONSE']._serialized_start=2041
+  _globals['_APPLYOPERATORRESPONSE']._serialized_end=2098
+  _globals['_OPERATORSERVICE']._serialized_start=2101
+  _globals['_OPERATORSERVICE']._serialized_end=2610
 # @@protoc_insertion_point(module_scope)

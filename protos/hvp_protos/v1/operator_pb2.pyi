@@ -142,6 +142,7 @@ class OperatorSpec(_message.Message):
     OUTPUT_MODULE_FIELD_NUMBER: _builtins.int
     INPUT_MODULE_FIELD_NUMBER: _builtins.int
     OWN_INPUT_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
     data_batch: _builtins.str
     kind: Global___OperatorSpec.Kind.ValueType
@@ -196,6 +197,13 @@ class OperatorSpec(_message.Message):
         Each takes a product of its own. Without terms it is a multiple of the identity.
         """
 
+    @_builtins.property
+    def blocks(self) -> Global___Partition:
+        """The operator without what couples blocks of parameters: of the sum of the terms, rows and columns of two
+        blocks are zero. With `kind` too, and not of a Jacobian. Each product takes a product for each block, of
+        which there are at most 128.
+        """
+
     def __init__(
         self,
         *,
@@ -216,10 +224,11 @@ class OperatorSpec(_message.Message):
         output_module: _builtins.str = ...,
         input_module: _builtins.str = ...,
         own_input: _builtins.bool = ...,
+        blocks: Global___Partition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "deterministic", b"deterministic", "dtype", b"dtype", "input_module", b"input_module", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "output_module", b"output_module", "own_input", b"own_input", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "checkpoint", b"checkpoint", "damping", b"damping", "data_batch", b"data_batch", "deterministic", b"deterministic", "dtype", b"dtype", "input_module", b"input_module", "kind", b"kind", "micro_batch_size", b"micro_batch_size", "num_samples", b"num_samples", "output_module", b"output_module", "own_input", b"own_input", "parameters", b"parameters", "precision", b"precision", "precondition", b"precondition", "sample_seed", b"sample_seed", "shift", b"shift", "terms", b"terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,6 +38,8 @@ class OperatorServiceStub:
     INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
     INVALID_ARGUMENT `TERMS_INVALID`, `COEFFICIENT_INVALID`: not a sum that there is.
     INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: `precondition` is of another space.
+    INVALID_ARGUMENT `BLOCKS_INVALID`: too many blocks. `PARAMETERS_INVALID` and `PARAMETERS_NOT_FOUND` of a
+    partition too: a parameter is in two blocks or in none, or a pattern selects nothing.
     INVALID_ARGUMENT `PRECONDITIONER_INVALID`: an element of `precondition` is not positive; the first
     product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
@@ -116,6 +118,8 @@ class OperatorServiceServicer:
     INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
     INVALID_ARGUMENT `TERMS_INVALID`, `COEFFICIENT_INVALID`: not a sum that there is.
     INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: `precondition` is of another space.
+    INVALID_ARGUMENT `BLOCKS_INVALID`: too many blocks. `PARAMETERS_INVALID` and `PARAMETERS_NOT_FOUND` of a
+    partition too: a parameter is in two blocks or in none, or a pattern selects nothing.
     INVALID_ARGUMENT `PRECONDITIONER_INVALID`: an element of `precondition` is not positive; the first
     product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.
@@ -258,6 +262,8 @@ class OperatorService:
     INVALID_ARGUMENT `NUM_SAMPLES_INVALID`, `SEED_INVALID`: too many labels, or a kind that draws none.
     INVALID_ARGUMENT `TERMS_INVALID`, `COEFFICIENT_INVALID`: not a sum that there is.
     INVALID_ARGUMENT `VECTOR_SPACE_MISMATCH`: `precondition` is of another space.
+    INVALID_ARGUMENT `BLOCKS_INVALID`: too many blocks. `PARAMETERS_INVALID` and `PARAMETERS_NOT_FOUND` of a
+    partition too: a parameter is in two blocks or in none, or a pattern selects nothing.
     INVALID_ARGUMENT `PRECONDITIONER_INVALID`: an element of `precondition` is not positive; the first
     product says so.
     UNIMPLEMENTED `KIND_UNSUPPORTED`: a kind that this server does not serve.

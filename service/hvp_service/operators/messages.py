@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from hvp_operations.codec import to_message, to_values
 from hvp_operations.matrices import Term
+from hvp_operations.partition import Partition
 from hvp_protos.v1 import operator_pb2
 
 from hvp_service.calls.messages import enum_name, enum_value
@@ -45,12 +47,15 @@ def operator_value(message: operator_pb2.OperatorSpec) -> OperatorRef:
         input_module=message.input_module,
         own_input=message.own_input,
         deterministic=message.deterministic,
+        blocks=Partition(**to_values(message.blocks, Partition))
+        if message.HasField("blocks")
+        else None,
     )
 
 
 def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
     """Make the message of an operator."""
-    return operator_pb2.OperatorSpec(
+    message = operator_pb2.OperatorSpec(
         checkpoint=ref.checkpoint,
         data_batch=ref.data_batch,
         kind=enum_value(operator_pb2.OperatorSpec.Kind, ref.kind),
@@ -77,3 +82,6 @@ def operator_message(ref: OperatorRef) -> operator_pb2.OperatorSpec:
         own_input=ref.own_input,
         deterministic=ref.deterministic,
     )
+    if ref.blocks is not None:
+        to_message(ref.blocks, message.blocks)
+    return message

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvp_batches.fitting import BatchError, check_fit
-from hvp_operations.matrices import Matrix, Term, check_samples
+from hvp_operations.matrices import Matrix, Term, check_blocks, check_samples
 from hvp_operations.operation import Facts, SpecError
 from hvp_operations.parameters import select
+from hvp_operations.partition import Partition
 from hvp_operations.wording import shown
 from hvp_workers.backend import (
     Activation,
@@ -67,6 +68,7 @@ class OperatorRef:
     input_module: str = ""  # "" for the parameters
     own_input: bool = False  # that of the output's module
     deterministic: bool = False
+    blocks: Partition | None = None  # by which it is block-diagonal
 
     @property
     def is_composed(self) -> bool:
@@ -90,6 +92,7 @@ class OperatorRef:
             damping=self.damping,
             precondition=self.precondition,
             shift=self.shift,
+            blocks=self.blocks,
         )
 
 
@@ -355,7 +358,7 @@ class OperatorResolver:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND, KIND_UNSPECIFIED, KIND_UNSUPPORTED,
                 DTYPE_UNSUPPORTED, PRECISION_UNSUPPORTED, MICRO_BATCH_INVALID,
-                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, TERMS_INVALID,
+                PARAMETERS_NOT_FOUND, PARAMETERS_INVALID, TERMS_INVALID, BLOCKS_INVALID,
                 OPERATOR_NOT_SYMMETRIC, MODULES_INVALID, MODULE_NOT_FOUND, MODULE_UNSUPPORTED,
                 MODULES_OUT_OF_ORDER, or a reason of `check_fit`, `check_samples` or
                 `check_matrix`.
@@ -398,6 +401,12 @@ class OperatorResolver:
         selection = select_parameters(checkpoint, ref.parameters, f"{field}.parameters")
         if kinds - {"hessian"} and not checkpoint.description.batch_schema.outputs:
             raise _no_outputs(checkpoint, f"{field}.kind")
+        if ref.blocks is not None:
+            try:
+                names = [each.name for each in parameters_of(checkpoint, selection)]
+                check_blocks(ref.blocks, names, f"{field}.blocks")
+            except SpecError as error:
+                raise refused(error) from None
         precondition = None
         if composition is not None and composition.precondition:
             precondition = parse(composition.precondition, "vectors")

@@ -30,7 +30,7 @@ def _norm(space: VectorSpace, vector: Tensor) -> float:
     return math.sqrt(squared) if math.isfinite(squared) else 0.0
 
 
-def _growth(space: VectorSpace, vector: Tensor, product: Tensor) -> float:
+def growth(space: VectorSpace, vector: Tensor, product: Tensor) -> float:
     """‖Av‖ / ‖v‖; 0 of a zero vector."""
     length = _norm(space, vector)
     return _norm(space, product) / length if length else 0.0
@@ -216,7 +216,7 @@ class Shifted(LinearOperator):
         products = self._operator.apply(vectors, borrow=True)
         if not self.semidefinite:
             for vector, product in zip(vectors, products, strict=True):
-                self._seen = max(self._seen, _growth(self.domain, vector, product))
+                self._seen = max(self._seen, growth(self.domain, vector, product))
         return [
             torch.add(product, vector, alpha=self._shift)
             for product, vector in zip(products, vectors, strict=True)
@@ -276,8 +276,8 @@ class Preconditioned(LinearOperator):
         products = [self._root * product for product in found]
         if self._operator.size:
             for v, w, aw, product in zip(vectors, scaled, found, products, strict=True):
-                self._seen_of_operator = max(self._seen_of_operator, _growth(self.domain, w, aw))
-                self._seen = max(self._seen, _growth(self.domain, v, product))
+                self._seen_of_operator = max(self._seen_of_operator, growth(self.domain, w, aw))
+                self._seen = max(self._seen, growth(self.domain, v, product))
         return products
 
     def forms(self, vectors: Sequence[Tensor]) -> list[float] | None:
