@@ -43,8 +43,9 @@ class BlockMassResult:
         masses: Estimates of ‖A_ab‖², (B, B) float64, symmetric; without bias, so that one of a
             small mass may be negative where coarse products are corrected.
         standard_errors: Their standard errors, (B, B) float64.
-        off_block_fraction: The mass off the diagonal blocks over the whole mass; NaN where all
-            products were zero.
+        off_block_fraction: The mass off the diagonal blocks over the whole mass, as estimated: NaN
+            where all products were zero, and maybe a little below 0 where coarse products are
+            corrected.
         standard_error: Standard deviation of that fraction over the choice of random vectors.
         low: Lower end of its 95 % interval.
         high: Upper end of the interval.
