@@ -246,15 +246,15 @@ def test_intervals_hold_the_fraction_in_95_of_100_runs() -> None:
 def test_intervals_of_few_probes_hold_the_fraction_too(coupling: float, num_probes: int) -> None:
     """Masses of a few large eigenvalues are skewed, and are taken for normal ones."""
     a = curved(coupling)
-    share = held(a, fraction_of(a), 250, num_probes=num_probes, rtol=1e-9, atol=0.0)
-    assert share >= 0.90, share
+    share = held(a, fraction_of(a), 150, num_probes=num_probes, rtol=1e-9, atol=0.0)
+    assert share >= 0.88, share
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rtol", [0.3, 0.15])
 def test_intervals_of_runs_that_stop_by_themselves_hold_the_fraction(rtol: float) -> None:
     a = curved()
-    assert held(a, fraction_of(a), 150, rtol=rtol, num_probes=400) >= 0.88
+    assert held(a, fraction_of(a), 80, rtol=rtol, num_probes=400) >= 0.88
 
 
 def noisy(a: Tensor, noise: float, *, exact: bool = True) -> DenseOperator:
