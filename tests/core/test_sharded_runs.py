@@ -35,8 +35,8 @@ from hvp_operations.density import DensityResult, DensitySpec
 from hvp_operations.diagonal import DiagonalSpec
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.low_rank import LowRankSpec
-from hvp_operations.registry import operations
 from hvp_operations.partition import Partition
+from hvp_operations.registry import operations
 from hvp_operations.solve import Method, SolveSpec
 from hvp_operations.svds import SvdsSpec
 from hvp_operations.trace import TraceSpec
