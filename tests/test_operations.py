@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import Message
 from hvp_operations.checking import checked, field_types, typed
-from hvp_operations.codec import to_message, to_values
+from hvp_operations.codec import to_message, to_plain, to_values
 from hvp_operations.documentation import attributes, paragraphs
 from hvp_operations.eigsh import OPERATION, EigshSpec
 from hvp_operations.operation import Facts, Operation, SpecError, load
@@ -90,6 +91,8 @@ def test_a_spec_survives_the_wire(operation: Operation[Any]) -> None:
     to_message(spec, message)
     read = type(message).FromString(message.SerializeToString())
     assert typed(operation, to_values(read, operation.spec)) == spec
+    plain = json.loads(json.dumps(to_plain(read, operation.spec)))
+    assert typed(operation, plain) == spec
 
 
 def fields_of_a_release() -> dict[str, set[str]]:

@@ -78,6 +78,15 @@ def to_values(
     }
 
 
+def to_plain(message: Message, kind: type) -> dict[str, Any]:
+    """Read the fields of a dataclass as JSON has them: dataclasses within are dicts."""
+    found = to_values(message, kind)
+    for name, value in found.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found[name] = dataclasses.asdict(value)
+    return found
+
+
 def _is_told(message: Message, field: Any) -> bool:
     """Whether a field has a value; an unset message has none, and takes the dataclass' default."""
     within = field.message_type is not None and not field.is_repeated

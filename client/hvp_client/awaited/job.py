@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, final
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
-from hvp_operations.codec import to_values
+from hvp_operations.codec import to_plain, to_values
 from hvp_operations.operation import Operation
 from hvp_operations.registry import operations
 from hvp_protos.v1 import job_pb2
@@ -108,7 +108,10 @@ class AsyncJob(Generic[ResultT]):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The question: `operation`, the operator's fields, and the operation's own values."""
+        """The question: `operation`, the operator's fields, and the operation's own values.
+
+        All values are such as JSON has: numbers, strings, lists and dicts.
+        """
         declared = self._declared
         if declared is None:  # of a newer server's, this client can say no more
             return {"operation": self._message.spec.WhichOneof("spec") or ""}
@@ -124,7 +127,7 @@ class AsyncJob(Generic[ResultT]):
             "parameters": list(message.operator.parameters),
             "sample_seed": message.operator.sample_seed,
             "num_samples": message.operator.num_samples,
-            **to_values(message, declared.spec),
+            **to_plain(message, declared.spec),
         }
 
     @property

@@ -71,7 +71,10 @@ class Job(Blocking, Generic[ResultT], twin=AsyncJob):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The question: `operation`, the operator's fields, and the operation's own values."""
+        """The question: `operation`, the operator's fields, and the operation's own values.
+
+        All values are such as JSON has: numbers, strings, lists and dicts.
+        """
         return self._twin.spec
 
     @property
