@@ -60,6 +60,7 @@ __all__ = [
     "ServerInfo",
     "ServerUnreachableError",
     "Timeout",
+    "Tls",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

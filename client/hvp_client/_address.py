@@ -1,4 +1,4 @@
-"""Addresses of servers: on this machine alone, as long as traffic is not encrypted."""
+"""Addresses of servers: on this machine alone, where traffic is not encrypted."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
 _LAST_PORT = (1 << 16) - 1
 
 
-def reachable_address(address: str) -> str:
+def reachable_address(address: str, *, encrypted: bool = False) -> str:
     """Write an address as gRPC takes it, and refuse one to which data would travel for all to read.
 
     Args:
-        address: HOST:PORT, or any other address that gRPC takes. `http://` may stand before it, and
-            an address of this machine may leave out the port, which is then the default one.
+        address: HOST:PORT, or any other address that gRPC takes. `http://`, or `https://` where
+            traffic is encrypted, may stand before it, and an address of this machine may leave out
+            the port, which is then the default one.
+        encrypted: Whether what is sent there will be encrypted.
 
     Returns:
         The address.
 
     Raises:
         InvalidArgumentError: `ADDRESS_INVALID`: the form or the port is wrong. `CLEARTEXT_REFUSED`:
-            the address is of another machine.
+            the address is of another machine, and nothing would be encrypted.
     """
-    address = address.removeprefix("http://").removesuffix("/")
+    address = address.removeprefix("https://" if encrypted else "http://").removesuffix("/")
     if ":" not in address.rpartition("]")[2] and is_on_this_machine(address):
         address = f"{address}:{DEFAULT_PORT}"
     if not _is_well_formed(address):
@@ -38,10 +40,11 @@ def reachable_address(address: str) -> str:
             reason="ADDRESS_INVALID",
             field="address",
         )
-    if not is_on_this_machine(address):
+    if not encrypted and not is_on_this_machine(address):
         raise InvalidArgumentError(
-            f"{address} is not this machine, and there is no TLS yet: models and data would travel "
-            "there in clear text. Open a tunnel, ssh -L 8471:127.0.0.1:8471 HOST, and use "
+            f"{address} is not this machine, and models and data would travel there in clear text. "
+            "Give certificates, as tls=Tls(...) or as HVP_CA, HVP_CLIENT_CERTIFICATE and "
+            "HVP_CLIENT_KEY; or open a tunnel, ssh -L 8471:127.0.0.1:8471 HOST, and use "
             "127.0.0.1:8471",
             reason="CLEARTEXT_REFUSED",
             field="address",

@@ -1,8 +1,9 @@
-"""Settings of a client: how long calls may take, and how long they are tried again."""
+"""Settings of a client: how long calls may take, how long they are tried again, and encryption."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 
@@ -67,3 +68,36 @@ class Retry:
         """Pause after the `failures`-th failure in a row (from 1), before jitter, seconds."""
         # The exponent is capped so that a long outage cannot overflow a float.
         return min(self.max_backoff_s, self.initial_backoff_s * 2.0 ** min(failures - 1, 30))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """Certificates by which a client and a server show each other who they are: PEM files.
+
+    Attributes:
+        ca: Certificates of the authorities whose servers are believed; None for those that gRPC
+            brings along, which sign names of the public internet.
+        certificate: The client's own certificate, with those between it and its authority.
+        key: The private key of `certificate`, without a passphrase.
+        server_name: The name that the server's certificate has, where that is not the host of the
+            address, as behind a tunnel.
+    """
+
+    ca: str | os.PathLike[str] | None = None
+    certificate: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    server_name: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Tls | None:
+        """What HVP_CA, HVP_CLIENT_CERTIFICATE, HVP_CLIENT_KEY and HVP_SERVER_NAME say.
+
+        Returns:
+            None where none of them is set.
+        """
+        names = ("HVP_CA", "HVP_CLIENT_CERTIFICATE", "HVP_CLIENT_KEY", "HVP_SERVER_NAME")
+        found = [os.environ.get(name) or None for name in names]
+        if not any(found):
+            return None
+        ca, certificate, key, server_name = found
+        return cls(ca=ca, certificate=certificate, key=key, server_name=server_name)

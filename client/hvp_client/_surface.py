@@ -33,6 +33,7 @@ from hvp_client._results import Plan as Plan
 from hvp_client._results import Progress as Progress
 from hvp_client._settings import Retry as Retry
 from hvp_client._settings import Timeout as Timeout
+from hvp_client._settings import Tls as Tls
 from hvp_client._system import Rank as Rank
 from hvp_client._system import ServerInfo as ServerInfo
 from hvp_client._system import WorkerGroup as WorkerGroup

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar, final
 import grpc
 from google.protobuf.message import Message
 
-from hvp_client._address import reachable_address
+from hvp_client._channels import Way
 from hvp_client._exceptions import (
     AbortedError,
     FailedPreconditionError,
@@ -21,7 +21,7 @@ from hvp_client._exceptions import (
     ServerUnreachableError,
     UnavailableError,
 )
-from hvp_client._settings import Retry, Timeout
+from hvp_client._settings import Retry, Timeout, Tls
 from hvp_client._status import error_from_rpc
 
 Response = TypeVar("Response", bound=Message)
@@ -43,7 +43,7 @@ _OPTIONS = (
     # After a refused connection gRPC fails every call without trying until its own pause is over.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Traffic is plain text and servers are on this host: never through a proxy of the environment.
+    # Never through a proxy of the environment: traffic may be plain text, of this host to itself.
     ("grpc.enable_http_proxy", 0),
 )
 
@@ -76,8 +76,9 @@ class Wire:
     _live: ClassVar[weakref.WeakSet[grpc.aio.Channel]] = weakref.WeakSet()
     _inherited: ClassVar[bool] = False
 
-    def __init__(self, address: str, timeout: Timeout, retry: Retry):
-        self.address = reachable_address(address)
+    def __init__(self, address: str, timeout: Timeout, retry: Retry, tls: Tls | None = None):
+        self._way = Way.to(address, tls)
+        self.address = self._way.address
         self.timeout = timeout
         self.retry = retry
         # The first channel is for small calls, so that bulk data cannot delay them.
@@ -287,8 +288,7 @@ class Wire:
         # Channels belong to the running loop, so they cannot be opened in __init__.
         if not self._channels:
             self._channels = [
-                grpc.aio.insecure_channel(self.address, options=_OPTIONS)
-                for _ in range(1 + _BULK_CONNECTIONS)
+                self._way.awaited_channel(_OPTIONS) for _ in range(1 + _BULK_CONNECTIONS)
             ]
             self._live.update(self._channels)
         if (channel, method) not in self._methods:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -31,7 +31,11 @@ class Server:
 
     @classmethod
     def start(
-        cls, state_dir: Path, address: str = "127.0.0.1:0", packages: Path | None = None
+        cls,
+        state_dir: Path,
+        address: str = "127.0.0.1:0",
+        packages: Path | None = None,
+        arguments: Sequence[str] = (),
     ) -> Server:
         """Start `hvp serve` and wait for its one line.
 
@@ -39,6 +43,7 @@ class Server:
             state_dir: Of the server.
             address: To serve on.
             packages: A folder of packages that are to be installed for it.
+            arguments: More options.
         """
         path = os.pathsep.join(filter(None, [str(packages or ""), os.environ.get("PYTHONPATH")]))
         log = state_dir.with_suffix(".log")
@@ -52,6 +57,7 @@ class Server:
                     "--workers=1",
                     "--device=cpu",
                     "--backend=inprocess",
+                    *arguments,
                 ],
                 stdout=subprocess.PIPE,
                 stderr=stderr,

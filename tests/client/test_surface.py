@@ -18,7 +18,7 @@ DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError 
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
 LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor
 PermissionDeniedError Plan Progress Rank ResourceExhaustedError Retry ServerInfo
-ServerUnreachableError SolveResult SvdsResult Timeout TraceOfResult TraceResult
+ServerUnreachableError SolveResult SvdsResult Timeout Tls TraceOfResult TraceResult
 UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector Verification
 WorkerGroup
 """

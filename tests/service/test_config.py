@@ -29,7 +29,7 @@ def test_a_server_listens_where_clients_look_for_it() -> None:
     "address", ["0.0.0.0:1", "192.168.1.2:1", "[::]:1", "example.org:1", "10.0.0.1:0"]
 )
 def test_other_hosts_are_refused_with_the_reason(address: str) -> None:
-    with pytest.raises(ValidationError, match="no TLS"):
+    with pytest.raises(ValidationError, match="without TLS"):
         ServerConfig(address=address)
 
 
@@ -41,7 +41,7 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 
 def test_the_command_refuses_other_hosts_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--address", "0.0.0.0:0"]) == 2
-    assert "no TLS" in capsys.readouterr().err
+    assert "without TLS" in capsys.readouterr().err
 
 
 def test_one_process_has_one_rank_and_the_command_says_so(

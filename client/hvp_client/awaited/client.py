@@ -21,7 +21,7 @@ from hvp_client._checkpoints import (
 )
 from hvp_client._exceptions import HvpError, InvalidArgumentError, UnimplementedError
 from hvp_client._session import Session
-from hvp_client._settings import Retry, Timeout
+from hvp_client._settings import Retry, Timeout, Tls
 from hvp_client._specs import name_activations, operator_spec
 from hvp_client._verification import Verification
 from hvp_client._wire import Wire
@@ -42,15 +42,17 @@ class AsyncClient(AsyncCatalogue):
     Nothing is connected before the first call.
 
     Args:
-        address: HOST:PORT of a server on this machine: nothing is encrypted, so another machine's
-            is reached through an SSH tunnel.
+        address: HOST:PORT of a server; without certificates one on this machine.
         project: The project in which checkpoints, batches, vectors and jobs are named.
         timeout: Longest waits of calls; None means `Timeout()`.
         retry: How long a call that may succeed later is tried again; None means `Retry()`.
+        tls: Certificates, with which everything is encrypted; None takes those that the environment
+            names (`Tls.from_environment`), or clear text where it names none.
 
     Raises:
         InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`: it
-            is of another machine.
+            is of another machine, and there are no certificates. `TLS_FILES_INVALID`: a file of
+            certificates or of a key cannot be read.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class AsyncClient(AsyncCatalogue):
         project: str = "default",
         timeout: Timeout | None = None,
         retry: Retry | None = None,
+        tls: Tls | None = None,
     ):
-        self._session = Session(Wire(address, timeout or Timeout(), retry or Retry()), project)
+        wire = Wire(address, timeout or Timeout(), retry or Retry(), tls or Tls.from_environment())
+        self._session = Session(wire, project)
 
     @property
     def address(self) -> str:

@@ -11,7 +11,7 @@ from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client._batches import Batch
 from hvp_client._blobs import ProgressCallback
 from hvp_client._checkpoints import Checkpoint
-from hvp_client._settings import Retry, Timeout
+from hvp_client._settings import Retry, Timeout, Tls
 from hvp_client._verification import Verification
 from hvp_client.awaited.client import AsyncClient
 from hvp_client.blocking.catalogue import Catalogue
@@ -32,15 +32,17 @@ class Client(Catalogue, twin=AsyncClient):
     Nothing is connected before the first call.
 
     Args:
-        address: HOST:PORT of a server on this machine: nothing is encrypted, so another machine's
-            is reached through an SSH tunnel.
+        address: HOST:PORT of a server; without certificates one on this machine.
         project: The project in which checkpoints, batches, vectors and jobs are named.
         timeout: Longest waits of calls; None means `Timeout()`.
         retry: How long a call that may succeed later is tried again; None means `Retry()`.
+        tls: Certificates, with which everything is encrypted; None takes those that the environment
+            names (`Tls.from_environment`), or clear text where it names none.
 
     Raises:
         InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`: it
-            is of another machine.
+            is of another machine, and there are no certificates. `TLS_FILES_INVALID`: a file of
+            certificates or of a key cannot be read.
     """
 
     _twin: AsyncClient
@@ -52,8 +54,9 @@ class Client(Catalogue, twin=AsyncClient):
         project: str = "default",
         timeout: Timeout | None = None,
         retry: Retry | None = None,
+        tls: Tls | None = None,
     ):
-        twin = AsyncClient(address, project=project, timeout=timeout, retry=retry)
+        twin = AsyncClient(address, project=project, timeout=timeout, retry=retry, tls=tls)
         super().__init__(Portal(twin.close), twin)
 
     @property

@@ -18,9 +18,10 @@ from hvp_protos.v1 import system_pb2, system_pb2_grpc
 from rich.console import Console
 from rich.markup import escape
 
-from hvp_client._address import reachable_address
+from hvp_client._channels import Way
 from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._settings import Tls
 from hvp_client._status import error_from_rpc
 
 _GIB = 1 << 30
@@ -215,11 +216,11 @@ def _disk(state_dir: Path) -> Iterator[Finding]:
 def _server(address: str, *, expected: bool) -> Finding:
     """Ask a server what it is, without the SDK, whose imports would take longer."""
     try:
-        at = reachable_address(address)
+        way = Way.to(address, Tls.from_environment())
     except InvalidArgumentError as error:
         return Finding(what="server", verdict="problem", found=error.reason, fix=error.message)
     # Never through a proxy of the environment.
-    with grpc.insecure_channel(at, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    with way.channel((("grpc.enable_http_proxy", 0),)) as channel:
         stub = system_pb2_grpc.SystemServiceStub(channel)  # type: ignore[no-untyped-call]
         try:
             info = stub.GetServerInfo(system_pb2.GetServerInfoRequest(), timeout=_ANSWER_S)
@@ -227,11 +228,11 @@ def _server(address: str, *, expected: bool) -> Finding:
                 system_pb2.ListWorkerGroupsRequest(parent="projects/default"), timeout=_ANSWER_S
             )
         except grpc.RpcError as error:
-            reason = error_from_rpc(cast("grpc.aio.AioRpcError", error), address=at).reason
+            reason = error_from_rpc(cast("grpc.aio.AioRpcError", error), address=way.address).reason
             return Finding(
                 what="server",
                 verdict="problem" if expected else "note",
-                found=f"{reason} at {at}",
+                found=f"{reason} at {way.address}",
                 fix="start one with `hvp serve`, or give its --address",
             )
     groups = [
@@ -245,6 +246,6 @@ def _server(address: str, *, expected: bool) -> Finding:
     return Finding(
         what="server",
         verdict="problem" if lost else "ok",
-        found=f"hvp {info.version} at {at}: {states or 'no worker group'}",
+        found=f"hvp {info.version} at {way.address}: {states or 'no worker group'}",
         fix="look into the server's log; it starts the ranks anew by itself" if lost else "",
     )

@@ -63,6 +63,24 @@ def serve(
     address: Annotated[
         str, typer.Option(envvar="HVP_ADDRESS", help="HOST:PORT to listen on; port 0: a free one.")
     ] = DEFAULT_ADDRESS,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HVP_TLS_CERTIFICATE",
+            help="PEM file of the server's certificate: connections are encrypted.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="HVP_TLS_KEY", help="PEM file of its private key.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HVP_TLS_CLIENT_CA",
+            help="PEM file of authorities: only clients with their certificates are let in. Needed "
+            "to listen beyond this machine.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ranks that share each model.")] = 2,
     device: Annotated[Device, typer.Option(help="Where the ranks compute.")] = Device.cpu,
     backend: Annotated[
@@ -101,7 +119,16 @@ def serve(
             f"--backend={backend}",
             f"--compile={compile_}",
             f"--schedule={schedule}",
-            *([] if grace_s is None else [f"--grace-s={grace_s}"]),
+            *(
+                f"--{name}={value}"
+                for name, value in {
+                    "grace-s": grace_s,
+                    "tls-certificate": tls_certificate,
+                    "tls-key": tls_key,
+                    "tls-client-ca": tls_client_ca,
+                }.items()
+                if value is not None
+            ),
         ]
     )
 

@@ -43,7 +43,13 @@ class ServerConfig(BaseSettings):
     """The settings of a server; times in seconds.
 
     Attributes:
-        address: HOST:PORT to listen on; port 0 takes a free one.
+        address: HOST:PORT to listen on; port 0 takes a free one. Other machines can reach a server
+            only with all three of the files that follow.
+        tls_certificate: PEM file of the server's certificate, with those between it and its
+            authority; then connections are encrypted.
+        tls_key: PEM file of its private key, without a passphrase.
+        tls_client_ca: PEM file of the authorities whose clients are let in; then connections of
+            others are refused.
         state_dir: Folder of uploads, rows and vectors; one server at a time uses it.
         workers: Number of ranks in the worker group.
         device: Device that the ranks compute on.
@@ -83,6 +89,9 @@ class ServerConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HVP_", extra="forbid", frozen=True)
 
     address: str = "127.0.0.1:8471"
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     state_dir: Path = Path("hvp-state")
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -110,6 +119,29 @@ class ServerConfig(BaseSettings):
     heartbeat_s: float = Field(default=15.0, gt=0)
     progress_interval_s: float = Field(default=0.2, ge=0)
 
+    @field_validator("address")
+    @classmethod
+    def _well_formed(cls, address: str) -> str:
+        split_address(address)
+        return address
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_certificate"
+            raise ValueError(f"a certificate and its key go together: {missing} is missing")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs a server's certificate: set tls_certificate too")
+        host, _ = split_address(self.address)
+        if self.tls_client_ca is None and not is_loopback(host):
+            raise ValueError(
+                f"refusing to listen on {host!r} without TLS and certificates of clients: anyone "
+                "who reaches the port could read models and run jobs. Give tls_certificate, "
+                "tls_key and tls_client_ca, or listen on 127.0.0.1 and reach it through an SSH "
+                "tunnel"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_rank_in_process(self) -> Self:
         if self.backend == "inprocess" and self.workers != 1:
@@ -117,15 +149,3 @@ class ServerConfig(BaseSettings):
                 f"the in-process backend has one rank, not {self.workers}: set workers to 1"
             )
         return self
-
-    @field_validator("address")
-    @classmethod
-    def _loopback_only(cls, address: str) -> str:
-        host, _ = split_address(address)
-        if not is_loopback(host):
-            raise ValueError(
-                f"refusing to listen on {host!r}: there is no TLS and there are no keys yet, so "
-                "anyone who reaches the port could read models and run jobs. Listen on 127.0.0.1 "
-                "and reach it through an SSH tunnel"
-            )
-        return address

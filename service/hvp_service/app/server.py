@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from hvp_service.app.config import ServerConfig, split_address
 from hvp_service.app.dependencies import open_dependencies
+from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
 from hvp_service.storage.database import SchemaVersionError
 from hvp_service.storage.state_dir import StateDirectoryError, sole_use
@@ -40,8 +41,10 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
         ServiceError: Another program holds the database.
         BackendError: The ranks do not start.
         OSError: The address cannot be had.
+        TlsError: The certificates do not do.
     """
     stop = stop or asyncio.Event()
+    read_certificates(config)  # before the ranks take time to start
     require_free(config.address)
     with sole_use(config.state_dir) as state_dir:
         backend = open_backend(
@@ -138,7 +141,10 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
         description="Serve curvature products over gRPC.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--address", help="HOST:PORT on the loopback; port 0 takes a free one")
+    parser.add_argument("--address", help="HOST:PORT; port 0 takes a free one")
+    parser.add_argument("--tls-certificate", help="PEM file: connections are encrypted")
+    parser.add_argument("--tls-key", help="PEM file of the certificate's private key")
+    parser.add_argument("--tls-client-ca", help="PEM file: only its clients are let in")
     parser.add_argument("--state-dir", help="where uploads, jobs and vectors are kept")
     parser.add_argument("--workers", type=int, help="ranks of the worker group")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -177,7 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logs()
     try:
         asyncio.run(serve(config))
-    except (StateDirectoryError, SchemaVersionError, ServiceError, BackendError, OSError) as error:
+    except (
+        *(StateDirectoryError, SchemaVersionError, ServiceError, BackendError),
+        *(OSError, TlsError),
+    ) as error:
         print(f"error: {lost_current_folder() or error}", file=sys.stderr)
         return 1
     # What had to be closed is closed. A rank in a thread of this process may still compute, which

@@ -33,6 +33,7 @@ from hvp_protos.v1 import (
 
 from hvp_service.app.config import split_address
 from hvp_service.app.dependencies import Dependencies
+from hvp_service.app.tls import read_certificates
 from hvp_service.batches.rpc import DataBatchServicer
 from hvp_service.blobs.rpc import BlobServicer
 from hvp_service.calls.draining import DrainingInterceptor
@@ -147,8 +148,18 @@ async def start_transport(deps: Dependencies) -> Transport:
         names.append(module.DESCRIPTOR.services_by_name[service].full_name)
     add_ServerReflectionServicer_to_server(ReflectionServicer(names), server)
     host, _ = split_address(deps.config.address)
+    certificates = read_certificates(deps.config)
     try:
-        port = server.add_insecure_port(deps.config.address)
+        if certificates is None:
+            port = server.add_insecure_port(deps.config.address)
+        else:
+            authorities = certificates.client_authorities
+            credentials = grpc.ssl_server_credentials(
+                [(certificates.key, certificates.chain)],
+                root_certificates=authorities,
+                require_client_auth=authorities is not None,
+            )
+            port = server.add_secure_port(deps.config.address, credentials)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {deps.config.address}: {error}") from None
     await server.start()

@@ -1,0 +1,95 @@
+"""Ways to a server: its address with, where there are certificates, encryption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import grpc
+
+from hvp_client._address import reachable_address
+from hvp_client._exceptions import InvalidArgumentError
+from hvp_client._settings import Tls
+
+Options = Sequence[tuple[str, Any]]
+
+
+@final
+@dataclass(frozen=True)
+class Way:
+    """A way to one server, which channels are opened along.
+
+    Attributes:
+        address: The address, as gRPC takes it.
+        server_name: Name in the server's certificate where that is not the address's host.
+        credentials: Of encrypted channels; None for clear text, which stays on this machine.
+    """
+
+    address: str
+    server_name: str | None = None
+    credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+
+    @classmethod
+    def to(cls, address: str, tls: Tls | None) -> Way:
+        """The way to an address.
+
+        Args:
+            address: HOST:PORT, or any other address that gRPC takes.
+            tls: Certificates; None for clear text.
+
+        Raises:
+            InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`:
+                it is of another machine, and there are no certificates. `TLS_FILES_INVALID`: a
+                file of certificates or of a key cannot be read, or one of the two is missing.
+        """
+        at = reachable_address(address, encrypted=tls is not None)
+        if tls is None:
+            return cls(at)
+        if (tls.certificate is None) != (tls.key is None):
+            missing = "key" if tls.key is None else "certificate"
+            raise _invalid(missing, "a client's certificate and its key go together")
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=_contents(tls, "ca", "CERTIFICATE"),
+            private_key=_contents(tls, "key", "PRIVATE KEY"),
+            certificate_chain=_contents(tls, "certificate", "CERTIFICATE"),
+        )
+        return cls(at, tls.server_name, credentials)
+
+    def channel(self, options: Options) -> grpc.Channel:
+        """A channel for blocking calls."""
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address, options=options)
+        return grpc.secure_channel(self.address, self.credentials, options=self._named(options))
+
+    def awaited_channel(self, options: Options) -> grpc.aio.Channel:
+        """A channel of the running event loop."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.address, options=options)
+        return grpc.aio.secure_channel(self.address, self.credentials, options=self._named(options))
+
+    def _named(self, options: Options) -> Options:
+        if self.server_name is None:
+            return options
+        return [*options, ("grpc.ssl_target_name_override", self.server_name)]
+
+
+def _contents(tls: Tls, name: str, label: str) -> bytes | None:
+    """The bytes of a PEM file of `tls`; None where there is none."""
+    given = getattr(tls, name)
+    if given is None:
+        return None
+    try:
+        found = Path(given).read_bytes()
+    except OSError as error:
+        raise _invalid(name, f"{given} cannot be read: {error.strerror}") from None
+    if f"{label}-----".encode() not in found:
+        raise _invalid(name, f"{given} holds no {label.lower()} in PEM form")
+    if b"ENCRYPTED" in found:
+        raise _invalid(name, f"{given} has a passphrase; write the key to a file without one")
+    return found
+
+
+def _invalid(name: str, problem: str) -> InvalidArgumentError:
+    return InvalidArgumentError(problem, reason="TLS_FILES_INVALID", field=f"tls.{name}")
