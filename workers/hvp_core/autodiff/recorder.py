@@ -112,10 +112,6 @@ class _Recorder(TorchDispatchMode):
         self._graph.output(tuple(self._node(each) for each in outputs))
         return self._graph
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled in here, and to say so costs as much as an operation
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ASKED:
