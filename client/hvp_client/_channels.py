@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class Way:
         if (tls.certificate is None) != (tls.key is None):
             missing = "key" if tls.key is None else "certificate"
             raise _invalid(missing, "a client's certificate and its key go together")
+        _check(tls)
         credentials = grpc.ssl_channel_credentials(
             root_certificates=_contents(tls, "ca", "CERTIFICATE"),
             private_key=_contents(tls, "key", "PRIVATE KEY"),
@@ -73,6 +75,25 @@ class Way:
         if self.server_name is None:
             return options
         return [*options, ("grpc.ssl_target_name_override", self.server_name)]
+
+
+def _check(tls: Tls) -> None:
+    """See that the files hold what they should, and that certificate and key are of one pair."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if tls.ca is not None:
+        _contents(tls, "ca", "CERTIFICATE")
+        try:
+            context.load_verify_locations(tls.ca)
+        except ssl.SSLError as error:
+            raise _invalid("ca", f"{tls.ca} cannot be read: {error.reason}") from None
+    if tls.certificate is not None and tls.key is not None:
+        _contents(tls, "certificate", "CERTIFICATE")
+        _contents(tls, "key", "PRIVATE KEY")
+        try:
+            context.load_cert_chain(tls.certificate, tls.key, password="")
+        except ssl.SSLError as error:
+            problem = f"{tls.key} is not the key of {tls.certificate}: {error.reason}"
+            raise _invalid("key", problem) from None
 
 
 def _contents(tls: Tls, name: str, label: str) -> bytes | None:

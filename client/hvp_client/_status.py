@@ -41,8 +41,9 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, address: str, request_id: str
             request_id = detail.request_id
     if code == "UNAVAILABLE" and not reason:
         return ServerUnreachableError(
-            f"no server answers at {address}; start one with `hvp serve` or correct the address "
-            f"({message})",
+            f"no server answers at {address}; start one with `hvp serve`, correct the address, or, "
+            "where a server listens there, see that both sides have certificates that the other "
+            f"believes, or neither has any ({message})",
             reason="SERVER_UNREACHABLE",
             metadata={"address": address},
             request_id=request_id,

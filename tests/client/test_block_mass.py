@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvp_client import BlockMassResult, Client, InvalidArgumentError, Operator
+from hvp_client import (
+    BlockMassResult,
+    Client,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Operator,
+)
 from hvp_operations.block_mass.picture import draw
 from numpy.typing import NDArray
 
@@ -53,6 +59,9 @@ def test_masses_are_those_of_the_dense_matrix_and_jobs_are_extended(
     true = masses_of(H, dense, [list(each.parameter_names) for each in blocks.values()])
     job = H.block_mass(num_probes=10, rtol=1e-6, seed=3)
     short, found = job.result(), job.extend(num_probes=24).result()
+    with pytest.raises(FailedPreconditionError, match="has 10 already; ask for more"):
+        job.extend(num_probes=8)
+    assert "levels" not in repr(found)
     assert list(found.blocks) == list(blocks)
     assert found.block_sizes.tolist() == [each.shape[0] for each in blocks.values()]
     assert (short.num_probes, found.num_probes) == (10, 24)

@@ -100,14 +100,17 @@ def test_the_command_takes_certificates_from_the_environment(guarded: Server, fi
 
 def test_files_that_do_not_do_are_named(files: Files, tmp_path: Path) -> None:
     chain, key = files.of(files.ours, "someone.example")
-    empty = tmp_path / "empty.pem"
+    empty, torn = tmp_path / "empty.pem", tmp_path / "torn.pem"
     empty.touch()
-    cases = {
-        "tls.ca": Tls(ca=tmp_path / "nowhere.pem"),
-        "tls.certificate": Tls(certificate=empty, key=key),
-        "tls.key": Tls(certificate=chain),
-    }
-    for field, tls in cases.items():
+    torn.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    cases = [
+        ("tls.ca", Tls(ca=tmp_path / "nowhere.pem")),
+        ("tls.ca", Tls(ca=torn)),
+        ("tls.certificate", Tls(certificate=empty, key=key)),
+        ("tls.key", Tls(certificate=chain)),
+        ("tls.key", Tls(certificate=chain, key=files.of(files.ours, "other.example")[1])),
+    ]
+    for field, tls in cases:
         with pytest.raises(InvalidArgumentError) as refusal:
             Client("example.org:8471", tls=tls)
         assert (refusal.value.reason, refusal.value.field) == ("TLS_FILES_INVALID", field)

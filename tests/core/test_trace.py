@@ -140,6 +140,18 @@ def writes(node: Node) -> bool:
     return node.target is not operator.getitem and bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
 
 
+def test_two_draws_are_two_lines() -> None:
+    env = matrices(5, "x")
+
+    def program(env: Env) -> Env:
+        x = env["x"]
+        return {"y": torch.rand_like(x) - torch.rand_like(x), "z": x.exp() - x.exp()}
+
+    graph, _ = trace_graph(program, env)
+    assert len(lines(graph, aten.rand_like.default)) == 2
+    assert len(lines(graph, aten.exp.default)) == 1
+
+
 def cleaned(graph: Graph) -> Graph:
     """Without what torch's tracer has beside: what nobody reads."""
     graph.eliminate_dead_code()

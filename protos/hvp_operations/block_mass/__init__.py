@@ -207,6 +207,17 @@ _RULES: tuple[Rule[BlockMassSpec], ...] = (
 )
 
 
+def _nothing_to_go_on_from(spec: BlockMassSpec, result: BlockMassResult) -> str:
+    if not result.levels:
+        return "all its products were zero, and more would be"
+    if spec.num_probes < result.num_probes:
+        return (
+            f"num_probes is {spec.num_probes}, and the job has {result.num_probes} already; ask "
+            "for more"
+        )
+    return ""
+
+
 def _cost(spec: BlockMassSpec, facts: Facts) -> Cost:
     most = _num_blocks(spec, facts) * (spec.num_probes + 2 * CORRECTIONS)
     return Cost(
@@ -230,9 +241,7 @@ OPERATION = Operation(
     has_picture=True,
     extension=Extension(
         fields=("num_probes", "rtol", "atol", "max_products"),
-        refusal=lambda spec, result: (
-            "" if result.levels else "all its products were zero, and more would be"
-        ),
+        refusal=_nothing_to_go_on_from,
         takes_result=True,
     ),
 )

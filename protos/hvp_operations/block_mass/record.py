@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class BlockMassResult:
     num_probes: int
     num_products: int
     num_exact_products: int
-    levels: Sequence[MassLevel] = ()
+    levels: Sequence[MassLevel] = field(default=(), repr=False)
     size: float = 0.0
     loss: float
     provenance: Mapping[str, str]

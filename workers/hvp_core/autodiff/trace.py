@@ -205,7 +205,7 @@ def _clean(graph: fx.Graph) -> None:
     drop_zeros(graph)
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or _is_drawn(node):
             continue
         if node.target is aten._efficientzerotensor.default:
             node.target = aten.zeros.default
@@ -218,6 +218,11 @@ def _clean(graph: fx.Graph) -> None:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Whether an operation gives other values each time."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def frozen(value: Any, of: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
