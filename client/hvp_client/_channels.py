@@ -51,12 +51,13 @@ class Way:
         if (tls.certificate is None) != (tls.key is None):
             missing = "key" if tls.key is None else "certificate"
             raise _invalid(missing, "a client's certificate and its key go together")
-        _check(tls)
-        credentials = grpc.ssl_channel_credentials(
-            root_certificates=_contents(tls, "ca", "CERTIFICATE"),
-            private_key=_contents(tls, "key", "PRIVATE KEY"),
-            certificate_chain=_contents(tls, "certificate", "CERTIFICATE"),
+        ca = _contents(tls, "ca", "CERTIFICATE")
+        chain, key = (
+            _contents(tls, "certificate", "CERTIFICATE"),
+            _contents(tls, "key", "PRIVATE KEY"),
         )
+        _check(tls)
+        credentials = grpc.ssl_channel_credentials(ca, private_key=key, certificate_chain=chain)
         return cls(at, tls.server_name, credentials)
 
     def channel(self, options: Options) -> grpc.Channel:
@@ -78,22 +79,19 @@ class Way:
 
 
 def _check(tls: Tls) -> None:
-    """See that the files hold what they should, and that certificate and key are of one pair."""
+    """See that files that can be read can be used, certificate and key with one another."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if tls.ca is not None:
-        _contents(tls, "ca", "CERTIFICATE")
-        try:
+    try:
+        if tls.ca is not None:
             context.load_verify_locations(tls.ca)
-        except ssl.SSLError as error:
-            raise _invalid("ca", f"{tls.ca} cannot be read: {error.reason}") from None
-    if tls.certificate is not None and tls.key is not None:
-        _contents(tls, "certificate", "CERTIFICATE")
-        _contents(tls, "key", "PRIVATE KEY")
-        try:
-            context.load_cert_chain(tls.certificate, tls.key, password="")
-        except ssl.SSLError as error:
-            problem = f"{tls.key} is not the key of {tls.certificate}: {error.reason}"
-            raise _invalid("key", problem) from None
+    except ssl.SSLError as error:
+        raise _invalid("ca", f"{tls.ca} holds no certificate: {error.reason}") from None
+    try:
+        if tls.certificate is not None:
+            context.load_cert_chain(tls.certificate, tls.key)
+    except ssl.SSLError as error:
+        problem = f"{tls.key} is not the key of {tls.certificate}: {error.reason}"
+        raise _invalid("key", problem) from None
 
 
 def _contents(tls: Tls, name: str, label: str) -> bytes | None:

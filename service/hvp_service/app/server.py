@@ -28,6 +28,16 @@ from hvp_service.storage.state_dir import StateDirectoryError, sole_use
 
 log = structlog.get_logger()
 
+#: What a server that does not start says in one line.
+_REFUSALS = (
+    StateDirectoryError,
+    SchemaVersionError,
+    ServiceError,
+    BackendError,
+    TlsError,
+    OSError,
+)
+
 
 async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> None:
     """Serve until SIGTERM, SIGINT or `stop`; then drain.
@@ -183,10 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logs()
     try:
         asyncio.run(serve(config))
-    except (
-        *(StateDirectoryError, SchemaVersionError, ServiceError, BackendError),
-        *(OSError, TlsError),
-    ) as error:
+    except _REFUSALS as error:
         print(f"error: {lost_current_folder() or error}", file=sys.stderr)
         return 1
     # What had to be closed is closed. A rank in a thread of this process may still compute, which

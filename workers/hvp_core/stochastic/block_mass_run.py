@@ -8,6 +8,7 @@ from typing import Literal, final
 
 import torch
 from hvp_operations.block_mass import CORRECTIONS, LEAST_PROBES, BlockMassSpec, MassLevel
+from hvp_operations.trace import Level as MomentsLevel
 from torch import Tensor
 
 from hvp_core.krylov.orthogonality import rounding
@@ -36,11 +37,8 @@ class Samples:
     @classmethod
     def of(cls, level: MassLevel) -> Samples:
         """The samples of an earlier result."""
-        mean, squares = (
-            torch.tensor(each, dtype=torch.float64) for each in (level.means, level.squares)
-        )
-        moments = Moments(mean, squares, len(level.total))
-        return cls(moments, list(level.off_block), list(level.total))
+        moments = MomentsLevel(means=level.means, squares=level.squares, count=len(level.total))
+        return cls(Moments.restored(moments), list(level.off_block), list(level.total))
 
     @property
     def count(self) -> int:
@@ -55,9 +53,10 @@ class Samples:
 
     def level(self) -> MassLevel:
         """The samples, written down."""
+        of_masses = self.masses.level
         return MassLevel(
-            means=tuple(self.masses.mean.tolist()),
-            squares=tuple(self.masses.squares.tolist()),
+            means=of_masses.means,
+            squares=of_masses.squares,
             off_block=tuple(self.off_block),
             total=tuple(self.total),
         )
