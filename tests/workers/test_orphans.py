@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hvp_workers import orphans
+from hvp_workers import guardian, orphans
 from hvp_workers.orphans import Note, ProcessMark
 
 
@@ -124,6 +124,23 @@ def test_a_process_whose_id_another_had_before_is_found_too(
             assert orphans.end_orphans(tmp_path) == 1
         finally:
             process.kill()
+
+
+def test_a_guardian_waits_for_the_end_of_a_server_whose_files_are_closed_already(
+    tmp_path: Path, temp_dir: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """The kernel closes a dying process's files first, and calls it dead later."""
+    left = mark(sleeper.pid)
+    program = "import os, time; os.close(1); time.sleep(1.0)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as server:
+        note_of(mark(server.pid), temp_dir, left).write(tmp_path)
+        assert server.stdout is not None
+        guardian.watch(server.stdout, server.pid, tmp_path)
+
+        assert server.poll() == 0
+
+    assert left.find() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_ours_is_not_removed(tmp_path: Path) -> None:
