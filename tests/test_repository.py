@@ -153,8 +153,8 @@ def _imports(*packages: str) -> dict[str, set[str]]:
 
 # Modules of the service that gRPC itself calls, or that make its server.
 AROUND_CALLS = {
-    *("app/transport", "calls/around", "calls/draining", "calls/limits", "calls/request_ids"),
-    "calls/statuses",
+    *("app/transport", "calls/around", "calls/draining", "calls/identities"),
+    *("calls/limits", "calls/request_ids", "calls/statuses"),
 }
 
 

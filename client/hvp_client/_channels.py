@@ -11,6 +11,7 @@ from typing import Any, final
 import grpc
 
 from hvp_client._address import reachable_address
+from hvp_client._api_key import ApiKey
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._settings import Tls
 
@@ -26,28 +27,34 @@ class Way:
         address: The address, as gRPC takes it.
         server_name: Name in the server's certificate where that is not the address's host.
         credentials: Of encrypted channels; None for clear text, which stays on this machine.
+        api_key: What calls show; None: nothing.
     """
 
     address: str
     server_name: str | None = None
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    api_key: ApiKey | None = None
 
     @classmethod
-    def to(cls, address: str, tls: Tls | None) -> Way:
+    def to(cls, address: str, tls: Tls | None, api_key: ApiKey | None = None) -> Way:
         """The way to an address.
 
         Args:
-            address: HOST:PORT, or any other address that gRPC takes.
-            tls: Certificates; None for clear text.
+            address: HOST:PORT, or any other address that gRPC takes; `https://` before it asks
+                for encryption.
+            tls: Certificates; None for clear text, or with `https://` for those of gRPC.
+            api_key: What calls show.
 
         Raises:
             InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`:
                 it is of another machine, and there are no certificates. `TLS_FILES_INVALID`: a
                 file of certificates or of a key cannot be read, or one of the two is missing.
         """
+        if tls is None and address.startswith("https://"):
+            tls = Tls()
         at = reachable_address(address, encrypted=tls is not None)
         if tls is None:
-            return cls(at)
+            return cls(at, api_key=api_key)
         if (tls.certificate is None) != (tls.key is None):
             missing = "key" if tls.key is None else "certificate"
             raise _invalid(missing, "a client's certificate and its key go together")
@@ -58,7 +65,15 @@ class Way:
         )
         _check(tls)
         credentials = grpc.ssl_channel_credentials(ca, private_key=key, certificate_chain=chain)
-        return cls(at, tls.server_name, credentials)
+        return cls(at, tls.server_name, credentials, api_key)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a call on a channel carries along.
+
+        Raises:
+            InvalidArgumentError: `API_KEY_INVALID`.
+        """
+        return () if self.api_key is None else self.api_key.metadata()
 
     def channel(self, options: Options) -> grpc.Channel:
         """A channel for blocking calls."""

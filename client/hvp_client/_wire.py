@@ -21,7 +21,7 @@ from hvp_client._exceptions import (
     ServerUnreachableError,
     UnavailableError,
 )
-from hvp_client._settings import Retry, Timeout, Tls
+from hvp_client._settings import Retry, Timeout
 from hvp_client._status import error_from_rpc
 
 Response = TypeVar("Response", bound=Message)
@@ -76,8 +76,8 @@ class Wire:
     _live: ClassVar[weakref.WeakSet[grpc.aio.Channel]] = weakref.WeakSet()
     _inherited: ClassVar[bool] = False
 
-    def __init__(self, address: str, timeout: Timeout, retry: Retry, tls: Tls | None = None):
-        self._way = Way.to(address, tls)
+    def __init__(self, way: Way, timeout: Timeout, retry: Retry):
+        self._way = way
         self.address = self._way.address
         self.timeout = timeout
         self.retry = retry
@@ -117,7 +117,9 @@ class Wire:
 
         async def once() -> Response:
             try:
-                answer: Response = await call(request, timeout=deadline_s)
+                answer: Response = await call(
+                    request, timeout=deadline_s, metadata=self._way.metadata()
+                )
             except grpc.aio.AioRpcError as error:
                 raise self.translate(error, request) from error
             return answer
@@ -168,7 +170,7 @@ class Wire:
 
         try:
             async with limit:
-                answer: Response = await send(noted())
+                answer: Response = await send(noted(), metadata=self._way.metadata())
                 return answer
         except TimeoutError:
             raise UnavailableError(
@@ -206,7 +208,8 @@ class Wire:
             HvpError: The stream broke; UnavailableError `STREAM_SILENT` when it fell silent.
         """
         channel = self._bulk() if bulk else 0
-        call = self._method(channel, method, "unary_stream", type(request), response)(request)
+        start = self._method(channel, method, "unary_stream", type(request), response)
+        call = start(request, metadata=self._way.metadata())
         messages = aiter(call)
         try:
             while True:

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from hvp_client import AsyncClient, Client, InvalidArgumentError, Retry, Timeout, UnavailableError
 from hvp_client._address import is_on_this_machine
+from hvp_client._channels import Way
 from hvp_client._wire import Wire
 from hvp_protos.v1 import blob_pb2
 
@@ -97,7 +98,7 @@ async def sink() -> AsyncIterator[tuple[Sink, Wire]]:
     server.add_generic_rpc_handlers((sink,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    wire = Wire(f"127.0.0.1:{port}", Timeout(), Retry())
+    wire = Wire(Way.to(f"127.0.0.1:{port}", None), Timeout(), Retry())
     yield sink, wire
     await wire.close()
     await server.stop(None)

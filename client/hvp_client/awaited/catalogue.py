@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from hvp_protos.v1 import blob_pb2, checkpoint_pb2, data_batch_pb2, job_pb2, system_pb2, vector_pb2
+from hvp_protos.v1 import (
+    blob_pb2,
+    checkpoint_pb2,
+    data_batch_pb2,
+    job_pb2,
+    key_pb2,
+    system_pb2,
+    vector_pb2,
+)
 
 from hvp_client._batches import Batch, batch_from_proto
 from hvp_client._blobs import Blob, blob_from_proto
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, get_checkpoint
+from hvp_client._identities import Caller, Key, caller_from_proto, key_from_proto
 from hvp_client._labels import check_labels
 from hvp_client._names import name_of
 from hvp_client._results import state_values
@@ -24,6 +33,8 @@ from hvp_client._system import (
 )
 from hvp_client.awaited.job import AsyncJob
 from hvp_client.awaited.vector import AsyncVector
+
+_EVERY_PROJECT = "projects/-"
 
 
 class AsyncCatalogue(ABC):
@@ -222,6 +233,80 @@ class AsyncCatalogue(ABC):
             system_pb2.ListWorkerGroupsResponse,
         )
         return [worker_group_from_proto(message) for message in answer.worker_groups]
+
+    async def whoami(self) -> Caller:
+        """Who the server takes this client for, and what it may do."""
+        answer = await self._session.wire.unary(
+            "SystemService/WhoAmI", system_pb2.WhoAmIRequest(), system_pb2.WhoAmIResponse
+        )
+        return caller_from_proto(answer)
+
+    async def create_key(
+        self,
+        role: str,
+        *,
+        label: str = "",
+        ttl_s: float | None = None,
+        all_projects: bool = False,
+    ) -> tuple[Key, str]:
+        """Make an API key of the project; the client's own role must be `admin`.
+
+        Args:
+            role: `read`, `submit` or `admin`; each may do what those before it may.
+            label: At most 128 characters by which people tell it from others.
+            ttl_s: Seconds until it expires; None: never.
+            all_projects: Whether it opens every project, which takes a client that sees them all.
+
+        Returns:
+            The key, and its text, which is shown this once.
+
+        Raises:
+            InvalidArgumentError: `KEY_INVALID`.
+            PermissionDeniedError: `ROLE_REQUIRED`.
+            NotFoundError: `RESOURCE_NOT_FOUND`: the project is not this client's.
+        """
+        request = key_pb2.CreateKeyRequest(
+            parent=_EVERY_PROJECT if all_projects else self._session.parent, role=role, label=label
+        )
+        if ttl_s is not None:
+            request.ttl.FromNanoseconds(int(ttl_s * 1e9))
+        # Not tried again: it might have made one key whose text went astray.
+        answer = await self._session.wire.unary(
+            "KeyService/CreateKey", request, key_pb2.CreateKeyResponse, patience_s=0.0
+        )
+        return key_from_proto(answer.key), answer.api_key
+
+    async def keys(self, *, all_projects: bool = False) -> list[Key]:
+        """The API keys of the project, newest first, revoked and expired ones too.
+
+        Args:
+            all_projects: List those that open every project in their place.
+
+        Raises:
+            PermissionDeniedError: `ROLE_REQUIRED`: the client's own role is not `admin`.
+        """
+        parent = _EVERY_PROJECT if all_projects else self._session.parent
+        answer = await self._session.wire.unary(
+            "KeyService/ListKeys", key_pb2.ListKeysRequest(parent=parent), key_pb2.ListKeysResponse
+        )
+        return [key_from_proto(message) for message in answer.keys]
+
+    async def revoke_key(self, key: Key | str) -> Key:
+        """Revoke an API key for good: within seconds its calls are refused and end.
+
+        Args:
+            key: A key or its name; one that is revoked already stays so.
+
+        Raises:
+            PermissionDeniedError: `ROLE_REQUIRED`: the client's own role is not `admin`.
+            NotFoundError: `RESOURCE_NOT_FOUND`.
+        """
+        answer = await self._session.wire.unary(
+            "KeyService/RevokeKey",
+            key_pb2.RevokeKeyRequest(name=name_of(key, "key")),
+            key_pb2.RevokeKeyResponse,
+        )
+        return key_from_proto(answer.key)
 
     async def _pages(
         self, method: str, request: Callable[[str], Any], response: type[PageT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, final
@@ -13,8 +13,10 @@ from hvp_operations.matrices import Matrix
 
 from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client._algebra import matrix_of, number, with_matrix
+from hvp_client._api_key import ApiKey, project_for
 from hvp_client._batches import Batch, upload_batch
 from hvp_client._blobs import ProgressCallback
+from hvp_client._channels import Way
 from hvp_client._checkpoints import (
     Checkpoint,
     upload_checkpoint,
@@ -42,8 +44,13 @@ class AsyncClient(AsyncCatalogue):
     Nothing is connected before the first call.
 
     Args:
-        address: HOST:PORT of a server; without certificates one on this machine.
-        project: The project in which checkpoints, batches, vectors and jobs are named.
+        address: HOST:PORT of a server; without certificates one on this machine. With `https://`
+            before it everything is encrypted, also where `tls` names no certificates.
+        api_key: An API key of the server's, or a token of an identity provider that it believes,
+            which every call shows; or a function that gives one, asked at each call. None takes
+            HVP_API_KEY, or what the file HVP_API_KEY_FILE holds.
+        project: The project in which checkpoints, batches, vectors and jobs are named. None takes
+            HVP_PROJECT, or that of the API key, or `default`.
         timeout: Longest waits of calls; None means `Timeout()`.
         retry: How long a call that may succeed later is tried again; None means `Retry()`.
         tls: Certificates, with which everything is encrypted; None takes those that the environment
@@ -52,20 +59,23 @@ class AsyncClient(AsyncCatalogue):
     Raises:
         InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`: it
             is of another machine, and there are no certificates. `TLS_FILES_INVALID`: a file of
-            certificates or of a key cannot be read.
+            certificates or of a key cannot be read. `API_KEY_INVALID`: the key is no word.
     """
 
     def __init__(
         self,
         address: str = DEFAULT_ADDRESS,
         *,
-        project: str = "default",
+        api_key: str | Callable[[], str] | None = None,
+        project: str | None = None,
         timeout: Timeout | None = None,
         retry: Retry | None = None,
         tls: Tls | None = None,
     ):
-        wire = Wire(address, timeout or Timeout(), retry or Retry(), tls or Tls.from_environment())
-        self._session = Session(wire, project)
+        key = ApiKey.given(api_key)
+        way = Way.to(address, tls or Tls.from_environment(), key)
+        wire = Wire(way, timeout or Timeout(), retry or Retry())
+        self._session = Session(wire, project_for(project, key))
 
     @property
     def address(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from hvp_client._batches import Batch
 from hvp_client._blobs import Blob
 from hvp_client._checkpoints import Checkpoint
+from hvp_client._identities import Caller, Key
 from hvp_client._system import ServerInfo, WorkerGroup
 from hvp_client.awaited.catalogue import AsyncCatalogue
 from hvp_client.blocking.job import Job
@@ -129,3 +130,53 @@ class Catalogue(Blocking, ABC, twin=AsyncCatalogue):
     def worker_groups(self) -> list[WorkerGroup]:
         """The worker groups of the server, with the processes and the memory of their ranks."""
         return self._portal.run(self._twin.worker_groups())
+
+    def whoami(self) -> Caller:
+        """Who the server takes this client for, and what it may do."""
+        return self._portal.run(self._twin.whoami())
+
+    def create_key(
+        self, role: str, *, label: str = "", ttl_s: float | None = None, all_projects: bool = False
+    ) -> tuple[Key, str]:
+        """Make an API key of the project; the client's own role must be `admin`.
+
+        Args:
+            role: `read`, `submit` or `admin`; each may do what those before it may.
+            label: At most 128 characters by which people tell it from others.
+            ttl_s: Seconds until it expires; None: never.
+            all_projects: Whether it opens every project, which takes a client that sees them all.
+
+        Returns:
+            The key, and its text, which is shown this once.
+
+        Raises:
+            InvalidArgumentError: `KEY_INVALID`.
+            PermissionDeniedError: `ROLE_REQUIRED`.
+            NotFoundError: `RESOURCE_NOT_FOUND`: the project is not this client's.
+        """
+        return self._portal.run(
+            self._twin.create_key(role, label=label, ttl_s=ttl_s, all_projects=all_projects)
+        )
+
+    def keys(self, *, all_projects: bool = False) -> list[Key]:
+        """The API keys of the project, newest first, revoked and expired ones too.
+
+        Args:
+            all_projects: List those that open every project in their place.
+
+        Raises:
+            PermissionDeniedError: `ROLE_REQUIRED`: the client's own role is not `admin`.
+        """
+        return self._portal.run(self._twin.keys(all_projects=all_projects))
+
+    def revoke_key(self, key: Key | str) -> Key:
+        """Revoke an API key for good: within seconds its calls are refused and end.
+
+        Args:
+            key: A key or its name; one that is revoked already stays so.
+
+        Raises:
+            PermissionDeniedError: `ROLE_REQUIRED`: the client's own role is not `admin`.
+            NotFoundError: `RESOURCE_NOT_FOUND`.
+        """
+        return self._portal.run(self._twin.revoke_key(key))

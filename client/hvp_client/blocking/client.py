@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, final
 
@@ -32,8 +32,13 @@ class Client(Catalogue, twin=AsyncClient):
     Nothing is connected before the first call.
 
     Args:
-        address: HOST:PORT of a server; without certificates one on this machine.
-        project: The project in which checkpoints, batches, vectors and jobs are named.
+        address: HOST:PORT of a server; without certificates one on this machine. With `https://`
+            before it everything is encrypted, also where `tls` names no certificates.
+        api_key: An API key of the server's, or a token of an identity provider that it believes,
+            which every call shows; or a function that gives one, asked at each call. None takes
+            HVP_API_KEY, or what the file HVP_API_KEY_FILE holds.
+        project: The project in which checkpoints, batches, vectors and jobs are named. None takes
+            HVP_PROJECT, or that of the API key, or `default`.
         timeout: Longest waits of calls; None means `Timeout()`.
         retry: How long a call that may succeed later is tried again; None means `Retry()`.
         tls: Certificates, with which everything is encrypted; None takes those that the environment
@@ -42,7 +47,7 @@ class Client(Catalogue, twin=AsyncClient):
     Raises:
         InvalidArgumentError: `ADDRESS_INVALID`: the address is malformed. `CLEARTEXT_REFUSED`: it
             is of another machine, and there are no certificates. `TLS_FILES_INVALID`: a file of
-            certificates or of a key cannot be read.
+            certificates or of a key cannot be read. `API_KEY_INVALID`: the key is no word.
     """
 
     _twin: AsyncClient
@@ -51,12 +56,15 @@ class Client(Catalogue, twin=AsyncClient):
         self,
         address: str = DEFAULT_ADDRESS,
         *,
-        project: str = "default",
+        api_key: str | Callable[[], str] | None = None,
+        project: str | None = None,
         timeout: Timeout | None = None,
         retry: Retry | None = None,
         tls: Tls | None = None,
     ):
-        twin = AsyncClient(address, project=project, timeout=timeout, retry=retry, tls=tls)
+        twin = AsyncClient(
+            address, api_key=api_key, project=project, timeout=timeout, retry=retry, tls=tls
+        )
         super().__init__(Portal(twin.close), twin)
 
     @property

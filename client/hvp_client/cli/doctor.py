@@ -18,6 +18,7 @@ from hvp_protos.v1 import system_pb2, system_pb2_grpc
 from rich.console import Console
 from rich.markup import escape
 
+from hvp_client._api_key import ApiKey, project_for
 from hvp_client._channels import Way
 from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
@@ -216,16 +217,22 @@ def _disk(state_dir: Path) -> Iterator[Finding]:
 def _server(address: str, *, expected: bool) -> Finding:
     """Ask a server what it is, without the SDK, whose imports would take longer."""
     try:
-        way = Way.to(address, Tls.from_environment())
+        key = ApiKey.given(None)
+        way = Way.to(address, Tls.from_environment(), key)
     except InvalidArgumentError as error:
         return Finding(what="server", verdict="problem", found=error.reason, fix=error.message)
     # Never through a proxy of the environment.
     with way.channel((("grpc.enable_http_proxy", 0),)) as channel:
         stub = system_pb2_grpc.SystemServiceStub(channel)  # type: ignore[no-untyped-call]
         try:
-            info = stub.GetServerInfo(system_pb2.GetServerInfoRequest(), timeout=_ANSWER_S)
+            shown = way.metadata()
+            info = stub.GetServerInfo(
+                system_pb2.GetServerInfoRequest(), timeout=_ANSWER_S, metadata=shown
+            )
             listed = stub.ListWorkerGroups(
-                system_pb2.ListWorkerGroupsRequest(parent="projects/default"), timeout=_ANSWER_S
+                system_pb2.ListWorkerGroupsRequest(parent=f"projects/{project_for(None, key)}"),
+                timeout=_ANSWER_S,
+                metadata=shown,
             )
         except grpc.RpcError as error:
             reason = error_from_rpc(cast("grpc.aio.AioRpcError", error), address=way.address).reason

@@ -253,6 +253,96 @@ def verify(
     )
 
 
+keys = typer.Typer(
+    help="API keys: what opens a server to people and programs.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(keys, name="keys")
+
+KeyStateDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="State folder of the server, on its machine: needs no key, and so makes the first.",
+        show_default="ask the server at --address",
+    ),
+]
+KeyProject = Annotated[
+    str | None,
+    typer.Option(
+        envvar="HVP_PROJECT",
+        help="The project that keys open; -: every one.",
+        show_default="that of HVP_API_KEY, else default",
+    ),
+]
+
+
+class Role(StrEnum):
+    """What a key may do."""
+
+    read = "read"
+    submit = "submit"
+    admin = "admin"
+
+
+@keys.command("create")
+def create_key(
+    role: Annotated[
+        Role,
+        typer.Option(
+            help="read: look and download. submit: upload, compute and delete too. admin: make "
+            "keys too."
+        ),
+    ],
+    project: KeyProject = None,
+    label: Annotated[str, typer.Option(help="Words by which you tell it from others.")] = "",
+    days: Annotated[
+        float | None, typer.Option(help="Days until it expires.", show_default="never")
+    ] = None,
+    state_dir: KeyStateDir = None,
+    address: Address = DEFAULT_ADDRESS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Make an API key; its text is shown this once."""
+    from hvp_client.cli.keys import create
+
+    create(
+        address,
+        state_dir,
+        project=project,
+        role=role.value,
+        label=label,
+        days=days,
+        as_json=format_ is Format.json,
+    )
+
+
+@keys.command("list")
+def list_keys(
+    project: KeyProject = None,
+    state_dir: KeyStateDir = None,
+    address: Address = DEFAULT_ADDRESS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """List a project's keys, without their texts."""
+    from hvp_client.cli.keys import list_all
+
+    list_all(address, state_dir, project=project, as_json=format_ is Format.json)
+
+
+@keys.command("revoke")
+def revoke_key(
+    key: Annotated[str, typer.Argument(help="The key's name, or its id alone.")],
+    project: KeyProject = None,
+    state_dir: KeyStateDir = None,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Revoke a key for good: within seconds its calls are refused and end."""
+    from hvp_client.cli.keys import revoke
+
+    revoke(address, state_dir, key, project=project)
+
+
 @app.command()
 def doctor(
     address: Annotated[

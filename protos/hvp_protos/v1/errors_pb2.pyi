@@ -237,6 +237,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """An extension asks the same question of the same operator; the message says what may differ."""
     ERROR_REASON_JOB_NOT_SUCCEEDED: _ErrorReason.ValueType  # 122
     """Only a job that has succeeded can be extended."""
+    ERROR_REASON_CREDENTIALS_MISSING: _ErrorReason.ValueType  # 117
+    """The server answers only calls that show an API key or a token; give one."""
+    ERROR_REASON_CREDENTIALS_INVALID: _ErrorReason.ValueType  # 118
+    """The API key is unknown or revoked, or the token is not believed; the message says which."""
+    ERROR_REASON_CREDENTIALS_EXPIRED: _ErrorReason.ValueType  # 119
+    """The API key or the token has expired; get another."""
+    ERROR_REASON_ROLE_REQUIRED: _ErrorReason.ValueType  # 123
+    """The credentials' role may not do this; metadata has the one that may."""
+    ERROR_REASON_KEY_INVALID: _ErrorReason.ValueType  # 124
+    """An API key cannot be made so: its role, label or time to live is none, or it would open more than its
+    maker's own.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong. On the wire without the prefix."""
@@ -450,6 +462,18 @@ ERROR_REASON_EXTENSION_MISMATCH: ErrorReason.ValueType  # 121
 """An extension asks the same question of the same operator; the message says what may differ."""
 ERROR_REASON_JOB_NOT_SUCCEEDED: ErrorReason.ValueType  # 122
 """Only a job that has succeeded can be extended."""
+ERROR_REASON_CREDENTIALS_MISSING: ErrorReason.ValueType  # 117
+"""The server answers only calls that show an API key or a token; give one."""
+ERROR_REASON_CREDENTIALS_INVALID: ErrorReason.ValueType  # 118
+"""The API key is unknown or revoked, or the token is not believed; the message says which."""
+ERROR_REASON_CREDENTIALS_EXPIRED: ErrorReason.ValueType  # 119
+"""The API key or the token has expired; get another."""
+ERROR_REASON_ROLE_REQUIRED: ErrorReason.ValueType  # 123
+"""The credentials' role may not do this; metadata has the one that may."""
+ERROR_REASON_KEY_INVALID: ErrorReason.ValueType  # 124
+"""An API key cannot be made so: its role, label or time to live is none, or it would open more than its
+maker's own.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 STATUS_FIELD_NUMBER: _builtins.int

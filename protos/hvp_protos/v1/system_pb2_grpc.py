@@ -49,6 +49,11 @@ class SystemServiceStub:
                 request_serializer=hvp_dot_v1_dot_system__pb2.GetQueueRequest.SerializeToString,
                 response_deserializer=hvp_dot_v1_dot_system__pb2.GetQueueResponse.FromString,
                 _registered_method=True)
+        self.WhoAmI = channel.unary_unary(
+                '/hvp.v1.SystemService/WhoAmI',
+                request_serializer=hvp_dot_v1_dot_system__pb2.WhoAmIRequest.SerializeToString,
+                response_deserializer=hvp_dot_v1_dot_system__pb2.WhoAmIResponse.FromString,
+                _registered_method=True)
 
 
 class SystemServiceServicer:
@@ -74,6 +79,13 @@ class SystemServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WhoAmI(self, request, context):
+        """Who the caller is to the server, and what it may do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SystemServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_SystemServiceServicer_to_server(servicer, server):
                     servicer.GetQueue,
                     request_deserializer=hvp_dot_v1_dot_system__pb2.GetQueueRequest.FromString,
                     response_serializer=hvp_dot_v1_dot_system__pb2.GetQueueResponse.SerializeToString,
+            ),
+            'WhoAmI': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhoAmI,
+                    request_deserializer=hvp_dot_v1_dot_system__pb2.WhoAmIRequest.FromString,
+                    response_serializer=hvp_dot_v1_dot_system__pb2.WhoAmIResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +191,33 @@ class SystemService:
             '/hvp.v1.SystemService/GetQueue',
             hvp_dot_v1_dot_system__pb2.GetQueueRequest.SerializeToString,
             hvp_dot_v1_dot_system__pb2.GetQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhoAmI(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvp.v1.SystemService/WhoAmI',
+            hvp_dot_v1_dot_system__pb2.WhoAmIRequest.SerializeToString,
+            hvp_dot_v1_dot_system__pb2.WhoAmIResponse.FromString,
             options,
             channel_credentials,
             insecure,

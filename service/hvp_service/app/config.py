@@ -44,12 +44,19 @@ class ServerConfig(BaseSettings):
 
     Attributes:
         address: HOST:PORT to listen on; port 0 takes a free one. Other machines can reach a server
-            only with all three of the files that follow.
+            only with a certificate, and with credentials or certificates of its clients.
         tls_certificate: PEM file of the server's certificate, with those between it and its
             authority; then connections are encrypted.
         tls_key: PEM file of its private key, without a passphrase.
         tls_client_ca: PEM file of the authorities whose clients are let in; then connections of
             others are refused.
+        require_credentials: Whether every call has to show an API key or a token. By default yes,
+            unless only this machine, or only clients with certificates, can reach the server.
+        jwt_keys: File of the public keys of an issuer of tokens, as a JSON web key set or in PEM
+            form; then its tokens are believed beside API keys. It is read again when it changes.
+        jwt_issuer: The issuer that tokens must name.
+        jwt_audience: The audience that tokens must name.
+        audit_log: File of who did what; by default `audit.jsonl` in the state folder.
         state_dir: Folder of uploads, rows and vectors; one server at a time uses it.
         workers: Number of ranks in the worker group.
         device: Device that the ranks compute on.
@@ -92,6 +99,11 @@ class ServerConfig(BaseSettings):
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    require_credentials: bool | None = None
+    jwt_keys: Path | None = None
+    jwt_issuer: str = ""
+    jwt_audience: str = ""
+    audit_log: Path | None = None
     state_dir: Path = Path("hvp-state")
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -119,6 +131,14 @@ class ServerConfig(BaseSettings):
     heartbeat_s: float = Field(default=15.0, gt=0)
     progress_interval_s: float = Field(default=0.2, ge=0)
 
+    @property
+    def credentials_required(self) -> bool:
+        """Whether a call without an API key or a token is refused."""
+        if self.require_credentials is not None:
+            return self.require_credentials
+        host, _ = split_address(self.address)
+        return self.tls_client_ca is None and not is_loopback(host)
+
     @field_validator("address")
     @classmethod
     def _well_formed(cls, address: str) -> str:
@@ -132,13 +152,24 @@ class ServerConfig(BaseSettings):
             raise ValueError(f"a certificate and its key go together: {missing} is missing")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs a server's certificate: set tls_certificate too")
+        if self.jwt_keys is not None and not (self.jwt_issuer and self.jwt_audience):
+            raise ValueError("jwt_keys needs jwt_issuer and jwt_audience, which tokens must name")
+        if self.jwt_keys is None and (self.jwt_issuer or self.jwt_audience):
+            raise ValueError("jwt_issuer and jwt_audience need jwt_keys, the issuer's public keys")
         host, _ = split_address(self.address)
-        if self.tls_client_ca is None and not is_loopback(host):
+        if is_loopback(host):
+            return self
+        if self.tls_certificate is None:
             raise ValueError(
-                f"refusing to listen on {host!r} without TLS and certificates of clients: anyone "
-                "who reaches the port could read models and run jobs. Give tls_certificate, "
-                "tls_key and tls_client_ca, or listen on 127.0.0.1 and reach it through an SSH "
-                "tunnel"
+                f"refusing to listen on {host!r} without TLS: anyone on the way could read models "
+                "and credentials. Give tls_certificate and tls_key, or listen on 127.0.0.1 and "
+                "reach it through an SSH tunnel"
+            )
+        if self.tls_client_ca is None and not self.credentials_required:
+            raise ValueError(
+                f"refusing to listen on {host!r} without credentials: anyone who reaches the port "
+                "could read models and run jobs. Leave require_credentials on, or give "
+                "tls_client_ca"
             )
         return self
 

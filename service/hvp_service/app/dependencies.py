@@ -17,6 +17,9 @@ from hvp_service.calls.paging import Pager
 from hvp_service.calls.request_log import RequestLog
 from hvp_service.checkpoints.store import CheckpointStore
 from hvp_service.group.supervisor import GroupSupervisor
+from hvp_service.identity.audit import AuditLog
+from hvp_service.identity.authentication import Authenticator
+from hvp_service.identity.keys import KeyStore
 from hvp_service.jobs.dispatcher import Dispatcher
 from hvp_service.jobs.sqlite_store import SqliteJobStore
 from hvp_service.jobs.store import JobStore
@@ -43,6 +46,9 @@ class Dependencies:
     state_dir: StateDir
     database: Database
     request_log: RequestLog
+    keys: KeyStore
+    authenticator: Authenticator
+    audit: AuditLog
     blobs: BlobStore
     uploads: UploadStore
     checkpoints: CheckpointStore
@@ -71,6 +77,7 @@ class Dependencies:
         await self.uploads.close()
         await self.blobs.close()
         await self.database.close()
+        self.audit.close()
 
 
 async def open_dependencies(
@@ -99,6 +106,9 @@ async def open_dependencies(
         )
         jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
         request_log = RequestLog(database)
+        keys = KeyStore(database)
+        authenticator = Authenticator(config, keys)
+        audit = AuditLog(config.audit_log or state_dir.audit_log)
         sweeper = Sweeper(config, database, uploads, blobs, checkpoints, request_log, jobs, vectors)
         await sweeper.sweep()
         await sessions.recover()
@@ -118,6 +128,9 @@ async def open_dependencies(
         state_dir=state_dir,
         database=database,
         request_log=request_log,
+        keys=keys,
+        authenticator=authenticator,
+        audit=audit,
         blobs=blobs,
         uploads=uploads,
         checkpoints=checkpoints,

@@ -23,6 +23,7 @@ from hvp_service.app.config import ServerConfig, split_address
 from hvp_service.app.dependencies import open_dependencies
 from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
+from hvp_service.identity.tokens import TokenKeysError, read_keys
 from hvp_service.storage.database import SchemaVersionError
 from hvp_service.storage.state_dir import StateDirectoryError, sole_use
 
@@ -35,6 +36,7 @@ _REFUSALS = (
     ServiceError,
     BackendError,
     TlsError,
+    TokenKeysError,
     OSError,
 )
 
@@ -52,9 +54,12 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
         BackendError: The ranks do not start.
         OSError: The address cannot be had.
         TlsError: The certificates do not do.
+        TokenKeysError: The public keys for tokens do not do.
     """
     stop = stop or asyncio.Event()
     read_certificates(config)  # before the ranks take time to start
+    if config.jwt_keys is not None:
+        read_keys(config.jwt_keys)
     require_free(config.address)
     with sole_use(config.state_dir) as state_dir:
         backend = open_backend(

@@ -21,6 +21,8 @@ from hvp_protos.v1 import (
     data_batch_pb2_grpc,
     job_pb2,
     job_pb2_grpc,
+    key_pb2,
+    key_pb2_grpc,
     operator_pb2,
     operator_pb2_grpc,
     session_pb2,
@@ -37,12 +39,14 @@ from hvp_service.app.tls import read_certificates
 from hvp_service.batches.rpc import DataBatchServicer
 from hvp_service.blobs.rpc import BlobServicer
 from hvp_service.calls.draining import DrainingInterceptor
+from hvp_service.calls.identities import IdentityInterceptor
 from hvp_service.calls.limits import LimitInterceptor
 from hvp_service.calls.request_ids import RequestIdInterceptor
 from hvp_service.calls.statuses import ErrorInterceptor
 from hvp_service.checkpoints.rpc import CheckpointServicer
 from hvp_service.group.rpc import SystemServicer
 from hvp_service.group.supervisor import GroupState, GroupSupervisor
+from hvp_service.identity.rpc import KeyServicer
 from hvp_service.jobs.rpc import JobServicer
 from hvp_service.operators.rpc import OperatorServicer
 from hvp_service.sessions.rpc import SessionServicer
@@ -85,6 +89,7 @@ _SERVICES = (
         OperatorServicer,
     ),
     (job_pb2, "JobService", job_pb2_grpc.add_JobServiceServicer_to_server, JobServicer),
+    (key_pb2, "KeyService", key_pb2_grpc.add_KeyServiceServicer_to_server, KeyServicer),
     (
         system_pb2,
         "SystemService",
@@ -120,6 +125,7 @@ async def start_transport(deps: Dependencies) -> Transport:
     server = grpc.aio.server(
         interceptors=[
             ErrorInterceptor(),
+            IdentityInterceptor(deps.authenticator, deps.audit),
             LimitInterceptor(
                 max_waiting=deps.config.max_waiting_calls,
                 max_working=deps.config.max_working_calls,

@@ -14,7 +14,7 @@ from hvp_batches.schema import FieldContents, contents_from_json, to_json
 from hvp_service.batches.contents import BatchStatistics, read_batch
 from hvp_service.blobs.store import BlobStore, Digest
 from hvp_service.calls.errors import not_found
-from hvp_service.calls.names import Name
+from hvp_service.calls.names import Name, noted
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import Database, data_batches
@@ -57,7 +57,7 @@ class BatchStore:
 
     async def _create(self, project: str, digest: Digest) -> DataBatch:
         path = await self._blobs.require(project, digest, "digest")
-        name = Name(project, "dataBatches", digest.sha256)
+        name = noted(Name(project, "dataBatches", digest.sha256))
         if (known := await self._find(name)) is not None:
             async with self._database.writing() as connection:
                 await self._blobs.claim(connection, project, digest)

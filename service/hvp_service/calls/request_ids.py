@@ -9,6 +9,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from hvp_service.calls.around import SERVED_PREFIX
+from hvp_service.calls.names import PROJECT, require_project
 from hvp_service.calls.request_log import RequestLog
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ class RequestIdInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             payload = type(request)()
             payload.CopyFrom(request)
             payload.ClearField("request_id")
-            key = (_project(request), method.rpartition("/")[2], request_id)
+            # A remembered answer is for those who may see it.
+            project = _project(request)
+            if PROJECT.fullmatch(project):  # of anything else the method says what is wrong
+                require_project(project)
+            key = (project, method.rpartition("/")[2], request_id)
             return await self._request_log.once(
                 key, payload.SerializeToString(deterministic=True), respond
             )

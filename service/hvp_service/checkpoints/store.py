@@ -21,7 +21,7 @@ from hvp_workers.backend import CheckpointDescription, ParameterTensor
 from hvp_service.blobs.store import BlobStore, Digest
 from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.labels import check_etag
-from hvp_service.calls.names import Name
+from hvp_service.calls.names import Name, noted
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.checkpoints.files import check_contents, check_names, choose_files
 from hvp_service.group.supervisor import GroupSupervisor
@@ -111,7 +111,7 @@ class CheckpointStore:
         chosen = await asyncio.to_thread(choose_files, paths)
         files = [file for file in files if file.path in {CONFIG, *chosen.files}]
         paths = {file.path: paths[file.path] for file in files}
-        name = Name(project, "checkpoints", checkpoint_id(files))
+        name = noted(Name(project, "checkpoints", checkpoint_id(files)))
         async with self._folders:
             if (known := await self._find(name)) is not None:
                 await self._claim(known)

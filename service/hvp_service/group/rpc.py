@@ -13,6 +13,8 @@ from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.messages import timestamp
 from hvp_service.calls.names import parse_parent
 from hvp_service.group import service as system
+from hvp_service.identity import caller
+from hvp_service.identity.messages import identity_message
 from hvp_service.operators.resolver import DTYPES, PRECISIONS
 
 KINDS = operator_pb2.OperatorSpec.Kind.keys()
@@ -66,3 +68,6 @@ class SystemServicer(system_pb2_grpc.SystemServiceServicer):
     async def GetQueue(self, request: pb.GetQueueRequest, context: Any) -> pb.GetQueueResponse:
         queued, running = await system.queue(self._deps, parse_parent(request.parent))
         return pb.GetQueueResponse(num_queued=queued, num_running=running)
+
+    async def WhoAmI(self, request: pb.WhoAmIRequest, context: Any) -> pb.WhoAmIResponse:
+        return identity_message(caller.identity())

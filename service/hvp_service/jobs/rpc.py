@@ -12,7 +12,7 @@ from hvp_protos.v1 import job_pb2_grpc
 
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.messages import enum_name, page_request
-from hvp_service.calls.names import Name, parse, parse_parent
+from hvp_service.calls.names import Name, noted, parse, parse_parent
 from hvp_service.jobs import service as jobs
 from hvp_service.jobs.messages import (
     asked_values,
@@ -34,7 +34,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         operation, operator, values = asked_values(request.spec)
         job, planned = await jobs.create(
             self._deps,
-            Name(project, "jobs", jobs.job_id(project, request.request_id)),
+            noted(Name(project, "jobs", jobs.job_id(project, request.request_id))),
             operation=operation,
             operator=operator,
             values=values,

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from hvp_service.app.config import ServerConfig
 from hvp_service.calls.errors import ServiceError, not_found, session_expired
-from hvp_service.calls.names import Name, parse
+from hvp_service.calls.names import Name, noted, parse
 from hvp_service.storage.clock import SECOND, now_us
 from hvp_service.storage.database import Database, sessions
 from hvp_service.storage.lifetimes import Lifetime, Uses
@@ -69,7 +69,7 @@ class SessionStore:
         ttl_us = int(min(max(ttl_s, MIN_TTL_S), self._config.max_session_ttl_s) * SECOND)
         now = now_us()
         session = Session(
-            name=Name(project, "sessions", uuid.uuid4().hex),
+            name=noted(Name(project, "sessions", uuid.uuid4().hex)),
             ttl_us=ttl_us,
             create_time=now,
             expire_time=now + ttl_us,

@@ -177,6 +177,20 @@ requests = sa.Table(
     sa.Column("create_time", sa.BigInteger, nullable=False),
 )
 
+api_keys = sa.Table(
+    "api_keys",
+    METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("project", sa.String, nullable=False, index=True),  # "-": every one
+    sa.Column("role", sa.String, nullable=False),
+    sa.Column("label", sa.String, nullable=False),
+    sa.Column("sha256", sa.String, nullable=False),  # of the secret
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("expire_time", sa.BigInteger, nullable=True),
+    sa.Column("revoke_time", sa.BigInteger, nullable=True),
+    sa.Column("use_time", sa.BigInteger, nullable=True),
+)
+
 server = sa.Table(
     "server",
     METADATA,

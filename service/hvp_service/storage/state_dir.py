@@ -38,6 +38,11 @@ class StateDir:
         return self.root / "hvp.sqlite3"
 
     @property
+    def audit_log(self) -> Path:
+        """File of who did what."""
+        return self.root / "audit.jsonl"
+
+    @property
     def run(self) -> Path:
         """Folder in which the workers note their processes."""
         return self.root / "run"
@@ -75,13 +80,11 @@ class StateDir:
             leftover.unlink()
 
 
-@contextlib.contextmanager
-def sole_use(root: Path) -> Iterator[StateDir]:
-    """Hold the state directory for this process; the kernel frees it however the process ends.
+def own_folder(root: Path) -> StateDir:
+    """The state directory, made where there is none, which is this user's and closed to others.
 
     Raises:
         StateDirectoryError: There is a file of that name.
-        StateDirectoryBusyError: Another process holds it; the message names its pid.
         StateDirectoryForeignError: Another user owns it.
     """
     try:
@@ -93,6 +96,20 @@ def sole_use(root: Path) -> Iterator[StateDir]:
     root = root.resolve()
     _require_own(root)
     _close_to_others(root)
+    return StateDir(root)
+
+
+@contextlib.contextmanager
+def sole_use(root: Path) -> Iterator[StateDir]:
+    """Hold the state directory for this process; the kernel frees it however the process ends.
+
+    Raises:
+        StateDirectoryError: There is a file of that name.
+        StateDirectoryBusyError: Another process holds it; the message names its pid.
+        StateDirectoryForeignError: Another user owns it.
+    """
+    state = own_folder(root)
+    root = state.root
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -105,7 +122,6 @@ def sole_use(root: Path) -> Iterator[StateDir]:
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        state = StateDir(root)
         state.create()
         yield state
     finally:

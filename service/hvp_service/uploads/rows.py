@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.blobs.store import Blob, Digest
-from hvp_service.calls.names import Name
+from hvp_service.calls.names import Name, noted
 from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import Database, uploads
 
@@ -90,7 +90,7 @@ class UploadRows:
     ) -> Upload:
         """Insert a new session, which is finished at once where the blob is there."""
         upload = Upload(
-            name=Name(project, "uploads", uuid.uuid4().hex),
+            name=noted(Name(project, "uploads", uuid.uuid4().hex)),
             expected=expected,
             committed_size=0 if blob is None else expected.size_bytes,
             writer_epoch=0,

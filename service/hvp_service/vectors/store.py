@@ -24,7 +24,7 @@ from hvp_workers.backend import (
 )
 
 from hvp_service.calls.errors import ServiceError
-from hvp_service.calls.names import Name
+from hvp_service.calls.names import Name, noted
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.group.supervisor import GroupSupervisor
 from hvp_service.storage.clock import now_us
@@ -96,7 +96,7 @@ class VectorStore:
             selection: The parameters that a vector of parameter space has.
         """
         return Vector(
-            name=Name(checkpoint.project, "vectors", identifier or uuid.uuid4().hex),
+            name=noted(Name(checkpoint.project, "vectors", identifier or uuid.uuid4().hex)),
             checkpoint_id=checkpoint.id,
             dtype=dtype,
             num_elements=num_elements,
