@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AbortedError",
     "AlreadyExistsError",
+    "ApiKey",
     "AsyncClient",
     "AsyncJacobian",
     "AsyncJob",
@@ -46,7 +47,6 @@ __all__ = [
     "JobCancelledError",
     "JobFailedError",
     "JobStatus",
-    "Key",
     "LossAlong",
     "NotFoundError",
     "Operator",

@@ -11,7 +11,7 @@ from typing import Any, final
 import grpc
 
 from hvp_client._address import reachable_address
-from hvp_client._api_key import ApiKey
+from hvp_client._credentials import Credentials
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._settings import Tls
 
@@ -33,10 +33,10 @@ class Way:
     address: str
     server_name: str | None = None
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
-    api_key: ApiKey | None = None
+    api_key: Credentials | None = None
 
     @classmethod
-    def to(cls, address: str, tls: Tls | None, api_key: ApiKey | None = None) -> Way:
+    def to(cls, address: str, tls: Tls | None, api_key: Credentials | None = None) -> Way:
         """The way to an address.
 
         Args:

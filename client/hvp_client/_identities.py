@@ -11,7 +11,7 @@ from hvp_client._times import from_timestamp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
+class ApiKey:
     """An API key as the server has it, which is without its secret.
 
     Attributes:
@@ -53,13 +53,13 @@ class Caller:
     expire_time: datetime | None
 
 
-def key_from_proto(message: key_pb2.Key) -> Key:
-    """Make a `Key` of its message."""
+def key_from_proto(message: key_pb2.Key) -> ApiKey:
+    """Make an `ApiKey` of its message."""
     times = {
         name: from_timestamp(getattr(message, name)) if message.HasField(name) else None
         for name in ("expire_time", "revoke_time", "use_time")
     }
-    return Key(
+    return ApiKey(
         name=message.name,
         role=message.role,
         label=message.label,

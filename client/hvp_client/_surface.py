@@ -24,8 +24,8 @@ from hvp_client._exceptions import UnauthenticatedError as UnauthenticatedError
 from hvp_client._exceptions import UnavailableError as UnavailableError
 from hvp_client._exceptions import UnimplementedError as UnimplementedError
 from hvp_client._exceptions import UnknownError as UnknownError
+from hvp_client._identities import ApiKey as ApiKey
 from hvp_client._identities import Caller as Caller
-from hvp_client._identities import Key as Key
 from hvp_client._landscape import LossAlong as LossAlong
 from hvp_client._over_data import OverData as OverData
 from hvp_client._records import *  # noqa: F403 - generated, with its own __all__

@@ -12,8 +12,8 @@ import pytest
 from hvp_client import _surface
 
 PUBLIC = """
-AbortedError AlreadyExistsError AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
-Batch Blob BlockMassResult CallCancelledError Checkpoint Client DataLossError DeadlineExceededError
+AbortedError AlreadyExistsError ApiKey AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
+Batch Blob BlockMassResult CallCancelledError Caller Checkpoint Client DataLossError DeadlineExceededError
 DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError InternalError
 InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
 LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor

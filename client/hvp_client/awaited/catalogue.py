@@ -20,7 +20,7 @@ from hvp_protos.v1 import (
 from hvp_client._batches import Batch, batch_from_proto
 from hvp_client._blobs import Blob, blob_from_proto
 from hvp_client._checkpoints import Checkpoint, checkpoint_from_proto, get_checkpoint
-from hvp_client._identities import Caller, Key, caller_from_proto, key_from_proto
+from hvp_client._identities import ApiKey, Caller, caller_from_proto, key_from_proto
 from hvp_client._labels import check_labels
 from hvp_client._names import name_of
 from hvp_client._results import state_values
@@ -241,14 +241,14 @@ class AsyncCatalogue(ABC):
         )
         return caller_from_proto(answer)
 
-    async def create_key(
+    async def create_api_key(
         self,
         role: str,
         *,
         label: str = "",
         ttl_s: float | None = None,
         all_projects: bool = False,
-    ) -> tuple[Key, str]:
+    ) -> tuple[ApiKey, str]:
         """Make an API key of the project; the client's own role must be `admin`.
 
         Args:
@@ -276,7 +276,7 @@ class AsyncCatalogue(ABC):
         )
         return key_from_proto(answer.key), answer.api_key
 
-    async def keys(self, *, all_projects: bool = False) -> list[Key]:
+    async def api_keys(self, *, all_projects: bool = False) -> list[ApiKey]:
         """The API keys of the project, newest first, revoked and expired ones too.
 
         Args:
@@ -291,7 +291,7 @@ class AsyncCatalogue(ABC):
         )
         return [key_from_proto(message) for message in answer.keys]
 
-    async def revoke_key(self, key: Key | str) -> Key:
+    async def revoke_api_key(self, key: ApiKey | str) -> ApiKey:
         """Revoke an API key for good: within seconds its calls are refused and end.
 
         Args:

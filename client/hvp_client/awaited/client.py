@@ -13,7 +13,6 @@ from hvp_operations.matrices import Matrix
 
 from hvp_client._address import DEFAULT_ADDRESS
 from hvp_client._algebra import matrix_of, number, with_matrix
-from hvp_client._api_key import ApiKey, project_for
 from hvp_client._batches import Batch, upload_batch
 from hvp_client._blobs import ProgressCallback
 from hvp_client._channels import Way
@@ -21,6 +20,7 @@ from hvp_client._checkpoints import (
     Checkpoint,
     upload_checkpoint,
 )
+from hvp_client._credentials import Credentials, project_for
 from hvp_client._exceptions import HvpError, InvalidArgumentError, UnimplementedError
 from hvp_client._session import Session
 from hvp_client._settings import Retry, Timeout, Tls
@@ -72,7 +72,7 @@ class AsyncClient(AsyncCatalogue):
         retry: Retry | None = None,
         tls: Tls | None = None,
     ):
-        key = ApiKey.given(api_key)
+        key = Credentials.given(api_key)
         way = Way.to(address, tls or Tls.from_environment(), key)
         wire = Wire(way, timeout or Timeout(), retry or Retry())
         self._session = Session(wire, project_for(project, key))

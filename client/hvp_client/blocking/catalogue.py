@@ -9,7 +9,7 @@ from typing import Any
 from hvp_client._batches import Batch
 from hvp_client._blobs import Blob
 from hvp_client._checkpoints import Checkpoint
-from hvp_client._identities import Caller, Key
+from hvp_client._identities import ApiKey, Caller
 from hvp_client._system import ServerInfo, WorkerGroup
 from hvp_client.awaited.catalogue import AsyncCatalogue
 from hvp_client.blocking.job import Job
@@ -135,9 +135,9 @@ class Catalogue(Blocking, ABC, twin=AsyncCatalogue):
         """Who the server takes this client for, and what it may do."""
         return self._portal.run(self._twin.whoami())
 
-    def create_key(
+    def create_api_key(
         self, role: str, *, label: str = "", ttl_s: float | None = None, all_projects: bool = False
-    ) -> tuple[Key, str]:
+    ) -> tuple[ApiKey, str]:
         """Make an API key of the project; the client's own role must be `admin`.
 
         Args:
@@ -155,10 +155,10 @@ class Catalogue(Blocking, ABC, twin=AsyncCatalogue):
             NotFoundError: `RESOURCE_NOT_FOUND`: the project is not this client's.
         """
         return self._portal.run(
-            self._twin.create_key(role, label=label, ttl_s=ttl_s, all_projects=all_projects)
+            self._twin.create_api_key(role, label=label, ttl_s=ttl_s, all_projects=all_projects)
         )
 
-    def keys(self, *, all_projects: bool = False) -> list[Key]:
+    def api_keys(self, *, all_projects: bool = False) -> list[ApiKey]:
         """The API keys of the project, newest first, revoked and expired ones too.
 
         Args:
@@ -167,9 +167,9 @@ class Catalogue(Blocking, ABC, twin=AsyncCatalogue):
         Raises:
             PermissionDeniedError: `ROLE_REQUIRED`: the client's own role is not `admin`.
         """
-        return self._portal.run(self._twin.keys(all_projects=all_projects))
+        return self._portal.run(self._twin.api_keys(all_projects=all_projects))
 
-    def revoke_key(self, key: Key | str) -> Key:
+    def revoke_api_key(self, key: ApiKey | str) -> ApiKey:
         """Revoke an API key for good: within seconds its calls are refused and end.
 
         Args:
@@ -179,4 +179,4 @@ class Catalogue(Blocking, ABC, twin=AsyncCatalogue):
             PermissionDeniedError: `ROLE_REQUIRED`: the client's own role is not `admin`.
             NotFoundError: `RESOURCE_NOT_FOUND`.
         """
-        return self._portal.run(self._twin.revoke_key(key))
+        return self._portal.run(self._twin.revoke_api_key(key))

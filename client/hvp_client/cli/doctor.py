@@ -18,8 +18,8 @@ from hvp_protos.v1 import system_pb2, system_pb2_grpc
 from rich.console import Console
 from rich.markup import escape
 
-from hvp_client._api_key import ApiKey, project_for
 from hvp_client._channels import Way
+from hvp_client._credentials import Credentials, project_for
 from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._settings import Tls
@@ -217,7 +217,7 @@ def _disk(state_dir: Path) -> Iterator[Finding]:
 def _server(address: str, *, expected: bool) -> Finding:
     """Ask a server what it is, without the SDK, whose imports would take longer."""
     try:
-        key = ApiKey.given(None)
+        key = Credentials.given(None)
         way = Way.to(address, Tls.from_environment(), key)
     except InvalidArgumentError as error:
         return Finding(what="server", verdict="problem", found=error.reason, fix=error.message)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hvp_client import Client, Key
-from hvp_client._api_key import project_for
+from hvp_client import ApiKey, Client
+from hvp_client._credentials import project_for
 from hvp_client._identities import key_from_proto
 from hvp_client.cli.display import print_laid_out
 from hvp_client.cli.failures import failures_reported, usage_error
@@ -27,13 +27,13 @@ _DAY_S = 86400.0
 class _Keys(Protocol):
     """Where keys are made, listed and revoked."""
 
-    def create_key(
+    def create_api_key(
         self, role: str, *, label: str = "", ttl_s: float | None = None, all_projects: bool = False
-    ) -> tuple[Key, str]: ...
+    ) -> tuple[ApiKey, str]: ...
 
-    def keys(self, *, all_projects: bool = False) -> list[Key]: ...
+    def api_keys(self, *, all_projects: bool = False) -> list[ApiKey]: ...
 
-    def revoke_key(self, key: str) -> Key: ...
+    def revoke_api_key(self, key: str) -> ApiKey: ...
 
 
 def create(
@@ -59,7 +59,7 @@ def create(
     """
     with _keys(address, state_dir, project) as (keys, every):
         ttl_s = None if days is None else days * _DAY_S
-        key, text = keys.create_key(role, label=label, ttl_s=ttl_s, all_projects=every)
+        key, text = keys.create_api_key(role, label=label, ttl_s=ttl_s, all_projects=every)
     if as_json:
         print(json.dumps(_record(key) | {"api_key": text}, indent=2))
         return
@@ -81,7 +81,7 @@ def list_all(address: str, state_dir: Path | None, *, project: str | None, as_js
         as_json: Print a JSON array.
     """
     with _keys(address, state_dir, project) as (keys, every):
-        found = keys.keys(all_projects=every)
+        found = keys.api_keys(all_projects=every)
     if as_json:
         print(json.dumps([_record(key) for key in found], indent=2))
         return
@@ -117,11 +117,11 @@ def revoke(address: str, state_dir: Path | None, key: str, *, project: str | Non
         if "/" in key:
             name = key
         else:
-            named = [each.name for each in keys.keys(all_projects=every)]
+            named = [each.name for each in keys.api_keys(all_projects=every)]
             name = next((each for each in named if each.endswith(f"/{key}")), "")
             if not name:
                 usage_error(f"there is no key {key} in this project; see `hvp keys list`")
-        revoked = keys.revoke_key(name)
+        revoked = keys.revoke_api_key(name)
     print(_state(revoked))
 
 
@@ -146,20 +146,20 @@ class _LocalKeys:
         self._state_dir = state_dir
         self._parent = f"projects/{project}"
 
-    def create_key(
+    def create_api_key(
         self, role: str, *, label: str = "", ttl_s: float | None = None, all_projects: bool = False
-    ) -> tuple[Key, str]:
+    ) -> tuple[ApiKey, str]:
         request = key_pb2.CreateKeyRequest(parent=self._parent, role=role, label=label)
         if ttl_s is not None:
             request.ttl.FromNanoseconds(int(ttl_s * 1e9))
         answer = self._ask("CreateKey", request)
         return key_from_proto(answer.key), answer.api_key
 
-    def keys(self, *, all_projects: bool = False) -> list[Key]:
+    def api_keys(self, *, all_projects: bool = False) -> list[ApiKey]:
         answer = self._ask("ListKeys", key_pb2.ListKeysRequest(parent=self._parent))
         return [key_from_proto(message) for message in answer.keys]
 
-    def revoke_key(self, key: str) -> Key:
+    def revoke_api_key(self, key: str) -> ApiKey:
         return key_from_proto(self._ask("RevokeKey", key_pb2.RevokeKeyRequest(name=key)).key)
 
     def _ask(self, method: str, request: Any) -> Any:
@@ -176,14 +176,14 @@ class _LocalKeys:
             usage_error(str(error))
 
 
-def _record(key: Key) -> dict[str, object]:
+def _record(key: ApiKey) -> dict[str, object]:
     return {
         name: value.isoformat() if isinstance(value, datetime) else value
         for name, value in asdict(key).items()
     }
 
 
-def _state(key: Key) -> str:
+def _state(key: ApiKey) -> str:
     if key.revoke_time:
         return f"revoked {key.revoke_time:%Y-%m-%d %H:%M}"
     if key.expire_time and key.expire_time <= datetime.now(UTC):

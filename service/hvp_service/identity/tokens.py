@@ -63,14 +63,11 @@ class TokenVerifier:
         claims = self._verified(token)
         named, role = claims.get(PROJECT_CLAIM), claims.get(ROLE_CLAIM)
         projects: list[Any] = named if isinstance(named, list) else [named]
-        for project in projects:
-            if project != ALL_PROJECTS and not (
-                isinstance(project, str) and PROJECT.fullmatch(project)
-            ):
-                raise _invalid(
-                    f"its claim {PROJECT_CLAIM} is to name a project, several in a list, or "
-                    f"{ALL_PROJECTS!r} for all"
-                )
+        if not projects or not all(map(_is_project, projects)):
+            raise _invalid(
+                f"its claim {PROJECT_CLAIM} is to name a project, several in a list, or "
+                f"{ALL_PROJECTS!r} for all"
+            )
         if role not in ROLES:
             raise _invalid(f"its claim {ROLE_CLAIM} is to be one of {', '.join(ROLES)}")
         return Identity(
@@ -159,6 +156,12 @@ def _algorithms(key: Any) -> list[str]:
             return algorithms
     raise ValueError(
         f"a {type(key).__name__} is no public key of RSA, of an elliptic curve or of Ed25519"
+    )
+
+
+def _is_project(value: Any) -> bool:
+    return value == ALL_PROJECTS or (
+        isinstance(value, str) and PROJECT.fullmatch(value) is not None
     )
 
 

@@ -1,4 +1,4 @@
-"""The API key, or the token of an identity provider, that a client shows with every call."""
+"""The API key, or the token of an identity provider, that a client shows at every call."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PREFIX = "hvp_"
 
 @final
 @dataclass(frozen=True)
-class ApiKey:
+class Credentials:
     """Where the key comes from; it is asked for at each call, so that it may be exchanged."""
 
     source: KeySource = field(repr=False)
 
     @classmethod
-    def given(cls, source: KeySource | None) -> ApiKey | None:
+    def given(cls, source: KeySource | None) -> Credentials | None:
         """The key that a caller gives, or that HVP_API_KEY or HVP_API_KEY_FILE names.
 
         Args:
@@ -52,7 +52,7 @@ class ApiKey:
         Raises:
             InvalidArgumentError: `API_KEY_INVALID`: it is no text that a call could carry.
         """
-        found = self.source if isinstance(self.source, str) else self.source()
+        found = self.source() if callable(self.source) else self.source
         found = found.strip() if isinstance(found, str) else found
         if not isinstance(found, str) or not found.isascii() or not found.isprintable():
             raise _invalid("an API key is a line of ASCII characters, and this is not")
@@ -72,7 +72,7 @@ class ApiKey:
         return text.removeprefix(_PREFIX).partition("_")[0] or None
 
 
-def project_for(project: str | None, key: ApiKey | None) -> str:
+def project_for(project: str | None, key: Credentials | None) -> str:
     """The project of a client: as given, by HVP_PROJECT, by its key, or the default one."""
     return (
         project
