@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import final
 
 import google_crc32c
+from hvp_protos.chunks import encoded
 from hvp_protos.v1 import blob_pb2
 
 from hvp_client._exceptions import HvpError, NotFoundError
@@ -185,16 +186,13 @@ class _Upload:
         answer = await wire.client_stream(
             "BlobService/UploadBlob",
             self._messages(upload),
-            blob_pb2.UploadBlobRequest,
             blob_pb2.UploadBlobResponse,
             silence_s=silence_s,
             answer_s=silence_s,
         )
         return answer.upload
 
-    async def _messages(
-        self, upload: blob_pb2.UploadSession
-    ) -> AsyncIterator[blob_pb2.UploadBlobRequest]:
+    async def _messages(self, upload: blob_pb2.UploadSession) -> AsyncIterator[bytes]:
         chunk_bytes = min(CHUNK_BYTES, upload.max_chunk_bytes or CHUNK_BYTES)
         offset = upload.committed_size
         with self._source.open() as file:
@@ -206,13 +204,13 @@ class _Upload:
                 # wrong and says so.
                 finish = end >= self._digest.size_bytes or not data
                 self._advance(offset)
-                yield blob_pb2.UploadBlobRequest(
+                head = blob_pb2.UploadBlobRequest(
                     upload=upload.name if offset == upload.committed_size else "",
                     write_offset=offset,
-                    data=data,
                     crc32c=crc32c,
                     finish=finish,
                 )
+                yield encoded(head, data)
                 offset = end
                 if finish:
                     return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
+from hvp_protos.chunks import encoded
 from hvp_protos.v1 import vector_pb2
 from numpy.typing import NDArray
 
@@ -15,6 +17,8 @@ from hvp_client._arrays import as_numpy
 from hvp_client._exceptions import AbortedError, HvpError, InvalidArgumentError, OutOfRangeError
 from hvp_client._session import Session
 from hvp_client._wire import CHUNK_BYTES, Pauses, is_resumable
+
+Message = TypeVar("Message")
 
 
 def as_elements(value: Any, num_elements: int, dtype: np.dtype[Any], field: str) -> NDArray[Any]:
@@ -108,11 +112,11 @@ async def write_elements(
             answer = await wire.client_stream(
                 "VectorService/WriteVector",
                 _messages(create, elements),
-                vector_pb2.WriteVectorRequest,
                 vector_pb2.WriteVectorResponse,
                 silence_s=wire.timeout.silence_s,
                 # The ranks take it between two products, and a product may be long.
                 answer_s=wire.timeout.compute_s,
+                asked=create,
             )
             return answer.vector
         except HvpError as error:
@@ -123,16 +127,16 @@ async def write_elements(
 
 async def _messages(
     create: vector_pb2.CreateVectorRequest, elements: NDArray[Any]
-) -> AsyncIterator[vector_pb2.WriteVectorRequest]:
+) -> AsyncIterator[bytes]:
     step = CHUNK_BYTES // elements.itemsize
     for offset in range(0, elements.size, step):
         data = elements[offset : offset + step].tobytes()
-        yield vector_pb2.WriteVectorRequest(
+        head = vector_pb2.WriteVectorRequest(
             create=create if offset == 0 else None,
             element_offset=offset,
-            data=data,
             crc32c=google_crc32c.value(data),
         )
+        yield encoded(head, data)
 
 
 async def read_elements(
@@ -170,8 +174,8 @@ async def read_elements(
         )
         try:
             async with aclosing(stream):
-                async for message in stream:
-                    filled = _store(elements, filled, message, start)
+                async for message in _ahead(stream):
+                    filled = await asyncio.to_thread(_store, elements, filled, message, start)
                     pauses.reset()
             if filled < num_elements:
                 raise OutOfRangeError(
@@ -182,6 +186,18 @@ async def read_elements(
                 raise
             await pauses.after(error)
     return elements
+
+
+async def _ahead(stream: AsyncIterator[Message]) -> AsyncIterator[Message]:
+    """The same messages; the next one comes while the caller is at work on one."""
+    coming = asyncio.ensure_future(anext(stream, None))
+    try:
+        while (message := await coming) is not None:
+            coming = asyncio.ensure_future(anext(stream, None))
+            yield message
+    finally:
+        coming.cancel()
+        await asyncio.wait([coming])
 
 
 def _store(

@@ -25,7 +25,6 @@ from hvp_client._settings import Retry, Timeout
 from hvp_client._status import error_from_rpc
 
 Response = TypeVar("Response", bound=Message)
-RequestT = TypeVar("RequestT", bound=Message)
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 20  # payload of one streamed message
@@ -129,22 +128,22 @@ class Wire:
     async def client_stream(
         self,
         method: str,
-        requests: AsyncIterator[RequestT],
-        request: type[RequestT],
+        requests: AsyncIterator[bytes],
         response: type[Response],
         *,
         silence_s: float,
         answer_s: float,
+        asked: Message | None = None,
     ) -> Response:
         """Send a stream of messages; one that stands still counts as broken.
 
         Args:
             method: Service and method.
-            requests: Messages to send.
-            request: Class of the messages.
+            requests: The wire's text of the messages to send (`hvp_protos.chunks`).
             response: Class of the answer.
             silence_s: Longest time until the server has room for the next message.
             answer_s: Longest time from the last message to the answer.
+            asked: What the stream asks for, whose request id an error names.
 
         Returns:
             The answer.
@@ -152,18 +151,15 @@ class Wire:
         Raises:
             HvpError: The call failed; UnavailableError `STREAM_SILENT` when it stood still.
         """
-        send = self._method(self._bulk(), method, "stream_unary", request, response)
+        send = self._method(self._bulk(), method, "stream_unary", None, response)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(silence_s)
         under_way = True
-        sent: RequestT | None = None
 
-        async def noted() -> AsyncIterator[RequestT]:
-            nonlocal sent
+        async def noted() -> AsyncIterator[bytes]:
             async for message in requests:
                 if under_way:  # gRPC may ask once more for a call that has ended
                     limit.reschedule(loop.time() + silence_s)
-                sent = sent or message  # the one that may name the request
                 yield message
             if under_way:
                 limit.reschedule(loop.time() + answer_s)
@@ -179,7 +175,7 @@ class Wire:
                 reason="STREAM_SILENT",
             ) from None
         except grpc.aio.AioRpcError as error:
-            raise self.translate(error, getattr(sent, "create", None)) from error
+            raise self.translate(error, asked) from error
         finally:
             under_way = False
 
@@ -276,8 +272,14 @@ class Wire:
         return self._next_bulk
 
     def _method(
-        self, channel: int, method: str, shape: str, request: type[Message], response: type[Message]
+        self,
+        channel: int,
+        method: str,
+        shape: str,
+        request: type[Message] | None,
+        response: type[Message],
     ) -> Callable[..., Any]:
+        """A method on a channel; of no class of requests, it takes their text."""
         if self._closed:
             raise FailedPreconditionError(
                 "this client is closed; open another", reason="CLIENT_CLOSED"
@@ -297,7 +299,7 @@ class Wire:
         if (channel, method) not in self._methods:
             self._methods[channel, method] = getattr(self._channels[channel], shape)(
                 f"/hvp.v1.{method}",
-                request_serializer=request.SerializeToString,
+                request_serializer=None if request is None else request.SerializeToString,
                 response_deserializer=response.FromString,
             )
         return self._methods[channel, method]

@@ -12,6 +12,7 @@ from hvp_client import AsyncClient, Client, InvalidArgumentError, Retry, Timeout
 from hvp_client._address import is_on_this_machine
 from hvp_client._channels import Way
 from hvp_client._wire import Wire
+from hvp_protos.chunks import encoded
 from hvp_protos.v1 import blob_pb2
 
 KIB = 1 << 10
@@ -63,13 +64,26 @@ def test_an_address_as_people_have_it_is_read(given: str, address: str) -> None:
     "address",
     [
         *("", ":1", "8471", "nonsense", "local host:1", "127.0.0.1:", "localhost:99999"),
-        *("2001:db8::1", "https://127.0.0.1:1", "xds:///127.0.0.1", "ipv4:127.0.0.1:1,10.0.0.1:1"),
+        *(
+            "2001:db8::1",
+            "https://",
+            "https://a b:1",
+            "xds:///127.0.0.1",
+            "ipv4:127.0.0.1:1,10.0.0.1:1",
+        ),
     ],
 )
 def test_what_is_no_address_is_called_so(address: str) -> None:
     with pytest.raises(InvalidArgumentError, match="HOST:PORT") as refusal:
         Client(address)
     assert (refusal.value.reason, refusal.value.field) == ("ADDRESS_INVALID", "address")
+
+
+def test_https_asks_for_encryption_without_certificates_of_ones_own() -> None:
+    way = Way.to("https://hvp.example.org:443/", None)
+    assert way.address == "hvp.example.org:443"
+    assert way.credentials is not None
+    assert Way.to("127.0.0.1:1", None).credentials is None
 
 
 class Sink(grpc.GenericRpcHandler):  # type: ignore[type-arg] # generic in its stubs alone
@@ -104,10 +118,10 @@ async def sink() -> AsyncIterator[tuple[Sink, Wire]]:
     await server.stop(None)
 
 
-def messages(num: int) -> AsyncIterator[blob_pb2.UploadBlobRequest]:
-    async def stream() -> AsyncIterator[blob_pb2.UploadBlobRequest]:
+def messages(num: int) -> AsyncIterator[bytes]:
+    async def stream() -> AsyncIterator[bytes]:
         for index in range(num):
-            yield blob_pb2.UploadBlobRequest(write_offset=index, data=bytes(512 * KIB))
+            yield encoded(blob_pb2.UploadBlobRequest(write_offset=index), bytes(512 * KIB))
 
     return stream()
 
@@ -116,7 +130,6 @@ async def send(wire: Wire, num: int, silence_s: float, answer_s: float) -> None:
     await wire.client_stream(
         "BlobService/UploadBlob",
         messages(num),
-        blob_pb2.UploadBlobRequest,
         blob_pb2.UploadBlobResponse,
         silence_s=silence_s,
         answer_s=answer_s,

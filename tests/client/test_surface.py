@@ -13,10 +13,10 @@ from hvp_client import _surface
 
 PUBLIC = """
 AbortedError AlreadyExistsError ApiKey AsyncClient AsyncJacobian AsyncJob AsyncOperator AsyncVector
-Batch Blob BlockMassResult CallCancelledError Caller Checkpoint Client DataLossError DeadlineExceededError
-DensityResult DiagonalResult EigshResult Event FailedPreconditionError HvpError InternalError
-InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus LossAlong
-LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor
+Batch Blob BlockMassResult CallCancelledError Caller Checkpoint Client DataLossError
+DeadlineExceededError DensityResult DiagonalResult EigshResult Event FailedPreconditionError
+HvpError InternalError InvalidArgumentError Jacobian Job JobCancelledError JobFailedError JobStatus
+LossAlong LowRankResult NotFoundError Operator OutOfRangeError OverData ParameterTensor
 PermissionDeniedError Plan Progress Rank ResourceExhaustedError Retry ServerInfo
 ServerUnreachableError SolveResult SvdsResult Timeout Tls TraceOfResult TraceResult
 UnauthenticatedError UnavailableError UnimplementedError UnknownError Vector Verification

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import structlog
+from hvp_workers.allocator import keep_freed_memory
 from hvp_workers.backend import BackendError, Tuning
 from hvp_workers.opening import open_backend
 from hvp_workers.surroundings import lost_current_folder
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, when it could not serve.
     """
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before the first import of grpc
+    keep_freed_memory()  # chunks of a megabyte would be mapped, and cleared, one by one
     os.umask(0o077)  # whatever this process and those it starts write is for this user alone
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)

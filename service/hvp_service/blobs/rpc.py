@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from hvp_protos.chunks import encoded
 from hvp_protos.v1 import blob_pb2 as pb
 from hvp_protos.v1 import blob_pb2_grpc
 
@@ -68,11 +69,12 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
 
     async def DownloadBlob(
         self, request: pb.DownloadBlobRequest, context: Any
-    ) -> AsyncIterator[pb.DownloadBlobResponse]:
+    ) -> AsyncIterator[bytes]:
         async for piece in blobs.download(
             self._deps, parse(request.name, "blobs"), request.read_offset, request.read_limit
         ):
-            yield pb.DownloadBlobResponse(offset=piece.offset, data=piece.data, crc32c=piece.crc32c)
+            head = pb.DownloadBlobResponse(offset=piece.offset, crc32c=piece.crc32c)
+            yield encoded(head, piece.data)
 
     async def GetBlob(self, request: pb.GetBlobRequest, context: Any) -> pb.GetBlobResponse:
         blob = await self._deps.blobs.get(parse(request.name, "blobs"))

@@ -87,12 +87,17 @@ async def read_range(path: Path, start: int, stop: int, piece_bytes: int) -> Asy
             raise OSError(f"{path} ends at byte {offset}, before {stop}")
         return Piece(offset, data, google_crc32c.value(data))
 
+    coming = asyncio.ensure_future(asyncio.to_thread(read, start)) if start < stop else None
     try:
-        while start < stop:
-            piece = await asyncio.to_thread(read, start)
-            yield piece
+        while coming is not None:
+            piece = await coming
             start += len(piece.data)
+            # The next piece is read while this one is sent.
+            coming = asyncio.ensure_future(asyncio.to_thread(read, start)) if start < stop else None
+            yield piece
     finally:
+        if coming is not None:  # a thread may be at it
+            await asyncio.wait([coming])
         os.close(descriptor)
 
 

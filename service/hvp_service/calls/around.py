@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 import grpc.aio
+from hvp_protos.chunks import passing_text
 
 if TYPE_CHECKING:  # the stubs are generic where the classes are not
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -74,7 +75,10 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            response_serializer=(
+                # A handler with large chunks gives the wire's text itself.
+                passing_text(handler.response_serializer) if handler.response_serializer else None
+            ),
         )
 
 

@@ -154,6 +154,15 @@ def _close(path: Path) -> None:
             path.chmod(mode & ~_OTHERS)
 
 
+def sync_file(path: Path) -> None:
+    """Make what others have written to a file durable."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the entries of a folder (created, renamed or linked files) durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from hvp_protos.chunks import encoded
 from hvp_protos.v1 import vector_pb2 as pb
 from hvp_protos.v1 import vector_pb2_grpc
 
@@ -78,18 +79,15 @@ class VectorServicer(vector_pb2_grpc.VectorServiceServicer):
             inner_products=await vectors.inner_products(self._deps, pairs)
         )
 
-    async def ReadVector(
-        self, request: pb.ReadVectorRequest, context: Any
-    ) -> AsyncIterator[pb.ReadVectorResponse]:
+    async def ReadVector(self, request: pb.ReadVectorRequest, context: Any) -> AsyncIterator[bytes]:
         async for piece in transfer.read(
             self._deps,
             parse(request.name, "vectors"),
             request.element_offset,
             request.element_limit,
         ):
-            yield pb.ReadVectorResponse(
-                element_offset=piece.offset, data=piece.data, crc32c=piece.crc32c
-            )
+            head = pb.ReadVectorResponse(element_offset=piece.offset, crc32c=piece.crc32c)
+            yield encoded(head, piece.data)
 
     async def WriteVector(
         self, request_iterator: AsyncIterator[pb.WriteVectorRequest], context: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
@@ -30,7 +31,7 @@ from hvp_service.group.supervisor import GroupSupervisor
 from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import Database, vectors
 from hvp_service.storage.lifetimes import UNTIL_DELETED, Holds, Lifetime
-from hvp_service.storage.state_dir import StateDir, sync_folder
+from hvp_service.storage.state_dir import StateDir, sync_file, sync_folder
 from hvp_service.vectors.rows import (
     ALL_PARAMETERS,
     Outputs,
@@ -262,6 +263,7 @@ class VectorStore:
         temporary = self._state_dir.temporary(f"{vector.name.id}.keep")
         try:
             await self._group.call(lambda b: b.save_vector(vector.name.id, temporary))
+            await asyncio.to_thread(sync_file, temporary)
             self.adopt_file(vector, temporary)
         finally:
             temporary.unlink(missing_ok=True)

@@ -162,13 +162,14 @@ class ShardedSpace(VectorSpace):
         first_bad = self._dimension
         with self.collective.same_fate(_refused("INPUT_MISSING")), path.open("rb") as file:
             for flat, part in self._pieces(vector):
-                data = bytearray(
-                    os.pread(file.fileno(), part.numel() * part.itemsize, flat * part.itemsize)
-                )
-                part.copy_(torch.frombuffer(data, dtype=self.dtype))
-                bad = (~part.isfinite()).nonzero()
-                if len(bad):
-                    first_bad = min(first_bad, flat + int(bad[0]))
+                # On a CPU the bytes go where they belong, into no memory on the way.
+                there = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
+                view = there.view(torch.uint8).numpy()
+                if os.preadv(file.fileno(), [view.data], flat * part.itemsize) != view.size:
+                    raise OSError(f"{path} ends early")
+                part.copy_(there)
+                if not bool(part.isfinite().all()):
+                    first_bad = min(first_bad, flat + int((~part.isfinite()).nonzero()[0]))
         first_bad = min(self.collective.gather_objects(first_bad))
         if first_bad < self._dimension:
             raise CurvatureError(
@@ -182,6 +183,8 @@ class ShardedSpace(VectorSpace):
         self, vector: torch.Tensor, path: Path, start: int = 0, stop: int | None = None
     ) -> None:
         """Write elements of a vector; every rank writes its part of the one file.
+
+        Whoever needs the file after a power cut makes it durable.
 
         Args:
             vector: This rank's part (local,).
@@ -201,7 +204,6 @@ class ShardedSpace(VectorSpace):
                 for flat, part in self._pieces(vector, start, stop):
                     data = part.cpu().contiguous().view(torch.uint8).numpy()
                     os.pwrite(file, data.data, (flat - start) * part.itemsize)
-                os.fsync(file)
             finally:
                 os.close(file)
 
