@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hvp_client import AsyncClient, Retry
+from hvp_client import AsyncClient, JobCancelledError, Operator, Retry
 from numpy.typing import NDArray
 
 from tests.client.conftest import Server, save_llama
@@ -82,3 +84,41 @@ async def test_a_watcher_that_was_cut_off_misses_nothing_and_sees_nothing_twice(
         later = [event.sequence async for event in job.watch(after_sequence=4)]
         assert later == sequences[4:]
         assert [event async for event in job.watch(after_sequence=sequences[-1])] == []
+
+
+WATCHERS = """
+import asyncio, sys
+import grpc.aio
+from hvp_protos.v1 import job_pb2, job_pb2_grpc
+
+async def main():
+    async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
+        jobs = job_pb2_grpc.JobServiceStub(channel)
+        watches = [jobs.WatchJob(job_pb2.WatchJobRequest(name=sys.argv[2])) for _ in range(30)]
+        for watch in watches:
+            await watch.read()
+        for watch in watches[::2]:
+            watch.cancel()
+        waits = [jobs.WaitJob(job_pb2.WaitJobRequest(name=sys.argv[2])) for _ in range(30)]
+        await jobs.GetJob(job_pb2.GetJobRequest(name=sys.argv[2]))
+        print("all are on", flush=True)
+        await asyncio.gather(*waits)
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_outlives_the_watchers_of_clients_that_are_killed(
+    server: Server, client: Client, H: Operator
+) -> None:
+    job = H.eigsh(k=2, which="SA", tol=1e-15, max_products=10**6, num_lanczos_vectors=12)
+    for _ in range(3):
+        command = [sys.executable, "-c", WATCHERS, server.address, job.name]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as watching:
+            assert watching.stdout is not None
+            assert watching.stdout.readline() == b"all are on\n"
+            watching.kill()
+    job.cancel()
+    with pytest.raises(JobCancelledError):
+        job.result()
+    assert server.process.poll() is None

@@ -38,6 +38,8 @@ class IdentityInterceptor(AroundInterceptor):
         """See the class."""
         short = method.removeprefix(SERVED_PREFIX)
         role = role_of(short)
+        # gRPC is asked about a connection while there is one: afterwards it ends the process.
+        peer = context.peer()
         identity: Identity | None = None
         call: Call | None = None
         outcome = "OK"
@@ -78,7 +80,7 @@ class IdentityInterceptor(AroundInterceptor):
                 self._audit.note(
                     identity,
                     short,
-                    peer=context.peer(),
+                    peer=peer,
                     names=[] if call is None else list(call.names),
                     outcome=outcome,
                     call_id=structlog.contextvars.get_contextvars().get("call_id", ""),
