@@ -305,8 +305,10 @@ def test_layers_that_torch_cannot_take_forward_twice_keep_their_trace(
     layer: nn.Module, kind: Any
 ) -> None:
     width = 2 if isinstance(layer, nn.GLU) else 4
+    module = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(width, 3)).double()
+    scatter(module)
     problem = module_problem(
-        nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(width, 3)).double(),
+        module,
         CrossEntropy(),
         torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
         torch.tensor([0, 1, 2, 1, 0]),
