@@ -16,7 +16,7 @@ import torch
 from hvp_client import Client
 from hvp_core.model.huggingface import attention
 from safetensors.numpy import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.core import references
 from tests.core.problems import llama_config, ragged_tokens, scatter
@@ -83,10 +83,17 @@ def remaining(processes: list[psutil.Process], within_s: float) -> list[str]:
     return found
 
 
+def one_layer() -> LlamaConfig:
+    """The smallest Llama that has embeddings, a layer and a head."""
+    config = llama_config()
+    config.num_hidden_layers = 1
+    return config
+
+
 @pytest.fixture
 def checkpoint_dir(tmp_path: Path) -> Path:
     attention.register()
-    model = LlamaForCausalLM(llama_config())
+    model = LlamaForCausalLM(one_layer())
     scatter(model)
     return save(model, tmp_path / "model")
 
@@ -98,10 +105,10 @@ def test_two_ranks_serve_what_the_model_written_by_hand_says_and_survive_a_kill(
         k: torch.from_numpy(v).double()
         for k, v in load_file(checkpoint_dir / "model.safetensors").items()
     }
-    names = [name for name, _ in LlamaForCausalLM(llama_config()).named_parameters()]
+    names = [name for name, _ in LlamaForCausalLM(one_layer()).named_parameters()]
     parameters = {name: tensors[name] for name in names}
     ids, labels, mask = ragged_tokens()
-    config = llama_config()
+    config = one_layer()
     loss = references.token_loss(
         lambda p: references.llama(p, ids, mask, config), labels, parameters
     )
@@ -134,7 +141,7 @@ def test_two_ranks_serve_what_the_model_written_by_hand_says_and_survive_a_kill(
         forms = ((probe.T @ hessian) * probe.T).sum(1).numpy()
         np.testing.assert_allclose(operator.quadratic(probe), forms, rtol=1e-9)
         np.testing.assert_allclose(operator.slope(probe), gradient @ probe.numpy(), rtol=1e-9)
-        ggn = client.operator(checkpoint, batch, kind="ggn", dtype="float64", micro_batch_size=1)
+        ggn = client.operator(checkpoint, batch, kind="ggn", dtype="float64", micro_batch_size=2)
         products = ggn @ probe.numpy()
         np.testing.assert_allclose(
             ggn.quadratic(probe), (probe.numpy() * products).sum(0), rtol=1e-11

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import pytest
@@ -165,26 +165,37 @@ def small_input_ids() -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, 7, (2, 5))
 
 
-def _all_of(kind: str, server: Server, folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A matrix of the small model, from products with the columns of the identity."""
-    with Client(server.address) as client:
-        batch = client.upload_batch({"input_ids": ids})
-        A = client.operator(client.upload_checkpoint(folder), batch, kind=kind, dtype="float64")
-        matrix: NDArray[np.float64] = A.matmat(np.eye(A.shape[0]))
+@pytest.fixture(scope="session")
+def small_by_hand(small_llama_dir: Path, small_input_ids: NDArray[np.int64]) -> Any:
+    """Logits of the small model written by hand, labels, parameters by name and in a row."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from tests.core import references
+
+    model, ids = LlamaForCausalLM.from_pretrained(small_llama_dir), torch.tensor(small_input_ids)
+    parameters = {name: each.detach().double() for name, each in model.named_parameters()}
+    flat = references.flatten(parameters)
+    return lambda p: references.llama(p, ids, None, model.config), ids, parameters, flat
+
+
+@pytest.fixture(scope="session")
+def dense(small_by_hand: Any) -> NDArray[np.float64]:
+    """All of the small model's H, by torch's own differentiation of the model written by hand."""
+    import torch
+
+    from tests.core import references
+
+    logits, labels, parameters, flat = small_by_hand
+    loss = references.token_loss(logits, labels, parameters)
+    matrix: NDArray[np.float64] = torch.func.hessian(loss)(flat).numpy()
     return matrix
 
 
 @pytest.fixture(scope="session")
-def dense(
-    server: Server, small_llama_dir: Path, small_input_ids: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """All of the small model's H."""
-    return _all_of("hessian", server, small_llama_dir, small_input_ids)
+def dense_ggn(small_by_hand: Any) -> NDArray[np.float64]:
+    """All of the small model's G, of the Jacobian of its logits."""
+    from tests.core import references
 
-
-@pytest.fixture(scope="session")
-def dense_ggn(
-    server: Server, small_llama_dir: Path, small_input_ids: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """All of the small model's G."""
-    return _all_of("ggn", server, small_llama_dir, small_input_ids)
+    matrix: NDArray[np.float64] = references.gauss_newton(*small_by_hand).numpy()
+    return matrix

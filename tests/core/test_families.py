@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GATED = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 24}
+ONE = {**SMALL, "num_hidden_layers": 1}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -50,9 +51,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "embeddings narrower than the layers": (
         "opt",
-        {**SMALL, "ffn_dim": 24, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+        {**ONE, "ffn_dim": 24, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     ),
-    "attention of its own": ("doge", GATED),
+    "attention of its own": ("doge", {**GATED, **ONE}),
 }
 SERVED = list(CONFIGS)
 STOPPED = {**SMALL, "embedding_size": 16, "intermediate_size": 24, "is_decoder": True}

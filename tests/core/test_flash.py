@@ -29,6 +29,7 @@ from tests.core.flash_cases import (
     supported,
     target,
 )
+from tests.core.ranks import imported
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
@@ -174,8 +175,7 @@ def test_the_committed_launches_compile_for_cards_that_are_not_here_and_fit_thei
         spans=((0, 260), (30, 200)), contiguous=True,
     )  # fmt: skip
     card = Card(hopper=capability == 90, processors=132)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, target, (capability,)) as pool:
+    with ProcessPoolExecutor(1, imported(), target, (capability,)) as pool:
         assert pool.submit(shared_bytes, case, dtype, precision, card).result() <= most
 
 

@@ -20,12 +20,11 @@ from hvp_workers.engine import RankEngine
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
-from torch.multiprocessing.spawn import spawn
 from transformers import CONFIG_MAPPING, BertLMHeadModel
 
 from tests.core.problems import CPU, scatter
+from tests.core.ranks import run_ranks
 from tests.core.references import relative_error
-from tests.core.test_sharded import free_port
 from tests.modules import families, installed
 from tests.modules.checkpoints import ROWS, SMALL, classifier, module_checkpoint
 
@@ -395,16 +394,11 @@ def products(folder: Path, collective: Collective, rows: int) -> dict[str, Tenso
     return found
 
 
-def rank_main(rank: int, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def rank_main(rank: int, world_size: int, folder: Path) -> None:
     sys.path.insert(0, str(folder / "site"))
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
     found = products(folder, Distributed(CPU), 1)
     if rank == world_size - 1:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -413,9 +407,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(world_size: int, package: Pa
     classifier(folder / "bert", "bert", num_labels=3)
     module_checkpoint(folder / "scaled-mlp", "scaled-mlp", families.Net(5), width=5)
     module_checkpoint(folder / "laplacian", "laplacian", families.Chain(9), length=9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn(rank_main, (world_size, free_port(), folder), nprocs=world_size, join=True)
+    run_ranks(rank_main, world_size, folder)
     found, alone = torch.load(folder / "found.pt"), products(folder, Alone(), 3)
     for what, expected in alone.items():
         assert relative_error(found[what], expected) < 1e-11, what

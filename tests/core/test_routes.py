@@ -52,7 +52,7 @@ from tests.core.test_selected_parameters import curvature_of as of_some
 
 SMALL: dict[str, Any] = {
     "hidden_size": 8,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 16,
@@ -64,7 +64,10 @@ GATED = {**SMALL, "intermediate_size": 12, "num_key_value_heads": 1, "head_dim":
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "sliding window": lambda: MistralConfig(**GATED, sliding_window=3),
     "soft-capped, two kinds of layer": lambda: Gemma2Config(
-        **GATED, sliding_window=2, query_pre_attn_scalar=4, final_logit_softcapping=5.0
+        **{**GATED, "num_hidden_layers": 2},
+        sliding_window=2,
+        query_pre_attn_scalar=4,
+        final_logit_softcapping=5.0,
     ),
     "norms of heads": lambda: Qwen3Config(**GATED),
     "attention beside the MLP": lambda: GPTNeoXConfig(
@@ -107,7 +110,8 @@ def test_every_architecture_is_cut_at_its_attention_and_equals_torchs_own_differ
     whole = curvature_of(problem, 5)  # every block as it is, with dense masks
     for kind in KINDS:
         assert distance(found[kind], whole.product(kind, v)) < 1e-11
-    assert len([note for note in whole.notes() if note.startswith("fallback")]) == 4
+    refused = [note for note in whole.notes() if note.startswith("fallback")]
+    assert len(refused) == len(problem.chain.blocks) > 2
 
 
 class AttendsTwice(LlamaDecoderLayer):  # type: ignore[misc]
@@ -121,11 +125,12 @@ class AttendsTwice(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    "selected", ["everything", pytest.param("the second layer", marks=pytest.mark.slow)]
+    ("selected", "num_layers"),
+    [("everything", 1), pytest.param("the second layer", 2, marks=pytest.mark.slow)],
 )
-def test_a_block_is_cut_at_each_of_its_attentions(selected: str) -> None:
+def test_a_block_is_cut_at_each_of_its_attentions(selected: str, num_layers: int) -> None:
     def make() -> Problem:
-        problem = decoder(LlamaConfig(**GATED))
+        problem = decoder(LlamaConfig(**{**GATED, "num_hidden_layers": num_layers}))
         model = problem.chain._parts.model  # type: ignore[attr-defined]
         for layer in model.model.layers:
             layer.__class__ = AttendsTwice
@@ -300,8 +305,10 @@ def test_layers_that_torch_cannot_take_forward_twice_keep_their_trace(
     layer: nn.Module, kind: Any
 ) -> None:
     width = 2 if isinstance(layer, nn.GLU) else 4
+    module = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(width, 3)).double()
+    scatter(module)
     problem = module_problem(
-        nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(width, 3)).double(),
+        module,
         CrossEntropy(),
         torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
         torch.tensor([0, 1, 2, 1, 0]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import torch.distributed as dist
 from hvp_core.autodiff import verify
 from hvp_core.autodiff.comparison import Comparer
 from hvp_core.autodiff.product_spec import Draws, Unit
@@ -33,10 +31,10 @@ from hvp_core.sharding.collective import Alone, Collective, Distributed, open_co
 from hvp_operations.checking import Seed
 from hvp_operations.eigsh import EigshSpec
 from hvp_operations.svds import SvdsSpec
-from torch.multiprocessing.spawn import spawn
 
 from tests.core.dense import DenseOperator
 from tests.core.problems import CPU, Problem, gpt2_problem, llama_problem, ragged_tokens
+from tests.core.ranks import run_ranks
 from tests.core.references import relative_error
 from tests.core.test_sections import section
 from tests.core.test_unused_parameters import with_a_tower
@@ -182,11 +180,7 @@ def of_checks(collective: Collective) -> dict[str, Any]:
     return {"compared": names, "right": right, "refused": refused, "notes": notes}
 
 
-def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
+def rank_main(rank: int, world_size: int, session: str, folder: Path) -> None:
     collectives = {
         "memory": open_collective(
             rank=rank, world_size=world_size, device=CPU, same_host=True, session=session
@@ -225,7 +219,6 @@ def rank_main(rank: int, world_size: int, port: int, session: str, folder: Path)
     derivatives = unused(collectives["memory"])
     if rank == 0:
         torch.save(derivatives, folder / "unused.pt")
-    dist.destroy_process_group()
 
 
 def told(collective: Collective) -> dict[str, str]:
@@ -250,12 +243,6 @@ def ways(world_size: int) -> list[str]:
     return ["memory", "sockets"] if world_size == 2 else ["sockets", "memory"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -263,9 +250,7 @@ def ranks(
     """How many there were, and the folder with what they have found."""
     world_size, folder = request.param, tmp_path_factory.mktemp("ranks")
     session = uuid.uuid4().hex
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn(rank_main, (world_size, free_port(), session, folder), nprocs=world_size, join=True)
+    run_ranks(rank_main, world_size, session, folder)
     assert not Path(f"/dev/shm/hvp-{session}").exists()  # noqa: S108 (the place the code uses)
     return world_size, folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hvp_core.errors import CurvatureError
 from hvp_core.krylov.lanczos import Eigsh
 from hvp_core.krylov.solve import Solve
@@ -42,9 +40,9 @@ from hvp_operations.svds import SvdsSpec
 from hvp_operations.trace import TraceSpec
 from hvp_operations.trace_of import TraceOfSpec
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.core.extended import answer, going_on
+from tests.core.ranks import run_ranks
 from tests.core.references import relative_error
 from tests.core.spectra import matrix
 from tests.core.written import is_same, run
@@ -322,15 +320,15 @@ def functions(operator: ShardedMatrix, positive: ShardedMatrix) -> dict[str, Ten
 
 def check_written(operator: ShardedMatrix) -> None:
     """A state that goes through bytes after every step, on every rank, changes nothing."""
-    search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-2), max_products=60, num_vectors=8)
+    search = Eigsh(spec=EigshSpec(k=2, which="LA", tol=1e-2), max_products=20, num_vectors=8)
     density = Density.configure(
         DensitySpec(num_probes=3, num_steps=4), operator, Budget(max_products=12, num_vectors=14)
     )
     solving = Solve.configure(
-        SolveSpec(("b",), method="minres", tol=1e-3),
+        SolveSpec(("b",), method="minres", tol=0.3),
         operator,
         Budget(
-            max_products=60,
+            max_products=16,
             num_vectors=20,
             inputs={
                 "b": [operator.space.random(1, "gaussian")],
@@ -339,14 +337,9 @@ def check_written(operator: ShardedMatrix) -> None:
             },
         ),
     )
-    estimates = [
-        Trace.configure(replace(spec, rtol=1e-2), operator, Budget(max_products=40, num_vectors=40))
-        for spec in TRACES
-    ]
-    diagonals = [
-        Diagonal.configure(spec, operator, Budget(max_products=40, num_vectors=40))
-        for spec in DIAGONALS
-    ]
+    few = Budget(max_products=16, num_vectors=40)
+    estimates = [Trace.configure(replace(spec, rtol=1e-2), operator, few) for spec in TRACES]
+    diagonals = [Diagonal.configure(spec, operator, few) for spec in DIAGONALS]
     function = TraceOf.configure(
         TraceOfSpec("exp", num_steps=3), operator, Budget(max_products=30, num_vectors=40)
     )
@@ -369,28 +362,15 @@ def check_written(operator: ShardedMatrix) -> None:
         assert is_same(list(found.vectors), list(again.vectors))
 
 
-def rank_main(rank: int, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
+def rank_main(rank: int, world_size: int, folder: Path) -> None:
     torch.save(numbers(Distributed(CPU)), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_quadratures_and_eigenvalues_do_not_depend_on_the_number_of_ranks(
     world_size: int, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn(rank_main, (world_size, free_port(), tmp_path), nprocs=world_size, join=True)
+    run_ranks(rank_main, world_size, tmp_path)
     alone = numbers(Alone())
     assert len(alone) == 60
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]

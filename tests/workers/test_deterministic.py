@@ -15,7 +15,7 @@ from hvp_workers.backend import BackendError, Operator, RunProgress, Seeded
 from hvp_workers.engine import RankEngine
 from torch.multiprocessing.spawn import spawn
 
-from tests.core.test_sharded import free_port
+from tests.core.ranks import free_port
 from tests.workers.deterministic import (
     VECTORS,
     ask,

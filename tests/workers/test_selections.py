@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hvp_core.model.huggingface import attention
 from hvp_core.sharding.collective import Alone, Collective, Distributed
 from hvp_workers.backend import (
@@ -24,10 +22,10 @@ from hvp_workers.backend import (
 from hvp_workers.engine import RankEngine
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch.multiprocessing.spawn import spawn
 from transformers import LlamaForCausalLM
 
 from tests.core.problems import CPU, llama_config, ragged_tokens, scatter
+from tests.core.ranks import run_ranks
 from tests.core.test_checkpoint import save
 
 NAMES = (
@@ -69,14 +67,9 @@ def read(path: Path) -> NDArray[np.float64]:
     return np.fromfile(path, dtype=np.float64)
 
 
-def rank_main(rank: int, world_size: int, port: int, operator: Operator, folder: Path) -> None:
-    torch.set_num_threads(1)
+def rank_main(rank: int, world_size: int, operator: Operator, folder: Path) -> None:
     attention.register()
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
     products(engine_of(Distributed(CPU)), operator, folder)
-    dist.destroy_process_group()
 
 
 def engine_of(collective: Collective) -> RankEngine:
@@ -91,12 +84,7 @@ def test_two_ranks_give_the_rows_and_columns_that_one_gives(
     two.mkdir()
     engine = engine_of(Alone())
     products(engine, operator, one)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn(rank_main, (2, port, operator, two), nprocs=2, join=True)
+    run_ranks(rank_main, 2, operator, two)
     for name in ("v", "hv", "theta"):
         np.testing.assert_allclose(read(two / name), read(one / name), rtol=1e-11, atol=1e-12)
     # The same of the matrix of all: a vector that is zero elsewhere, and the rows of its product.

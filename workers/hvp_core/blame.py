@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar, final
 
-import networkx
 import torch
 
 from hvp_core.errors import CurvatureError, is_out_of_memory
@@ -25,8 +24,6 @@ Fault = Literal["memory", "model", "ours"]
 T = TypeVar("T")
 
 _OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("hvp_core", "hvp_workers"))
-#: Code that only passes on what it is called with: it is asked who called.
-_BETWEEN = (str(Path(networkx.__file__).parent), "<frozen")
 _STANDARD = sysconfig.get_paths()["stdlib"]
 _PACKAGES = sysconfig.get_paths()["purelib"]
 _TORCH = str(Path(torch.__file__).parent)
@@ -59,7 +56,7 @@ def whose(error: Exception) -> Fault:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         passes_on = frame.name == "__torch_function__" and frame.filename.startswith(_OURS)
         standard = frame.filename.startswith(_STANDARD) and not frame.filename.startswith(_PACKAGES)
-        if passes_on or standard or frame.filename.startswith(_BETWEEN):
+        if passes_on or standard or frame.filename.startswith("<frozen"):
             continue
         ours = frame.filename.startswith(_OURS)
         return "ours" if ours and not isinstance(error, RuntimeError) else "model"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
 
-import networkx as nx
 import torch
 import torch.fx as fx
 from torch import Tensor
 
+from hvp_core.autodiff.flow_network import FlowNetwork
 from hvp_core.autodiff.recorder import Env
 from hvp_core.autodiff.sums import GradientTerm
 from hvp_core.autodiff.trace import Phase, Trace, is_parameters
@@ -208,30 +209,29 @@ def _cut(
     def early(node: fx.Node) -> bool:
         return trace.input_name(node) is None and home[trace.phase(node)] < index
 
-    flow = nx.DiGraph()
-    flow.add_nodes_from(("source", "sink"))
+    flow = FlowNetwork("source", "sink")
     seen: set[fx.Node] = set()
     stack = [(node, True) for node in wanted]  # (operation, is read by a later subprogram)
     while stack:
         node, direct = stack.pop()
         if early(node):
             if direct:
-                flow.add_edge((node, "out"), "sink")
+                flow.connect((node, "out"), "sink")
             if node not in seen:
                 there = isinstance(node.meta.get("val"), Tensor)  # and not several of them
-                capacity = {"capacity": 0 if node in already else _bytes(node)} if there else {}
-                flow.add_edge((node, "in"), (node, "out"), **capacity)
+                size = 0 if node in already else _bytes(node) if there else math.inf
+                flow.connect((node, "in"), (node, "out"), size)
                 if not is_cheap(node):
-                    flow.add_edge("source", (node, "in"))
+                    flow.connect("source", (node, "in"))
                 else:
                     for each in node.all_input_nodes:
                         if early(each):
-                            flow.add_edge((each, "out"), (node, "in"))
+                            flow.connect((each, "out"), (node, "in"))
                             stack.append((each, False))
         elif node not in seen:
             stack += [(each, True) for each in node.all_input_nodes]
         seen.add(node)
-    _, (near, _) = nx.minimum_cut(flow, "source", "sink")
+    near = flow.near_side()
     return {
         node for node in seen if early(node) and (node, "in") in near and (node, "out") not in near
     }
