@@ -109,7 +109,7 @@ asyncio.run(main())
 
 
 def test_a_server_outlives_the_watchers_of_clients_that_are_killed(
-    server: Server, client: Client, H: Operator
+    server: Server, H: Operator
 ) -> None:
     job = H.eigsh(k=2, which="SA", tol=1e-15, max_products=10**6, num_lanczos_vectors=12)
     for _ in range(3):
