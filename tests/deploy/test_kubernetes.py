@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from hvp_service.app.config import ServerConfig
 
 from tests.deploy.settings import server_config
 
@@ -27,13 +29,25 @@ SECRETS = {"hvp-tls": {"tls.crt", "tls.key"}, "hvp-ray": {"auth_token"}}
 LATEST_S = 20
 
 
-@pytest.fixture(scope="module", name="objects", params=["base", "gpu"])
-def _objects(request: pytest.FixtureRequest) -> list[Object]:
+# With figures where the server has them.
+OVERLAYS = ["base", "gpu", *(["metrics"] if "metrics_address" in ServerConfig.model_fields else [])]
+
+
+@pytest.fixture(scope="module", name="objects", params=OVERLAYS)
+def _objects(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Object]:
+    folder = MANIFESTS / request.param
+    if request.param == "metrics":
+        overlay = tmp_path_factory.mktemp("overlay").resolve()
+        lines = {
+            "resources": [os.path.relpath(MANIFESTS / "gpu", overlay)],
+            "components": [os.path.relpath(folder, overlay)],
+        }
+        (overlay / "kustomization.yaml").write_text(yaml.safe_dump(lines))
+        folder = overlay
     answer = subprocess.run(
-        [BIN / "kubectl", "kustomize", MANIFESTS / request.param],
-        check=True,
-        capture_output=True,
-        text=True,
+        [BIN / "kubectl", "kustomize", folder], check=True, capture_output=True, text=True
     )
     return list(yaml.safe_load_all(answer.stdout))
 
@@ -173,7 +187,9 @@ def test_the_server_ends_within_the_time_that_its_pod_has(objects: list[Object])
     assert pod["terminationGracePeriodSeconds"] >= config.grace_s + LATEST_S
     assert config.credentials_required
     port = config.address.rpartition(":")[2]
-    assert [str(each["containerPort"]) for each in container["ports"]] == [port]
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports.pop("grpc") == int(port)
+    assert ports.keys() <= {"metrics"}
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["exec"]["command"][:3] == ["python", "-m", "hvp_service.app.probe"]
@@ -257,7 +273,8 @@ def secrets(node: Any) -> Iterator[tuple[str, str | None]]:
 
 
 def selects(selector: Object, labels: Object) -> bool:
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    wanted: dict[str, str] = selector.get("matchLabels", {})
+    return wanted.items() <= labels.items()
 
 
 def test_rays_ports_are_open_to_nodes_of_the_cluster_alone(objects: list[Object]) -> None:
@@ -280,8 +297,10 @@ def test_rays_ports_are_open_to_nodes_of_the_cluster_alone(objects: list[Object]
         others = [rule for rule in rules if rule != inside]
         assert len(others) == len(rules) - 1
         assert bool(others) == (name == "hvp-server")
-        for rule in others:  # strangers reach one port
-            assert [each["port"] for each in rule["ports"]] == ["grpc"]
+        for rule in others:  # strangers reach the server, and Prometheus its figures
+            assert [each["port"] for each in rule["ports"]] in (["grpc"], ["metrics"])
+            [peer] = rule["from"]
+            assert peer["namespaceSelector"]["matchLabels"]
     outside = [
         rule
         for policy in policies

@@ -106,8 +106,8 @@ def test_the_service_installs_from_the_wheel_and_serves(wheel: Path, tmp_path: P
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"),
-            *("-c", ROOT / "constraints.txt", f"{wheel}[service]"),
+            *(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"),
+            *("--no-index", "-c", str(ROOT / "constraints.txt"), f"{wheel}[service]"),
         ],
         check=True,
         env=environment,
@@ -126,7 +126,7 @@ def test_the_service_installs_from_the_wheel_and_serves(wheel: Path, tmp_path: P
         try:
             assert server.stdout is not None
             address = server.stdout.readline().removeprefix("serving on ").strip()
-            probe = [python, "-m", "hvp_service.app.probe", "--address", address]
+            probe = [str(python), "-m", "hvp_service.app.probe", "--address", address]
             answer = subprocess.run(probe, env=environment, capture_output=True, text=True)
             assert (answer.returncode, answer.stdout) == (0, "SERVING\n"), answer.stderr
             where = "import hvp_core; print(hvp_core.__file__)"
