@@ -18,7 +18,7 @@ from dockerfile_parse import DockerfileParser
 #: What makes the system of an image: followed by nobody but Docker, and looked at by name.
 SYSTEM = {"apt-get", "groupadd", "useradd", "install", "rm"}
 # Folders of an image that steps name; those of a stage are made below a folder of its own.
-_PLACES = re.compile(r"(?<![\w./-])/(src|wheels|opt/hvp|usr/local/bin|var/lib/hvp)(?![\w-])")
+_PLACES = re.compile(r"(?<![\w./-])/(src|wheels|usr/local/hvp|usr/local/bin|var/lib/hvp)(?![\w-])")
 
 
 @final
@@ -119,7 +119,7 @@ class Follower:
             for value in stage.values("ENV"):
                 found |= dict(part.split("=", 1) for part in shlex.split(value))
         found["HOME"] = str(self._folder)
-        if "/opt/hvp/bin" in found["PATH"]:
+        if "/usr/local/hvp/bin" in found["PATH"]:
             found["PATH"] = self.place(found["PATH"])
         return {key: self.place(value) if key != "PATH" else value for key, value in found.items()}
 
@@ -178,7 +178,7 @@ class Follower:
                 (to / path.name).chmod(int(mode, 8))
 
     def _lend(self) -> None:
-        for packages in (self.root / "opt/hvp/lib").glob("python3*/site-packages"):
+        for packages in (self.root / "usr/local/hvp/lib").glob("python3*/site-packages"):
             (packages / "borrowed.pth").write_text(f"{self._borrowed}\n")
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def _stages() -> dict[str, Stage]:
 def line_of(stages: dict[str, Stage], name: str) -> list[Stage]:
     base = stages[name].base
     return [*(line_of(stages, base) if base in stages else []), stages[name]]
+
+
+def test_the_dockerfile_passes_the_linter() -> None:
+    answer = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), "--no-color", DOCKER / "Dockerfile"],
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stdout
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -57,7 +67,7 @@ def test_no_compiler_of_packages_nor_source_is_left_in_an_image(stages: dict[str
         assert [stage.name for stage in line] == ["base", image]
         copied = [value for stage in line for value in stage.values("COPY")]
         assert [each for each in copied if "--from" in each] == [
-            f"--from=build-{image} /opt/hvp /opt/hvp"
+            f"--from=build-{image} /usr/local/hvp /usr/local/hvp"
         ]
         assert not any("pip" in value for stage in line for value in stage.values("RUN"))
 
@@ -182,9 +192,9 @@ def test_the_steps_of_each_image_lead_to_programs_that_run(
     for name in ("hvp", "ray"):
         link = "usr/local/bin/" + name
         follower.build("worker")
-        assert (follower.root / link).readlink() == follower.root / "opt/hvp/bin" / name
+        assert (follower.root / link).readlink() == follower.root / "usr/local/hvp/bin" / name
     found = run("worker", "python", "-c", "import hvp_workers.ray_rank as r; print(r.__file__)")
-    assert found.stdout.startswith(str(follower.root / "opt/hvp/lib")), found.stderr
+    assert found.stdout.startswith(str(follower.root / "usr/local/hvp/lib")), found.stderr
     refused = run("worker", "hvp-node", "--head", "--block")
     assert (refused.returncode, refused.stderr.partition(":")[0]) == (2, "error")
     assert run("worker", "hvp-node", "health", NODE_IP="127.0.0.2").returncode != 0

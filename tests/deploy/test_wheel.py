@@ -1,8 +1,10 @@
-"""The wheel: one file, from which an extra takes the SDK or all of the service."""
+"""The wheel: one file, of which an extra makes the SDK or all of the service.
+
+The second is installed and run where the images' steps are followed, in `test_docker`.
+"""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,8 +12,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from tests.deploy.following import borrow_packages
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = [
@@ -92,48 +92,3 @@ def test_the_sdk_installs_alone_and_says_how_to_get_the_server(wheel: Path, tmp_
     assert refused.returncode == 2
     assert "pip install 'hvp[service]'" in refused.stderr
     assert not (tmp_path / "state").exists()
-
-
-@pytest.mark.slow
-def test_the_service_installs_from_the_wheel_and_serves(wheel: Path, tmp_path: Path) -> None:
-    """What the extra asks for is borrowed from this environment: pip finds it there, or fails."""
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
-    )
-    python = tmp_path / "venv" / "bin" / "python"
-    [packages] = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    (packages / "borrowed.pth").write_text(f"{borrow_packages(tmp_path / 'borrowed')}\n")
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"),
-            *("--no-index", "-c", str(ROOT / "constraints.txt"), f"{wheel}[service]"),
-        ],
-        check=True,
-        env=environment,
-    )
-    assert shutil.which("hvp", path=str(python.parent))
-    with subprocess.Popen(
-        [
-            *(python.with_name("hvp"), "serve", "--address", "127.0.0.1:0", "--state-dir", "state"),
-            *("--backend", "inprocess", "--workers", "1"),
-        ],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-        try:
-            assert server.stdout is not None
-            address = server.stdout.readline().removeprefix("serving on ").strip()
-            probe = [str(python), "-m", "hvp_service.app.probe", "--address", address]
-            answer = subprocess.run(probe, env=environment, capture_output=True, text=True)
-            assert (answer.returncode, answer.stdout) == (0, "SERVING\n"), answer.stderr
-            where = "import hvp_core; print(hvp_core.__file__)"
-            found = subprocess.run(
-                [python, "-c", where], env=environment, capture_output=True, text=True
-            )
-            assert found.stdout.startswith(str(packages))
-        finally:
-            server.terminate()
-        assert server.wait(60) == 0
