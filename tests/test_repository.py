@@ -151,9 +151,9 @@ def _imports(*packages: str) -> dict[str, set[str]]:
     }
 
 
-# Modules of the service that gRPC itself calls, or that make its server.
+# Modules of the service that gRPC itself calls, that make its server, or that call it.
 AROUND_CALLS = {
-    *("app/transport", "calls/around", "calls/draining", "calls/identities"),
+    *("app/probe", "app/transport", "calls/around", "calls/draining", "calls/identities"),
     *("calls/limits", "calls/request_ids", "calls/statuses"),
 }
 
