@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PEERS := .venv/.peers
 
 .NOTPARALLEL:
-.PHONY: setup demo test test-slow oracle lint types proto proto-baseline sdk bench
+.PHONY: setup demo test test-slow oracle lint types proto proto-baseline sdk pages bench
 
 setup: $(STAMP)
 
@@ -62,6 +62,10 @@ proto-baseline: setup
 # What is generated of the SDK: a method for each operation, and the blocking side of the awaited one.
 sdk: setup
 	$(BIN)/python client/generate.py
+
+# The tables of the documents that are made of the service's code.
+pages: setup
+	$(BIN)/python service/generate.py
 
 # What this machine can measure; `make bench ARGS="--shape tiny"` for something else.
 bench: setup $(PEERS)

@@ -88,6 +88,14 @@ def test_serve_refuses_anything_but_the_loopback_and_says_why(tmp_path: Path) ->
     assert "TLS" in done.stderr
 
 
+def test_serve_takes_every_setting_as_a_flag() -> None:
+    done = hvp("serve", "--print-config", "--max-queued-jobs", "7")
+    assert "max_queued_jobs = 7 " in done.stdout
+    done = hvp("serve", "--max-queued-job", "7")
+    assert done.returncode == 2
+    assert "the nearest is --max-queued-jobs" in done.stderr
+
+
 def test_a_spectrum_from_the_command_line(
     server: Server, llama_dir: Path, batch_file: Path, tmp_path: Path
 ) -> None:

@@ -23,114 +23,19 @@ app = typer.Typer(
 )
 
 
-class Device(StrEnum):
-    """Device that the ranks compute on."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Compile(StrEnum):
-    """Whether blocks are compiled."""
-
-    auto = "auto"
-    on = "on"
-    off = "off"
-
-
-class Schedule(StrEnum):
-    """How much a product keeps of its forward pass for the backward pass."""
-
-    auto = "auto"
-    lean = "lean"
-    fast = "fast"
-    cached = "cached"
-
-
-class BackendKind(StrEnum):
-    """Where the ranks run: in processes of their own, or one inside of the server."""
-
-    ray = "ray"
-    inprocess = "inprocess"
-
-
 JobArgument = Annotated[str, typer.Argument(help="The job's name, or its id alone.")]
 
 
-@app.command()
-def serve(
-    state_dir: Annotated[Path, typer.Option(help="Uploads, jobs and vectors are kept here.")],
-    address: Annotated[
-        str, typer.Option(envvar="HVP_ADDRESS", help="HOST:PORT to listen on; port 0: a free one.")
-    ] = DEFAULT_ADDRESS,
-    tls_certificate: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="HVP_TLS_CERTIFICATE",
-            help="PEM file of the server's certificate: connections are encrypted.",
-        ),
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(envvar="HVP_TLS_KEY", help="PEM file of its private key.")
-    ] = None,
-    tls_client_ca: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="HVP_TLS_CLIENT_CA",
-            help="PEM file of authorities: only clients with their certificates are let in. Needed "
-            "to listen beyond this machine.",
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ranks that share each model.")] = 2,
-    device: Annotated[Device, typer.Option(help="Where the ranks compute.")] = Device.cpu,
-    backend: Annotated[
-        BackendKind,
-        typer.Option(help="ray: one process per rank. inprocess: one rank inside of the server."),
-    ] = BackendKind.ray,
-    compile_: Annotated[
-        Compile,
-        typer.Option("--compile", help="Compile blocks at the first product; auto: on GPUs."),
-    ] = Compile.auto,
-    schedule: Annotated[
-        Schedule,
-        typer.Option(
-            help="What a product keeps of its way forward. lean: little; fast: more; cached: also "
-            "for the next product; auto: the fastest that memory allows."
-        ),
-    ] = Schedule.auto,
-    grace_s: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Seconds for running calls and products after SIGTERM; then the ranks are ended.",
-            show_default="HVP_GRACE_S, else the server's own",
-        ),
-    ] = None,
-) -> None:
+# Its flags are the server's settings, which the server's package knows and this one need not have.
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(context: typer.Context) -> None:
     """Start a server; SIGTERM or Ctrl-C lets it finish its calls and ends it."""
     from hvp_client.cli.serving import run_server
 
-    run_server(
-        [
-            f"--address={address}",
-            f"--state-dir={state_dir}",
-            f"--workers={workers}",
-            f"--device={device}",
-            f"--backend={backend}",
-            f"--compile={compile_}",
-            f"--schedule={schedule}",
-            *(
-                f"--{name}={value}"
-                for name, value in {
-                    "grace-s": grace_s,
-                    "tls-certificate": tls_certificate,
-                    "tls-key": tls_key,
-                    "tls-client-ca": tls_client_ca,
-                }.items()
-                if value is not None
-            ),
-        ]
-    )
+    run_server(context.args)
 
 
 @app.command()

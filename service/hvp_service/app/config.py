@@ -1,4 +1,4 @@
-"""Settings of a server: arguments first, then HVP_* variables of the environment."""
+"""Settings of a server, and what they have to satisfy; `settings.py` reads them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ class ServerConfig(BaseSettings):
         progress_interval_s: Progress is stored at most this often within a stage.
     """
 
-    model_config = SettingsConfigDict(env_prefix="HVP_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="HVP_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
 
     address: str = "127.0.0.1:8471"
     tls_certificate: Path | None = None

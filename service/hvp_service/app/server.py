@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import errno
@@ -18,10 +17,11 @@ from hvp_workers.allocator import keep_freed_memory
 from hvp_workers.backend import BackendError, Tuning
 from hvp_workers.opening import open_backend
 from hvp_workers.surroundings import lost_current_folder
-from pydantic import ValidationError
 
 from hvp_service.app.config import ServerConfig, split_address
 from hvp_service.app.dependencies import open_dependencies
+from hvp_service.app.flags import SettingsError, parse_flags
+from hvp_service.app.settings import read_settings
 from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
 from hvp_service.identity.tokens import TokenKeysError, read_keys
@@ -151,32 +151,6 @@ def configure_logs() -> None:
     )
 
 
-def _parse(argv: Sequence[str]) -> ServerConfig:
-    parser = argparse.ArgumentParser(
-        prog="hvp serve",
-        description="Serve curvature products over gRPC.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--address", help="HOST:PORT; port 0 takes a free one")
-    parser.add_argument("--tls-certificate", help="PEM file: connections are encrypted")
-    parser.add_argument("--tls-key", help="PEM file of the certificate's private key")
-    parser.add_argument("--tls-client-ca", help="PEM file: only its clients are let in")
-    parser.add_argument("--state-dir", help="where uploads, jobs and vectors are kept")
-    parser.add_argument("--workers", type=int, help="ranks of the worker group")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--backend", choices=["ray", "inprocess"])
-    parser.add_argument(
-        "--compile", choices=["auto", "on", "off"], help="compile blocks at the first product"
-    )
-    parser.add_argument(
-        "--schedule",
-        choices=["auto", "lean", "fast", "cached"],
-        help="what a product keeps of its way forward",
-    )
-    parser.add_argument("--grace-s", type=float, help="time for running calls after SIGTERM")
-    return ServerConfig(**vars(parser.parse_args(argv)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server in the main thread, and end the process with it.
 
@@ -187,13 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()  # chunks of a megabyte would be mapped, and cleared, one by one
     os.umask(0o077)  # whatever this process and those it starts write is for this user alone
     try:
-        config = _parse(sys.argv[1:] if argv is None else argv)
-    except ValidationError as error:
-        for problem in error.errors():
-            where = "".join(f"{part}: " for part in problem["loc"])
-            message = problem["msg"].removeprefix("Value error, ")
-            print(f"error: {where}{message}", file=sys.stderr)
+        command = parse_flags(sys.argv[1:] if argv is None else argv)
+        settings = read_settings(command.values, command.file)
+    except SettingsError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
         return 2
+    if command.print_config:
+        print("\n".join(settings.lines()))
+        return 0
+    config = settings.config
     if lost := lost_current_folder():  # in which libraries end the process as they are imported
         print(f"error: {lost}", file=sys.stderr)
         return 1
