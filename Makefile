@@ -65,7 +65,7 @@ sdk: setup
 
 # The tables of the documents that are made of the service's code.
 pages: setup
-	$(BIN)/python service/generate.py
+	$(BIN)/python service/generate_pages.py
 
 # What this machine can measure; `make bench ARGS="--shape tiny"` for something else.
 bench: setup $(PEERS)

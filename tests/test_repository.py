@@ -154,7 +154,7 @@ def _imports(*packages: str) -> dict[str, set[str]]:
 # Modules of the service that gRPC itself calls, that make its server, or that call it.
 AROUND_CALLS = {
     *("app/probe", "app/transport", "calls/around", "calls/draining", "calls/identities"),
-    *("calls/limits", "calls/request_ids", "calls/statuses"),
+    *("calls/limits", "calls/observing", "calls/request_ids", "calls/statuses"),
 }
 
 

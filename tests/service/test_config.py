@@ -103,10 +103,12 @@ def test_a_file_in_the_place_of_the_state_directory_is_named(tmp_path: Path) -> 
         assert f"the state directory {folder} is a file" in told
 
 
-def test_an_address_in_use_is_refused_before_the_ranks_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--address", "--metrics-address"])
+def test_an_address_in_use_is_refused_before_the_ranks_start(tmp_path: Path, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        told = refusal_of("--address", address, "--state-dir", str(tmp_path / "state"))
+        others = ["--address=127.0.0.1:0"] if flag != "--address" else []
+        told = refusal_of(flag, address, *others, "--state-dir", str(tmp_path / "state"))
     assert f"cannot listen on {address}: another program listens there" in told
-    assert "--address" in told
+    assert f"give another {flag}" in told
     assert not (tmp_path / "state").exists()

@@ -596,7 +596,7 @@ async def test_a_fault_of_a_rank_is_internal_to_its_caller_and_told_to_the_log(
         yield
 
     monkeypatch.setattr(backend, "run", fail)
-    with structlog.testing.capture_logs() as lines:
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
         failed = await until(deps, (await create(deps, ref)).name, "FAILED")
     assert failed.error is not None
     assert (failed.error.reason, failed.error.metadata) == ("INTERNAL", {})

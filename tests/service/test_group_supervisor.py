@@ -103,7 +103,7 @@ async def test_a_first_start_that_fails_is_one_line_and_no_page(
     backend = QuadraticBackend()
     backend.start_errors = [error]
     monkeypatch.setattr(server, "open_backend", lambda **_: backend)
-    monkeypatch.setattr(server, "configure_logs", lambda: None)  # it would outlast the test
+    monkeypatch.setattr(server, "configure_logs", lambda *_: None)  # it would outlast the test
     arguments = ["--state-dir", str(tmp_path / "state"), "--backend=inprocess", "--workers=1"]
     status = await asyncio.to_thread(server.main, arguments)
     assert status == 1

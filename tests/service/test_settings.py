@@ -157,7 +157,7 @@ def test_secrets_are_masked(name: str, value: object, shown: object) -> None:
 
 def test_the_page_of_settings_is_current(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, str(ROOT / "service" / "generate.py"), str(tmp_path)], check=True
+        [sys.executable, str(ROOT / "service" / "generate_pages.py"), str(tmp_path)], check=True
     )
     for path in tmp_path.iterdir():
         assert path.read_text() == (ROOT / "docs" / path.name).read_text(), "run `make pages`"

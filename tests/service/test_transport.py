@@ -48,6 +48,7 @@ from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
 from hvp_service.app.transport import _SERVICES, Transport, start_transport
 from hvp_service.calls.limits import _PROMPT, _WAITING, pool_of
+from hvp_service.calls.record import add_call
 from hvp_service.storage.database import DatabaseBusyError
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.vectors import service as vectors
@@ -310,14 +311,14 @@ async def test_a_fault_of_a_rank_is_internal_with_an_id_under_which_the_log_has_
 
     monkeypatch.setattr(backend, "loss", broken)
     request = operator_pb2.EvaluateLossRequest(operator=operator)
-    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+    with structlog.testing.capture_logs([add_call]) as lines:
         code, details = await refusal(wire.operators.EvaluateLoss(request))
     assert code == grpc.StatusCode.INTERNAL
     assert details["ErrorInfo"].reason == "INTERNAL"
     assert "secret" not in str(details)
     (line,) = [line for line in lines if line["log_level"] == "error"]
     assert "in a rank" in line["exception"]
-    assert line["call_id"] == details["RequestInfo"].request_id
+    assert line["request_id"] == details["RequestInfo"].request_id
 
 
 async def test_a_busy_database_is_said_to_be_busy_and_worth_another_try(

@@ -77,7 +77,8 @@ async def collect(
                 outcomes[rank] = future.result()
             except ray.exceptions.RayTaskError as error:  # an answer that cannot be sent
                 cause = f"{type(error.cause).__name__}: {error.cause}"
-                outcomes[rank] = Outcome(error=BackendError("INTERNAL", cause))
+                failure = BackendError("INTERNAL", cause, trace=str(error))
+                outcomes[rank] = Outcome(error=failure)
             except ray.exceptions.RayError as error:
                 cause = f"its process ended during {what} ({_exit_of(error)})"
                 raise _lost(members, [rank], cause) from error

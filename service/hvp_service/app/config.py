@@ -10,6 +10,8 @@ from hvp_workers.backend import Compile, Schedule
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from hvp_service.app.logs import Format, Level
+
 MEBIBYTE = 1 << 20
 
 
@@ -57,6 +59,9 @@ class ServerConfig(BaseSettings):
         jwt_issuer: The issuer that tokens must name.
         jwt_audience: The audience that tokens must name.
         audit_log: File of who did what; by default `audit.jsonl` in the state folder.
+        metrics_address: HOST:PORT at which Prometheus finds the server's figures, over HTTP without
+            encryption or credentials: keep it on this machine or a private network. A port alone is
+            one of this machine. Without it there are none.
         state_dir: Folder of uploads, rows and vectors; one server at a time uses it.
         workers: Number of ranks in the worker group.
         device: Device that the ranks compute on.
@@ -91,6 +96,9 @@ class ServerConfig(BaseSettings):
         lease_s: Age of a running job's lease beyond which the job may be claimed again.
         heartbeat_s: Interval between heartbeats of a watch stream.
         progress_interval_s: Progress is stored at most this often within a stage.
+        log_level: Least level of the lines that the log has; libraries' are warnings at least.
+        log_format: `json` for one object a line, `console` for people; `auto` is for people where
+            the log goes to a terminal.
     """
 
     model_config = SettingsConfigDict(
@@ -106,6 +114,7 @@ class ServerConfig(BaseSettings):
     jwt_issuer: str = ""
     jwt_audience: str = ""
     audit_log: Path | None = None
+    metrics_address: str | None = None
     state_dir: Path = Path("hvp-state")
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -132,6 +141,8 @@ class ServerConfig(BaseSettings):
     lease_s: float = Field(default=60.0, gt=0)
     heartbeat_s: float = Field(default=15.0, gt=0)
     progress_interval_s: float = Field(default=0.2, ge=0)
+    log_level: Level = "info"
+    log_format: Format = "auto"
 
     @property
     def credentials_required(self) -> bool:
@@ -146,6 +157,24 @@ class ServerConfig(BaseSettings):
     def _well_formed(cls, address: str) -> str:
         split_address(address)
         return address
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _on_this_machine(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        address = f"127.0.0.1:{address}" if ":" not in address else address
+        split_address(address)
+        return address
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        _, port = split_address(self.address)
+        if self.metrics_address is not None and port:
+            _, other = split_address(self.metrics_address)
+            if other == port:
+                raise ValueError(f"address and metrics_address have one port, {port}: give another")
+        return self
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:

@@ -92,6 +92,7 @@ async def open_dependencies(
     """
     database = await open_database(state_dir.database)
     group = GroupSupervisor(backend)
+    audit: AuditLog | None = None
     try:
         pager = Pager(database.page_token_key)
         blobs = BlobStore(database, state_dir, pager, grace_s=config.blob_grace_s)
@@ -122,6 +123,8 @@ async def open_dependencies(
     except BaseException:
         await group.close()
         await database.close()
+        if audit is not None:
+            audit.close()
         raise
     return Dependencies(
         config=config,

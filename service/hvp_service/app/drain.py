@@ -1,9 +1,10 @@
-"""Going down: a flag that refuses new calls and ends long ones."""
+"""Going down: a flag that refuses new calls and ends long ones, while running ones end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 from hvp_service.calls.errors import ServiceError
@@ -27,6 +28,9 @@ class Drain:
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
+        self._num_calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def begin(self) -> None:
         """Refuse new calls and end those that would wait."""
@@ -49,6 +53,28 @@ class Drain:
         """
         if self.begun:
             raise draining()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call as running for the block.
+
+        Raises:
+            ServiceError: SERVER_DRAINING.
+        """
+        self.refuse()
+        self._num_calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self._idle.set()
+
+    async def idle(self, timeout_s: float) -> None:
+        """Return when no call runs, or when the time is up."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     async def or_refuse(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Await `work`, but only as long as the server stays up.

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     words = descriptions()
     for name, field in ServerConfig.model_fields.items():
         described = f"{words[name]} [{shown_default(field)}]".replace("%", "%%")
-        if field.annotation is bool:
+        if is_switch(field.annotation):
             group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=described)
             continue
         action = "append" if _is_sequence(field.annotation) else "store"
@@ -133,6 +133,8 @@ class _Parser(argparse.ArgumentParser):
 def metavar(name: str) -> str:
     """What stands for the value in the help: its values, or its unit."""
     annotation = ServerConfig.model_fields[name].annotation
+    if is_switch(annotation):
+        return "true|false"
     choices = [value for value in get_args(annotation) if isinstance(value, str)]
     if choices:
         return "|".join(choices)
@@ -144,6 +146,11 @@ def metavar(name: str) -> str:
         if name.endswith(ending):
             return unit
     return "NUMBER" if annotation in (int, float) else "TEXT"
+
+
+def is_switch(annotation: Any) -> bool:
+    """Whether a setting of this type is yes or no."""
+    return annotation is bool or bool in get_args(annotation)
 
 
 def _is_sequence(annotation: Any) -> bool:

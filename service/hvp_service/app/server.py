@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import logging
 import os
-import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import structlog
 from hvp_workers.allocator import keep_freed_memory
@@ -20,13 +18,21 @@ from hvp_workers.surroundings import lost_current_folder
 
 from hvp_service.app.config import ServerConfig, split_address
 from hvp_service.app.dependencies import open_dependencies
+from hvp_service.app.ending import end_within, stop_on_signals
 from hvp_service.app.flags import SettingsError, parse_flags
+from hvp_service.app.logs import adopt_loggers, configure_logs
 from hvp_service.app.settings import read_settings
 from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
 from hvp_service.identity.tokens import TokenKeysError, read_keys
+from hvp_service.metrics.endpoint import Endpoint, start_endpoint
 from hvp_service.storage.database import SchemaVersionError
 from hvp_service.storage.state_dir import StateDirectoryError, sole_use
+
+Result = TypeVar("Result")
+
+#: How long after its grace a server may take to end its ranks, and to close what is open.
+LATEST_S = 20.0
 
 log = structlog.get_logger()
 
@@ -42,18 +48,28 @@ _REFUSALS = (
 )
 
 
-async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> None:
+async def serve(
+    config: ServerConfig,
+    *,
+    stop: asyncio.Event | None = None,
+    on_drain: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGTERM, SIGINT or `stop`; then drain.
 
     The ranks start before the first gRPC object exists: starting them forks, and a fork with
     gRPC's threads alive can hang.
+
+    Args:
+        config: The settings.
+        stop: Ends the server when it is set, also while the ranks start.
+        on_drain: Called when the server begins to end.
 
     Raises:
         StateDirectoryError: Another server uses the state directory, or another user owns it.
         SchemaVersionError: The state directory is another version's.
         ServiceError: Another program holds the database.
         BackendError: The ranks do not start.
-        OSError: The address cannot be had.
+        OSError: An address cannot be had.
         TlsError: The certificates do not do.
         TokenKeysError: The public keys for tokens do not do.
     """
@@ -61,7 +77,9 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
     read_certificates(config)  # before the ranks take time to start
     if config.jwt_keys is not None:
         read_keys(config.jwt_keys)
-    require_free(config.address)
+    require_free(config.address, "--address")
+    if config.metrics_address is not None:
+        require_free(config.metrics_address, "--metrics-address")
     with sole_use(config.state_dir) as state_dir:
         backend = open_backend(
             kind=config.backend,
@@ -74,17 +92,25 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
                 compile_cache=state_dir.compile_cache,
             ),
         )
-        _stop_on_signals(stop)
-        deps = await open_dependencies(config, state_dir, backend)
+        stop_on_signals(stop)
+        deps = await _unless(stop, on_drain, open_dependencies(config, state_dir, backend))
+        if deps is None:
+            log.info("stopped before the ranks had started")
+            return
+        adopt_loggers()  # of what the ranks have brought in
+        endpoint: Endpoint | None = None
         try:
             from hvp_service.app.transport import start_transport
 
-            _stop_on_signals(stop)  # again: Ray puts its own handler in the place of ours
+            stop_on_signals(stop)  # again: Ray puts its own handler in the place of ours
+            if config.metrics_address is not None:
+                endpoint = start_endpoint(deps, config.metrics_address)
             transport = await start_transport(deps)
             print(f"serving on {transport.address}", flush=True)
             log.info(
                 "serving",
                 address=transport.address,
+                metrics_port=endpoint and endpoint.port,
                 state_dir=str(state_dir.root),
                 device=config.device,
                 compile=config.compile,
@@ -92,21 +118,42 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
             )
             await stop.wait()
             log.info("draining", grace_s=config.grace_s)
+            on_drain()
             deps.drain.begin()
             # The running job needs its product's end, calls need theirs: both within one grace.
             await asyncio.gather(
                 transport.stop(config.grace_s), deps.dispatcher.stop(config.grace_s)
             )
         finally:
+            if endpoint is not None:
+                await asyncio.to_thread(endpoint.close)
             await deps.close()
     log.info("stopped")
 
 
-def require_free(address: str) -> None:
+async def _unless(
+    stop: asyncio.Event, on_stop: Callable[[], None], work: Coroutine[Any, Any, Result]
+) -> Result | None:
+    """The result of `work`, which is cancelled and gives None when `stop` is set before."""
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        on_stop()
+        task.cancel()
+        await asyncio.wait({task})
+        return None
+    finally:
+        stopped.cancel()
+
+
+def require_free(address: str, flag: str) -> None:
     """Refuse an address that another program listens at, before the ranks take time to start.
 
     Args:
         address: HOST:PORT.
+        flag: What sets it.
 
     Raises:
         OSError: Another program listens at it, or this machine does not have it.
@@ -119,36 +166,12 @@ def require_free(address: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             problem = (
-                "another program listens there: stop it, or give another --address; port 0 takes "
+                f"another program listens there: stop it, or give another {flag}; port 0 takes "
                 "a free one"
                 if error.errno == errno.EADDRINUSE
-                else error.strerror
+                else f"{error.strerror} ({flag})"
             )
             raise OSError(f"cannot listen on {address}: {problem}") from None
-
-
-def _stop_on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-
-
-def configure_logs() -> None:
-    """Structured lines on stderr: for people on a terminal, JSON elsewhere."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer()
-            if sys.stderr.isatty()
-            else structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,9 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lost := lost_current_folder():  # in which libraries end the process as they are imported
         print(f"error: {lost}", file=sys.stderr)
         return 1
-    configure_logs()
+    configure_logs(config.log_level, config.log_format)
     try:
-        asyncio.run(serve(config))
+        latest_s = config.grace_s + LATEST_S
+        asyncio.run(serve(config, on_drain=lambda: end_within(latest_s)))
     except _REFUSALS as error:
         print(f"error: {lost_current_folder() or error}", file=sys.stderr)
         return 1

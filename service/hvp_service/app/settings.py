@@ -21,6 +21,7 @@ from hvp_service.app.flags import (
     SettingsError,
     flag_of,
     has_path,
+    is_switch,
     metavar,
     nearest,
 )
@@ -28,8 +29,10 @@ from hvp_service.app.flags import (
 PREFIX = "HVP_"
 #: Variables that other parts of hvp read, in whose environment a server may be started.
 OTHER_VARIABLES = frozenset(
-    {FILE_VARIABLE, "HVP_CA", "HVP_CACHE", "HVP_CLIENT_CERTIFICATE", "HVP_CLIENT_KEY"}
-    | {"HVP_SERVER_NAME"}
+    {
+        *(FILE_VARIABLE, "HVP_API_KEY", "HVP_API_KEY_FILE", "HVP_CA", "HVP_CACHE"),
+        *("HVP_CLIENT_CERTIFICATE", "HVP_CLIENT_KEY", "HVP_PROJECT", "HVP_SERVER_NAME"),
+    }
 )
 #: Of the variables that a test gives to its own ranks.
 _OF_TESTS = "HVP_TEST_"
@@ -133,7 +136,7 @@ def _from_file(file: Path) -> dict[str, Any]:
     problems += [
         f"{file}: {key}: must be {metavar(key)}, not true or false"
         for key, value in values.items()
-        if key in fields and isinstance(value, bool) and fields[key].annotation is not bool
+        if key in fields and isinstance(value, bool) and not is_switch(fields[key].annotation)
     ]
     if problems:
         raise SettingsError(problems)

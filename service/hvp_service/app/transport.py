@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,12 +36,14 @@ from hvp_protos.v1 import (
 
 from hvp_service.app.config import split_address
 from hvp_service.app.dependencies import Dependencies
+from hvp_service.app.drain import Drain
 from hvp_service.app.tls import read_certificates
 from hvp_service.batches.rpc import DataBatchServicer
 from hvp_service.blobs.rpc import BlobServicer
 from hvp_service.calls.draining import DrainingInterceptor
 from hvp_service.calls.identities import IdentityInterceptor
 from hvp_service.calls.limits import LimitInterceptor
+from hvp_service.calls.observing import ObservingInterceptor
 from hvp_service.calls.request_ids import RequestIdInterceptor
 from hvp_service.calls.statuses import ErrorInterceptor
 from hvp_service.checkpoints.rpc import CheckpointServicer
@@ -55,6 +58,7 @@ from hvp_service.vectors.rpc import VectorServicer
 # Places for calls that answer at once, health among them, and for those that are just refused.
 # Beyond these and the configured limits is gRPC's own guard: RESOURCE_EXHAUSTED without details.
 PROMPT_CALLS = 1000
+_PARTING_S = 1.0
 
 _SERVICES = (
     (blob_pb2, "BlobService", blob_pb2_grpc.add_BlobServiceServicer_to_server, BlobServicer),
@@ -105,14 +109,23 @@ class Transport:
 
     server: grpc.aio.Server
     health: HealthServicer
+    drain: Drain
     following: asyncio.Task[None]  # keeps health true to the worker group
     address: str  # HOST:PORT with the port that was taken
 
     async def stop(self, grace_s: float) -> None:
-        """End the server: NOT_SERVING at once, then the end of running calls within the grace."""
+        """End the server: NOT_SERVING at once, then the end of running calls within the grace.
+
+        While they run new calls are let in, only to be refused with the reason.
+        """
         self.following.cancel()
+        self.drain.begin()
         await self.health.enter_graceful_shutdown()
-        await self.server.stop(grace_s)
+        started = time.monotonic()
+        await self.drain.idle(grace_s)
+        # Answers are on their way; what lasts now are watches of the health.
+        left_s = max(0.0, started + grace_s - time.monotonic())
+        await self.server.stop(min(left_s, _PARTING_S))
 
 
 async def start_transport(deps: Dependencies) -> Transport:
@@ -124,6 +137,7 @@ async def start_transport(deps: Dependencies) -> Transport:
     limit = deps.config.max_message_bytes
     server = grpc.aio.server(
         interceptors=[
+            ObservingInterceptor(lambda: deps.group.backend.generation),
             ErrorInterceptor(),
             IdentityInterceptor(deps.authenticator, deps.audit),
             LimitInterceptor(
@@ -171,7 +185,13 @@ async def start_transport(deps: Dependencies) -> Transport:
     await server.start()
     following = asyncio.create_task(_follow(deps.group, health, ["", *names]))
     shown = f"[{host}]" if ":" in host else host
-    return Transport(server=server, health=health, following=following, address=f"{shown}:{port}")
+    return Transport(
+        server=server,
+        health=health,
+        drain=deps.drain,
+        following=following,
+        address=f"{shown}:{port}",
+    )
 
 
 async def _follow(group: GroupSupervisor, health: HealthServicer, names: Sequence[str]) -> None:

@@ -34,6 +34,11 @@ class BatchStatistics:
     has_attention_mask: bool
     fields: tuple[FieldContents, ...]
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of all sequences, padding included; of data without sequences, their rows."""
+        return self.num_sequences * max(1, self.sequence_length)
+
 
 def read_batch(path: Path) -> BatchStatistics:
     """Check a batch. Blocks; memory: the file's size a few times.

@@ -41,6 +41,12 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
             context: gRPC's context of the call.
         """
 
+    def around_request(
+        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AbstractAsyncContextManager[None]:
+        """As `around`, for one that also looks at the request, or at the iterator of requests."""
+        return self.around(method, context)
+
     async def intercept_service(
         self,
         continuation: Continuation,
@@ -56,7 +62,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
         if handler.response_streaming:
 
             async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
-                async with self.around(method, context):
+                async with self.around_request(method, request, context):
                     responses = behaviour(request, context)
                     if inspect.isawaitable(responses):  # it writes to the context by itself
                         await responses
@@ -68,7 +74,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-a
         else:
 
             async def single(request: Any, context: Any) -> Any:
-                async with self.around(method, context):
+                async with self.around_request(method, request, context):
                     return await behaviour(request, context)
 
             wrapped = single

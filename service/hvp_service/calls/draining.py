@@ -26,5 +26,5 @@ class DrainingInterceptor(AroundInterceptor):
         self, method: str, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[None]:
         """See the class."""
-        self._drain.refuse()
-        yield
+        with self._drain.call():
+            yield

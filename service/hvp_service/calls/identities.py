@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
-import structlog
 from hvp_workers.backend import BackendError
 
 from hvp_service.calls.around import SERVED_PREFIX, AroundInterceptor
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.limits import pool_of
+from hvp_service.calls.record import current_call
 from hvp_service.identity.audit import AuditLog
 from hvp_service.identity.authentication import Authenticator
 from hvp_service.identity.caller import Call, Identity, called_by
@@ -83,5 +83,5 @@ class IdentityInterceptor(AroundInterceptor):
                     peer=peer,
                     names=[] if call is None else list(call.names),
                     outcome=outcome,
-                    call_id=structlog.contextvars.get_contextvars().get("call_id", ""),
+                    call_id=current_call().request_id,
                 )

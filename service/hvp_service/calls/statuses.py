@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc.aio
-import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -19,17 +17,20 @@ from hvp_workers.backend import BackendError
 
 from hvp_service.calls.around import LIBRARY_STREAMS, SERVED_PREFIX, AroundInterceptor
 from hvp_service.calls.errors import DOMAIN, ServiceError, code_of, fault_message, is_fault
+from hvp_service.calls.record import current_call
+from hvp_service.metrics import instruments
 
 # Status travels in HTTP/2 headers, of which gRPC takes 8 KiB unless told otherwise.
 _MAX_MESSAGE = 1000
 _MAX_VALUE = 300
 _MAX_ENTRIES = 8
 
-log = structlog.get_logger()
-
 
 class ErrorInterceptor(AroundInterceptor):
-    """Turns what handlers raise into statuses; what nobody foresaw is logged and INTERNAL."""
+    """Turns what handlers raise into statuses; what nobody foresaw is INTERNAL.
+
+    What its caller is not told stands in the record of the call, and so in its line of the log.
+    """
 
     prefixes = (SERVED_PREFIX, *LIBRARY_STREAMS)
 
@@ -38,26 +39,27 @@ class ErrorInterceptor(AroundInterceptor):
         self, method: str, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[None]:
         """See the class."""
-        call_id = uuid.uuid4().hex
-        with structlog.contextvars.bound_contextvars(method=method, call_id=call_id):
-            try:
-                yield
-            except ServiceError as error:
-                log.info("refused", reason=error.reason, message=error.message)
-                await _abort(context, service_status(error, call_id))
-            except BackendError as error:
-                if is_fault(error.reason):
-                    log.error("a fault of the workers", error=str(error), exception=error.trace)
-                    status = internal_status(call_id)
-                else:
-                    log.info("workers refused", reason=error.reason, message=error.message)
-                    status = backend_status(error, call_id)
-                await _abort(context, status)
-            except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
-                raise
-            except Exception:
-                log.exception("a fault of this server")
-                await _abort(context, internal_status(call_id))
+        call = current_call()
+        try:
+            yield
+        except ServiceError as error:
+            call.refusal |= {"reason": error.reason, "message": error.message}
+            instruments.refused(error.reason)
+            await _abort(context, service_status(error, call.request_id))
+        except BackendError as error:
+            call.refusal |= {"reason": error.reason, "message": error.message}
+            instruments.refused(error.reason)
+            status = backend_status(error, call.request_id)
+            if is_fault(error.reason):
+                call.refusal |= {"exception": error.trace or str(error)}
+                status = internal_status(call.request_id)
+            await _abort(context, status)
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            call.refusal |= {"reason": "INTERNAL", "exc_info": error}
+            instruments.refused("INTERNAL")
+            await _abort(context, internal_status(call.request_id))
 
 
 def service_status(error: ServiceError, call_id: str) -> status_pb2.Status:

@@ -12,6 +12,7 @@ from hvp_workers.backend import Backend, BackendError, GroupLostError
 
 from hvp_service.app.drain import draining
 from hvp_service.calls.errors import ServiceError
+from hvp_service.metrics import instruments
 
 Result = TypeVar("Result")
 GroupState = Literal["STARTING", "READY", "LOST"]
@@ -46,6 +47,7 @@ class GroupSupervisor:
             BackendError: They do not start.
         """
         await self.backend.start()
+        instruments.GROUP_STARTS.inc()
         self._enter("READY")
 
     async def close(self) -> None:
@@ -79,6 +81,7 @@ class GroupSupervisor:
             log.error(
                 "worker group lost", reason=error.reason, message=error.message, **_trace_of(error)
             )
+            instruments.GROUP_LOSSES.inc()
             self._enter("LOST")
             self._restart = asyncio.create_task(self._start_again())
 
@@ -160,6 +163,7 @@ class GroupSupervisor:
                 break
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        instruments.GROUP_STARTS.inc()
         log.info("worker group started again", generation=self.backend.generation)
         self._enter("READY")
 

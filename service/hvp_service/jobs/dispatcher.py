@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import cast
 
 import structlog
@@ -17,6 +17,7 @@ from hvp_service.calls.errors import ServiceError, code_of, fault_message, is_fa
 from hvp_service.calls.names import Name, parse
 from hvp_service.group.supervisor import GroupSupervisor
 from hvp_service.jobs.inputs import using_inputs
+from hvp_service.jobs.observing import observed_attempt
 from hvp_service.jobs.plan import plan_of, require_room
 from hvp_service.jobs.store import (
     FINAL_STATES,
@@ -29,6 +30,7 @@ from hvp_service.jobs.store import (
     StaleLeaseError,
     attempts_exhausted,
 )
+from hvp_service.metrics.instruments import computed
 from hvp_service.operators.resolver import OperatorResolver, ResolvedOperator
 from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import DatabaseBusyError
@@ -69,6 +71,7 @@ class Dispatcher:
         self._work = asyncio.Event()
         self._stopping = False
         self._running: Name | None = None
+        self.latest: RunProgress | None = None  # of the running job
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
 
@@ -114,7 +117,8 @@ class Dispatcher:
             try:
                 job = await until_done(self._jobs.claim)
                 if job is not None:
-                    await self._run(job)
+                    with observed_attempt(job, self._group.backend.generation) as left:
+                        await self._run(job, left)
                     continue
             except Exception:
                 log.exception("the dispatcher stumbled")
@@ -124,25 +128,23 @@ class Dispatcher:
                 # Leases run out without anybody's notice.
                 await asyncio.wait_for(self._work.wait(), self._config.lease_s)
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, left: Callable[[Job], None]) -> None:
         lease = job.lease
         self._running, self._cancelled = job.name, False
-        logger = log.bind(job=str(job.name), attempt=job.attempt)
-        logger.info("job started")
         renewal = asyncio.create_task(self._renew(lease))
         try:
             ended = await self._attempt(job)
-            logger.info("job left", state=ended.state)
+            left(ended)
             if ended.state in FINAL_STATES and ended.inputs:
                 with contextlib.suppress(DatabaseBusyError):  # the reaper comes round to it
                     await self._vectors.collect()  # deleted ones that it needed
         except StaleLeaseError as error:
-            logger.warning("lease lost", error=str(error))
+            log.warning("lease lost", error=str(error))
         except asyncio.CancelledError:
             await asyncio.shield(asyncio.ensure_future(self._give_back(lease)))
             raise
         finally:
-            self._running = None
+            self._running = self.latest = None
             renewal.cancel()
 
     async def _attempt(self, job: Job) -> Job:
@@ -194,11 +196,11 @@ class Dispatcher:
             return JobError(
                 code=code, reason=error.reason, message=error.message, metadata=error.metadata
             )
-        what, name = "job failed through a fault of this server", str(job.name)
+        what = "job failed through a fault of this server"
         if isinstance(error, BackendError):
-            log.error(what, job=name, error=str(error), exception=error.trace)
+            log.error(what, error=str(error), exception=error.trace)
         else:
-            log.error(what, job=name, exc_info=error)
+            log.error(what, exc_info=error)
         return JobError(
             code=code_of("INTERNAL"), reason="INTERNAL", message=fault_message(str(job.name))
         )
@@ -229,13 +231,13 @@ class Dispatcher:
                     )
                 ) as items,
             ):
-                result = await self._follow(job.lease, items)
+                result = await self._follow(
+                    job.lease, items, resolved.batch.statistics.num_positions
+                )
             sides = result.vector_spaces()
             outputs = outputs[: len(sides)]
             log.info(
                 "answer found",
-                job=str(job.name),
-                operation=asked.operation,
                 provenance=dict(result.provenance),
             )
             made = await self._keep(job, resolved, outputs, sides)
@@ -286,18 +288,21 @@ class Dispatcher:
                 raise
 
     async def _follow(
-        self, lease: Lease, items: AsyncGenerator[RunProgress | Result, None]
+        self, lease: Lease, items: AsyncGenerator[RunProgress | Result, None], num_positions: int
     ) -> Result:
         stored_at, stored_stage = -float("inf"), ""
         latest: RunProgress | None = None
+        num_counted = 0
         async for item in items:
+            computed("job", max(0, item.num_products - num_counted), num_positions)
+            num_counted = max(num_counted, item.num_products)
             if isinstance(item, Result):
                 if self._cancelled:
                     raise _InterruptedError
                 if latest is not None:
                     await self._report(lease, latest)
                 return item
-            latest = item
+            latest = self.latest = item
             # A product of a small model takes a millisecond, a durable row several.
             if (
                 item.stage != stored_stage
@@ -317,9 +322,9 @@ class Dispatcher:
         except StaleLeaseError:
             raise
         except DatabaseBusyError as error:
-            log.warning("progress was not stored", job=str(lease.name), why=str(error))
+            log.warning("progress was not stored", why=str(error))
         except Exception:
-            log.exception("progress was not stored", job=str(lease.name))
+            log.exception("progress was not stored")
         else:
             return True
         return False
@@ -350,7 +355,7 @@ class Dispatcher:
         with contextlib.suppress(ServiceError):  # ranks that are lost just now are as good
             await self._vectors.free(outputs)
         await until_done(lambda: self._vectors.add(made, resident=False))
-        log.debug("vectors kept", job=str(job.name), microseconds=now_us() - created)
+        log.debug("vectors kept", microseconds=now_us() - created)
         return made
 
     async def _withdraw(self, outputs: list[str]) -> None:
@@ -375,7 +380,7 @@ class Dispatcher:
             except StaleLeaseError:
                 return
             except Exception:
-                log.exception("a lease was not renewed; trying again", job=str(lease.name))
+                log.exception("a lease was not renewed; trying again")
 
 
 def _is_loss(error: Exception) -> bool:

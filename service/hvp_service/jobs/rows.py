@@ -123,6 +123,12 @@ def spec_row(spec: JobSpec) -> dict[str, Any]:
     return row
 
 
+def asked_operation(row: Any) -> str:
+    """The operation in a spec's column, unchecked; `unknown` where this version has none such."""
+    asked = row.get("operation") if isinstance(row, dict) else None
+    return asked if isinstance(asked, str) and asked in operations() else "unknown"
+
+
 def progress_row(progress: RunProgress) -> dict[str, Any]:
     """The value of progress's column."""
     return asdict(progress)

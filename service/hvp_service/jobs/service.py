@@ -16,6 +16,7 @@ from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.labels import check_labels, check_mask
 from hvp_service.calls.names import Name
+from hvp_service.calls.record import current_call
 from hvp_service.jobs.extension import earlier_of
 from hvp_service.jobs.inputs import using_inputs
 from hvp_service.jobs.plan import Plan, plan_of, require_room
@@ -124,6 +125,7 @@ async def create(
             return job, planned
         require_room(asked, planned)
         created = await deps.jobs.create(job, deps.config.max_queued_jobs)
+        current_call().names["job"] = str(created.name)
         if created.spec != asked or created.extends != extends:
             raise ServiceError(
                 "REQUEST_ID_REUSED",

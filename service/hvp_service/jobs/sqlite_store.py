@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,11 @@ from hvp_service.calls.labels import check_etag
 from hvp_service.calls.names import Name
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.jobs.event_log import EventLog
+from hvp_service.jobs.observing import operation_of
 from hvp_service.jobs.rows import (
     ERROR,
     STATE_CHANGE,
+    asked_operation,
     earlier_row,
     progress_row,
     read_job,
@@ -43,6 +46,7 @@ from hvp_service.jobs.store import (
     attempts_exhausted,
     unreadable,
 )
+from hvp_service.metrics.instruments import JOBS_ENDED
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.clock import SECOND, now_us
 from hvp_service.storage.database import Database, job_inputs, jobs
@@ -169,6 +173,12 @@ class SqliteJobStore(JobStore):
             )
             found = [read_job(row) for row in rows]
         return [job for job in found if job.state not in FINAL_STATES]
+
+    async def tally(self) -> Mapping[tuple[JobState, str], int]:
+        unfinished = jobs.c.state.in_(["QUEUED", *sorted(HELD_STATES)])
+        async with self._database.reading() as connection:
+            rows = await connection.execute(sa.select(jobs.c.state, jobs.c.spec).where(unfinished))
+            return Counter((row.state, asked_operation(row.spec)) for row in rows)
 
     async def pace(self, project: str, operator: OperatorRef) -> float:
         latest = sa.select(jobs.c.spec, jobs.c.progress)
@@ -361,6 +371,8 @@ class SqliteJobStore(JobStore):
         error_of: JobError | None = None,
         **columns: Any,
     ) -> Job:
+        if state in FINAL_STATES:
+            JOBS_ENDED.labels(operation_of(job), state).inc()
         change = StateChange(
             state=state, attempt=columns.get("attempt", job.attempt), error=error_of
         )

@@ -228,6 +228,13 @@ class JobStore(ABC):
         """Jobs of a project that have not ended."""
 
     @abstractmethod
+    async def tally(self) -> Mapping[tuple[JobState, str], int]:
+        """Number of jobs of all projects that have not ended, by state and operation.
+
+        Questions that this version does not know count as `unknown`.
+        """
+
+    @abstractmethod
     async def pace(self, project: str, operator: OperatorRef) -> float:
         """Seconds per product of the latest job on this very operator; 0 where there was none."""
 

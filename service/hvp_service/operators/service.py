@@ -14,6 +14,7 @@ from hvp_workers.backend import Backend, Form
 from hvp_service.app.dependencies import Dependencies
 from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, parse
+from hvp_service.metrics.instruments import computed
 from hvp_service.operators.resolver import (
     OperatorRef,
     ResolvedOperator,
@@ -218,6 +219,7 @@ async def _apply(
             [vector.name.id for vector in inputs],
             [vector.name.id for vector in outputs],
         )
+        computed("call", len(inputs), resolved.batch.statistics.num_positions)
         if news:
             log.info(
                 "products",

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.schema import CreateColumn
 
 from hvp_service.calls.errors import ServiceError
+from hvp_service.metrics import instruments
 
 # Another number is another format, which no other server may open. A column that is added with a
 # default for the rows without it leaves the number as it is: see `_add_columns`.
@@ -220,6 +221,7 @@ class DatabaseBusyError(ServiceError):
     """The database cannot be used at present: nothing of this transaction has happened."""
 
     def __init__(self, why: str):
+        instruments.DATABASE_BUSY.inc()
         super().__init__(
             "STATE_DIR_BUSY",
             f"The state folder's database cannot be used at present ({why}): its disk is slow or "
@@ -253,7 +255,7 @@ class Database:
         Raises:
             DatabaseBusyError: Every connection is taken, or another program holds the file whole.
         """
-        with _passing_troubles():
+        with instruments.transaction("read"), _passing_troubles():
             async with self._engine.connect() as connection, connection.begin():
                 yield connection
 
@@ -264,6 +266,12 @@ class Database:
         Raises:
             DatabaseBusyError: The disk is slow or full, or another process has the file open.
         """
+        with instruments.transaction("write"):
+            async with self._writing() as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def _writing(self) -> AsyncIterator[AsyncConnection]:
         deadline = time.monotonic() + _PATIENCE_S
         try:
             async with asyncio.timeout(_PATIENCE_S):
@@ -368,6 +376,7 @@ async def open_database(path: Path) -> Database:
         # Made of parts: in a URL written out, a `?` of the path would begin its query.
         sa.URL.create("sqlite+aiosqlite", database=str(path)),
         pool_timeout=_PATIENCE_S,
+        hide_parameters=True,  # an error's text goes to the log
         json_deserializer=_loads,
     )
     sa.event.listen(engine.sync_engine, "connect", _prepare_connection)

@@ -1,4 +1,4 @@
-"""Write the tables of the documents that are made of the code: `python service/generate.py`."""
+"""Write the tables of documents that are made of the code: `python service/generate_pages.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.flags import descriptions, metavar, shown_default
+from hvp_service.metrics import instruments, state
+from prometheus_client import Counter, Gauge, Histogram
 
 DOCUMENTS = Path(__file__).parent.parent / "docs"
 _BEGIN, _END = "<!-- made by `make pages` -->\n\n", "\n<!-- until here -->"
@@ -23,7 +25,21 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"configuration.md": settings_table}
+def metrics_table() -> str:
+    """One line for each figure of a server."""
+    found = {name: (labels, "gauge", words) for name, (words, labels) in state.FAMILIES.items()}
+    for each in vars(instruments).values():
+        if isinstance(each, (Counter, Gauge, Histogram)):
+            (metric,) = each.describe()
+            name = metric.name + ("_total" if metric.type == "counter" else "")
+            found[name] = (each._labelnames, metric.type, metric.documentation)
+    lines = ["| figure | labels | kind | |", "|---|---|---|---|"]
+    for name, (labels, kind, words) in sorted(found.items()):
+        lines.append(f"| `{name}` | {', '.join(labels)} | {kind} | {words} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"configuration.md": settings_table, "metrics.md": metrics_table}
 
 
 def page(name: str) -> str:
