@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, cast
@@ -24,6 +24,8 @@ from hvp_client._enums import plain_name
 from hvp_client._exceptions import InvalidArgumentError
 from hvp_client._settings import Tls
 from hvp_client._status import error_from_rpc
+from hvp_client.cli.doctor_server import examine_server, settings_of
+from hvp_client.cli.findings import Finding
 
 _GIB = 1 << 30
 _ANSWER_S = 5.0
@@ -32,39 +34,48 @@ _SDK_PACKAGES = ("hvp", "grpcio", "protobuf", "numpy", "safetensors", "google-cr
 _SERVER_PACKAGES = ("torch", "ray", "transformers", "sqlalchemy", "pydantic-settings")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was examined: the verdict on it, and what would mend a problem."""
-
-    what: str
-    verdict: Literal["ok", "note", "problem"]
-    found: str
-    fix: str = ""
-
-
-def examine(address: str | None, default_address: str, *, state_dir: Path, as_json: bool) -> int:
+def examine(
+    address: str | None,
+    default_address: str,
+    *,
+    state_dir: Path | None,
+    as_json: bool,
+    config_file: Path | None = None,
+) -> int:
     """Examine this machine and a server, and print the findings.
 
     Args:
         address: Address of the server that ought to answer; None: a server at the default address
             may answer, but need not.
         default_address: Address of a server by default.
-        state_dir: Folder in which a server would keep its state.
+        state_dir: Folder in which a server would keep its state; None for that of the settings.
         as_json: Print a JSON array.
+        config_file: File of a server's settings; None for that of HVP_CONFIG, if there is one.
 
     Returns:
         1 if there is a problem, else 0.
     """
     # Without a folder to stand in, libraries end the process as they are imported.
-    findings = list(_current_folder()) or [
-        *_python(),
-        *_packages(),
-        *_devices(),
-        *_memory(),
-        *_surroundings(),
-        *_disk(state_dir),
-        _server(address or default_address, expected=address is not None),
-    ]
+    findings = list(_current_folder())
+    if not findings:
+        config, of_settings = settings_of(config_file)
+        if state_dir is None:
+            state_dir = Path() if config is None else config.state_dir
+        asked = address or default_address
+        server = _server(asked, expected=address is not None)
+        findings = [
+            *_python(),
+            *_packages(),
+            *of_settings,
+            *_devices(),
+            *_memory(),
+            *_surroundings(),
+            *_disk(state_dir),
+        ]
+        if config is not None:
+            answering = asked if server.verdict == "ok" else ""
+            findings += examine_server(config, state_dir, answering)
+        findings.append(server)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -134,13 +145,22 @@ def _devices() -> Iterator[Finding]:
     if not built_for:
         yield Finding(what="devices", verdict="ok", found="CPU only (torch without CUDA)")
         return
-    names = []
+    names, talk = [], ""
     if surroundings.has_gpu_driver():
         import torch
 
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.distributed.is_available() and torch.distributed.is_nccl_available():
+            talk = ".".join(map(str, torch.cuda.nccl.version()))
     if names:
-        yield Finding(what="devices", verdict="ok", found=", ".join(names))
+        yield Finding(what="devices", verdict="ok", found=f"{', '.join(names)}; {built_for}")
+        alone = len(names) == 1
+        yield Finding(
+            what="NCCL",
+            verdict="ok" if talk or alone else "problem",
+            found=talk or "this torch has none",
+            fix="" if talk or alone else "install torch for CUDA: ranks exchange tensors by NCCL",
+        )
     else:
         yield Finding(
             what="devices",

@@ -258,12 +258,27 @@ def doctor(
             show_default=f"{DEFAULT_ADDRESS}, if one is there",
         ),
     ] = None,
-    state_dir: Annotated[Path, typer.Option(help="Where a server would keep its state.")] = Path(),
+    config: Annotated[
+        Path | None,
+        typer.Option(envvar="HVP_CONFIG", help="A server's file of settings, and what it names."),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where a server would keep its state.", show_default="that of the settings"
+        ),
+    ] = None,
     format_: FormatOption = Format.table,
 ) -> None:
     """Check this machine and a server; exit code 1 tells of a problem."""
     from hvp_client.cli.doctor import examine
 
     raise typer.Exit(
-        examine(address, DEFAULT_ADDRESS, state_dir=state_dir, as_json=format_ is Format.json)
+        examine(
+            address,
+            DEFAULT_ADDRESS,
+            state_dir=state_dir,
+            as_json=format_ is Format.json,
+            config_file=config,
+        )
     )
