@@ -115,6 +115,19 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert any(line.startswith("HVP_LEASE_S: must be a valid number") for line in told)
 
 
+def test_variables_by_which_kubernetes_names_a_service_are_no_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HVP", "HVP_SERVER"):
+        monkeypatch.setenv(f"{name}_SERVICE_HOST", "10.0.0.1")
+        monkeypatch.setenv(f"{name}_SERVICE_PORT_GRPC", "8471")
+        monkeypatch.setenv(f"{name}_PORT", "tcp://10.0.0.1:8471")
+        monkeypatch.setenv(f"{name}_PORT_8471_TCP_ADDR", "10.0.0.1")
+    assert read().config == ServerConfig()
+    monkeypatch.setenv("HVP_PORT", "8471")
+    assert "HVP_PORT: no part of hvp reads this" in refusal()
+
+
 def test_variables_that_other_parts_read_are_known() -> None:
     folders = ("client", "service", "workers", "protos/hvp_operations", "protos/hvp_folders")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]

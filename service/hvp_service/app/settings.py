@@ -36,6 +36,11 @@ OTHER_VARIABLES = frozenset(
 )
 #: Of the variables that a test gives to its own ranks.
 _OF_TESTS = "HVP_TEST_"
+# Kubernetes gives every container such variables of a Service that is called hvp, or hvp-something.
+_SERVICE_LINK = re.compile(
+    r"HVP_(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=\d+|PORT(_\d+_(TCP|UDP|SCTP))?=\w+://.*"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*)"
+)
 _MASK = "********"
 _SECRET = re.compile(r"(^|_)(password|secret|token|tokens|api_key)(_|$)")
 # A password in a URL, before its host or in its query.
@@ -158,7 +163,9 @@ def _unknown_variables() -> Iterator[str]:
     known = {f"{PREFIX}{name.upper()}" for name in ServerConfig.model_fields} | OTHER_VARIABLES
     for name in sorted(os.environ):
         upper = name.upper()
-        if upper.startswith(PREFIX) and not upper.startswith(_OF_TESTS) and upper not in known:
+        if not upper.startswith(PREFIX) or upper in known or upper.startswith(_OF_TESTS):
+            continue
+        if not _SERVICE_LINK.fullmatch(f"{name}={os.environ[name]}"):
             yield f"{name}: no part of hvp reads this variable{nearest(upper, known)}"
 
 
