@@ -30,6 +30,7 @@ from hvp_service.operators.resolver import OperatorRef
 from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import open_database
 from hvp_workers.backend import RunProgress
+from pydantic import SecretStr
 
 SPEC = JobSpec(
     operation="eigsh",
@@ -64,11 +65,10 @@ RESULT = JobResult(
 Open = Callable[[str, float], JobStore]
 
 
-@pytest.fixture(params=["sqlite"])
-async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
+@pytest.fixture
+async def open_store(where: Path | SecretStr) -> AsyncIterator[Open]:
     """Opens the same store as another server, with its name and lease."""
-    assert request.param == "sqlite"
-    database = await open_database(tmp_path / "jobs.sqlite3")
+    database = await open_database(where)
     pager = Pager(database.page_token_key)
     yield lambda owner, lease_s: SqliteJobStore(database, pager, owner=owner, lease_s=lease_s)
     await database.close()

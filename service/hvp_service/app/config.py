@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal, Self
 
 from hvp_workers.backend import Compile, Schedule
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hvp_service.storage.postgres import split_url
 
 MEBIBYTE = 1 << 20
 
@@ -57,7 +59,11 @@ class ServerConfig(BaseSettings):
         jwt_issuer: The issuer that tokens must name.
         jwt_audience: The audience that tokens must name.
         audit_log: File of who did what; by default `audit.jsonl` in the state folder.
-        state_dir: Folder of uploads, rows and vectors; one server at a time uses it.
+        state_dir: Folder of uploads, rows and vectors; one server at a time uses it, unless the
+            rows are elsewhere.
+        database_url: URL of a PostgreSQL database for the rows, which other servers may use at the
+            same time, with the same folder; None for an SQLite file in the folder. docs/database.md
+            says more.
         workers: Number of ranks in the worker group.
         device: Device that the ranks compute on.
         backend: `ray` for one process per rank, `inprocess` for one rank in this process.
@@ -105,6 +111,7 @@ class ServerConfig(BaseSettings):
     jwt_audience: str = ""
     audit_log: Path | None = None
     state_dir: Path = Path("hvp-state")
+    database_url: SecretStr | None = None
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Literal["ray", "inprocess"] = "ray"
@@ -144,6 +151,13 @@ class ServerConfig(BaseSettings):
     def _well_formed(cls, address: str) -> str:
         split_address(address)
         return address
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            split_url(url.get_secret_value())
+        return url
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:

@@ -86,11 +86,11 @@ async def open_dependencies(
     """Open the state, settle what an earlier server left, and start the ranks.
 
     Raises:
-        SchemaVersionError: The state directory is another version's.
-        ServiceError: STATE_DIR_BUSY.
+        DatabaseRefusedError: The database is not to be had, or another version's.
+        ServiceError: STATE_DIR_BUSY, DATABASE_UNAVAILABLE.
         BackendError: The ranks do not start.
     """
-    database = await open_database(state_dir.database)
+    database = await open_database(config.database_url or state_dir.database)
     group = GroupSupervisor(backend)
     try:
         pager = Pager(database.page_token_key)

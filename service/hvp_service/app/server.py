@@ -25,15 +25,15 @@ from hvp_service.app.dependencies import open_dependencies
 from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
 from hvp_service.identity.tokens import TokenKeysError, read_keys
-from hvp_service.storage.database import SchemaVersionError
 from hvp_service.storage.state_dir import StateDirectoryError, sole_use
+from hvp_service.storage.troubles import DatabaseRefusedError
 
 log = structlog.get_logger()
 
 #: What a server that does not start says in one line.
 _REFUSALS = (
     StateDirectoryError,
-    SchemaVersionError,
+    DatabaseRefusedError,
     ServiceError,
     BackendError,
     TlsError,
@@ -50,7 +50,7 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
 
     Raises:
         StateDirectoryError: Another server uses the state directory, or another user owns it.
-        SchemaVersionError: The state directory is another version's.
+        DatabaseRefusedError: The database is not to be had, or another version's.
         ServiceError: Another program holds the database.
         BackendError: The ranks do not start.
         OSError: The address cannot be had.
@@ -162,6 +162,11 @@ def _parse(argv: Sequence[str]) -> ServerConfig:
     parser.add_argument("--tls-key", help="PEM file of the certificate's private key")
     parser.add_argument("--tls-client-ca", help="PEM file: only its clients are let in")
     parser.add_argument("--state-dir", help="where uploads, jobs and vectors are kept")
+    parser.add_argument(
+        "--database-url",
+        help="postgresql://USER:PASSWORD@HOST:PORT/NAME; better in HVP_DATABASE_URL, where other "
+        "users of this machine do not see it",
+    )
     parser.add_argument("--workers", type=int, help="ranks of the worker group")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--backend", choices=["ray", "inprocess"])

@@ -12,7 +12,8 @@ import structlog
 
 from hvp_service.calls.errors import ServiceError
 from hvp_service.storage.clock import now_us
-from hvp_service.storage.database import Database, DatabaseBusyError, requests
+from hvp_service.storage.database import Database, requests
+from hvp_service.storage.troubles import DatabaseBusyError
 
 MAX_REQUEST_ID_LENGTH = 128
 

@@ -16,7 +16,8 @@ from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import ALL_PROJECTS, KINDS, Name, noted
 from hvp_service.identity.caller import ROLES, Role
 from hvp_service.storage.clock import SECOND, now_us
-from hvp_service.storage.database import Database, DatabaseBusyError, api_keys
+from hvp_service.storage.database import Database, api_keys
+from hvp_service.storage.troubles import DatabaseBusyError
 
 PREFIX = "hvp_"
 

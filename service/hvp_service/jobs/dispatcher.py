@@ -31,8 +31,8 @@ from hvp_service.jobs.store import (
 )
 from hvp_service.operators.resolver import OperatorResolver, ResolvedOperator
 from hvp_service.storage.clock import now_us
-from hvp_service.storage.database import DatabaseBusyError
 from hvp_service.storage.patience import until_done
+from hvp_service.storage.troubles import DatabaseBusyError
 from hvp_service.vectors.rows import Vector
 from hvp_service.vectors.store import VectorStore
 

@@ -158,9 +158,11 @@ class VectorRows:
             for owner in {vector.session for vector in made if vector.session is not None}:
                 if not await _is_there(connection, sessions, owner):
                     raise session_expired(str(owner))
+            for vector in made:
+                # An eigenvector's name follows from its job's attempt, which may try twice.
+                await connection.execute(sa.delete(vectors).where(*_is(vector.name)))
             await connection.execute(
-                # An eigenvector's name follows from its job: a second attempt replaces the first's.
-                sa.insert(vectors).prefix_with("OR REPLACE"),
+                vectors.insert(),
                 [
                     {
                         "project": vector.name.project,
@@ -350,6 +352,10 @@ async def is_named(connection: AsyncConnection, name: Name) -> bool:
         vectors.c.project == name.project, vectors.c.id == name.id, _IS_NAMED
     )
     return (await connection.execute(row)).first() is not None
+
+
+def _is(name: Name) -> tuple[sa.ColumnElement[bool], ...]:
+    return vectors.c.project == name.project, vectors.c.id == name.id
 
 
 async def _is_there(connection: AsyncConnection, table: sa.Table, name: Name) -> bool:
