@@ -44,8 +44,22 @@ class Server:
         """URL of a database on it."""
         return f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{database}"
 
+    async def emptied(self) -> str:
+        """URL of a database with tables, once somebody has opened it, and without rows."""
+        connection = await asyncpg.connect(self.url())
+        try:
+            tables = await connection.fetch(
+                "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+            )
+            for (table,) in tables:
+                if table != "alembic_version":
+                    await connection.execute(f"DELETE FROM {table}")  # noqa: S608
+        finally:
+            await connection.close()
+        return self.url()
+
     async def new_database(self) -> str:
-        """Make an empty database, and return its URL."""
+        """Make a database without tables, which takes a second, and return its URL."""
         self._databases += 1
         name = f"t{self._databases}"
         connection = await asyncpg.connect(self.url())
@@ -105,7 +119,7 @@ def running() -> Iterator[Server]:
             capture_output=True,
             cwd="/",
         )
-        server = Server(root / "data", _free_port(), programs)
+        server = Server(root / "data", free_ports(1)[0], programs)
         server.start()
         try:
             subprocess.run(
@@ -154,7 +168,10 @@ def _as_nobody(command: list[str]) -> list[str]:
     return [*setpriv, *command]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(number: int) -> list[int]:
+    """Ports of loopback at which nobody listens now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

@@ -55,8 +55,8 @@ def postgres() -> Iterator[postgres_server.Server]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 async def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | SecretStr:
-    """Where an empty database is: in a file, and on a server."""
+    """Where a database without rows is: in a file, and on a server."""
     if request.param == "sqlite":
         return tmp_path / "rows.sqlite3"
     server: postgres_server.Server = request.getfixturevalue("postgres")
-    return SecretStr(await server.new_database())
+    return SecretStr(await server.emptied())

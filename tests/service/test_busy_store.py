@@ -64,6 +64,15 @@ class BusyOnce:
         async with self._real.writing() as connection:
             yield connection
 
+    @contextlib.asynccontextmanager
+    async def updating(self) -> AsyncIterator[Any]:
+        self._count()
+        async with self._real.updating() as connection:
+            yield connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
 
 async def until(deps: Dependencies, wanted: Callable[[Job], bool], name: Name) -> Job:
     """The job as soon as it is as wanted."""
@@ -145,7 +154,6 @@ def _operators_beside(deps: Dependencies, database: Any) -> Any:
 async def test_a_lock_held_through_a_run_delays_it_and_ends_nothing(
     config: ServerConfig, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.05)
     backend = QuadraticBackend()
     deps = await open_dependencies(config, state_dir, backend)
     try:
@@ -153,6 +161,7 @@ async def test_a_lock_held_through_a_run_delays_it_and_ends_nothing(
         backend.gate.clear()
         job = await queue(deps, ref)
         await until(deps, lambda found: found.progress is not None, job.name)
+        monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.05)
         other = sqlite3.connect(state_dir.database, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         backend.gate.set()

@@ -19,6 +19,7 @@ from hvp_service.storage.state_dir import StateDir
 from hvp_service.storage.troubles import SchemaVersionError
 from pydantic import SecretStr
 
+from tests.modules.postgres import Server
 from tests.service.quadratic_backend import QuadraticBackend
 from tests.service.world import PROJECT, make_operator
 
@@ -108,8 +109,10 @@ async def described(where: Path | SecretStr) -> dict[str, Any]:
 
 
 async def test_the_revisions_make_the_tables_that_the_statements_are_about(
-    where: Path | SecretStr,
+    where: Path | SecretStr, postgres: Server
 ) -> None:
+    if isinstance(where, SecretStr):
+        where = SecretStr(await postgres.new_database())
     made = await described(where)
     assert made.keys() == METADATA.tables.keys()
     for name, (columns, key, indexes) in made.items():
@@ -133,18 +136,20 @@ async def test_a_file_of_0_1_and_a_new_one_come_to_the_same_tables(tmp_path: Pat
 
 
 async def test_a_database_of_a_newer_version_is_refused_and_left_as_it_is(
-    where: Path | SecretStr,
+    where: Path | SecretStr, postgres: Server
 ) -> None:
+    if isinstance(where, SecretStr):
+        where = SecretStr(await postgres.new_database())
     database = await open_database(where)
     async with database.writing() as connection:
         await connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     await database.close()
     for _ in range(2):
-        with pytest.raises(SchemaVersionError, match="revision 9999, .*use the version"):
+        with pytest.raises(SchemaVersionError, match=r"revision 9999, .*use the version"):
             await open_database(where)
 
 
-async def test_opening_twice_at_once_runs_each_revision_once(postgres: Any) -> None:
+async def test_opening_twice_at_once_runs_each_revision_once(postgres: Server) -> None:
     where = SecretStr(await postgres.new_database())
     opened = await asyncio.gather(*(open_database(where) for _ in range(4)))
     assert len({database.page_token_key for database in opened}) == 1

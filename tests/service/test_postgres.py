@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import asyncpg
 import pytest
 import sqlalchemy as sa
 from hvp_service.app.config import ServerConfig
+from hvp_service.app.server import _REFUSALS, main, serve
 from hvp_service.calls.errors import ServiceError
 from hvp_service.storage import postgres as engine
 from hvp_service.storage.database import Database, open_database, sessions
@@ -99,28 +96,27 @@ def test_a_servers_settings_do_not_show_the_password() -> None:
     assert shown == "postgresql://me@h1:1,h2:2/name"
 
 
-def test_a_server_says_in_one_line_that_its_database_does_not_answer(tmp_path: Path) -> None:
-    arguments = ["--address", "127.0.0.1:0", "--state-dir", str(tmp_path / "state")]
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "hvp_service.app.server", *arguments),
-            *("--backend", "inprocess", "--workers", "1"),
-        ],
-        env=os.environ | {"HVP_DATABASE_URL": "postgresql://me:geheim@127.0.0.1:1/name"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith(
-        "error: no PostgreSQL server answers at postgresql://me@127.0.0.1:1/name"
-    )
-    assert "geheim" not in ended.stderr
+def test_the_command_refuses_what_is_no_database_url_without_repeating_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--database-url", "mysql://user:geheim@host/name"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: database_url: a database URL is postgresql://USER:PASSWORD@")
+    assert "geheim" not in line
+
+
+async def test_a_server_does_not_start_without_its_database(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HVP_DATABASE_URL", "postgresql://me:geheim@127.0.0.1:1/name")
+    settings = config.model_dump(exclude={"database_url"})
+    with pytest.raises(_REFUSALS, match="no PostgreSQL server answers at postgresql://me@") as said:
+        await serve(ServerConfig(**settings))
+    assert "geheim" not in str(said.value)
 
 
 async def test_transactions_of_two_servers_run_one_after_the_other(postgres: Server) -> None:
-    where = SecretStr(await postgres.new_database())
+    where = SecretStr(await postgres.emptied())
     first, second = await open_database(where), await open_database(where)
     inside = asyncio.Event()
     leave = asyncio.Event()
@@ -148,11 +144,11 @@ async def test_a_writer_that_finds_no_turn_hears_that_the_database_is_not_to_be_
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "_PATIENCE_S", 0.1)
-    where = SecretStr(await postgres.new_database())
+    where = SecretStr(await postgres.emptied())
     first, second = await open_database(where), await open_database(where)
     async with first.updating() as connection:
         await connection.execute(sa.text("LOCK TABLE sessions"))
-        with pytest.raises(ServiceError, match="DATABASE_UNAVAILABLE: .*lock timeout"):
+        with pytest.raises(ServiceError, match=r"DATABASE_UNAVAILABLE: .*lock timeout"):
             await add(second, "never")
     await add(second, "later")
     assert await ids(first) == ["later"]
@@ -161,7 +157,7 @@ async def test_a_writer_that_finds_no_turn_hears_that_the_database_is_not_to_be_
 
 
 async def test_two_that_wait_for_each_other_do_not_wait_for_ever(postgres: Server) -> None:
-    database = await open_database(SecretStr(await postgres.new_database()))
+    database = await open_database(SecretStr(await postgres.emptied()))
     for identifier in "ab":
         await add(database, identifier)
     barrier = asyncio.Barrier(2)
@@ -182,7 +178,7 @@ async def test_two_that_wait_for_each_other_do_not_wait_for_ever(postgres: Serve
 
 
 async def test_a_server_outlives_a_restart_of_its_database(postgres: Server) -> None:
-    url = await postgres.new_database()
+    url = await postgres.emptied()
     database = await open_database(SecretStr(url))
     await asyncio.gather(*(add(database, str(number)) for number in range(5)))
     heard: list[None] = []
@@ -207,9 +203,10 @@ async def test_a_server_outlives_a_restart_of_its_database(postgres: Server) -> 
 
 
 async def test_a_connection_that_is_cut_in_a_transaction_undoes_it(postgres: Server) -> None:
-    url = await postgres.new_database()
+    url = await postgres.emptied()
     database = await open_database(SecretStr(url))
-    with pytest.raises(ServiceError, match="DATABASE_UNAVAILABLE"):
+
+    async def be_cut() -> None:
         async with database.writing() as connection:
             await connection.execute(
                 sessions.insert().values(
@@ -223,6 +220,9 @@ async def test_a_connection_that_is_cut_in_a_transaction_undoes_it(postgres: Ser
             )
             await killer.close()
             await connection.execute(sa.select(sessions))
+
+    with pytest.raises(ServiceError, match="DATABASE_UNAVAILABLE"):
+        await be_cut()
     assert await ids(database) == []
     await add(database, "next")
     await database.close()
@@ -231,14 +231,18 @@ async def test_a_connection_that_is_cut_in_a_transaction_undoes_it(postgres: Ser
 async def test_news_reach_every_server_of_the_database_once_they_are_committed(
     postgres: Server,
 ) -> None:
-    where = SecretStr(await postgres.new_database())
+    where = SecretStr(await postgres.emptied())
     first, second = await open_database(where), await open_database(where)
     await asyncio.wait_for(second.signals.event("listening").wait(), 10)  # rung when it listens
     event = second.signals.event("topic 'é'")
-    with pytest.raises(RuntimeError, match="undone"):
+
+    async def undo() -> None:
         async with first.writing() as connection:
             first.tell(connection, "topic 'é'")
             raise RuntimeError("undone")
+
+    with pytest.raises(RuntimeError, match="undone"):
+        await undo()
     async with first.updating() as connection:
         first.tell(connection, "topic 'é'")
         await asyncio.sleep(0.05)

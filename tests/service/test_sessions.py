@@ -312,7 +312,11 @@ async def test_the_folder_of_an_older_server_opens_and_its_vectors_stay(
     config: ServerConfig, state_dir: StateDir
 ) -> None:
     added = {
-        **{"requests": ("owner", "lease_expire"), "server": ("folder",)},
+        **{
+            "requests": ("owner", "lease_expire"),
+            "uploads": ("busy_until",),
+            "server": ("folder",),
+        },
         "vectors": ("session", "expire_time", "kept"),
         "blobs": ("mention_time",),
     }

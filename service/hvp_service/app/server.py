@@ -25,7 +25,7 @@ from hvp_service.app.dependencies import open_dependencies
 from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
 from hvp_service.identity.tokens import TokenKeysError, read_keys
-from hvp_service.storage.state_dir import StateDirectoryError, sole_use
+from hvp_service.storage.state_dir import StateDirectoryError, shared_use, sole_use
 from hvp_service.storage.troubles import DatabaseRefusedError
 
 log = structlog.get_logger()
@@ -62,7 +62,8 @@ async def serve(config: ServerConfig, *, stop: asyncio.Event | None = None) -> N
     if config.jwt_keys is not None:
         read_keys(config.jwt_keys)
     require_free(config.address)
-    with sole_use(config.state_dir) as state_dir:
+    use = sole_use if config.database_url is None else shared_use
+    with use(config.state_dir) as state_dir:
         backend = open_backend(
             kind=config.backend,
             num_workers=config.workers,

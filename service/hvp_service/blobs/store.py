@@ -189,7 +189,7 @@ class BlobStore:
     async def mention(self, project: str, digests: Sequence[Digest]) -> set[Digest]:
         """The digests whose blobs are here; the caller is told so, and they stay for the grace."""
         here: set[Digest] = set()
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             for start in range(0, len(digests), _DIGESTS_PER_QUERY):
                 asked = [d.sha256 for d in digests[start : start + _DIGESTS_PER_QUERY]]
                 rows = await connection.execute(

@@ -174,7 +174,7 @@ class KeyStore:
         if key.use_time is not None and used - key.use_time < _USE_NOTED_US:
             return
         with contextlib.suppress(DatabaseBusyError):  # a note for people, which can wait
-            async with self._database.writing() as connection:
+            async with self._database.updating() as connection:
                 await connection.execute(
                     api_keys.update().where(api_keys.c.id == key.id).values(use_time=used)
                 )

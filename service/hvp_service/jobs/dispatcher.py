@@ -24,6 +24,7 @@ from hvp_service.jobs.store import (
     JobError,
     JobResult,
     JobSpec,
+    JobState,
     JobStore,
     Lease,
     StaleLeaseError,
@@ -179,6 +180,13 @@ class Dispatcher:
         try:
             return await until_done(lambda: self._jobs.finish(job.lease, end))
         except StaleLeaseError:
+            if not isinstance(end, JobResult):
+                raise
+            with contextlib.suppress(ServiceError):  # the job is deleted
+                ended = await until_done(lambda: self._jobs.get(job.name))
+                if ended.result == end:
+                    return ended  # the connection broke as the row was written
+            await self._withdraw([parse(name, "vectors").id for name in end.vectors])
             raise
         except Exception as error:
             if not isinstance(end, JobResult):
@@ -210,7 +218,8 @@ class Dispatcher:
         # Before anything is made for its vectors: the row may be older than the first check.
         planned = await plan_of(self._group, asked, resolved)
         require_room(asked, planned)
-        outputs = [f"{job.name.id}-{index}" for index in range(planned.cost.results)]
+        # Of this attempt: should it lose its lease, it touches nothing of the next one's.
+        outputs = [f"{job.name.id}-{job.attempt}-{index}" for index in range(planned.cost.results)]
         try:
             # Every implementation is an async generator; the interface promises `aclose`.
             async with (
@@ -313,7 +322,7 @@ class Dispatcher:
     async def _report(self, lease: Lease, progress: RunProgress) -> bool:
         """Store progress and tell whether that was done; a run goes on where it was not."""
         try:
-            await self._jobs.report(lease, progress)
+            self._look_at(await self._jobs.report(lease, progress))
         except StaleLeaseError:
             raise
         except DatabaseBusyError as error:
@@ -323,6 +332,10 @@ class Dispatcher:
         else:
             return True
         return False
+
+    def _look_at(self, state: JobState) -> None:
+        if state == "CANCELLING":  # through another server, maybe
+            self._cancelled = True
 
     async def _keep(
         self, job: Job, resolved: ResolvedOperator, outputs: Sequence[str], sides: Sequence[Side]
@@ -371,7 +384,7 @@ class Dispatcher:
         while True:
             await asyncio.sleep(self._config.lease_s / 3)
             try:
-                await self._jobs.renew(lease)
+                self._look_at(await self._jobs.renew(lease))
             except StaleLeaseError:
                 return
             except Exception:

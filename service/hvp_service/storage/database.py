@@ -19,6 +19,7 @@ from hvp_service.storage.migrate import migrate
 from hvp_service.storage.postgres import PostgresEngine
 from hvp_service.storage.signals import Signals
 from hvp_service.storage.sqlite import SqliteEngine
+from hvp_service.storage.troubles import DatabaseRefusedError
 
 METADATA = sa.MetaData()
 
@@ -68,6 +69,8 @@ uploads = sa.Table(
     sa.Column("writer_epoch", sa.BigInteger, nullable=False),
     sa.Column("state", sa.String, nullable=False),  # OPEN FINISHED CANCELLED
     sa.Column("expire_time", sa.BigInteger, nullable=False),
+    # Until when other servers take it that a stream writes to it.
+    sa.Column("busy_until", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 checkpoints = sa.Table(
@@ -302,6 +305,26 @@ class Database:
     def tell(self, connection: AsyncConnection, topic: str) -> None:
         """Have everybody who waits for news of a topic woken once the open transaction is done."""
         connection.info[_TOLD].add(topic)
+
+    async def keep_folder(self, identity: str, root: Path) -> None:
+        """Refuse a folder that does not hold the files that the rows are about.
+
+        Args:
+            identity: Id of the folder; the first one that a database sees is the right one.
+            root: Path of the folder.
+
+        Raises:
+            DatabaseRefusedError: The files are in another folder.
+        """
+        async with self.writing() as connection:
+            if await connection.scalar(sa.select(server.c.folder)) == "":
+                await connection.execute(sa.update(server).values(folder=identity))
+            elif await connection.scalar(sa.select(server.c.folder)) != identity:
+                raise DatabaseRefusedError(
+                    f"the files that belong to the rows at {self._engine.where} are not in {root}: "
+                    "give every server of one database the same --state-dir, on a disk that they "
+                    "share, or give this server a database of its own"
+                )
 
     async def shrink(self) -> None:
         """Give the room of deleted rows back to the disk."""

@@ -242,7 +242,7 @@ class VectorRows:
         }
         if not due:
             return list(used)
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             await connection.execute(
                 sa.update(vectors)
                 # One that a caller keeps meanwhile has no time to live any more.
@@ -256,13 +256,12 @@ class VectorRows:
             for vector in used
         ]
 
-    async def retain(self, vector: Vector, recipe: Recipe) -> Vector:
-        """Let a vector stay until it is deleted.
+    async def retain(self, vector: Vector, recipe: Recipe, lifetime: Lifetime) -> Vector:
+        """Give a vector a recipe and another lifetime.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
         """
-        kept = Lifetime(kept=True)
         async with self._database.writing() as connection:
             changed = await connection.execute(
                 sa.update(vectors)
@@ -273,14 +272,14 @@ class VectorRows:
                 )
                 .values(
                     recipe=recipe,
-                    session=kept.session,
-                    expire_time=kept.expire_time,
-                    kept=kept.kept,
+                    session=lifetime.session,
+                    expire_time=lifetime.expire_time,
+                    kept=lifetime.kept,
                 )
             )
         if not changed.rowcount:
             raise gone(vector.name)
-        return replace(vector, recipe=recipe, lifetime=kept)
+        return replace(vector, recipe=recipe, lifetime=lifetime)
 
     async def delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
         """Delete rows and return their ids; those that a job needs lose their names alone."""
@@ -343,6 +342,16 @@ def gone(name: Name) -> ServiceError:
         "vector",
         "If it was there, it was deleted, or what it belonged to has ended: its session, its job, "
         "or the time for which nobody used it. Make it again.",
+    )
+
+
+def lost(name: Name) -> ServiceError:
+    """The refusal of a product that is not on these ranks."""
+    return ServiceError(
+        "INPUT_MISSING",
+        f"{name} is a product, and the ranks that held it are gone, or another server's; make it "
+        "again, and keep it if it has to outlast the ranks.",
+        resource=str(name),
     )
 
 

@@ -1,4 +1,4 @@
-"""Sessions, the inputs of jobs, and the columns that came after 0.1.
+"""Sessions, API keys, the inputs of jobs, and the columns that came after 0.1.
 
 Revision ID: 0002
 
@@ -74,6 +74,21 @@ def upgrade() -> None:
             sa.Column("job_id", sa.String, nullable=False),
             sa.PrimaryKeyConstraint("project", "vector_id", "job_id"),
         )
+    if not present.has_table("api_keys"):
+        op.create_table(
+            "api_keys",
+            sa.Column("id", sa.String, nullable=False),
+            sa.Column("project", sa.String, nullable=False),
+            sa.Column("role", sa.String, nullable=False),
+            sa.Column("label", sa.String, nullable=False),
+            sa.Column("sha256", sa.String, nullable=False),
+            sa.Column("create_time", sa.BigInteger, nullable=False),
+            sa.Column("expire_time", sa.BigInteger, nullable=True),
+            sa.Column("revoke_time", sa.BigInteger, nullable=True),
+            sa.Column("use_time", sa.BigInteger, nullable=True),
+            sa.PrimaryKeyConstraint("id"),
+        )
+        op.create_index("ix_api_keys_project", "api_keys", ["project"])
     if op.get_bind().dialect.name == "sqlite":  # no other database has rows of 0.1
         _translate_jobs()
 

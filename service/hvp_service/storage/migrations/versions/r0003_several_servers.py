@@ -18,6 +18,9 @@ def upgrade() -> None:
     op.add_column(
         "requests", sa.Column("lease_expire", sa.BigInteger, nullable=False, server_default="0")
     )
+    op.add_column(
+        "uploads", sa.Column("busy_until", sa.BigInteger, nullable=False, server_default="0")
+    )
     op.add_column("server", sa.Column("folder", sa.String, nullable=False, server_default=""))
 
 
