@@ -17,6 +17,7 @@ from hvp_client.cli.doctor_server import clock, examine_server, settings_of
 from hvp_client.cli.findings import Finding
 from hvp_service.app.config import ServerConfig
 from hvp_service.storage.database import open_database
+from pydantic import SecretStr
 
 
 @pytest.fixture(autouse=True)
@@ -99,15 +100,22 @@ def test_a_certificate_and_a_key_that_do_not_match_are_a_problem(tmp_path: Path)
     assert (found.verdict, "is not the key of" in found.found) == ("problem", True)
 
 
+def test_a_database_elsewhere_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    url = SecretStr("postgresql://me:secret@127.0.0.1:1/hvp")
+    found = examined(tmp_path, database_url=url)["database"]
+    assert (found.verdict, "127.0.0.1:1" in found.found) == ("problem", True)
+    assert "secret" not in str(found)
+
+
 async def test_a_database_is_whole_or_the_problem_is_named(tmp_path: Path) -> None:
     assert "database" not in examined(tmp_path)
     path = tmp_path / "hvp.sqlite3"
     await (await open_database(path)).close()
     assert examined(tmp_path)["database"].verdict == "ok"
     with sqlite3.connect(path) as rows:
-        rows.execute("UPDATE server SET schema_version = 99")
+        rows.execute("UPDATE alembic_version SET version_num = '9999'")
     rows.close()
-    assert "99" in problems([examined(tmp_path)["database"]])["database"]
+    assert "9999" in problems([examined(tmp_path)["database"]])["database"]
     path.write_bytes(b"no database at all" * 100)
     assert "cannot be read" in problems([examined(tmp_path)["database"]])["database"]
 

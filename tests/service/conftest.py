@@ -7,7 +7,9 @@ import pytest
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
 from hvp_service.storage.state_dir import StateDir, sole_use
+from pydantic import SecretStr
 
+from tests.modules import postgres as postgres_server
 from tests.service.quadratic_backend import QuadraticBackend
 
 
@@ -43,3 +45,18 @@ async def deps(
     opened = await open_dependencies(config, state_dir, backend)
     yield opened
     await opened.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.Server]:
+    with postgres_server.running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | SecretStr:
+    """Where a database without rows is: in a file, and on a server."""
+    if request.param == "sqlite":
+        return tmp_path / "rows.sqlite3"
+    server: postgres_server.Server = request.getfixturevalue("postgres")
+    return SecretStr(await server.emptied())

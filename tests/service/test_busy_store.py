@@ -17,9 +17,10 @@ from hvp_service.jobs import service as jobs
 from hvp_service.jobs.dispatcher import Dispatcher
 from hvp_service.jobs.store import Job, JobResult, Lease
 from hvp_service.operators.resolver import OperatorRef
-from hvp_service.storage import database
-from hvp_service.storage.database import Database, DatabaseBusyError
+from hvp_service.storage import sqlite
+from hvp_service.storage.database import Database
 from hvp_service.storage.state_dir import StateDir
+from hvp_service.storage.troubles import DatabaseBusyError
 from hvp_workers.backend import RunProgress
 
 from tests.service.quadratic_backend import QuadraticBackend
@@ -62,6 +63,15 @@ class BusyOnce:
         self._count()
         async with self._real.writing() as connection:
             yield connection
+
+    @contextlib.asynccontextmanager
+    async def updating(self) -> AsyncIterator[Any]:
+        self._count()
+        async with self._real.updating() as connection:
+            yield connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
 
 
 async def until(deps: Dependencies, wanted: Callable[[Job], bool], name: Name) -> Job:
@@ -144,7 +154,6 @@ def _operators_beside(deps: Dependencies, database: Any) -> Any:
 async def test_a_lock_held_through_a_run_delays_it_and_ends_nothing(
     config: ServerConfig, state_dir: StateDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE_S", 0.05)
     backend = QuadraticBackend()
     deps = await open_dependencies(config, state_dir, backend)
     try:
@@ -152,6 +161,7 @@ async def test_a_lock_held_through_a_run_delays_it_and_ends_nothing(
         backend.gate.clear()
         job = await queue(deps, ref)
         await until(deps, lambda found: found.progress is not None, job.name)
+        monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.05)
         other = sqlite3.connect(state_dir.database, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         backend.gate.set()

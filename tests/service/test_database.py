@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from hvp_service.calls.errors import ServiceError
-from hvp_service.storage import database
+from hvp_service.storage import sqlite
 from hvp_service.storage.clock import now_us
-from hvp_service.storage.database import Database, DatabaseBusyError, open_database, requests
+from hvp_service.storage.database import Database, open_database, requests
+from hvp_service.storage.troubles import DatabaseBusyError
 
 # Every printable character that a name can have, and two that a URL would read as one.
 NAMEABLE = string.printable.replace("/", "") + "é漢\N{GRINNING FACE}" + "%3F"
@@ -47,7 +48,7 @@ def inside(folder: Path) -> set[Path]:
 async def test_a_write_that_finds_no_turn_says_so_and_the_next_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.05)
     rows = await open_database(tmp_path / "rows.db")
     other = sqlite3.connect(tmp_path / "rows.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -64,7 +65,7 @@ async def test_a_write_that_finds_no_turn_says_so_and_the_next_one_succeeds(
 async def test_however_many_wait_for_a_held_lock_all_hear_that_the_folder_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.5)
     rows = await open_database(tmp_path / "rows.db")
     other = sqlite3.connect(tmp_path / "rows.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -83,7 +84,7 @@ async def test_however_many_wait_for_a_held_lock_all_hear_that_the_folder_is_bus
 async def test_a_reader_that_finds_every_connection_taken_hears_that_the_folder_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.1)
     rows = await open_database(tmp_path / "rows.db")
     leave = asyncio.Event()
 
@@ -106,7 +107,7 @@ async def test_a_reader_that_finds_every_connection_taken_hears_that_the_folder_
 async def test_a_database_that_another_program_holds_whole_is_busy_for_readers_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.05)
     other = sqlite3.connect(tmp_path / "rows.db", isolation_level=None)
     other.execute("PRAGMA locking_mode=EXCLUSIVE")
     other.execute("CREATE TABLE mine (x)")

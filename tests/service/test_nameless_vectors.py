@@ -12,7 +12,7 @@ from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.paging import PageRequest
 from hvp_service.operators import service as operators
 from hvp_service.operators.resolver import OperatorRef
-from hvp_service.storage.database import DatabaseBusyError
+from hvp_service.storage.troubles import DatabaseBusyError
 from hvp_service.vectors import service as vectors
 from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,6 +20,8 @@ import psutil
 import pytest
 from hvp_client import Client
 from safetensors.numpy import save_file
+
+from tests.modules import postgres as postgres_server
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -170,3 +173,37 @@ def test_a_second_server_on_the_state_directory_is_refused_and_the_first_ends_wi
     assert f"pid {server.process.pid}" in other.stderr
     assert other.stdout == ""
     assert server.end(signal.SIGINT) == 0
+
+
+@pytest.mark.slow
+def test_the_job_of_a_server_that_is_killed_is_finished_by_another_one_on_the_database(
+    servers: Any,
+    checkpoint: Path,
+    tmp_path: Path,
+    postgres: postgres_server.Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HVP_DATABASE_URL", asyncio.run(postgres.new_database()))
+    monkeypatch.setenv("HVP_LEASE_S", "2")
+    mark = tmp_path / "within a product"
+    first = servers(program=("tests.service.slow_server", str(mark)))
+    with Client(first.address) as client:
+        model = client.upload_checkpoint(checkpoint)
+        batch = client.upload_batch({"input_ids": np.arange(8, dtype=np.int64).reshape(1, 8)})
+        name = client.operator(model, batch, dtype="float64").eigsh(k=1, which="LA").name
+        while not mark.exists():
+            time.sleep(0.05)
+    second = servers()
+    with Client(second.address) as client:
+        time.sleep(3)  # longer than a lease, which the first one renews in the midst of a product
+        assert [job.state for job in client.jobs()] == ["RUNNING"]
+        first.end(signal.SIGKILL)
+        job = client.job(name)
+        found = job.result(60)
+        runs = [event.attempt for event in job.watch() if event.state == "RUNNING"]
+        assert runs == [1, 2]
+        H = client.operator(model, batch, dtype="float64")
+        product = H @ found.eigenvectors[0]
+        rest = product.numpy() - found.eigenvalues[0] * found.eigenvectors[0].numpy()
+        assert np.linalg.norm(rest) < 1e-6 * abs(found.eigenvalues[0])
+    assert second.end(signal.SIGTERM) == 0

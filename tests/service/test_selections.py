@@ -19,6 +19,14 @@ async def test_a_vectors_row_without_a_selection_is_of_all_parameters(tmp_path: 
     path = tmp_path / "rows.db"
     await (await open_database(path)).close()
     with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+        for column in (
+            "requests.owner",
+            "requests.lease_expire",
+            "server.folder",
+            "uploads.busy_until",
+        ):
+            connection.execute("ALTER TABLE {} DROP COLUMN {}".format(*column.split(".")))
         connection.execute("ALTER TABLE vectors DROP COLUMN selection")
         connection.execute(
             "INSERT INTO vectors (project, id, checkpoint_id, dtype, num_elements, generation, "

@@ -23,8 +23,9 @@ from hvp_service.operators import service as operators
 from hvp_service.operators.resolver import OperatorRef
 from hvp_service.sessions.store import MIN_TTL_S
 from hvp_service.storage import database
-from hvp_service.storage.database import SchemaVersionError, open_database
+from hvp_service.storage.database import open_database
 from hvp_service.storage.state_dir import StateDir
+from hvp_service.storage.troubles import SchemaVersionError
 from hvp_service.vectors import service as vectors
 from hvp_service.vectors import transfer
 from hvp_service.vectors.rows import Vector
@@ -310,11 +311,20 @@ async def test_sessions_that_are_not_there_are_refused_and_may_be_ended_twice(
 async def test_the_folder_of_an_older_server_opens_and_its_vectors_stay(
     config: ServerConfig, state_dir: StateDir
 ) -> None:
-    added = {"vectors": ("session", "expire_time", "kept"), "blobs": ("mention_time",)}
+    added = {
+        **{
+            "requests": ("owner", "lease_expire"),
+            "uploads": ("busy_until",),
+            "server": ("folder",),
+        },
+        "vectors": ("session", "expire_time", "kept"),
+        "blobs": ("mention_time",),
+    }
     deps = await open_dependencies(config, state_dir, QuadraticBackend())
     vector = await make(deps, await make_operator(deps))
     await deps.vectors.retain(vector)
     async with deps.database.writing() as connection:
+        await connection.execute(sa.text("DROP TABLE alembic_version"))  # it came later
         await connection.execute(sa.text("DROP TABLE sessions"))
         for table, columns in added.items():
             for column in columns:
@@ -332,6 +342,7 @@ async def test_the_folder_of_an_older_server_opens_and_its_vectors_stay(
 async def test_the_folder_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     rows = await open_database(tmp_path / "rows.db")
     async with rows.writing() as connection:
+        await connection.execute(sa.text("DROP TABLE alembic_version"))
         await connection.execute(sa.update(database.server).values(schema_version=99))
     await rows.close()
     with pytest.raises(SchemaVersionError, match="use the server that wrote it"):

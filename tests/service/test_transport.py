@@ -49,8 +49,8 @@ from hvp_service.app.dependencies import Dependencies, open_dependencies
 from hvp_service.app.transport import _SERVICES, Transport, start_transport
 from hvp_service.calls.limits import _PROMPT, _WAITING, pool_of
 from hvp_service.calls.record import add_call
-from hvp_service.storage.database import DatabaseBusyError
 from hvp_service.storage.state_dir import StateDir
+from hvp_service.storage.troubles import DatabaseBusyError
 from hvp_service.vectors import service as vectors
 from hvp_workers.backend import BackendError
 from safetensors.numpy import save

@@ -105,6 +105,7 @@ def test_keys_of_accounts_do_not_reach_the_ranks_and_what_they_compute_with_does
     }
     others = {
         **{"AWS_SECRET_ACCESS_KEY": "s", "HF_TOKEN": "s", "OPENAI_API_KEY": "s", "DB_URL": "s"},
+        **{"HVP_DATABASE_URL": "s"},
         **{"HVP_API_KEY": "s", "RAY_CLOUD_TOKEN": "s", "PYTHON_SECRET": "s"},
     }
     assert rank_environment(ours | others) == ours | {

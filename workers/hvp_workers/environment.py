@@ -30,7 +30,10 @@ _PREFIXES = (
 )
 # A family above may come to have secrets in it. The two of Ray's are its own, made by us.
 _SECRETS = frozenset(
-    {"TOKEN", "TOKENS", "SECRET", "SECRETS", "KEY", "KEYS", "PASSWORD", "PASSWD", "CREDENTIALS"}
+    {
+        *("TOKEN", "TOKENS", "SECRET", "SECRETS", "KEY", "KEYS", "PASSWORD", "PASSWD"),
+        *("CREDENTIALS", "DATABASE"),  # the URL of which has a password in it
+    }
 )
 _NO_SECRETS = frozenset({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"})
 

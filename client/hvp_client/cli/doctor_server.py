@@ -5,6 +5,7 @@ What the server's own start would refuse is asked of the functions that refuse i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import datetime
@@ -76,7 +77,7 @@ def examine_server(config: ServerConfig, state_dir: Path, answering: str) -> Ite
         yield Finding(what=lack.what, verdict="problem", found=lack.problem, fix=lack.fix)
     yield from _certificates(config)
     yield from _ports(config, answering)
-    yield from _database(state_dir / "hvp.sqlite3")
+    yield from _database(config, state_dir)
     yield from _ray(config)
     yield from clock(state_dir)
 
@@ -131,43 +132,66 @@ def _ports(config: ServerConfig, answering: str) -> Iterator[Finding]:
             yield Finding(what="ports", verdict="ok", found=f"{address} is free ({name})")
 
 
-def _database(path: Path) -> Iterator[Finding]:
-    """Whether the rows are whole and this version's; nothing is written."""
-    from hvp_service.storage.database import SCHEMA_VERSION
+def _database(config: ServerConfig, state_dir: Path) -> Iterator[Finding]:
+    """Whether the rows can be had, are whole and are this version's; nothing is written."""
+    if config.database_url is None:
+        yield from _file(state_dir / "hvp.sqlite3")
+        return
+    from hvp_service.storage.postgres import PostgresEngine
+    from hvp_service.storage.troubles import DatabaseRefusedError
+
+    engine = PostgresEngine(config.database_url.get_secret_value())
+    try:
+        asyncio.run(engine.check())
+    except DatabaseRefusedError as error:
+        yield Finding(
+            what="database", verdict="problem", found=str(error), fix="see docs/database.md"
+        )
+    else:
+        yield Finding(what="database", verdict="ok", found=f"{engine.where} lets this machine in")
+
+
+def _file(path: Path) -> Iterator[Finding]:
+    from hvp_service.storage.migrate import standing_of
 
     if not path.exists():
         return
+    revisions: list[str | None] = [None]
     try:
         with contextlib.closing(
             sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_CONTACT_S)
         ) as rows:
             ((health,),) = rows.execute("PRAGMA quick_check(1)").fetchall()
-            versions = [version for (version,) in rows.execute("SELECT schema_version FROM server")]
+            if rows.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
+            ).fetchall():
+                found = rows.execute("SELECT version_num FROM alembic_version").fetchall()
+                revisions = [revision for (revision,) in found]
     except (sqlite3.Error, ValueError) as error:
-        yield Finding(
-            what="database",
-            verdict="problem",
-            found=f"{path} cannot be read: {error}",
-            fix="give it back from a copy, or start with another --state-dir",
-        )
-        return
+        health = str(error)
+    standing = standing_of(*revisions) if health == "ok" else ""
     if health != "ok":
         yield Finding(
             what="database",
             verdict="problem",
-            found=f"{path} is damaged: {health}",
+            found=f"{path} is damaged, or cannot be read: {health}",
             fix="give it back from a copy, or start with another --state-dir",
         )
-    elif versions != [SCHEMA_VERSION]:
+    elif standing == "unknown":
         yield Finding(
             what="database",
             verdict="problem",
-            found=f"{path} has schema version {versions}, this server writes {SCHEMA_VERSION}",
+            found=f"{path} has tables of revision {revisions[0]}, which a newer server wrote",
             fix="use the server that wrote it, or an empty --state-dir",
         )
     else:
         size = path.stat().st_size / 2**20
-        yield Finding(what="database", verdict="ok", found=f"{path} is whole, {size:.1f} MiB")
+        later = ", and is brought to this version's form at the next start"
+        yield Finding(
+            what="database",
+            verdict="ok",
+            found=f"{path} is whole, {size:.1f} MiB{later if standing == 'older' else ''}",
+        )
 
 
 def _ray(config: ServerConfig) -> Iterator[Finding]:

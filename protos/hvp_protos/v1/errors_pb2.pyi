@@ -151,6 +151,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Say what a job does."""
     ERROR_REASON_STATE_DIR_BUSY: _ErrorReason.ValueType  # 54
     """The server's disk is slow or locked; call again."""
+    ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 102
+    """The server's database does not answer; call again."""
     ERROR_REASON_TASK_UNSUPPORTED: _ErrorReason.ValueType  # 55
     """The model is of a task that is not served."""
     ERROR_REASON_TENSOR_MISSING: _ErrorReason.ValueType  # 56
@@ -376,6 +378,8 @@ ERROR_REASON_SPEC_MISSING: ErrorReason.ValueType  # 53
 """Say what a job does."""
 ERROR_REASON_STATE_DIR_BUSY: ErrorReason.ValueType  # 54
 """The server's disk is slow or locked; call again."""
+ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 102
+"""The server's database does not answer; call again."""
 ERROR_REASON_TASK_UNSUPPORTED: ErrorReason.ValueType  # 55
 """The model is of a task that is not served."""
 ERROR_REASON_TENSOR_MISSING: ErrorReason.ValueType  # 56

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal, Self
 
 from hvp_workers.backend import Compile, Schedule
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hvp_service.app.logs import Format, Level
+from hvp_service.storage.postgres import split_url
 
 MEBIBYTE = 1 << 20
 
@@ -62,7 +63,11 @@ class ServerConfig(BaseSettings):
         metrics_address: HOST:PORT at which Prometheus finds the server's figures, over HTTP without
             encryption or credentials: keep it on this machine or a private network. A port alone is
             one of this machine. Without it there are none.
-        state_dir: Folder of uploads, rows and vectors; one server at a time uses it.
+        state_dir: Folder of uploads, rows and vectors; one server at a time uses it, unless the
+            rows are elsewhere.
+        database_url: URL of a PostgreSQL database for the rows, which other servers may use at the
+            same time, with the same folder. Without it they are in an SQLite file in the folder.
+            docs/database.md says more.
         workers: Number of ranks in the worker group.
         device: Device that the ranks compute on.
         backend: `ray` for one process per rank, `inprocess` for one rank in this process.
@@ -116,6 +121,7 @@ class ServerConfig(BaseSettings):
     audit_log: Path | None = None
     metrics_address: str | None = None
     state_dir: Path = Path("hvp-state")
+    database_url: SecretStr | None = None
     workers: int = Field(default=2, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Literal["ray", "inprocess"] = "ray"
@@ -175,6 +181,13 @@ class ServerConfig(BaseSettings):
             if other == port:
                 raise ValueError(f"address and metrics_address have one port, {port}: give another")
         return self
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            split_url(url.get_secret_value())
+        return url
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:

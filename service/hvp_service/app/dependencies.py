@@ -21,7 +21,7 @@ from hvp_service.identity.audit import AuditLog
 from hvp_service.identity.authentication import Authenticator
 from hvp_service.identity.keys import KeyStore
 from hvp_service.jobs.dispatcher import Dispatcher
-from hvp_service.jobs.sqlite_store import SqliteJobStore
+from hvp_service.jobs.sql_store import WORK, SqlJobStore
 from hvp_service.jobs.store import JobStore
 from hvp_service.operators.activations import Activations
 from hvp_service.operators.messages import SYMMETRIC
@@ -86,14 +86,16 @@ async def open_dependencies(
     """Open the state, settle what an earlier server left, and start the ranks.
 
     Raises:
-        SchemaVersionError: The state directory is another version's.
-        ServiceError: STATE_DIR_BUSY.
+        DatabaseRefusedError: The database is not to be had, or another version's.
+        ServiceError: STATE_DIR_BUSY, DATABASE_UNAVAILABLE.
         BackendError: The ranks do not start.
     """
-    database = await open_database(state_dir.database)
+    database = await open_database(config.database_url or state_dir.database)
     group = GroupSupervisor(backend)
     audit: AuditLog | None = None
     try:
+        if state_dir.is_shared:
+            await database.keep_folder(state_dir.identity(), state_dir.root)
         pager = Pager(database.page_token_key)
         blobs = BlobStore(database, state_dir, pager, grace_s=config.blob_grace_s)
         uploads = UploadStore(database, state_dir, blobs, config)
@@ -105,8 +107,9 @@ async def open_dependencies(
         operators = OperatorResolver(
             checkpoints, batches, state_dir, backend.device, Activations(group), SYMMETRIC
         )
-        jobs = SqliteJobStore(database, pager, owner=uuid.uuid4().hex, lease_s=config.lease_s)
-        request_log = RequestLog(database)
+        owner = uuid.uuid4().hex
+        jobs = SqlJobStore(database, pager, owner=owner, lease_s=config.lease_s)
+        request_log = RequestLog(database, owner)
         keys = KeyStore(database)
         authenticator = Authenticator(config, keys)
         audit = AuditLog(config.audit_log or state_dir.audit_log)
@@ -117,6 +120,7 @@ async def open_dependencies(
         await group.start()
         await jobs.recover()
         dispatcher = Dispatcher(config, jobs, group, operators, vectors)
+        database.signals.call(WORK, dispatcher.notice_work)
         dispatcher.start()
         sweeper.start()
         reaper.start()

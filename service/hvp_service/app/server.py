@@ -26,8 +26,8 @@ from hvp_service.app.tls import TlsError, read_certificates
 from hvp_service.calls.errors import ServiceError
 from hvp_service.identity.tokens import TokenKeysError, read_keys
 from hvp_service.metrics.endpoint import Endpoint, start_endpoint
-from hvp_service.storage.database import SchemaVersionError
-from hvp_service.storage.state_dir import StateDirectoryError, sole_use
+from hvp_service.storage.state_dir import StateDirectoryError, shared_use, sole_use
+from hvp_service.storage.troubles import DatabaseRefusedError
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ log = structlog.get_logger()
 #: What a server that does not start says in one line.
 _REFUSALS = (
     StateDirectoryError,
-    SchemaVersionError,
+    DatabaseRefusedError,
     ServiceError,
     BackendError,
     TlsError,
@@ -66,7 +66,7 @@ async def serve(
 
     Raises:
         StateDirectoryError: Another server uses the state directory, or another user owns it.
-        SchemaVersionError: The state directory is another version's.
+        DatabaseRefusedError: The database is not to be had, or another version's.
         ServiceError: Another program holds the database.
         BackendError: The ranks do not start.
         OSError: An address cannot be had.
@@ -80,7 +80,8 @@ async def serve(
     require_free(config.address, "--address")
     if config.metrics_address is not None:
         require_free(config.metrics_address, "--metrics-address")
-    with sole_use(config.state_dir) as state_dir:
+    use = sole_use if config.database_url is None else shared_use
+    with use(config.state_dir) as state_dir:
         backend = open_backend(
             kind=config.backend,
             num_workers=config.workers,

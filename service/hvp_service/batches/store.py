@@ -17,7 +17,7 @@ from hvp_service.calls.errors import not_found
 from hvp_service.calls.names import Name, noted
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.storage.clock import now_us
-from hvp_service.storage.database import Database, data_batches
+from hvp_service.storage.database import Database, data_batches, insert_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,7 @@ class BatchStore:
         async with self._database.writing() as connection:
             await self._blobs.claim(connection, project, digest)
             await connection.execute(
-                sa.insert(data_batches)
-                .prefix_with("OR IGNORE")
-                .values(
+                insert_missing(connection, data_batches).values(
                     project=project,
                     id=name.id,
                     size_bytes=digest.size_bytes,

@@ -20,7 +20,14 @@ from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import Name
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.storage.clock import SECOND, now_us
-from hvp_service.storage.database import Database, blobs, checkpoint_files, data_batches, uploads
+from hvp_service.storage.database import (
+    Database,
+    blobs,
+    checkpoint_files,
+    data_batches,
+    insert_missing,
+    uploads,
+)
 from hvp_service.storage.lifetimes import Holds
 from hvp_service.storage.state_dir import StateDir, sync_folder
 
@@ -182,7 +189,7 @@ class BlobStore:
     async def mention(self, project: str, digests: Sequence[Digest]) -> set[Digest]:
         """The digests whose blobs are here; the caller is told so, and they stay for the grace."""
         here: set[Digest] = set()
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             for start in range(0, len(digests), _DIGESTS_PER_QUERY):
                 asked = [d.sha256 for d in digests[start : start + _DIGESTS_PER_QUERY]]
                 rows = await connection.execute(
@@ -238,9 +245,7 @@ class BlobStore:
     async def _insert(self, connection: AsyncConnection, project: str, digest: Digest) -> Blob:
         create_time = now_us()
         await connection.execute(
-            sa.insert(blobs)
-            .prefix_with("OR IGNORE")
-            .values(
+            insert_missing(connection, blobs).values(
                 project=project,
                 sha256=digest.sha256,
                 size_bytes=digest.size_bytes,

@@ -73,4 +73,4 @@ class RequestIdInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
 def _project(request: Any) -> str:
     """Project that a request names, in its parent or in its operator; unchecked, a key only."""
     name: str = request.parent if hasattr(request, "parent") else request.operator.checkpoint
-    return name.split("/")[1] if "/" in name else ""
+    return name.split("/")[1].replace("\0", "?") if "/" in name else ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ class CheckpointStore:
         files = [file for file in files if file.path in {CONFIG, *chosen.files}]
         paths = {file.path: paths[file.path] for file in files}
         name = noted(Name(project, "checkpoints", checkpoint_id(files)))
-        async with self._folders:
+        async with self._alone_at_folders():
             if (known := await self._find(name)) is not None:
                 await self._claim(known)
                 return replace(known, ignored_files=chosen.ignored)
@@ -189,7 +190,7 @@ class CheckpointStore:
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
         """
-        async with self._folders:
+        async with self._alone_at_folders():
             async with self._database.writing() as connection:
                 await connection.execute(
                     sa.delete(checkpoint_files).where(
@@ -207,6 +208,11 @@ class CheckpointStore:
             if self._holds.leave([name.id]):
                 await self._remove_unused(name.id)
 
+    @contextlib.asynccontextmanager
+    async def _alone_at_folders(self) -> AsyncIterator[None]:
+        async with self._folders, self._state_dir.alone("checkpoints"):
+            yield
+
     def hold(self, name: Name) -> AbstractContextManager[None]:
         """Use a checkpoint for a block: its folder stays until the block's end."""
         return self._holds.hold([name.id])
@@ -216,13 +222,13 @@ class CheckpointStore:
         await self._holds.close()
 
     async def _remove_left(self, ids: Collection[str]) -> None:
-        async with self._folders:
+        async with self._alone_at_folders():
             for identifier in ids:
                 await self._remove_unused(identifier)
 
     async def sweep(self) -> None:
         """Remove folders without a row and those that were never completed."""
-        async with self._folders:
+        async with self._alone_at_folders():
             async with self._database.reading() as connection:
                 known = set((await connection.scalars(sa.select(checkpoints.c.id))).all())
             known.update(self._holds.ids)

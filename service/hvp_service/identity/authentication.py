@@ -12,7 +12,7 @@ from hvp_service.calls.names import ALL_PROJECTS
 from hvp_service.identity.caller import Identity
 from hvp_service.identity.keys import PREFIX, KeyStore
 from hvp_service.identity.tokens import TokenVerifier
-from hvp_service.storage.database import DatabaseBusyError
+from hvp_service.storage.troubles import DatabaseBusyError
 
 _SCHEME = "bearer "
 _LOOKED_AFTER_S = 2.0

@@ -16,7 +16,8 @@ from hvp_service.calls.errors import ServiceError, not_found
 from hvp_service.calls.names import ALL_PROJECTS, KINDS, Name, noted
 from hvp_service.identity.caller import ROLES, Role
 from hvp_service.storage.clock import SECOND, now_us
-from hvp_service.storage.database import Database, DatabaseBusyError, api_keys
+from hvp_service.storage.database import Database, api_keys
+from hvp_service.storage.troubles import DatabaseBusyError
 
 PREFIX = "hvp_"
 
@@ -173,7 +174,7 @@ class KeyStore:
         if key.use_time is not None and used - key.use_time < _USE_NOTED_US:
             return
         with contextlib.suppress(DatabaseBusyError):  # a note for people, which can wait
-            async with self._database.writing() as connection:
+            async with self._database.updating() as connection:
                 await connection.execute(
                     api_keys.update().where(api_keys.c.id == key.id).values(use_time=used)
                 )

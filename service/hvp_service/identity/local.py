@@ -14,8 +14,9 @@ from hvp_service.identity.audit import AuditLog
 from hvp_service.identity.caller import Identity, called_by
 from hvp_service.identity.keys import KeyStore
 from hvp_service.identity.rpc import KeyServicer
-from hvp_service.storage.database import SchemaVersionError, open_database
+from hvp_service.storage.database import open_database
 from hvp_service.storage.state_dir import StateDirectoryError, own_folder
+from hvp_service.storage.troubles import DatabaseRefusedError
 
 
 class LocalKeysError(Exception):
@@ -45,7 +46,7 @@ def ask(state_dir: Path, method: str, request: Any) -> Any:
     """
     try:
         return asyncio.run(_ask(state_dir, method, request))
-    except (ServiceError, StateDirectoryError, SchemaVersionError, OSError) as error:
+    except (ServiceError, StateDirectoryError, DatabaseRefusedError, OSError) as error:
         raise LocalKeysError(str(error)) from None
 
 
@@ -53,7 +54,7 @@ async def _ask(root: Path, method: str, request: Any) -> Any:
     config = ServerConfig(state_dir=root)
     state_dir = own_folder(root)
     who = Identity(kind="local", subject=getpass.getuser())
-    database = await open_database(state_dir.database)
+    database = await open_database(config.database_url or state_dir.database)
     audit = AuditLog(config.audit_log or state_dir.audit_log)
     try:
         with called_by(who) as call:

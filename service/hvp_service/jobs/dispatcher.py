@@ -25,6 +25,7 @@ from hvp_service.jobs.store import (
     JobError,
     JobResult,
     JobSpec,
+    JobState,
     JobStore,
     Lease,
     StaleLeaseError,
@@ -33,8 +34,8 @@ from hvp_service.jobs.store import (
 from hvp_service.metrics.instruments import computed
 from hvp_service.operators.resolver import OperatorResolver, ResolvedOperator
 from hvp_service.storage.clock import now_us
-from hvp_service.storage.database import DatabaseBusyError
 from hvp_service.storage.patience import until_done
+from hvp_service.storage.troubles import DatabaseBusyError
 from hvp_service.vectors.rows import Vector
 from hvp_service.vectors.store import VectorStore
 
@@ -181,6 +182,13 @@ class Dispatcher:
         try:
             return await until_done(lambda: self._jobs.finish(job.lease, end))
         except StaleLeaseError:
+            if not isinstance(end, JobResult):
+                raise
+            with contextlib.suppress(ServiceError):  # the job is deleted
+                ended = await until_done(lambda: self._jobs.get(job.name))
+                if ended.result == end:
+                    return ended  # the connection broke as the row was written
+            await self._withdraw([parse(name, "vectors").id for name in end.vectors])
             raise
         except Exception as error:
             if not isinstance(end, JobResult):
@@ -212,7 +220,8 @@ class Dispatcher:
         # Before anything is made for its vectors: the row may be older than the first check.
         planned = await plan_of(self._group, asked, resolved)
         require_room(asked, planned)
-        outputs = [f"{job.name.id}-{index}" for index in range(planned.cost.results)]
+        # Of this attempt: should it lose its lease, it touches nothing of the next one's.
+        outputs = [f"{job.name.id}-{job.attempt}-{index}" for index in range(planned.cost.results)]
         try:
             # Every implementation is an async generator; the interface promises `aclose`.
             async with (
@@ -318,7 +327,7 @@ class Dispatcher:
     async def _report(self, lease: Lease, progress: RunProgress) -> bool:
         """Store progress and tell whether that was done; a run goes on where it was not."""
         try:
-            await self._jobs.report(lease, progress)
+            self._look_at(await self._jobs.report(lease, progress))
         except StaleLeaseError:
             raise
         except DatabaseBusyError as error:
@@ -328,6 +337,10 @@ class Dispatcher:
         else:
             return True
         return False
+
+    def _look_at(self, state: JobState) -> None:
+        if state == "CANCELLING":  # through another server, maybe
+            self._cancelled = True
 
     async def _keep(
         self, job: Job, resolved: ResolvedOperator, outputs: Sequence[str], sides: Sequence[Side]
@@ -376,7 +389,7 @@ class Dispatcher:
         while True:
             await asyncio.sleep(self._config.lease_s / 3)
             try:
-                await self._jobs.renew(lease)
+                self._look_at(await self._jobs.renew(lease))
             except StaleLeaseError:
                 return
             except Exception:

@@ -12,7 +12,6 @@ from hvp_service.calls.errors import not_found
 from hvp_service.calls.names import Name
 from hvp_service.jobs.rows import read_event
 from hvp_service.jobs.store import EVENTS_PER_PAGE, JobEvent
-from hvp_service.storage.clock import now_us
 from hvp_service.storage.database import Database, job_events, jobs
 
 
@@ -25,13 +24,12 @@ class EventLog:
 
     def __init__(self, database: Database):
         self._database = database
-        self._changes: dict[Name, asyncio.Event] = {}
 
     async def append(self, connection: AsyncConnection, name: Name, body: dict[str, Any]) -> int:
         """Store an event of a job.
 
         Args:
-            connection: Connection of an open transaction; call `notify` after its end.
+            connection: Connection of an open transaction that holds the job's row.
             name: Name of the job.
             body: The event's body, as `read_event` reads it.
 
@@ -46,10 +44,11 @@ class EventLog:
                 project=name.project,
                 job_id=name.id,
                 sequence=sequence,
-                time=now_us(),
+                time=self._database.now(),
                 body=body,
             )
         )
+        self._database.tell(connection, _topic(name))
         return sequence
 
     async def forget(self, connection: AsyncConnection, name: Name) -> None:
@@ -58,7 +57,7 @@ class EventLog:
 
     async def after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
         """See JobStore.events_after."""
-        changed = self._changes.setdefault(name, asyncio.Event())
+        changed = self._database.signals.event(_topic(name))
         events = await self._read(name, sequence)
         if events or timeout_s <= 0:
             return events
@@ -67,12 +66,6 @@ class EventLog:
         except TimeoutError:
             return []
         return await self._read(name, sequence)
-
-    def notify(self, name: Name) -> None:
-        """Wake up the calls that wait for the job's next event."""
-        changed = self._changes.pop(name, None)
-        if changed is not None:
-            changed.set()
 
     async def _read(self, name: Name, sequence: int) -> list[JobEvent]:
         job = sa.select(jobs.c.id).where(jobs.c.project == name.project, jobs.c.id == name.id)
@@ -86,6 +79,10 @@ class EventLog:
                 .limit(EVENTS_PER_PAGE)
             )
             return [read_event(row) for row in rows]
+
+
+def _topic(name: Name) -> str:
+    return f"events of {name}"
 
 
 def _of(name: Name) -> tuple[sa.ColumnElement[bool], ...]:

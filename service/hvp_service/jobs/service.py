@@ -23,6 +23,7 @@ from hvp_service.jobs.plan import Plan, plan_of, require_room
 from hvp_service.jobs.store import FINAL_STATES, Job, JobEvent, JobSpec, StateChange
 from hvp_service.operators.resolver import OperatorRef, ResolvedOperator
 from hvp_service.storage.clock import now_us
+from hvp_service.vectors.rows import Vector
 
 MAX_WAIT_S = 60.0
 
@@ -41,7 +42,7 @@ async def _asked(
     operator: OperatorRef,
     values: Mapping[str, Any],
     earlier: Mapping[str, tuple[str, ...]],
-) -> AsyncIterator[tuple[JobSpec, ResolvedOperator]]:
+) -> AsyncIterator[tuple[JobSpec, ResolvedOperator, list[Vector]]]:
     """Check a question, for a block until whose end the files of its operator and its vectors stay.
 
     Raises:
@@ -66,8 +67,8 @@ async def _asked(
         asked = JobSpec(
             operation=operation, operator=resolved.filled(operator), spec=spec, earlier=earlier
         )
-        async with using_inputs(deps.vectors, asked, resolved):
-            yield asked, resolved
+        async with using_inputs(deps.vectors, asked, resolved) as inputs:
+            yield asked, resolved, [each for some in inputs.values() for each in some]
 
 
 async def create(
@@ -107,7 +108,7 @@ async def create(
     earlier = await earlier_of(deps.jobs, name.project, extends, operation, values)
     values = {**values, **earlier.values}
     asking = _asked(deps, operation, operator, values, earlier.vectors)
-    async with asking as (asked, resolved):
+    async with asking as (asked, resolved, inputs):
         result = earlier.check(asked)
         check_labels(labels)
         pace = await deps.jobs.pace(name.project, asked.operator)
@@ -124,6 +125,9 @@ async def create(
         if validate_only:
             return job, planned
         require_room(asked, planned)
+        if deps.database.is_shared:  # and another server's ranks, which lack them, may run the job
+            for product in [vector for vector in inputs if not vector.durable]:
+                await deps.vectors.retain(product, product.lifetime)
         created = await deps.jobs.create(job, deps.config.max_queued_jobs)
         current_call().names["job"] = str(created.name)
         if created.spec != asked or created.extends != extends:
@@ -132,7 +136,6 @@ async def create(
                 "This request id came before with another job; use a new one.",
                 field="request_id",
             )
-    deps.dispatcher.notice_work()
     return created, planned
 
 

@@ -246,16 +246,22 @@ class JobStore(ABC):
         """
 
     @abstractmethod
-    async def renew(self, lease: Lease) -> None:
+    async def renew(self, lease: Lease) -> JobState:
         """Hold an attempt for another lease's time.
+
+        Returns:
+            The job's state: CANCELLING where its run is to stop.
 
         Raises:
             StaleLeaseError: The job is no longer this attempt's.
         """
 
     @abstractmethod
-    async def report(self, lease: Lease, progress: RunProgress) -> None:
+    async def report(self, lease: Lease, progress: RunProgress) -> JobState:
         """Store where an attempt stands, as an event and as the job's progress.
+
+        Returns:
+            The job's state: CANCELLING where its run is to stop.
 
         Raises:
             StaleLeaseError: The job is no longer this attempt's.
@@ -300,6 +306,9 @@ class JobStore(ABC):
     @abstractmethod
     async def recover(self) -> list[Job]:
         """Settle the jobs that servers now gone were running; called once, at start.
+
+        Gone is every other server where only one can use the rows at a time, and else one whose
+        lease has run out.
 
         RUNNING becomes QUEUED, or FAILED with ATTEMPTS_EXHAUSTED or JOB_UNREADABLE; CANCELLING
         becomes CANCELLED.

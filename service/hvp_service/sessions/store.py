@@ -67,25 +67,19 @@ class SessionStore:
         if ttl_s <= 0:
             raise ServiceError("TTL_INVALID", "A time to live is more than 0 s.", field="ttl")
         ttl_us = int(min(max(ttl_s, MIN_TTL_S), self._config.max_session_ttl_s) * SECOND)
-        now = now_us()
-        session = Session(
-            name=noted(Name(project, "sessions", uuid.uuid4().hex)),
+        name = noted(Name(project, "sessions", uuid.uuid4().hex))
+        now = self._database.now()
+        opened = sessions.insert().values(
+            project=project,
+            id=name.id,
             ttl_us=ttl_us,
             create_time=now,
             expire_time=now + ttl_us,
         )
-        async with self._database.writing() as connection:
-            await connection.execute(
-                sessions.insert().values(
-                    project=project,
-                    id=session.name.id,
-                    ttl_us=ttl_us,
-                    create_time=now,
-                    expire_time=session.expire_time,
-                )
-            )
+        async with self._database.updating() as connection:
+            row = (await connection.execute(opened.returning(sessions))).one()
         self.opened.set()
-        return session
+        return _from_row(row)
 
     async def renew(self, name: Name) -> Session:
         """Let a session live for another time to live from now.
@@ -93,12 +87,12 @@ class SessionStore:
         Raises:
             ServiceError: SESSION_EXPIRED.
         """
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             row = (
                 await connection.execute(
                     sa.update(sessions)
                     .where(*_is(name))
-                    .values(expire_time=now_us() + sessions.c.ttl_us)
+                    .values(expire_time=self._database.now() + sessions.c.ttl_us)
                     .returning(sessions)
                 )
             ).one_or_none()
@@ -135,20 +129,40 @@ class SessionStore:
             raise not_found(session, "session")
         self._uses.begin([name.id])
         try:
-            await self._renew_if_due(name)
-            yield Lifetime(session=name.id)
+            ttl_us = await self._renew_if_due(name)
+            async with self._renewed(name, ttl_us):
+                yield Lifetime(session=name.id)
             with contextlib.suppress(ServiceError):  # the call is done, whatever comes of the rest
                 await self._renew_if_due(name)
         finally:
             self._uses.end([name.id])
 
-    async def _renew_if_due(self, name: Name) -> None:
+    async def _renew_if_due(self, name: Name) -> int:
+        query = sa.select(sessions, self._database.now().label("now")).where(*_is(name))
         async with self._database.reading() as connection:
-            row = (await connection.execute(sa.select(sessions).where(*_is(name)))).one_or_none()
+            row = (await connection.execute(query)).one_or_none()
         if row is None:
             raise session_expired(str(name))
-        if row.expire_time - now_us() < row.ttl_us // 2:
+        if row.expire_time - row.now < row.ttl_us // 2:
             await self.renew(name)
+        return int(row.ttl_us)
+
+    @contextlib.asynccontextmanager
+    async def _renewed(self, name: Name, ttl_us: int) -> AsyncIterator[None]:
+        """Renew a session in time throughout the block, where other servers could end it."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(ttl_us / SECOND / 4)
+                with contextlib.suppress(ServiceError):
+                    await self.renew(name)
+
+        renewal = asyncio.create_task(renew()) if self._database.is_shared else None
+        try:
+            yield
+        finally:
+            if renewal is not None:
+                renewal.cancel()
 
     async def expire(self) -> int | None:
         """End the sessions whose time is up, and let go of every vector that has outlived its own.
@@ -156,7 +170,8 @@ class SessionStore:
         Returns:
             When the next session or vector is due, in microseconds; None while none is.
         """
-        now = now_us()  # not after a wait for the database, which whoever renews waits for too
+        # Not after a wait for the database, which whoever renews waits for too.
+        now = self._database.now()
         async with self._database.writing() as connection:
             await connection.execute(
                 sa.delete(sessions).where(
@@ -173,8 +188,8 @@ class SessionStore:
 
         Called at start, and when the server was stopped.
         """
-        async with self._database.writing() as connection:
-            renewed = now_us() + sessions.c.ttl_us
+        async with self._database.updating() as connection:
+            renewed = self._database.now() + sessions.c.ttl_us
             await connection.execute(
                 sa.update(sessions)
                 .where(sessions.c.expire_time < renewed)

@@ -1,29 +1,52 @@
-"""Rows in SQLite: the tables, and transactions on them."""
+"""The tables, and transactions on them: in an SQLite file or in PostgreSQL."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import secrets
-import sqlite3
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.schema import CreateColumn
+from pydantic import SecretStr
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hvp_service.calls.errors import ServiceError
 from hvp_service.metrics import instruments
-
-# Another number is another format, which no other server may open. A column that is added with a
-# default for the rows without it leaves the number as it is: see `_add_columns`.
-SCHEMA_VERSION = 1
+from hvp_service.storage.engines import Engine
+from hvp_service.storage.migrate import migrate
+from hvp_service.storage.postgres import PostgresEngine
+from hvp_service.storage.signals import Signals
+from hvp_service.storage.sqlite import SqliteEngine
+from hvp_service.storage.troubles import DatabaseRefusedError
 
 METADATA = sa.MetaData()
+
+
+class Json(sa.types.TypeDecorator[Any]):
+    """JSON as Python writes it, with NaN and infinities, which PostgreSQL's own type refuses.
+
+    Text that is damaged stays text, so that one row does not spoil its list.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
+        """The column's text; None is no text."""
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
+        """The text's value."""
+        if not isinstance(value, str):
+            return value  # SQLite keeps in a column whatever was put there
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
 
 blobs = sa.Table(
     "blobs",
@@ -47,6 +70,8 @@ uploads = sa.Table(
     sa.Column("writer_epoch", sa.BigInteger, nullable=False),
     sa.Column("state", sa.String, nullable=False),  # OPEN FINISHED CANCELLED
     sa.Column("expire_time", sa.BigInteger, nullable=False),
+    # Until when other servers take it that a stream writes to it.
+    sa.Column("busy_until", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 checkpoints = sa.Table(
@@ -60,11 +85,11 @@ checkpoints = sa.Table(
     sa.Column("max_positions", sa.BigInteger, nullable=True),
     sa.Column("stored_dtype", sa.String, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
-    sa.Column("parameters", sa.JSON, nullable=False),  # [[name, shape, offset], ...]
+    sa.Column("parameters", Json, nullable=False),  # [[name, shape, offset], ...]
     sa.Column("create_time", sa.BigInteger, nullable=False),
-    sa.Column("labels", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("labels", Json, nullable=False, server_default="{}"),
     sa.Column("task", sa.String, nullable=False, server_default="causal language modelling"),
-    sa.Column("batch_schema", sa.JSON(none_as_null=True), nullable=True),
+    sa.Column("batch_schema", Json, nullable=True),
 )
 
 checkpoint_files = sa.Table(
@@ -89,7 +114,7 @@ data_batches = sa.Table(
     sa.Column("max_token_id", sa.BigInteger, nullable=False),
     sa.Column("has_attention_mask", sa.Boolean, nullable=False),
     sa.Column("create_time", sa.BigInteger, nullable=False),
-    sa.Column("fields", sa.JSON, nullable=False, server_default="[]"),
+    sa.Column("fields", Json, nullable=False, server_default="[]"),
 )
 
 vectors = sa.Table(
@@ -100,18 +125,16 @@ vectors = sa.Table(
     sa.Column("checkpoint_id", sa.String, nullable=False),
     sa.Column("dtype", sa.String, nullable=False),
     sa.Column("num_elements", sa.BigInteger, nullable=False),
-    sa.Column("recipe", sa.JSON(none_as_null=True), nullable=True),  # how to make it again
+    sa.Column("recipe", Json, nullable=True),  # how to make it again
     sa.Column("generation", sa.String, nullable=False),  # of the ranks that first held it
     sa.Column("create_time", sa.BigInteger, nullable=False),
     sa.Column("session", sa.String, nullable=False, server_default=""),  # id; "": of none
     sa.Column("expire_time", sa.BigInteger, nullable=True),  # unless it is used before
     sa.Column("kept", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("batch_id", sa.String, nullable=False, server_default=""),  # "": parameter space
-    sa.Column("shape", sa.JSON, nullable=False, server_default="[]"),  # of outputs
-    sa.Column("selection", sa.JSON, nullable=False, server_default="{}"),  # of parameters; {}: all
-    sa.Column(
-        "activation", sa.JSON, nullable=False, server_default="{}"
-    ),  # {}: the model's outputs
+    sa.Column("shape", Json, nullable=False, server_default="[]"),  # of outputs
+    sa.Column("selection", Json, nullable=False, server_default="{}"),  # of parameters; {}: all
+    sa.Column("activation", Json, nullable=False, server_default="{}"),  # {}: the model's outputs
 )
 
 sessions = sa.Table(
@@ -129,23 +152,23 @@ jobs = sa.Table(
     METADATA,
     sa.Column("project", sa.String, primary_key=True),
     sa.Column("id", sa.String, primary_key=True),
-    sa.Column("spec", sa.JSON, nullable=False),
-    sa.Column("labels", sa.JSON, nullable=False),
+    sa.Column("spec", Json, nullable=False),
+    sa.Column("labels", Json, nullable=False),
     sa.Column("state", sa.String, nullable=False, index=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("max_attempts", sa.Integer, nullable=False),
     sa.Column("lease_owner", sa.String, nullable=False),
     sa.Column("lease_expire", sa.BigInteger, nullable=False),
-    sa.Column("progress", sa.JSON(none_as_null=True), nullable=True),
-    sa.Column("result", sa.JSON(none_as_null=True), nullable=True),
-    sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
+    sa.Column("progress", Json, nullable=True),
+    sa.Column("result", Json, nullable=True),
+    sa.Column("error", Json, nullable=True),
     sa.Column("last_sequence", sa.BigInteger, nullable=False),
     sa.Column("create_time", sa.BigInteger, nullable=False),
     sa.Column("start_time", sa.BigInteger, nullable=True),
     sa.Column("end_time", sa.BigInteger, nullable=True),
     sa.Column("extends", sa.String, nullable=False, server_default=""),  # name of another job
     # The other job's result for as long as this one needs it, whatever becomes of that job.
-    sa.Column("earlier", sa.JSON(none_as_null=True), nullable=True),
+    sa.Column("earlier", Json, nullable=True),
 )
 
 # The vectors that a job needs which has not ended; none of another one.
@@ -164,7 +187,7 @@ job_events = sa.Table(
     sa.Column("job_id", sa.String, primary_key=True),
     sa.Column("sequence", sa.BigInteger, primary_key=True),
     sa.Column("time", sa.BigInteger, nullable=False),
-    sa.Column("body", sa.JSON, nullable=False),
+    sa.Column("body", Json, nullable=False),
 )
 
 requests = sa.Table(
@@ -176,6 +199,8 @@ requests = sa.Table(
     sa.Column("payload_sha256", sa.String, nullable=False),
     sa.Column("response", sa.LargeBinary, nullable=False),
     sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("owner", sa.String, nullable=False, server_default=""),  # "": it is answered
+    sa.Column("lease_expire", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 api_keys = sa.Table(
@@ -195,213 +220,164 @@ api_keys = sa.Table(
 server = sa.Table(
     "server",
     METADATA,
-    sa.Column("schema_version", sa.Integer, primary_key=True),
+    sa.Column("schema_version", sa.Integer, primary_key=True),  # 1; newer ones are Alembic's
     sa.Column("page_token_key", sa.LargeBinary, nullable=False),
+    sa.Column("folder", sa.String, nullable=False, server_default=""),  # id of the files' folder
 )
 
 
-_PATIENCE_S = 30.0
-_LOG_PAGES = 100
-_RETRY_AFTER_S = 5.0
-
-# What SQLite cannot do now and may do later: a lock, a disk that is full or fails, no descriptor.
-_PASSING = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_PROTOCOL,
-    }
-)
-
-
-class DatabaseBusyError(ServiceError):
-    """The database cannot be used at present: nothing of this transaction has happened."""
-
-    def __init__(self, why: str):
-        instruments.DATABASE_BUSY.inc()
-        super().__init__(
-            "STATE_DIR_BUSY",
-            f"The state folder's database cannot be used at present ({why}): its disk is slow or "
-            "full, or another program holds it. Call again.",
-            retry_after_s=_RETRY_AFTER_S,
-        )
-
-
-class SchemaVersionError(Exception):
-    """The state directory was written by another version."""
+_TOLD = "told"  # among a connection's own notes: topics of which the open transaction has news
 
 
 class Database:
-    """Transactions on one SQLite file.
+    """Transactions on rows.
 
-    Law: what `writing` did is durable when its block has ended without an exception, and undone
-    when it ended with one.
+    Laws:
+        What `writing` and `updating` did is durable when the block has ended without an exception,
+        and undone when it ended with one.
+        Transactions of `writing` run one after the other, on whatever server.
+
+    Args:
+        engine: What the kind of database does its own way.
+        page_token_key: Key of page tokens, the same on every server of the database.
     """
 
-    def __init__(self, engine: AsyncEngine, page_token_key: bytes):
+    def __init__(self, engine: Engine, page_token_key: bytes):
         self._engine = engine
-        # SQLite has one writer at a time. Writers wait for their turn here, without a connection,
-        # so that however many wait, readers find one.
-        self._turn = asyncio.Lock()
         self.page_token_key = page_token_key
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other servers may use the database beside this one."""
+        return self._engine.is_shared
+
+    @property
+    def signals(self) -> Signals:
+        """Wake-ups at changes that were told."""
+        return self._engine.signals
+
+    def now(self) -> sa.ColumnElement[int]:
+        """The database's time in a statement, in microseconds; the same for all servers."""
+        return self._engine.now()
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that sees one state of the rows.
 
         Raises:
-            DatabaseBusyError: Every connection is taken, or another program holds the file whole.
+            DatabaseBusyError: The rows cannot be had at present.
         """
-        with instruments.transaction("read"), _passing_troubles():
-            async with self._engine.connect() as connection, connection.begin():
+        with instruments.transaction("read"):
+            async with self._engine.reading() as connection:
                 yield connection
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that nobody else writes beside.
+        """A transaction that may rely on whatever it reads: no other one of `writing` runs.
 
         Raises:
-            DatabaseBusyError: The disk is slow or full, or another process has the file open.
+            DatabaseBusyError: The rows cannot be had at present, or others write for too long.
         """
-        with instruments.transaction("write"):
-            async with self._writing() as connection:
-                yield connection
+        async with self._telling(alone=True) as connection:
+            yield connection
 
     @contextlib.asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        deadline = time.monotonic() + _PATIENCE_S
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise DatabaseBusyError(f"others wrote for {_PATIENCE_S:g} s") from None
-        try:
-            with _passing_troubles():
-                async with self._engine.connect() as connection:
-                    # IMMEDIATE takes the write lock first: a read that later wants to write could
-                    # only fail when another writer came between.
-                    immediate = await connection.execution_options(write_deadline=deadline)
-                    async with immediate.begin():
-                        yield immediate
-        finally:
-            self._turn.release()
+    async def updating(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction beside others.
+
+        It relies only on rows that it has locked (`with_for_update`) or that its own statements
+        compare.
+
+        Raises:
+            DatabaseBusyError: As for `writing`.
+        """
+        async with self._telling(alone=False) as connection:
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def _telling(self, *, alone: bool) -> AsyncIterator[AsyncConnection]:
+        told: set[str] = set()
+        with instruments.transaction("write"):
+            async with self._engine.writing(alone=alone) as connection:
+                connection.info[_TOLD] = told
+                yield connection
+                await self._engine.announce(connection, sorted(told))
+        for topic in told:
+            self.signals.ring(topic)
+
+    def tell(self, connection: AsyncConnection, topic: str) -> None:
+        """Have everybody who waits for news of a topic woken once the open transaction is done."""
+        connection.info[_TOLD].add(topic)
+
+    async def keep_folder(self, identity: str, root: Path) -> None:
+        """Refuse a folder that does not hold the files that the rows are about.
+
+        Args:
+            identity: Id of the folder; the first one that a database sees is the right one.
+            root: Path of the folder.
+
+        Raises:
+            DatabaseRefusedError: The files are in another folder.
+        """
+        async with self.writing() as connection:
+            if await connection.scalar(sa.select(server.c.folder)) == "":
+                await connection.execute(sa.update(server).values(folder=identity))
+            elif await connection.scalar(sa.select(server.c.folder)) != identity:
+                raise DatabaseRefusedError(
+                    f"the files that belong to the rows at {self._engine.where} are not in {root}: "
+                    "give every server of one database the same --state-dir, on a disk that they "
+                    "share, or give this server a database of its own"
+                )
 
     async def shrink(self) -> None:
-        """Give the room of deleted rows back to the disk; files of 0.1 keep it for new rows."""
-        async with self.writing() as connection:
-            await connection.exec_driver_sql("PRAGMA incremental_vacuum")
+        """Give the room of deleted rows back to the disk."""
+        await self._engine.shrink()
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._engine.dispose()
+        await self._engine.close()
 
 
-@contextlib.contextmanager
-def _passing_troubles() -> Iterator[None]:
-    """Turn SQLite's passing errors, such as a locked file, into DatabaseBusyError."""
-    try:
-        yield
-    except sa.exc.TimeoutError as error:
-        raise DatabaseBusyError("every connection is in use") from error
-    except (sa.exc.DBAPIError, sqlite3.Error) as error:
-        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
-        if getattr(cause, "sqlite_errorcode", -1) & 0xFF not in _PASSING:
-            raise
-        raise DatabaseBusyError(str(cause)) from error
+def insert_missing(connection: AsyncConnection, table: sa.Table) -> Any:
+    """An INSERT that leaves the rows alone which are there already."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
 
 
-def _prepare_connection(connection: Any, _: Any) -> None:
-    # The driver's own transaction handling starts no transaction before SELECT; with it off,
-    # `_begin` decides.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for a new file: see `shrink`
-    cursor.execute(_patience(_PATIENCE_S))
-    cursor.execute("PRAGMA journal_mode=WAL")
-    # The log beside the rows is written back early: by itself it would grow to 4 MiB and stay so.
-    cursor.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
-    cursor.execute(f"PRAGMA journal_size_limit={_LOG_PAGES * 4096}")
-    cursor.execute("PRAGMA synchronous=FULL")  # a row promised to a caller survives a power cut
-    cursor.close()
+async def open_database(where: Path | SecretStr) -> Database:
+    """Open a database, bringing its tables to this version's form.
 
-
-def _begin(connection: sa.Connection) -> None:
-    deadline: float | None = connection.get_execution_options().get("write_deadline")
-    if deadline is None:
-        connection.exec_driver_sql("BEGIN")
-    else:
-        # Whoever has waited for a turn has less time left to wait for other programs.
-        connection.exec_driver_sql(_patience(deadline - time.monotonic()))
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _patience(seconds: float) -> str:
-    return f"PRAGMA busy_timeout={max(1, int(1000 * seconds))}"
-
-
-def _loads(text: str) -> Any:
-    """Read a JSON column; damaged text stays text, so that one row does not spoil its list."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _add_columns(connection: sa.Connection) -> None:
-    """Give the tables of an older server the columns that they lack.
-
-    Every such column is nullable or has a default, so the older server can still open the file.
-    """
-    inspector = sa.inspect(connection)
-    quote = connection.dialect.identifier_preparer.format_table
-    for table in METADATA.sorted_tables:
-        known = {column["name"] for column in inspector.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in known:
-                definition = CreateColumn(column).compile(dialect=connection.dialect)
-                connection.exec_driver_sql(f"ALTER TABLE {quote(table)} ADD COLUMN {definition}")
-
-
-async def open_database(path: Path) -> Database:
-    """Open the file, creating the tables in a new one and columns that an older one lacks.
+    Args:
+        where: Path of an SQLite file, which may be missing, or URL of a PostgreSQL database.
 
     Raises:
-        SchemaVersionError: The file holds another version's tables.
-        DatabaseBusyError: Another program holds the file.
+        DatabaseRefusedError: No server can start on it; SchemaVersionError: this one cannot.
+        DatabaseBusyError: Another program holds the file, or the server does not answer.
     """
-    engine = create_async_engine(
-        # Made of parts: in a URL written out, a `?` of the path would begin its query.
-        sa.URL.create("sqlite+aiosqlite", database=str(path)),
-        pool_timeout=_PATIENCE_S,
-        hide_parameters=True,  # an error's text goes to the log
-        json_deserializer=_loads,
-    )
-    sa.event.listen(engine.sync_engine, "connect", _prepare_connection)
-    sa.event.listen(engine.sync_engine, "begin", _begin)
+    engine = _engine(where)
     database = Database(engine, b"")
     try:
+        await engine.check()
         async with database.writing() as connection:
-            await connection.run_sync(METADATA.create_all)
-            row = (await connection.execute(sa.select(server))).one_or_none()
-            if row is None:
-                database.page_token_key = secrets.token_bytes(32)
-                await connection.execute(
-                    server.insert().values(
-                        schema_version=SCHEMA_VERSION, page_token_key=database.page_token_key
-                    )
-                )
-            elif row.schema_version != SCHEMA_VERSION:
-                raise SchemaVersionError(
-                    f"{path} has schema version {row.schema_version}, this server writes "
-                    f"{SCHEMA_VERSION}; use the server that wrote it, or an empty --state-dir"
-                )
-            else:
-                await connection.run_sync(_add_columns)
-                database.page_token_key = row.page_token_key
+            await connection.run_sync(migrate, engine.where)
+            database.page_token_key = await _page_token_key(connection)
+        await engine.listen()
     except BaseException:
-        await engine.dispose()
+        await engine.close()
         raise
     return database
+
+
+def _engine(where: Path | SecretStr) -> Engine:
+    if isinstance(where, Path):
+        return SqliteEngine(where)
+    return PostgresEngine(where.get_secret_value())
+
+
+async def _page_token_key(connection: AsyncConnection) -> bytes:
+    key = await connection.scalar(sa.select(server.c.page_token_key))
+    if key is None:
+        key = secrets.token_bytes(32)
+        await connection.execute(server.insert().values(schema_version=1, page_token_key=key))
+    return bytes(key)

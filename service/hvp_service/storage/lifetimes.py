@@ -27,6 +27,7 @@ class Lifetime:
 
 
 UNTIL_DELETED = Lifetime()
+KEPT = Lifetime(kept=True)
 
 
 @final

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import structlog
 
-from hvp_service.storage.database import DatabaseBusyError
+from hvp_service.storage.troubles import DatabaseBusyError
 
 Result = TypeVar("Result")
 
@@ -29,6 +29,6 @@ async def until_done(call: Callable[[], Awaitable[Result]]) -> Result:
         try:
             return await call()
         except DatabaseBusyError as error:
-            log.warning("the state folder is busy; trying again", why=str(error), pause_s=pause_s)
+            log.warning("the database is busy; trying again", why=str(error), pause_s=pause_s)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
+import socket
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 # What lies here is this user's alone: models, what was computed of them, and compiled code.
 _OTHERS = 0o077
+
+_FIRST_PAUSE_S = 0.001
+_LONGEST_PAUSE_S = 0.05
 
 
 class StateDirectoryError(Exception):
@@ -28,9 +35,20 @@ class StateDirectoryForeignError(StateDirectoryError):
 
 @dataclass(frozen=True)
 class StateDir:
-    """Paths below the state directory; all on one file system, so that links and renames work."""
+    """Paths below the state directory; all on one file system, so that links and renames work.
+
+    Attributes:
+        root: The folder.
+        alone_in: The folder of what is this server's alone; the root where that is everything.
+    """
 
     root: Path
+    alone_in: Path
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other servers may use the folder beside this one."""
+        return self.alone_in != self.root
 
     @property
     def database(self) -> Path:
@@ -39,13 +57,13 @@ class StateDir:
 
     @property
     def audit_log(self) -> Path:
-        """File of who did what."""
-        return self.root / "audit.jsonl"
+        """File of who did what at this server."""
+        return self.alone_in / "audit.jsonl"
 
     @property
     def run(self) -> Path:
         """Folder in which the workers note their processes."""
-        return self.root / "run"
+        return self.alone_in / "run"
 
     @property
     def compile_cache(self) -> Path:
@@ -70,14 +88,45 @@ class StateDir:
 
     def temporary(self, name: str) -> Path:
         """A file that no restart needs."""
-        return self.root / "tmp" / name
+        return self.alone_in / "tmp" / name
 
     def create(self) -> None:
         """Make the folders, for this user alone, and delete the temporary files."""
-        for folder in ("uploads", "blobs", "checkpoints", "vectors", "run", "tmp", "compile-cache"):
+        for folder in ("uploads", "blobs", "checkpoints", "vectors", "compile-cache", "locks"):
             (self.root / folder).mkdir(exist_ok=True, mode=0o700)
-        for leftover in (self.root / "tmp").iterdir():
+        for folder in ("run", "tmp"):
+            (self.alone_in / folder).mkdir(exist_ok=True, mode=0o700)
+        for leftover in (self.alone_in / "tmp").iterdir():
             leftover.unlink()
+
+    def identity(self) -> str:
+        """The folder's id, the same for every server that uses it, wherever it is mounted."""
+        file = self.root / "folder-id"
+        with contextlib.suppress(FileNotFoundError):
+            return file.read_text()
+        made = self.temporary("folder-id")
+        made.write_text(uuid.uuid4().hex)
+        with contextlib.suppress(FileExistsError):  # another server was quicker
+            os.link(made, file)
+        made.unlink()
+        sync_folder(self.root)
+        return file.read_text()
+
+    @contextlib.asynccontextmanager
+    async def alone(self, name: str) -> AsyncIterator[None]:
+        """Keep every other server that uses the folder out of the blocks of the same name."""
+        if not self.is_shared:
+            yield
+            return
+        descriptor = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            pause_s = _FIRST_PAUSE_S
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                await asyncio.sleep(pause_s)  # and not in a thread, which its holder may need
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def own_folder(root: Path) -> StateDir:
@@ -96,7 +145,7 @@ def own_folder(root: Path) -> StateDir:
     root = root.resolve()
     _require_own(root)
     _close_to_others(root)
-    return StateDir(root)
+    return StateDir(root, alone_in=root)
 
 
 @contextlib.contextmanager
@@ -109,23 +158,69 @@ def sole_use(root: Path) -> Iterator[StateDir]:
         StateDirectoryForeignError: Another user owns it.
     """
     state = own_folder(root)
-    root = state.root
+    with _held(state.root, fcntl.LOCK_EX):
+        state.create()
+        yield state
+
+
+@contextlib.contextmanager
+def shared_use(root: Path) -> Iterator[StateDir]:
+    """Use the state directory beside other servers whose rows are in the same database.
+
+    What is one server's alone lies in a folder of its own, which the kernel frees however the
+    process ends, for the next server to take over.
+
+    Raises:
+        StateDirectoryError: As for `sole_use`; busy is a folder with an SQLite file in use.
+    """
+    root = own_folder(root).root
+    with _held(root, fcntl.LOCK_SH), _servers_folder(root / "servers") as alone_in:
+        state = StateDir(root, alone_in=alone_in)
+        state.create()
+        yield state
+
+
+@contextlib.contextmanager
+def _servers_folder(servers: Path) -> Iterator[Path]:
+    """A folder that no other server has; one that a dead server had comes first."""
+    servers.mkdir(exist_ok=True, mode=0o700)
+    for number in itertools.count():
+        # By host: what a dead server noted of its processes is true of its own machine.
+        folder = servers / f"{socket.gethostname()}-{number}"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if _try_lock(descriptor, fcntl.LOCK_EX):
+                yield folder
+                return
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _held(root: Path, kind: int) -> Iterator[None]:
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(descriptor, kind):
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise StateDirectoryBusyError(
                 f"the state directory {root} is in use by the server with pid {holder}; "
-                "stop that one or choose another --state-dir"
-            ) from None
+                "stop that one or choose another --state-dir; several servers share one only where "
+                "each has the same PostgreSQL --database-url"
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        state.create()
-        yield state
+        yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _require_own(root: Path) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hvp_service.blobs.store import Blob, Digest
 from hvp_service.calls.names import Name, noted
-from hvp_service.storage.clock import now_us
+from hvp_service.storage.clock import SECOND, now_us
 from hvp_service.storage.database import Database, uploads
 
 
@@ -32,7 +32,10 @@ class Upload:
 class UploadRows:
     """The table of sessions.
 
-    Law: only an open session changes, but for its epoch and the time it expires.
+    Law: only an open session changes, but for its epoch and the times of it.
+
+    A session is busy for a while after a server has handed it out, and after each commit of a
+    stream, so that other servers hand out another one for the same bytes.
     """
 
     def __init__(self, database: Database):
@@ -57,9 +60,17 @@ class UploadRows:
             return [_from_row(row) for row in rows]
 
     async def open_sessions_for(
-        self, connection: AsyncConnection, project: str, expected: Digest
+        self, connection: AsyncConnection, project: str, expected: Digest, *, but_busy: bool
     ) -> list[Upload]:
-        """Open sessions for these bytes, the one that has most of them first."""
+        """Open sessions for these bytes, the one that has most of them first.
+
+        Args:
+            connection: Connection of an open transaction.
+            project: Project of the sessions.
+            expected: The bytes.
+            but_busy: Whether to leave out those that are busy, on whatever server.
+        """
+        idle = [uploads.c.busy_until < self._database.now()] if but_busy else []
         rows = await connection.execute(
             sa.select(uploads)
             .where(
@@ -68,6 +79,7 @@ class UploadRows:
                 uploads.c.size_bytes == expected.size_bytes,
                 uploads.c.state == "OPEN",
                 uploads.c.expire_time >= now_us(),
+                *idle,
             )
             .order_by(uploads.c.committed_size.desc())
         )
@@ -87,6 +99,7 @@ class UploadRows:
         expected: Digest,
         expire_time: int,
         blob: Blob | None,
+        busy_s: float,
     ) -> Upload:
         """Insert a new session, which is finished at once where the blob is there."""
         upload = Upload(
@@ -108,15 +121,21 @@ class UploadRows:
                 writer_epoch=0,
                 state=upload.state,
                 expire_time=upload.expire_time,
+                busy_until=self._busy_until(busy_s),
             )
         )
         return upload
 
+    def _busy_until(self, busy_s: float) -> sa.ColumnElement[int]:
+        return self._database.now() + int(busy_s * SECOND)
+
     async def prolong(
-        self, connection: AsyncConnection, upload: Upload, expire_time: int
+        self, connection: AsyncConnection, upload: Upload, expire_time: int, busy_s: float
     ) -> Upload:
         """Let a session last longer."""
-        await connection.execute(_of(upload.name).values(expire_time=expire_time))
+        await connection.execute(
+            _of(upload.name).values(expire_time=expire_time, busy_until=self._busy_until(busy_s))
+        )
         return replace(upload, expire_time=expire_time)
 
     async def settle(
@@ -134,26 +153,47 @@ class UploadRows:
         )
         return settled
 
-    async def commit(self, name: Name, committed_size: int) -> None:
+    async def commit(self, name: Name, committed_size: int, busy_s: float) -> None:
         """Set the committed size of a session, if it is open."""
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             await connection.execute(
-                _of(name).where(uploads.c.state == "OPEN").values(committed_size=committed_size)
+                _of(name)
+                .where(uploads.c.state == "OPEN")
+                .values(committed_size=committed_size, busy_until=self._busy_until(busy_s))
+            )
+
+    async def epoch(self, name: Name) -> int | None:
+        """The number of a session's newest writer; None unless it is open."""
+        async with self._database.reading() as connection:
+            found: int | None = await connection.scalar(
+                sa.select(uploads.c.writer_epoch).where(
+                    uploads.c.id == name.id, uploads.c.state == "OPEN"
+                )
+            )
+        return found
+
+    async def leave(self, name: Name, epoch: int) -> None:
+        """Note that a writer has left."""
+        async with self._database.updating() as connection:
+            await connection.execute(
+                _of(name).where(uploads.c.writer_epoch == epoch).values(busy_until=0)
             )
 
     async def cancel(self, name: Name) -> None:
         """Give a session up, if it is open."""
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             await connection.execute(
                 _of(name).where(uploads.c.state == "OPEN").values(state="CANCELLED")
             )
 
-    async def new_epoch(self, upload: Upload) -> Upload:
+    async def new_epoch(self, upload: Upload, busy_s: float) -> Upload:
         """Count one more writer of a session, and return the session with its number."""
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             epoch = await connection.scalar(
                 _of(upload.name)
-                .values(writer_epoch=uploads.c.writer_epoch + 1)
+                .values(
+                    writer_epoch=uploads.c.writer_epoch + 1, busy_until=self._busy_until(busy_s)
+                )
                 .returning(uploads.c.writer_epoch)
             )
         assert epoch is not None
@@ -165,10 +205,16 @@ class UploadRows:
         Args:
             but: Ids of sessions to spare, because a stream writes to them.
         """
+        busy = uploads.c.busy_until >= self._database.now()  # what a crash left so goes later
+        others = [sa.not_(busy)] if self._database.is_shared else []
         async with self._database.writing() as connection:
             dropped = await connection.scalars(
                 sa.delete(uploads)
-                .where(uploads.c.expire_time < now_us(), uploads.c.id.not_in(list(but)))
+                .where(
+                    uploads.c.expire_time < now_us(),
+                    uploads.c.id.not_in(list(but)),
+                    *others,
+                )
                 .returning(uploads.c.id)
             )
             return list(dropped)

@@ -22,6 +22,7 @@ from hvp_service.uploads.chunks import Chunk, known_bytes
 from hvp_service.uploads.file import Hash, UploadFile
 from hvp_service.uploads.reservations import UploadRoom
 from hvp_service.uploads.rows import Upload, UploadRows
+from hvp_service.uploads.writers import Writers
 
 Result = TypeVar("Result")
 
@@ -50,9 +51,7 @@ class UploadStore:
             silence_s=config.upload_silence_s,
             share=config.upload_share,
         )
-        # The newest stream of an upload, and what may write to its file: one stream at a time.
-        self._epochs: dict[str, int] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._writers = Writers(self._rows, state_dir)
         self._hashes: dict[str, tuple[int, Hash]] = {}  # at the committed size
         self._handed_out: dict[str, float] = {}  # monotonic time; until the first stream
         self._steps: set[asyncio.Task[Any]] = set()
@@ -89,9 +88,11 @@ class UploadStore:
                 if left is not None:
                     await self._room.take(connection, left)
                     self._handed_out[left.name.id] = time.monotonic()
-                    return await self._rows.prolong(connection, left, expire_time)
+                    return await self._rows.prolong(connection, left, expire_time, _FIRST_STREAM_S)
                 await self._room.check(connection, project, expected.size_bytes)
-            upload = await self._rows.insert(connection, project, expected, expire_time, blob)
+            upload = await self._rows.insert(
+                connection, project, expected, expire_time, blob, _FIRST_STREAM_S
+            )
             if blob is None:
                 self._room.hear(upload.name.id)
                 self._handed_out[upload.name.id] = time.monotonic()
@@ -107,10 +108,12 @@ class UploadStore:
         no room for both (`any_age`).
         """
         before = time.monotonic() - (0.0 if any_age else _FIRST_STREAM_S)
-        for upload in await self._rows.open_sessions_for(connection, project, expected):
+        others = self._state_dir.is_shared and not any_age
+        found = await self._rows.open_sessions_for(connection, project, expected, but_busy=others)
+        for upload in found:
             identifier = upload.name.id
             if (
-                identifier not in self._epochs
+                identifier not in self._writers.epochs
                 and self._handed_out.get(identifier, before) <= before
             ):
                 return upload
@@ -142,8 +145,8 @@ class UploadStore:
         """
         if await self._rows.find(name) is None:
             raise not_found(str(name), "upload")
-        self._epochs.pop(name.id, None)  # whoever writes to it now is told to stop
-        async with self._lock(name.id):
+        self._writers.revoke(name.id)  # whoever writes to it now is told to stop
+        async with self._writers.alone(name.id):
             await self._drop(name)
 
     async def write(self, chunks: AsyncIterator[Chunk]) -> Upload:
@@ -164,7 +167,7 @@ class UploadStore:
             return upload
         async with self._database.writing() as connection:
             await self._room.take(connection, upload)
-        upload = await self._new_epoch(upload)
+        upload = await self._writers.begin(upload, _FIRST_STREAM_S)
         epoch = upload.writer_epoch
         self._handed_out.pop(name.id, None)
         opening = self._step(self._open(name, epoch))
@@ -174,10 +177,10 @@ class UploadStore:
             self._step(self._abandon(opening, name.id, epoch))
             raise
         except Exception:
-            self._end_epoch(name.id, epoch)
+            self._writers.end(name.id, epoch)
             raise
         if file is None:
-            self._end_epoch(name.id, epoch)
+            self._writers.end(name.id, epoch)
             return upload
         try:
             return await self._take(upload, epoch, file, first, chunks)
@@ -193,8 +196,8 @@ class UploadStore:
 
     async def _open(self, name: Name, epoch: int) -> tuple[Upload, UploadFile | None]:
         """The session and its file at the durable position; no file when it has ended."""
-        async with self._lock(name.id):
-            self._stop_if_superseded(name, epoch)
+        async with self._writers.alone(name.id):
+            await self._writers.require_newest(name, epoch)
             upload = await self.get(name)  # an older stream may have committed more meanwhile
             if upload.state == "OPEN":
                 upload = await self._settle(upload)
@@ -215,7 +218,7 @@ class UploadStore:
         await asyncio.wait([opening])
         if opening.exception() is None and (file := opening.result()[1]) is not None:
             await asyncio.to_thread(file.close)
-        self._end_epoch(identifier, epoch)
+        self._writers.end(identifier, epoch)
 
     async def _settle(self, upload: Upload) -> Upload:
         """An open session that agrees with its file, under its lock.
@@ -269,8 +272,8 @@ class UploadStore:
         return await self.get(upload.name)
 
     async def _pause(self, upload: Upload, epoch: int, file: UploadFile) -> None:
-        async with self._lock(upload.name.id):
-            self._stop_if_superseded(upload.name, epoch)
+        async with self._writers.alone(upload.name.id):
+            await self._writers.require_newest(upload.name, epoch)
             await self._commit(upload, file)
 
     async def _append(
@@ -284,8 +287,8 @@ class UploadStore:
         commit: bool,
     ) -> Upload | None:
         """Write one chunk to the file; gives the ended session when the chunk was the last."""
-        async with self._lock(upload.name.id):
-            self._stop_if_superseded(upload.name, epoch)
+        async with self._writers.alone(upload.name.id):
+            await self._writers.require_newest(upload.name, epoch)
             self._room.hear(upload.name.id)
             if chunk.data:
                 await asyncio.to_thread(file.append, chunk.data, chunk.crc32c, skip)
@@ -321,40 +324,24 @@ class UploadStore:
     async def _commit(self, upload: Upload, file: UploadFile) -> None:
         so_far = await asyncio.to_thread(file.sync)
         position = file.position
-        await self._rows.commit(upload.name, position)
-        self._hashes[upload.name.id] = (position, so_far)
+        await self._rows.commit(upload.name, position, _FIRST_STREAM_S)
+        if not self._state_dir.is_shared:  # else another server may have written others' bytes
+            self._hashes[upload.name.id] = (position, so_far)
 
     async def _leave(self, upload: Upload, epoch: int, file: UploadFile) -> None:
         identifier = upload.name.id
-        async with self._lock(identifier):
+        async with self._writers.alone(identifier):
             try:
                 if (
-                    self._epochs.get(identifier) == epoch
+                    await self._writers.is_newest(upload.name, epoch)
                     and self._state_dir.upload(identifier).exists()
                 ):
                     await self._commit(upload, file)
+                    if self._state_dir.is_shared:
+                        await self._rows.leave(upload.name, epoch)
             finally:
                 await asyncio.to_thread(file.close)
-        self._end_epoch(identifier, epoch)
-
-    def _end_epoch(self, identifier: str, epoch: int) -> None:
-        if self._epochs.get(identifier) == epoch:
-            del self._epochs[identifier]
-            self._locks.pop(identifier, None)
-
-    async def _new_epoch(self, upload: Upload) -> Upload:
-        upload = await self._rows.new_epoch(upload)
-        identifier = upload.name.id
-        self._epochs[identifier] = max(upload.writer_epoch, self._epochs.get(identifier, 0))
-        return upload
-
-    def _stop_if_superseded(self, name: Name, epoch: int) -> None:
-        if self._epochs.get(name.id) != epoch:
-            raise ServiceError(
-                "UPLOAD_SUPERSEDED",
-                "A newer stream writes to this upload, or it was given up; stop this one.",
-                resource=str(name),
-            )
+        self._writers.end(identifier, epoch)
 
     async def _drop(self, name: Name) -> None:
         await self._rows.cancel(name)
@@ -374,23 +361,19 @@ class UploadStore:
             if path.name.removesuffix(".part") not in open_ids:
                 path.unlink(missing_ok=True)
         for upload in sessions:
-            if upload.name.id not in self._epochs:
+            if upload.name.id not in self._writers.epochs:
                 await self._step(self._settle_alone(upload.name))
 
     async def _settle_alone(self, name: Name) -> None:
-        async with self._lock(name.id):
+        async with self._writers.alone(name.id):
             upload = await self._rows.find(name)
             if upload is not None and upload.state == "OPEN":
                 await self._settle(upload)
-        if name.id not in self._epochs:
-            self._locks.pop(name.id, None)
+        self._writers.tidy(name.id)
 
     async def _drop_expired(self) -> None:
-        for identifier in await self._rows.drop_expired(but=self._epochs):
+        for identifier in await self._rows.drop_expired(but=self._writers.epochs):
             self._hashes.pop(identifier, None)
             self._handed_out.pop(identifier, None)
             self._room.forget(identifier)
             self._state_dir.upload(identifier).unlink(missing_ok=True)
-
-    def _lock(self, identifier: str) -> asyncio.Lock:
-        return self._locks.setdefault(identifier, asyncio.Lock())

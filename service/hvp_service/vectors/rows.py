@@ -158,9 +158,11 @@ class VectorRows:
             for owner in {vector.session for vector in made if vector.session is not None}:
                 if not await _is_there(connection, sessions, owner):
                     raise session_expired(str(owner))
+            for vector in made:
+                # An eigenvector's name follows from its job's attempt, which may try twice.
+                await connection.execute(sa.delete(vectors).where(*_is(vector.name)))
             await connection.execute(
-                # An eigenvector's name follows from its job: a second attempt replaces the first's.
-                sa.insert(vectors).prefix_with("OR REPLACE"),
+                vectors.insert(),
                 [
                     {
                         "project": vector.name.project,
@@ -240,7 +242,7 @@ class VectorRows:
         }
         if not due:
             return list(used)
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             await connection.execute(
                 sa.update(vectors)
                 # One that a caller keeps meanwhile has no time to live any more.
@@ -254,13 +256,12 @@ class VectorRows:
             for vector in used
         ]
 
-    async def retain(self, vector: Vector, recipe: Recipe) -> Vector:
-        """Let a vector stay until it is deleted.
+    async def retain(self, vector: Vector, recipe: Recipe, lifetime: Lifetime) -> Vector:
+        """Give a vector a recipe and another lifetime.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND.
         """
-        kept = Lifetime(kept=True)
         async with self._database.writing() as connection:
             changed = await connection.execute(
                 sa.update(vectors)
@@ -271,14 +272,14 @@ class VectorRows:
                 )
                 .values(
                     recipe=recipe,
-                    session=kept.session,
-                    expire_time=kept.expire_time,
-                    kept=kept.kept,
+                    session=lifetime.session,
+                    expire_time=lifetime.expire_time,
+                    kept=lifetime.kept,
                 )
             )
         if not changed.rowcount:
             raise gone(vector.name)
-        return replace(vector, recipe=recipe, lifetime=kept)
+        return replace(vector, recipe=recipe, lifetime=lifetime)
 
     async def delete(self, *where: sa.ColumnElement[bool]) -> list[str]:
         """Delete rows and return their ids; those that a job needs lose their names alone."""
@@ -344,12 +345,26 @@ def gone(name: Name) -> ServiceError:
     )
 
 
+def lost(name: Name) -> ServiceError:
+    """The refusal of a product that is not on these ranks."""
+    return ServiceError(
+        "INPUT_MISSING",
+        f"{name} is a product, and the ranks that held it are gone, or another server's; make it "
+        "again, and keep it if it has to outlast the ranks.",
+        resource=str(name),
+    )
+
+
 async def is_named(connection: AsyncConnection, name: Name) -> bool:
     """Whether there is a vector of this name."""
     row = sa.select(vectors.c.id).where(
         vectors.c.project == name.project, vectors.c.id == name.id, _IS_NAMED
     )
     return (await connection.execute(row)).first() is not None
+
+
+def _is(name: Name) -> tuple[sa.ColumnElement[bool], ...]:
+    return vectors.c.project == name.project, vectors.c.id == name.id
 
 
 async def _is_there(connection: AsyncConnection, table: sa.Table, name: Name) -> bool:

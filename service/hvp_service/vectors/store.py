@@ -28,9 +28,9 @@ from hvp_service.calls.errors import ServiceError
 from hvp_service.calls.names import Name, noted
 from hvp_service.calls.paging import Pager, PageRequest
 from hvp_service.group.supervisor import GroupSupervisor
-from hvp_service.storage.clock import now_us
+from hvp_service.storage.clock import SECOND, now_us
 from hvp_service.storage.database import Database, vectors
-from hvp_service.storage.lifetimes import UNTIL_DELETED, Holds, Lifetime
+from hvp_service.storage.lifetimes import KEPT, UNTIL_DELETED, Holds, Lifetime
 from hvp_service.storage.state_dir import StateDir, sync_file, sync_folder
 from hvp_service.vectors.rows import (
     ALL_PARAMETERS,
@@ -39,6 +39,7 @@ from hvp_service.vectors.rows import (
     Selection,
     Vector,
     VectorRows,
+    lost,
 )
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8}
@@ -180,7 +181,7 @@ class VectorStore:
         """
         vector = await self._rows.get(name, even_deleted=for_job)
         if not vector.durable and vector.generation != self._group.backend.generation:
-            raise _lost(name)
+            raise lost(name)
         return vector
 
     @contextlib.asynccontextmanager
@@ -224,7 +225,7 @@ class VectorStore:
             if (backend.generation, vector.name.id) in self._resident:
                 continue
             if vector.recipe is None:
-                raise _lost(vector.name)
+                raise lost(vector.name)
             try:
                 await backend.create_vector(
                     vector.name.id, self.space(vector), self.source(vector, vector.recipe)
@@ -268,8 +269,8 @@ class VectorStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    async def retain(self, vector: Vector) -> Vector:
-        """Let a vector stay until it is deleted; inside `using`.
+    async def retain(self, vector: Vector, lifetime: Lifetime = KEPT) -> Vector:
+        """Give a vector another lifetime, and let it outlast the ranks; inside `using`.
 
         Raises:
             ServiceError: RESOURCE_NOT_FOUND when it was deleted meanwhile.
@@ -279,7 +280,7 @@ class VectorStore:
         if recipe is None:
             await self.keep(vector)
             recipe = {"kind": "file"}
-        return await self._rows.retain(vector, recipe)
+        return await self._rows.retain(vector, recipe, lifetime)
 
     def adopt_file(self, vector: Vector, source: Path) -> None:
         """Hard-link a synced file of elements as the vector's own."""
@@ -333,7 +334,11 @@ class VectorStore:
 
         The rows are gone on return; the ranks may be in a long product and free the rest after it.
         """
-        self._holds.remove_soon(await self._rows.delete_outlived(self._holds.ids))
+        gone = await self._rows.delete_outlived(self._holds.ids)
+        if self._state_dir.is_shared:  # others delete rows of what lies here
+            held = {identifier for _, identifier in self._resident}
+            gone += held - await self._rows.ids()
+        self._holds.remove_soon(gone)
 
     async def next_expiry(self) -> int | None:
         """When the next vector's time to live ends, in microseconds; None where none has one."""
@@ -374,19 +379,15 @@ class VectorStore:
         self._group.call_soon(lambda backend: backend.delete_vectors(names))
 
     async def forget_products(self, before_us: int) -> None:
-        """Drop the rows of products of earlier ranks and files without a row; called at start."""
+        """Drop the rows of products of earlier ranks and files without a row; called at start.
+
+        Of files that other servers may be about to make a row for, only old ones are dropped.
+        """
         await self._rows.delete(vectors.c.recipe.is_(sa.null()), vectors.c.create_time < before_us)
+        files = list(self._state_dir.vector("x").parent.iterdir())
         known = await self._rows.ids()
-        for path in self._state_dir.vector("x").parent.iterdir():
-            if path.stem not in known:
-                path.unlink()
-
-
-def _lost(name: Name) -> ServiceError:
-    """The refusal of a product whose ranks are gone."""
-    return ServiceError(
-        "INPUT_MISSING",
-        f"The ranks that held {name} are gone and it was a product; make it again, and keep it if "
-        "it has to outlast the ranks.",
-        resource=str(name),
-    )
+        for path in files:
+            if path.stem not in known and not (
+                self._state_dir.is_shared and path.stat().st_ctime > before_us / SECOND
+            ):
+                path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The job store on SQLite."""
+"""The job store on tables, in SQLite and in PostgreSQL."""
 
 # ruff: noqa: D102  (JobStore describes the methods)
 
@@ -48,16 +48,21 @@ from hvp_service.jobs.store import (
 )
 from hvp_service.metrics.instruments import JOBS_ENDED
 from hvp_service.operators.resolver import OperatorRef
-from hvp_service.storage.clock import SECOND, now_us
+from hvp_service.storage.clock import SECOND
 from hvp_service.storage.database import Database, job_inputs, jobs
 from hvp_service.vectors.rows import gone, is_named
 
+#: Topic of the news that a job has been queued.
+WORK = "jobs"
 _NAMES_PER_PAGE = 1000
 _JOBS_LOOKED_AT = 100  # the latest ones, for the pace of products
 
 
-class SqliteJobStore(JobStore):
-    """Jobs in the tables `jobs` and `job_events`; the last of two claims finds the row taken.
+class SqlJobStore(JobStore):
+    """Jobs in the tables `jobs` and `job_events`.
+
+    A transaction that changes a job holds the lock of its row before it looks at it, so of two
+    that would change it the later one sees what the earlier one did.
 
     Args:
         database: The database that holds the tables.
@@ -104,9 +109,7 @@ class SqliteJobStore(JobStore):
                 )
             )
             await self._need(connection, job)
-            made = await self._change(connection, replace(job, last_sequence=0), state="QUEUED")
-        self._events.notify(job.name)
-        return made
+            return await self._change(connection, replace(job, last_sequence=0), state="QUEUED")
 
     async def _need(self, connection: AsyncConnection, job: Job) -> None:
         """Note the vectors that a job needs, so that they stay until its end."""
@@ -193,15 +196,15 @@ class SqliteJobStore(JobStore):
         return 0.0
 
     async def claim(self) -> Job | None:
-        now = now_us()
-        async with self._database.writing() as connection:
-            changed = await self._settle(
+        now = self._database.now()
+        async with self._database.updating() as connection:
+            await self._settle(
                 connection, jobs.c.lease_expire < now, "its lease ran out while the job ran."
             )
             claimed = None
             while claimed is None and (job := await self._oldest_queued(connection)) is not None:
                 if job.spec is None:
-                    changed.append(await self._end(connection, job, unreadable(job.name)))
+                    await self._end(connection, job, unreadable(job.name))
                     continue
                 claimed = await self._change(
                     connection,
@@ -213,28 +216,26 @@ class SqliteJobStore(JobStore):
                     lease_owner=self._owner,
                     lease_expire=now + self._lease_us,
                 )
-                changed.append(claimed)
-        for job in changed:
-            self._events.notify(job.name)
         return claimed
 
     async def _oldest_queued(self, connection: AsyncConnection) -> Job | None:
         query = sa.select(jobs).where(jobs.c.state == "QUEUED")
         query = query.order_by(jobs.c.create_time, jobs.c.id).limit(1)
+        query = query.with_for_update(skip_locked=True)  # another server is about to take that one
         row = (await connection.execute(query)).one_or_none()
         return None if row is None else read_job(row)
 
-    async def renew(self, lease: Lease) -> None:
-        async with self._database.writing() as connection:
-            await self._held(connection, lease)
+    async def renew(self, lease: Lease) -> JobState:
+        async with self._database.updating() as connection:
+            job = await self._held(connection, lease)
+            renewed = self._database.now() + self._lease_us
             await connection.execute(
-                sa.update(jobs)
-                .where(*_is(lease.name))
-                .values(lease_expire=now_us() + self._lease_us)
+                sa.update(jobs).where(*_is(lease.name)).values(lease_expire=renewed)
             )
+        return job.state
 
-    async def report(self, lease: Lease, progress: RunProgress) -> None:
-        async with self._database.writing() as connection:
+    async def report(self, lease: Lease, progress: RunProgress) -> JobState:
+        async with self._database.updating() as connection:
             job = await self._held(connection, lease)
             body = progress_row(progress)
             await self._append(
@@ -242,28 +243,23 @@ class SqliteJobStore(JobStore):
                 job,
                 {"kind": "progress", "value": body},
                 progress=body,
-                lease_expire=now_us() + self._lease_us,
+                lease_expire=self._database.now() + self._lease_us,
             )
-        self._events.notify(lease.name)
+        return job.state
 
     async def finish(self, lease: Lease, end: JobResult | JobError | None) -> Job:
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             job = await self._held(connection, lease)
-            ended = await self._end(connection, job, end)
-        self._events.notify(lease.name)
-        return ended
+            return await self._end(connection, job, end)
 
     async def give_back(self, lease: Lease, *, counted: bool = True) -> Job:
-        async with self._database.writing() as connection:
+        async with self._database.updating() as connection:
             job = await self._held(connection, lease)
             if job.state == "CANCELLING":
-                changed = await self._end(connection, job, None)
-            else:
-                # The number of an attempt that does not count is given again, to another owner.
-                attempt = job.attempt if counted else job.attempt - 1
-                changed = await self._requeue(connection, job, attempt=attempt)
-        self._events.notify(lease.name)
-        return changed
+                return await self._end(connection, job, None)
+            # The number of an attempt that does not count is given again, to another owner.
+            attempt = job.attempt if counted else job.attempt - 1
+            return await self._requeue(connection, job, attempt=attempt)
 
     async def _requeue(self, connection: AsyncConnection, job: Job, **columns: Any) -> Job:
         return await self._change(
@@ -271,32 +267,30 @@ class SqliteJobStore(JobStore):
         )
 
     async def cancel(self, name: Name) -> Job:
-        async with self._database.writing() as connection:
-            job = await self._get(connection, name)
+        async with self._database.updating() as connection:
+            job = await self._get(connection, name, lock=True)
             if job.state == "QUEUED":
                 job = await self._end(connection, job, None)
             elif job.state == "RUNNING":
                 job = await self._change(connection, job, state="CANCELLING")
-        self._events.notify(name)
         return job
 
     async def relabel(self, name: Name, labels: Mapping[str, str], etag: str) -> Job:
-        async with self._database.writing() as connection:
-            job = await self._get(connection, name)
+        async with self._database.updating() as connection:
+            job = await self._get(connection, name, lock=True)
             check_etag(etag, job.labels, str(name))
             change = sa.update(jobs).where(*_is(name)).values(labels=dict(labels)).returning(jobs)
             return read_job((await connection.execute(change)).one())
 
     async def recover(self) -> list[Job]:
-        async with self._database.writing() as connection:
-            settled = await self._settle(
-                connection,
-                jobs.c.lease_owner != self._owner,
-                "the server ended while the job ran.",
-            )
-        for job in settled:
-            self._events.notify(job.name)
-        return settled
+        # Whoever shares the database may live; who does not has ended, if there is another one now.
+        lost = (
+            jobs.c.lease_expire < self._database.now()
+            if self._database.is_shared
+            else jobs.c.lease_owner != self._owner
+        )
+        async with self._database.updating() as connection:
+            return await self._settle(connection, lost, "the server ended while the job ran.")
 
     async def _settle(
         self, connection: AsyncConnection, lost: sa.ColumnElement[bool], cause: str
@@ -304,7 +298,9 @@ class SqliteJobStore(JobStore):
         """End or queue again the jobs that a lost runner holds."""
         settled = []
         rows = await connection.execute(
-            sa.select(jobs).where(jobs.c.state.in_(sorted(HELD_STATES)), lost)
+            sa.select(jobs)
+            .where(jobs.c.state.in_(sorted(HELD_STATES)), lost)
+            .with_for_update(skip_locked=True)  # another server settles it, or its runner lives
         )
         for job in [read_job(row) for row in rows]:
             if job.state == "CANCELLING":
@@ -320,17 +316,20 @@ class SqliteJobStore(JobStore):
     async def events_after(self, name: Name, sequence: int, timeout_s: float) -> list[JobEvent]:
         return await self._events.after(name, sequence, timeout_s)
 
-    async def _row(self, connection: AsyncConnection, name: Name) -> sa.Row[Any] | None:
-        return (await connection.execute(sa.select(jobs).where(*_is(name)))).one_or_none()
+    async def _row(
+        self, connection: AsyncConnection, name: Name, *, lock: bool = False
+    ) -> sa.Row[Any] | None:
+        query = sa.select(jobs).where(*_is(name))
+        return (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
 
-    async def _get(self, connection: AsyncConnection, name: Name) -> Job:
-        row = await self._row(connection, name)
+    async def _get(self, connection: AsyncConnection, name: Name, *, lock: bool = False) -> Job:
+        row = await self._row(connection, name, lock=lock)
         if row is None:
             raise not_found(str(name), "job")
         return read_job(row)
 
     async def _held(self, connection: AsyncConnection, lease: Lease) -> Job:
-        row = await self._row(connection, lease.name)
+        row = await self._row(connection, lease.name, lock=True)
         if (
             row is None
             or row.state not in HELD_STATES
@@ -344,7 +343,7 @@ class SqliteJobStore(JobStore):
         self, connection: AsyncConnection, job: Job, end: JobResult | JobError | None
     ) -> Job:
         columns: dict[str, Any] = {
-            "end_time": now_us(),
+            "end_time": self._database.now(),
             "lease_owner": "",
             "lease_expire": 0,
             "earlier": None,
@@ -376,6 +375,8 @@ class SqliteJobStore(JobStore):
         change = StateChange(
             state=state, attempt=columns.get("attempt", job.attempt), error=error_of
         )
+        if state == "QUEUED":
+            self._database.tell(connection, WORK)
         body = {"kind": "state_change", "value": STATE_CHANGE.dump_python(change, mode="json")}
         return await self._append(connection, job, body, state=state, **columns)
 
