@@ -101,7 +101,7 @@ def test_the_command_refuses_what_is_no_database_url_without_repeating_it(
 ) -> None:
     assert main(["--database-url", "mysql://user:geheim@host/name"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: database_url: a database URL is postgresql://USER:PASSWORD@")
+    assert line.startswith("error: --database-url: a database URL is postgresql://USER:PASSWORD@")
     assert "geheim" not in line
 
 
