@@ -47,7 +47,7 @@ from hvp_protos.v1 import (
 from hvp_service.app.config import ServerConfig
 from hvp_service.app.dependencies import Dependencies, open_dependencies
 from hvp_service.app.transport import _SERVICES, Transport, start_transport
-from hvp_service.calls.limits import _PROMPT, _WAITING, pool_of
+from hvp_service.calls.limits import _PROMPT, _WAITING, MOST_OPEN, pool_of
 from hvp_service.calls.record import add_call
 from hvp_service.storage.state_dir import StateDir
 from hvp_service.storage.troubles import DatabaseBusyError
@@ -714,6 +714,26 @@ async def test_health_and_reflection_name_every_service(wire: Wire) -> None:
         assert check.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_strangers_who_watch_the_health_take_nobody_elses_place(
+    wire: Wire, deps: Dependencies
+) -> None:
+    job = (
+        await wire.jobs.CreateJob(
+            job_pb2.CreateJobRequest(parent=PARENT, spec=eigsh(await spec(deps)))
+        )
+    ).job
+    streams = [wire.health.Watch(health_pb2.HealthCheckRequest()) for _ in range(MOST_OPEN)]
+    for stream in streams:
+        await stream.read()
+    code, details = await refusal(wire.health.Watch(health_pb2.HealthCheckRequest()).read())
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details["ErrorInfo"].reason == "TOO_MANY_CALLS"
+    assert await serving(wire)
+    assert (await wire.jobs.WaitJob(job_pb2.WaitJobRequest(name=job.name))).job.name == job.name
+    for stream in streams:
+        stream.cancel()
+
+
 @pytest.fixture
 async def crowded(config: ServerConfig, state_dir: StateDir) -> AsyncIterator[Crowded]:
     """A server with few places for calls that last, and a product that does not end."""
@@ -744,7 +764,6 @@ async def test_watchers_beyond_the_limit_are_refused_and_leave_room_for_everybod
     for extra in (
         wire.jobs.WatchJob(watch).read(),
         wire.jobs.WaitJob(job_pb2.WaitJobRequest(name=job.name)),
-        wire.health.Watch(health_pb2.HealthCheckRequest()).read(),
     ):
         code, details = await refusal(extra)
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -12,9 +12,16 @@ import grpc.aio
 from hvp_service.calls.around import LIBRARY_STREAMS, SERVED_PREFIX, AroundInterceptor
 from hvp_service.calls.errors import ServiceError
 
-Pool = Literal["prompt", "waiting", "working"]
+Pool = Literal["prompt", "waiting", "working", "open"]
 
 RETRY_AFTER_S = 5.0
+MOST_OPEN = 100
+
+_WORDS: dict[Pool, str] = {
+    "waiting": "wait for something to happen",
+    "working": "work or bring bytes",
+    "open": "watch the health or ask for descriptions",
+}
 
 # Calls that wait until something happens: for minutes, at no cost but their place.
 _WAITING = frozenset({"JobService/WatchJob", "JobService/WaitJob"})
@@ -57,7 +64,7 @@ _PROMPT = frozenset(
 def pool_of(method: str) -> Pool:
     """The pool in which a call of `/package.Service/Method` counts."""
     if method.startswith(LIBRARY_STREAMS):
-        return "waiting"
+        return "open"  # to strangers too, who must not take the places of others
     name = method.removeprefix(SERVED_PREFIX)
     if name in _WAITING:
         return "waiting"
@@ -75,7 +82,11 @@ class LimitInterceptor(AroundInterceptor):
     prefixes = (SERVED_PREFIX, *LIBRARY_STREAMS)
 
     def __init__(self, *, max_waiting: int, max_working: int):
-        self._limits: dict[Pool, int] = {"waiting": max_waiting, "working": max_working}
+        self._limits: dict[Pool, int] = {
+            "waiting": max_waiting,
+            "working": max_working,
+            "open": MOST_OPEN,
+        }
         self._running: Counter[Pool] = Counter()
 
     @contextlib.asynccontextmanager
@@ -86,11 +97,10 @@ class LimitInterceptor(AroundInterceptor):
         pool = pool_of(method)
         limit = self._limits.get(pool)
         if limit is not None and self._running[pool] >= limit:
-            what = "wait for something to happen" if pool == "waiting" else "work or bring bytes"
             raise ServiceError(
                 "TOO_MANY_CALLS",
-                f"{limit} calls that {what} run already, which is this server's limit; call again "
-                "later, or ask now and then with a call that answers at once.",
+                f"{limit} calls that {_WORDS[pool]} run already, which is this server's limit; "
+                "call again later, or ask now and then with a call that answers at once.",
                 metadata={"limit": str(limit)},
                 retry_after_s=RETRY_AFTER_S,
             )

@@ -46,8 +46,8 @@ CALL_SECONDS = Histogram(
 )
 CALLS_IN_FLIGHT = Gauge(
     "hvp_calls_in_flight",
-    "Calls at present: prompt ones, those that wait for an event, and those that bring bytes or "
-    "wait for the ranks.",
+    "Calls at present: prompt ones, those that wait for an event, those that bring bytes or wait "
+    "for the ranks, and open ones, which are streams of health and reflection.",
     ("kind",),
     registry=REGISTRY,
 )
