@@ -32,7 +32,7 @@ tiled.Tiled.backward_tangents = wrong
 
 @pytest.fixture(scope="module")
 def rough_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers with weights of size one, so that attention counts."""
+    """Two layers with weights of size one, so that attention counts."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(0)
@@ -40,7 +40,7 @@ def rough_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=19,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
@@ -79,9 +79,12 @@ def test_a_right_model_passes_every_check(
 
 
 def test_sixteen_bits_pass_too(client: Client, rough: Checkpoint, batch: Batch) -> None:
-    found = client.verify(rough, batch, precision="bfloat16")
-    assert found.passed
-    assert found.precision == "bfloat16"
+    """Differences are of the loss in full precision: in sixteen bits they are of its roundings."""
+    for seed in (0, 3):
+        found = client.verify(rough, batch, precision="bfloat16", seed=seed)
+        assert all(check.verdict == "pass" for check in found.checks), found.checks
+        assert found.passed
+        assert found.precision == "bfloat16"
 
 
 @pytest.fixture(scope="module")

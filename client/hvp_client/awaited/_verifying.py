@@ -32,12 +32,15 @@ _FACTOR = 1.25  # by which parameters are rescaled to see that the loss stays
 _MOST = 1 << 25  # elements of a rescaled pair: they travel
 
 
-async def verify(H: AsyncOperator, G: AsyncOperator | None, *, seed: int) -> Verification:
+async def verify(
+    H: AsyncOperator, G: AsyncOperator | None, whole: AsyncOperator, *, seed: int
+) -> Verification:
     """Check a Hessian and a Gauss-Newton matrix of one loss.
 
     Args:
         H: The Hessian.
         G: The Gauss-Newton matrix, with the same settings; None where the model has no outputs.
+        whole: The Hessian in full precision, of whose losses differences are taken.
         seed: Seed of the random vectors.
 
     Returns:
@@ -47,7 +50,7 @@ async def verify(H: AsyncOperator, G: AsyncOperator | None, *, seed: int) -> Ver
     loss = await H.loss()
     allowed = tolerance(H.dtype.name, H.precision)
     async with AsyncExitStack() as stack:
-        checks = [each async for each in _of_products(stack, H, G, loss, allowed, seed)]
+        checks = [each async for each in _of_products(stack, H, G, whole, allowed, seed)]
     sizes = {each.name: each.num_elements for each in H.parameter_tensors}
     for each in rescalings(H.parameter_names):
         if sum(sizes[name] for name in (*each.up, *each.down)) <= _MOST:
@@ -65,7 +68,7 @@ async def _of_products(
     stack: AsyncExitStack,
     H: AsyncOperator,
     G: AsyncOperator | None,
-    loss: float,
+    whole: AsyncOperator,
     allowed: Tolerance,
     seed: int,
 ) -> AsyncIterator[Check]:
@@ -94,7 +97,7 @@ async def _of_products(
     if squared > 0:
         error = abs(await H.slope(g) - squared) / squared
         yield judged("slope along ∇L = ∇L·∇L", error, allowed.algebra, f"|∇L| = {squared**0.5:.3g}")
-    async for check in _of_differences(H, v, u, (size, size_u), await u.dot(hu), loss, allowed):
+    async for check in _of_differences(whole, v, u, (size, size_u), await u.dot(hu), allowed):
         yield check
     if G is None:
         return
@@ -106,21 +109,22 @@ async def _of_products(
 
 
 async def _of_differences(
-    H: AsyncOperator,
+    whole: AsyncOperator,
     v: AsyncVector,
     u: AsyncVector,
     sizes: tuple[float, float],
     curvature: float,
-    loss: float,
     allowed: Tolerance,
 ) -> AsyncIterator[Check]:
+    loss = await whole.loss()
     # Steps that change the loss by this much, were the curvature as large as |Hv|.
-    change = 2 * allowed.change * max(abs(loss), 1e-6)
+    steps = tolerance(whole.dtype.name, whole.precision)
+    change = 2 * steps.change * max(abs(loss), 1e-6)
     unit_v, unit_u = (math.sqrt(change / size) for size in sizes)
     points = [(0.0, sign * h * unit_u) for h in LADDER for sign in (1, -1)]
     signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))
     points += [(a * h * unit_v, b * h * unit_u) for h in LADDER for a, b in signs]
-    losses = await H._losses([v, u], points)
+    losses = await whole._losses([v, u], points)
     second = [
         (plus - 2 * loss + minus) / (h * unit_u) ** 2
         for h, plus, minus in zip(LADDER, losses[0::2], losses[1::2], strict=False)
