@@ -27,9 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/hvp demo
 
-# One thread each, and three tests at a time on two cores: some wait, for processes that start or are killed.
+# Two tests at a time, on one core each: some are ranks, servers and clusters of several processes.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 3 --dist worksteal --durations=200 --durations-min=4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow and not oracle' -n 2 --dist worksteal --durations=200 --durations-min=4
 
 # The long ones: chaos, random operators by the hundred, comparisons with other libraries.
 test-slow: setup $(PEERS)
