@@ -16,6 +16,7 @@ _LONGEST_PAUSE_S = 15.0
 # The loop comes round late by milliseconds when it is busy. By more it was stopped: the process or
 # the machine was suspended, the database was locked, or the clock was set.
 _STOPPED_US = SECOND
+_AGAIN_US = SECOND  # after a failure, which may have passed
 
 log = structlog.get_logger()
 
@@ -54,7 +55,7 @@ class Reaper:
                 due = await self._sessions.expire()
             except Exception:
                 log.exception("sessions were not looked through; trying again")
-                due = None
+                due = now_us() + _AGAIN_US
             # A damaged row's time is no number.
             left_s = (due - now_us()) / SECOND if isinstance(due, int) else _LONGEST_PAUSE_S
             pause_s = min(max(left_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
